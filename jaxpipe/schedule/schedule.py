@@ -1,0 +1,73 @@
+"""A pipeline schedule as data: what every rank does, in which order, and which rank holds which stage."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+from jaxpipe.schedule.action import Action, Group
+
+
+@dataclasses.dataclass(frozen=True)
+class Schedule:
+    """What every rank does, in which order.
+
+    Attributes:
+      name: the builder's name, such as ``"dualpipev"``.
+      num_stages: stages of the model, numbered in the order of the forward pass.
+      num_microbatches: microbatches of one step. With two directions the first half travels in
+        direction 0 and the second half in direction 1.
+      ranks: ``[num_ranks][groups]``: the groups of each rank in order. A group is one action, or an
+        overlapped (forward, backward) pair.
+      routes: ``[num_directions][num_stages]``: the rank that runs each stage for the microbatches of a
+        direction. One direction for all schedules but DualPipe, which has two.
+    """
+
+    name: str
+    num_stages: int
+    num_microbatches: int
+    ranks: tuple[tuple[Group, ...], ...]
+    routes: tuple[tuple[int, ...], ...]
+
+    @property
+    def num_ranks(self) -> int:
+        """Pipeline ranks, the size of the mesh's pipeline axis."""
+        return len(self.ranks)
+
+    def direction(self, microbatch: int) -> int:
+        """The direction in which a microbatch travels."""
+        return microbatch * len(self.routes) // self.num_microbatches
+
+    def rank_of(self, stage: int, microbatch: int) -> int:
+        """The rank that runs a stage for a microbatch."""
+        return self.routes[self.direction(microbatch)][stage]
+
+    @functools.cached_property
+    def rank_stages(self) -> tuple[tuple[int, ...], ...]:
+        """``[num_ranks][chunks]``: the stages that each rank works on, direction by direction.
+
+        The position in a rank's tuple is the stage's local chunk index. DualPipe's rank r has
+        ``(r, num_ranks - 1 - r)``, DualPipeV's ``(r, 2 * num_ranks - 1 - r)``.
+        """
+        return tuple(
+            tuple(stage for route in self.routes for stage, at in enumerate(route) if at == rank)
+            for rank in range(self.num_ranks)
+        )
+
+    def chunk_of(self, action: Action) -> int:
+        """The local chunk index, on the rank that runs it, of an action's stage."""
+        direction = self.direction(action.microbatch)
+        rank = self.routes[direction][action.stage]
+        chunks = [(d, s) for d, route in enumerate(self.routes) for s, at in enumerate(route) if at == rank]
+        return chunks.index((direction, action.stage))
+
+    @functools.cached_property
+    def storage_order(self) -> tuple[int, ...]:
+        """``[num_stages]``: the stage in each row of parameters stacked rank by rank.
+
+        Row i of a stacked parameter belongs to stage ``storage_order[i]``, so that sharding the rows
+        evenly over the pipeline axis gives each rank the stages it owns (those of direction 0).
+        """
+        return tuple(
+            stage for rank in range(self.num_ranks) for stage, at in enumerate(self.routes[0]) if at == rank
+        )
