@@ -1,0 +1,69 @@
+"""Slot pools: pytrees of ``[slots, ...]`` arrays, read and written one slot at a time."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+class Buffers(NamedTuple):
+    """Everything the scan over steps carries on one rank.
+
+    Attributes:
+      mail: activations and cotangents in transit, leaves ``[mail slots + 1, ...]``.
+      stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
+      weight_stash: residuals that live from F to W or B.
+      cross: values that live from I to W.
+      grads: gradient accumulators of each local chunk, as the chunk's parameters.
+      outer_grads: gradient accumulators of the outer parameters.
+      loss: scalar, weighted sum of the losses this rank has seen.
+      aux_loss: scalar, weighted sum of the auxiliary losses.
+      stage_metrics, head_metrics: sums.
+      outputs: leaves ``[num_microbatches, ...]``, in forward-only programs.
+    """
+
+    mail: Any
+    stash: Any = ()
+    weight_stash: Any = ()
+    cross: Any = ()
+    grads: Any = ()
+    outer_grads: Any = None
+    loss: Any = None
+    aux_loss: Any = None
+    stage_metrics: Any = None
+    head_metrics: Any = None
+    outputs: Any = None
+
+
+def allocate(avals: Any, slots: int) -> Any:
+    """Zeroed pool of ``slots`` slots for values of the given shapes and dtypes."""
+    return jax.tree.map(lambda aval: jnp.zeros((slots, *aval.shape), aval.dtype), avals)
+
+
+def take(pool: Any, slot: jax.Array) -> Any:
+    """The value in a slot."""
+    return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), pool)
+
+
+def put(pool: Any, slot: jax.Array, value: Any) -> Any:
+    """The pool with a slot replaced."""
+    return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
+
+
+def accumulator(aval: Any) -> jax.Array:
+    """Zeros to sum values of an aval's shape: at least float32 for floating dtypes."""
+    return jnp.zeros(aval.shape, accumulation_dtype(aval.dtype))
+
+
+def accumulation_dtype(dtype: Any) -> Any:
+    """float32 for narrower floating dtypes, any other dtype itself."""
+    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
+    return jnp.float32 if narrow else dtype
+
+
+def add(total: Any, value: Any) -> Any:
+    """total + value, leaf by leaf, in total's dtypes."""
+    return jax.tree.map(lambda t, v: t + jnp.asarray(v).astype(t.dtype), total, value)

@@ -1,0 +1,265 @@
+"""What each operation of a Program reads, computes and writes on one rank.
+
+An operation is written for one microbatch and one local chunk. It is three functions, so that a group of two can
+read both its inputs, compute both in one block of code that the compiler may interleave, and then write both.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime.buffers import Buffers, add, put, take
+from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.program import Branch, Field, Op
+from jaxpipe.stage import SplitStage
+
+
+class Operation(NamedTuple):
+    """One kind of work of one local chunk; ``row`` is its line of the Program's operands."""
+
+    read: Callable[[Buffers, jax.Array], Any]
+    compute: Callable[[Any, jax.Array], Any]
+    write: Callable[[Buffers, jax.Array, Any], Buffers]
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """What the operations of one training step have in common on one rank.
+
+    Attributes:
+      model: the user's functions.
+      split: the stage's forward, input gradient and weight gradient.
+      prepared: for each local chunk, what ``split.prepare`` made of its parameters.
+      outer: outer parameters in compute dtype.
+      batch: leaves ``[num_microbatches, microbatch, ...]``.
+      weights: ``[num_microbatches]``, each microbatch's share of the mean loss.
+      rng: key or None.
+      num_stages: stages of the model.
+    """
+
+    model: Model
+    split: SplitStage
+    prepared: tuple[Any, ...]
+    outer: Any
+    batch: Any
+    weights: jax.Array
+    rng: jax.Array | None
+    num_stages: int
+
+    def context(self, stage: Any, microbatch: Any) -> Context:
+        """Where the stage's work on a microbatch runs."""
+        return make_context(self.batch, self.rng, stage, microbatch)
+
+    def operation(self, op: Op, chunk: int) -> Operation:
+        """The operation of a kind on a local chunk."""
+        makers = {
+            Op.F: self.forward,
+            Op.B: self.backward,
+            Op.I: self.backward_input,
+            Op.W: self.backward_weight,
+            Op.EMBED: self.embed,
+            Op.HEAD: self.head,
+            Op.EMBED_GRAD: self.embed_grad,
+        }
+        return makers[op](chunk)
+
+    def forward(self, chunk: int) -> Operation:
+        """x -> y, and the residuals into the stash."""
+
+        def read(buffers: Buffers, row: jax.Array) -> Any:
+            return take(buffers.mail, row[Field.SOURCE])
+
+        def compute(x: Any, row: jax.Array) -> Any:
+            ctx = self.context(row[Field.STAGE], row[Field.MICROBATCH])
+            return self.split.forward(self.prepared[chunk], x, ctx)
+
+        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+            (y, aux_loss), metrics, residuals = result
+            return buffers._replace(
+                mail=put(buffers.mail, row[Field.TARGET], y),
+                stash=put(buffers.stash, row[Field.STASH], residuals.input),
+                weight_stash=put(buffers.weight_stash, row[Field.WEIGHT_STASH], residuals.weight),
+                aux_loss=add(buffers.aux_loss, self._weighted(aux_loss, row)),
+                stage_metrics=add(buffers.stage_metrics, metrics),
+            )
+
+        return Operation(read, compute, write)
+
+    def backward(self, chunk: int) -> Operation:
+        """Output cotangent -> input cotangent, and the weight gradient accumulated."""
+
+        def compute(inputs: Any, row: jax.Array) -> Any:
+            residuals, dy = inputs
+            return self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row))
+
+        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+            grads, dx = result
+            return _accumulate(buffers, chunk, grads)._replace(mail=put(buffers.mail, row[Field.TARGET], dx))
+
+        return Operation(self._read_backward, compute, write)
+
+    def backward_input(self, chunk: int) -> Operation:
+        """Output cotangent -> input cotangent, and what the weight gradient still needs."""
+
+        def compute(inputs: Any, row: jax.Array) -> Any:
+            residuals, dy = inputs
+            return self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, row))
+
+        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+            dx, crossing = result
+            return buffers._replace(
+                mail=put(buffers.mail, row[Field.TARGET], dx),
+                cross=put(buffers.cross, row[Field.CROSS], crossing),
+            )
+
+        return Operation(self._read_backward, compute, write)
+
+    def backward_weight(self, chunk: int) -> Operation:
+        """The weight gradient accumulated."""
+
+        def read(buffers: Buffers, row: jax.Array) -> Any:
+            return take(buffers.weight_stash, row[Field.WEIGHT_STASH]), take(buffers.cross, row[Field.CROSS])
+
+        def compute(inputs: Any, row: jax.Array) -> Any:
+            return self.split.backward_weight(self.prepared[chunk], *inputs)
+
+        def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
+            return _accumulate(buffers, chunk, grads)
+
+        return Operation(read, compute, write)
+
+    def embed(self, chunk: int) -> Operation:
+        """A microbatch's input to stage 0."""
+
+        def compute(_: Any, row: jax.Array) -> Any:
+            return self.model.run_embed(self.outer, self.context(-1, row[Field.MICROBATCH]))
+
+        def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
+            return buffers._replace(mail=put(buffers.mail, row[Field.TARGET], x))
+
+        return Operation(_read_nothing, compute, write)
+
+    def embed_grad(self, chunk: int) -> Operation:
+        """The embedding's gradient accumulated from stage 0's input cotangent."""
+
+        def read(buffers: Buffers, row: jax.Array) -> Any:
+            return take(buffers.mail, row[Field.SOURCE])
+
+        def compute(dx: Any, row: jax.Array) -> Any:
+            ctx = self.context(-1, row[Field.MICROBATCH])
+            diff, rest = partition(self.outer)
+
+            def floating(diff: Any) -> Any:
+                return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
+
+            return jax.vjp(floating, diff)[1](partition(dx)[0])[0]
+
+        def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
+            return buffers._replace(outer_grads=add(buffers.outer_grads, grads))
+
+        return Operation(read, compute, write)
+
+    def head(self, chunk: int) -> Operation:
+        """The last stage's y -> its loss, y's cotangent and the head's gradient accumulated.
+
+        Forward and backward of the head run at once: its residuals (the logits) are never stashed.
+        """
+
+        def read(buffers: Buffers, row: jax.Array) -> Any:
+            return take(buffers.mail, row[Field.SOURCE])
+
+        def compute(y: Any, row: jax.Array) -> Any:
+            if self.model.head is None:
+                return jax.tree.map(jnp.zeros_like, y), None, None, {}
+            ctx = self.context(self.num_stages, row[Field.MICROBATCH])
+            outer_diff, outer_rest = partition(self.outer)
+            y_diff, y_rest = partition(y)
+
+            def loss_of(outer_diff: Any, y_diff: Any) -> Any:
+                return self.model.run_head(merge(outer_diff, outer_rest), merge(y_diff, y_rest), ctx)
+
+            loss, vjp, metrics = jax.vjp(loss_of, outer_diff, y_diff, has_aux=True)
+            outer_grads, dy = vjp(self._weight(row).astype(loss.dtype))
+            return merge(dy, jax.tree.map(jnp.zeros_like, y_rest)), outer_grads, loss, metrics
+
+        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+            dy, outer_grads, loss, metrics = result
+            buffers = buffers._replace(mail=put(buffers.mail, row[Field.TARGET], dy))
+            if loss is None:
+                return buffers
+            return buffers._replace(
+                outer_grads=add(buffers.outer_grads, outer_grads),
+                loss=add(buffers.loss, self._weighted(loss, row)),
+                head_metrics=add(buffers.head_metrics, metrics),
+            )
+
+        return Operation(read, compute, write)
+
+    def _read_backward(self, buffers: Buffers, row: jax.Array) -> Any:
+        stash = take(buffers.stash, row[Field.STASH])
+        weight_stash = take(buffers.weight_stash, row[Field.WEIGHT_STASH])
+        return type(self.split.residuals)(stash, weight_stash), take(buffers.mail, row[Field.SOURCE])
+
+    def _weight(self, row: jax.Array) -> jax.Array:
+        return self.weights[row[Field.MICROBATCH]]
+
+    def _weighted(self, loss: Any, row: jax.Array) -> Any:
+        return jax.tree.map(lambda value: value * self._weight(row).astype(value.dtype), loss)
+
+    def _cotangent(self, dy: Any, row: jax.Array) -> Any:
+        _, aux_loss = self.split.out
+        return dy, jax.tree.map(lambda aval: self._weight(row).astype(aval.dtype), aux_loss)
+
+
+def make_context(batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any) -> Context:
+    """A Context with the microbatch's slice of the batch and its own key."""
+    stage, microbatch = jnp.asarray(stage, jnp.int32), jnp.asarray(microbatch, jnp.int32)
+    if rng is not None:
+        rng = jax.random.fold_in(jax.random.fold_in(rng, stage + 1), microbatch)
+    return Context(stage, microbatch, rng, take(batch, microbatch))
+
+
+def run_branch(branch: Branch, operation: Callable[[Op, int], Operation]) -> Callable[[Buffers, jax.Array], Buffers]:
+    """The code of a branch: read all, compute all, write all."""
+    parts = [(op, operation(op, chunk)) for op, chunk in branch]
+
+    def run(buffers: Buffers, rows: jax.Array) -> Buffers:
+        inputs = [part.read(buffers, rows[i]) for i, (_, part) in enumerate(parts)]
+        results = []
+        for i, (op, part) in enumerate(parts):
+            with jax.named_scope(op.value):
+                results.append(part.compute(inputs[i], rows[i]))
+        for i, (_, part) in enumerate(parts):
+            buffers = part.write(buffers, rows[i], results[i])
+        return buffers
+
+    return run
+
+
+def partition(tree: Any) -> tuple[Any, Any]:
+    """(inexact leaves, other leaves) of a tree, None in the others' places."""
+    inexact = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+    return (
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, inexact),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, inexact),
+    )
+
+
+def merge(left: Any, right: Any) -> Any:
+    """The tree of which `partition` made left and right."""
+    return jax.tree.map(lambda a, b: b if a is None else a, left, right, is_leaf=lambda leaf: leaf is None)
+
+
+def _accumulate(buffers: Buffers, chunk: int, grads: Any) -> Buffers:
+    totals = list(buffers.grads)
+    totals[chunk] = add(totals[chunk], grads)
+    return buffers._replace(grads=tuple(totals))
+
+
+def _read_nothing(buffers: Buffers, row: jax.Array) -> None:
+    return None
