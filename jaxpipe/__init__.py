@@ -1,0 +1,12 @@
+"""Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program."""
+
+from jaxpipe import schedule as schedule
+from jaxpipe.api import Pipeline as Pipeline
+from jaxpipe.api import forward as forward
+from jaxpipe.api import make_mesh as make_mesh
+from jaxpipe.api import stack_stages as stack_stages
+from jaxpipe.api import unstack_stages as unstack_stages
+from jaxpipe.api import value_and_grad as value_and_grad
+from jaxpipe.runtime.model import Context as Context
+from jaxpipe.runtime.model import Output as Output
+from jaxpipe.runtime.model import Params as Params

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -51,10 +51,6 @@ class Step:
     rng: jax.Array | None
     num_stages: int
 
-    def context(self, stage: Any, microbatch: Any) -> Context:
-        """Where the stage's work on a microbatch runs."""
-        return make_context(self.batch, self.rng, stage, microbatch)
-
     def operation(self, op: Op, chunk: int) -> Operation:
         """The operation of a kind on a local chunk."""
         makers = {
@@ -62,7 +58,7 @@ class Step:
             Op.B: self.backward,
             Op.I: self.backward_input,
             Op.W: self.backward_weight,
-            Op.EMBED: self.embed,
+            Op.EMBED: lambda _: embed_operation(self),
             Op.HEAD: self.head,
             Op.EMBED_GRAD: self.embed_grad,
         }
@@ -75,7 +71,7 @@ class Step:
             return take(buffers.mail, row[Field.SOURCE])
 
         def compute(x: Any, row: jax.Array) -> Any:
-            ctx = self.context(row[Field.STAGE], row[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])
             return self.split.forward(self.prepared[chunk], x, ctx)
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
@@ -133,17 +129,6 @@ class Step:
 
         return Operation(read, compute, write)
 
-    def embed(self, chunk: int) -> Operation:
-        """A microbatch's input to stage 0."""
-
-        def compute(_: Any, row: jax.Array) -> Any:
-            return self.model.run_embed(self.outer, self.context(-1, row[Field.MICROBATCH]))
-
-        def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
-            return buffers._replace(mail=put(buffers.mail, row[Field.TARGET], x))
-
-        return Operation(_read_nothing, compute, write)
-
     def embed_grad(self, chunk: int) -> Operation:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
 
@@ -151,7 +136,7 @@ class Step:
             return take(buffers.mail, row[Field.SOURCE])
 
         def compute(dx: Any, row: jax.Array) -> Any:
-            ctx = self.context(-1, row[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, -1, row[Field.MICROBATCH])
             diff, rest = partition(self.outer)
 
             def floating(diff: Any) -> Any:
@@ -176,7 +161,7 @@ class Step:
         def compute(y: Any, row: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = self.context(self.num_stages, row[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH])
             outer_diff, outer_rest = partition(self.outer)
             y_diff, y_rest = partition(y)
 
@@ -214,6 +199,34 @@ class Step:
     def _cotangent(self, dy: Any, row: jax.Array) -> Any:
         _, aux_loss = self.split.out
         return dy, jax.tree.map(lambda aval: self._weight(row).astype(aval.dtype), aux_loss)
+
+
+class HasEmbed(Protocol):
+    """What `embed_operation` reads of a step."""
+
+    @property
+    def model(self) -> Model: ...
+    @property
+    def outer(self) -> Any: ...
+    @property
+    def batch(self) -> Any: ...
+    @property
+    def rng(self) -> jax.Array | None: ...
+
+
+def embed_operation(step: HasEmbed) -> Operation:
+    """A microbatch's input to stage 0."""
+
+    def read(buffers: Buffers, row: jax.Array) -> None:
+        return None
+
+    def compute(_: Any, row: jax.Array) -> Any:
+        return step.model.run_embed(step.outer, make_context(step.batch, step.rng, -1, row[Field.MICROBATCH]))
+
+    def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
+        return buffers._replace(mail=put(buffers.mail, row[Field.TARGET], x))
+
+    return Operation(read, compute, write)
 
 
 def make_context(batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any) -> Context:
@@ -259,7 +272,3 @@ def _accumulate(buffers: Buffers, chunk: int, grads: Any) -> Buffers:
     totals = list(buffers.grads)
     totals[chunk] = add(totals[chunk], grads)
     return buffers._replace(grads=tuple(totals))
-
-
-def _read_nothing(buffers: Buffers, row: jax.Array) -> None:
-    return None

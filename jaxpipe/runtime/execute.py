@@ -1,0 +1,284 @@
+"""Runs a Program on one rank: one scan over its steps, inside shard_map."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.copies import cast, gather_grads, working_copies
+from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
+from jaxpipe.runtime.model import Context, Model, Params
+from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch
+from jaxpipe.runtime.program import Op, Program
+from jaxpipe.stage import split_stage
+
+
+@dataclasses.dataclass(frozen=True)
+class Axes:
+    """The mesh axes that the executor handles itself; all others are the compiler's.
+
+    Attributes:
+      pipeline: the axis of the pipeline ranks.
+      data: axes that split the batch: the loss is a mean over them, gradients are summed over them.
+      replicated: further axes that a stage communicates on by hand while the batch is the same on them.
+      sizes: the size of every axis above.
+    """
+
+    pipeline: str
+    data: tuple[str, ...]
+    replicated: tuple[str, ...]
+    sizes: dict[str, int]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All manual axes."""
+        return frozenset({self.pipeline, *self.data, *self.replicated})
+
+
+def train(
+    program: Program,
+    model: Model,
+    axes: Axes,
+    compute_dtype: Any,
+    dispatch: str,
+    spec_axes: Params,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    tables: Any,
+) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
+    """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
+
+    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it.
+    """
+    rng = _fold_axes(rng, axes)
+    chunks = working_copies(cast(params.stages, compute_dtype), program.schedule, axes.pipeline)
+    outer = cast(params.outer, compute_dtype)
+    model = _with_cast_input(model, compute_dtype)
+    ctx = make_context(batch, rng, 0, 0)
+    x = jax.eval_shape(model.run_embed, outer, ctx)
+    split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True)
+    _check_boundary(x, split.out[0], split.out[1])
+    step = Step(
+        model=model,
+        split=split,
+        prepared=tuple(split.prepare(chunk) for chunk in chunks),
+        outer=outer,
+        batch=batch,
+        weights=_mean_weights(model, batch, axes),
+        rng=rng,
+        num_stages=program.schedule.num_stages,
+    )
+    loss, head_metrics = _loss_avals(model, outer, x, ctx)
+    buffers = Buffers(
+        mail=allocate(x, program.num_mail_slots + 1),
+        stash=allocate(split.residuals.input, program.num_stash_slots + 1),
+        weight_stash=allocate(split.residuals.weight, program.num_weight_stash_slots + 1),
+        cross=allocate(split.crossing, program.num_cross_slots + 1),
+        grads=tuple(jax.tree.map(accumulator, chunk) for chunk in chunks),
+        outer_grads=jax.tree.map(accumulator, outer),
+        loss=jax.tree.map(accumulator, loss),
+        aux_loss=jax.tree.map(accumulator, split.out[1]),
+        stage_metrics=jax.tree.map(accumulator, split.aux),
+        head_metrics=jax.tree.map(accumulator, head_metrics),
+    )
+    buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
+
+    everywhere = (axes.pipeline, *axes.data, *axes.replicated)
+    aux_loss = lax.psum(buffers.aux_loss, everywhere)
+    losses = [value for value in (lax.psum(buffers.loss, everywhere), aux_loss) if value is not None]
+    aux = _sum_metrics(buffers, axes)
+    if aux_loss is not None:
+        aux["aux_loss"] = aux_loss
+    grads = Params(gather_grads(buffers.grads, program.schedule, axes.pipeline), buffers.outer_grads)
+    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    return (functools.reduce(jnp.add, losses), aux), grads
+
+
+def infer(
+    program: Program,
+    model: Model,
+    axes: Axes,
+    compute_dtype: Any,
+    dispatch: str,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    tables: Any,
+) -> tuple[Any, dict[str, Any]]:
+    """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
+    rng = _fold_axes(rng, axes)
+    chunks = working_copies(cast(params.stages, compute_dtype), program.schedule, axes.pipeline)
+    outer = cast(params.outer, compute_dtype)
+    model = _with_cast_input(model, compute_dtype)
+    ctx = make_context(batch, rng, 0, 0)
+    x = jax.eval_shape(model.run_embed, outer, ctx)
+    (y, aux_loss), metrics = jax.eval_shape(model.run_stage, chunks[0], x, ctx)
+    _check_boundary(x, y, aux_loss)
+    outputs = jax.eval_shape(functools.partial(run_outputs, model), outer, y, ctx)
+    rows = jax.tree.leaves(batch)[0].shape[1]
+    for leaf in jax.tree.leaves(outputs):
+        if leaf.shape[:1] != (rows,):
+            raise ValueError(
+                f"the head returned an output of shape {leaf.shape} for a microbatch of {rows}: a forward-only "
+                f"program returns per-example outputs, so make its leading dimension {rows}"
+            )
+    buffers = Buffers(
+        mail=allocate(x, program.num_mail_slots + 1),
+        stage_metrics=jax.tree.map(accumulator, metrics),
+        outputs=allocate(outputs, program.schedule.num_microbatches),
+    )
+    step = ForwardStep(model, chunks, outer, batch, rng, program.schedule.num_stages)
+    buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
+    # Only the ranks that run the head hold outputs; all others hold zeros, so the sum is exact.
+    outputs = jax.tree.map(lambda leaf: _sum_exactly(leaf, axes.pipeline), buffers.outputs)
+    outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
+    return outputs, _sum_metrics(buffers, axes)
+
+
+def make_tables(program: Program) -> tuple[Any, Any]:
+    """(tables of each rank ``[steps, ranks, ...]``, tables common to all ranks ``[steps]``)."""
+    _, patterns = _patterns(program)
+    per_rank = {
+        "branch": program.branch,
+        "operands": program.operands,
+        "send": program.send,
+        "receive": program.receive,
+    }
+    return per_rank, patterns
+
+
+def run_steps(
+    program: Program,
+    operation: Callable[[Op, int], Operation],
+    axis: str,
+    dispatch: str,
+    buffers: Buffers,
+    tables: Any,
+) -> Buffers:
+    """The scan over all steps: run a branch, then move messages where the step says so."""
+    per_rank, patterns = tables
+    per_rank = {name: table[:, 0] for name, table in per_rank.items()}
+    branches = [run_branch(branch, operation) for branch in program.branches]
+    flags, _ = _patterns(program)
+    exchanges = [functools.partial(_exchange, program.channels, pattern, axis) for pattern in flags]
+
+    def body(buffers: Buffers, row: Any) -> tuple[Buffers, None]:
+        mine, pattern = row
+        buffers = _dispatch(dispatch, mine["branch"], branches, buffers, mine["operands"])
+        mail = _dispatch(dispatch, pattern, exchanges, buffers.mail, mine["send"], mine["receive"])
+        return buffers._replace(mail=mail), None
+
+    return lax.scan(body, buffers, (per_rank, patterns))[0]
+
+
+def _patterns(program: Program) -> tuple[list[tuple[bool, ...]], np.ndarray]:
+    """(distinct rows of ``communicate``, silence first; ``int32[steps]`` which of them a step has)."""
+    rows = [tuple(bool(flag) for flag in row) for row in program.communicate]
+    silence = (False,) * len(program.channels)
+    distinct = [silence, *sorted(set(rows) - {silence})]
+    return distinct, np.asarray([distinct.index(row) for row in rows], np.int32)
+
+
+def _exchange(
+    channels: Sequence[Any], pattern: tuple[bool, ...], axis: str, mail: Any, send: jax.Array, receive: jax.Array
+) -> Any:
+    """Moves one message on each channel of a pattern: all sends are read before any arrival is written."""
+    with jax.named_scope("send"):
+        arrived = [
+            (i, lax.ppermute(take(mail, send[i]), axis, channels[i])) for i, flag in enumerate(pattern) if flag
+        ]
+    for i, message in arrived:
+        mail = put(mail, receive[i], message)
+    return mail
+
+
+def _dispatch(how: str, index: jax.Array, branches: Sequence[Callable[..., Any]], carry: Any, *operands: Any) -> Any:
+    """``branches[index](carry, *operands)``; branch 0 returns the carry unchanged.
+
+    "switch" is one conditional, which XLA:GPU runs in place. XLA:CPU copies every carried buffer at a conditional
+    but not at a loop, so "loops" runs each branch in a loop of no or one trip.
+    """
+    if how == "switch":
+        return lax.switch(index, branches, carry, *operands)
+    for i, branch in enumerate(branches[1:], start=1):
+        trips = (index == i).astype(jnp.int32)
+        carry = lax.fori_loop(0, trips, lambda _, carry, branch=branch: branch(carry, *operands), carry)
+    return carry
+
+
+def _with_cast_input(model: Model, dtype: Any) -> Model:
+    """The model with inputs in compute dtype where the batch itself is the first stage's input."""
+    if model.embed is not None or dtype is None:
+        return model
+    return dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
+
+
+def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
+    """Keys that differ between data-parallel devices."""
+    if rng is None or all(axes.sizes[axis] == 1 for axis in axes.data):
+        return rng
+    return jax.random.fold_in(rng, lax.axis_index(axes.data))
+
+
+def _mean_weights(model: Model, batch: Any, axes: Axes) -> jax.Array:
+    """``[num_microbatches]``: each microbatch's share of the mean over all microbatches and devices."""
+    count = jax.tree.leaves(batch)[0].shape[0]
+    dtype = jnp.result_type(float)
+    weights = jnp.ones(count, dtype) if model.weight is None else jax.vmap(model.weight)(batch).astype(dtype)
+    total = lax.psum(weights.sum(), (*axes.data, *axes.replicated)) if axes.data or axes.replicated else weights.sum()
+    return weights / total
+
+
+def _loss_avals(model: Model, outer: Any, y: Any, ctx: Context) -> tuple[Any, Any]:
+    """(loss, metrics) of the head as shapes and dtypes; (None, {}) without a head."""
+    if model.head is None:
+        return None, {}
+    loss, metrics = jax.eval_shape(model.run_head, outer, y, ctx)
+    if loss.shape != ():
+        raise ValueError(f"the head returned a loss of shape {loss.shape}; return a scalar, the microbatch's mean loss")
+    return loss, metrics
+
+
+def _check_boundary(x: Any, y: Any, aux_loss: Any) -> None:
+    """Every stage boundary carries the same shapes, since all of them share buffers and permutes."""
+    describe = functools.partial(jax.tree.map, lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}")
+    if describe(x) != describe(y):
+        raise ValueError(
+            f"the stage maps {describe(x)} to {describe(y)}: input and output of a stage must have the same structure, "
+            "shapes and dtypes; move what changes them into embed (before the first stage) or head (after the last)"
+        )
+    if aux_loss is not None and aux_loss.shape != ():
+        raise ValueError(f"the stage's aux_loss has shape {aux_loss.shape}; return a scalar")
+
+
+def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
+    """Stage and head metrics summed over pipeline ranks and data-parallel devices."""
+    head_metrics = buffers.head_metrics or {}
+    both = set(buffers.stage_metrics) & set(head_metrics)
+    if both or "aux_loss" in {*buffers.stage_metrics, *head_metrics}:
+        raise ValueError(
+            f"metrics {sorted(both) or ['aux_loss']} are reported by both the stage and the head, or reserved; rename"
+        )
+    return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
+
+
+def _sum_exactly(leaf: jax.Array, axis: str) -> jax.Array:
+    if leaf.dtype == jnp.bool_:
+        return lax.psum(leaf.astype(jnp.int32), axis).astype(jnp.bool_)
+    return lax.psum(leaf, axis)
+
+
+def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array, sharded: frozenset[str]) -> jax.Array:
+    """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
+    missing = tuple(sorted(axes.names - sharded))
+    assert grad.dtype == accumulation_dtype(grad.dtype)
+    return (lax.psum(grad, missing) if missing else grad).astype(param.dtype)

@@ -1,0 +1,68 @@
+"""The operations of a forward-only program: no residuals, and outputs instead of gradients."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+
+from jaxpipe.runtime.buffers import Buffers, add, put, take
+from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.operations import Operation, embed_operation, make_context
+from jaxpipe.runtime.program import Field, Op
+
+
+@dataclasses.dataclass(frozen=True)
+class ForwardStep:
+    """What the forward-only operations have in common on one rank; see `operations.Step`."""
+
+    model: Model
+    chunks: tuple[Any, ...]
+    outer: Any
+    batch: Any
+    rng: jax.Array | None
+    num_stages: int
+
+    def operation(self, op: Op, chunk: int) -> Operation:
+        """The operation of a kind on a local chunk."""
+        if op is Op.F:
+            return self.forward(chunk)
+        return embed_operation(self) if op is Op.EMBED else self.head()
+
+    def forward(self, chunk: int) -> Operation:
+        """x -> y."""
+
+        def compute(x: Any, row: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])
+            (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
+            return y, metrics
+
+        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+            y, metrics = result
+            return buffers._replace(
+                mail=put(buffers.mail, row[Field.TARGET], y), stage_metrics=add(buffers.stage_metrics, metrics)
+            )
+
+        return Operation(_read_source, compute, write)
+
+    def head(self) -> Operation:
+        """The last stage's y -> outputs of the microbatch."""
+
+        def compute(y: Any, row: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH])
+            return run_outputs(self.model, self.outer, y, ctx)
+
+        def write(buffers: Buffers, row: jax.Array, outputs: Any) -> Buffers:
+            return buffers._replace(outputs=put(buffers.outputs, row[Field.MICROBATCH], outputs))
+
+        return Operation(_read_source, compute, write)
+
+
+def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
+    """What a forward-only program returns for a microbatch: the head's result, or y without a head."""
+    return y if model.head is None else model.head(outer, y, ctx.data, ctx)
+
+
+def _read_source(buffers: Buffers, row: jax.Array) -> Any:
+    return take(buffers.mail, row[Field.SOURCE])
