@@ -1,0 +1,347 @@
+"""Lowers a schedule to a Program: the int32 tables that the executor's scan reads.
+
+Three passes: cells (the branches of every rank, tick by tick), communication (when each message leaves), and
+slots (where each message and residual lives).
+
+Names: a *cell* is one branch of one rank. A *boundary* is an activation or its cotangent between two
+operations: boundary s is the input of stage s, and the last one the output of the last stage.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import heapq
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpipe.runtime.pack import Packing, pack
+from jaxpipe.runtime.program import Branch, Field, Op, Program
+from jaxpipe.runtime.slots import colour
+from jaxpipe.schedule.action import Action, Group, Kind
+from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.schedule.simulate import Costs
+
+
+def lower(
+    schedule: Schedule,
+    costs: Costs = Costs(),  # noqa: B008  (frozen)
+    *,
+    embed_grad: bool = True,
+    forward_only: bool = False,
+    packing: Packing | None = None,
+) -> Program:
+    """Lowers a schedule to the tables of one scan.
+
+    Args:
+      schedule: what every rank does, in which order; as ``jaxpipe.schedule.check`` accepts it.
+      costs: what the schedule is packed for.
+      embed_grad: emit an EMBED_GRAD after the backward of stage 0; otherwise its dx goes nowhere.
+      forward_only: keep only the forwards, EMBED and HEAD; nothing is stashed.
+      packing: the ticks, instead of those that ``pack`` finds. With ``forward_only`` it is a packing of
+        ``forwards(schedule)``.
+
+    Returns:
+      The program; its stash slots are as few as the order of each rank allows.
+
+    Raises:
+      ValueError: the schedule cannot run, or the packing is not one of this schedule.
+
+    >>> from jaxpipe.schedule import build
+    >>> program = lower(build("gpipe", 2, 2))
+    >>> ["+".join(op.value + str(chunk) for op, chunk in branch) for branch in program.branches]
+    ['', 'B0', 'E0', 'F0', 'G0', 'H0']
+    >>> program.branch[:4].tolist()  # rank 0 embeds and runs its first forward; rank 1 waits for it
+    [[2, 0], [3, 0], [2, 3], [3, 5]]
+    """
+    kept = forwards(schedule) if forward_only else schedule
+    packing = pack(kept, costs) if packing is None else packing
+    cells = _cells(kept, packing, embed_grad, forward_only)
+    values = _values(cells)
+    channels, rounds = _communicate(kept, values, packing.num_ticks)
+
+    counts = np.zeros((packing.num_ticks, kept.num_ranks), np.int64)
+    for cell in cells:
+        counts[cell.tick, cell.rank] += 1
+    running = np.maximum(counts.max(axis=1, initial=0), 1)  # steps of a tick that run cells
+    extra = np.array([max(0, len(tick) - 1) for tick in rounds], np.int64)  # and those that only communicate
+    starts = np.concatenate([[0], np.cumsum(running + extra)])
+    steps = [int(starts[cell.tick]) + cell.place for cell in cells]
+    moves = [
+        (int(starts[tick] + running[tick]) - 1 + turn, channel, value)
+        for tick, turns in enumerate(rounds)
+        for turn, moving in enumerate(turns)
+        for channel, value in moving
+    ]
+    ticks = np.repeat(np.arange(packing.num_ticks, dtype=np.int32), running + extra)
+    return _fill(schedule, forward_only, packing.makespan, cells, steps, values, channels, moves, ticks)
+
+
+def forwards(schedule: Schedule) -> Schedule:
+    """The schedule's forwards alone, in its order; groups with nothing left vanish."""
+    rows = tuple(
+        tuple(kept for group in row if (kept := tuple(a for a in group if a.kind is Kind.F))) for row in schedule.ranks
+    )
+    return dataclasses.replace(schedule, ranks=rows)
+
+
+class _Boundary(NamedTuple):
+    """What a mail slot holds: the activation at a boundary for a microbatch, or its cotangent."""
+
+    stage: int
+    microbatch: int
+    cotangent: bool
+
+
+class _Operation(NamedTuple):
+    op: Op
+    chunk: int
+    stage: int
+    microbatch: int
+
+    @property
+    def source(self) -> _Boundary | None:
+        """What it reads from its mail slot."""
+        match self.op:
+            case Op.F:
+                return _Boundary(self.stage, self.microbatch, False)
+            case Op.HEAD:
+                return _Boundary(self.stage + 1, self.microbatch, False)
+            case Op.B | Op.I:
+                return _Boundary(self.stage + 1, self.microbatch, True)
+            case Op.EMBED_GRAD:
+                return _Boundary(self.stage, self.microbatch, True)
+        return None
+
+    @property
+    def target(self) -> _Boundary | None:
+        """What it writes to its mail slot."""
+        match self.op:
+            case Op.EMBED:
+                return _Boundary(self.stage, self.microbatch, False)
+            case Op.F:
+                return _Boundary(self.stage + 1, self.microbatch, False)
+            case Op.HEAD:
+                return _Boundary(self.stage + 1, self.microbatch, True)
+            case Op.B | Op.I:
+                return _Boundary(self.stage, self.microbatch, True)
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Cell:
+    rank: int
+    tick: int
+    place: int  # among the rank's cells of the tick
+    operations: tuple[_Operation, ...]
+
+    @property
+    def branch(self) -> Branch:
+        return tuple((operation.op, operation.chunk) for operation in self.operations)
+
+
+def _cells(schedule: Schedule, packing: Packing, embed_grad: bool, forward_only: bool) -> list[_Cell]:
+    """The cells of every rank in order."""
+    lengths = tuple(len(row) for row in schedule.ranks)
+    if (packing.progress[-1] if packing.progress else (0,) * len(lengths)) != lengths:
+        raise ValueError(
+            f"the packing ends at {packing.progress[-1:]} groups, but the ranks of schedule {schedule.name!r} have "
+            f"{lengths}; pack the same schedule (with forward_only, pack forwards(schedule))"
+        )
+    chunks: dict[tuple[int, int], int] = {}
+
+    def operations(group: Group) -> Iterable[tuple[_Operation, ...]]:
+        def operation(action: Action, op: Op) -> _Operation:
+            place = (action.stage, schedule.direction(action.microbatch))
+            if place not in chunks:
+                chunks[place] = schedule.chunk_of(action)
+            return _Operation(op, chunks[place], action.stage, action.microbatch)
+
+        for action in group:
+            if action.kind is Kind.F and action.stage == 0:
+                yield (operation(action, Op.EMBED),)
+        yield tuple(operation(action, Op(action.kind.value)) for action in group)
+        for action in group:
+            if action.kind is Kind.F and action.stage == schedule.num_stages - 1:
+                yield (operation(action, Op.HEAD),)
+            if action.kind in (Kind.B, Kind.I) and action.stage == 0 and embed_grad:
+                yield (operation(action, Op.EMBED_GRAD),)
+
+    cells = []
+    for rank, row in enumerate(schedule.ranks):
+        begin = 0
+        for tick, progress in enumerate(packing.progress):
+            parts = (part for group in row[begin : progress[rank]] for part in operations(group))
+            cells += [_Cell(rank, tick, place, part) for place, part in enumerate(parts)]
+            begin = progress[rank]
+    return cells
+
+
+class _Value(NamedTuple):
+    """Which cell writes a boundary and which reads it; both are indices of cells."""
+
+    boundary: _Boundary
+    writer: int
+    reader: int
+    source: int  # rank of the writer
+    target: int  # rank of the reader
+    release: int  # tick of the writer
+    deadline: int  # tick of the reader
+
+
+def _values(cells: list[_Cell]) -> list[_Value]:
+    """Every boundary that an operation reads. One that none reads (dx of stage 0, perhaps) goes nowhere."""
+    writer = {o.target: index for index, cell in enumerate(cells) for o in cell.operations if o.target is not None}
+    values = []
+    for index, cell in enumerate(cells):
+        for boundary in (o.source for o in cell.operations if o.source is not None):
+            if boundary not in writer:
+                raise ValueError(f"no action produces what {cell.operations} on rank {cell.rank} needs")
+            made = cells[writer[boundary]]
+            value = _Value(boundary, writer[boundary], index, made.rank, cell.rank, made.tick, cell.tick)
+            late = value.release >= value.deadline if made.rank != cell.rank else writer[boundary] >= index
+            if late:
+                raise ValueError(
+                    f"{cell.operations} on rank {cell.rank} in tick {cell.tick} needs {made.operations} of rank "
+                    f"{made.rank}, which runs in tick {made.tick}; messages move only between ticks"
+                )
+            values.append(value)
+    return values
+
+
+Channels = tuple[tuple[tuple[int, int], ...], ...]
+Rounds = list[list[list[tuple[int, _Value]]]]  # [ticks][rounds][moving] of (channel, value)
+
+
+def _communicate(schedule: Schedule, values: list[_Value], num_ticks: int) -> tuple[Channels, Rounds]:
+    """The channels, and what moves on them in each round of communication after each tick.
+
+    A rank sends one message a channel a round. Earliest deadline first, with as many rounds after a tick as
+    what is waiting then cannot do without if one round follows every later tick.
+    """
+    messages: dict[tuple[int, bool], list[_Value]] = {}
+    for value in values:
+        if value.source != value.target:
+            # A channel is a shift of the ring; between two ranks both ways are one shift: one per kind of message.
+            shift = (value.target - value.source) % schedule.num_ranks
+            messages.setdefault((shift, schedule.num_ranks == 2 and value.boundary.cotangent), []).append(value)
+    channels, rounds = [], [[] for _ in range(num_ticks)]
+    for channel, key in enumerate(sorted(messages)):
+        channels.append(tuple(sorted({(value.source, value.target) for value in messages[key]})))
+        released: dict[tuple[int, int], list[_Value]] = {}
+        for value in messages[key]:
+            released.setdefault((value.release, value.source), []).append(value)
+        waiting: list[list[tuple[int, int, _Value]]] = [[] for _ in range(schedule.num_ranks)]
+        for tick in range(num_ticks):
+            needed = 0
+            for rank, queue in enumerate(waiting):
+                for value in released.get((tick, rank), ()):
+                    heapq.heappush(queue, (value.deadline, value.writer, value))
+                later = (place - (entry[0] - 1 - tick) for place, entry in enumerate(sorted(queue), start=1))
+                needed = max(needed, min(1, len(queue)), max(later, default=0))
+            for turn in range(needed):
+                if turn == len(rounds[tick]):
+                    rounds[tick].append([])
+                rounds[tick][turn] += [(channel, heapq.heappop(queue)[2]) for queue in waiting if queue]
+    return tuple(channels), rounds
+
+
+def _allocate(num_ranks: int, intervals: dict[tuple, tuple[int, int]]) -> tuple[dict[tuple, int], int]:
+    """Slots for intervals whose keys begin with the rank, and how many the neediest rank uses."""
+    slots: dict[tuple, int] = {}
+    for rank in range(num_ranks):
+        keys = [key for key in intervals if key[0] == rank]
+        slots.update(zip(keys, colour([intervals[key] for key in keys]), strict=True))
+    return slots, max(slots.values(), default=-1) + 1
+
+
+def _stash_intervals(
+    cells: list[_Cell], steps: list[int], writer: Op, readers: tuple[Op, ...]
+) -> dict[tuple, tuple[int, int]]:
+    """The closed interval of steps from the writer to the last reader, by (rank, stage, microbatch).
+
+    As half-open moments, so that an operation may not write what another of the same step still reads. What
+    nobody reads (forwards without backwards) needs no slot.
+    """
+    written, intervals = {}, {}
+    for cell, step in zip(cells, steps, strict=True):
+        for operation in cell.operations:
+            key = (cell.rank, operation.stage, operation.microbatch)
+            if operation.op is writer:
+                written[key] = 2 * step
+            elif operation.op in readers:
+                intervals[key] = (written[key], 2 * step + 1)
+    return intervals
+
+
+def _fill(
+    schedule: Schedule,
+    forward_only: bool,
+    makespan: float,
+    cells: list[_Cell],
+    steps: list[int],
+    values: list[_Value],
+    channels: Channels,
+    moves: list[tuple[int, int, _Value]],
+    ticks: np.ndarray,
+) -> Program:
+    """Allocates the slots and writes the tables. Moments: 2 * step is the branch, 2 * step + 1 communication."""
+    ranks, num_steps = schedule.num_ranks, len(ticks)
+    sent = {value.boundary: step for step, _, value in moves}
+    mail: dict[tuple, tuple[int, int]] = {}
+    for value in values:
+        begin, end = 2 * steps[value.writer], 2 * steps[value.reader]
+        if value.source != value.target:
+            mail[(value.source, value.boundary)] = (begin, 2 * sent[value.boundary] + 1)
+            begin = 2 * sent[value.boundary] + 1
+        mail[(value.target, value.boundary)] = (begin, end)
+    mail_slots, num_mail = _allocate(ranks, mail)
+    stash, num_stash = _allocate(ranks, _stash_intervals(cells, steps, Op.F, (Op.B, Op.I)))
+    weight, num_weight = _allocate(ranks, _stash_intervals(cells, steps, Op.F, (Op.B, Op.W)))
+    cross, num_cross = _allocate(ranks, _stash_intervals(cells, steps, Op.I, (Op.W,)))
+
+    order = list(Op)
+    used = {cell.branch for cell in cells} - {()}
+    branches: tuple[Branch, ...] = ((), *sorted(used, key=lambda b: [(order.index(op), chunk) for op, chunk in b]))
+    branch = np.zeros((num_steps, ranks), np.int32)
+    operands = np.zeros((num_steps, ranks, 2, len(Field)), np.int32)
+    operands[..., Field.SOURCE :] = (num_mail, num_mail, num_stash, num_weight, num_cross)
+    for cell, step in zip(cells, steps, strict=True):
+        branch[step, cell.rank] = branches.index(cell.branch)
+        for row, operation in enumerate(cell.operations):
+            key = (cell.rank, operation.stage, operation.microbatch)
+            stashes = operation.op in (Op.F, Op.B, Op.I)
+            operands[step, cell.rank, row] = (
+                operation.microbatch,
+                operation.stage,
+                mail_slots.get((cell.rank, operation.source), num_mail),
+                mail_slots.get((cell.rank, operation.target), num_mail),
+                stash.get(key, num_stash) if stashes else num_stash,
+                weight.get(key, num_weight) if stashes or operation.op is Op.W else num_weight,
+                cross.get(key, num_cross) if operation.op in (Op.I, Op.W) else num_cross,
+            )
+    communicate = np.zeros((num_steps, len(channels)), np.bool_)
+    send = np.full((num_steps, ranks, len(channels)), num_mail, np.int32)
+    receive = np.full((num_steps, ranks, len(channels)), num_mail, np.int32)
+    for step, channel, value in moves:
+        communicate[step, channel] = True
+        send[step, value.source, channel] = mail_slots[(value.source, value.boundary)]
+        receive[step, value.target, channel] = mail_slots[(value.target, value.boundary)]
+    return Program(
+        schedule=schedule,
+        forward_only=forward_only,
+        branches=branches,
+        branch=branch,
+        operands=operands,
+        channels=channels,
+        communicate=communicate,
+        send=send,
+        receive=receive,
+        ticks=ticks,
+        num_mail_slots=num_mail,
+        num_stash_slots=num_stash,
+        num_weight_stash_slots=num_weight,
+        num_cross_slots=num_cross,
+        makespan=makespan,
+    )
