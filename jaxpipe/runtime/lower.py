@@ -59,22 +59,16 @@ def lower(
     packing = pack(kept, costs) if packing is None else packing
     cells = _cells(kept, packing, embed_grad, forward_only)
     values = _values(cells)
-    channels, rounds = _communicate(kept, values, packing.num_ticks)
+    channels, moves = _communicate(values, packing.num_ticks)
 
-    counts = np.zeros((packing.num_ticks, kept.num_ranks), np.int64)
+    counts = np.zeros((packing.num_ticks, kept.num_ranks), np.int32)
     for cell in cells:
         counts[cell.tick, cell.rank] += 1
-    running = np.maximum(counts.max(axis=1, initial=0), 1)  # steps of a tick that run cells
-    extra = np.array([max(0, len(tick) - 1) for tick in rounds], np.int64)  # and those that only communicate
-    starts = np.concatenate([[0], np.cumsum(running + extra)])
-    steps = [int(starts[cell.tick]) + cell.place for cell in cells]
-    moves = [
-        (int(starts[tick] + running[tick]) - 1 + turn, channel, value)
-        for tick, turns in enumerate(rounds)
-        for turn, moving in enumerate(turns)
-        for channel, value in moving
-    ]
-    ticks = np.repeat(np.arange(packing.num_ticks, dtype=np.int32), running + extra)
+    lengths = counts.max(axis=1, initial=0)
+    ends = np.cumsum(lengths)
+    steps = [int(ends[cell.tick] - lengths[cell.tick]) + cell.place for cell in cells]
+    moves = [(int(ends[tick]) - 1, channel, value) for tick, channel, value in moves]
+    ticks = np.repeat(np.arange(packing.num_ticks, dtype=np.int32), lengths)
     return _fill(schedule, forward_only, packing.makespan, cells, steps, values, channels, moves, ticks)
 
 
@@ -210,41 +204,82 @@ def _values(cells: list[_Cell]) -> list[_Value]:
     return values
 
 
-Channels = tuple[tuple[tuple[int, int], ...], ...]
-Rounds = list[list[list[tuple[int, _Value]]]]  # [ticks][rounds][moving] of (channel, value)
+Permutation = tuple[tuple[int, int], ...]
+"""(source, destination) pairs of ranks; each rank at most once on either side."""
+
+Moves = list[tuple[int, int, _Value]]
+"""(tick after which it moves, channel, value) of every message."""
 
 
-def _communicate(schedule: Schedule, values: list[_Value], num_ticks: int) -> tuple[Channels, Rounds]:
-    """The channels, and what moves on them in each round of communication after each tick.
+def _communicate(values: list[_Value], num_ticks: int) -> tuple[tuple[Permutation, ...], Moves]:
+    """Channels, and what moves on them after each tick, by the permutations that need fewer messages in all.
 
-    A rank sends one message a channel a round. Earliest deadline first, with as many rounds after a tick as
-    what is waiting then cannot do without if one round follows every later tick.
+    Shifts of the ring suit schedules whose ranks all send one way at a time. Exchanges between neighbours suit
+    DualPipe: in its steady state even ranks send both messages of a tick up while odd ranks send both down.
     """
-    messages: dict[tuple[int, bool], list[_Value]] = {}
-    for value in values:
-        if value.source != value.target:
-            # A channel is a shift of the ring; between two ranks both ways are one shift: one per kind of message.
-            shift = (value.target - value.source) % schedule.num_ranks
-            messages.setdefault((shift, schedule.num_ranks == 2 and value.boundary.cotangent), []).append(value)
-    channels, rounds = [], [[] for _ in range(num_ticks)]
-    for channel, key in enumerate(sorted(messages)):
-        channels.append(tuple(sorted({(value.source, value.target) for value in messages[key]})))
-        released: dict[tuple[int, int], list[_Value]] = {}
-        for value in messages[key]:
-            released.setdefault((value.release, value.source), []).append(value)
-        waiting: list[list[tuple[int, int, _Value]]] = [[] for _ in range(schedule.num_ranks)]
+    messages = [value for value in values if value.source != value.target]
+    edges = sorted({(value.source, value.target) for value in messages})
+    options = [_route(messages, permutations, num_ticks) for permutations in (_shifts(edges), _exchanges(edges))]
+    return min(options, key=lambda option: len({move[:2] for move in option[1]}))
+
+
+def _shifts(edges: list[tuple[int, int]]) -> list[Permutation]:
+    """Groups edges by how far they go: all steps to higher ranks, all steps to lower ranks, the wrap-arounds.
+
+    >>> _shifts([(0, 1), (1, 0), (1, 2), (2, 1)])
+    [((0, 1), (1, 2)), ((1, 0), (2, 1))]
+    """
+    distances = sorted({target - source for source, target in edges}, key=lambda d: (abs(d), -d))
+    return [tuple(edge for edge in edges if edge[1] - edge[0] == distance) for distance in distances]
+
+
+def _exchanges(edges: list[tuple[int, int]]) -> list[Permutation]:
+    """Groups edges so that in a group each rank has one partner, to which it sends and from which it receives.
+
+    >>> _exchanges([(0, 1), (1, 0), (1, 2), (2, 1)])
+    [((0, 1), (1, 0)), ((1, 2), (2, 1))]
+    """
+    groups: list[dict[int, int]] = []
+    for low, high in sorted({(min(edge), max(edge)) for edge in edges}):
+        group = next((g for g in groups if low not in g and high not in g), None)
+        if group is None:
+            groups.append(group := {})
+        group[low], group[high] = high, low
+    return [tuple(edge for edge in edges if group.get(edge[0]) == edge[1]) for group in groups]
+
+
+def _route(
+    messages: list[_Value], permutations: list[Permutation], num_ticks: int
+) -> tuple[tuple[Permutation, ...], Moves]:
+    """Decides when each message moves: earliest deadline first, on one channel of its permutation if that does.
+
+    Where a rank must send more than one message of a permutation after a tick, because otherwise, with one after
+    each later tick, one would be late, the permutation gets as many channels as that takes.
+    """
+    channels: list[Permutation] = []
+    moves: Moves = []
+    for permutation in permutations:
+        lanes: list[int] = []
+        released: dict[int, list[_Value]] = {}
+        for value in messages:
+            if (value.source, value.target) in permutation:
+                released.setdefault(value.release, []).append(value)
+        waiting: dict[int, list[tuple[int, int, _Value]]] = {source: [] for source, _ in permutation}
         for tick in range(num_ticks):
-            needed = 0
-            for rank, queue in enumerate(waiting):
-                for value in released.get((tick, rank), ()):
-                    heapq.heappush(queue, (value.deadline, value.writer, value))
-                later = (place - (entry[0] - 1 - tick) for place, entry in enumerate(sorted(queue), start=1))
-                needed = max(needed, min(1, len(queue)), max(later, default=0))
-            for turn in range(needed):
-                if turn == len(rounds[tick]):
-                    rounds[tick].append([])
-                rounds[tick][turn] += [(channel, heapq.heappop(queue)[2]) for queue in waiting if queue]
-    return tuple(channels), rounds
+            for value in released.get(tick, ()):
+                heapq.heappush(waiting[value.source], (value.deadline, value.writer, value))
+            for lane in range(max(_urgent(queue, tick) for queue in waiting.values())):
+                if lane == len(lanes):
+                    lanes.append(len(channels))
+                    channels.append(permutation)
+                moves += [(tick, lanes[lane], heapq.heappop(queue)[2]) for queue in waiting.values() if queue]
+    return tuple(channels), moves
+
+
+def _urgent(queue: list[tuple[int, int, _Value]], tick: int) -> int:
+    """How many must leave after this tick if one may leave after each later tick; at least one if any waits."""
+    late = (place - (deadline - 1 - tick) for place, (deadline, _, _) in enumerate(sorted(queue), start=1))
+    return max(1, *late) if queue else 0
 
 
 def _allocate(num_ranks: int, intervals: dict[tuple, tuple[int, int]]) -> tuple[dict[tuple, int], int]:
@@ -282,8 +317,8 @@ def _fill(
     cells: list[_Cell],
     steps: list[int],
     values: list[_Value],
-    channels: Channels,
-    moves: list[tuple[int, int, _Value]],
+    channels: tuple[Permutation, ...],
+    moves: Moves,
     ticks: np.ndarray,
 ) -> Program:
     """Allocates the slots and writes the tables. Moments: 2 * step is the branch, 2 * step + 1 communication."""

@@ -60,8 +60,8 @@ Branch = tuple[tuple[Op, int], ...]
 class Program:
     """Tables for an executor: in every step each rank runs one branch, then messages may move.
 
-    A step has two moments. First every rank runs its branch; an operation reads all its slots before
-    it writes any. Then, on the channels flagged for the step, every rank sends and receives; all sends
+    A step has two moments. First every rank runs its branch, which reads all its slots before it writes any;
+    an EMBED, HEAD or EMBED_GRAD is a branch of its own. Then, on the channels flagged for the step, every rank sends and receives; all sends
     read before any receive writes. A message between two stages of the same rank stays in its slot.
 
     Attributes:
@@ -71,7 +71,8 @@ class Program:
       branch: ``int32[steps, ranks]``, indices into ``branches``.
       operands: ``int32[steps, ranks, 2, len(Field)]``, one row per operation of the branch, the
         forward first in an overlapped pair. Rows without an operation hold zeros and dummy slots.
-      channels: the (source rank, destination rank) pairs of each channel, each fit for one ``ppermute``.
+      channels: the (source rank, destination rank) pairs of each channel, each fit for one ``ppermute``. Two
+        channels may be the same permutation: they carry two messages of a rank after one step.
       communicate: ``bool[steps, channels]``, whether messages move after the step; equal on all ranks.
       send: ``int32[steps, ranks, channels]``, the mail slot that leaves; the dummy if none does.
       receive: ``int32[steps, ranks, channels]``, the mail slot written; the dummy if nothing arrives.

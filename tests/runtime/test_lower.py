@@ -1,0 +1,210 @@
+"""Lowered tables, run by a plain interpreter that carries names instead of arrays."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from jaxpipe.runtime.lower import forwards, lower
+from jaxpipe.runtime.pack import pack_naive
+from jaxpipe.runtime.program import Field, Op, Program
+from jaxpipe.schedule import build
+from jaxpipe.schedule.action import Kind
+from jaxpipe.schedule.simulate import Costs, simulate
+
+SIZES = [
+    *[(name, ranks, m) for name in ("gpipe", "1f1b", "zb1p") for ranks, m in ((1, 2), (2, 4), (3, 7), (4, 8), (8, 20))],
+    *[("interleaved", ranks, m) for ranks, m in ((2, 4), (3, 6), (4, 8), (8, 16))],
+    *[("zbv", ranks, m) for ranks, m in ((2, 4), (3, 7), (4, 8), (8, 20))],
+    *[("dualpipe", ranks, m) for ranks, m in ((2, 4), (4, 8), (4, 20), (6, 14), (8, 20))],
+    *[("dualpipev", ranks, m) for ranks, m in ((2, 4), (3, 7), (4, 10), (8, 20))],
+]
+
+
+class Pool:
+    """Slots of one rank that know what they hold, and refuse to lose it."""
+
+    def __init__(self, size: int) -> None:
+        self.dummy = size
+        self.held: list[object] = [None] * size
+
+    def read(self, slot: int, expected: object, free: bool = True) -> None:
+        assert slot != self.dummy and self.held[slot] == expected, (slot, self.held, expected)
+        if free:
+            self.held[slot] = None
+
+    def write(self, slot: int, value: object) -> None:
+        assert slot != self.dummy and self.held[slot] is None, (slot, self.held, value)
+        self.held[slot] = value
+
+
+def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
+    """Runs the tables, asserting that every operation finds what it needs; returns what each rank ran, in order."""
+    ranks, last = program.num_ranks, program.schedule.num_stages - 1
+    embed_grad = any(op is Op.EMBED_GRAD for branch in program.branches for op, _ in branch)
+    mail = [Pool(program.num_mail_slots) for _ in range(ranks)]
+    stash = [Pool(program.num_stash_slots) for _ in range(ranks)]
+    weight = [Pool(program.num_weight_stash_slots) for _ in range(ranks)]
+    cross = [Pool(program.num_cross_slots) for _ in range(ranks)]
+    ran: list[list[tuple[tuple[Op, int, int], ...]]] = [[] for _ in range(ranks)]
+    for step in range(program.num_steps):
+        for rank in range(ranks):
+            branch = program.branches[program.branch[step, rank]]
+            rows = [dict(zip(Field, map(int, row), strict=True)) for row in program.operands[step, rank]]
+            assert all(set(r.values()) - {0} <= dummies(program) for r in rows[len(branch) :])
+            work = tuple(
+                (op, row[Field.STAGE], row[Field.MICROBATCH]) for (op, _), row in zip(branch, rows, strict=False)
+            )
+            for (_, chunk), (_, stage, microbatch) in zip(branch, work, strict=True):
+                route = program.schedule.routes[program.schedule.direction(microbatch)]
+                assert route[stage] == rank and program.schedule.rank_stages[rank][chunk] == stage
+            for (op, s, m), row in zip(work, rows, strict=False):  # all reads of mail come before any write
+                reads = {
+                    Op.F: ("act", s, m), Op.HEAD: ("act", s + 1, m), Op.B: ("grad", s + 1, m),
+                    Op.I: ("grad", s + 1, m), Op.EMBED_GRAD: ("grad", s, m),
+                }  # fmt: skip
+                if op in reads:
+                    mail[rank].read(row[Field.SOURCE], reads[op])
+                else:
+                    assert row[Field.SOURCE] == mail[rank].dummy
+            for (op, s, m), row in zip(work, rows, strict=False):
+                writes = {
+                    Op.F: ("act", s + 1, m), Op.HEAD: ("grad", s + 1, m), Op.B: ("grad", s, m),
+                    Op.I: ("grad", s, m), Op.EMBED: ("act", s, m),
+                }  # fmt: skip
+                to_nobody = (op is Op.HEAD and program.forward_only) or (op in (Op.B, Op.I) and s == 0)
+                if op not in writes or (to_nobody and not (s == 0 and embed_grad and op is not Op.HEAD)):
+                    assert row[Field.TARGET] == mail[rank].dummy
+                else:
+                    mail[rank].write(row[Field.TARGET], writes[op])
+                assert (op is Op.EMBED) <= (s == 0) and (op is Op.HEAD) <= (s == last)
+                assert (op is Op.EMBED_GRAD) <= (s == 0)
+                if op is Op.F and not program.forward_only:
+                    stash[rank].write(row[Field.STASH], (s, m))
+                    weight[rank].write(row[Field.WEIGHT_STASH], (s, m))
+            for (op, s, m), row in zip(work, rows, strict=False):  # stashes are free only after the step
+                if op in (Op.B, Op.I):
+                    stash[rank].read(row[Field.STASH], (s, m))
+                    weight[rank].read(row[Field.WEIGHT_STASH], (s, m), free=op is Op.B)
+                elif op is not Op.F or program.forward_only:
+                    assert row[Field.STASH] == stash[rank].dummy
+                if op is Op.I:
+                    cross[rank].write(row[Field.CROSS], (s, m))
+                elif op is Op.W:
+                    weight[rank].read(row[Field.WEIGHT_STASH], (s, m))
+                    cross[rank].read(row[Field.CROSS], (s, m))
+                else:
+                    assert row[Field.CROSS] == cross[rank].dummy
+                if op in (Op.EMBED, Op.HEAD, Op.EMBED_GRAD):
+                    assert row[Field.WEIGHT_STASH] == weight[rank].dummy
+            ran[rank] += [work] if work else []
+        exchange(program, step, mail)
+    assert all(value is None for pool in mail + stash + weight + cross for value in pool.held)
+    return ran
+
+
+def dummies(program: Program) -> set[int]:
+    return {
+        program.num_mail_slots, program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots,
+    }  # fmt: skip
+
+
+def exchange(program: Program, step: int, mail: list[Pool]) -> None:
+    """Moves the messages of a step: every channel reads before any writes, and no message is lost on the way."""
+    arriving: list[dict[int, object]] = [{} for _ in mail]
+    for channel, permutation in enumerate(program.channels):
+        assert len({s for s, _ in permutation}) == len({d for _, d in permutation}) == len(permutation)
+        senders = {r for r in range(len(mail)) if program.send[step, r, channel] != mail[r].dummy}
+        receivers = {r for r in range(len(mail)) if program.receive[step, r, channel] != mail[r].dummy}
+        assert program.communicate[step, channel] == bool(senders)
+        assert {d for s, d in permutation if s in senders} == receivers and senders <= {s for s, _ in permutation}
+        for source, destination in permutation:
+            if source in senders:
+                slot = int(program.send[step, source, channel])
+                value = mail[source].held[slot]
+                assert value is not None
+                mail[source].held[slot] = None
+                arriving[destination][int(program.receive[step, destination, channel])] = value
+    for pool, messages in zip(mail, arriving, strict=True):
+        for slot, value in messages.items():
+            pool.write(slot, value)
+
+
+def assert_right(program: Program, embed_grad: bool) -> None:
+    """What ran is the schedule, rank by rank, with the ends of the model beside their stages."""
+    schedule = forwards(program.schedule) if program.forward_only else program.schedule
+    ran = interpret(program)
+    for rank, row in enumerate(schedule.ranks):
+        expected = []
+        for group in row:
+            expected += [((Op.EMBED, 0, a.microbatch),) for a in group if a.kind is Kind.F and a.stage == 0]
+            expected.append(tuple((Op(a.kind.value), a.stage, a.microbatch) for a in group))
+            expected += [
+                ((Op.HEAD, a.stage, a.microbatch),)
+                for a in group
+                if a.kind is Kind.F and a.stage == schedule.num_stages - 1
+            ]
+            expected += [
+                ((Op.EMBED_GRAD, 0, a.microbatch),)
+                for a in group
+                if embed_grad and a.kind in (Kind.B, Kind.I) and a.stage == 0
+            ]
+        assert ran[rank] == expected
+    assert program.branch.dtype == program.operands.dtype == program.send.dtype == program.receive.dtype == np.int32
+    assert program.ticks.dtype == np.int32 and program.communicate.dtype == np.bool_
+    assert (np.diff(program.ticks) >= 0).all()
+    between = program.ticks[:-1][program.communicate.any(axis=1)[:-1]]
+    assert (between < program.ticks[1:][program.communicate.any(axis=1)[:-1]]).all()  # only the last step of a tick
+    assert not program.communicate[-1:].any()
+    assert program.branches[0] == () and len(set(program.branches)) == len(program.branches)
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+@pytest.mark.parametrize("embed_grad", [True, False])
+def test_every_operation_finds_what_it_needs(name: str, ranks: int, microbatches: int, embed_grad: bool) -> None:
+    schedule = build(name, ranks, microbatches)
+    program = lower(schedule, embed_grad=embed_grad)
+    assert_right(program, embed_grad)
+    assert program.num_weight_stash_slots == max(simulate(schedule, Costs()).peak_live)
+    assert program.makespan >= simulate(schedule, Costs()).makespan - 1e-6
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+def test_forward_only_keeps_no_residuals(name: str, ranks: int, microbatches: int) -> None:
+    program = lower(build(name, ranks, microbatches), forward_only=True)
+    assert_right(program, embed_grad=False)
+    assert (program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots) == (0, 0, 0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(size=st.sampled_from([s for s in SIZES if s[1] <= 4]), costs=st.tuples(*[st.floats(0.0, 4.0) for _ in range(5)]))
+def test_any_costs_lower_rightly(size: tuple[str, int, int], costs: tuple[float, ...]) -> None:
+    assert_right(lower(build(*size), Costs(*costs)), embed_grad=True)
+
+
+@pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
+def test_one_group_a_tick_lowers_rightly(name: str) -> None:
+    schedule = build(name, 4, 8)
+    assert_right(lower(schedule, packing=pack_naive(schedule, Costs())), embed_grad=True)
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), [("dualpipe", 8, 20), ("dualpipev", 8, 20)])
+def test_dualpipe_needs_few_buffers_and_messages(name: str, ranks: int, microbatches: int) -> None:
+    program = lower(build(name, ranks, microbatches))
+    assert program.num_stash_slots == (ranks + 1 if name == "dualpipe" else 2 * ranks + 1)
+    assert program.num_mail_slots <= 4
+    assert len(program.channels) == 4  # two messages each way between neighbours
+    assert program.communicate.any(axis=1).sum() < program.ticks[-1] + 1  # one exchange a tick at most
+    assert program.communicate.sum() < 2 * (program.ticks[-1] + 1)  # of two permutes on average
+
+
+def test_a_packing_of_another_schedule_is_an_error() -> None:
+    schedule = build("1f1b", 4, 8)
+    with pytest.raises(ValueError, match="pack the same schedule"):
+        lower(schedule, packing=pack_naive(build("1f1b", 4, 6), Costs()))
+    naive = pack_naive(schedule, Costs())
+    too_early = type(naive)((naive.progress[-1],), naive.makespan)
+    with pytest.raises(ValueError, match="only between ticks"):
+        lower(schedule, packing=too_early)
