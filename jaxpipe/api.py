@@ -51,6 +51,7 @@ class Pipeline:
         self._check_params(params)
         batch = self._split_batch(batch)
         specs = jax.tree.map(_broadcast_spec, self.specs, params, is_leaf=_is_spec)
+        self._check_specs(specs)
         tables = execute.make_tables(self.program)
         manual = functools.partial(_manual_part, self.axes.names)
         param_specs = jax.tree.map(manual, specs, is_leaf=_is_spec)
@@ -88,6 +89,20 @@ class Pipeline:
                     f"params.stages{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but schedule "
                     f"{self.program.schedule.name!r} has {stages} stages: stack the parameters of all stages in rows, "
                     f"[{stages}, ...], with jaxpipe.stack_stages"
+                )
+
+    def _check_specs(self, specs: Params) -> None:
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs.stages, is_leaf=_is_spec):
+            if not spec or spec[0] != self.axes.pipeline:
+                raise ValueError(
+                    f"specs.stages{jax.tree_util.keystr(path)} is {spec}: a stage parameter's PartitionSpec must "
+                    f"start with {self.axes.pipeline!r}, the axis its rows are sharded over"
+                )
+        for path, spec in jax.tree_util.tree_leaves_with_path(specs.outer, is_leaf=_is_spec):
+            if self.axes.pipeline in _axes_of(spec):
+                raise ValueError(
+                    f"specs.outer{jax.tree_util.keystr(path)} is {spec}: outer parameters are replicated over "
+                    f"{self.axes.pipeline!r}; shard them over another axis"
                 )
 
     def _split_batch(self, batch: Any) -> Any:

@@ -78,6 +78,8 @@ def train(
         num_stages=program.schedule.num_stages,
     )
     loss, head_metrics = _loss_avals(model, outer, x, ctx)
+    if loss is None and split.out[1] is None:
+        raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
     buffers = Buffers(
         mail=allocate(x, program.num_mail_slots + 1),
         stash=allocate(split.residuals.input, program.num_stash_slots + 1),

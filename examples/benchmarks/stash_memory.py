@@ -1,0 +1,143 @@
+"""Memory of the compiled pipeline against what the schedule predicts, and copies of stash buffers in its HLO.
+
+    python examples/benchmarks/stash_memory.py [--width 2048] [--layers 4] [--ranks 1,4,8]
+
+Compiles DualPipeV training steps of a stage of residual MLP layers in bfloat16. Ranks beyond the devices present are
+compiled ahead of time for as many GPUs of the same kind; on CPU they need fake devices. The prediction is the sum of
+all slot pools, the gradient accumulators, the working copies, and the temporaries of the largest branch compiled alone.
+"""
+
+import argparse
+import re
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxpipe
+from jaxpipe.runtime.model import Context, Model
+from jaxpipe.stage import split_stage
+
+
+def stage(params, x, ctx):
+    """Residual MLP layers."""
+    for layer in range(params["up"].shape[0]):
+        x = x + jax.nn.gelu(x @ params["up"][layer]) @ params["down"][layer]
+    return x
+
+
+def embed(outer, data, ctx):
+    """The batch is already bfloat16 activations."""
+    return data
+
+
+def head(outer, y, data, ctx):
+    """Mean square."""
+    return jnp.mean(y.astype(jnp.float32) ** 2)
+
+
+def make_mesh(ranks: int) -> Mesh:
+    """A mesh over real devices, or over a topology of as many GPUs where there are fewer."""
+    if ranks <= len(jax.devices()):
+        return jaxpipe.make_mesh(pp=ranks)
+    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x{ranks}x1")
+    return Mesh(np.array(topology.devices), ("pp",), axis_types=(AxisType.Auto,))
+
+
+def nbytes(tree) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def measure(ranks: int, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, float]:
+    """One row of the table."""
+    schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
+    mesh = make_mesh(ranks)
+    step = jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, compute_dtype=jnp.bfloat16)
+    shape = jax.ShapeDtypeStruct
+    one = {
+        "up": shape((layers, width, 4 * width), jnp.bfloat16),
+        "down": shape((layers, 4 * width, width), jnp.bfloat16),
+    }
+    rows = NamedSharding(mesh, P("pp"))
+    masters = jax.tree.map(lambda s: shape((schedule.num_stages, *s.shape), jnp.float32, sharding=rows), one)
+    batch = shape((microbatches, tokens, width), jnp.bfloat16, sharding=NamedSharding(mesh, P()))
+    compiled = jax.jit(step).lower(jaxpipe.Params(masters), batch).compile()
+
+    x = shape((1, tokens, width), jnp.bfloat16)
+    index = shape((), jnp.int32)
+    ctx = Context(index, index, None, x)
+    split = split_stage(Model(stage).run_stage, one, x, ctx, has_aux=True)
+    program = step.program
+    pools = {
+        "stash": (program.num_stash_slots, split.residuals.input),
+        "weight stash": (program.num_weight_stash_slots, split.residuals.weight),
+        "cross": (program.num_cross_slots, split.crossing),
+        "mail": (program.num_mail_slots, x),
+    }
+    slots = sum((count + 1) * nbytes(value) for count, value in pools.values())
+    chunks = len(schedule.rank_stages[0])
+    copies = chunks * nbytes(one)
+    accumulators = 2 * chunks * nbytes(one)
+
+    def pair(prepared, residuals, dy, x, ctx):
+        return split.forward(prepared, x, ctx), split.backward(prepared, residuals, (dy, None))
+
+    prepared = jax.eval_shape(split.prepare, one)
+    branch = jax.jit(pair).lower(prepared, split.residuals, x, x, ctx).compile().memory_analysis()
+    working = branch.temp_size_in_bytes + branch.output_size_in_bytes
+    temp = compiled.memory_analysis().temp_size_in_bytes
+    text = compiled.as_text()
+    shapes = {
+        f"{_hlo_dtype(leaf)}[{','.join(map(str, (count + 1, *leaf.shape)))}]"
+        for count, value in pools.values()
+        for leaf in jax.tree.leaves(value)
+    }
+    whole = sum(len(re.findall(rf"= {re.escape(s)}\S* copy(?:-start)?\(", text)) for s in shapes)
+    return {
+        "ranks": ranks,
+        "microbatches": microbatches,
+        "slots": program.num_weight_stash_slots,
+        "peak": max(jaxpipe.schedule.simulate(schedule).peak_live),
+        "stash MiB": slots / 2**20,
+        "accumulators MiB": accumulators / 2**20,
+        "copies MiB": copies / 2**20,
+        "working MiB": working / 2**20,
+        "predicted MiB": (slots + copies + accumulators + working) / 2**20,
+        "temp MiB": temp / 2**20,
+        "ratio": temp / (slots + copies + accumulators + working),
+        "whole-buffer copies": whole,
+    }
+
+
+def _hlo_dtype(leaf) -> str:
+    names = {"bfloat16": "bf16", "float32": "f32", "bool": "pred", "int32": "s32", "uint32": "u32"}
+    return names[leaf.dtype.name]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=2048)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
+    parser.add_argument("--ranks", default="1,4,8")
+    args = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, "
+          f"{args.tokens} tokens a microbatch, bfloat16\n")  # fmt: skip
+    rows = []
+    for ranks in map(int, args.ranks.split(",")):
+        for factor in (2, 4):
+            rows.append(measure(ranks, factor * ranks + 2, args.layers, args.width, args.tokens))
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
+        print("| " + " | ".join(cells) + " |")
+
+
+if __name__ == "__main__":
+    main()
