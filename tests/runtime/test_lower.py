@@ -155,8 +155,8 @@ def assert_right(program: Program, embed_grad: bool) -> None:
     assert program.branch.dtype == program.operands.dtype == program.send.dtype == program.receive.dtype == np.int32
     assert program.ticks.dtype == np.int32 and program.communicate.dtype == np.bool_
     assert (np.diff(program.ticks) >= 0).all()
-    between = program.ticks[:-1][program.communicate.any(axis=1)[:-1]]
-    assert (between < program.ticks[1:][program.communicate.any(axis=1)[:-1]]).all()  # only the last step of a tick
+    talks = np.flatnonzero(program.communicate.any(axis=1))
+    assert (program.ticks[talks] < program.ticks[talks + 1]).all()  # only after the last step of a tick
     assert not program.communicate[-1:].any()
     assert program.branches[0] == () and len(set(program.branches)) == len(program.branches)
 

@@ -1,0 +1,76 @@
+"""What lockstep costs each schedule, and what its program needs: a Markdown table.
+
+Lockstep ranks communicate only between ticks, and a tick lasts as long as its slowest rank. The table gives the
+makespan of ranks that wait for nothing but their inputs, and how much longer the packed program and a program of
+one group a tick take; simulated, in units of one forward.
+
+    python examples/benchmarks/lockstep.py [--schedule dualpipe] [--quick]
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+import time
+
+from jaxpipe.runtime.lower import lower
+from jaxpipe.runtime.pack import pack, pack_naive
+from jaxpipe.schedule import build
+from jaxpipe.schedule.simulate import Costs, simulate
+
+COSTS = {
+    "F=I=W=1": Costs(),
+    "F=I=W=1, pair x0.85": Costs(overlapped=0.85 * 3),
+    "F=1, I=1.2, W=0.8": Costs(backward_input=1.2, weight=0.8),
+    "F=1, I=1.2, W=0.8, pair x0.85": Costs(backward_input=1.2, weight=0.8, overlapped=0.85 * 3),
+}
+PAIRED = ("dualpipe", "dualpipev")
+SIZES = {
+    "gpipe": [(4, 20), (8, 64), (16, 128)],
+    "1f1b": [(4, 20), (8, 64), (16, 128)],
+    "interleaved": [(4, 20), (8, 64), (16, 128)],
+    "zb1p": [(4, 20), (8, 64), (16, 128)],
+    "zbv": [(4, 20), (8, 64), (16, 128)],
+    "dualpipe": [(4, 20), (8, 20), (8, 40), (8, 64), (16, 64), (16, 128)],
+    "dualpipev": [(4, 10), (4, 20), (8, 20), (8, 64), (16, 128)],
+}
+
+
+def row(name: str, ranks: int, microbatches: int, label: str) -> str:
+    """One line of the table."""
+    costs, schedule = COSTS[label], build(name, ranks, microbatches)
+    ideal = simulate(schedule, costs).makespan
+    begin = time.perf_counter()
+    packed = pack(schedule, costs)
+    seconds = time.perf_counter() - begin
+    naive = pack_naive(schedule, costs)
+    program = lower(schedule, packing=packed)
+    cells = (
+        name, f"{ranks}, {microbatches}", label, f"{ideal:.1f}", f"{packed.makespan / ideal:.3f}", packed.num_ticks,
+        program.num_steps, int(program.communicate.sum()), f"{naive.makespan / ideal:.3f}", naive.num_ticks,
+        f"{seconds:.2f}", program.num_mail_slots, program.num_stash_slots, program.num_weight_stash_slots,
+    )  # fmt: skip
+    return "| " + " | ".join(map(str, cells)) + " |"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--schedule", choices=SIZES, help="only this schedule")
+    parser.add_argument("--quick", action="store_true", help="unit costs and at most 8 ranks")
+    arguments = parser.parse_args()
+    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, simulated\n")
+    header = (
+        "schedule", "ranks, microbatches", "costs", "asynchronous", "packed", "ticks", "steps", "permutes", "naive",
+        "naive ticks", "search s", "mail", "stash", "weight stash",
+    )  # fmt: skip
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
+    for name in [arguments.schedule] if arguments.schedule else SIZES:
+        for ranks, microbatches in SIZES[name]:
+            for label in COSTS:
+                skipped = arguments.quick and (ranks > 8 or label != "F=I=W=1")
+                if not skipped and (name in PAIRED or "pair" not in label):
+                    print(row(name, ranks, microbatches, label), flush=True)
+
+
+if __name__ == "__main__":
+    main()
