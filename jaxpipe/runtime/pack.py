@@ -66,7 +66,9 @@ def pack(schedule: Schedule, costs: Costs) -> Packing:
     lengths = forward.lengths
     from_end = [lengths - position for position in _search(backward)][::-1]
     candidates = [_search(forward), [*from_end, lengths][1:], _one_each(forward)]
-    return min((_packing(forward, c) for c in candidates), key=lambda p: (round(p.makespan, 6), p.num_ticks))
+    packings = [_packing(forward, candidate) for candidate in candidates]
+    best = min(packing.makespan for packing in packings)
+    return min((p for p in packings if p.makespan <= best * (1 + 1e-9)), key=lambda p: p.num_ticks)
 
 
 def pack_naive(schedule: Schedule, costs: Costs) -> Packing:
@@ -133,8 +135,9 @@ def _reverse(predecessors: _Predecessors) -> _Predecessors:
 
 def _tails(predecessors: _Predecessors, group_costs: list[list[float]]) -> list[list[float]]:
     """``[ranks][groups + 1]``: the longest path from the start of each group to the end of everything."""
-    before = [[needs | ({(r, i - 1)} if i else set()) for i, needs in enumerate(row)]
-              for r, row in enumerate(predecessors)]  # fmt: skip
+    before = [
+        [needs | ({(r, i - 1)} if i else set()) for i, needs in enumerate(row)] for r, row in enumerate(predecessors)
+    ]
     waiting = [[0] * len(row) for row in before]
     for q, k in itertools.chain.from_iterable(itertools.chain.from_iterable(before)):
         waiting[q][k] += 1
@@ -180,7 +183,7 @@ def _table(predecessors: _Predecessors, group_costs: list[list[float]]) -> _Tabl
 def _search(table: _Table) -> list[np.ndarray]:
     """Beam search: the positions ``int[ranks]`` after each tick of the best way found to the end."""
     ranks, runs = np.arange(len(table.lengths)), np.arange(1, _RUN + 1)
-    tolerance = 1e-9 * max(1e-9, table.elapsed.max())
+    tolerance = 1e-9 * float(table.elapsed.max())
     hashes = np.random.default_rng(0).integers(1, 2**61, len(ranks))
     position, time = np.zeros((1, len(ranks)), np.int64), np.zeros(1)
     parents: list[np.ndarray] = []
@@ -207,7 +210,8 @@ def _search(table: _Table) -> list[np.ndarray]:
         open_ = open_[np.argsort(until[open_], kind="stable")]
         open_ = open_[np.unique(after[open_] @ hashes, return_index=True)[1]]  # the earliest of equal positions
         done = table.elapsed[ranks, after[open_]].sum(-1)
-        open_ = open_[np.lexsort((-done, np.round(bound[open_] / max(tolerance, 1e-300) / 100)))][:_WIDTH]
+        coarse = np.round(bound[open_] / (100 * tolerance)) if tolerance else bound[open_]
+        open_ = open_[np.lexsort((-done, coarse))][:_WIDTH]
         position, time = after[open_], until[open_]
         parents.append(parent[open_])
         visited.append(position)
