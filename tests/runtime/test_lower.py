@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+import random
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -11,7 +14,8 @@ from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import pack_naive
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.schedule import build
-from jaxpipe.schedule.action import Kind
+from jaxpipe.schedule.action import Action, Group, Kind
+from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs, simulate
 
 SIZES = [
@@ -182,6 +186,45 @@ def test_forward_only_keeps_no_residuals(name: str, ranks: int, microbatches: in
 @given(size=st.sampled_from([s for s in SIZES if s[1] <= 4]), costs=st.tuples(*[st.floats(0.0, 4.0) for _ in range(5)]))
 def test_any_costs_lower_rightly(size: tuple[str, int, int], costs: tuple[float, ...]) -> None:
     assert_right(lower(build(*size), Costs(*costs)), embed_grad=True)
+
+
+def random_schedule(rng: random.Random) -> Schedule:
+    """Stages on any ranks, and any order that can run: ready work is drawn until none is left."""
+    ranks, directions = rng.randint(1, 4), rng.randint(1, 2)
+    stages, microbatches = ranks * rng.randint(1, 3), directions * rng.randint(1, 4)
+    routes = tuple(tuple(rng.sample([s % ranks for s in range(stages)], stages)) for _ in range(directions))
+    empty = Schedule("random", stages, microbatches, ((),) * ranks, routes)
+    ready = [Action(0, Kind.F, m) for m in range(microbatches)]
+    rows: list[list[Group]] = [[] for _ in range(ranks)]
+    while ready:
+        action = rng.choice(ready)
+        rank = empty.rank_of(action.stage, action.microbatch)
+        backwards = [a for a in ready if a.kind is Kind.B and empty.rank_of(a.stage, a.microbatch) == rank]
+        paired = action.kind is Kind.F and backwards and rng.random() < 0.7
+        group = (action, rng.choice(backwards)) if paired else (action,)
+        rows[rank].append(group)
+        for stage, kind, m in group:
+            ready.remove(Action(stage, kind, m))
+            backward = rng.choice([Kind.B, Kind.I])
+            if kind is Kind.F:
+                ready.append(Action(stage + 1, Kind.F, m) if stage < stages - 1 else Action(stage, backward, m))
+            elif kind is not Kind.W and stage > 0:
+                ready.append(Action(stage - 1, backward, m))
+            if kind is Kind.I:
+                ready.append(Action(stage, Kind.W, m))
+    return dataclasses.replace(empty, ranks=tuple(map(tuple, rows)))
+
+
+@pytest.mark.parametrize("seed", range(100))
+def test_any_schedule_that_can_run_lowers_rightly(seed: int) -> None:
+    rng = random.Random(seed)
+    schedule = random_schedule(rng)
+    costs = Costs(rng.uniform(0.5, 2), rng.uniform(0.5, 2), rng.uniform(0.5, 2))
+    program = lower(schedule, costs)
+    assert_right(program, embed_grad=True)
+    assert program.num_weight_stash_slots == max(simulate(schedule, costs).peak_live)
+    assert_right(lower(schedule, costs, embed_grad=False), embed_grad=False)
+    assert_right(lower(schedule, costs, forward_only=True), embed_grad=False)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
