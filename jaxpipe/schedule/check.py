@@ -1,0 +1,136 @@
+"""Whether a schedule can run and computes everything once."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from jaxpipe.schedule.action import Action, Group, Kind
+from jaxpipe.schedule.dependencies import inputs
+from jaxpipe.schedule.schedule import Schedule
+
+Cell = tuple[int, int]
+"""(rank, position of a group in the rank's order)."""
+
+
+def check(schedule: Schedule) -> None:
+    """Raises ValueError, showing the grid with the bad cells marked, unless the schedule is sound.
+
+    Sound: groups are one action or a forward with a backward; every stage runs for every microbatch, on the rank
+    that the routes say, exactly one F and either one B or one I and one W, in that order; no rank waits for ever.
+
+    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> check(gpipe(2, 2))
+    """
+    cells = _check_groups(schedule)
+    _check_complete(schedule, cells)
+    _check_order(schedule, cells)
+    _check_progress(schedule)
+
+
+def grid(schedule: Schedule, marked: Mapping[Cell, str] | None = None) -> str:
+    """The groups of each rank, one line a rank, marked cells between > and <.
+
+    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> print(grid(gpipe(2, 1), {(1, 0): ""}))
+    rank 0   0F0   0B0
+    rank 1  >1F0<  1B0
+    """
+    marked = marked or {}
+    rows = [
+        [
+            f">{_text(group)}<" if (rank, position) in marked else f" {_text(group)} "
+            for position, group in enumerate(groups)
+        ]
+        for rank, groups in enumerate(schedule.ranks)
+    ]
+    width = max((len(cell) for row in rows for cell in row), default=0)
+    lines = ("".join(f" {cell:<{width}}" for cell in row).rstrip() for row in rows)
+    return "\n".join(f"rank {rank} {line}" for rank, line in enumerate(lines))
+
+
+def _text(group: Group) -> str:
+    return "&".join(map(str, group))
+
+
+def _fail(schedule: Schedule, message: str, *cells: Cell) -> None:
+    raise ValueError(f"schedule {schedule.name!r}: {message}\n{grid(schedule, dict.fromkeys(cells, ''))}")
+
+
+def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
+    """Each action's cell; fails on malformed groups, unknown stages or microbatches, wrong ranks, duplicates."""
+    if schedule.num_microbatches % len(schedule.routes):
+        _fail(schedule, f"{schedule.num_microbatches} microbatches do not divide into {len(schedule.routes)} directions")
+    for route in schedule.routes:
+        if len(route) != schedule.num_stages or not set(route) <= set(range(schedule.num_ranks)):
+            _fail(schedule, f"route {route} must name one of {schedule.num_ranks} ranks for each stage")
+    cells: dict[Action, Cell] = {}
+    for rank, groups in enumerate(schedule.ranks):
+        for position, group in enumerate(groups):
+            cell = (rank, position)
+            kinds = tuple(action.kind for action in group)
+            if len(group) != 1 and kinds not in ((Kind.F, Kind.B), (Kind.F, Kind.I)):
+                _fail(schedule, f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I", cell)
+            for action in group:
+                if not (action.stage < schedule.num_stages and action.microbatch < schedule.num_microbatches):
+                    sizes = f"{schedule.num_stages} stages and {schedule.num_microbatches} microbatches"
+                    _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", cell)
+                at = schedule.rank_of(action.stage, action.microbatch)
+                if at != rank:
+                    _fail(schedule, f"{action} is on rank {rank}, but its stage is on rank {at}", cell)
+                if action in cells:
+                    _fail(schedule, f"{action} is twice on rank {rank}", cells[action], cell)
+                cells[action] = cell
+    return cells
+
+
+def _check_complete(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
+    for stage in range(schedule.num_stages):
+        for m in range(schedule.num_microbatches):
+            found = {kind: cells[Action(stage, kind, m)] for kind in Kind if Action(stage, kind, m) in cells}
+            if set(found) not in ({Kind.F, Kind.B}, {Kind.F, Kind.I, Kind.W}):
+                kinds = ", ".join(kind.value for kind in found) or "nothing"
+                rank = schedule.rank_of(stage, m)
+                _fail(
+                    schedule,
+                    f"stage {stage} runs {kinds} for microbatch {m} on rank {rank}; it needs F and B, or F, I and W",
+                    *found.values(),
+                )
+
+
+def _check_order(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
+    """F before B or I before W on the rank; a group does not wait for itself."""
+    for action, (rank, position) in cells.items():
+        for options in inputs(schedule, action):
+            for option in options:
+                other = cells.get(option)
+                if other is not None and other[0] == rank and other[1] >= position:
+                    _fail(schedule, f"{action} on rank {rank} needs {option}, which is not before it", (rank, position))
+
+
+def _check_progress(schedule: Schedule) -> None:
+    """Runs the ranks on tokens until all are done or none can go on."""
+    done: set[Action] = set()
+    positions = [0] * schedule.num_ranks
+    progress = True
+    while progress:
+        progress = False
+        for rank, groups in enumerate(schedule.ranks):
+            while positions[rank] < len(groups) and not _waits_for(schedule, groups[positions[rank]], done):
+                done.update(groups[positions[rank]])
+                positions[rank] += 1
+                progress = True
+    stuck = [rank for rank, groups in enumerate(schedule.ranks) if positions[rank] < len(groups)]
+    if stuck:
+        waits = "; ".join(
+            f"rank {rank} at {_text(group)} waits for {_text(_waits_for(schedule, group, done))}"
+            for rank, group in ((rank, schedule.ranks[rank][positions[rank]]) for rank in stuck)
+        )
+        _fail(schedule, f"deadlock: {waits}", *((rank, positions[rank]) for rank in stuck))
+
+
+def _waits_for(schedule: Schedule, group: Group, done: set[Action]) -> tuple[Action, ...]:
+    """For each input of a group that has not run, the first action that would make it."""
+    missing = (
+        options[0] for action in group for options in inputs(schedule, action) if done.isdisjoint(options)
+    )
+    return tuple(action for action in missing if action not in group)

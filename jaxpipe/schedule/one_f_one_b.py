@@ -1,0 +1,21 @@
+"""1F1B: forwards and backwards alternate as soon as they can."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from jaxpipe.schedule.ints import at_least
+from jaxpipe.schedule.interleaved import interleaved
+from jaxpipe.schedule.schedule import Schedule
+
+
+def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
+    """1F1B: rank r stashes ``num_ranks - r`` microbatches. Source: PipeDream-Flush, arXiv 2006.09503.
+
+    >>> " ".join(str(action) for (action,) in one_f_one_b(2, 3).ranks[0])
+    '0F0 0F1 0B0 0F2 0B1 0B2'
+    """
+    at_least("1f1b", "num_ranks", num_ranks, 1)
+    at_least("1f1b", "num_microbatches", num_microbatches, 1)
+    # With one chunk the order does not depend on rounds, so any number of microbatches is one round.
+    return dataclasses.replace(interleaved(num_ranks, num_microbatches, 1), name="1f1b")
