@@ -54,7 +54,7 @@ def row(name: str, ranks: int, microbatches: int, label: str) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser = argparse.ArgumentParser(description="What lockstep costs each schedule.")
     parser.add_argument("--schedule", choices=SIZES, help="only this schedule")
     parser.add_argument("--quick", action="store_true", help="unit costs and at most 8 ranks")
     arguments = parser.parse_args()

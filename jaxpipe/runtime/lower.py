@@ -51,9 +51,9 @@ def lower(
     >>> from jaxpipe.schedule import build
     >>> program = lower(build("gpipe", 2, 2))
     >>> ["+".join(op.value + str(chunk) for op, chunk in branch) for branch in program.branches]
-    ['', 'B0', 'E0', 'F0', 'G0', 'H0']
+    ['', 'F0', 'B0', 'E0', 'H0', 'G0']
     >>> program.branch[:4].tolist()  # rank 0 embeds and runs its first forward; rank 1 waits for it
-    [[2, 0], [3, 0], [2, 3], [3, 5]]
+    [[3, 0], [1, 0], [3, 1], [1, 4]]
     """
     kept = forwards(schedule) if forward_only else schedule
     packing = pack(kept, costs) if packing is None else packing

@@ -18,7 +18,8 @@ import itertools
 
 import numpy as np
 
-from jaxpipe.schedule.action import Action, Kind
+from jaxpipe.schedule.action import Group
+from jaxpipe.schedule.dependencies import inputs
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
@@ -104,19 +105,11 @@ def _predecessors(schedule: Schedule) -> _Predecessors:
     """The groups that each group needs the results of, besides the order of its rank."""
     where = {a: (r, i) for r, row in enumerate(schedule.ranks) for i, group in enumerate(row) for a in group}
 
-    def needed(action: Action) -> list[Action]:
-        stage, kind, microbatch = action
-        if kind is Kind.F:
-            return [Action(stage - 1, Kind.F, microbatch)] if stage else []
-        if kind is Kind.W:
-            return [Action(stage, Kind.I, microbatch)]
-        after = [Action(stage + 1, kind, microbatch) for kind in (Kind.B, Kind.I)]
-        return [Action(stage, Kind.F, microbatch)] + [a for a in after if a in where]
+    def needed(group: Group) -> set[tuple[int, int]]:
+        options = itertools.chain.from_iterable(inputs(schedule, action) for action in group)
+        return {where[action] for action in itertools.chain.from_iterable(options) if action in where}
 
-    return [
-        [{where[n] for action in group for n in needed(action)} - {(r, i)} for i, group in enumerate(row)]
-        for r, row in enumerate(schedule.ranks)
-    ]
+    return [[needed(group) - {(r, i)} for i, group in enumerate(row)] for r, row in enumerate(schedule.ranks)]
 
 
 def _group_costs(schedule: Schedule, costs: Costs) -> list[list[float]]:

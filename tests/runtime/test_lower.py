@@ -19,7 +19,7 @@ from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs, simulate
 
 SIZES = [
-    *[(name, ranks, m) for name in ("gpipe", "1f1b", "zb1p") for ranks, m in ((1, 2), (2, 4), (3, 7), (4, 8), (8, 20))],
+    *[(name, ranks, m) for name in ("gpipe", "1f1b", "zb1p") for ranks, m in ((1, 2), (2, 4), (3, 6), (4, 8), (8, 24))],
     *[("interleaved", ranks, m) for ranks, m in ((2, 4), (3, 6), (4, 8), (8, 16))],
     *[("zbv", ranks, m) for ranks, m in ((2, 4), (3, 7), (4, 8), (8, 20))],
     *[("dualpipe", ranks, m) for ranks, m in ((2, 4), (4, 8), (4, 20), (6, 14), (8, 20))],
