@@ -28,7 +28,11 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
             f"equal rounds; use a multiple of {num_ranks}, such as {num_ranks * rounds}"
         )
     per_round = num_microbatches // rounds
-    num_stages = num_chunks * num_ranks
+    return alternating("interleaved", num_ranks, num_microbatches, num_chunks, per_round)
+
+
+def alternating(name: str, num_ranks: int, num_microbatches: int, num_chunks: int, per_round: int) -> Schedule:
+    """1F1B with ``num_chunks`` stages a rank, microbatches going round the ranks ``per_round`` at a time."""
 
     def action(rank: int, kind: Kind, turn: int) -> Group:
         chunk = turn // per_round % num_chunks
@@ -39,7 +43,7 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
 
     def order(rank: int) -> tuple[Group, ...]:
         turns = num_microbatches * num_chunks
-        # A rank runs ahead by the round trip to the last rank, and by a round for each chunk but the last.
+        # A rank runs ahead by the way to the last rank (and back, with chunks), and a round for each further chunk.
         ahead = min(turns, (num_chunks - 1) * per_round + (num_ranks - 1 - rank) * (1 if num_chunks == 1 else 2))
         groups = [action(rank, Kind.F, turn) for turn in range(ahead)]
         for turn in range(turns):
@@ -49,5 +53,5 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
         return tuple(groups)
 
     ranks = tuple(order(rank) for rank in range(num_ranks))
-    route = tuple(stage % num_ranks for stage in range(num_stages))
-    return Schedule("interleaved", num_stages, num_microbatches, ranks, (route,))
+    route = tuple(stage % num_ranks for stage in range(num_chunks * num_ranks))
+    return Schedule(name, num_chunks * num_ranks, num_microbatches, ranks, (route,))

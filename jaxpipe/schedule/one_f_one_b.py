@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import dataclasses
-
 from jaxpipe.schedule.ints import at_least
-from jaxpipe.schedule.interleaved import interleaved
+from jaxpipe.schedule.interleaved import alternating
 from jaxpipe.schedule.schedule import Schedule
 
 
@@ -17,5 +15,4 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     at_least("1f1b", "num_ranks", num_ranks, 1)
     at_least("1f1b", "num_microbatches", num_microbatches, 1)
-    # With one chunk the order does not depend on rounds, so any number of microbatches is one round.
-    return dataclasses.replace(interleaved(num_ranks, num_microbatches, 1), name="1f1b")
+    return alternating("1f1b", num_ranks, num_microbatches, num_chunks=1, per_round=num_microbatches)

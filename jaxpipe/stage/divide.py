@@ -1,0 +1,248 @@
+"""Divides a graph in two: what the first results need, and what the second results need besides.
+
+`divide` cuts the backward pass into input and weight gradients. `hoist` cuts what depends on parameters alone out of
+the forward pass. Both go into the bodies of scans, which then become two loops, the first one stacking for the second.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+from jaxpipe.stage.graph import Node, Scan, Value, producers
+
+OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback", "pallas_call"})
+"""Primitives with computations inside that are never divided."""
+
+HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "scan", *OPAQUE})
+"""Primitives that are never computed a second time."""
+
+
+class Parts(NamedTuple):
+    """A divided graph.
+
+    Attributes:
+      first, second: nodes, each in an order in which they can run.
+      crossing: values that ``second`` (or its results) read and ``first`` makes.
+      opaque: names of undivided primitives in ``first`` that make results of ``second``.
+    """
+
+    first: tuple[Node, ...]
+    second: tuple[Node, ...]
+    crossing: frozenset[Value]
+    opaque: tuple[str, ...]
+
+
+def divide(nodes: Sequence[Node], first: Iterable[Value], second: Iterable[Value]) -> Parts:
+    """Divides nodes into those that the values ``first`` need, and those that ``second`` need besides.
+
+    No node is in both, but for constants, which are cheaper made again than kept. Nodes that nothing needs vanish.
+    """
+    need_first, need_second = set(first), set(second)
+    firsts: list[Node] = []
+    seconds: list[Node] = []
+    opaque: list[str] = []
+    for node in reversed(nodes):
+        for_first = need_first.intersection(node.outs)
+        for_second = need_second.intersection(node.outs) - for_first
+        one, two = _divide_node(node, for_first, for_second, opaque)
+        if one is not None:
+            firsts.append(one)
+            need_first.update(one.ins)
+        if two is not None:
+            seconds.append(two)
+            need_second.update(two.ins)
+    firsts.reverse()
+    seconds.reverse()
+    made = producers(firsts)
+    crossing = {value for value in need_second if value in made}
+    again = _remake(crossing, made)
+    remade = {value for node in again for value in node.outs}
+    return Parts(tuple(firsts), (*again, *seconds), frozenset(crossing - remade), tuple(reversed(opaque)))
+
+
+Sources = dict[Value, frozenset[Value]]
+"""For each value known from parameters alone, the parameters it derives from."""
+
+
+def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
+    """(nodes worth computing once for given params, the rest, where all values so known derive from).
+
+    A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
+    transposes, products of parameters, but not broadcasts. Constants stay where they are used.
+    """
+    sources = {value: frozenset({value}) for value in params}
+    once: list[Node] = []
+    rest: list[Node] = []
+    for node in nodes:
+        if node.scan is not None:
+            before, after = _hoist_scan(node.scan, sources)
+            if before is not None:
+                _derive(before, sources)
+                once.append(before)
+            if after is not None:
+                rest.append(after)
+        elif _worth_hoisting(node, sources):
+            _derive(node, sources)
+            once.append(node)
+        else:
+            rest.append(node)
+    return tuple(once), tuple(rest), sources
+
+
+def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...] | None:
+    """The light nodes that make values from given ones and constants; None if that takes more."""
+    made = producers(nodes)
+    keep: set[Node] = set()
+    pending = list(values)
+    while pending:
+        value = pending.pop()
+        if value in given or value.const is not None:
+            continue
+        node = made.get(value)
+        if node is None or node.name in HEAVY:
+            return None
+        if node not in keep:
+            keep.add(node)
+            pending.extend(node.ins)
+    return tuple(node for node in nodes if node in keep)
+
+
+def _divide_node(
+    node: Node, for_first: set[Value], for_second: set[Value], opaque: list[str]
+) -> tuple[Node | None, Node | None]:
+    """The parts of a node that make the given outputs for each side."""
+    if not for_first and not for_second:
+        return None, None
+    if node.scan is not None:
+        one, two = _divide_scan(node.scan, for_first, for_second, opaque)
+        return (one.node() if one.carries or one.ys else None), (two.node() if two.carries or two.ys else None)
+    if not for_first:
+        return None, node
+    if for_second and node.name in OPAQUE:
+        opaque.append(node.name)
+    return node, None
+
+
+def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaque: list[str]) -> tuple[Scan, Scan]:
+    """A scan that makes the first outputs and stacks what a second scan needs of it."""
+    carry_first = _carries_for(scan, for_first, ())
+    carry_second = _carries_for(scan, for_second, carry_first)
+    results = {inner for inner, stacked in scan.ys if stacked in for_first} | {out for _, _, out, _ in carry_first}
+    wanted = {inner for inner, stacked in scan.ys if stacked in for_second} | {out for _, _, out, _ in carry_second}
+    parts = divide(scan.nodes, results, wanted)
+    opaque.extend(parts.opaque)
+
+    # What only the first loop knows: values made there, and its carries.
+    known = {value for node in parts.first for value in node.outs} | {inner for _, inner, _, _ in carry_first}
+    remade = {value for node in parts.second for value in node.outs}
+    ys_first = [
+        (inner, stacked)
+        for inner, stacked in scan.ys
+        if stacked in for_first or (stacked in for_second and inner in known - remade)
+    ]
+    ys_second = [pair for pair in scan.ys if pair[1] in for_second and pair not in ys_first]
+    reads = {value for node in parts.second for value in node.ins} | {out for _, _, out, _ in carry_second}
+    crossing = [(value, _stacked(value, scan.length)) for value in _ordered(reads & (known - remade), scan)]
+    first = dataclasses.replace(
+        scan, nodes=parts.first, carries=carry_first, ys=(*ys_first, *crossing)
+    )
+    second = dataclasses.replace(
+        scan,
+        nodes=parts.second,
+        carries=carry_second,
+        xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
+        ys=tuple(ys_second),
+    )
+    return first, second
+
+
+def _carries_for(scan: Scan, outputs: set[Value], excluded: Sequence[tuple]) -> tuple[tuple, ...]:
+    """The carries that outputs need, besides the excluded ones."""
+    candidates = [carry for carry in scan.carries if carry not in excluded]
+    kept = [carry for carry in candidates if carry[3] in outputs]
+    while True:
+        wanted = {inner for inner, stacked in scan.ys if stacked in outputs} | {out for _, _, out, _ in kept}
+        parts = divide(scan.nodes, wanted, ())
+        needed = wanted | {value for node in parts.first for value in node.ins}
+        grown = [carry for carry in candidates if carry in kept or carry[1] in needed]
+        if len(grown) == len(kept):
+            return tuple(grown)
+        kept = grown
+
+
+def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
+    """Nodes that make crossing values again because that costs nothing: constants, and barriers on inputs."""
+    again: list[Node] = []
+
+    def free(value: Value) -> bool:
+        if value.const is not None:
+            return True
+        node = made.get(value)
+        if node is None or node.name in HEAVY:
+            return False
+        if node.name == "optimization_barrier" and node.eqn is None:
+            return node.ins[0] not in made or free(node.ins[0])
+        return all(free(source) for source in node.ins)
+
+    def remake(value: Value) -> None:
+        node = made.get(value)
+        if node is None or node in again:
+            return
+        for source in node.ins:
+            remake(source)
+        again.append(node)
+
+    for value in made:
+        if value in crossing and free(value):
+            remake(value)
+    return again
+
+
+def _worth_hoisting(node: Node, sources: Sources) -> bool:
+    if not all(value.const is not None or value in sources for value in node.ins):
+        return False
+    roots = frozenset().union(*(sources.get(value, ()) for value in node.ins))
+    return bool(roots) and sum(out.nbytes for out in node.outs) <= sum(root.nbytes for root in roots)
+
+
+def _derive(node: Node, sources: Sources) -> None:
+    roots = frozenset().union(*(sources.get(value, frozenset()) for value in node.ins))
+    sources.update((out, roots) for out in node.outs)
+
+
+def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]:
+    """(a scan of what each iteration derives from params alone, stacked; a scan of the rest)."""
+    constant = {inner for outer, inner in scan.consts if outer in sources}
+    sliced = {inner for outer, inner in scan.xs if outer in sources}
+    once, rest, derived = hoist(scan.nodes, constant | sliced)
+    # What is the same in every iteration stays in the loop: stacking it would make copies.
+    same = tuple(node for node in once if all(derived[out] <= constant for out in node.outs))
+    rest = (*same, *rest)
+    made = {value for node in once if node not in same for value in node.outs}
+    reads = {value for node in rest for value in node.ins} | {out for _, _, out, _ in scan.carries}
+    stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
+    crossing = [(value, _stacked(value, scan.length)) for value in _ordered(reads & made, scan)]
+    if not stacked_here and not crossing:
+        return None, scan.node()
+    parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
+    before = dataclasses.replace(scan, nodes=parts.first, carries=(), ys=(*stacked_here, *crossing))
+    after = dataclasses.replace(
+        scan,
+        nodes=rest,
+        xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
+        ys=tuple(pair for pair in scan.ys if pair not in stacked_here),
+    )
+    return before.node(), (after.node() if after.carries or after.ys else None)
+
+
+def _stacked(value: Value, length: int) -> Value:
+    return Value(value.aval.update(shape=(length, *value.aval.shape)))
+
+
+def _ordered(values: set[Value], scan: Scan) -> list[Value]:
+    """Values in the order in which the scan makes them, so that results do not depend on hashing."""
+    order = [inner for _, inner, _, _ in scan.carries] + [value for node in scan.nodes for value in node.outs]
+    inner_made = [value for value in values if value not in set(order)]
+    return [value for value in order if value in values] + inner_made

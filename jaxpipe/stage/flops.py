@@ -1,0 +1,67 @@
+"""Matrix-multiplication FLOPs of a function, counted from its jaxpr."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+
+def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
+    """FLOPs (a multiplication and an addition are two) of all matrix products and convolutions.
+
+    Scans count length times, conds as their largest branch, while loops once, what a custom call or a Pallas kernel
+    does not at all.
+
+    Args:
+      function: a function, traced with ``args`` (arrays or shapes), or a closed jaxpr.
+
+    >>> import jax.numpy as jnp
+    >>> matmul_flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
+    48
+    """
+    closed = function if isinstance(function, ClosedJaxpr) else jax.make_jaxpr(function)(*args)
+    return _jaxpr_flops(closed.jaxpr)
+
+
+def _jaxpr_flops(jaxpr: Jaxpr) -> int:
+    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+
+
+def _eqn_flops(eqn: JaxprEqn) -> int:
+    name = eqn.primitive.name
+    if name == "dot_general":
+        (contract, _), _ = eqn.params["dimension_numbers"]
+        left = eqn.invars[0].aval.shape
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
+    if name == "conv_general_dilated":
+        kernel = eqn.invars[1].aval.shape
+        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
+        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
+    if name in ("ragged_dot", "ragged_dot_general"):
+        return _ragged_flops(eqn)
+    subs = [_jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
+    if name == "cond":
+        return max(subs, default=0)
+    return sum(subs) * (eqn.params["length"] if name == "scan" else 1)
+
+
+def _ragged_flops(eqn: JaxprEqn) -> int:
+    """Each row of the left operand meets one group's matrix: as many products as without groups."""
+    left, right, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    numbers = eqn.params.get("ragged_dot_dimension_numbers")
+    if numbers is None:
+        return 2 * math.prod(out) * left[-1]
+    (contract, _), _ = numbers.dot_dimension_numbers
+    if numbers.rhs_group_dimensions:
+        return 2 * math.prod(out) * math.prod(left[d] for d in contract)
+    # The ragged dimension is contracted: each of its rows contributes to one group's output.
+    return 2 * math.prod(left) * math.prod(right) // math.prod(left[d] for d in contract)
+
+
+def _subjaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+    values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
+    return [getattr(value, "jaxpr", value) for value in values if isinstance(value, (Jaxpr, ClosedJaxpr))]

@@ -1,0 +1,233 @@
+"""A jaxpr as a flat list of nodes that can be divided and evaluated in parts.
+
+Calls (jit, remat, custom derivative rules) are inlined; a scan is one node that holds the nodes of its body, so that
+it can be divided too. Everything else stays the equation it was, and is bound again when its node runs.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import jax
+from jax import lax
+from jax.extend import source_info_util
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+"""Primitives that are inlined, and the parameter that holds their jaxpr."""
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array of a graph, by identity; ``const`` holds it where it is known."""
+
+    aval: Any
+    const: Any = None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array; 0 for key arrays, which are small."""
+        dtype = self.aval.dtype
+        if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+            return 0
+        return self.aval.size * dtype.itemsize
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """Outputs computed from inputs; ``scan`` is set where it is a loop."""
+
+    name: str
+    ins: tuple[Value, ...]
+    outs: tuple[Value, ...]
+    run: Callable[..., Sequence[Any]]
+    eqn: JaxprEqn | None = None
+    scan: Scan | None = None
+
+
+@dataclasses.dataclass(eq=False)
+class Scan:
+    """A scan whose body is nodes.
+
+    Attributes:
+      nodes: the body.
+      consts: (outer, inner) pairs of values that every iteration reads.
+      carries: (initial, inner input, inner output, final) values.
+      xs: (stacked, inner) pairs.
+      ys: (inner, stacked) pairs.
+      length, reverse, unroll: of `jax.lax.scan`.
+      context: scopes to run it in.
+    """
+
+    nodes: tuple[Node, ...]
+    consts: tuple[tuple[Value, Value], ...]
+    carries: tuple[tuple[Value, Value, Value, Value], ...]
+    xs: tuple[tuple[Value, Value], ...]
+    ys: tuple[tuple[Value, Value], ...]
+    length: int
+    reverse: bool
+    unroll: int
+    context: tuple[JaxprEqn, ...]
+
+    def node(self) -> Node:
+        """The scan as a node of the outer graph; inputs that the body does not read are left out."""
+        read = {value for node in self.nodes for value in node.ins}
+        read |= {out for _, _, out, _ in self.carries} | {inner for inner, _ in self.ys}
+        kept = dataclasses.replace(
+            self,
+            consts=tuple(pair for pair in self.consts if pair[1] in read),
+            xs=tuple(pair for pair in self.xs if pair[1] in read),
+        )
+        ins = [outer for outer, _ in kept.consts] + [init for init, *_ in kept.carries] + [xs for xs, _ in kept.xs]
+        outs = [final for *_, final in kept.carries] + [stacked for _, stacked in kept.ys]
+        return Node("scan", tuple(ins), tuple(outs), kept.run, scan=kept)
+
+    def run(self, *arrays: Any) -> list[Any]:
+        """Runs the loop on the node's inputs."""
+        consts = dict(zip((inner for _, inner in self.consts), arrays, strict=False))
+        inits, xs = arrays[len(self.consts) :][: len(self.carries)], arrays[len(self.consts) + len(self.carries) :]
+
+        def body(carry: Any, x: Any) -> tuple[Any, Any]:
+            env = dict(consts)
+            env.update(zip((inner for _, inner, _, _ in self.carries), carry, strict=True))
+            env.update(zip((inner for _, inner in self.xs), x, strict=True))
+            evaluate(self.nodes, env)
+            outs = [read(env, out) for _, _, out, _ in self.carries]
+            return outs, [read(env, inner) for inner, _ in self.ys]
+
+        with _contexts(self.context):
+            carry, ys = lax.scan(
+                body, list(inits), list(xs), length=self.length, reverse=self.reverse, unroll=self.unroll
+            )
+        return [*carry, *ys]
+
+
+@dataclasses.dataclass(frozen=True)
+class Graph:
+    """A function as nodes in an order in which they can run."""
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+
+
+def make_graph(closed: ClosedJaxpr) -> Graph:
+    """The graph of a closed jaxpr."""
+    inputs = tuple(Value(var.aval) for var in closed.jaxpr.invars)
+    nodes: list[Node] = []
+    outputs = _emit(closed.jaxpr, closed.consts, inputs, nodes, ())
+    return Graph(tuple(nodes), inputs, tuple(outputs))
+
+
+def evaluate(nodes: Iterable[Node], env: dict[Value, Any]) -> None:
+    """Runs nodes in order, reading and extending ``env``."""
+    for node in nodes:
+        env.update(zip(node.outs, node.run(*(read(env, value) for value in node.ins)), strict=True))
+
+
+def read(env: dict[Value, Any], value: Value) -> Any:
+    """A value's array."""
+    return env[value] if value.const is None else value.const
+
+
+def producers(nodes: Iterable[Node]) -> dict[Value, Node]:
+    """The node that makes each value."""
+    return {value: node for node in nodes for value in node.outs}
+
+
+def _emit(
+    jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value], nodes: list[Node], context: tuple[JaxprEqn, ...]
+) -> list[Value]:
+    """Appends the nodes of a jaxpr, inlined; returns its outputs."""
+    env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+    env.update({var: Value(var.aval, const) for var, const in zip(jaxpr.constvars, consts, strict=True)})
+
+    def lookup(atom: Any) -> Value:
+        return Value(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        ins = [lookup(atom) for atom in eqn.invars]
+        name = eqn.primitive.name
+        if name in CALLS:
+            inner, inner_consts = _open(eqn.params[CALLS[name]])
+            if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
+                ins = [_barrier(value, nodes) for value in ins]
+            outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn))
+        else:
+            outs = [Value(var.aval) for var in eqn.outvars]
+            if name == "scan":
+                nodes.append(_scan(eqn, ins, outs, context).node())
+            else:
+                run = functools.partial(_bind, eqn, context)
+                nodes.append(Node(name, tuple(ins), tuple(outs), run, eqn))
+        env.update(zip(eqn.outvars, outs, strict=True))
+    return [lookup(atom) for atom in jaxpr.outvars]
+
+
+def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Scan:
+    jaxpr, consts = _open(eqn.params["jaxpr"])
+    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    inner_ins = [Value(var.aval) for var in jaxpr.invars]
+    nodes: list[Node] = []
+    inner_outs = _emit(jaxpr, consts, inner_ins, nodes, ())
+    stop = num_consts + num_carry
+    return Scan(
+        nodes=tuple(nodes),
+        consts=tuple(zip(ins[:num_consts], inner_ins[:num_consts], strict=True)),
+        carries=tuple(
+            zip(ins[num_consts:stop], inner_ins[num_consts:stop], inner_outs[:num_carry], outs[:num_carry], strict=True)
+        ),
+        xs=tuple(zip(ins[stop:], inner_ins[stop:], strict=True)),
+        ys=tuple(zip(inner_outs[num_carry:], outs[num_carry:], strict=True)),
+        length=eqn.params["length"],
+        reverse=eqn.params["reverse"],
+        unroll=eqn.params["unroll"],
+        context=(*context, eqn),
+    )
+
+
+def _barrier(value: Value, nodes: list[Node]) -> Value:
+    """The value behind an optimization barrier, so that a recomputation is not merged with the original."""
+    if value.const is not None:
+        return value
+    out = Value(value.aval)
+    nodes.append(Node("optimization_barrier", (value,), (out,), lambda array: [lax.optimization_barrier(array)]))
+    return out
+
+
+def _bind(eqn: JaxprEqn, context: tuple[JaxprEqn, ...], *arrays: Any) -> Sequence[Any]:
+    """Binds an equation's primitive again."""
+    params = eqn.primitive.get_bind_params(eqn.params)
+    with _contexts((*context, eqn)):
+        result = eqn.primitive.bind(*arrays, **params)
+    return result if eqn.primitive.multiple_results else [result]
+
+
+@contextlib.contextmanager
+def _contexts(eqns: Sequence[JaxprEqn]) -> Iterator[None]:
+    """The name stacks and compute contexts of nested equations, outermost first."""
+    with contextlib.ExitStack() as stack:
+        for eqn in eqns:
+            names = source_info_util.current_name_stack() + eqn.source_info.name_stack
+            stack.enter_context(source_info_util.user_context(eqn.source_info.traceback, name_stack=names))
+            stack.enter_context(eqn.ctx.manager)
+        yield
+
+
+def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
