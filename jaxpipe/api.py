@@ -22,7 +22,7 @@ from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
     """A pipelined model, ready to be called or jitted; made by `value_and_grad` and `forward`.
 

@@ -1,4 +1,4 @@
-"""The plain program that every pipeline is compared with: Python loops over microbatches and stages."""
+"""The plain program that every pipeline is compared with: a loop over microbatches and one over stages."""
 
 import jax
 import jax.numpy as jnp
@@ -11,35 +11,42 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None)
     """The same signature and result as `jaxpipe.value_and_grad`'s, without a mesh or a pipeline."""
     rows = {s: row for row, s in enumerate(schedule.storage_order)}
 
+    def run_microbatch(params, data, m, rng):
+        """(weighted loss, weighted auxiliary loss, weight, metrics) of one microbatch."""
+
+        def context(s):
+            return jaxpipe.Context(jnp.int32(s), m, fold(rng, s, m), data)
+
+        x = data if embed is None else embed(params.outer, data, context(-1))
+        aux_loss = jnp.zeros(())
+        metrics = {}
+        for s in range(schedule.num_stages):
+            output = stage(jax.tree.map(lambda leaf, s=s: leaf[rows[s]], params.stages), x, context(s))
+            if not isinstance(output, jaxpipe.Output):
+                output = jaxpipe.Output(output)
+            x = output.value
+            aux_loss += 0.0 if output.aux_loss is None else output.aux_loss.astype(aux_loss.dtype)
+            metrics = add_metrics(metrics, output.metrics)
+        loss = jnp.zeros(())
+        if head is not None:
+            output = head(params.outer, x, data, context(schedule.num_stages))
+            if isinstance(output, jaxpipe.Output):
+                metrics = add_metrics(metrics, output.metrics)
+                output = output.value
+            loss = output
+        w = jnp.ones(()) if weight is None else weight(data)
+        return w * (loss + aux_loss.astype(loss.dtype)), w * aux_loss, w, metrics
+
     def objective(params, batch, rng):
-        losses, weights, aux_losses, metrics = [], [], [], {}
-        micro = split_batch(batch, schedule.num_microbatches)
-        for m, data in enumerate(micro):
-            context = lambda s, m=m, data=data: jaxpipe.Context(  # noqa: E731
-                jnp.int32(s), jnp.int32(m), fold(rng, s, m), data
-            )
-            x = data if embed is None else embed(params.outer, data, context(-1))
-            aux_loss = 0.0
-            for s in range(schedule.num_stages):
-                output = stage(jax.tree.map(lambda leaf, s=s: leaf[rows[s]], params.stages), x, context(s))
-                if isinstance(output, jaxpipe.Output):
-                    x = output.value
-                    aux_loss += 0.0 if output.aux_loss is None else output.aux_loss
-                    metrics = add_metrics(metrics, output.metrics)
-                else:
-                    x = output
-            loss = 0.0
-            if head is not None:
-                loss = head(params.outer, x, data, context(schedule.num_stages))
-                if isinstance(loss, jaxpipe.Output):
-                    metrics = add_metrics(metrics, loss.metrics)
-                    loss = loss.value
-            losses.append(loss + aux_loss)
-            aux_losses.append(aux_loss)
-            weights.append(1.0 if weight is None else weight(data))
-        share = [w / sum(weights) for w in weights]
-        aux = dict(metrics, aux_loss=sum(s * a for s, a in zip(share, aux_losses, strict=True)))
-        return sum(s * loss for s, loss in zip(share, losses, strict=True)), aux
+        count = schedule.num_microbatches
+        micro = jax.tree.map(lambda leaf: leaf.reshape(count, len(leaf) // count, *leaf.shape[1:]), batch)
+
+        def body(_, inputs):
+            return None, run_microbatch(params, *inputs, rng)
+
+        _, sums = jax.lax.scan(body, None, (micro, jnp.arange(count, dtype=jnp.int32)))
+        loss, aux_loss, total, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), sums)
+        return loss / total, dict(metrics, aux_loss=aux_loss / total)
 
     def value_and_grad(params, batch, rng=None):
         return jax.value_and_grad(objective, has_aux=True)(params, batch, rng)

@@ -21,7 +21,7 @@ from jaxpipe.runtime.program import Op, Program
 from jaxpipe.stage import split_stage
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Axes:
     """The mesh axes that the executor handles itself; all others are the compiler's.
 

@@ -59,7 +59,7 @@ def token_head(outer, y, data, ctx):
     logits = (y["h"] * outer["scale"]) @ outer["embedding"].T
     losses = -jnp.take_along_axis(jax.nn.log_softmax(logits), data["targets"][..., None], -1)[..., 0]
     loss = (losses * data["mask"]).sum() / data["mask"].sum()
-    return jaxpipe.Output(loss, metrics={"correct": (logits.argmax(-1) == data["targets"]).sum()})
+    return jaxpipe.Output(loss, metrics={"correct": (logits.argmax(-1).astype(jnp.int32) == data["targets"]).sum()})
 
 
 def token_weight(data):

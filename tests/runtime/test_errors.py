@@ -70,7 +70,7 @@ def test_batch_that_does_not_divide():
 
 
 def test_batch_leaves_of_different_lengths():
-    with pytest.raises(ValueError, match=r"\(8, 4, 8\).*\(4, 4, 8\).*same leading"):
+    with pytest.raises(ValueError, match=r"\(4, 4, 8\).*\(8, 4, 8\).*same leading"):
         trace(make_step(), batch={"x": jnp.ones((8, 4, 8)), "target": jnp.ones((4, 4, 8))})
     with pytest.raises(ValueError, match="no arrays"):
         trace(make_step(), batch={})

@@ -247,7 +247,7 @@ def test_microbatches_are_contiguous_parts_of_the_batch(x64):
     schedule = jaxpipe.schedule.build("gpipe", 2, 4)
 
     def head(outer, y, data, ctx):
-        row = jnp.where(jnp.arange(4) == ctx.microbatch, data.sum(), 0.0)
+        row = jnp.where(jnp.arange(4, dtype=jnp.int32) == ctx.microbatch, data.sum(), 0.0)
         return jaxpipe.Output(jnp.mean(y), metrics={"sums": row})
 
     batch = jnp.arange(8.0)[:, None] * jnp.ones((8, 8))

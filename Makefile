@@ -1,0 +1,38 @@
+# `make train` and `make test` need nothing but Python 3.11 to 3.14 and make.
+
+VENV := .venv
+BIN := $(VENV)/bin
+# The first interpreter on the path that runs and is of a version the project supports.
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
+	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo "$$p" && break; done)
+export XLA_FLAGS ?= --xla_force_host_platform_device_count=8
+
+.PHONY: train test slow lint format clean
+.DEFAULT_GOAL := test
+
+$(VENV)/.stamp: pyproject.toml
+	@test -n "$(PYTHON)" || { echo "Python 3.11 to 3.14 is needed; set PYTHON=/path/to/python"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[dev]'
+	@touch $@
+
+train: $(VENV)/.stamp
+	$(BIN)/python examples/pretrain.py $(ARGS)
+
+test: $(VENV)/.stamp
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+slow: $(VENV)/.stamp
+	$(BIN)/python -m pytest -m slow $(ARGS)
+
+lint: $(VENV)/.stamp
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/pyright
+
+format: $(VENV)/.stamp
+	$(BIN)/ruff format
+	$(BIN)/ruff check --fix
+
+clean:
+	rm -rf $(VENV) build *.egg-info
