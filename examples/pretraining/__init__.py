@@ -1,0 +1,1 @@
+"""A decoder-only language model pretrained through a pipeline: model, data and trainer."""
