@@ -31,7 +31,7 @@ def parse_mesh(text: str) -> dict[str, int]:
 def parse_arguments() -> argparse.Namespace:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--schedule", default="dualpipev", help="dualpipev, dualpipe, zbv, zb1p, interleaved, 1f1b, gpipe")
+    parser.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows")
     parser.add_argument("--mesh", type=parse_mesh, default="pp=4,dp=2", help="sizes of the mesh axes pp and dp")
     parser.add_argument("--microbatches", type=int, help="default: twice the pipeline ranks")
     parser.add_argument("--microbatch-size", type=int, default=4, help="sequences of a microbatch, over all dp shards")
@@ -67,7 +67,11 @@ def main() -> None:
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)
     config = model.ModelConfig(
-        width=args.width, hidden=3 * args.width, layers=args.layers, sequence=args.sequence, heads=max(1, args.width // 32)
+        width=args.width,
+        heads=max(1, args.width // 32),
+        hidden=3 * args.width,
+        layers=args.layers,
+        sequence=args.sequence,
     )
     functions, params = model.build_model(config, schedule, args.seed)
     value_and_grad = jaxpipe.value_and_grad(
@@ -87,8 +91,9 @@ def main() -> None:
     leaves = sum(leaf.size for leaf in jax.tree.leaves(params))
     print(
         f"{args.schedule} on {dict(mesh.shape)} {jax.devices()[0].platform} devices: {schedule.num_stages} stages, "
-        f"{schedule.num_microbatches} microbatches, {leaves / 1e6:.1f}M parameters, {batch_size * args.sequence} tokens "
-        f"a step\n{len(corpus.train) / 1e6:.1f} MB of text, unigram entropy {entropy:.3f} nats a byte"
+        f"{schedule.num_microbatches} microbatches, {leaves / 1e6:.1f}M parameters, "
+        f"{batch_size * args.sequence} tokens a step\n"
+        f"{len(corpus.train) / 1e6:.1f} MB of text, unigram entropy {entropy:.3f} nats a byte"
     )
 
     train_config = trainer.TrainConfig(steps=args.steps, learning_rate=args.learning_rate)

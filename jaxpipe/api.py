@@ -281,9 +281,7 @@ def stack_stages(stages: Sequence[Any], schedule: Schedule) -> Any:
 def unstack_stages(stacked: Any, schedule: Schedule) -> list[Any]:
     """The inverse of `stack_stages`: the parameters (or gradients) of stages 0, 1, ... as a list."""
     rows = {stage: row for row, stage in enumerate(schedule.storage_order)}
-    return [
-        jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)
-    ]
+    return [jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
 
 
 def _pipeline(

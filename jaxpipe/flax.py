@@ -153,9 +153,7 @@ def layered_stages(
     longest = max(counts)
     starts = [sum(counts[:stage]) for stage in range(schedule.num_stages)]
     stages = [
-        jax.tree.map(
-            lambda *rows: jnp.stack(rows), *(layers[start + min(i, count - 1)] for i in range(longest))
-        )
+        jax.tree.map(lambda *rows: jnp.stack(rows), *(layers[start + min(i, count - 1)] for i in range(longest)))
         for start, count in zip(starts, counts, strict=True)
     ]
     if len(set(counts)) == 1:

@@ -34,8 +34,8 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None)
                 metrics = add_metrics(metrics, output.metrics)
                 output = output.value
             loss = output
-        w = jnp.ones(()) if weight is None else weight(data)
-        return w * (loss + aux_loss.astype(loss.dtype)), w * aux_loss, w, metrics
+        w = (jnp.ones(()) if weight is None else weight(data)).astype(loss.dtype)
+        return w * (loss + aux_loss.astype(loss.dtype)), w * aux_loss.astype(loss.dtype), w, metrics
 
     def objective(params, batch, rng):
         count = schedule.num_microbatches

@@ -17,9 +17,7 @@ LAYERS = [
     "jaxpipe.api",
     "jaxpipe.flax",
 ]
-FILES = sorted(
-    path for folder in ("jaxpipe", "examples", "tests") for path in (ROOT / folder).rglob("*.py")
-)
+FILES = sorted(path for folder in ("jaxpipe", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path):

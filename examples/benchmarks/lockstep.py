@@ -54,6 +54,7 @@ def row(name: str, ranks: int, microbatches: int, label: str) -> str:
 
 
 def main() -> None:
+    """Prints the table."""
     parser = argparse.ArgumentParser(description="What lockstep costs each schedule.")
     parser.add_argument("--schedule", choices=SIZES, help="only this schedule")
     parser.add_argument("--quick", action="store_true", help="unit costs and at most 8 ranks")

@@ -88,9 +88,11 @@ def measure(ranks: int, microbatches: int, layers: int, width: int, tokens: int)
 
     prepared = jax.eval_shape(split.prepare, one)
     branch = jax.jit(pair).lower(prepared, split.residuals, x, x, ctx).compile().memory_analysis()
+    memory = compiled.memory_analysis()
+    assert branch is not None and memory is not None, "this backend does not report memory"
     working = branch.temp_size_in_bytes + branch.output_size_in_bytes
-    temp = compiled.memory_analysis().temp_size_in_bytes
-    text = compiled.as_text()
+    temp = memory.temp_size_in_bytes
+    text = compiled.as_text() or ""
     shapes = {
         f"{_hlo_dtype(leaf)}[{','.join(map(str, (count + 1, *leaf.shape)))}]"
         for count, value in pools.values()

@@ -135,7 +135,9 @@ class Functions:
         return data["mask"].sum()
 
 
-def build_model(config: ModelConfig, schedule: jaxpipe.schedule.Schedule, seed: int) -> tuple[Functions, jaxpipe.Params]:
+def build_model(
+    config: ModelConfig, schedule: jaxpipe.schedule.Schedule, seed: int
+) -> tuple[Functions, jaxpipe.Params]:
     """The model's functions and its initial parameters, which do not depend on the schedule."""
     rngs = nnx.Rngs(seed)
     ends = nnx_function(Ends(config, rngs))

@@ -31,7 +31,7 @@ class TrainConfig:
 class TrainState(NamedTuple):
     """What one step hands to the next."""
 
-    params: jaxpipe.Params
+    params: Any
     opt_state: Any
     step: jax.Array
 
@@ -98,9 +98,7 @@ def plain_value_and_grad(functions: Any, schedule: jaxpipe.schedule.Schedule) ->
 
 def place(params: jaxpipe.Params, mesh: Mesh) -> jaxpipe.Params:
     """Parameters on the mesh: stages by rows over the pipeline axis, the rest everywhere."""
-    return jax.device_put(
-        params, jaxpipe.Params(NamedSharding(mesh, P("pp")), NamedSharding(mesh, P()))
-    )
+    return jax.device_put(params, jaxpipe.Params(NamedSharding(mesh, P("pp")), NamedSharding(mesh, P())))
 
 
 def train(
@@ -114,10 +112,8 @@ def train(
 ) -> tuple[TrainState, list[float]]:
     """Runs the loop with a progress bar; returns the final state and the loss of every step."""
     losses: list[float] = []
-    columns = (
-        TextColumn("{task.completed}/{task.total}"), BarColumn(), TextColumn("{task.description}"), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns) as progress:
+    counter, text = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
+    with Progress(counter, BarColumn(), text, TimeRemainingColumn()) as progress:
         task = progress.add_task("compiling", total=steps)
         start, tokens = time.perf_counter(), 0
         for index in range(steps):

@@ -65,5 +65,5 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def add(total: Any, value: Any) -> Any:
-    """total + value, leaf by leaf, in total's dtypes."""
+    """Total + value, leaf by leaf, in total's dtypes."""
     return jax.tree.map(lambda t, v: t + jnp.asarray(v).astype(t.dtype), total, value)

@@ -195,9 +195,7 @@ def _exchange(
 ) -> Any:
     """Moves one message on each channel of a pattern: all sends are read before any arrival is written."""
     with jax.named_scope("send"):
-        arrived = [
-            (i, lax.ppermute(take(mail, send[i]), axis, channels[i])) for i, flag in enumerate(pattern) if flag
-        ]
+        arrived = [(i, lax.ppermute(take(mail, send[i]), axis, channels[i])) for i, flag in enumerate(pattern) if flag]
     for i, message in arrived:
         mail = put(mail, receive[i], message)
     return mail

@@ -28,10 +28,12 @@ class ForwardStep:
         """The operation of a kind on a local chunk."""
         if op is Op.F:
             return self.forward(chunk)
-        return embed_operation(self) if op is Op.EMBED else self.head()
+        if op is Op.EMBED:
+            return embed_operation(self.model, self.outer, self.batch, self.rng)
+        return self.head()
 
     def forward(self, chunk: int) -> Operation:
-        """x -> y."""
+        """X -> y."""
 
         def compute(x: Any, row: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])

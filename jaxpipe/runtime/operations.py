@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -58,14 +58,14 @@ class Step:
             Op.B: self.backward,
             Op.I: self.backward_input,
             Op.W: self.backward_weight,
-            Op.EMBED: lambda _: embed_operation(self),
+            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng),
             Op.HEAD: self.head,
             Op.EMBED_GRAD: self.embed_grad,
         }
         return makers[op](chunk)
 
     def forward(self, chunk: int) -> Operation:
-        """x -> y, and the residuals into the stash."""
+        """X -> y, and the residuals into the stash."""
 
         def read(buffers: Buffers, row: jax.Array) -> Any:
             return take(buffers.mail, row[Field.SOURCE])
@@ -201,27 +201,14 @@ class Step:
         return dy, jax.tree.map(lambda aval: self._weight(row).astype(aval.dtype), aux_loss)
 
 
-class HasEmbed(Protocol):
-    """What `embed_operation` reads of a step."""
-
-    @property
-    def model(self) -> Model: ...
-    @property
-    def outer(self) -> Any: ...
-    @property
-    def batch(self) -> Any: ...
-    @property
-    def rng(self) -> jax.Array | None: ...
-
-
-def embed_operation(step: HasEmbed) -> Operation:
+def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
     """A microbatch's input to stage 0."""
 
     def read(buffers: Buffers, row: jax.Array) -> None:
         return None
 
     def compute(_: Any, row: jax.Array) -> Any:
-        return step.model.run_embed(step.outer, make_context(step.batch, step.rng, -1, row[Field.MICROBATCH]))
+        return model.run_embed(outer, make_context(batch, rng, -1, row[Field.MICROBATCH]))
 
     def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
         return buffers._replace(mail=put(buffers.mail, row[Field.TARGET], x))

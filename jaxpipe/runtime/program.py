@@ -19,7 +19,7 @@ class Op(enum.Enum):
 
     F = "F"  # forward
     B = "B"  # whole backward
-    I = "I"  # input-gradient half of the backward  # noqa: E741
+    I = "I"  # input-gradient half of the backward
     W = "W"  # weight-gradient half of the backward
     EMBED = "E"  # makes the input of stage 0, right before its forward
     HEAD = "H"  # loss and its gradient at the output of the last stage, right after its forward

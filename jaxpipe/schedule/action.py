@@ -12,7 +12,7 @@ class Kind(enum.Enum):
 
     F = "F"  # forward
     B = "B"  # whole backward: input and weight gradients together
-    I = "I"  # input-gradient half of the backward  # noqa: E741
+    I = "I"  # input-gradient half of the backward
     W = "W"  # weight-gradient half of the backward
 
 

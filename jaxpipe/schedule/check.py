@@ -59,7 +59,8 @@ def _fail(schedule: Schedule, message: str, *cells: Cell) -> None:
 def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
     """Each action's cell; fails on malformed groups, unknown stages or microbatches, wrong ranks, duplicates."""
     if schedule.num_microbatches % len(schedule.routes):
-        _fail(schedule, f"{schedule.num_microbatches} microbatches do not divide into {len(schedule.routes)} directions")
+        sizes = f"{schedule.num_microbatches} microbatches do not divide into {len(schedule.routes)} directions"
+        _fail(schedule, sizes)
     for route in schedule.routes:
         if len(route) != schedule.num_stages or not set(route) <= set(range(schedule.num_ranks)):
             _fail(schedule, f"route {route} must name one of {schedule.num_ranks} ranks for each stage")
@@ -130,7 +131,5 @@ def _check_progress(schedule: Schedule) -> None:
 
 def _waits_for(schedule: Schedule, group: Group, done: set[Action]) -> tuple[Action, ...]:
     """For each input of a group that has not run, the first action that would make it."""
-    missing = (
-        options[0] for action in group for options in inputs(schedule, action) if done.isdisjoint(options)
-    )
+    missing = (options[0] for action in group for options in inputs(schedule, action) if done.isdisjoint(options))
     return tuple(action for action in missing if action not in group)

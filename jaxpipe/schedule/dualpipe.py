@@ -35,8 +35,7 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
         own = int(rank >= num_ranks // 2)
         return tuple(
             tuple(
-                Action((rank, mirror)[chunk ^ own], kind, count + (chunk ^ own) * half)
-                for chunk, kind, count in group
+                Action((rank, mirror)[chunk ^ own], kind, count + (chunk ^ own) * half) for chunk, kind, count in group
             )
             for group in eight_steps(min(rank, mirror), num_ranks // 2, half)
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.interleaved import alternating
+from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 
 

@@ -68,6 +68,4 @@ class Schedule:
         Row i of a stacked parameter belongs to stage ``storage_order[i]``, so that sharding the rows
         evenly over the pipeline axis gives each rank the stages it owns (those of direction 0).
         """
-        return tuple(
-            stage for rank in range(self.num_ranks) for stage, at in enumerate(self.routes[0]) if at == rank
-        )
+        return tuple(stage for rank in range(self.num_ranks) for stage, at in enumerate(self.routes[0]) if at == rank)

@@ -107,7 +107,7 @@ class Timeline:
         return tuple(_peak(groups, (Kind.I,), (Kind.W,)) for groups in self.schedule.ranks)
 
 
-def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:  # noqa: B008  (frozen)
+def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
     """Runs each rank's groups in order, each as soon as its inputs have arrived.
 
     Raises:
@@ -137,7 +137,7 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:  # noqa: B
     return Timeline(schedule, costs, tuple(map(tuple, events)))
 
 
-def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> float:  # noqa: B008  (frozen)
+def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> float:
     """The published bubble of a rank: DeepSeek's README, PP being ``num_ranks`` (twice that for DualPipeV).
 
     >>> closed_form_bubble("dualpipe", 8), closed_form_bubble("1f1b", 8)
@@ -157,9 +157,7 @@ def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> flo
     return forms[name]
 
 
-def _arrival(
-    schedule: Schedule, costs: Costs, ends: dict[Action, float], rank: int, group: Group
-) -> float | None:
+def _arrival(schedule: Schedule, costs: Costs, ends: dict[Action, float], rank: int, group: Group) -> float | None:
     """When the last input of a group from outside it is there; None while one has not run."""
     latest = 0.0
     for action in group:

@@ -25,8 +25,7 @@ def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
 
     def order(rank: int) -> tuple[Group, ...]:
         stages = (rank, 2 * num_ranks - 1 - rank)
-        counts = {key: itertools.count() for key in itertools.product((0, 1), Kind)}
-        done = dict.fromkeys(counts, 0)
+        done: dict[tuple[int, Kind], int] = dict.fromkeys(itertools.product((0, 1), Kind), 0)
         actions: list[Action] = []
 
         def run(chunk: int, *kinds: Kind) -> None:

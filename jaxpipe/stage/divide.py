@@ -145,9 +145,7 @@ def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaq
     ys_second = [pair for pair in scan.ys if pair[1] in for_second and pair not in ys_first]
     reads = {value for node in parts.second for value in node.ins} | {out for _, _, out, _ in carry_second}
     crossing = [(value, _stacked(value, scan.length)) for value in _ordered(reads & (known - remade), scan)]
-    first = dataclasses.replace(
-        scan, nodes=parts.first, carries=carry_first, ys=(*ys_first, *crossing)
-    )
+    first = dataclasses.replace(scan, nodes=parts.first, carries=carry_first, ys=(*ys_first, *crossing))
     second = dataclasses.replace(
         scan,
         nodes=parts.second,

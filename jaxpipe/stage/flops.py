@@ -17,7 +17,8 @@ def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
     does not at all.
 
     Args:
-      function: a function, traced with ``args`` (arrays or shapes), or a closed jaxpr.
+      function: a function to trace, or a closed jaxpr.
+      *args: the function's arguments, arrays or shapes.
 
     >>> import jax.numpy as jnp
     >>> matmul_flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
@@ -35,12 +36,12 @@ def _eqn_flops(eqn: JaxprEqn) -> int:
     name = eqn.primitive.name
     if name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
-        left = eqn.invars[0].aval.shape
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(left[d] for d in contract)
+        left = _shape(eqn.invars[0])
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[d] for d in contract)
     if name == "conv_general_dilated":
-        kernel = eqn.invars[1].aval.shape
+        kernel = _shape(eqn.invars[1])
         features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(eqn.outvars[0].aval.shape) * math.prod(kernel) // features
+        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // features
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_flops(eqn)
     subs = [_jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
@@ -51,7 +52,7 @@ def _eqn_flops(eqn: JaxprEqn) -> int:
 
 def _ragged_flops(eqn: JaxprEqn) -> int:
     """Each row of the left operand meets one group's matrix: as many products as without groups."""
-    left, right, out = eqn.invars[0].aval.shape, eqn.invars[1].aval.shape, eqn.outvars[0].aval.shape
+    left, right, out = _shape(eqn.invars[0]), _shape(eqn.invars[1]), _shape(eqn.outvars[0])
     numbers = eqn.params.get("ragged_dot_dimension_numbers")
     if numbers is None:
         return 2 * math.prod(out) * left[-1]
@@ -62,6 +63,10 @@ def _ragged_flops(eqn: JaxprEqn) -> int:
     return 2 * math.prod(left) * math.prod(right) // math.prod(left[d] for d in contract)
 
 
-def _subjaxprs(eqn: JaxprEqn) -> list[Jaxpr]:
+def _shape(atom: Any) -> tuple[int, ...]:
+    return atom.aval.shape
+
+
+def _subjaxprs(eqn: JaxprEqn) -> list[Any]:
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
     return [getattr(value, "jaxpr", value) for value in values if isinstance(value, (Jaxpr, ClosedJaxpr))]

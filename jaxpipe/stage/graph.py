@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -43,7 +44,7 @@ class Value:
     def nbytes(self) -> int:
         """Bytes of the array; 0 for key arrays, which are small."""
         dtype = self.aval.dtype
-        if jax.dtypes.issubdtype(dtype, jax.dtypes.extended):
+        if jnp.issubdtype(dtype, jax.dtypes.extended):
             return 0
         return self.aval.size * dtype.itemsize
 
@@ -181,7 +182,7 @@ def _emit(
 
 def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Scan:
     jaxpr, consts = _open(eqn.params["jaxpr"])
-    num_consts, num_carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    num_consts, num_carry = _scan_counts(eqn)
     inner_ins = [Value(var.aval) for var in jaxpr.invars]
     nodes: list[Node] = []
     inner_outs = _emit(jaxpr, consts, inner_ins, nodes, ())
@@ -199,6 +200,14 @@ def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: t
         unroll=eqn.params["unroll"],
         context=(*context, eqn),
     )
+
+
+def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+    """How many of a scan's inputs are constants and carries; jax 0.11 keeps them in a tree instead of as counts."""
+    if "num_carry" in eqn.params:
+        return eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry, _ = eqn.params["ft_in"].update(eqn.invars).unpack()
+    return len(list(consts)), len(list(carry))
 
 
 def _barrier(value: Value, nodes: list[Node]) -> Value:

@@ -23,8 +23,8 @@ class Residuals(NamedTuple):
       weight: arrays that the weight gradient needs (the input gradient may need them too).
     """
 
-    input: tuple[jax.Array, ...]
-    weight: tuple[jax.Array, ...]
+    input: tuple[Any, ...]
+    weight: tuple[Any, ...]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -121,7 +121,7 @@ class _Parts(NamedTuple):
     prepared: tuple[Value, ...]
     forward: tuple[Node, ...]
     outputs: tuple[Value, ...]
-    kept: Any  # Residuals of values
+    kept: Residuals
     cts: tuple[Value, ...]
     first: tuple[Node, ...]
     second: tuple[Node, ...]
@@ -142,8 +142,10 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
 
     Args:
       stage: ``stage(params, x, *args) -> out``, pure; ``(out, aux)`` with ``has_aux``.
-      params, x, args: pytrees of arrays or of anything with shape and dtype; only these are read. Floating and complex
-        leaves of params and x are differentiated; where x has none, there is no input half.
+      params: pytree of arrays or of anything with shape and dtype; only these are read. Floating and complex leaves
+        are differentiated.
+      x: like params; where it has no floating leaf, there is no input half.
+      *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
 
     Raises:
@@ -322,7 +324,7 @@ def _cotangents(env: dict[Value, Any], values: Sequence[Value], like: Any) -> An
 
 
 def _is_key(dtype: Any) -> bool:
-    return jax.dtypes.issubdtype(dtype, jax.dtypes.prng_key)
+    return jnp.issubdtype(dtype, jax.dtypes.prng_key)
 
 
 def _pack(array: Any) -> Any:

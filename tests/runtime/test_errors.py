@@ -80,7 +80,7 @@ def test_stages_not_matching_the_schedule():
     params = models.deepseek_params(build("dualpipev", 3, 6), 8, 16)
     with pytest.raises(ValueError, match=r"stages\['down'\] has shape \(6, 16, 8\).*4 stages.*stack_stages"):
         trace(make_step(), params=params)
-    with pytest.raises(ValueError, match="pass jaxpipe.Params"):
+    with pytest.raises(ValueError, match=r"pass jaxpipe\.Params"):
         trace(make_step(), params={"stages": params.stages})
     with pytest.raises(ValueError, match="3 stages for schedule 'dualpipev', which has 4"):
         jaxpipe.stack_stages([1.0, 2.0, 3.0], build())

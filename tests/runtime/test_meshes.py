@@ -65,7 +65,7 @@ def test_all_to_all_inside_the_stage_beside_data_parallelism(x64, name):
         specs=jaxpipe.Params({"expert": P("pp", "ep"), "scale": P("pp")}, P()),
     )
     (loss, _), grads = jax.jit(step)(params, batch)
-    # Each device's microbatch is 2 tokens, of which token e goes to expert e: the same for any grouping of rows in pairs.
+    # Of every two rows, row e goes to expert e: the same in any grouping of the batch into pairs of rows.
     (expected_loss, _), expected = plain_value_and_grad(expert_stage(None), schedule, head=moe_head)(params, batch)
     np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
     assert_trees_close(grads, expected, rtol=1e-10)
