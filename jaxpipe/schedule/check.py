@@ -27,40 +27,19 @@ def check(schedule: Schedule) -> None:
     _check_progress(schedule)
 
 
-def grid(schedule: Schedule, marked: Mapping[Cell, str] | None = None) -> str:
-    """The groups of each rank, one line a rank, marked cells between > and <.
-
-    >>> from jaxpipe.schedule.gpipe import gpipe
-    >>> print(grid(gpipe(2, 1), {(1, 0): ""}))
-    rank 0   0F0   0B0
-    rank 1  >1F0<  1B0
-    """
-    marked = marked or {}
-    rows = [
-        [
-            f">{_text(group)}<" if (rank, position) in marked else f" {_text(group)} "
-            for position, group in enumerate(groups)
-        ]
-        for rank, groups in enumerate(schedule.ranks)
-    ]
-    width = max((len(cell) for row in rows for cell in row), default=0)
-    lines = ("".join(f" {cell:<{width}}" for cell in row).rstrip() for row in rows)
-    return "\n".join(f"rank {rank} {line}" for rank, line in enumerate(lines))
-
-
 def _text(group: Group) -> str:
     return "&".join(map(str, group))
 
 
 def _fail(schedule: Schedule, message: str, *cells: Cell) -> None:
-    raise ValueError(f"schedule {schedule.name!r}: {message}\n{grid(schedule, dict.fromkeys(cells, ''))}")
+    raise ValueError(f"schedule {schedule.name!r}: {message}\n{schedule.grid(cells)}")
 
 
 def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
     """Each action's cell; fails on malformed groups, unknown stages or microbatches, wrong ranks, duplicates."""
-    if schedule.num_microbatches % len(schedule.routes):
-        sizes = f"{schedule.num_microbatches} microbatches do not divide into {len(schedule.routes)} directions"
-        _fail(schedule, sizes)
+    directions = len(schedule.routes)
+    if not directions or schedule.num_microbatches < 1 or schedule.num_microbatches % directions:
+        _fail(schedule, f"{schedule.num_microbatches} microbatches do not divide into {directions} directions")
     for route in schedule.routes:
         if len(route) != schedule.num_stages or not set(route) <= set(range(schedule.num_ranks)):
             _fail(schedule, f"route {route} must name one of {schedule.num_ranks} ranks for each stage")
@@ -72,7 +51,9 @@ def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
             if len(group) != 1 and kinds not in ((Kind.F, Kind.B), (Kind.F, Kind.I)):
                 _fail(schedule, f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I", cell)
             for action in group:
-                if not (action.stage < schedule.num_stages and action.microbatch < schedule.num_microbatches):
+                if not (
+                    0 <= action.stage < schedule.num_stages and 0 <= action.microbatch < schedule.num_microbatches
+                ):
                     sizes = f"{schedule.num_stages} stages and {schedule.num_microbatches} microbatches"
                     _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", cell)
                 at = schedule.rank_of(action.stage, action.microbatch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Collection
 
 from jaxpipe.schedule.action import Action, Group
 
@@ -33,6 +34,31 @@ class Schedule:
     def num_ranks(self) -> int:
         """Pipeline ranks, the size of the mesh's pipeline axis."""
         return len(self.ranks)
+
+    def __str__(self) -> str:
+        return self.grid()
+
+    def grid(self, marked: Collection[tuple[int, int]] = ()) -> str:
+        """The groups of each rank, one line a rank; the cells (rank, position) in ``marked`` between > and <.
+
+        >>> from jaxpipe.schedule.gpipe import gpipe
+        >>> print(gpipe(2, 1).grid(marked=[(1, 0)]))
+        rank 0   0F0   0B0
+        rank 1  >1F0<  1B0
+        """
+        cells = [
+            [
+                f">{text}<" if (rank, position) in marked else f" {text} "
+                for position, text in enumerate("&".join(map(str, group)) for group in groups)
+            ]
+            for rank, groups in enumerate(self.ranks)
+        ]
+        width = max((len(cell) for row in cells for cell in row), default=0)
+        label = len(str(self.num_ranks - 1))
+        return "\n".join(
+            f"rank {rank:<{label}} " + "".join(f" {cell:<{width}}" for cell in row).rstrip()
+            for rank, row in enumerate(cells)
+        )
 
     def direction(self, microbatch: int) -> int:
         """The direction in which a microbatch travels."""

@@ -140,6 +140,12 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
 def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> float:
     """The published bubble of a rank: DeepSeek's README, PP being ``num_ranks`` (twice that for DualPipeV).
 
+    The simulated bubble equals it for gpipe and 1f1b at any costs; for zb1p while F = I >= W; for dualpipe and
+    dualpipev while F = I >= W too, on every rank without a gain from overlap, otherwise on the rank that gains least.
+
+    Raises:
+      ValueError: a schedule without a published form.
+
     >>> closed_form_bubble("dualpipe", 8), closed_form_bubble("1f1b", 8)
     (6.0, 21.0)
     """

@@ -1,4 +1,4 @@
-"""ZB-V: two stages a rank in a V, no bubble when forward, input and weight gradients cost the same."""
+"""ZB-V: two stages a rank in a V; no rank waits once it has started, if F, I and W cost the same."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ from jaxpipe.schedule.schedule import Schedule
 def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
     """ZB-V: rank r runs stages r and ``2 * num_ranks - 1 - r``, at most ``2 * num_ranks`` stashes a rank.
 
-    Source: arXiv 2405.15362.
+    With F = I = W a rank idles only for the ``num_ranks - 1`` forwards of the ramp: before its first action, while
+    the first microbatch comes down to it, and after its last. Source: arXiv 2405.15362.
 
     Raises:
       ValueError: fewer than ``2 * num_ranks`` microbatches.

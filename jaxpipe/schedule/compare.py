@@ -1,0 +1,101 @@
+"""All schedules side by side, for one model on the same ranks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+from jaxpipe.schedule.builders import build, builders
+from jaxpipe.schedule.simulate import Costs, simulate
+
+CLOSE = 0.05
+"""A schedule this much slower than the fastest still counts as fast when memory decides."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One schedule's figures.
+
+    Attributes:
+      name: the schedule.
+      reason: why it does not exist for these numbers, or None; the figures are then 0.
+      chunks: stages' parameters on a rank, 2 for interleaved, ZB-V and both DualPipes.
+      makespan: in units of the costs given for a rank's whole share of the model.
+      bubble: longest idle time of a rank.
+      stash: most activations stashed on a rank, in microbatches of a rank's whole share of the model.
+      copies: parameters on a rank, relative to its share of the model.
+    """
+
+    name: str
+    reason: str | None = None
+    chunks: int = 0
+    makespan: float = 0.0
+    bubble: float = 0.0
+    stash: float = 0.0
+    copies: int = 0
+
+
+def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, ...]:
+    """Simulates every schedule; ``costs`` are those of a rank's whole share of the model.
+
+    A schedule with two stages a rank cuts that share in two, so each costs half; DualPipe's two are whole copies.
+
+    >>> [row.bubble for row in compare(8, 20, Costs()) if row.name in ("1f1b", "dualpipe", "dualpipev")]
+    [21.0, 6.0, 7.0]
+    """
+    return tuple(_row(name, num_ranks, num_microbatches, costs) for name in builders)
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The rows as a Markdown table, and which schedule to pick."""
+    lines = [
+        "| schedule | makespan | bubble | bubble % | peak stash | parameter copies | stages a rank |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        if row.reason is None:
+            share = 100 * row.bubble / row.makespan
+            figures = f"{row.makespan:g} | {row.bubble:g} | {share:.1f} | {row.stash:g} | {row.copies} | {row.chunks}"
+            lines.append(f"| {row.name} | {figures} |")
+        else:
+            lines.append(f"| {row.name} | {row.reason} | | | | | |")
+    return "\n".join([*lines, "", pick(rows)])
+
+
+def pick(rows: Sequence[Row]) -> str:
+    """Which schedule to pick, in words."""
+    possible = [row for row in rows if row.reason is None]
+    fastest = min(possible, key=lambda row: (row.makespan, row.copies, row.stash))
+    near = [row for row in possible if row.makespan <= (1 + CLOSE) * fastest.makespan]
+    smallest = min(near, key=lambda row: (row.copies, row.stash, row.makespan))
+    text = f"Fastest: {fastest.name} ({fastest.makespan:g})."
+    if smallest != fastest:
+        text += (
+            f" Least memory within {CLOSE:.0%} of it: {smallest.name} ({smallest.makespan:g}, peak stash "
+            f"{smallest.stash:g} instead of {fastest.stash:g}, parameter copies {smallest.copies} instead of "
+            f"{fastest.copies})."
+        )
+    return text
+
+
+def _row(name: str, num_ranks: int, num_microbatches: int, costs: Costs) -> Row:
+    try:
+        schedule = build(name, num_ranks, num_microbatches)
+    except ValueError as error:
+        return Row(name, reason=str(error))
+    chunks = schedule.num_stages // num_ranks
+    timeline = simulate(schedule, _scaled(costs, 1 / chunks))
+    return Row(
+        name=name,
+        chunks=len(schedule.rank_stages[0]),
+        makespan=timeline.makespan,
+        bubble=max(timeline.bubble),
+        stash=max(timeline.peak_live) / chunks,
+        copies=len(schedule.routes),
+    )
+
+
+def _scaled(costs: Costs, factor: float) -> Costs:
+    """Costs of a part of the model; a transfer between ranks takes as long as before."""
+    values = dataclasses.asdict(costs)
+    return Costs(**{k: v if v is None or k == "p2p" else v * factor for k, v in values.items()})
