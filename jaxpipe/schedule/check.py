@@ -51,9 +51,7 @@ def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
             if len(group) != 1 and kinds not in ((Kind.F, Kind.B), (Kind.F, Kind.I)):
                 _fail(schedule, f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I", cell)
             for action in group:
-                if not (
-                    0 <= action.stage < schedule.num_stages and 0 <= action.microbatch < schedule.num_microbatches
-                ):
+                if not (0 <= action.stage < schedule.num_stages and 0 <= action.microbatch < schedule.num_microbatches):
                     sizes = f"{schedule.num_stages} stages and {schedule.num_microbatches} microbatches"
                     _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", cell)
                 at = schedule.rank_of(action.stage, action.microbatch)

@@ -140,8 +140,10 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
 def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> float:
     """The published bubble of a rank: DeepSeek's README, PP being ``num_ranks`` (twice that for DualPipeV).
 
-    The simulated bubble equals it for gpipe and 1f1b at any costs; for zb1p while F = I >= W; for dualpipe and
-    dualpipev while F = I >= W too, on every rank without a gain from overlap, otherwise on the rank that gains least.
+    The simulated bubble equals it, transfers taking no time: for gpipe and 1f1b at any costs; for zb1p with at least
+    as many microbatches as ranks, while W is no longer than F or I; for dualpipe and dualpipev while W <= F = I and
+    an overlapped pair takes no less than B. Where overlap gains time, ranks differ in how many pairs they overlap,
+    and the form is the largest of their bubbles.
 
     Raises:
       ValueError: a schedule without a published form.
