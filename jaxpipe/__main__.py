@@ -1,4 +1,4 @@
-"""Schedules at the command line: ``python -m jaxpipe show`` draws one, ``python -m jaxpipe compare`` all."""
+"""The command line: ``python -m jaxpipe show`` draws a schedule, ``python -m jaxpipe compare`` helps to choose one."""
 
 from __future__ import annotations
 
@@ -8,124 +8,82 @@ import sys
 from collections.abc import Sequence
 
 from jaxpipe.schedule.builders import build, builders
-from jaxpipe.schedule.compare import compare, format_table, recommend
+from jaxpipe.schedule.compare import compare, table
 from jaxpipe.schedule.csv import from_csv, to_csv
 from jaxpipe.schedule.draw import draw_perfetto, draw_text
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs, Timeline, simulate
+from jaxpipe.schedule.simulate import Costs, simulate
 from jaxpipe.schedule.svg import draw_svg
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Runs a command and returns 0.
-
-    Args:
-      argv: the arguments after the program's name; default those of the process.
-
-    Raises:
-      SystemExit: with status 2 and a message on standard error, for bad arguments, files or schedules.
-    """
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; bad input ends it with a message and status 2."""
     parser = _parser()
-    args = parser.parse_args(argv)
+    args = parser.parse_args(arguments)
     try:
-        args.command(args)
+        args.run(args)
     except (ValueError, OSError) as error:
-        parser.exit(2, f"{parser.prog}: error: {error}\n")
+        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        return 2
     return 0
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser("python -m jaxpipe", description="Pipeline schedules, drawn and compared.")
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    parser = argparse.ArgumentParser(prog="python -m jaxpipe", description="Pipeline schedules.")
+    commands = parser.add_subparsers(dest="command", required=True)
 
-    show = commands.add_parser("show", help="draw one schedule", description="Draws one schedule.")
-    show.set_defaults(command=_show)
-    show.add_argument("name", nargs="?", help=f"one of {', '.join(builders)}")
-    show.add_argument("--from-csv", metavar="FILE", type=pathlib.Path, help="read the schedule in PyTorch's notation")
-    show.add_argument("--ranks", type=int, help="pipeline ranks")
-    show.add_argument("--microbatches", type=int, help="microbatches of a step")
-    show.add_argument("--svg", metavar="FILE", type=pathlib.Path, help="write a drawing")
+    show = commands.add_parser("show", help="print one schedule and its figures")
+    show.add_argument("name", nargs="?", help=", ".join(builders))
+    show.add_argument("--from-csv", metavar="FILE", type=pathlib.Path, help="read the schedule from PyTorch's CSV")
+    show.add_argument("--svg", metavar="FILE", type=pathlib.Path, help="write a picture")
     show.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help="write a trace for ui.perfetto.dev")
-    show.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write the schedule in PyTorch's notation")
-    _add_costs(show, "one stage")
+    show.add_argument("--csv", metavar="FILE", type=pathlib.Path, help="write PyTorch's CSV")
+    show.set_defaults(run=_show)
 
-    table = commands.add_parser("compare", help="compare all schedules", description="Compares all schedules.")
-    table.set_defaults(command=_compare)
-    table.add_argument("--ranks", type=int, required=True, help="pipeline ranks")
-    table.add_argument("--microbatches", type=int, required=True, help="microbatches of a step")
-    _add_costs(table, "a rank's whole share of the model")
+    versus = commands.add_parser("compare", help="all schedules for one model on the same ranks")
+    versus.set_defaults(run=_compare)
+
+    for command in (show, versus):
+        command.add_argument("--ranks", type=int, default=8)
+        command.add_argument("--microbatches", type=int, default=20)
+        command.add_argument("--forward", type=float, default=1, help="time of a forward")
+        command.add_argument("--backward", type=float, default=2, help="time of a whole backward")
+        command.add_argument("--weight", type=float, default=1, help="time of its weight-gradient part")
+        command.add_argument("--overlapped", type=float, help="time of an overlapped pair; default: no gain")
+        command.add_argument("--p2p", type=float, default=0, help="latency of a transfer between ranks")
     return parser
 
 
-def _add_costs(parser: argparse.ArgumentParser, of: str) -> None:
-    costs = parser.add_argument_group("times", f"of {of} on one microbatch, in any unit")
-    costs.add_argument("--forward", type=float, default=1.0, help="default 1")
-    costs.add_argument("--backward", type=float, default=2.0, help="the whole backward; default 2")
-    costs.add_argument("--weight", type=float, default=1.0, help="the backward's weight gradients; default 1")
-    costs.add_argument("--overlapped", type=float, help="an overlapped forward and backward; default their sum")
-    costs.add_argument("--p2p", type=float, default=0.0, help="latency of a transfer between ranks; default 0")
-
-
 def _costs(args: argparse.Namespace) -> Costs:
-    """The costs from the options, of which ``--backward`` is input and weight gradients together."""
     if args.weight > args.backward:
-        raise ValueError(
-            f"--weight {args.weight:g} is more than --backward {args.backward:g}; the weight gradients are a part of "
-            "the backward, so lower --weight or raise --backward"
-        )
-    for option in ("forward", "backward", "weight", "overlapped", "p2p"):
-        value = getattr(args, option)
-        if value is not None and not 0 <= value < float("inf"):
-            raise ValueError(f"--{option} {value:g}: a time is a finite number, not negative")
-    return Costs(
-        forward=args.forward,
-        backward_input=args.backward - args.weight,
-        weight=args.weight,
-        backward=args.backward,
-        overlapped=args.overlapped,
-        p2p=args.p2p,
-    )
+        raise ValueError(f"--weight {args.weight:g} is a part of --backward {args.backward:g}: it cannot be larger")
+    return Costs(args.forward, args.backward - args.weight, args.weight, args.backward, args.overlapped, args.p2p)
 
 
 def _schedule(args: argparse.Namespace) -> Schedule:
-    """The schedule that `show` was asked for: by name and sizes, or from a file."""
+    if (args.name is None) == (args.from_csv is None):
+        raise ValueError(f"give the name of a schedule ({', '.join(builders)}) or --from-csv FILE")
     if args.from_csv is not None:
-        if (args.name, args.ranks, args.microbatches) != (None, None, None):
-            raise ValueError(
-                "--from-csv has the schedule and its sizes; leave out the name, --ranks and --microbatches"
-            )
-        return from_csv(args.from_csv.read_text(encoding="utf-8"), name=args.from_csv.stem)
-    if None in (args.name, args.ranks, args.microbatches):
-        raise ValueError("show needs a schedule's name, --ranks and --microbatches; or --from-csv FILE")
+        return from_csv(args.from_csv.read_text(), name=args.from_csv.stem)
     return build(args.name, args.ranks, args.microbatches)
 
 
 def _show(args: argparse.Namespace) -> None:
-    timeline = simulate(_schedule(args), _costs(args))
-    for path, draw in ((args.svg, draw_svg), (args.perfetto, draw_perfetto)):
-        if path is not None:
-            path.write_text(draw(timeline), encoding="utf-8")
-    if args.csv is not None:
-        args.csv.write_text(to_csv(timeline.schedule), encoding="utf-8")
+    schedule = _schedule(args)
+    timeline = simulate(schedule, _costs(args))
     print(draw_text(timeline))
-    print(_summary(timeline))
-
-
-def _summary(timeline: Timeline) -> str:
-    """Makespan, bubbles and stashes of a timeline, one line each."""
-    bubbles = " ".join(f"{bubble:.4g}" for bubble in timeline.bubble)
-    return "\n".join(
-        (
-            f"makespan         {timeline.makespan:.4g}",
-            f"bubble per rank  {bubbles}",
-            f"peak stash       {' '.join(map(str, timeline.peak_live))} (microbatches of one stage, per rank)",
-        )
-    )
+    bubbles = " ".join(f"{bubble:g}" for bubble in timeline.bubble)
+    print(f"makespan {timeline.makespan:g}   bubble of each rank {bubbles}")
+    print(f"peak stash of each rank {' '.join(map(str, timeline.peak_live))}, in microbatches of one stage")
+    writers = ((args.svg, lambda: draw_svg(timeline)), (args.perfetto, lambda: draw_perfetto(timeline)))
+    for path, draw in (*writers, (args.csv, lambda: to_csv(schedule))):
+        if path is not None:
+            path.write_text(draw())
+            print(f"wrote {path}")
 
 
 def _compare(args: argparse.Namespace) -> None:
-    rows = compare(args.ranks, args.microbatches, _costs(args))
-    print(f"{format_table(rows)}\n\n{recommend(rows)}")
+    print(table(compare(args.ranks, args.microbatches, _costs(args))))
 
 
 if __name__ == "__main__":
