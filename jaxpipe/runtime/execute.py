@@ -16,7 +16,7 @@ from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, al
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
-from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch
+from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch, run_one_by_one
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.stage import split_stage
 
@@ -169,9 +169,12 @@ def run_steps(
     """The scan over all steps: run a branch, then move messages where the step says so."""
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
-    branches = [run_branch(branch, operation) for branch in program.branches]
+    if dispatch == "switch":
+        branches = [(run_branch(branch, operation),) for branch in program.branches]
+    else:
+        branches = [run_one_by_one(branch, operation) for branch in program.branches]
     flags, _ = _patterns(program)
-    exchanges = [functools.partial(_exchange, program.channels, pattern, axis) for pattern in flags]
+    exchanges = [(functools.partial(_exchange, program.channels, pattern, axis),) for pattern in flags]
 
     def body(buffers: Buffers, row: Any) -> tuple[Buffers, None]:
         mine, pattern = row
@@ -201,17 +204,21 @@ def _exchange(
     return mail
 
 
-def _dispatch(how: str, index: jax.Array, branches: Sequence[Callable[..., Any]], carry: Any, *operands: Any) -> Any:
-    """``branches[index](carry, *operands)``; branch 0 returns the carry unchanged.
+def _dispatch(
+    how: str, index: jax.Array, branches: Sequence[Sequence[Callable[..., Any]]], carry: Any, *operands: Any
+) -> Any:
+    """Runs the functions of ``branches[index]``, each ``(carry, *operands) -> carry``; branch 0 does nothing.
 
-    "switch" is one conditional, which XLA:GPU runs in place. XLA:CPU copies every carried buffer at a conditional
-    but not at a loop, so "loops" runs each branch in a loop of no or one trip.
+    "switch" is one conditional between branches of one function each, which XLA:GPU runs in place. XLA:CPU copies
+    every carried buffer at a conditional but not at a loop, so "loops" runs each function in a loop of no or one trip.
     """
     if how == "switch":
-        return lax.switch(index, branches, carry, *operands)
-    for i, branch in enumerate(branches[1:], start=1):
+        functions = [lambda carry, *_: carry, *(function for (function,) in branches[1:])]
+        return lax.switch(index, functions, carry, *operands)
+    for i, functions in enumerate(branches[1:], start=1):
         trips = (index == i).astype(jnp.int32)
-        carry = lax.fori_loop(0, trips, lambda _, carry, branch=branch: branch(carry, *operands), carry)
+        for function in functions:
+            carry = lax.fori_loop(0, trips, lambda _, carry, run=function: run(carry, *operands), carry)
     return carry
 
 

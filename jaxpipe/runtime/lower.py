@@ -326,7 +326,8 @@ def _fill(
     sent = {value.boundary: step for step, _, value in moves}
     mail: dict[tuple, tuple[int, int]] = {}
     for value in values:
-        begin, end = 2 * steps[value.writer], 2 * steps[value.reader]
+        # The operations of a pair share no slot, so that they may run in either order or interleaved.
+        begin, end = 2 * steps[value.writer], 2 * steps[value.reader] + (len(cells[value.reader].operations) > 1)
         if value.source != value.target:
             mail[(value.source, value.boundary)] = (begin, 2 * sent[value.boundary] + 1)
             begin = 2 * sent[value.boundary] + 1

@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, take
 from jaxpipe.runtime.model import Context, Model
@@ -234,11 +235,26 @@ def run_branch(branch: Branch, operation: Callable[[Op, int], Operation]) -> Cal
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], rows[i]))
+        if len(parts) > 1:
+            # One part writes a pool that the other reads. Without an order XLA would copy the whole pool.
+            results, buffers = lax.optimization_barrier((results, buffers))
         for i, (_, part) in enumerate(parts):
             buffers = part.write(buffers, rows[i], results[i])
         return buffers
 
     return run
+
+
+def run_one_by_one(
+    branch: Branch, operation: Callable[[Op, int], Operation]
+) -> tuple[Callable[[Buffers, jax.Array], Buffers], ...]:
+    """The code of each operation of a branch by itself, for backends that overlap nothing."""
+
+    def one(index: int) -> Callable[[Buffers, jax.Array], Buffers]:
+        run = run_branch(branch[index : index + 1], operation)
+        return lambda buffers, rows: run(buffers, rows[index:])
+
+    return tuple(one(index) for index in range(len(branch)))
 
 
 def partition(tree: Any) -> tuple[Any, Any]:
