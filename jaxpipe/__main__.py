@@ -64,7 +64,7 @@ def _schedule(args: argparse.Namespace) -> Schedule:
     if (args.name is None) == (args.from_csv is None):
         raise ValueError(f"give the name of a schedule ({', '.join(builders)}) or --from-csv FILE")
     if args.from_csv is not None:
-        return from_csv(args.from_csv.read_text(), name=args.from_csv.stem)
+        return from_csv(args.from_csv.read_text(encoding="utf-8"), name=args.from_csv.stem)
     return build(args.name, args.ranks, args.microbatches)
 
 
@@ -78,7 +78,7 @@ def _show(args: argparse.Namespace) -> None:
     writers = ((args.svg, lambda: draw_svg(timeline)), (args.perfetto, lambda: draw_perfetto(timeline)))
     for path, draw in (*writers, (args.csv, lambda: to_csv(schedule))):
         if path is not None:
-            path.write_text(draw())
+            path.write_text(draw(), encoding="utf-8")
             print(f"wrote {path}")
 
 

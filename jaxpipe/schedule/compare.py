@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Sequence
 
 from jaxpipe.schedule.builders import build, builders
+from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs, simulate
 
 CLOSE = 0.05
@@ -24,6 +26,7 @@ class Row:
       bubble: longest idle time of a rank.
       stash: most activations stashed on a rank, in microbatches of a rank's whole share of the model.
       copies: parameters on a rank, relative to its share of the model.
+      messages: activations and gradients that a rank sends for a microbatch, on average over the ranks.
     """
 
     name: str
@@ -33,6 +36,7 @@ class Row:
     bubble: float = 0.0
     stash: float = 0.0
     copies: int = 0
+    messages: float = 0.0
 
 
 def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, ...]:
@@ -49,27 +53,35 @@ def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, .
 def table(rows: Sequence[Row]) -> str:
     """The rows as a Markdown table, and which schedule to pick."""
     lines = [
-        "| schedule | makespan | bubble | bubble % | peak stash | parameter copies | stages a rank |",
-        "|---|---|---|---|---|---|---|",
+        "| schedule | makespan | bubble | bubble % | peak stash | parameter copies | messages | stages a rank |",
+        "|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
         if row.reason is None:
-            share = 100 * row.bubble / row.makespan
-            figures = f"{row.makespan:g} | {row.bubble:g} | {share:.1f} | {row.stash:g} | {row.copies} | {row.chunks}"
-            lines.append(f"| {row.name} | {figures} |")
+            share = 100 * row.bubble / row.makespan if row.makespan else 0.0
+            times = f"{row.makespan:g} | {row.bubble:g} | {share:.1f}"
+            lines.append(f"| {row.name} | {times} | {row.stash:g} | {row.copies} | {row.messages:.4g} | {row.chunks} |")
         else:
-            lines.append(f"| {row.name} | {row.reason} | | | | | |")
+            lines.append(f"| {row.name} | {row.reason} | | | | | | |")
     return "\n".join([*lines, "", pick(rows)])
 
 
 def pick(rows: Sequence[Row]) -> str:
-    """Which schedule to pick, in words."""
+    """Which schedule to pick, in words.
+
+    >>> pick([Row("gpipe", makespan=10, stash=4, copies=1), Row("1f1b", makespan=10, stash=2, copies=1)])
+    'Fastest: 1f1b (10). None within 5% of it needs less memory.'
+    """
     possible = [row for row in rows if row.reason is None]
+    if not possible:
+        return "No schedule exists for these numbers."
     fastest = min(possible, key=lambda row: (row.makespan, row.copies, row.stash))
     near = [row for row in possible if row.makespan <= (1 + CLOSE) * fastest.makespan]
     smallest = min(near, key=lambda row: (row.copies, row.stash, row.makespan))
     text = f"Fastest: {fastest.name} ({fastest.makespan:g})."
-    if smallest != fastest:
+    if smallest == fastest:
+        text += f" None within {CLOSE:.0%} of it needs less memory."
+    else:
         text += (
             f" Least memory within {CLOSE:.0%} of it: {smallest.name} ({smallest.makespan:g}, peak stash "
             f"{smallest.stash:g} instead of {fastest.stash:g}, parameter copies {smallest.copies} instead of "
@@ -92,10 +104,23 @@ def _row(name: str, num_ranks: int, num_microbatches: int, costs: Costs) -> Row:
         bubble=max(timeline.bubble),
         stash=max(timeline.peak_live) / chunks,
         copies=len(schedule.routes),
+        messages=_messages(schedule) / (num_ranks * num_microbatches),
     )
+
+
+def _messages(schedule: Schedule) -> int:
+    """Activations and gradients that cross between ranks in a step."""
+    routes = (schedule.routes[schedule.direction(m)] for m in range(schedule.num_microbatches))
+    return sum(2 * (here != there) for route in routes for here, there in itertools.pairwise(route))
 
 
 def _scaled(costs: Costs, factor: float) -> Costs:
     """Costs of a part of the model; a transfer between ranks takes as long as before."""
-    values = dataclasses.asdict(costs)
-    return Costs(**{k: v if v is None or k == "p2p" else v * factor for k, v in values.items()})
+    return dataclasses.replace(
+        costs,
+        forward=costs.forward * factor,
+        backward_input=costs.backward_input * factor,
+        weight=costs.weight * factor,
+        backward=None if costs.backward is None else costs.backward * factor,
+        overlapped=None if costs.overlapped is None else costs.overlapped * factor,
+    )

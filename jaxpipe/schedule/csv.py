@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import re
 
 from jaxpipe.schedule.action import Action, Group
@@ -42,8 +43,12 @@ def from_csv(text: str, name: str = "csv") -> Schedule:
         raise ValueError("the CSV holds no actions; each line is a rank's, as in '0F0,0F1,0B0,0B1'")
     num_stages = 1 + max(action.stage for _, action in actions)
     num_microbatches = 1 + max(action.microbatch for _, action in actions)
+    stages = {action.stage for _, action in actions}
+    if len(stages) < num_stages:
+        missing = next(stage for stage in itertools.count() if stage not in stages)
+        raise ValueError(f"stage {missing} of {num_stages} never runs; number the stages 0, 1, 2, ... without gaps")
     places = {(action.stage, rank) for rank, action in actions}
-    directions = 1 if len(places) == len({stage for stage, _ in places}) else 2
+    directions = 1 if len(places) == len(stages) else 2
     routes = [[0] * num_stages for _ in range(directions)]
     for rank, action in actions:
         routes[action.microbatch * directions // num_microbatches][action.stage] = rank
@@ -65,5 +70,6 @@ def _parse(cell: str, row: int, column: int) -> Group:
         return tuple(Action.parse(part) for part in (overlapped.groups() if overlapped else (cell,)))
     except ValueError as error:
         raise ValueError(
-            f"line {row + 1}, column {column + 1}: {error}, or an overlapped pair as in '(0F7;7B3)OVERLAP_F_B'"
+            f"line {row + 1}, column {column + 1}: {error}, or an overlapped pair as in '(0F7;7B3)OVERLAP_F_B', "
+            "or leave the cell empty"
         ) from None

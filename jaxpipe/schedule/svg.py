@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 from jaxpipe.schedule.action import Kind
-from jaxpipe.schedule.draw import is_second
+from jaxpipe.schedule.draw import is_second, shortest
 from jaxpipe.schedule.simulate import Event, Timeline
 
 ROW = 26
 LEFT = 76
 TOP = 12
+SHORTEST = 30
+WIDEST = 8000
+LEGEND = 690
 COLOURS = {
     Kind.F: ("#f7c873", "#f3a64f"),
     Kind.B: ("#8fce8b", "#57a65a"),
@@ -19,7 +22,7 @@ COLOURS = {
 NAMES = {Kind.F: "forward", Kind.B: "backward", Kind.I: "input gradient", Kind.W: "weight gradient"}
 
 
-def draw_svg(timeline: Timeline, unit: float = 30) -> str:
+def draw_svg(timeline: Timeline, unit: float | None = None) -> str:
     """A self-contained SVG: a row per rank, time to the right, microbatch numbers in the cells.
 
     An overlapped pair is one cell with two halves side by side. The darker shade of a colour is the rank's second
@@ -27,10 +30,19 @@ def draw_svg(timeline: Timeline, unit: float = 30) -> str:
 
     Args:
       timeline: what `simulate` made.
-      unit: pixels per unit of cost.
+      unit: pixels per unit of cost; by default, the shortest event is 30 pixels wide, or less where the picture would
+        become wider than 8000.
+
+    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> from jaxpipe.schedule.simulate import simulate
+    >>> draw_svg(simulate(gpipe(2, 2))).count('class="B"')
+    4
     """
+    if unit is None:
+        longest = max(timeline.makespan, shortest(timeline))
+        unit = min(SHORTEST / shortest(timeline), WIDEST / longest)
     ranks = timeline.schedule.num_ranks
-    width = LEFT + timeline.makespan * unit + 12
+    width = LEFT + max(timeline.makespan * unit, LEGEND) + 12
     bottom = TOP + ranks * ROW
     height = bottom + 58
     parts = [
@@ -46,7 +58,9 @@ def draw_svg(timeline: Timeline, unit: float = 30) -> str:
         for event in events:
             parts += _event(timeline, event, LEFT + event.start * unit, y, (event.end - event.start) * unit)
     parts += _axis(LEFT, bottom + 12, timeline.makespan * unit)
-    parts += _legend(LEFT, bottom + 34, len(timeline.schedule.rank_stages[0]) > 1)
+    schedule = timeline.schedule
+    second = "direction" if len(schedule.routes) > 1 else "stage"
+    parts += _legend(LEFT, bottom + 34, second if len(schedule.rank_stages[0]) > 1 else None)
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
@@ -60,9 +74,7 @@ def _event(timeline: Timeline, event: Event, x: float, y: float, width: float) -
             f'<rect class="{action.kind.value}" x="{left:g}" y="{y}" width="{share:g}" height="{ROW}" fill="{fill}" '
             f'stroke="#555" stroke-width="0.6"><title>{action}</title></rect>'
         )
-        parts.append(
-            f'<text x="{left + share / 2:g}" y="{y + 17}" text-anchor="middle">{action.microbatch}</text>'
-        )
+        parts.append(f'<text x="{left + share / 2:g}" y="{y + 17}" text-anchor="middle">{action.microbatch}</text>')
     if len(event.group) > 1:
         parts.append(
             f'<rect class="pair" x="{x:g}" y="{y}" width="{width:g}" height="{ROW}" fill="none" stroke="black" '
@@ -79,10 +91,10 @@ def _axis(x: float, y: float, length: float) -> list[str]:
     ]
 
 
-def _legend(x: float, y: float, two_stages: bool) -> list[str]:
+def _legend(x: float, y: float, second: str | None) -> list[str]:
     parts = []
     for kind, name in NAMES.items():
-        for shade in COLOURS[kind][: 1 + two_stages]:
+        for shade in COLOURS[kind][: 1 + (second is not None)]:
             parts.append(f'<rect x="{x:g}" y="{y - 10:g}" width="14" height="14" fill="{shade}" stroke="#555"/>')
             x += 16
         parts.append(f'<text x="{x + 3:g}" y="{y + 1:g}">{name}</text>')
@@ -91,4 +103,7 @@ def _legend(x: float, y: float, two_stages: bool) -> list[str]:
         f'<rect x="{x:g}" y="{y - 10:g}" width="20" height="14" fill="none" stroke="black" stroke-width="1.6"/>'
     )
     parts.append(f'<text x="{x + 25:g}" y="{y + 1:g}">overlapped forward and backward</text>')
+    if second is not None:
+        note = f"lighter: the rank's first {second}; darker: its second"
+        parts.append(f'<text x="{LEFT}" y="{y + 19:g}">{note}</text>')
     return parts

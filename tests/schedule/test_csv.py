@@ -44,7 +44,7 @@ def test_empty_cells_lines_and_spaces_are_skipped() -> None:
 
 
 def test_overlapped_forward_and_input_gradient() -> None:
-    text = "0F0,(0F1;0I0)OVERLAP_F_B,0W0,0B1\n"
+    text = "0F0,(0F1;0I0)OVERLAP_F_I,0W0,0B1\n"
     schedule = from_csv(text)
     assert schedule.ranks[0][1] == (Action(0, Kind.F, 1), Action(0, Kind.I, 0))
     assert to_csv(schedule) == text
@@ -60,14 +60,14 @@ def test_two_directions() -> None:
     "cell", ["0X0", "0F", "F0", "0F0 0B0", "(0F0;0B0)", "(0F0)OVERLAP_F_B", "(0F0;1B0;2F0)OVERLAP_F_B", "-1F0"]
 )
 def test_bad_cell_is_named_with_line_and_column(cell: str) -> None:
-    with pytest.raises(ValueError, match=r"line 2, column 3: .* is neither an action such as '2F0'"):
+    with pytest.raises(ValueError, match=r"line 2, column 3: .* is not an action; write .*, or an overlapped pair"):
         from_csv(f"0F0,0B0\n1F0,,{cell},1B0\n")
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "has no actions; write a line for each rank"),
+        ("", "holds no actions; each line is a rank's"),
         ("0F0,0B0\n9F0,9B0", "stage 1 of 10 never runs"),
         ("0F0\n1F0,1B0", "stage 0 runs F for microbatch 0"),
         ("0F0,0B0\n1B0,1F0", "needs 1F0, which is not before it"),
