@@ -1,6 +1,8 @@
 """Prints DualPipe on 8 ranks with 20 microbatches, the figure of DeepSeek's report.
 
     python examples/01_print_a_schedule.py
+
+The bubble of every rank is that of the published formula.
 """
 
 from jaxpipe.schedule import build, simulate
