@@ -21,6 +21,8 @@ from jaxpipe.schedule.check import check
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
+DISPATCHERS = ("switch", "loops", "one by one")
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pipeline:
@@ -34,7 +36,7 @@ class Pipeline:
       specs: PartitionSpec of every parameter, as a tree prefix of Params.
       batch_spec: PartitionSpec of every leaf of the batch.
       compute_dtype: dtype of the working copies, or None.
-      dispatch: "switch" or "loops".
+      dispatch: one of `DISPATCHERS`.
     """
 
     program: Program
@@ -186,7 +188,9 @@ def value_and_grad(
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
         Gradients accumulate in float32 (float64 for float64) and come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
-      dispatch: "switch" or "loops", how a rank chooses its branch; default: "loops" on CPU, else "switch".
+      dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
+        which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair. Default: the
+        last on CPU, which overlaps nothing, else "loops".
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
@@ -302,9 +306,9 @@ def _pipeline(
     check(schedule)
     axes = _check_mesh(schedule, mesh, axis, tuple(data_axes), tuple(replicated_axes))
     if dispatch is None:
-        dispatch = "loops" if mesh.devices.flat[0].platform == "cpu" else "switch"
-    if dispatch not in ("switch", "loops"):
-        raise ValueError(f"dispatch={dispatch!r}; choose 'switch' or 'loops'")
+        dispatch = "one by one" if mesh.devices.flat[0].platform == "cpu" else "loops"
+    if dispatch not in DISPATCHERS:
+        raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
     program = lower(schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only)
     return Pipeline(
         program=program,

@@ -169,10 +169,10 @@ def run_steps(
     """The scan over all steps: run a branch, then move messages where the step says so."""
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
-    if dispatch == "switch":
-        branches = [(run_branch(branch, operation),) for branch in program.branches]
-    else:
+    if dispatch == "one by one":
         branches = [run_one_by_one(branch, operation) for branch in program.branches]
+    else:
+        branches = [(run_branch(branch, operation),) for branch in program.branches]
     flags, _ = _patterns(program)
     exchanges = [(functools.partial(_exchange, program.channels, pattern, axis),) for pattern in flags]
 
@@ -209,8 +209,9 @@ def _dispatch(
 ) -> Any:
     """Runs the functions of ``branches[index]``, each ``(carry, *operands) -> carry``; branch 0 does nothing.
 
-    "switch" is one conditional between branches of one function each, which XLA:GPU runs in place. XLA:CPU copies
-    every carried buffer at a conditional but not at a loop, so "loops" runs each function in a loop of no or one trip.
+    "switch" is one conditional between branches of one function each. XLA copies every carried buffer at a
+    conditional (always on CPU, in some programs on GPU) but not at a loop, so the other ways run each function in a
+    loop of no or one trip.
     """
     if how == "switch":
         functions = [lambda carry, *_: carry, *(function for (function,) in branches[1:])]

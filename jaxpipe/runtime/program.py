@@ -61,9 +61,9 @@ class Program:
     """Tables for an executor: in every step each rank runs one branch, then messages may move.
 
     A step has two moments. First every rank runs its branch, in which neither operation of a pair writes a
-    slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Then, on the channels flagged for the step,
-    every rank sends and receives; all sends read before any receive writes. A message between two stages
-    of the same rank stays in its slot.
+    slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Then, on the channels
+    flagged for the step, every rank sends and receives; all sends read before any receive writes. A message
+    between two stages of the same rank stays in its slot.
 
     Attributes:
       schedule: what was lowered.
