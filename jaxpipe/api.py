@@ -255,8 +255,8 @@ def forward(
 def make_mesh(**sizes: int) -> Mesh:
     """A mesh of Auto axes over the first devices, axes in the order given.
 
-    >>> make_mesh(pp=4, dp=2).shape
-    OrderedDict({'pp': 4, 'dp': 2})
+    >>> dict(make_mesh(pp=4, dp=2).shape)
+    {'pp': 4, 'dp': 2}
     """
     count = int(np.prod(list(sizes.values()), dtype=int))
     devices = jax.devices()
