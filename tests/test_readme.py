@@ -1,4 +1,4 @@
-"""The Python in README.md runs."""
+"""The Python in README.md runs, and its comparison of schedules is what the command prints."""
 
 import os
 import pathlib
@@ -8,8 +8,12 @@ import sys
 
 import pytest
 
+from jaxpipe.__main__ import main
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent
-BLOCKS = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+COMPARISONS = re.findall(r"`python -m jaxpipe (compare [^`]*)` prints\n\n(.*?\n\n.*?)\n\n", README, re.DOTALL)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
@@ -18,5 +22,15 @@ def test_python_blocks_run(block):
     subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, env=environment, cwd=ROOT)
 
 
+def test_one_comparison_is_shown():
+    assert len(COMPARISONS) == 1
+
+
+@pytest.mark.parametrize(("command", "printed"), COMPARISONS)
+def test_comparison_is_what_the_command_prints(command, printed, capsys):
+    assert main(command.split()) == 0
+    assert capsys.readouterr().out.strip() == printed
+
+
 def test_the_first_example_is_short():
-    assert len(BLOCKS[0].strip().splitlines()) <= 16
+    assert len([line for line in BLOCKS[0].splitlines() if line.strip()]) <= 15

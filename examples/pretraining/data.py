@@ -12,13 +12,17 @@ import numpy as np
 SEPARATOR = 0
 """The byte between files; it is never a target."""
 
+STRETCH = 1 << 16
+"""Bytes of text that are held out, or trained on, together."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """Text as bytes.
 
     Attributes:
-      train, held_out: ``uint8[bytes]``; the held-out part is every tenth stretch of 64 KiB.
+      train, held_out: ``uint8[bytes]``; the held-out part is every tenth stretch of 64 KiB, or the
+        last whole one of a text that has fewer.
     """
 
     train: np.ndarray
@@ -29,7 +33,7 @@ def load_corpus(pattern: str | None = None, max_bytes: int = 8_000_000) -> Corpu
     """Reads the files of a glob pattern, or the standard library's modules, in sorted order.
 
     Raises:
-      ValueError: if there is no text.
+      ValueError: if there are fewer than two stretches of text, one for either part.
     """
     if pattern is None:
         root = pathlib.Path(sysconfig.get_path("stdlib"))
@@ -45,10 +49,13 @@ def load_corpus(pattern: str | None = None, max_bytes: int = 8_000_000) -> Corpu
             parts.append(path.read_bytes().replace(b"\0", b"") + bytes([SEPARATOR]))
             size += len(parts[-1])
     text = np.frombuffer(b"".join(parts)[:max_bytes], np.uint8)
-    if len(text) < 1 << 16:
-        raise ValueError(f"{len(files)} files of {pattern or 'the standard library'} hold {len(text)} bytes: give more")
-    stretch = np.arange(len(text)) // (1 << 16)
-    held_out = stretch % 10 == min(9, stretch[-1])
+    if len(text) < 2 * STRETCH:
+        source = pattern or "the standard library"
+        raise ValueError(
+            f"{len(files)} files of {source}, cut at {max_bytes} bytes, hold {len(text)}: "
+            f"at least {2 * STRETCH} are needed, give more text or a larger max_bytes"
+        )
+    held_out = np.arange(len(text)) // STRETCH % 10 == min(10, len(text) // STRETCH) - 1
     return Corpus(text[~held_out], text[held_out])
 
 
@@ -59,11 +66,16 @@ def make_batch(text: np.ndarray, seed: int, step: int, batch: int, sequence: int
       ``tokens`` and ``targets``, ``int32[batch, sequence]``, and ``mask``, ``float32[batch, sequence]``, which is 0
       where the target is a file separator.
 
+    Raises:
+      ValueError: if the text is too short for one window of ``sequence + 1`` bytes.
+
     >>> text = np.frombuffer(b"hello, world", np.uint8)
     >>> example = make_batch(text, seed=0, step=0, batch=2, sequence=4)
     >>> example["tokens"].shape, bool((example["tokens"][:, 1:] == example["targets"][:, :-1]).all())
     ((2, 4), True)
     """
+    if len(text) <= sequence:
+        raise ValueError(f"text of {len(text)} bytes has no window of sequence + 1 = {sequence + 1}: shorten sequence")
     starts = np.random.default_rng((seed, step)).integers(0, len(text) - sequence, batch)
     windows = text[starts[:, None] + np.arange(sequence + 1)].astype(np.int32)
     targets = windows[:, 1:]

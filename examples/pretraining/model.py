@@ -99,7 +99,7 @@ class Ends(nnx.Module):
     """What stands before the first block and after the last; embedding and output matrix are one."""
 
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.embedding = nnx.Param(_normal(rngs, (config.vocab, config.width), 1))
+        self.embedding = nnx.Param(_normal(rngs, (config.vocab, config.width), 50**2))
         self.norm = RMSNorm(config.width)
 
     def embed(self, tokens: jax.Array) -> jax.Array:
@@ -108,8 +108,7 @@ class Ends(nnx.Module):
 
     def loss(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         """Mean cross-entropy over the unmasked targets, float32, in nats."""
-        width = y.shape[-1]
-        logits = jnp.einsum("btd,vd->btv", self.norm(y), self.embedding[...]).astype(jnp.float32) / width
+        logits = jnp.einsum("btd,vd->btv", self.norm(y), self.embedding[...]).astype(jnp.float32)
         log_likelihood = jnp.take_along_axis(jax.nn.log_softmax(logits), targets[..., None], -1)[..., 0]
         return -(log_likelihood * mask).sum() / jnp.maximum(mask.sum(), 1)
 
@@ -161,4 +160,5 @@ def rotate(x_BTNH: jax.Array) -> jax.Array:
 
 
 def _normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> jax.Array:
+    """Normal values of variance 1 / fan_in."""
     return jax.random.normal(rngs.params(), shape) / fan_in**0.5

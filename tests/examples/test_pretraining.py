@@ -56,6 +56,20 @@ def test_masked_targets_do_not_count():
     np.testing.assert_allclose(masked, whole, rtol=1e-6)
 
 
+def test_no_features_give_the_loss_of_a_uniform_guess():
+    functions, params, _ = make_logits()
+    batch = {"targets": jnp.arange(16, dtype=jnp.int32).reshape(2, 8), "mask": jnp.ones((2, 8))}
+    loss = functions.head(params.outer, jnp.zeros((2, 8, 16)), batch, None)
+    np.testing.assert_allclose(loss, np.log(256), rtol=1e-6)
+    assert loss.dtype == jnp.float32 and loss.shape == ()
+
+
+def test_a_batch_without_targets_has_loss_zero():
+    functions, params, _ = make_logits()
+    batch = {"targets": jnp.zeros((2, 8), jnp.int32), "mask": jnp.zeros((2, 8))}
+    assert float(functions.head(params.outer, jnp.ones((2, 8, 16)), batch, None)) == 0
+
+
 def test_initial_parameters_do_not_depend_on_the_schedule():
     one = jaxpipe.schedule.build("1f1b", 3, 3)
     other = jaxpipe.schedule.build("gpipe", 1, 1)
@@ -97,6 +111,40 @@ def test_batches_depend_on_seed_and_step_alone():
         np.testing.assert_array_equal(first[name], again[name])
     assert not np.array_equal(first["tokens"], other["tokens"])
     np.testing.assert_array_equal(first["mask"], first["targets"] != data.SEPARATOR)
+
+
+@pytest.mark.parametrize(
+    ("stretches", "extra", "held_out"),
+    [(2, 0, [1]), (2, 1, [1]), (9, 5, [8]), (10, 0, [9]), (11, 7, [9]), (20, 3, [9, 19])],
+)
+def test_whole_stretches_are_held_out(tmp_path, stretches, extra, held_out):
+    """Both parts have at least one whole stretch, and what is left over is trained on."""
+    text = (np.arange(stretches * data.STRETCH + extra) // data.STRETCH + 1).astype(np.uint8)
+    (tmp_path / "a.txt").write_bytes(text.tobytes())
+    corpus = data.load_corpus(str(tmp_path / "*.txt"), max_bytes=len(text))
+    np.testing.assert_array_equal(corpus.held_out, np.repeat(np.array(held_out, np.uint8) + 1, data.STRETCH))
+    np.testing.assert_array_equal(corpus.train, text[~np.isin(text, np.array(held_out) + 1)])
+
+
+def test_files_are_read_in_order_and_kept_apart(tmp_path):
+    for name in "ba":
+        (tmp_path / f"{name}.txt").write_bytes(name.encode() * data.STRETCH)
+    corpus = data.load_corpus(str(tmp_path / "*.txt"))
+    assert corpus.train[0] == ord("a") and set(corpus.held_out) == {data.SEPARATOR, ord("b")}
+    assert int((corpus.held_out == data.SEPARATOR).sum() + (corpus.train == data.SEPARATOR).sum()) == 2
+
+
+def test_entropy_of_known_frequencies():
+    assert data.unigram_entropy(np.zeros(5, np.uint8)) == 0
+    assert data.unigram_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(np.log(256))
+    assert data.unigram_entropy(np.array([1, 1, 1, 2], np.uint8)) == pytest.approx(0.562335)
+
+
+def test_too_little_text_is_an_error():
+    with pytest.raises(ValueError, match=r"cut at 65536 bytes, hold 65536: at least 131072"):
+        data.load_corpus(max_bytes=65536)
+    with pytest.raises(ValueError, match=r"8 bytes has no window of sequence \+ 1 = 9"):
+        data.make_batch(np.zeros(8, np.uint8), 0, 0, 2, 8)
 
 
 def test_no_text_is_an_error(tmp_path):
