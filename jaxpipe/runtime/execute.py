@@ -18,6 +18,7 @@ from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
 from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch, run_one_by_one
 from jaxpipe.runtime.program import Op, Program
+from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
 
 
@@ -60,8 +61,7 @@ def train(
     ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it.
     """
     rng = _fold_axes(rng, axes)
-    chunks = working_copies(cast(params.stages, compute_dtype), program.schedule, axes.pipeline)
-    outer = cast(params.outer, compute_dtype)
+    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
     model = _with_cast_input(model, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = jax.eval_shape(model.run_embed, outer, ctx)
@@ -118,8 +118,7 @@ def infer(
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
     rng = _fold_axes(rng, axes)
-    chunks = working_copies(cast(params.stages, compute_dtype), program.schedule, axes.pipeline)
-    outer = cast(params.outer, compute_dtype)
+    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
     model = _with_cast_input(model, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = jax.eval_shape(model.run_embed, outer, ctx)
@@ -221,6 +220,11 @@ def _dispatch(
         for function in functions:
             carry = lax.fori_loop(0, trips, lambda _, carry, run=function: run(carry, *operands), carry)
     return carry
+
+
+def _compute_params(schedule: Schedule, axes: Axes, dtype: Any, params: Params) -> tuple[tuple[Any, ...], Any]:
+    """(every local chunk's parameters, outer parameters) in compute dtype."""
+    return working_copies(cast(params.stages, dtype), schedule, axes.pipeline), cast(params.outer, dtype)
 
 
 def _with_cast_input(model: Model, dtype: Any) -> Model:
