@@ -5,7 +5,8 @@ BIN := $(VENV)/bin
 # The first interpreter on the path that runs and is of a version the project supports.
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; do \
 	"$$p" -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] < (3, 15))' 2>/dev/null && echo "$$p" && break; done)
-export XLA_FLAGS ?= --xla_force_host_platform_device_count=8
+# Fake devices share the machine's cores and may wait long for each other.
+export XLA_FLAGS ?= --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=1200
 
 .PHONY: train test slow lint format clean
 .DEFAULT_GOAL := test

@@ -92,21 +92,37 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
 
 
 def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...] | None:
-    """The light nodes that make values from given ones and constants; None if that takes more."""
+    """The light nodes that make values from given ones and constants; None if that takes more.
+
+    Scans are cut down to what makes the values, and are light if that is.
+    """
     made = producers(nodes)
-    keep: set[Node] = set()
+    wanted: dict[Node, set[Value]] = {}
     pending = list(values)
     while pending:
         value = pending.pop()
         if value in given or value.const is not None:
             continue
         node = made.get(value)
-        if node is None or node.name in HEAVY:
+        if node is None:
             return None
-        if node not in keep:
-            keep.add(node)
-            pending.extend(node.ins)
-    return tuple(node for node in nodes if node in keep)
+        if value in wanted.get(node, ()):
+            continue
+        wanted.setdefault(node, set()).add(value)
+        cut = _cut_down(node, wanted[node])
+        if not _light(cut):
+            return None
+        pending.extend(cut.ins)
+    return tuple(_cut_down(node, wanted[node]) for node in nodes if node in wanted)
+
+
+def _cut_down(node: Node, values: set[Value]) -> Node:
+    """The part of a scan that makes values; other nodes as they are."""
+    return node if node.scan is None else divide((node,), values, ()).first[0]
+
+
+def _light(node: Node) -> bool:
+    return node.name not in HEAVY if node.scan is None else all(map(_light, node.scan.nodes))
 
 
 def _divide_node(

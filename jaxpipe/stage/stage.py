@@ -179,21 +179,21 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
     )
     kept = [value for value in dict.fromkeys(residuals) if value not in known and value.const is None]
-    remade: list[Node] = []
-    for value in list(kept):
-        chain = closure([value], rest, known)
-        if chain is not None:
-            kept.remove(value)
-            remade.extend(node for node in chain if node not in remade)
-    nodes = [*remade, *nodes]
+    # Light work on parameters and constants is done again in each half rather than stashed or handed over.
+    again = [value for value in kept if closure([value], rest, known) is not None]
+    kept = [value for value in kept if value not in again]
 
     parts = divide(nodes, x_ct, params_ct)
-    for_second = {value for node in parts.second for value in node.ins} | set(params_ct)
-    for_first = {value for node in parts.first for value in node.ins} | set(x_ct)
+    first, second = (
+        (*(closure([value for value in again if value in reads], rest, known) or ()), *part)
+        for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
+    )
+    for_second = _reads(second, params_ct)
+    for_first = _reads(first, x_ct)
     cts = backward.inputs[len(residuals) :]
-    made_first = {value for node in parts.first for value in node.outs} | set(cts)
-    made_second = {value for node in parts.second for value in node.outs}
-    order = [*cts, *(value for node in parts.first for value in node.outs)]
+    made_first = {value for node in first for value in node.outs} | set(cts)
+    made_second = {value for node in second for value in node.outs}
+    order = [*cts, *(value for node in first for value in node.outs)]
     crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
     weight = tuple(value for value in kept if value in for_second)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
@@ -217,8 +217,8 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
             outputs=outputs,
             kept=Residuals(inputs, weight),
             cts=cts,
-            first=parts.first,
-            second=parts.second,
+            first=first,
+            second=second,
             crossing=crossing,
             params_ct=params_ct,
             x_ct=x_ct,
@@ -281,6 +281,11 @@ def _substitute(node: Node, alias: dict[Value, Value]) -> Node:
         carries=tuple((alias.get(init, init), *rest) for init, *rest in scan.carries),
         xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
     ).node()
+
+
+def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
+    """What nodes and results read, made among the nodes or not."""
+    return {value for node in nodes for value in node.ins} | set(results)
 
 
 def _leaves(tree: Any) -> list[Any]:
