@@ -51,7 +51,11 @@ def main() -> None:
     args = parse_arguments()
     count = math.prod(args.mesh.values())
     if "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
-        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+        # Fake devices share the machine's cores and may wait long for each other.
+        os.environ["XLA_FLAGS"] = (
+            f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={count}"
+            " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+        )
 
     # jax reads the number of devices when it is imported.
     import jax  # noqa: PLC0415

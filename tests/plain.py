@@ -44,7 +44,8 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None)
         def body(_, inputs):
             return None, run_microbatch(params, *inputs, rng)
 
-        _, sums = jax.lax.scan(body, None, (micro, jnp.arange(count, dtype=jnp.int32)))
+        # Rematerialised, or the residuals of all microbatches would be kept at once.
+        _, sums = jax.lax.scan(jax.checkpoint(body), None, (micro, jnp.arange(count, dtype=jnp.int32)))
         loss, aux_loss, total, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), sums)
         return loss / total, dict(metrics, aux_loss=aux_loss / total)
 
