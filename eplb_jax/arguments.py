@@ -1,0 +1,63 @@
+"""The checks that all balancers make of their arguments, and where they run."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def check_loads(weight: Any, name: str = "weight") -> None:
+    """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
+    shape = np.shape(weight)
+    if len(shape) != 2 or 0 in shape:
+        raise ValueError(f"{name} has shape {shape}: it must be [layers, experts], neither empty; add or select an axis")
+    if isinstance(weight, jax.core.Tracer):
+        return
+    host = np.asarray(weight)
+    bad = ~np.isfinite(host) | (host < 0)
+    if bad.any():
+        layer, expert = np.argwhere(bad)[0].tolist()
+        raise ValueError(
+            f"{name} has {bad.sum()} values that are negative or not finite, the first is {host[layer, expert]} at "
+            f"[layer, expert] [{layer}, {expert}]: loads are counts of tokens"
+        )
+
+
+def check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
+    """Raises ValueError unless experts, replicas, nodes and GPUs fit each other."""
+    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
+    for name, value in sizes.items():
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
+            raise ValueError(f"{name}={value!r}: it must be a positive int")
+    if num_replicas < num_experts:
+        raise ValueError(
+            f"num_replicas={num_replicas} is less than the {num_experts} experts: each needs one, "
+            f"so ask for at least {-(-num_experts // num_gpus) * num_gpus}"
+        )
+    if num_replicas % num_gpus:
+        below = num_replicas // num_gpus * num_gpus
+        choices = f"{below} or {below + num_gpus}" if below >= num_experts else below + num_gpus
+        raise ValueError(
+            f"num_replicas={num_replicas} is not a multiple of num_gpus={num_gpus}: take {choices}, "
+            "so that every GPU has as many slots"
+        )
+    if num_experts % num_groups:
+        raise ValueError(f"the {num_experts} experts do not divide into num_groups={num_groups}; 1 group always fits")
+    if num_gpus % num_nodes:
+        raise ValueError(f"num_gpus={num_gpus} do not divide over num_nodes={num_nodes}: nodes have equally many GPUs")
+
+
+@contextlib.contextmanager
+def on_host() -> Iterator[None]:
+    """Arrays made within are on the CPU, where there is one: plans for the host are made there."""
+    try:
+        device = jax.local_devices(backend="cpu")[0]
+    except RuntimeError:  # JAX_PLATFORMS leaves it out
+        yield
+    else:
+        with jax.default_device(device):
+            yield

@@ -1,0 +1,75 @@
+"""DeepSeek's plan, improved until it is close to the best there can be."""
+
+from __future__ import annotations
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Num
+
+from eplb_jax.arguments import check_loads, check_sizes
+from eplb_jax.packing import call, replicate
+from eplb_jax.placement import Array, Placement
+from eplb_jax.rows import join_rows, make_rows, place_slots
+from eplb_jax.search import figures_of, pack_slots, recount, refine
+
+
+def balanced(
+    weight: Num[Array, "layers experts"],
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    num_gpus: int,
+    *,
+    tolerance: float = 1e-4,
+) -> Placement:
+    """As `rebalance_experts`, then local search on who gets the spare replicas and which GPU holds what.
+
+    No layer's heaviest GPU gets heavier than in DeepSeek's plan. Search ends within ``tolerance`` of the load that no
+    plan can be below (the mean per GPU of the heaviest node), or where no step helps.
+
+    Args:
+      weight, num_replicas, num_groups, num_nodes, num_gpus: as in `rebalance_experts`.
+      tolerance: as a share of the heaviest GPU's load.
+
+    Raises:
+      ValueError: as `rebalance_experts`; a negative tolerance.
+
+    >>> import numpy as np
+    >>> placement = balanced(np.array([[7, 6, 6, 1, 1, 1]]), 8, 1, 1, 2)
+    >>> placement.logcnt
+    array([[2, 1, 2, 1, 1, 1]], dtype=int32)
+    """
+    check_loads(weight)
+    check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
+    if not tolerance >= 0:
+        raise ValueError(f"tolerance={tolerance}: it must be at least 0")
+    if num_groups % num_nodes:
+        num_groups = num_nodes = 1
+    phy2log = call(
+        _plan,
+        weight,
+        num_replicas=num_replicas,
+        num_groups=num_groups,
+        num_nodes=num_nodes,
+        num_gpus=num_gpus,
+        tolerance=tolerance,
+    )
+    return place_slots(phy2log, weight.shape[1])
+
+
+@functools.partial(jax.jit, static_argnames=("num_replicas", "num_groups", "num_nodes", "num_gpus"))
+def _plan(
+    weight: jax.Array, *, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, tolerance: float
+) -> jax.Array:
+    rows = make_rows(weight, num_groups, num_nodes, num_gpus)
+    gpus = num_gpus // num_nodes
+    target = rows.target * (1 + tolerance)
+    start = pack_slots(rows.weight, replicate(rows.weight, num_replicas // num_nodes)[0], gpus)
+    refined = refine(rows.weight, start, target, num_gpus=gpus)
+    figures = figures_of(rows.weight, refined, gpus)
+    recounted = recount(rows.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
+    recounted = refine(rows.weight, recounted, target, num_gpus=gpus)
+    better = figures_of(rows.weight, recounted, gpus) < figures
+    return join_rows(rows.experts, jnp.where(better[:, None], recounted, refined))
