@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
+import jax.core
 import numpy as np
 
 
@@ -14,7 +15,9 @@ def check_loads(weight: Any, name: str = "weight") -> None:
     """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
     shape = np.shape(weight)
     if len(shape) != 2 or 0 in shape:
-        raise ValueError(f"{name} has shape {shape}: it must be [layers, experts], neither empty; add or select an axis")
+        raise ValueError(
+            f"{name} has shape {shape}: it must be [layers, experts], neither empty; add or select an axis"
+        )
     if isinstance(weight, jax.core.Tracer):
         return
     host = np.asarray(weight)

@@ -1,15 +1,17 @@
-"""What a placement is worth: how even the loads are, how even they could be, and what a change of plan moves."""
+"""What a placement is worth: how even the loads are, and what a change of plan moves."""
 
 from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Float, Int, Num
 
-from eplb_jax.arguments import check_loads, check_sizes
+from eplb_jax.arguments import check_loads
 from eplb_jax.placement import Array, Placement
 
 
-def gpu_loads(placement: Placement, weight: Num[Array, "layers experts"], num_gpus: int) -> Float[np.ndarray, "layers gpus"]:
+def gpu_loads(
+    placement: Placement, weight: Num[Array, "layers experts"], num_gpus: int
+) -> Float[np.ndarray, "layers gpus"]:
     """Load of each GPU in float64, an expert's load shared evenly by its replicas; zero for dead GPUs.
 
     >>> gpu_loads(Placement.from_phy2log(np.array([[0, 1, 0, 2]]), 3), np.array([[4, 1, 3]]), 2)
@@ -41,73 +43,6 @@ def balancedness(
     loads, alive = (x.reshape(len(x), num_nodes, -1) for x in (loads, alive))
     mean, most = loads.sum(-1) / np.maximum(alive.sum(-1), 1), loads.max(-1)
     return np.where(most > 0, mean / np.where(most > 0, most, 1), 1.0)
-
-
-def lower_bound(
-    weight: Num[Array, "layers experts"], num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> Float[np.ndarray, " layers"]:
-    """A load that the heaviest GPU of no plan can be below, in float64.
-
-    The largest of three: the mean of all GPUs; the mean of the heaviest node's under the best packing of groups (a bound
-    on it where nodes hold more than two); and the fractional optimum of replication: with the heaviest GPU at load T, an expert of load w needs at least
-    w / (T - s) replicas, s being what the GPU's other slots hold at least, and those must not be more than there are.
-
-    Raises:
-      ValueError: as `rebalance_experts`.
-
-    >>> lower_bound(np.array([[8, 1, 1, 0]]), 6, 1, 1, 2)
-    array([5.])
-    """
-    check_loads(weight)
-    weight = np.asarray(weight, np.float64)
-    check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    return np.array([_bound_layer(w, num_replicas, num_groups, num_nodes, num_gpus) for w in weight])
-
-
-def _bound_layer(weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> float:
-    groups = weight.reshape(num_groups, -1)
-    loads = -np.sort(-groups.sum(1))
-    if num_groups == 2 * num_nodes:  # the best pairs are the heaviest with the lightest, and so on
-        node = (loads[:num_nodes] + loads[: num_nodes - 1 : -1]).max()
-    else:  # the heaviest, at best with the lightest
-        node = loads[np.r_[0, num_groups - num_groups // num_nodes + 1 : num_groups]].sum()
-    mean = max(weight.sum() / num_gpus, node * num_nodes / num_gpus)
-    if num_groups == num_nodes:
-        return max(mean, *(_bound_row(group, num_replicas // num_nodes, num_gpus // num_nodes) for group in groups))
-    return max(mean, _bound_row(weight, num_replicas, num_gpus)) if num_nodes == 1 else mean
-
-
-def _bound_row(weight: np.ndarray, num_replicas: int, num_gpus: int) -> float:
-    """The least load at which there are replicas enough, by bisection."""
-    low, high = weight.sum() / num_gpus, weight.sum()
-    for _ in range(48 if _too_many(low, weight, num_replicas, num_gpus) else 0):
-        middle = (low + high) / 2
-        if _too_many(middle, weight, num_replicas, num_gpus):
-            low = middle
-        else:
-            high = middle
-    return low
-
-
-def _too_many(load: float, weight: np.ndarray, num_replicas: int, num_gpus: int) -> bool:
-    """Whether GPUs of at most this load need more replicas than there are."""
-    others = num_replicas // num_gpus - 1
-    least = 0.0
-    while True:
-        if load <= least:
-            return load < least or weight.max() > 0
-        needed = np.maximum(np.ceil(weight / (load - least) * (1 - 1e-12)), 1).astype(int)
-        spare = num_replicas - needed.sum()
-        if spare < 0:
-            return True
-        # The lightest that the other slots of a GPU can be: all spares given to each of the lightest experts.
-        smallest = np.sort(np.repeat(weight / (needed + spare), np.minimum(needed + spare, max(others, 1))))
-        now = smallest[:others].sum()
-        if now <= least * (1 + 1e-12):
-            return False
-        least = now
 
 
 def moved(old: Placement, new: Placement, num_gpus: int) -> Int[np.ndarray, " layers"]:

@@ -81,17 +81,17 @@ def replicate_experts(
     return call(_replicate_jit, weight, num_replicas=int(num_replicas))
 
 
-def call(function: Any, weight: Array, **sizes: int) -> Any:
+def call(function: Any, weight: Array, **arguments: float) -> Any:
     """Calls a jitted function of float32 loads; NumPy loads give NumPy results, made on the CPU."""
     if isinstance(weight, jax.Array):
-        return function(weight.astype(jnp.float32), **sizes)
+        return function(weight.astype(jnp.float32), **arguments)
     with on_host():
-        return jax.tree.map(np.asarray, function(np.asarray(weight, np.float32), **sizes))
+        return jax.tree.map(np.asarray, function(np.asarray(weight, np.float32), **arguments))
 
 
 def pack(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
     """`balanced_packing` of float32 [L, N] without checks."""
-    layers, items = weight.shape
+    items = weight.shape[1]
     room = items // num_packs
     if room == 1:
         each = jnp.broadcast_to(jnp.arange(items, dtype=jnp.int32), weight.shape)
@@ -139,9 +139,7 @@ def _pack_pairs(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     return chosen, jnp.where(idle < 0, 0, jnp.where(middle, idle % 2, 1))
 
 
-def replicate(
-    weight: jax.Array, num_replicas: int, most: int | None = None
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def replicate(weight: jax.Array, num_replicas: int, most: int | None = None) -> tuple[jax.Array, jax.Array, jax.Array]:
     """`replicate_experts` of float32 [L, E] without checks.
 
     With ``most``, no expert gets more replicas than that, and of equal loads the expert with fewest replicas is taken.

@@ -88,7 +88,7 @@ class Placement:
     def check(self, num_gpus: int) -> None:
         """Raises ValueError unless the three arrays agree and every expert has a replica."""
         phy2log, log2phy, logcnt = (np.asarray(array) for array in self)
-        layers, replicas = phy2log.shape
+        replicas = phy2log.shape[1]
         if num_gpus < 1 or replicas % num_gpus:
             raise ValueError(f"{replicas} replicas do not divide over {num_gpus} GPUs")
         _every_expert_has_a_slot(logcnt)

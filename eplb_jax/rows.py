@@ -38,7 +38,7 @@ def make_rows(weight: jax.Array, num_groups: int, num_nodes: int, num_gpus: int)
     size = num_experts // num_groups
     if num_nodes > 1 and num_groups > 2 * num_nodes:  # one or two a node are packed best by greed
         loads = group_loads(weight, num_groups)
-        groups = refine(loads, experts[:, ::size] // size, jnp.zeros(layers), num_gpus=num_nodes)
+        groups = refine(loads, experts[:, ::size] // size, jnp.zeros(layers, weight.dtype), num_gpus=num_nodes)
         experts = (groups[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(layers, num_experts)
     of_nodes = take(weight, experts).reshape(layers * num_nodes, num_experts // num_nodes)
     means = of_nodes.sum(1).reshape(layers, num_nodes) * (num_nodes / num_gpus)

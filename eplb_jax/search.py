@@ -45,9 +45,7 @@ def pack_slots(weight: jax.Array, slots: jax.Array, num_gpus: int) -> jax.Array:
 
 
 @functools.partial(jax.jit, static_argnames=("num_gpus", "steps"))
-def recount(
-    weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus: int, steps: int = 24
-) -> jax.Array:
+def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus: int, steps: int = 24) -> jax.Array:
     """Packs other replicas while the figure is above target: takes one from an expert, gives one to another.
 
     Which experts get the spares decides the most where GPUs have few slots: greedy replication lowers the heaviest
@@ -144,7 +142,7 @@ class _Row(NamedTuple):
     loads: jax.Array  # [G, K]
     totals: jax.Array  # [G]
     heaviest: jax.Array  # which GPU
-    held: jax.Array  # [R, G]: replicas of the slot's expert on each GPU
+    held: jax.Array  # [R, G]: replicas of the slot's expert on each GPU; a float, because loads are multiplied by it
 
 
 def _relieve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -155,7 +153,7 @@ def _relieve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.
     loads = divide(weight, jnp.maximum(counts, 1))[slots]
     totals = loads.sum(1)
     heaviest = jnp.argmax(totals)
-    held = (slots[None] == flat[:, None, None]).sum(-1)
+    held = (slots[None] == flat[:, None, None]).sum(-1).astype(weight.dtype)
     row = _Row(slots, loads, totals, heaviest, held)
 
     swaps = _try_swaps(row, duplicates)

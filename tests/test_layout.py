@@ -18,10 +18,25 @@ LAYERS = [
     "jaxpipe.api",
     "jaxpipe.flax",
     "jaxpipe",
+    "eplb_jax.arguments",
+    "eplb_jax.placement",
+    "eplb_jax.packing",
+    "eplb_jax.rebalance",
+    "eplb_jax.search",
+    "eplb_jax.rows",
+    "eplb_jax.repair",
+    "eplb_jax.load",
+    "eplb_jax.bounds",
+    "eplb_jax.metrics",
+    "eplb_jax.files",
+    "eplb_jax.plot",
+    "eplb_jax.policies",
+    "eplb_jax",
 ]
 """From the bottom up; a module belongs to the longest of these names that its own begins with."""
 
-FILES = sorted(path for folder in ("jaxpipe", "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
+PACKAGES = ("jaxpipe", "eplb_jax")
+FILES = sorted(path for folder in (*PACKAGES, "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 
 def module_name(path):
@@ -29,7 +44,8 @@ def module_name(path):
     return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
 
 
-NAMES = {module_name(path) for path in FILES if path.is_relative_to(ROOT / "jaxpipe")}
+SOURCES = [path for path in FILES if path.relative_to(ROOT).parts[0] in PACKAGES]
+NAMES = {module_name(path) for path in SOURCES}
 
 
 def imports(text):
@@ -60,9 +76,8 @@ def find_cycle(graph):
 
 
 GRAPH = {
-    module_name(path): {name for name in imports(path.read_text()) if name.split(".")[0] == "jaxpipe"}
-    for path in FILES
-    if path.is_relative_to(ROOT / "jaxpipe")
+    module_name(path): {name for name in imports(path.read_text()) if name.split(".")[0] in PACKAGES}
+    for path in SOURCES
 }
 
 
@@ -109,5 +124,15 @@ def test_schedules_are_plain_python():
 
 
 def test_importing_the_library_starts_no_backend():
-    code = "import jaxpipe, jax; assert not jax._src.xla_bridge._backends"
+    code = "import jaxpipe, eplb_jax, jax; assert not jax._src.xla_bridge._backends"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+
+
+def test_the_balancer_needs_no_pipeline():
+    """eplb_jax can be used without jaxpipe."""
+    assert not [
+        (module, other)
+        for module, imported in GRAPH.items()
+        for other in imported
+        if module.startswith("eplb_jax") and other.startswith("jaxpipe")
+    ]

@@ -37,9 +37,11 @@ def balanced(
       ValueError: as `rebalance_experts`; a negative tolerance.
 
     >>> import numpy as np
-    >>> placement = balanced(np.array([[7, 6, 6, 1, 1, 1]]), 8, 1, 1, 2)
-    >>> placement.logcnt
-    array([[2, 1, 2, 1, 1, 1]], dtype=int32)
+    >>> from eplb_jax.metrics import gpu_loads
+    >>> from eplb_jax.rebalance import rebalance_experts
+    >>> weight = np.array([[9, 8, 7, 3, 2, 1]])
+    >>> [gpu_loads(policy(weight, 9, 1, 1, 3), weight, 3).tolist() for policy in (rebalance_experts, balanced)]
+    [[[11.0, 10.0, 9.0]], [[10.0, 10.0, 10.0]]]
     """
     check_loads(weight)
     check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)

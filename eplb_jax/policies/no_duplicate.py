@@ -37,8 +37,8 @@ def no_duplicate(
       ValueError: as `rebalance_experts`; more slots on a node than its experts times its GPUs.
 
     >>> import numpy as np
-    >>> no_duplicate(np.array([[8, 1, 1, 0]]), 6, 1, 1, 2).phy2log
-    array([[0, 2, 1, 0, 3, 1]], dtype=int32)
+    >>> no_duplicate(np.array([[8, 3, 2, 0]]), 6, 1, 1, 2).phy2log
+    array([[0, 2, 1, 0, 1, 3]], dtype=int32)
     """
     check_loads(weight)
     num_experts = weight.shape[1]
@@ -100,7 +100,7 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
         new_there = ~(slots[:, :, None] == slots[refuge]).any(-1)
         after = jnp.maximum(totals[refuge] + held, (totals + load)[:, None] - held)
         after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
-        gpu, position = jnp.divmod(jnp.argmin(after), room)
+        gpu, position = jnp.divmod(jnp.argmin(after).astype(jnp.int32), room)
 
         direct = (is_open & ~has).any()
         target_gpu = jnp.where(direct, lightest, refuge)
@@ -111,6 +111,6 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
         held = jnp.where(into, jnp.where(direct, load, mover_load), jnp.where(swap, load, held))
         return (slots, held, counts + into.any(1).astype(jnp.int32)), None
 
-    empty = jnp.full((gpus, room), -1, jnp.int32), jnp.zeros((gpus, room)), jnp.zeros(gpus, jnp.int32)
+    empty = jnp.full((gpus, room), -1, jnp.int32), jnp.zeros((gpus, room), loads.dtype), jnp.zeros(gpus, jnp.int32)
     (slots, _, _), _ = jax.lax.scan(step, empty, (loads, experts))
     return slots.reshape(-1)

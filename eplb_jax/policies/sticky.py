@@ -10,7 +10,8 @@ from eplb_jax.arguments import check_loads, check_sizes, on_host
 from eplb_jax.metrics import gpu_loads
 from eplb_jax.placement import Array, Placement
 from eplb_jax.policies.balanced import balanced
-from eplb_jax.search import refine
+from eplb_jax.repair import common_experts, repack, replicas_moved
+from eplb_jax.search import recount, refine
 
 
 def sticky(
@@ -26,9 +27,9 @@ def sticky(
     """Changes a placement until its heaviest GPU is within ``tolerance`` of a fresh plan's, moving few replicas.
 
     Layers are independent. One that is good enough, or whose heaviest GPU a fresh plan would relieve by less than
-    ``min_gain``, keeps every slot. Elsewhere local search moves replicas within nodes. Where that does not suffice (a
-    group of experts has to change nodes, say) the layer gets the fresh plan, its GPUs numbered so that most replicas
-    stay. An expert that stays on its GPU stays in its slot.
+    ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
+    node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
+    plan, its GPUs numbered so that most replicas stay. An expert that stays on its GPU stays in its slot.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
@@ -45,7 +46,7 @@ def sticky(
 
     >>> previous = Placement.from_phy2log(np.array([[0, 1, 2, 3]]), 4)
     >>> sticky(np.array([[9, 9, 1, 1]]), previous, 1, 1, 2).phy2log
-    array([[2, 1, 0, 3]], dtype=int32)
+    array([[0, 2, 1, 3]], dtype=int32)
     >>> sticky(np.array([[9, 9, 1, 1]]), previous, 1, 1, 2, min_gain=0.5) is previous
     True
     """
@@ -69,45 +70,68 @@ def sticky(
     layers = np.nonzero((before > target) & (before - best >= min_gain * before))[0]
     if not len(layers):
         return previous
-    slots = stay(weight[layers], np.asarray(previous.phy2log)[layers], target[layers], num_nodes, num_gpus)
-    reached = gpu_loads(Placement.from_phy2log(slots, weight.shape[1]), weight[layers], num_gpus).max(1)
-    old = np.asarray(previous.phy2log)
+
+    old, new, counts = (np.asarray(x) for x in (previous.phy2log, fresh.phy2log, fresh.logcnt))
+    whole = np.array([_groups_are_whole(old[layer], num_groups, num_nodes, weight.shape[1]) for layer in layers])
+    plans = {layer: [_renumber(old[layer], new[layer], num_nodes, num_gpus)] for layer in layers}
+    if whole.any():
+        layers = layers[whole]
+        for found in _stay(weight[layers], old[layers], counts[layers], target[layers], num_nodes, num_gpus):
+            for layer, slots in zip(layers, found, strict=True):
+                if (slots >= 0).all():
+                    plans[layer].append(slots)
     phy2log = old.copy()
-    for layer, found, heaviest in zip(layers, slots, reached, strict=True):
-        if heaviest > target[layer] or not _groups_are_whole(found, num_groups, num_nodes, weight.shape[1]):
-            found = _renumber(old[layer], np.asarray(fresh.phy2log)[layer], num_nodes, num_gpus)
-        phy2log[layer] = _keep_slots(old[layer], found, num_gpus)
+    for layer, choices in plans.items():
+        chosen = min(choices, key=lambda slots: replicas_moved(old[layer], slots, num_gpus))
+        phy2log[layer] = _keep_slots(old[layer], chosen, num_gpus)
     return Placement.from_phy2log(phy2log, weight.shape[1])
 
 
-def stay(weight: np.ndarray, slots: np.ndarray, target: np.ndarray, num_nodes: int, num_gpus: int) -> np.ndarray:
-    """Slots [layers, replicas] after local search within nodes down to the target [layers]."""
-    layers, experts = weight.shape
-    rows = slots.reshape(layers * num_nodes, -1)
+def _stay(
+    weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: np.ndarray, num_nodes: int, num_gpus: int
+) -> list[np.ndarray]:
+    """Plans [layers, replicas] that leave each node its experts; -1 where there is none. Counts: of a fresh plan."""
+    layers = len(weight)
+    gpus = num_gpus // num_nodes
+    nodes = old.reshape(layers * num_nodes, -1)
+    ids = np.stack([np.unique(node) for node in nodes])  # a row's experts get numbers of their own
+    rows = np.stack([np.searchsorted(held, node) for held, node in zip(ids, nodes, strict=True)]).astype(np.int32)
+    loads, fresh = (np.take_along_axis(np.repeat(x, num_nodes, axis=0), ids, axis=1) for x in (weight, counts))
+    limit = np.repeat(target, num_nodes)
     with on_host():
-        # A row's experts keep their numbers; those of other nodes have no slot in it.
-        found = refine(
-            np.repeat(weight, num_nodes, axis=0),
-            rows,
-            np.repeat(target, num_nodes).astype(np.float32),
-            num_gpus=num_gpus // num_nodes,
-        )
-    return np.asarray(found).reshape(slots.shape)
+        # A little below the target, because these loads are float32.
+        goal = (limit * (1 - 1e-6)).astype(np.float32)
+        refined = np.asarray(refine(loads, rows, goal, num_gpus=gpus))
+        recounted = np.asarray(recount(loads, rows, goal, num_gpus=gpus))
+    wanted = [np.stack([np.bincount(row, minlength=loads.shape[1]) for row in x]) for x in (refined, recounted)]
+
+    plans = [np.where(_heaviest(loads, refined, gpus)[:, None] <= limit[:, None], refined, -1)]
+    for choice in (*wanted, fresh):
+        plan = np.full_like(rows, -1)
+        for i, row in enumerate(rows):
+            if choice[i].sum() == len(row) and choice[i].min() > 0:
+                found = repack(loads[i].astype(np.float64), row, choice[i], limit[i], gpus)
+                plan[i] = plan[i] if found is None else found
+        plans.append(plan)
+    named = [np.where(plan >= 0, np.take_along_axis(ids, np.maximum(plan, 0), axis=1), -1) for plan in plans]
+    return [plan.reshape(layers, -1).astype(np.int32) for plan in named]
+
+
+def _heaviest(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
+    return gpu_loads(Placement.from_phy2log(slots, weight.shape[1]), weight, num_gpus).max(1)
 
 
 def _groups_are_whole(slots: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> bool:
-    """Whether each group of experts is on one node."""
-    groups = slots.reshape(num_nodes, -1) // (num_experts // num_groups)
-    return sum(len(np.unique(node)) for node in groups) == num_groups
+    """Whether each group of experts is on one node, and each node holds equally many."""
+    size = num_experts // num_groups
+    groups = [len(np.unique(node // size)) for node in slots.reshape(num_nodes, -1)]
+    return groups == [num_groups // num_nodes] * num_nodes
 
 
 def _renumber(old: np.ndarray, new: np.ndarray, num_nodes: int, num_gpus: int) -> np.ndarray:
     """The new slots with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
-    experts = max(old.max(), new.max()) + 1
-    held = [np.zeros((num_gpus, experts), np.int32) for _ in range(2)]
-    for matrix, slots in zip(held, (old, new), strict=True):
-        matrix[np.repeat(np.arange(num_gpus), len(slots) // num_gpus), slots] = 1
-    common = (held[0] @ held[1].T).reshape(num_nodes, num_gpus // num_nodes, num_nodes, -1).swapaxes(1, 2)
+    common = common_experts(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1))
+    common = common.reshape(num_nodes, num_gpus // num_nodes, num_nodes, -1).swapaxes(1, 2)
     stays = [[linear_sum_assignment(block, maximize=True) for block in row] for row in common]
     gains = [[block[pairs].sum() for block, pairs in zip(*row, strict=True)] for row in zip(common, stays, strict=True)]
     new = new.reshape(num_nodes, num_gpus // num_nodes, -1)
@@ -129,5 +153,3 @@ def _keep_slots(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
                 out[gpu, slot], kept[slot] = expert, True
         out[gpu, ~kept] = coming
     return out.reshape(-1)
-
-
