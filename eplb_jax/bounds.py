@@ -117,8 +117,7 @@ def _cannot_pair(load: float, weight: np.ndarray, num_replicas: int) -> bool:
     expert = np.repeat(np.arange(len(weight)), spare + 1)
     each = weight[expert] / counts
     limits = np.unique(each[each > load / 2])[:, None]
-    slack = ROUNDING * load
-    more = counts * (each >= limits + slack) - counts * (each <= load - limits + slack)
+    more = counts * (each >= limits) - counts * (each <= load - limits + ROUNDING * load)
     one = scipy.sparse.csr_matrix((np.ones(len(each)), (expert, np.arange(len(each)))))
     found = linprog(
         np.zeros(len(each)),

@@ -86,7 +86,7 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
     of the replicas on a full GPU, all of different experts, one is new to a GPU that holds fewer.
     """
     room = loads.size // gpus
-    positions = jnp.arange(room, dtype=jnp.int32)
+    gpu_ids, positions = jnp.arange(gpus, dtype=jnp.int32), jnp.arange(room, dtype=jnp.int32)
 
     def step(state, item):
         slots, held, counts = state  # [G, K], [G, K], [G]
@@ -94,9 +94,9 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
         totals = held.sum(1)
         has = (slots == expert).any(1)
         is_open = counts < room
-        lightest = jnp.argmin(jnp.where(is_open & ~has, totals, jnp.inf))
+        lightest = jnp.argmin(jnp.where(is_open & ~has, totals, jnp.inf)).astype(jnp.int32)
 
-        refuge = jnp.argmin(jnp.where(is_open, totals, jnp.inf))
+        refuge = jnp.argmin(jnp.where(is_open, totals, jnp.inf)).astype(jnp.int32)
         new_there = ~(slots[:, :, None] == slots[refuge]).any(-1)
         after = jnp.maximum(totals[refuge] + held, (totals + load)[:, None] - held)
         after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
@@ -104,8 +104,8 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
 
         direct = (is_open & ~has).any()
         target_gpu = jnp.where(direct, lightest, refuge)
-        into = (jnp.arange(gpus) == target_gpu)[:, None] & (positions == counts[target_gpu])
-        swap = ((jnp.arange(gpus) == gpu)[:, None] & (positions == position)) & ~direct
+        into = (gpu_ids == target_gpu)[:, None] & (positions == counts[target_gpu])
+        swap = ((gpu_ids == gpu)[:, None] & (positions == position)) & ~direct
         mover, mover_load = slots[gpu, position], held[gpu, position]
         slots = jnp.where(into, jnp.where(direct, expert, mover), jnp.where(swap, expert, slots))
         held = jnp.where(into, jnp.where(direct, load, mover_load), jnp.where(swap, load, held))

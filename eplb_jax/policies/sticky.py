@@ -29,7 +29,8 @@ def sticky(
     Layers are independent. One that is good enough, or whose heaviest GPU a fresh plan would relieve by less than
     ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
     node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
-    plan, its GPUs numbered so that most replicas stay. An expert that stays on its GPU stays in its slot.
+    plan, its GPUs numbered so that most replicas stay; that is the plan also where a group of experts is on several
+    nodes and should not be. An expert that stays on its GPU stays in its slot.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
@@ -67,15 +68,15 @@ def sticky(
     fresh = balanced(weight, previous.num_replicas, num_groups, num_nodes, num_gpus)
     before, best = (gpu_loads(placement, weight, num_gpus).max(1) for placement in (previous, fresh))
     target = best * (1 + tolerance)
-    layers = np.nonzero((before > target) & (before - best >= min_gain * before))[0]
+    old, new, counts = (np.asarray(x) for x in (previous.phy2log, fresh.phy2log, fresh.logcnt))
+    whole = np.array([_groups_are_whole(slots, num_groups, num_nodes, weight.shape[1]) for slots in old])
+    layers = np.nonzero(~whole | (before > target) & (before - best >= min_gain * before))[0]
     if not len(layers):
         return previous
 
-    old, new, counts = (np.asarray(x) for x in (previous.phy2log, fresh.phy2log, fresh.logcnt))
-    whole = np.array([_groups_are_whole(old[layer], num_groups, num_nodes, weight.shape[1]) for layer in layers])
     plans = {layer: [_renumber(old[layer], new[layer], num_nodes, num_gpus)] for layer in layers}
-    if whole.any():
-        layers = layers[whole]
+    layers = layers[whole[layers]]
+    if len(layers):
         for found in _stay(weight[layers], old[layers], counts[layers], target[layers], num_nodes, num_gpus):
             for layer, slots in zip(layers, found, strict=True):
                 if (slots >= 0).all():
