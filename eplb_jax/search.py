@@ -21,6 +21,9 @@ GAIN = 1e-6
 DONORS, RECEIVERS = 8, 24
 """Experts that may lose a replica and experts that may gain one; `recount` tries all pairs."""
 
+PATIENCE = 4
+"""Steps that `recount` goes on without gain when it tries all experts; with more experts the time is not worth it."""
+
 
 def counts_of(slots: jax.Array, experts: int) -> jax.Array:
     """Replicas of each expert [rows, E]."""
@@ -49,9 +52,11 @@ def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus:
     """Packs other replicas while the figure is above target: takes one from an expert, gives one to another.
 
     Which experts get the spares decides the most where GPUs have few slots: greedy replication lowers the heaviest
-    replica, not the heaviest GPU.
+    replica, not the heaviest GPU. The best plan seen is kept, and up to `PATIENCE` steps in a row may be no better:
+    where there are few experts, one exchange alone often helps nothing.
     """
     rows, experts = weight.shape
+    patience = PATIENCE if experts <= RECEIVERS else 1
 
     def change(slots, counts, donor, receiver):
         """Load and expert of the slots when one of the donor's goes to the receiver."""
@@ -63,7 +68,7 @@ def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus:
         return jnp.where(after == receiver, richer, jnp.where(after == donor, poorer, each)), after
 
     def step(state):
-        slots, best, _, done = state
+        slots, kept, best, last, idle, done = state
         counts = counts_of(slots, experts)
         spare = jnp.where(counts > 1, divide(weight, jnp.maximum(counts - 1, 1)), jnp.inf)
         donors = jnp.argsort(spare, axis=1)[:, :DONORS].astype(jnp.int32)
@@ -75,19 +80,23 @@ def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus:
 
         def figure(pair):
             donor, receiver = pair
-            possible = (take(counts, donor) > 1) & (donor != receiver)
+            possible = (take(counts, donor) > 1) & (donor != receiver) & (donor != last)
             return jnp.where(possible[:, 0], _heaviest(change(slots, counts, donor, receiver)[0], num_gpus), jnp.inf)
 
         figures = jax.lax.map(figure, (donors, receivers))
         chosen = jnp.argmin(figures, axis=0)[None, :, None]
         donor, receiver = (jnp.take_along_axis(x, chosen, axis=0)[0] for x in (donors, receivers))
-        better = (best > target) & (figures.min(0) < best * (1 - GAIN))
-        slots = jnp.where(better[:, None], change(slots, counts, donor, receiver)[1], slots)
-        return slots, jnp.where(better, figures.min(0), best), better.any(), done + 1
+        going = (best > target) & (idle < patience) & jnp.isfinite(figures.min(0))
+        slots = jnp.where(going[:, None], change(slots, counts, donor, receiver)[1], slots)
+        better = going & (figures.min(0) < best * (1 - GAIN))
+        kept = jnp.where(better[:, None], slots, kept)
+        best = jnp.where(better, figures.min(0), best)
+        return slots, kept, best, receiver, jnp.where(better, 0, jnp.where(going, idle + 1, patience)), done + 1
 
     start = _heaviest(slot_loads(weight, slots), num_gpus)
-    state = slots, start, (start > target).any(), jnp.int32(0)
-    found = jax.lax.while_loop(lambda state: state[2] & (state[3] < steps), step, state)[0]
+    idle = jnp.where(start > target, 0, patience).astype(jnp.int32)
+    state = slots, slots, start, jnp.full((rows, 1), -1, jnp.int32), idle, jnp.int32(0)
+    found = jax.lax.while_loop(lambda state: (state[4] < patience).any() & (state[5] < steps), step, state)[1]
     return pack_slots(weight, found, num_gpus)
 
 
