@@ -47,12 +47,38 @@ class Placement:
     @property
     def num_replicas(self) -> int:
         """Slots of a layer, on all GPUs."""
-        return self.phy2log.shape[1]
+        return self.phy2log.shape[-1]
 
     @property
     def num_experts(self) -> int:
         """Logical experts of a layer."""
-        return self.logcnt.shape[1]
+        return self.logcnt.shape[-1]
+
+    def of_layer(self, layer: int) -> Placement:
+        """One layer, without the axis of layers: what `eplb_jax.moe` takes."""
+        if self.phy2log.ndim != 2 or not 0 <= layer < self.num_layers:
+            raise ValueError(f"layer={layer}: phy2log has shape {self.phy2log.shape}, [layers, replicas]")
+        return Placement(self.phy2log[layer], self.log2phy[layer], self.logcnt[layer])
+
+    def padded(self, most: int | None = None) -> Placement:
+        """With ``log2phy`` of the same width for all placements of these sizes, so that a program takes any of them.
+
+        Args:
+          most: columns; None: spare replicas + 1, as many as one expert could have.
+
+        Raises:
+          ValueError: an expert with more replicas than columns.
+
+        >>> Placement.from_phy2log(np.array([[0, 1, 0, 1]]), 2).padded().log2phy.tolist()
+        [[[0, 2, -1], [1, 3, -1]]]
+        """
+        columns = self.log2phy.shape[-1]
+        most = self.num_replicas - self.num_experts + 1 if most is None else most
+        if columns > most:
+            raise ValueError(f"log2phy has {columns} columns: most={most} is too few for an expert's replicas")
+        xp = jnp if isinstance(self.log2phy, jax.Array) else np
+        width = [(0, 0)] * (self.log2phy.ndim - 1) + [(0, most - columns)]
+        return dataclasses.replace(self, log2phy=xp.pad(self.log2phy, width, constant_values=-1))
 
     @classmethod
     def from_phy2log(cls, phy2log: Int[Array, "layers replicas"], num_experts: int) -> Placement:

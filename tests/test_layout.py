@@ -31,6 +31,14 @@ LAYERS = [
     "eplb_jax.files",
     "eplb_jax.plot",
     "eplb_jax.policies",
+    "eplb_jax.dtypes",
+    "eplb_jax.grouped_gemm",
+    "eplb_jax.exchange",
+    "eplb_jax.dispatch",
+    "eplb_jax.replica",
+    "eplb_jax.router",
+    "eplb_jax.experts",
+    "eplb_jax.moe",
     "eplb_jax",
 ]
 """From the bottom up; a module belongs to the longest of these names that its own begins with."""

@@ -1,0 +1,152 @@
+"""Rows that move: within a device by index, between devices by all-to-all; each with its own transpose.
+
+N tokens, R rows, D width. Moves within a device are described by two arrays that mirror each other, so that neither a
+move nor its gradient scatters.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from eplb_jax.dtypes import wide
+
+FP8 = jnp.float8_e4m3fn
+BLOCK = 128
+"""Channels that share a scale when rows travel in 8 bits."""
+
+
+class Moves(NamedTuple):
+    """Which row holds a copy of which token.
+
+    Attributes:
+      source: the token of each row, or N for rows that hold none; int32.
+      rows: the rows with a copy of each token, R where there are fewer than k; int32.
+    """
+
+    source: Int[Array, " R"]
+    rows: Int[Array, "N k"]
+
+
+@jax.custom_vjp
+def spread(x: Float[Array, "N D"], moves: Moves) -> Float[Array, "R D"]:
+    """A copy of its token in each row, zeros in rows that hold none.
+
+    >>> moves = Moves(jnp.array([1, 0, 1, 2]), jnp.array([[1, 4], [0, 2]]))
+    >>> spread(jnp.array([[1.0], [5.0]]), moves)[:, 0].tolist()
+    [5.0, 1.0, 5.0, 0.0]
+    >>> gather_sum(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
+    [2.0, 4.0]
+    """
+    return _take_or_zero(x, moves.source)
+
+
+@jax.custom_vjp
+def gather_sum(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "N D"]:
+    """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`."""
+    dtype = wide(rows.dtype)
+    parts = [_take_or_zero(rows, moves.rows[:, j]).astype(dtype) for j in range(moves.rows.shape[1])]
+    return functools.reduce(jnp.add, parts).astype(rows.dtype)
+
+
+spread.defvjp(lambda x, moves: (spread(x, moves), moves), lambda moves, ct: (gather_sum(ct, moves), None))
+gather_sum.defvjp(lambda rows, moves: (gather_sum(rows, moves), moves), lambda moves, ct: (spread(ct, moves), None))
+
+
+@jax.custom_vjp
+def spread_each(
+    values: Float[Array, "N k"], assignment: Int[Array, " R"], rows: Int[Array, "N k"]
+) -> Float[Array, " R"]:
+    """The value of each row's assignment (token * k + choice), zero for N * k; ``rows`` is the inverse, R for none."""
+    return _take_or_zero(values.reshape(-1), assignment)
+
+
+spread_each.defvjp(
+    lambda values, assignment, rows: (spread_each(values, assignment, rows), rows),
+    lambda rows, ct: (_take_or_zero(ct, rows), None, None),
+)
+
+
+def _take_or_zero(array: jax.Array, index: jax.Array) -> jax.Array:
+    """Rows at an index, zeros where it is the number of rows."""
+    found = index < array.shape[0]
+    taken = array.at[jnp.where(found, index, 0)].get(mode="promise_in_bounds")
+    return jnp.where(found.reshape(found.shape + (1,) * (array.ndim - 1)), taken, jnp.zeros((), array.dtype))
+
+
+def all_to_all(x: Float[Array, "ep C *rest"], axis: str) -> Float[Array, "ep C *rest"]:
+    """Block d goes to device d of the axis; block s of the result came from device s. Its own transpose."""
+    return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def all_to_all_fp8(x: Float[Array, "ep C D"], axis: str) -> Float[Array, "ep C D"]:
+    """`all_to_all` of numbers rounded to 8 bits (e4m3), one float32 scale for 128 channels; its transpose is exact.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, 3.3.2 and 3.3.3.
+    """
+    numbers, scales = quantise(x)
+    # Travels as plain bytes, which every communication library knows.
+    numbers = all_to_all(jax.lax.bitcast_convert_type(numbers, jnp.uint8), axis)
+    return dequantise(jax.lax.bitcast_convert_type(numbers, FP8), all_to_all(scales, axis), x.dtype)
+
+
+all_to_all_fp8.defvjp(
+    lambda x, axis: (all_to_all_fp8(x, axis), None),
+    lambda axis, _, ct: (all_to_all(ct, axis),),
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def all_to_all_fp8_back(x: Float[Array, "ep C D"], axis: str) -> Float[Array, "ep C D"]:
+    """`all_to_all` whose transpose travels in 8 bits: the combine of what `all_to_all_fp8` dispatched."""
+    return all_to_all(x, axis)
+
+
+all_to_all_fp8_back.defvjp(
+    lambda x, axis: (all_to_all(x, axis), None),
+    lambda axis, _, ct: (all_to_all_fp8(ct, axis),),
+)
+
+
+def quantise(x: Float[Array, "*rows D"]) -> tuple[Array, Float[Array, "*rows blocks"]]:
+    """Numbers in e4m3 and float32 scales, one for 128 channels: the largest of them becomes 448.
+
+    Raises:
+      ValueError: a width that is not a multiple of 128.
+
+    >>> numbers, scales = quantise(jnp.full((1, 128), 7.0))
+    >>> float(numbers[0, 0]), scales.tolist()
+    (448.0, [[0.015625]])
+    """
+    if x.shape[-1] % BLOCK:
+        raise ValueError(f"width {x.shape[-1]} is not a multiple of {BLOCK}, the channels that share a scale in FP8")
+    blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
+    scales = jnp.abs(blocks).max(-1) / float(jnp.finfo(FP8).max)
+    numbers = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+    return numbers.astype(FP8).reshape(x.shape), scales
+
+
+def dequantise(numbers: Array, scales: Float[Array, "*rows blocks"], dtype: jax.typing.DTypeLike) -> Array:
+    """What `quantise` rounded, in another dtype."""
+    blocks = numbers.astype(jnp.float32).reshape(*scales.shape, BLOCK)
+    return (blocks * scales[..., None]).reshape(numbers.shape).astype(dtype)
+
+
+def all_to_all_ragged(x: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str) -> Float[Array, "ep C D"]:
+    """`all_to_all` of the first ``counts[d]`` rows of each block d alone; the other rows of the result are zero.
+
+    XLA has no implementation for CPU.
+    """
+    ep, capacity = x.shape[:2]
+    here = jax.lax.axis_index(axis).astype(jnp.int32)
+    blocks = jnp.arange(ep, dtype=jnp.int32) * capacity
+    theirs = all_to_all(counts, axis)
+    start_there = jnp.full(ep, 1, jnp.int32) * here * capacity
+    flat = x.reshape(ep * capacity, *x.shape[2:])
+    out = jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), blocks, counts, start_there, theirs, axis_name=axis)
+    return out.reshape(x.shape)

@@ -1,0 +1,141 @@
+"""Experts: their parameters, their working copies by slot, and what they compute.
+
+E logical experts, P slots of all devices, S of one, D width, F hidden width of an expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eplb_jax.dtypes import wide
+from eplb_jax.grouped_gemm import grouped_matmul
+
+
+class ExpertParams(NamedTuple):
+    """SwiGLU experts, by logical expert (masters) or by slot (working copies).
+
+    Attributes:
+      w_in: gate and value side by side.
+      w_out: back to the width.
+    """
+
+    w_in: Float[Array, "experts D 2F"]
+    w_out: Float[Array, "experts F D"]
+
+
+def init_experts(key: jax.Array, num_experts: int, width: int, hidden: int, dtype: Any = jnp.float32) -> ExpertParams:
+    """Normal values of variance one over the number of inputs.
+
+    >>> init_experts(jax.random.key(0), 4, 8, 16).w_in.shape
+    (4, 8, 32)
+    """
+    first, second = jax.random.split(key)
+    w_in = jax.random.normal(first, (num_experts, width, 2 * hidden), dtype) * width**-0.5
+    return ExpertParams(w_in, jax.random.normal(second, (num_experts, hidden, width), dtype) * hidden**-0.5)
+
+
+def working_copies(masters: Any, phy2log: Int[Array, " P"], axis: str | None = None) -> Any:
+    """Each of this device's slots gets a copy of its expert; the transpose sums the gradients of an expert's copies.
+
+    Within `jax.shard_map` over ``axis`` each device has E / ep masters, in order. They travel once round the ring of
+    devices, so that no device holds more than two devices' masters at a time.
+
+    Args:
+      masters: a tree of arrays by logical expert, [E, ...], or this device's part of them.
+      phy2log: the logical expert of each slot of all devices.
+      axis: the mesh axis of the experts, or None: all are here.
+
+    Raises:
+      ValueError: slots that do not divide over the devices; phy2log of several layers.
+
+    >>> working_copies(jnp.array([1.0, 2.0, 3.0]), jnp.array([2, 0, 1, 2])).tolist()
+    [3.0, 1.0, 2.0, 3.0]
+    """
+    if phy2log.ndim != 1:
+        raise ValueError(f"phy2log has shape {phy2log.shape}: take one layer of it, placement.of_layer(i)")
+    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    slots = phy2log.shape[0]
+    if slots % devices:
+        raise ValueError(f"{slots} slots do not divide over the {devices} devices of axis {axis!r}")
+    here = jnp.int32(0) if axis is None else jax.lax.axis_index(axis).astype(jnp.int32)
+    room = slots // devices
+    mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * room, room)
+    ring = [(device, (device - 1) % devices) for device in range(devices)]
+
+    def fetch(part: jax.Array) -> jax.Array:
+        experts, copies = part.shape[0], None
+        for step in range(devices):
+            if step:
+                assert axis is not None
+                part = jax.lax.ppermute(part, axis, ring)
+            first = (here + step) % devices * experts
+            index = jnp.clip(mine - first, 0, experts - 1)
+            found = _pick(part, index, (mine >= first) & (mine < first + experts))
+            copies = found if copies is None else copies + found
+        return copies if copies is not None else part
+
+    return jax.tree.map(fetch, masters)
+
+
+def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
+    """``silu(gate) * value * weight`` in float32 (float64 for float64), in the dtype of ``hidden``.
+
+    Source: arXiv 2002.05202.
+    """
+    dtype = wide(hidden.dtype)
+    gate, value = jnp.split(hidden.astype(dtype), 2, axis=-1)
+    out = jax.nn.silu(gate) * value
+    if weight is not None:
+        out = out * weight.astype(dtype)[:, None]
+    return out.astype(hidden.dtype)
+
+
+def apply_experts(
+    params: ExpertParams,
+    rows: Float[Array, "R D"],
+    weight: Float[Array, " R"],
+    sizes: Int[Array, " S"],
+    backend: str = "auto",
+) -> Float[Array, "R D"]:
+    """Each row through its slot's expert, times its weight; rows of no slot come out unspecified.
+
+    The weight multiplies the hidden activations, where it is cheap, and where its gradient needs nothing kept.
+    """
+    hidden = grouped_matmul(rows, params.w_in, sizes, backend=backend)
+    return grouped_matmul(swiglu(hidden, weight), params.w_out, sizes, backend=backend)
+
+
+def shared_expert(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
+    """The experts that every token goes to, [1, ...] or several side by side as one."""
+    hidden = swiglu(jnp.matmul(x, params.w_in[0]))
+    return jnp.matmul(hidden, params.w_out[0])
+
+
+@jax.custom_vjp
+def _pick(part: Float[Array, "experts *rest"], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
+    """The experts at an index, zeros where there is none."""
+    taken = part.at[index].get(mode="promise_in_bounds")
+    return jnp.where(found.reshape(-1, *(1,) * (part.ndim - 1)), taken, jnp.zeros((), part.dtype))
+
+
+def _pick_fwd(part: jax.Array, index: jax.Array, found: jax.Array) -> tuple[jax.Array, Any]:
+    like = jnp.zeros((part.shape[0], 0), part.dtype)  # number of experts, as a shape
+    return _pick(part, index, found), (index, found, like)
+
+
+def _pick_bwd(residuals: Any, ct: jax.Array) -> tuple[jax.Array, None, None]:
+    """A sum over copies as a product with zeros and ones: no scatter, and the same order every time."""
+    index, found, like = residuals
+    hot = (index == jnp.arange(like.shape[0], dtype=jnp.int32)[:, None]) & found
+    dtype = wide(ct.dtype)
+    total = jnp.einsum(
+        "es,s...->e...", hot.astype(ct.dtype), ct, preferred_element_type=dtype, precision=jax.lax.Precision.HIGHEST
+    )
+    return total.astype(ct.dtype), None, None
+
+
+_pick.defvjp(_pick_fwd, _pick_bwd)

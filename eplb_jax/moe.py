@@ -1,0 +1,288 @@
+"""The mixture-of-experts layer: route, dispatch, experts, combine.
+
+One function of one device's tokens, to be called within `jax.shard_map` over the experts' axis (other axes may be the
+compiler's), or with all experts on one device and no axis.
+
+Shapes: T tokens of this device, D width, k choices, E logical experts, S slots of this device, F hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eplb_jax import exchange
+from eplb_jax.dispatch import Rooms, make_rooms, plan_sends, sort_by_slot
+from eplb_jax.dtypes import wide
+from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_expert
+from eplb_jax.placement import Placement
+from eplb_jax.replica import CHOICES, choose_replicas
+from eplb_jax.router import RouterConfig, balance_loss, route, router_logits
+
+EXCHANGES = ("dense", "ragged")
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Sizes and choices of a layer; static.
+
+    Attributes:
+      width: of the activations, D.
+      hidden: of an expert, F.
+      router: how tokens choose experts.
+      num_shared: shared experts, which every token goes to.
+      capacity_factor: room for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
+        that nothing is ever dropped.
+      replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.replica`.
+      devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
+      exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
+      fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
+      backend: of the grouped matrix products; see `eplb_jax.grouped_gemm`.
+
+    Raises:
+      ValueError: sizes below 1 or that do not fit, unknown choices.
+    """
+
+    width: int = 7168
+    hidden: int = 2048
+    router: RouterConfig = RouterConfig()
+    num_shared: int = 1
+    capacity_factor: float | None = None
+    replicas: str = "hash"
+    devices_per_node: int | None = None
+    exchange: str = "dense"
+    fp8: bool = False
+    backend: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks sizes and choices."""
+        if min(self.width, self.hidden) < 1 or self.num_shared < 0:
+            raise ValueError(f"width={self.width}, hidden={self.hidden}, num_shared={self.num_shared}: sizes below 1")
+        if self.capacity_factor is not None and not self.capacity_factor >= 1:
+            raise ValueError(f"capacity_factor={self.capacity_factor}: it must be at least 1, or None to drop nothing")
+        if self.replicas not in CHOICES:
+            raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange={self.exchange!r}: it must be one of {EXCHANGES}")
+        if self.fp8 and self.width % exchange.BLOCK:
+            raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
+        if self.fp8 and self.exchange == "ragged":
+            raise ValueError("fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False")
+
+
+class MoEParams(NamedTuple):
+    """Parameters of a layer as it computes.
+
+    Attributes:
+      router: float32 whatever the compute dtype.
+      bias: for selection only, changed by `eplb_jax.router.update_bias`, not by gradients; or None.
+      experts: by slot; see `eplb_jax.experts.working_copies`. This device's part.
+      shared: the shared experts side by side, [1, ...], or None.
+    """
+
+    router: Float[Array, "D E"]
+    bias: Float[Array, " E"] | None
+    experts: ExpertParams
+    shared: ExpertParams | None
+
+
+class MoEStats(NamedTuple):
+    """What a layer tells besides its output; of this device's tokens, so sums over devices are global.
+
+    Attributes:
+      loads: tokens that chose each logical expert; int32.
+      dropped: choices that found no room, counted where that was found out; int32.
+      balance_loss: without its factor; a mean over this device's tokens.
+    """
+
+    loads: Int[Array, " E"]
+    dropped: Int[Array, ""]
+    balance_loss: Float[Array, ""]
+
+
+def init_moe(key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> MoEParams:
+    """Parameters by logical expert: masters, which are working copies too while no expert has several replicas.
+
+    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1))
+    >>> jax.tree.map(jnp.shape, init_moe(jax.random.key(0), config)).experts.w_out
+    (4, 4, 8)
+    """
+    keys = jax.random.split(key, 3)
+    experts = config.router.num_experts
+    router = jax.random.normal(keys[0], (config.width, experts), wide(dtype))
+    shared = None
+    if config.num_shared:
+        shared = init_experts(keys[1], 1, config.width, config.hidden * config.num_shared, dtype)
+    bias = jnp.zeros(experts, wide(dtype))
+    routed = init_experts(keys[2], experts, config.width, config.hidden, dtype)
+    return MoEParams(router * config.width**-0.5, bias, routed, shared)
+
+
+def moe_layer(
+    params: MoEParams,
+    x: Float[Array, "T D"],
+    config: MoEConfig,
+    *,
+    placement: Placement | None = None,
+    axis: str | None = None,
+    sequences: int = 1,
+    mask: Bool[Array, " T"] | None = None,
+) -> tuple[Float[Array, "T D"], MoEStats]:
+    """Each token through its experts and the shared ones.
+
+    Args:
+      params: experts by slot, this device's slots.
+      x: this device's tokens.
+      config: sizes and choices.
+      placement: of this layer, `Placement.of_layer`; its values may change from call to call without compiling again.
+        None: slot i holds expert i.
+      axis: the mesh axis that experts are sharded over, bound by `jax.shard_map`; None: all slots are here.
+      sequences: how many sequences of equal length the tokens are, for the balance loss.
+      mask: which tokens are real; the others go to no routed expert and count nowhere.
+
+    Returns:
+      The output, in x's dtype, and statistics.
+
+    Raises:
+      ValueError: sizes that do not fit, an axis that is not bound.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.1.2 and 3.2.2.
+
+    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1))
+    >>> y, stats = moe_layer(init_moe(jax.random.key(0), config), jnp.ones((6, 8)), config)
+    >>> y.shape, int(stats.loads.sum()), int(stats.dropped)
+    ((6, 8), 12, 0)
+    """
+    devices, device = _axis(axis)
+    slots = _check(params, x, config, placement, devices, axis)
+    with jax.named_scope("router"):
+        routing = route(router_logits(x, params.router), config.router, bias=params.bias, mask=mask)
+        loss = balance_loss(routing, config.router, sequences=sequences, mask=mask)
+        chosen = routing.experts
+        if placement is not None:
+            chosen = choose_replicas(
+                chosen,
+                placement,
+                first_token=device * x.shape[0],
+                choice=config.replicas,
+                device=device,
+                num_devices=devices,
+                devices_per_node=config.devices_per_node,
+            )
+    rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
+    if axis is None:
+        y, dropped = _local(params.experts, x, chosen, routing.weights, slots, rooms, config)
+    else:
+        y, dropped = _remote(params.experts, x, chosen, routing.weights, slots, rooms, config, axis)
+    if params.shared is not None:
+        with jax.named_scope("shared_expert"):
+            y = y + shared_expert(params.shared, x)
+    return y, MoEStats(routing.loads, dropped, loss)
+
+
+def _local(
+    experts: ExpertParams,
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    num_slots: int,
+    rooms: Rooms,
+    config: MoEConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [N, D] with slots and weights [N, k] through this device's experts; what found no room."""
+    with jax.named_scope("permute"):
+        found = sort_by_slot(slots, num_slots, rooms.rows)
+        rows = exchange.spread(x, found.moves)
+        weight = exchange.spread_each(weights, found.assignment, found.moves.rows)
+    with jax.named_scope("experts"):
+        rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
+    with jax.named_scope("unpermute"):
+        return exchange.gather_sum(rows, found.moves), found.dropped
+
+
+def _remote(
+    experts: ExpertParams,
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    num_slots: int,
+    rooms: Rooms,
+    config: MoEConfig,
+    axis: str,
+) -> tuple[jax.Array, jax.Array]:
+    """`_local` for slots of all devices of the axis: tokens travel there and back."""
+    devices, top_k = jax.lax.axis_size(axis), slots.shape[1]
+    with jax.named_scope("dispatch"):
+        sends = plan_sends(slots, devices, num_slots, rooms.exchange)
+        listed = exchange.all_to_all(sends.slots, axis).reshape(-1, top_k)
+        sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries)
+        heard = exchange.all_to_all(sent.reshape(sends.slots.shape), axis).reshape(-1, top_k)
+        rows = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
+        if config.exchange == "ragged":
+            rows = exchange.all_to_all_ragged(rows, sends.counts, axis)
+        else:
+            rows = exchange.all_to_all_fp8(rows, axis) if config.fp8 else exchange.all_to_all(rows, axis)
+    shape = rows.shape
+    y, dropped = _local(experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    with jax.named_scope("combine"):
+        back = y.reshape(shape)
+        if config.exchange == "ragged":
+            received = exchange.all_to_all(sends.counts, axis)
+            back = exchange.all_to_all_ragged(back, received, axis)
+        else:
+            back = exchange.all_to_all_fp8_back(back, axis) if config.fp8 else exchange.all_to_all(back, axis)
+        y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves)
+    return y, dropped + sends.dropped
+
+
+def _axis(axis: str | None) -> tuple[int, jax.Array]:
+    """Size of the axis and this device's place on it."""
+    if axis is None:
+        return 1, jnp.int32(0)
+    try:
+        return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
+    except NameError as error:
+        raise ValueError(
+            f"axis={axis!r} is not bound: call the layer within jax.shard_map over a mesh that has this axis, or with "
+            "axis=None where one device holds all experts"
+        ) from error
+
+
+def _check(
+    params: MoEParams,
+    x: jax.Array,
+    config: MoEConfig,
+    placement: Placement | None,
+    devices: int,
+    axis: str | None,
+) -> int:
+    """Slots of this device, after checking that all sizes fit."""
+    experts, width, hidden = config.router.num_experts, config.width, config.hidden
+    if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
+        raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
+    total = experts
+    if placement is not None:
+        if placement.phy2log.ndim != 1 or placement.num_experts != experts:
+            raise ValueError(
+                f"the placement has phy2log of shape {placement.phy2log.shape} and {placement.num_experts} experts: "
+                f"give one layer of {experts} experts, placement.of_layer(i)"
+            )
+        total = placement.phy2log.shape[0]
+    if total % devices:
+        raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}")
+    slots = total // devices
+    wanted = {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)}
+    for name, shape in wanted.items():
+        found = getattr(params.experts, name).shape
+        if found != shape:
+            raise ValueError(
+                f"experts.{name} has shape {found}: {total} slots on {devices} devices need {shape} on each; "
+                "working_copies makes slots of logical experts"
+            )
+    if params.router.shape != (width, experts):
+        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
+    return slots

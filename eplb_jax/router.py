@@ -1,0 +1,201 @@
+"""Which experts a token goes to: scores, selection, weights, and what keeps the choice balanced.
+
+DeepSeek-V3's router is the default of `RouterConfig`; all of it is float32 (float64 for float64 logits).
+
+Shapes: T tokens, E logical experts, k experts of each token.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int
+
+from eplb_jax.dtypes import wide
+from eplb_jax.load import count_tokens
+
+
+@dataclasses.dataclass(frozen=True)
+class RouterConfig:
+    """How tokens choose experts; the defaults are DeepSeek-V3's.
+
+    Attributes:
+      num_experts: logical experts.
+      top_k: experts of each token.
+      num_groups: equal groups of experts, in order; 1 is no grouping.
+      top_groups: groups that a token's experts may be of, those whose two best experts have the highest sum.
+      scoring: "sigmoid", or "softmax" over all experts.
+      normalise: whether a token's weights are divided by their sum.
+      scale: what weights are multiplied by.
+
+    Raises:
+      ValueError: sizes that do not fit each other.
+    """
+
+    num_experts: int = 256
+    top_k: int = 8
+    num_groups: int = 8
+    top_groups: int = 4
+    scoring: str = "sigmoid"
+    normalise: bool = True
+    scale: float = 2.5
+
+    def __post_init__(self) -> None:
+        """Checks the sizes."""
+        if self.num_experts < 1 or self.num_groups < 1 or self.num_experts % self.num_groups:
+            raise ValueError(
+                f"num_experts={self.num_experts} do not divide into num_groups={self.num_groups} equal groups; "
+                "num_groups=1 always fits"
+            )
+        if not 1 <= self.top_groups <= self.num_groups:
+            raise ValueError(f"top_groups={self.top_groups}: it must be between 1 and num_groups={self.num_groups}")
+        allowed = self.num_experts // self.num_groups * self.top_groups
+        if not 1 <= self.top_k <= allowed:
+            raise ValueError(
+                f"top_k={self.top_k}: a token chooses among the {allowed} experts of {self.top_groups} groups, "
+                f"so take 1 to {allowed}, or more groups"
+            )
+        if self.scoring not in ("sigmoid", "softmax"):
+            raise ValueError(f"scoring={self.scoring!r}: it must be 'sigmoid' or 'softmax'")
+
+
+class Routing(NamedTuple):
+    """What the router decides.
+
+    Attributes:
+      experts: the logical experts of each token, best first; int32.
+      weights: their weights; float32 or float64, differentiable.
+      scores: of all experts, without bias; float32 or float64.
+      loads: tokens that chose each expert; int32, for `eplb_jax.load` and `update_bias`.
+    """
+
+    experts: Int[Array, "tokens k"]
+    weights: Float[Array, "tokens k"]
+    scores: Float[Array, "tokens experts"]
+    loads: Int[Array, " experts"]
+
+
+def route(
+    logits: Float[Array, "tokens experts"],
+    config: RouterConfig,
+    *,
+    bias: Float[Array, " experts"] | None = None,
+    mask: Bool[Array, " tokens"] | None = None,
+) -> Routing:
+    """Chooses each token's experts.
+
+    Experts are selected by score plus bias, first by group, and weighted by score alone. Of equal ones the first is
+    taken.
+
+    Args:
+      logits: float32 or float64; see `router_logits`.
+      config: sizes and kind.
+      bias: for selection only, not differentiated; None is none.
+      mask: which tokens are real. The others choose expert -1 with weight 0, and count nowhere.
+
+    Raises:
+      ValueError: shapes that do not fit the configuration.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, equations 12 to 16.
+
+    >>> config = RouterConfig(num_experts=4, top_k=2, num_groups=2, top_groups=1, scale=1.0)
+    >>> routing = route(jnp.array([[2.0, 0.0, 1.0, 1.5]]), config)
+    >>> routing.experts.tolist(), routing.loads.tolist()
+    ([[3, 2]], [0, 0, 1, 1])
+    """
+    experts = config.num_experts
+    if logits.ndim != 2 or logits.shape[1] != experts:
+        raise ValueError(f"logits have shape {logits.shape}: they must be [tokens, experts] with {experts} experts")
+    if bias is not None and bias.shape != (experts,):
+        raise ValueError(f"bias has shape {bias.shape}: it must be ({experts},)")
+    if mask is not None and mask.shape != logits.shape[:1]:
+        raise ValueError(f"mask has shape {mask.shape}: it must be {logits.shape[:1]}, one for each token")
+    scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, -1)
+    choice = jax.lax.stop_gradient(scores)
+    if bias is not None:
+        choice = choice + jax.lax.stop_gradient(bias).astype(choice.dtype)
+    if config.top_groups < config.num_groups:
+        choice = _keep_best_groups(choice, config)
+    chosen = jax.lax.top_k(choice, config.top_k)[1].astype(jnp.int32)
+    # A product with one-hot rows instead of a gather, whose transpose would be a scatter.
+    hot = chosen[..., None] == jnp.arange(experts, dtype=jnp.int32)
+    weights = jnp.where(hot, scores[:, None], 0).sum(-1)
+    if config.normalise:
+        weights = weights / (weights.sum(-1, keepdims=True) + 1e-20)
+    weights = weights * config.scale
+    if mask is not None:
+        chosen = jnp.where(mask[:, None], chosen, -1)
+        weights = jnp.where(mask[:, None], weights, 0)
+    return Routing(chosen, weights, scores, count_tokens(chosen, experts))
+
+
+def router_logits(x: Float[Array, "tokens width"], kernel: Float[Array, "width experts"]) -> Float[Array, "T E"]:
+    """Logits in float32 whatever the activations' dtype (float64 for float64), at full precision."""
+    dtype = wide(x.dtype)
+    return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def balance_loss(
+    routing: Routing, config: RouterConfig, *, sequences: int = 1, mask: Bool[Array, " tokens"] | None = None
+) -> Float[Array, ""]:
+    """The sequence-wise balance loss, without its factor: 1 if experts are equally likely, more if not.
+
+    Mean over sequences of ``sum(f * p)``, f an expert's share of the chosen experts times their number and p its mean
+    share of a token's scores. Only p is differentiated.
+
+    Args:
+      routing: of tokens that are whole sequences, one after the other.
+      config: what they were routed by.
+      sequences: how many sequences of equal length.
+      mask: which tokens are real, as for `route`; sequences count by their real tokens.
+
+    Raises:
+      ValueError: tokens that do not divide into sequences.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, equations 17 to 20; f counts the experts that are chosen, bias
+    included.
+    """
+    tokens, experts = routing.scores.shape
+    if sequences < 1 or tokens % sequences:
+        raise ValueError(f"{tokens} tokens do not divide into sequences={sequences} of equal length")
+    dtype = routing.scores.dtype
+    real = jnp.ones(tokens, dtype) if mask is None else mask.astype(dtype)
+    hot = (routing.experts[..., None] == jnp.arange(experts, dtype=jnp.int32)).sum(1).astype(dtype)
+    shares = routing.scores / (routing.scores.sum(-1, keepdims=True) + 1e-20) * real[:, None]
+    length = real.reshape(sequences, -1).sum(1)
+    safe = jnp.maximum(length, 1)[:, None]
+    f = hot.reshape(sequences, -1, experts).sum(1) * (experts / config.top_k) / safe
+    p = shares.reshape(sequences, -1, experts).sum(1) / safe
+    return ((f * p).sum(1) * length).sum() / jnp.maximum(length.sum(), 1)
+
+
+def update_bias(
+    bias: Float[Array, " experts"], loads: Int[Array, " experts"] | Float[Array, " experts"], rate: float = 1e-3
+) -> Float[Array, " experts"]:
+    """The selection bias after a step: more for experts with less than the mean load, less for those with more.
+
+    Args:
+      bias: before the step.
+      loads: tokens of the step that chose each expert, summed over all data-parallel ranks.
+      rate: how much a bias changes.
+
+    Source: auxiliary-loss-free balancing, arXiv 2408.15664; the DeepSeek-V3 report, arXiv 2412.19437, 2.1.2.
+
+    >>> update_bias(jnp.zeros(3), jnp.array([4, 1, 1]), rate=0.5).tolist()
+    [-0.5, 0.5, 0.5]
+    """
+    loads = loads.astype(bias.dtype)
+    return bias + rate * jnp.sign(loads.mean() - loads)
+
+
+def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
+    """Scores [T, E], -inf outside each token's best groups."""
+    tokens, experts = choice.shape
+    groups = choice.reshape(tokens, config.num_groups, -1)
+    best_two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
+    chosen = jax.lax.top_k(best_two, config.top_groups)[1]
+    kept = (chosen[..., None] == jnp.arange(config.num_groups, dtype=chosen.dtype)).any(1)
+    return jnp.where(kept[..., None], groups, -jnp.inf).reshape(tokens, experts)
