@@ -57,9 +57,10 @@ def draw_loads(
         lower.set(xlabel="GPU (below: heaviest first, mean of layers)", ylim=(0, most * 1.05))
         lower.axhline(1, color="gray", linewidth=0.8)
     axes[0, 0].set_ylabel("layer")
+    axes[0, 0].yaxis.get_major_locator().set_params(integer=True)
     axes[1, 0].set_ylabel("load / mean")
     if image is not None:
         figure.colorbar(image, ax=axes[0], label="load / mean")
     if path is not None:
-        figure.savefig(path, dpi=150)
+        figure.savefig(path, dpi=100)
     return figure
