@@ -85,14 +85,13 @@ def make_rooms(tokens: int, top_k: int, num_devices: int, num_slots: int, capaci
     >>> make_rooms(1024, 8, 8, 32, None)
     Rooms(exchange=1024, rows=65760)
     >>> make_rooms(1024, 8, 8, 32, 1.25)
-    Rooms(exchange=840, rows=10464)
+    Rooms(exchange=848, rows=10464)
     """
     if min(tokens, top_k, num_devices, num_slots) < 1:
         raise ValueError(
             f"tokens={tokens}, top_k={top_k}, num_devices={num_devices}, num_slots={num_slots}: all must be at least 1"
         )
-    if capacity_factor is not None and not capacity_factor >= 1:
-        raise ValueError(f"capacity_factor={capacity_factor}: it must be at least 1, or None to drop nothing")
+    check_capacity_factor(capacity_factor)
     gaps = (ALIGN - 1) * num_slots
     most = num_devices * tokens * min(top_k, num_slots)
     if capacity_factor is None:
@@ -101,6 +100,12 @@ def make_rooms(tokens: int, top_k: int, num_devices: int, num_slots: int, capaci
     exchange = min(tokens, _round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
     rows = min(num_devices * exchange * min(top_k, num_slots), math.ceil(capacity_factor * tokens * top_k))
     return Rooms(exchange, _round_up(rows + gaps))
+
+
+def check_capacity_factor(factor: float | None) -> None:
+    """Raises ValueError unless it is None or a finite number of at least 1."""
+    if factor is not None and not 1 <= factor < math.inf:
+        raise ValueError(f"capacity_factor={factor}: it must be at least 1, or None to drop nothing")
 
 
 def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, room: int) -> Sends:

@@ -127,7 +127,8 @@ def quantise(x: Float[Array, "*rows D"]) -> tuple[Array, Float[Array, "*rows blo
         raise ValueError(f"width {x.shape[-1]} is not a multiple of {BLOCK}, the channels that share a scale in FP8")
     blocks = x.astype(jnp.float32).reshape(*x.shape[:-1], -1, BLOCK)
     scales = jnp.abs(blocks).max(-1) / float(jnp.finfo(FP8).max)
-    numbers = blocks / jnp.where(scales > 0, scales, 1)[..., None]
+    scales = jnp.where(scales < jnp.finfo(jnp.float32).tiny, 0, scales)  # too small to divide by
+    numbers = jnp.where(scales[..., None] > 0, blocks / jnp.where(scales > 0, scales, 1)[..., None], 0)
     return numbers.astype(FP8).reshape(x.shape), scales
 
 

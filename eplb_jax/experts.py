@@ -5,6 +5,7 @@ E logical experts, P slots of all devices, S of one, D width, F hidden width of 
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +14,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm import grouped_matmul
+from eplb_jax.mesh_axis import size_and_index
 
 
 class ExpertParams(NamedTuple):
@@ -41,42 +43,46 @@ def init_experts(key: jax.Array, num_experts: int, width: int, hidden: int, dtyp
 def working_copies(masters: Any, phy2log: Int[Array, " P"], axis: str | None = None) -> Any:
     """Each of this device's slots gets a copy of its expert; the transpose sums the gradients of an expert's copies.
 
-    Within `jax.shard_map` over ``axis`` each device has E / ep masters, in order. They travel once round the ring of
-    devices, so that no device holds more than two devices' masters at a time.
+    Within `jax.shard_map` over ``axis`` each device has E / ep masters, in order. They are gathered in parts, so that
+    no device holds more than about twice its own at a time; the transpose is a reduce-scatter of each part.
 
     Args:
       masters: a tree of arrays by logical expert, [E, ...], or this device's part of them.
-      phy2log: the logical expert of each slot of all devices.
+      phy2log: the logical expert of each slot of all devices; slots of dead ones (-1) get zeros.
       axis: the mesh axis of the experts, or None: all are here.
 
     Raises:
-      ValueError: slots that do not divide over the devices; phy2log of several layers.
+      ValueError: slots that do not divide over the devices; phy2log of several layers; an axis that is not bound;
+        leaves of different numbers of experts.
 
     >>> working_copies(jnp.array([1.0, 2.0, 3.0]), jnp.array([2, 0, 1, 2])).tolist()
     [3.0, 1.0, 2.0, 3.0]
     """
     if phy2log.ndim != 1:
         raise ValueError(f"phy2log has shape {phy2log.shape}: take one layer of it, placement.of_layer(i)")
-    devices = 1 if axis is None else jax.lax.axis_size(axis)
+    devices, here = size_and_index(axis)
     slots = phy2log.shape[0]
     if slots % devices:
         raise ValueError(f"{slots} slots do not divide over the {devices} devices of axis {axis!r}")
-    here = jnp.int32(0) if axis is None else jax.lax.axis_index(axis).astype(jnp.int32)
+    if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(masters)}) != 1:
+        raise ValueError(f"masters have shapes {jax.tree.map(jnp.shape, masters)}: all must hold as many experts")
     room = slots // devices
     mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * room, room)
-    ring = [(device, (device - 1) % devices) for device in range(devices)]
 
-    def fetch(part: jax.Array) -> jax.Array:
-        experts, copies = part.shape[0], None
-        for step in range(devices):
-            if step:
-                assert axis is not None
-                part = jax.lax.ppermute(part, axis, ring)
-            first = (here + step) % devices * experts
-            index = jnp.clip(mine - first, 0, experts - 1)
-            found = _pick(part, index, (mine >= first) & (mine < first + experts))
-            copies = found if copies is None else copies + found
-        return copies if copies is not None else part
+    def fetch(owned: jax.Array) -> jax.Array:
+        if axis is None:
+            return _pick(owned, jnp.maximum(mine, 0), mine >= 0)
+        experts = owned.shape[0]
+        parts = next(n for n in range(min(devices, experts), experts + 1) if experts % n == 0)
+        size = experts // parts
+        owner, place = mine // experts, mine % experts
+        found = []
+        for part, block in enumerate(jnp.split(owned, parts)):
+            # Grouped by expert axis alone, so legal where pipeline ranks do different things; a permute is not.
+            everyones = jax.lax.all_gather(block, axis, tiled=True)
+            is_here = (mine >= 0) & (place // size == part)
+            found.append(_pick(everyones, jnp.maximum(owner, 0) * size + place % size, is_here))
+        return functools.reduce(jnp.add, found)
 
     return jax.tree.map(fetch, masters)
 
@@ -116,7 +122,7 @@ def shared_expert(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, 
 
 
 @jax.custom_vjp
-def _pick(part: Float[Array, "experts *rest"], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
+def _pick(part: Float[Array, experts *rest], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
     """The experts at an index, zeros where there is none."""
     taken = part.at[index].get(mode="promise_in_bounds")
     return jnp.where(found.reshape(-1, *(1,) * (part.ndim - 1)), taken, jnp.zeros((), part.dtype))

@@ -16,9 +16,10 @@ import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax import exchange
-from eplb_jax.dispatch import Rooms, make_rooms, plan_sends, sort_by_slot
+from eplb_jax.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sends, sort_by_slot
 from eplb_jax.dtypes import wide
 from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_expert
+from eplb_jax.mesh_axis import size_and_index
 from eplb_jax.placement import Placement
 from eplb_jax.replica import CHOICES, choose_replicas
 from eplb_jax.router import RouterConfig, balance_loss, route, router_logits
@@ -49,7 +50,7 @@ class MoEConfig:
 
     width: int = 7168
     hidden: int = 2048
-    router: RouterConfig = RouterConfig()
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     num_shared: int = 1
     capacity_factor: float | None = None
     replicas: str = "hash"
@@ -62,8 +63,7 @@ class MoEConfig:
         """Checks sizes and choices."""
         if min(self.width, self.hidden) < 1 or self.num_shared < 0:
             raise ValueError(f"width={self.width}, hidden={self.hidden}, num_shared={self.num_shared}: sizes below 1")
-        if self.capacity_factor is not None and not self.capacity_factor >= 1:
-            raise ValueError(f"capacity_factor={self.capacity_factor}: it must be at least 1, or None to drop nothing")
+        check_capacity_factor(self.capacity_factor)
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
         if self.exchange not in EXCHANGES:
@@ -157,11 +157,11 @@ def moe_layer(
     >>> y.shape, int(stats.loads.sum()), int(stats.dropped)
     ((6, 8), 12, 0)
     """
-    devices, device = _axis(axis)
+    devices, device = size_and_index(axis)
     slots = _check(params, x, config, placement, devices, axis)
     with jax.named_scope("router"):
         routing = route(router_logits(x, params.router), config.router, bias=params.bias, mask=mask)
-        loss = balance_loss(routing, config.router, sequences=sequences, mask=mask)
+        loss = balance_loss(routing, config.router, sequences=sequences)
         chosen = routing.experts
         if placement is not None:
             chosen = choose_replicas(
@@ -174,7 +174,7 @@ def moe_layer(
                 devices_per_node=config.devices_per_node,
             )
     rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
-    if axis is None:
+    if axis is None or devices == 1:
         y, dropped = _local(params.experts, x, chosen, routing.weights, slots, rooms, config)
     else:
         y, dropped = _remote(params.experts, x, chosen, routing.weights, slots, rooms, config, axis)
@@ -239,19 +239,6 @@ def _remote(
     return y, dropped + sends.dropped
 
 
-def _axis(axis: str | None) -> tuple[int, jax.Array]:
-    """Size of the axis and this device's place on it."""
-    if axis is None:
-        return 1, jnp.int32(0)
-    try:
-        return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
-    except NameError as error:
-        raise ValueError(
-            f"axis={axis!r} is not bound: call the layer within jax.shard_map over a mesh that has this axis, or with "
-            "axis=None where one device holds all experts"
-        ) from error
-
-
 def _check(
     params: MoEParams,
     x: jax.Array,
@@ -283,6 +270,19 @@ def _check(
                 f"experts.{name} has shape {found}: {total} slots on {devices} devices need {shape} on each; "
                 "working_copies makes slots of logical experts"
             )
+    shared = config.num_shared * hidden
+    wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)} if shared else {}
+    if (params.shared is None) != (not wanted):
+        raise ValueError(
+            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
+        )
+    for name, shape in wanted.items():
+        found = getattr(params.shared, name).shape
+        if found != shape:
+            raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
+    per_node = config.devices_per_node
+    if per_node is not None and (per_node < 1 or devices % per_node):
+        raise ValueError(f"{devices} devices do not divide into nodes of devices_per_node={per_node}")
     if params.router.shape != (width, experts):
         raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
     return slots

@@ -65,15 +65,14 @@ def choose_replicas(
         table, counts = _nearest_first(table, device, slots // num_devices, per_node)
     token = jnp.arange(experts.shape[0], dtype=jnp.uint32) + jnp.asarray(first_token).astype(jnp.uint32)
     mixed = token * jnp.uint32(MULTIPLIER)
-    mixed = (mixed ^ (mixed >> 16)) & jnp.uint32(0x7FFFFFFF)
+    mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(MULTIPLIER)  # twice, or large even strides meet one replica only
+    mixed = (mixed ^ (mixed >> 15)) & jnp.uint32(0x7FFFFFFF)
     known = jnp.maximum(experts, 0)
     replica = mixed.astype(jnp.int32)[:, None] % counts[known]
     return jnp.where(experts >= 0, table[known, replica], -1)
 
 
-def _nearest_first(
-    table: jax.Array, device: jax.Array | int, room: int, per_node: int
-) -> tuple[jax.Array, jax.Array]:
+def _nearest_first(table: jax.Array, device: jax.Array | int, room: int, per_node: int) -> tuple[jax.Array, jax.Array]:
     """Each expert's slots [E, X] with the nearest ones first, and how many those are [E]."""
     holder = table // room
     distance = jnp.where(holder == device, 0, jnp.where(holder // per_node == device // per_node, 1, 2))

@@ -109,10 +109,12 @@ def route(
     experts = config.num_experts
     if logits.ndim != 2 or logits.shape[1] != experts:
         raise ValueError(f"logits have shape {logits.shape}: they must be [tokens, experts] with {experts} experts")
+    if logits.dtype not in (jnp.float32, jnp.float64):
+        raise ValueError(f"logits are {logits.dtype}: take float32 or float64, or `router_logits`, which makes them so")
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias has shape {bias.shape}: it must be ({experts},)")
-    if mask is not None and mask.shape != logits.shape[:1]:
-        raise ValueError(f"mask has shape {mask.shape}: it must be {logits.shape[:1]}, one for each token")
+    if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != jnp.bool_):
+        raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}: it must be bool {logits.shape[:1]}")
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, -1)
     choice = jax.lax.stop_gradient(scores)
     if bias is not None:
@@ -138,9 +140,7 @@ def router_logits(x: Float[Array, "tokens width"], kernel: Float[Array, "width e
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
 
 
-def balance_loss(
-    routing: Routing, config: RouterConfig, *, sequences: int = 1, mask: Bool[Array, " tokens"] | None = None
-) -> Float[Array, ""]:
+def balance_loss(routing: Routing, config: RouterConfig, *, sequences: int = 1) -> Float[Array, ""]:
     """The sequence-wise balance loss, without its factor: 1 if experts are equally likely, more if not.
 
     Mean over sequences of ``sum(f * p)``, f an expert's share of the chosen experts times their number and p its mean
@@ -150,7 +150,6 @@ def balance_loss(
       routing: of tokens that are whole sequences, one after the other.
       config: what they were routed by.
       sequences: how many sequences of equal length.
-      mask: which tokens are real, as for `route`; sequences count by their real tokens.
 
     Raises:
       ValueError: tokens that do not divide into sequences.
@@ -162,7 +161,7 @@ def balance_loss(
     if sequences < 1 or tokens % sequences:
         raise ValueError(f"{tokens} tokens do not divide into sequences={sequences} of equal length")
     dtype = routing.scores.dtype
-    real = jnp.ones(tokens, dtype) if mask is None else mask.astype(dtype)
+    real = (routing.experts >= 0).any(-1).astype(dtype)  # sequences count by their real tokens
     hot = (routing.experts[..., None] == jnp.arange(experts, dtype=jnp.int32)).sum(1).astype(dtype)
     shares = routing.scores / (routing.scores.sum(-1, keepdims=True) + 1e-20) * real[:, None]
     length = real.reshape(sequences, -1).sum(1)

@@ -31,7 +31,9 @@ LAYERS = [
     "eplb_jax.files",
     "eplb_jax.plot",
     "eplb_jax.policies",
+    "eplb_jax.live",
     "eplb_jax.dtypes",
+    "eplb_jax.mesh_axis",
     "eplb_jax.grouped_gemm",
     "eplb_jax.exchange",
     "eplb_jax.dispatch",
@@ -39,6 +41,7 @@ LAYERS = [
     "eplb_jax.router",
     "eplb_jax.experts",
     "eplb_jax.moe",
+    "eplb_jax.flax",
     "eplb_jax",
 ]
 """From the bottom up; a module belongs to the longest of these names that its own begins with."""

@@ -1,0 +1,161 @@
+"""The mixture-of-experts layer as Flax modules.
+
+Both hold masters by logical expert, [E, ...], or within `jax.shard_map` over the experts' axis this device's part of
+them, and the placement as arrays beside the parameters: changing its values compiles nothing again. Within a pipeline
+stage the working copies depend on parameters alone, so they are made once a step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from eplb_jax.experts import ExpertParams, working_copies
+from eplb_jax.moe import MoEConfig, MoEParams, MoEStats, init_moe, moe_layer
+from eplb_jax.placement import Placement
+
+
+class RouterBias(nnx.Param):
+    """The selection bias: a parameter that `eplb_jax.router.update_bias` changes, not the optimizer.
+
+    Its gradient is zero. Give optimizers ``nnx.All(nnx.Param, nnx.Not(RouterBias), nnx.Not(PlacementParam))``, or
+    weight decay changes it.
+    """
+
+
+class PlacementParam(nnx.Param):
+    """An integer array of the placement, which no optimizer touches."""
+
+
+class MoE(nnx.Module):
+    """A mixture-of-experts layer in Flax NNX.
+
+    ``module(x) -> (y, stats)`` for x ``[tokens, width]`` or ``[batch, sequence, width]``, one sequence a row of the
+    batch. Computes in x's dtype, except the router.
+
+    Args:
+      config: sizes and choices.
+      rngs: for the parameters.
+      axis: the mesh axis of the experts, within `jax.shard_map`; None: all experts are on one device.
+      placement: of this layer, `Placement.of_layer`; None: no redundant experts.
+      dtype: of the parameters.
+
+    >>> from eplb_jax.router import RouterConfig
+    >>> layer = MoE(MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1)), nnx.Rngs(0))
+    >>> y, stats = layer(jnp.ones((2, 3, 8)))
+    >>> y.shape, int(stats.dropped)
+    ((2, 3, 8), 0)
+    """
+
+    def __init__(
+        self,
+        config: MoEConfig,
+        rngs: nnx.Rngs,
+        *,
+        axis: str | None = None,
+        placement: Placement | None = None,
+        dtype: Any = jnp.float32,
+    ):
+        params = init_moe(rngs.params(), config, dtype)
+        assert params.bias is not None
+        self.config, self.axis = config, axis
+        self.router = nnx.Param(params.router)
+        self.bias = RouterBias(params.bias)
+        self.w_in, self.w_out = nnx.Param(params.experts.w_in), nnx.Param(params.experts.w_out)
+        if params.shared is not None:
+            self.shared_in, self.shared_out = nnx.Param(params.shared.w_in), nnx.Param(params.shared.w_out)
+        self.redundant = placement is not None
+        if placement is not None:
+            self.set_placement(placement)
+
+    def set_placement(self, placement: Placement) -> None:
+        """Another placement of one layer; arrays of the same shapes compile nothing again (`Placement.padded`)."""
+        arrays = (PlacementParam(jnp.asarray(array, jnp.int32)) for array in placement)
+        self.phy2log, self.log2phy, self.logcnt = arrays
+
+    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+        """``[tokens, D]`` or ``[batch, sequence, D]`` to the same shape, and statistics; mask without the last axis."""
+        placement = shared = None
+        if self.redundant:
+            placement = Placement(self.phy2log[...], self.log2phy[...], self.logcnt[...])
+        if self.config.num_shared:
+            shared = ExpertParams(self.shared_in[...], self.shared_out[...])
+        experts = ExpertParams(self.w_in[...], self.w_out[...])
+        params = MoEParams(self.router[...], self.bias[...], experts, shared)
+        return _apply(params, x, mask, self.config, placement, self.axis)
+
+
+class LinenMoE(nn.Module):
+    """`MoE` in Flax Linen: ``module.apply(variables, x, placement) -> (y, stats)``.
+
+    Attributes:
+      config: sizes and choices.
+      axis: the mesh axis of the experts, or None.
+      param_dtype: of the parameters.
+
+    >>> from eplb_jax.router import RouterConfig
+    >>> layer = LinenMoE(MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1)))
+    >>> variables = layer.init(jax.random.key(0), jnp.ones((6, 8)))
+    >>> sorted(variables["params"])
+    ['bias', 'router', 'shared_in', 'shared_out', 'w_in', 'w_out']
+    """
+
+    config: MoEConfig
+    axis: str | None = None
+    param_dtype: Any = jnp.float32
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, placement: Placement | None = None, mask: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats]:
+        """As `MoE`, with the placement as an argument."""
+        made: MoEParams | None = None
+
+        def make(key: jax.Array, pick: Any) -> jax.Array:
+            nonlocal made
+            made = init_moe(key, self.config, self.param_dtype) if made is None else made
+            return pick(made)
+
+        shared = None
+        experts = ExpertParams(
+            self.param("w_in", make, lambda p: p.experts.w_in), self.param("w_out", make, lambda p: p.experts.w_out)
+        )
+        if self.config.num_shared:
+            shared = ExpertParams(
+                self.param("shared_in", make, lambda p: p.shared.w_in),
+                self.param("shared_out", make, lambda p: p.shared.w_out),
+            )
+        router, bias = self.param("router", make, lambda p: p.router), self.param("bias", make, lambda p: p.bias)
+        return _apply(MoEParams(router, bias, experts, shared), x, mask, self.config, placement, self.axis)
+
+
+def _apply(
+    params: MoEParams,
+    x: jax.Array,
+    mask: jax.Array | None,
+    config: MoEConfig,
+    placement: Placement | None,
+    axis: str | None,
+) -> tuple[jax.Array, MoEStats]:
+    """The layer with masters as experts, in x's dtype, and sequences joined."""
+    if x.ndim not in (2, 3):
+        raise ValueError(f"x has shape {x.shape}: it must be [tokens, width] or [batch, sequence, width]")
+    if mask is not None and mask.shape != x.shape[:-1]:
+        raise ValueError(f"mask has shape {mask.shape}: it must be {x.shape[:-1]}, one for each token")
+    experts, shared = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params.experts, params.shared))
+    if placement is not None:
+        experts = working_copies(experts, placement.phy2log, axis)
+    y, stats = moe_layer(
+        params._replace(experts=experts, shared=shared),
+        x.reshape(-1, x.shape[-1]),
+        config,
+        placement=placement,
+        axis=axis,
+        sequences=x.shape[0] if x.ndim == 3 else 1,
+        mask=None if mask is None else mask.reshape(-1),
+    )
+    return y.reshape(x.shape), stats

@@ -1,0 +1,115 @@
+"""When to change the placement while a model trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Num
+
+from eplb_jax.metrics import balancedness, moved
+from eplb_jax.placement import Array, Placement
+from eplb_jax.policies import balanced, sticky
+
+
+@dataclasses.dataclass(frozen=True)
+class RebalanceConfig:
+    """When placements change, and within what sizes; static.
+
+    Attributes:
+      num_replicas, num_groups, num_nodes, num_gpus: as in `eplb_jax.rebalance_experts`.
+      interval: steps between decisions.
+      min_gain: how much lighter the heaviest GPU must get, as a share of its load, or a layer stays as it is.
+      tolerance: how much heavier than with a fresh plan the heaviest GPU may be, to move less; as in `sticky`.
+
+    Raises:
+      ValueError: an interval below 1, negative shares.
+    """
+
+    num_replicas: int
+    num_groups: int
+    num_nodes: int
+    num_gpus: int
+    interval: int = 100
+    min_gain: float = 0.05
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Checks interval and shares."""
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval}: it must be at least 1 step")
+        if not (self.min_gain >= 0 and self.tolerance >= 0):
+            raise ValueError(f"min_gain={self.min_gain}, tolerance={self.tolerance}: both are shares of at least 0")
+
+
+class Decision(NamedTuple):
+    """What `decide` found.
+
+    Attributes:
+      placement: for the next step, padded so that a compiled step takes it; the one that was given if nothing changes.
+      changed: layers whose placement changed.
+      moved: replicas that travel, all layers together.
+      before: mean over maximal load of the GPUs, mean of layers, as it was.
+      after: as it will be for the same loads.
+    """
+
+    placement: Placement
+    changed: int
+    moved: int
+    before: float
+    after: float
+
+
+def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig) -> Placement:
+    """A placement for the start of training, when all experts are expected to have the same load.
+
+    Raises:
+      ValueError: as `eplb_jax.rebalance_experts`.
+
+    >>> initial_placement(1, 4, RebalanceConfig(6, 1, 1, 2)).logcnt.sum().tolist()
+    6
+    """
+    return balanced(np.ones((num_layers, num_experts)), *_sizes(config)).padded()
+
+
+def decide(
+    step: int, loads: Num[Array, "layers experts"], placement: Placement, config: RebalanceConfig
+) -> Decision | None:
+    """Whether to change the placement after a step, and to what; runs on the host.
+
+    Args:
+      step: steps done so far.
+      loads: recent load of each expert, of all devices: `eplb_jax.load.SlidingWindow.loads`, say.
+      placement: the one in use.
+      config: when and within what sizes.
+
+    Returns:
+      None between decisions, after every ``interval`` steps a decision.
+
+    Raises:
+      ValueError: as `eplb_jax.policies.sticky`.
+
+    >>> config = RebalanceConfig(6, 1, 1, 2, interval=10)
+    >>> start = initial_placement(1, 4, config)
+    >>> decide(9, np.array([[9, 1, 1, 1]]), start, config) is None
+    True
+    >>> decide(10, np.array([[90, 1, 1, 1]]), start, config).changed
+    1
+    """
+    if step < 1 or step % config.interval:
+        return None
+    host = Placement(*(np.asarray(array) for array in placement))
+    found = sticky(loads, host, *_sizes(config)[1:], tolerance=config.tolerance, min_gain=config.min_gain)
+    before, after = (
+        float(balancedness(plan, np.asarray(loads), config.num_gpus).mean()) for plan in (host, found)
+    )  # fmt: skip
+    if found is host:
+        return Decision(placement, 0, 0, before, after)
+    changed = (found.phy2log != host.phy2log).any(1)
+    moves = moved(host, found, config.num_gpus)
+    return Decision(found.padded(host.log2phy.shape[-1]), int(changed.sum()), int(moves.sum()), before, after)
+
+
+def _sizes(config: RebalanceConfig) -> tuple[int, int, int, int]:
+    return config.num_replicas, config.num_groups, config.num_nodes, config.num_gpus

@@ -1,0 +1,319 @@
+"""Speed of the grouped GEMM on one GPU beside torch._grouped_mm, a plain product and XLA's ragged dot: one table.
+
+Per shape the forward pass, the gradient of the rows (dx) and that of the matrices (dw), with equal groups and with
+uneven ones: sizes drawn from a Zipf-like distribution, no multiples of 8, one group empty. Ours and PyTorch's calls
+take turns, figures are medians. Operands are far larger than the L2 cache, and only used rows count as work; PyTorch
+computes the same rows, rounded up to 8 per group. "plain" is one dense product of as many rows. The error is the
+largest one, over the largest value, of a sample of rows (columns for dw) against float32.
+
+    python examples/benchmarks/grouped_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--no-ragged-dot]
+
+``--sweep`` tries divisions of the work instead and prints the best ones; eplb_jax/grouped_gemm/tiles.py holds them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import functools
+import importlib
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from eplb_jax.grouped_gemm import ALIGN, group_starts, mosaic, xla
+from eplb_jax.grouped_gemm.ring import Tile
+
+try:
+    torch: Any = importlib.import_module("torch")
+except ImportError:
+    torch = None
+
+WIDTHS = [(7168, 4096), (2048, 7168)]
+KINDS = ("forward", "dx", "dw")
+
+
+class Case(NamedTuple):
+    """One row of the table."""
+
+    rows: int
+    k: int
+    n: int
+    groups: int
+    kind: str
+    balance: str
+
+    @property
+    def name(self) -> str:
+        """For --only and for the reader."""
+        return f"{self.groups}x {self.rows}x{self.k}->{self.n} {self.kind} {self.balance}"
+
+    @property
+    def decoding(self) -> bool:
+        """Whether reading the matrices takes longer than multiplying."""
+        return self.rows <= 1024
+
+    @property
+    def capacity(self) -> int:
+        """Rows of the arrays: few rows need space for the rounding of each group."""
+        return self.rows + ALIGN * self.groups if self.decoding else self.rows
+
+
+def cases(ragged: bool = True) -> list[Case]:
+    """All rows of the table: training first, then decoding."""
+    balances = ("equal", "uneven") if ragged else ("equal",)
+    train = [Case(32768, k, n, g, kind, b) for g in (8, 32) for k, n in WIDTHS for kind in KINDS for b in balances]
+    decode = [
+        Case(rows, k, n, g, "forward", b)
+        for g in (8, 32) for k, n in WIDTHS for rows in (128, 256, 512, 1024) for b in balances
+    ]  # fmt: skip
+    return train + decode
+
+
+def group_sizes(case: Case) -> np.ndarray:
+    """Sizes that fill the rows as far as their rounding lets them."""
+    if case.balance == "equal":
+        return np.full(case.groups, case.rows // case.groups)
+    rng = np.random.default_rng(0)
+    shares = rng.permutation(1 / np.arange(1, case.groups + 1) ** 0.8)
+    shares[case.groups // 2] = 0
+    total = case.rows
+    while True:
+        sizes = rng.multinomial(total, shares / shares.sum())
+        if (-(-sizes // ALIGN) * ALIGN).sum() <= case.capacity:
+            return sizes
+        total -= ALIGN
+
+
+class Work:
+    """Operands of a case, and what can be done with them."""
+
+    def __init__(self, case: Case):
+        self.case = case
+        self.sizes = group_sizes(case)
+        keys = jax.random.split(jax.random.key(0), 3)
+
+        @functools.partial(jax.jit, static_argnums=1)
+        def normal(key, shape):
+            return jax.random.normal(key, shape, jnp.bfloat16)
+
+        self.x, self.dout = normal(keys[0], (case.capacity, case.k)), normal(keys[1], (case.capacity, case.n))
+        self.w = normal(keys[2], (case.groups, case.k, case.n))
+        self.device_sizes = jnp.asarray(self.sizes, jnp.int32)
+        self.flops = 2 * int(self.sizes.sum()) * case.k * case.n
+        busy = int((self.sizes > 0).sum())
+        self.bytes = 2 * (int(self.sizes.sum()) * (case.k + case.n) + busy * case.k * case.n)
+
+    def operands(self) -> tuple[jax.Array, ...]:
+        """What the product of the case's kind takes."""
+        pair = {"forward": (self.x, self.w), "dx": (self.dout, self.w), "dw": (self.x, self.dout)}[self.case.kind]
+        return *pair, self.device_sizes
+
+    def ours(self, module: Any = mosaic, **options: Any) -> Callable[[], Any]:
+        """A compiled call of one backend."""
+        function = module.outer if self.case.kind == "dw" else module.matmul
+        if self.case.kind == "dx":
+            options["transpose_rhs"] = True
+        operands = self.operands()
+        compiled = jax.jit(functools.partial(function, **options)).lower(*operands).compile()
+        return lambda: compiled(*operands)
+
+    def plain(self) -> Callable[[], Any]:
+        """One dense product of as many rows, by XLA (cuBLAS)."""
+        used = int(self.sizes.sum()) // ALIGN * ALIGN
+        x, dout, w = self.x[:used], self.dout[:used], self.w[0]
+        product, pair = {
+            "forward": (lambda x, w: x @ w, (x, w)),
+            "dx": (lambda dout, w: dout @ w.T, (dout, w)),
+            "dw": (lambda x, dout: x.T @ dout, (x, dout)),
+        }[self.case.kind]
+        compiled = jax.jit(product).lower(*pair).compile()
+        return lambda: compiled(*pair)
+
+    def torch_calls(self) -> list[Callable[[], Any]]:
+        """PyTorch's grouped product, with the matrices in either order where there are matrices."""
+        ends = torch.from_dlpack(jnp.cumsum(-(-self.device_sizes // ALIGN) * ALIGN, dtype=jnp.int32))
+        x, dout, w = (torch.from_dlpack(array) for array in (self.x, self.dout, self.w))
+        if self.case.kind == "dw":
+            return [lambda: torch._grouped_mm(x.t(), dout, offs=ends)]
+        other = w.transpose(1, 2).contiguous().transpose(1, 2)
+        if self.case.kind == "forward":
+            return [lambda w=w: torch._grouped_mm(x, w, offs=ends) for w in (w, other)]
+        return [lambda w=w: torch._grouped_mm(dout, w.transpose(1, 2), offs=ends) for w in (w, other)]
+
+    def error(self, result: jax.Array) -> float:
+        """Largest difference from float32 over the largest value, of a sample."""
+        starts, sizes = np.asarray(group_starts(self.device_sizes)), self.sizes
+        sample = functools.partial(_sample, kind=self.case.kind)
+        worst = largest = 0.0
+        for g in range(self.case.groups):
+            if sizes[g] == 0:
+                if self.case.kind == "dw":
+                    worst = max(worst, float(jnp.abs(result[g]).max()))
+                continue
+            near = np.minimum(np.arange(64), sizes[g] - 1)
+            rows = np.concatenate([starts[g] + near, starts[g] + sizes[g] - 1 - near])
+            difference, value = sample(*self.operands()[:2], result, g, rows, starts[g], sizes[g])
+            worst, largest = max(worst, float(difference)), max(largest, float(value))
+        return worst / largest if worst == worst else float("nan")
+
+
+@functools.partial(jax.jit, static_argnames="kind")
+def _sample(lhs: Any, rhs: Any, result: Any, group: Any, rows: Any, start: Any, size: Any, kind: str) -> Any:
+    """Largest difference and value: 128 rows of one group, or 128 columns of lhs for dw."""
+    dot = functools.partial(jnp.matmul, precision="highest")
+    if kind == "dw":
+        row = jnp.arange(lhs.shape[0])[:, None]
+        columns = (jnp.arange(128) * 37) % lhs.shape[1]
+        inside = (row >= start) & (row < start + size)
+        want = dot(jnp.where(inside, lhs[:, columns].astype(jnp.float32), 0).T, rhs.astype(jnp.float32))
+        got = result[group][columns]
+    else:
+        matrix = rhs[group].astype(jnp.float32)
+        want = dot(lhs[rows].astype(jnp.float32), matrix.T if kind == "dx" else matrix)
+        got = result[rows]
+    difference = jnp.abs(got.astype(jnp.float32) - want)
+    return jnp.where(jnp.isnan(difference), jnp.inf, difference).max(), jnp.abs(want).max()
+
+
+def wait(value: Any) -> None:
+    """Until the device is done."""
+    if torch is not None and isinstance(value, torch.Tensor):
+        torch.cuda.synchronize()
+    else:
+        jax.block_until_ready(value)
+
+
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
+    """Median seconds of each call; they take turns, some calls without a pause at a time."""
+    seconds: dict[str, list[float]] = {name: [] for name in calls}
+    counts = {}
+    for name, call in calls.items():
+        wait(call())
+        start = time.perf_counter()
+        wait(call())
+        counts[name] = max(1, min(20, int(8e-3 / (time.perf_counter() - start))))
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            value = None
+            for _ in range(counts[name]):
+                value = call()
+            wait(value)
+            seconds[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(values) for name, values in seconds.items()}
+
+
+def attempt(make: Callable[[], Any], what: str) -> Any:
+    """The result, or None with a line that says why there is none."""
+    try:
+        return make()
+    except Exception as error:
+        print(f"{what}: {type(error).__name__}: {str(error).splitlines()[0][:200]}", flush=True)
+        return None
+
+
+def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
+    """A row of the table."""
+    work = Work(case)
+    calls = {"ours": work.ours()}
+    if not case.decoding:
+        calls["plain"] = work.plain()
+    error = work.error(calls["ours"]())
+    if torch is not None:
+        for i, call in enumerate(work.torch_calls()):
+            if attempt(lambda call=call: wait(call()) or True, f"torch, order {i}"):
+                calls[f"torch {i}"] = call
+    seconds = interleaved(calls, repeats)
+    if ragged_dot and not case.decoding and (slow := attempt(lambda: work.ours(xla), "ragged dot")):
+        seconds |= attempt(lambda: interleaved({"ragged": slow}, 1), "ragged dot") or {}
+    ours = seconds["ours"]
+    best_torch = min((value for name, value in seconds.items() if name.startswith("torch")), default=None)
+
+    def rate(value):
+        return "-" if value is None else f"{work.flops / value / 1e12:.0f}"
+
+    cells = [
+        f"{case.groups}", f"{case.rows} x {case.k} → {case.n}", case.kind, case.balance, f"{ours * 1e6:.0f}",
+        rate(ours), rate(best_torch), "-" if best_torch is None else f"{best_torch / ours:.2f}",
+        rate(seconds.get("plain")), rate(seconds.get("ragged")), f"{work.bytes / ours / 1e9:.0f}", f"{error:.1e}",
+    ]  # fmt: skip
+    return "| " + " | ".join(cells) + " |"
+
+
+def candidates(case: Case) -> list[Tile]:
+    """Divisions of the work that may be the best."""
+    if not case.decoding:
+        shapes = [(128, 256, "m"), (256, 128, "m"), (128, 256, "n")]
+        return [Tile(m, n, split=s, cluster=c, width=w) for m, n, s in shapes for c in (1, 2) for w in (4, 8, 16)]
+    small = [Tile(64, n, k, stages, "n", width=1) for n, k, stages in
+             [(128, 64, 8), (128, 128, 4), (256, 64, 4), (128, 64, 6)]]  # fmt: skip
+    return [*small, *(Tile(128, n, 64, stages, "m", width=w) for n, stages in ((128, 6), (256, 4)) for w in (1, 4))]
+
+
+def _short(tile: Tile) -> str:
+    """The values of a tile, as `Tile` takes them."""
+    return f"({tile.m}, {tile.n}, {tile.k}, {tile.stages}, {tile.split!r}, {tile.cluster}, {tile.width})"
+
+
+def sweep(case: Case, repeats: int, clusters: list[int]) -> list[str]:
+    """Rows of a table of tiles, the fastest first."""
+    work = Work(case)
+    tiles = [tile for tile in candidates(case) if tile.cluster in clusters]
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        made = list(pool.map(lambda tile: attempt(lambda: work.ours(tile=tile), str(tile)), tiles))
+    calls = {_short(tile): call for tile, call in zip(tiles, made, strict=True) if call}
+    calls = {name: call for name, call in calls.items() if attempt(lambda call=call: wait(call()) or True, name)}
+    errors = {name: work.error(call()) for name, call in calls.items()}
+    seconds = interleaved(calls, repeats)
+    best = sorted(seconds, key=lambda name: seconds[name])
+    return [
+        f"| {case.name} | {name} | {seconds[name] * 1e6:.0f} | {work.flops / seconds[name] / 1e12:.0f} | "
+        f"{work.bytes / seconds[name] / 1e9:.0f} | {errors[name]:.1e} |"
+        for name in best
+    ]
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sweep", action="store_true")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases to run")
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--clusters", type=int, nargs="*", default=[1, 2], help="sizes that --sweep tries")
+    parser.add_argument("--no-ragged-dot", action="store_true")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this long")
+    arguments = parser.parse_args()
+    versions = f"jax {jax.__version__}, torch {torch.__version__ if torch else '-'}, Python {platform.python_version()}"
+    print(f"{jax.devices()[0].device_kind}, {versions}, bfloat16\n")
+    if arguments.sweep:
+        print("| case | tile | µs | TFLOP/s | GB/s | error |\n" + "|---" * 6 + "|")
+    else:
+        head = "groups, rows x k → n, pass, sizes, µs, TFLOP/s, torch, ours / torch, plain, ragged dot, GB/s, error"
+        print(f"| {head.replace(', ', ' | ')} |\n" + "|---" * 12 + "|")
+    start = time.perf_counter()
+    for case in cases(ragged=not arguments.sweep):
+        if not any(part in case.name for part in arguments.only):
+            continue
+        if time.perf_counter() - start > arguments.seconds:
+            print(f"{case.name}: out of time")
+            continue
+        if arguments.sweep:
+            lines = attempt(lambda case=case: sweep(case, arguments.repeats, arguments.clusters), case.name) or []
+        else:
+            line = attempt(lambda case=case: measure(case, arguments.repeats, not arguments.no_ragged_dot), case.name)
+            lines = [line] if line else []
+        print("\n".join(lines), flush=True)
+
+
+if __name__ == "__main__":
+    main()

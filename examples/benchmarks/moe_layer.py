@@ -1,0 +1,145 @@
+"""One mixture-of-experts layer, forward and backward, against its grouped matrix products alone; two Markdown tables.
+
+DeepSeek-V3's sizes: width 7168, hidden 2048, 32 experts of a device (256 over 8), 8 a token, bfloat16. The first table
+times the layer with and without its shared expert, and the six grouped products; the second, each other part alone,
+compiled by itself, forward and backward.
+
+    python examples/benchmarks/moe_layer.py [--tokens 4096,8192,16384] [--tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eplb_jax import exchange
+from eplb_jax.dispatch import make_rooms, sort_by_slot
+from eplb_jax.experts import ExpertParams, shared_expert, swiglu
+from eplb_jax.grouped_gemm import grouped_matmul
+from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
+from eplb_jax.router import RouterConfig, route, router_logits
+
+
+def median_ms(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
+    """Median time of a compiled call."""
+    call = jax.jit(function)
+    for _ in range(3):
+        jax.block_until_ready(call(*arguments))
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        jax.block_until_ready(call(*arguments))
+        seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds) * 1e3
+
+
+def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
+    """(cotangent, *arguments) -> the value and all gradients."""
+
+    def call(ct: jax.Array, *arguments: Any) -> Any:
+        value, pull = jax.vjp(function, *arguments)
+        return value, pull(ct)
+
+    return call
+
+
+def bare(params: MoEParams, config: MoEConfig) -> tuple[MoEParams, MoEConfig]:
+    """The layer without its shared expert."""
+    return params._replace(shared=None), dataclasses.replace(config, num_shared=0)
+
+
+def products(experts: ExpertParams, rows: jax.Array, hidden: jax.Array, ct: jax.Array, ct_hidden: jax.Array,
+             sizes: jax.Array, backend: str) -> Any:  # fmt: skip
+    """The layer's six grouped products: both weights, forward, input gradient and weight gradient."""
+    first, pull_first = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), rows, experts.w_in)
+    second, pull_second = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), hidden, experts.w_out)
+    return first, second, pull_first(ct_hidden), pull_second(ct)
+
+
+def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str]]:
+    """A row of the first table and rows of the second."""
+    router, experts = config.router, config.router.num_experts
+    params = init_moe(jax.random.key(0), config, jnp.bfloat16)
+    keys = jax.random.split(jax.random.key(1), 5)
+    x, ct = (jax.random.normal(key, (tokens, config.width), jnp.bfloat16) for key in keys[:2])
+    layer = with_gradient(lambda params, x: _output(params, x, config))
+    part, part_config = bare(params, config)
+    without = with_gradient(lambda params, x: _output(params, x, part_config))
+
+    routing = jax.jit(lambda x: route(router_logits(x, params.router), router, bias=params.bias))(x)
+    rooms = make_rooms(tokens, router.top_k, 1, experts, config.capacity_factor)
+    found = jax.jit(functools.partial(sort_by_slot, num_slots=experts, num_rows=rooms.rows))(routing.experts)
+    rows, ct_rows = (jax.random.normal(key, (rooms.rows, config.width), jnp.bfloat16) for key in keys[2:4])
+    ct_hidden = jax.random.normal(keys[4], (rooms.rows, 2 * config.hidden), jnp.bfloat16)
+    weight = jnp.ones(rooms.rows, jnp.float32)
+    gemms = functools.partial(products, backend=config.backend)
+    time_of = functools.partial(median_ms, repeats=repeats)
+
+    alone = time_of(gemms, params.experts, rows, ct_hidden[:, : config.hidden], ct_rows, ct_hidden, found.sizes)
+    whole, routed = time_of(layer, ct, params, x), time_of(without, ct, part, x)
+    flops = 6 * 3 * tokens * router.top_k * config.width * config.hidden
+    parts = {
+        "router": time_of(with_gradient(lambda x, w: route(router_logits(x, w), router, bias=params.bias).weights),
+                          routing.weights, x, params.router),
+        "sort by expert": time_of(lambda s: sort_by_slot(s, experts, rooms.rows), routing.experts),
+        "permute": time_of(with_gradient(lambda x: exchange.spread(x, found.moves)), ct_rows, x),
+        "unpermute": time_of(with_gradient(lambda rows: exchange.gather_sum(rows, found.moves)), ct, rows),
+        "SwiGLU": time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
+    }  # fmt: skip
+    if params.shared is not None:
+        parts["shared expert"] = time_of(with_gradient(shared_expert), ct, params.shared, x)
+    first = (
+        f"| {tokens} | {tokens * router.top_k} | {alone:.2f} | {flops / alone / 1e9:.0f} | {routed:.2f} | "
+        f"{routed / alone:.3f} | {whole:.2f} | {whole / alone:.3f} |"
+    )
+    return first, [f"| {tokens} | {name} | {ms:.2f} | {ms / alone:.1%} |" for name, ms in parts.items()]
+
+
+def _output(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
+    return moe_layer(params, x, config)[0]
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="4096,8192,16384")
+    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
+    arguments = parser.parse_args()
+    config = MoEConfig(router=RouterConfig(32, 8, 1, 1), backend=arguments.backend)
+    tokens = [int(count) for count in arguments.tokens.split(",")]
+    if arguments.tiny:
+        config = dataclasses.replace(config, width=64, hidden=32)
+        tokens = [128]
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, backend {config.backend}\n")
+    header = (
+        "tokens",
+        "rows",
+        "grouped products ms",
+        "TFLOP/s",
+        "layer, no shared expert, ms",
+        "ratio",
+        "layer ms",
+        "ratio",
+    )
+    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
+    details = []
+    for count in tokens:
+        first, more = measure(count, config, arguments.repeats)
+        print(first, flush=True)
+        details += more
+    print("\n| tokens | part alone, forward and backward | ms | of the grouped products |\n|---|---|---|---|")
+    print("\n".join(details))
+
+
+if __name__ == "__main__":
+    main()
