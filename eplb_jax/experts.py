@@ -122,7 +122,7 @@ def shared_expert(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, 
 
 
 @jax.custom_vjp
-def _pick(part: Float[Array, experts *rest], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
+def _pick(part: Float[Array, experts * rest], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
     """The experts at an index, zeros where there is none."""
     taken = part.at[index].get(mode="promise_in_bounds")
     return jnp.where(found.reshape(-1, *(1,) * (part.ndim - 1)), taken, jnp.zeros((), part.dtype))

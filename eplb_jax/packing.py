@@ -197,8 +197,30 @@ def take(values: jax.Array, index: jax.Array) -> jax.Array:
 
 
 def divide(weight: jax.Array, count: jax.Array) -> jax.Array:
-    """float32 loads by int32 counts."""
+    """float32 loads by int32 counts below 2**15, correctly rounded on every backend: GPUs approximate a division."""
+    weight, count = jnp.broadcast_arrays(weight, count)
+    return jax.lax.platform_dependent(weight, count, cpu=_divide, default=divide_by_integers)
+
+
+def _divide(weight: jax.Array, count: jax.Array) -> jax.Array:
     return weight / count.astype(jnp.float32)
+
+
+def divide_by_integers(weight: jax.Array, count: jax.Array) -> jax.Array:
+    """The mantissa is divided in two steps to 26 bits and what remains, then rounded to nearest, ties to even."""
+    pattern = jax.lax.bitcast_convert_type(weight, jnp.uint32)
+    exponent, divisor = (pattern >> 23).astype(jnp.int32), count.astype(jnp.uint32)
+    mantissa = (pattern & 0x7FFFFF) | 0x800000
+    high, rest = mantissa // divisor, mantissa % divisor
+    shift = jax.lax.clz(high) - 6
+    low = (rest << shift) // divisor
+    quotient, inexact = (high << shift) + low, (rest << shift) != low * divisor
+    kept, cut = quotient >> 2, quotient & 3
+    up = (cut == 3) | ((cut == 2) & (inexact | (kept & 1 == 1)))
+    exponent_out = exponent + 2 - shift.astype(jnp.int32)
+    rounded = (exponent_out.astype(jnp.uint32) << 23) + (kept + up.astype(jnp.uint32) - 0x800000)
+    normal = (exponent > 0) & (exponent_out > 0) & (exponent < 255)  # others are zero, tiny, or marks like infinity
+    return jnp.where(normal, jax.lax.bitcast_convert_type(rounded, jnp.float32), _divide(weight, count))
 
 
 @functools.partial(jax.jit, static_argnames="num_packs")

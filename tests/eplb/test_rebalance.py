@@ -11,6 +11,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 import eplb_jax
+from eplb_jax.packing import divide_by_integers
 from tests.eplb import specification
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[1] / "golden" / "eplb.json").read_text())
@@ -103,6 +104,17 @@ def test_packing_and_replication_equal_plain_loops(problem, room):
         assert [x[layer].tolist() for x in ranks] == list(map(list, specification.replicate(load, replicas)))
 
 
+def test_division_by_integers_is_rounded_correctly():
+    """GPUs divide float32 with an error; the integers that stand in for it there make no difference to NumPy's."""
+    rng = np.random.default_rng(5)
+    weight = np.concatenate([rng.lognormal(sigma=9, size=200_000), rng.integers(0, 2**31, 100_000)]).astype(np.float32)
+    weight = np.concatenate([weight, np.float32([0, 1e-42, 1.2e-38, 3.4e38, np.inf, 1, 2**24 - 1, 2**23])])
+    count = rng.integers(1, rng.choice([3, 20, 2**15], len(weight))).astype(np.int32)
+    found = jax.jit(divide_by_integers)(weight, count)
+    normal = (weight / count.astype(np.float32) > 1.2e-38) | (weight == 0)
+    assert np.array_equal(np.asarray(found)[normal], (weight / count.astype(np.float32))[normal])
+
+
 @pytest.mark.parametrize("sizes", [(288, 8, 4, 32), (288, 18, 18, 144), (320, 8, 8, 64), (512, 8, 1, 8)])
 def test_equal_to_plain_loops_at_real_sizes(sizes):
     weight = np.random.default_rng(0).integers(0, 5000, (4, 256 if sizes[1] != 18 else 288))
@@ -110,6 +122,14 @@ def test_equal_to_plain_loops_at_real_sizes(sizes):
     for layer, load in enumerate(weight):
         slots, _, counts = specification.rebalance(load, *sizes)
         assert phy2log[layer].tolist() == slots and logcnt[layer].tolist() == counts
+
+
+@pytest.mark.parametrize("sizes", [(288, 8, 1, 8), (320, 8, 20, 160)])
+def test_devices_and_host_plan_alike(sizes):
+    """Loads that are not integers, planned where JAX's arrays are: on a GPU, where there is one."""
+    weight = (np.random.default_rng(6).lognormal(size=(58, 256)) * 1000).astype(np.float32)
+    host, there = eplb_jax.rebalance_experts(weight, *sizes), eplb_jax.rebalance_experts(jnp.array(weight), *sizes)
+    assert np.array_equal(host.phy2log, there.phy2log) and np.array_equal(host.logcnt, there.logcnt)
 
 
 def test_more_experts_than_are_compared_with_each_other():
