@@ -1,13 +1,17 @@
-"""Expert-parallel load balancing: which GPU holds which replica of which expert.
+"""Expert-parallel load balancing, and the mixture-of-experts layer that it feeds.
 
 `rebalance_experts` is DeepSeek's balancer, bit for bit; `eplb_jax.policies` go beyond it; `eplb_jax.load` counts the
 tokens that they plan for, `eplb_jax.metrics` say what a plan is worth, ``python -m eplb_jax plan`` does it from files.
+`eplb_jax.moe` is the layer, `eplb_jax.flax` has it as modules, `eplb_jax.live` changes placements while it trains.
 """
 
 from eplb_jax import bounds as bounds
+from eplb_jax import live as live
 from eplb_jax import load as load
 from eplb_jax import metrics as metrics
+from eplb_jax import moe as moe
 from eplb_jax import policies as policies
+from eplb_jax import router as router
 from eplb_jax.files import read_loads as read_loads
 from eplb_jax.files import read_placement as read_placement
 from eplb_jax.files import save_loads as save_loads
