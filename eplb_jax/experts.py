@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Float, Int
+import numpy as np
+from jaxtyping import Array, Float, Int
 
 from eplb_jax.dtypes import wide
-from eplb_jax.grouped_gemm import grouped_matmul
+from eplb_jax.grouped_gemm import Backend, grouped_matmul
 from eplb_jax.mesh_axis import size_and_index
 
 
@@ -40,7 +41,7 @@ def init_experts(key: jax.Array, num_experts: int, width: int, hidden: int, dtyp
     return ExpertParams(w_in, jax.random.normal(second, (num_experts, hidden, width), dtype) * hidden**-0.5)
 
 
-def working_copies(masters: Any, phy2log: Int[Array, " P"], axis: str | None = None) -> Any:
+def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: str | None = None) -> Any:
     """Each of this device's slots gets a copy of its expert; the transpose sums the gradients of an expert's copies.
 
     Within `jax.shard_map` over ``axis`` each device has E / ep masters, in order. They are gathered in parts, so that
@@ -105,7 +106,7 @@ def apply_experts(
     rows: Float[Array, "R D"],
     weight: Float[Array, " R"],
     sizes: Int[Array, " S"],
-    backend: str = "auto",
+    backend: Backend = "auto",
 ) -> Float[Array, "R D"]:
     """Each row through its slot's expert, times its weight; rows of no slot come out unspecified.
 
@@ -122,7 +123,7 @@ def shared_expert(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, 
 
 
 @jax.custom_vjp
-def _pick(part: Float[Array, experts * rest], index: Int[Array, " S"], found: Bool[Array, " S"]) -> jax.Array:
+def _pick(part: jax.Array, index: jax.Array, found: jax.Array) -> jax.Array:
     """The experts at an index, zeros where there is none."""
     taken = part.at[index].get(mode="promise_in_bounds")
     return jnp.where(found.reshape(-1, *(1,) * (part.ndim - 1)), taken, jnp.zeros((), part.dtype))

@@ -9,16 +9,18 @@ Shapes: T tokens of this device, D width, k choices, E logical experts, S slots 
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax import exchange
 from eplb_jax.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sends, sort_by_slot
 from eplb_jax.dtypes import wide
 from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_expert
+from eplb_jax.grouped_gemm import Backend
 from eplb_jax.mesh_axis import size_and_index
 from eplb_jax.placement import Placement
 from eplb_jax.replica import CHOICES, choose_replicas
@@ -57,7 +59,7 @@ class MoEConfig:
     devices_per_node: int | None = None
     exchange: str = "dense"
     fp8: bool = False
-    backend: str = "auto"
+    backend: Backend = "auto"
 
     def __post_init__(self) -> None:
         """Checks sizes and choices."""
@@ -120,6 +122,18 @@ def init_moe(key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jn
     bias = jnp.zeros(experts, wide(dtype))
     routed = init_experts(keys[2], experts, config.width, config.hidden, dtype)
     return MoEParams(router * config.width**-0.5, bias, routed, shared)
+
+
+def param_specs(config: MoEConfig, axis: str) -> MoEParams:
+    """How `jax.shard_map` shards parameters over the mesh axis of the experts: experts by rows, all else whole.
+
+    >>> tuple(param_specs(MoEConfig(), "ep").experts.w_in)
+    ('ep',)
+    """
+    whole: Any = PartitionSpec()
+    rows: Any = PartitionSpec(axis)
+    shared = ExpertParams(whole, whole) if config.num_shared else None
+    return MoEParams(whole, whole, ExpertParams(rows, rows), shared)
 
 
 def moe_layer(
@@ -221,7 +235,7 @@ def _remote(
         listed = exchange.all_to_all(sends.slots, axis).reshape(-1, top_k)
         sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries)
         heard = exchange.all_to_all(sent.reshape(sends.slots.shape), axis).reshape(-1, top_k)
-        rows = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
+        rows: Any = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
         if config.exchange == "ragged":
             rows = exchange.all_to_all_ragged(rows, sends.counts, axis)
         else:
@@ -229,7 +243,7 @@ def _remote(
     shape = rows.shape
     y, dropped = _local(experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
     with jax.named_scope("combine"):
-        back = y.reshape(shape)
+        back: Any = y.reshape(shape)
         if config.exchange == "ragged":
             received = exchange.all_to_all(sends.counts, axis)
             back = exchange.all_to_all_ragged(back, received, axis)

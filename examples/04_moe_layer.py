@@ -17,10 +17,10 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eplb_jax.plot
-from eplb_jax.experts import ExpertParams, working_copies
+from eplb_jax.experts import working_copies
 from eplb_jax.live import RebalanceConfig, decide, initial_placement
 from eplb_jax.metrics import gpu_loads
-from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
+from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
 from eplb_jax.router import RouterConfig
 
 DEVICES, TOKENS, EXPERTS = 8, 512, 64
@@ -37,11 +37,8 @@ def make_layer():
         y, stats = moe_layer(params, x, CONFIG, placement=placement, axis="ep")
         return y, jax.lax.psum(stats.loads, "ep")
 
-    shared = ExpertParams(P(), P())
-    specs = MoEParams(P(), P(), ExpertParams(P("ep"), P("ep")), shared)
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(specs, P(), P("ep")), out_specs=(P("ep"), P()), check_vma=False
-    )
+    specs = param_specs(CONFIG, "ep")
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P(), P("ep")), out_specs=(P("ep"), P()), check_vma=False)
     return jax.jit(mapped)
 
 
@@ -75,7 +72,7 @@ def main() -> None:
     np.testing.assert_allclose(again, y, rtol=1e-4, atol=1e-5)
     assert np.array_equal(loads, same_loads)
     assert decision.after > 0.97 > decision.before
-    assert layer._cache_size() == 1
+    assert layer._cache_size() == 1  # pyright: ignore[reportAttributeAccessIssue]
     print("same output, nothing compiled again")
 
 

@@ -57,7 +57,7 @@ def bare(params: MoEParams, config: MoEConfig) -> tuple[MoEParams, MoEConfig]:
 
 
 def products(experts: ExpertParams, rows: jax.Array, hidden: jax.Array, ct: jax.Array, ct_hidden: jax.Array,
-             sizes: jax.Array, backend: str) -> Any:  # fmt: skip
+             sizes: jax.Array, backend: Any) -> Any:  # fmt: skip
     """The layer's six grouped products: both weights, forward, input gradient and weight gradient."""
     first, pull_first = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), rows, experts.w_in)
     second, pull_second = jax.vjp(lambda x, w: grouped_matmul(x, w, sizes, backend=backend), hidden, experts.w_out)
@@ -112,7 +112,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", default="4096,8192,16384")
     parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--backend", default="auto")
+    parser.add_argument("--backend", default="auto", choices=["auto", "xla", "mosaic"])
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     arguments = parser.parse_args()
     config = MoEConfig(router=RouterConfig(32, 8, 1, 1), backend=arguments.backend)

@@ -10,8 +10,8 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import eplb_jax
-from eplb_jax.experts import ExpertParams, working_copies
-from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
+from eplb_jax.experts import working_copies
+from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
 from eplb_jax.router import RouterConfig
 from tests.moe import dense
 from tests.plain import assert_trees_close
@@ -46,8 +46,7 @@ def objective(y, loss, target):
 def sharded(config, ep, placement, sequences):
     """(params, x, target) -> ((loss, (loads, dropped, y)), grads), experts and tokens over ep devices."""
     mesh = make_mesh(ep)
-    shared = ExpertParams(P(), P()) if config.num_shared else None
-    specs = MoEParams(P(), P(), ExpertParams(P("ep"), P("ep")), shared)
+    specs = param_specs(config, "ep")
 
     def body(params, x, target):
         experts = params.experts

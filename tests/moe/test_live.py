@@ -11,15 +11,15 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import eplb_jax
-from eplb_jax.experts import ExpertParams, working_copies
+from eplb_jax.experts import working_copies
 from eplb_jax.live import RebalanceConfig, decide, initial_placement
 from eplb_jax.load import SlidingWindow
-from eplb_jax.moe import MoEParams, moe_layer
+from eplb_jax.moe import moe_layer, param_specs
 from tests.moe.test_layer import CONFIG, EXPERTS, make_mesh, make_params, make_tokens, objective
 
 EP = 4
 REBALANCE = RebalanceConfig(24, 4, 2, EP, interval=3, min_gain=0.0)
-SPECS = MoEParams(P(), P(), ExpertParams(P("ep"), P("ep")), ExpertParams(P(), P()))
+SPECS = param_specs(CONFIG, "ep")
 
 
 def make_step(optimizer):

@@ -10,8 +10,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.experts import ExpertParams
-from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
+from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
 
 LINE = re.compile(r"^\s*(?:ROOT )?%?(\S+) = (.*?)\s([a-z][a-z0-9-]*)\((.*)$")
 HLO = """
@@ -69,7 +68,7 @@ def test_exchanges_are_asynchronous_and_the_shared_expert_hides_the_dispatch():
     topology = topologies.get_topology_desc(platform="cuda", topology="1x8x1")
     mesh = Mesh(np.array(topology.devices), ("ep",), axis_types=(AxisType.Auto,))
     config = MoEConfig(capacity_factor=1.25)  # DeepSeek-V3's sizes
-    specs = MoEParams(P(), P(), ExpertParams(P("ep"), P("ep")), ExpertParams(P(), P()))
+    specs = param_specs(config, "ep")
     body = jax.shard_map(
         lambda params, x: moe_layer(params, x, config, axis="ep")[0],
         mesh=mesh,
