@@ -124,31 +124,37 @@ class Work:
         if self.case.kind == "dx":
             options["transpose_rhs"] = True
         operands = self.operands()
-        compiled = jax.jit(functools.partial(function, **options)).lower(*operands).compile()
-        return lambda: compiled(*operands)
+        call = jax.jit(functools.partial(function, **options))
+        wait(call(*operands))
+        return lambda: call(*operands)
 
     def plain(self) -> Callable[[], Any]:
-        """One dense product of as many rows, by XLA (cuBLAS)."""
+        """One dense product of as many rows, by cuBLAS: through PyTorch where it is there."""
         used = int(self.sizes.sum()) // ALIGN * ALIGN
-        x, dout, w = self.x[:used], self.dout[:used], self.w[0]
-        product, pair = {
-            "forward": (lambda x, w: x @ w, (x, w)),
-            "dx": (lambda dout, w: dout @ w.T, (dout, w)),
-            "dw": (lambda x, dout: x.T @ dout, (x, dout)),
-        }[self.case.kind]
-        compiled = jax.jit(product).lower(*pair).compile()
-        return lambda: compiled(*pair)
+        arrays = self.x[:used], self.dout[:used], self.w[0]
+        x, dout, w = (torch.from_dlpack(array) for array in arrays) if torch else arrays
+        matmul: Any = torch.matmul if torch else jax.jit(jnp.matmul)
+        pair = {"forward": lambda: (x, w), "dx": lambda: (dout, w.T), "dw": lambda: (x.T, dout)}[self.case.kind]()
+        return lambda: matmul(*pair)
 
-    def torch_calls(self) -> list[Callable[[], Any]]:
-        """PyTorch's grouped product, with the matrices in either order where there are matrices."""
+    def torch_calls(self) -> dict[str, Callable[[], Any]]:
+        """PyTorch's grouped product, with the matrices in either order where there are matrices: those that run."""
+        if torch is None:
+            return {}
         ends = torch.from_dlpack(jnp.cumsum(-(-self.device_sizes // ALIGN) * ALIGN, dtype=jnp.int32))
         x, dout, w = (torch.from_dlpack(array) for array in (self.x, self.dout, self.w))
         if self.case.kind == "dw":
-            return [lambda: torch._grouped_mm(x.t(), dout, offs=ends)]
-        other = w.transpose(1, 2).contiguous().transpose(1, 2)
-        if self.case.kind == "forward":
-            return [lambda w=w: torch._grouped_mm(x, w, offs=ends) for w in (w, other)]
-        return [lambda w=w: torch._grouped_mm(dout, w.transpose(1, 2), offs=ends) for w in (w, other)]
+            calls = {"torch": lambda: torch._grouped_mm(x.t(), dout, offs=ends)}
+        else:
+            orders = {"torch by rows": w, "torch by columns": w.transpose(1, 2).contiguous().transpose(1, 2)}
+            if self.case.kind == "forward":
+                calls = {name: lambda w=w: torch._grouped_mm(x, w, offs=ends) for name, w in orders.items()}
+            else:
+                calls = {
+                    name: lambda w=w: torch._grouped_mm(dout, w.transpose(1, 2), offs=ends)
+                    for name, w in orders.items()
+                }
+        return {name: call for name, call in calls.items() if attempt(lambda call=call: wait(call()) or True, name)}
 
     def error(self, result: jax.Array) -> float:
         """Largest difference from float32 over the largest value, of a sample."""
@@ -169,11 +175,11 @@ class Work:
 
 @functools.partial(jax.jit, static_argnames="kind")
 def _sample(lhs: Any, rhs: Any, result: Any, group: Any, rows: Any, start: Any, size: Any, kind: str) -> Any:
-    """Largest difference and value: 128 rows of one group, or 128 columns of lhs for dw."""
+    """Largest difference and value: 128 rows of one group, or 64 columns of lhs for dw."""
     dot = functools.partial(jnp.matmul, precision="highest")
     if kind == "dw":
         row = jnp.arange(lhs.shape[0])[:, None]
-        columns = (jnp.arange(128) * 37) % lhs.shape[1]
+        columns = (jnp.arange(64) * 37) % lhs.shape[1]
         inside = (row >= start) & (row < start + size)
         want = dot(jnp.where(inside, lhs[:, columns].astype(jnp.float32), 0).T, rhs.astype(jnp.float32))
         got = result[group][columns]
@@ -201,7 +207,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
         wait(call())
         start = time.perf_counter()
         wait(call())
-        counts[name] = max(1, min(20, int(8e-3 / (time.perf_counter() - start))))
+        counts[name] = max(1, min(20, round(6e-3 / (time.perf_counter() - start))))
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -229,10 +235,7 @@ def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
     if not case.decoding:
         calls["plain"] = work.plain()
     error = work.error(calls["ours"]())
-    if torch is not None:
-        for i, call in enumerate(work.torch_calls()):
-            if attempt(lambda call=call: wait(call()) or True, f"torch, order {i}"):
-                calls[f"torch {i}"] = call
+    calls |= work.torch_calls()
     seconds = interleaved(calls, repeats)
     if ragged_dot and not case.decoding and (slow := attempt(lambda: work.ours(xla), "ragged dot")):
         seconds |= attempt(lambda: interleaved({"ragged": slow}, 1), "ragged dot") or {}
@@ -253,11 +256,14 @@ def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
 def candidates(case: Case) -> list[Tile]:
     """Divisions of the work that may be the best."""
     if not case.decoding:
-        shapes = [(128, 256, "m"), (256, 128, "m"), (128, 256, "n")]
-        return [Tile(m, n, split=s, cluster=c, width=w) for m, n, s in shapes for c in (1, 2) for w in (4, 8, 16)]
-    small = [Tile(64, n, k, stages, "n", width=1) for n, k, stages in
-             [(128, 64, 8), (128, 128, 4), (256, 64, 4), (128, 64, 6)]]  # fmt: skip
-    return [*small, *(Tile(128, n, 64, stages, "m", width=w) for n, stages in ((128, 6), (256, 4)) for w in (1, 4))]
+        large = [(128, 256, "m", 1, 8), (128, 256, "m", 2, 8), (128, 256, "n", 2, 8), (256, 128, "m", 1, 8),
+                 (256, 128, "m", 2, 4), (256, 128, "m", 2, 8)]  # fmt: skip
+        turns = [Tile(128, 128, 64, 6, "tiles", c, w) for c, w in ((1, 8), (2, 8), (2, 16))]
+        return [*(Tile(m, n, 64, 4, split, c, w) for m, n, split, c, w in large), *turns]
+    small = [(64, 128, 64, 8), (64, 128, 128, 4), (64, 256, 64, 4)]
+    split = [Tile(m, n, k, stages, "n", width=1) for m, n, k, stages in small]
+    turns = [Tile(64, 128, 64, 8, "tiles", width=1), Tile(64, 64, 64, 12, "tiles", width=1)]
+    return [*split, *turns, Tile(128, 128, 64, 6, "m", width=1), Tile(128, 128, 64, 6, "tiles", width=1)]
 
 
 def _short(tile: Tile) -> str:
@@ -266,20 +272,21 @@ def _short(tile: Tile) -> str:
 
 
 def sweep(case: Case, repeats: int, clusters: list[int]) -> list[str]:
-    """Rows of a table of tiles, the fastest first."""
+    """Rows of a table of tiles and of PyTorch's products, the fastest first."""
     work = Work(case)
     tiles = [tile for tile in candidates(case) if tile.cluster in clusters]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
-        made = list(pool.map(lambda tile: attempt(lambda: work.ours(tile=tile), str(tile)), tiles))
+        made = list(pool.map(lambda tile: attempt(lambda: work.ours(tile=tile), _short(tile)), tiles))
     calls = {_short(tile): call for tile, call in zip(tiles, made, strict=True) if call}
-    calls = {name: call for name, call in calls.items() if attempt(lambda call=call: wait(call()) or True, name)}
-    errors = {name: work.error(call()) for name, call in calls.items()}
+    errors = {name: f"{work.error(call()):.1e}" for name, call in calls.items()}
+    calls |= work.torch_calls()
+    if not case.decoding and torch is not None:
+        calls["plain"] = work.plain()
     seconds = interleaved(calls, repeats)
-    best = sorted(seconds, key=lambda name: seconds[name])
     return [
         f"| {case.name} | {name} | {seconds[name] * 1e6:.0f} | {work.flops / seconds[name] / 1e12:.0f} | "
-        f"{work.bytes / seconds[name] / 1e9:.0f} | {errors[name]:.1e} |"
-        for name in best
+        f"{work.bytes / seconds[name] / 1e9:.0f} | {errors.get(name, '')} |"
+        for name in sorted(seconds, key=lambda name: seconds[name])
     ]
 
 

@@ -94,7 +94,7 @@ def random_placement(ep, spare, seed):
 
 
 @pytest.mark.parametrize("ep", [1, 2, 4, 8])
-@pytest.mark.parametrize("kind", ["none", "random", "eplb", "balanced", "nearest"])
+@pytest.mark.parametrize("kind", ["none", "random", "eplb", "nearest"])
 def test_equals_the_dense_loop(x64, ep, kind):
     params, (x, target) = make_params(), make_tokens()
     config, placement = CONFIG, None
@@ -103,14 +103,12 @@ def test_equals_the_dense_loop(x64, ep, kind):
         config = dataclasses.replace(config, replicas="nearest" if kind == "nearest" else "hash")
         config = dataclasses.replace(config, devices_per_node=max(ep // 2, 1))
     elif kind != "none":
-        policy = eplb_jax.rebalance_experts if kind == "eplb" else eplb_jax.policies.balanced
         loads = np.random.default_rng(ep).lognormal(size=(1, EXPERTS))
-        placement = policy(loads, 24, 4, min(ep, 2), ep).padded().of_layer(0)
+        placement = eplb_jax.rebalance_experts(loads, 24, 4, min(ep, 2), ep).padded().of_layer(0)
     check(config, ep, placement, params, x, target)
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4, 8])
-@pytest.mark.parametrize("redundant", [False, True])
+@pytest.mark.parametrize(("ep", "redundant"), [(1, True), (2, False), (4, True), (8, False), (8, True)])
 def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     """A bias that leaves most experts without tokens, some devices too."""
     params, (x, target) = make_params(), make_tokens()
@@ -118,8 +116,7 @@ def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     check(CONFIG, ep, random_placement(ep, 8, 3) if redundant else None, params, x, target)
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4, 8])
-@pytest.mark.parametrize("copies", [1, 9])
+@pytest.mark.parametrize(("ep", "copies"), [(1, 1), (2, 9), (4, 1), (8, 1), (8, 9)])
 def test_all_tokens_on_one_expert(x64, ep, copies):
     config = dataclasses.replace(CONFIG, router=RouterConfig(EXPERTS, 1, 1, 1), num_shared=0)
     params, (x, target) = make_params(config), make_tokens()
@@ -128,8 +125,7 @@ def test_all_tokens_on_one_expert(x64, ep, copies):
     check(config, ep, dense.placement_of(slots, EXPERTS), params, x, target)
 
 
-@pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("normalise", [True, False])
+@pytest.mark.parametrize(("scoring", "normalise"), [("sigmoid", False), ("softmax", True), ("softmax", False)])
 def test_kinds_of_routers(x64, scoring, normalise):
     router = dataclasses.replace(ROUTER, scoring=scoring, normalise=normalise)
     config = dataclasses.replace(CONFIG, router=router)
