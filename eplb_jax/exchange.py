@@ -83,6 +83,23 @@ def all_to_all(x: Float[Array, "ep C *rest"], axis: str) -> Float[Array, "ep C *
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def all_to_all_listed(
+    slots: Int[Array, "ep C k"], weights: Float[Array, "ep C k"], axis: str
+) -> tuple[Int[Array, "ep C k"], Float[Array, "ep C k"]]:
+    """`all_to_all` of both, as the words of one message."""
+    words = jax.lax.bitcast_convert_type(weights, jnp.int32).reshape(*slots.shape[:2], -1)
+    slots, words = jnp.split(all_to_all(jnp.concatenate([slots, words], -1), axis), [slots.shape[-1]], axis=-1)
+    parts = words.reshape(weights.shape if words.shape == weights.shape else (*weights.shape, -1))
+    return slots, jax.lax.bitcast_convert_type(parts, weights.dtype)
+
+
+all_to_all_listed.defvjp(
+    lambda slots, weights, axis: (all_to_all_listed(slots, weights, axis), None),
+    lambda axis, _, cts: (None, all_to_all(cts[1], axis)),
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def all_to_all_fp8(x: Float[Array, "ep C D"], axis: str) -> Float[Array, "ep C D"]:
     """`all_to_all` of numbers rounded to 8 bits (e4m3), one float32 scale for 128 channels; its transpose is exact.

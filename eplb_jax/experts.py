@@ -116,9 +116,13 @@ def apply_experts(
     return grouped_matmul(swiglu(hidden, weight), params.w_out, sizes, backend=backend)
 
 
-def shared_expert(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
-    """The experts that every token goes to, [1, ...] or several side by side as one."""
-    hidden = swiglu(jnp.matmul(x, params.w_in[0]))
+def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
+    """The hidden activations of the experts that every token goes to, [1, ...]: several side by side are one."""
+    return swiglu(jnp.matmul(x, params.w_in[0]))
+
+
+def shared_out(params: ExpertParams, hidden: Float[Array, "T F"]) -> Float[Array, "T D"]:
+    """What `shared_in` made, back to the width."""
     return jnp.matmul(hidden, params.w_out[0])
 
 

@@ -19,7 +19,7 @@ from jaxtyping import Array, Bool, Float, Int
 from eplb_jax import exchange
 from eplb_jax.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sends, sort_by_slot
 from eplb_jax.dtypes import wide
-from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_expert
+from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
 from eplb_jax.grouped_gemm import Backend
 from eplb_jax.mesh_axis import size_and_index
 from eplb_jax.placement import Placement
@@ -190,11 +190,11 @@ def moe_layer(
     rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
     if axis is None or devices == 1:
         y, dropped = _local(params.experts, x, chosen, routing.weights, slots, rooms, config)
+        if params.shared is not None:
+            with jax.named_scope("shared_expert"):
+                y = y + shared_out(params.shared, shared_in(params.shared, x))
     else:
-        y, dropped = _remote(params.experts, x, chosen, routing.weights, slots, rooms, config, axis)
-    if params.shared is not None:
-        with jax.named_scope("shared_expert"):
-            y = y + shared_expert(params.shared, x)
+        y, dropped = _remote(params, x, chosen, routing.weights, slots, rooms, config, axis)
     return y, MoEStats(routing.loads, dropped, loss)
 
 
@@ -219,7 +219,7 @@ def _local(
 
 
 def _remote(
-    experts: ExpertParams,
+    params: MoEParams,
     x: jax.Array,
     slots: jax.Array,
     weights: jax.Array,
@@ -228,20 +228,30 @@ def _remote(
     config: MoEConfig,
     axis: str,
 ) -> tuple[jax.Array, jax.Array]:
-    """`_local` for slots of all devices of the axis: tokens travel there and back."""
-    devices, top_k = jax.lax.axis_size(axis), slots.shape[1]
+    """The layer for slots of all devices of the axis: tokens travel there and back.
+
+    The shared experts' first product is made while tokens travel there, the second while they travel back. Barriers say
+    so, because a scheduler that sees forward and backward at once finds other places; transposed they say the same.
+    """
+    devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    hidden: Any = None
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, rooms.exchange)
-        listed = exchange.all_to_all(sends.slots, axis).reshape(-1, top_k)
-        sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries)
-        heard = exchange.all_to_all(sent.reshape(sends.slots.shape), axis).reshape(-1, top_k)
+        sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
+        listed, heard = exchange.all_to_all_listed(sends.slots, sent, axis)
         rows: Any = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
         if config.exchange == "ragged":
             rows = exchange.all_to_all_ragged(rows, sends.counts, axis)
         else:
             rows = exchange.all_to_all_fp8(rows, axis) if config.fp8 else exchange.all_to_all(rows, axis)
+    if shared is not None:
+        with jax.named_scope("shared_expert"):
+            rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
-    y, dropped = _local(experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    listed, heard = (array.reshape(-1, top_k) for array in (listed, heard))
+    y, dropped = _local(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    if shared is not None:
+        y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
         back: Any = y.reshape(shape)
         if config.exchange == "ragged":
@@ -249,8 +259,12 @@ def _remote(
             back = exchange.all_to_all_ragged(back, received, axis)
         else:
             back = exchange.all_to_all_fp8_back(back, axis) if config.fp8 else exchange.all_to_all(back, axis)
+    if shared is not None:
+        with jax.named_scope("shared_expert"):
+            back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
+    with jax.named_scope("combine"):
         y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves)
-    return y, dropped + sends.dropped
+    return y if shared is None else y + hidden, dropped + sends.dropped
 
 
 def _check(

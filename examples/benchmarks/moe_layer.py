@@ -22,7 +22,7 @@ import jax.numpy as jnp
 
 from eplb_jax import exchange
 from eplb_jax.dispatch import make_rooms, sort_by_slot
-from eplb_jax.experts import ExpertParams, shared_expert, swiglu
+from eplb_jax.experts import ExpertParams, shared_in, shared_out, swiglu
 from eplb_jax.grouped_gemm import grouped_matmul
 from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
 from eplb_jax.router import RouterConfig, route, router_logits
@@ -95,7 +95,7 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str
         "SwiGLU": time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
     }  # fmt: skip
     if params.shared is not None:
-        parts["shared expert"] = time_of(with_gradient(shared_expert), ct, params.shared, x)
+        parts["shared expert"] = time_of(with_gradient(lambda p, x: shared_out(p, shared_in(p, x))), ct, params.shared, x)
     first = (
         f"| {tokens} | {tokens * router.top_k} | {alone:.2f} | {flops / alone / 1e9:.0f} | {routed:.2f} | "
         f"{routed / alone:.3f} | {whole:.2f} | {whole / alone:.3f} |"

@@ -1,0 +1,45 @@
+"""Which division of the work is fastest, as measured by ``examples/benchmarks/grouped_gemm.py --sweep``."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from eplb_jax.grouped_gemm.ring import Tile
+
+SMALLEST = 128
+"""Fewest columns of any operand that the kernels take."""
+
+TABLE = {
+    "matmul": {
+        64: Tile(64, 256, 64, 4, "n", 1, 1),
+        256: Tile(128, 128, 64, 6, "tiles", 1, 1),
+        2**31: Tile(256, 128, 64, 4, "m", 2, 4),
+    },
+    "outer": {2**31: Tile(256, 128, 64, 4, "m", 2, 4)},
+}
+"""For each product: up to how many rows a group on average, the tile.
+
+Reading the matrices takes most of the time for groups of few rows, arithmetic for large ones. On an H100 the values for
+large groups were within 3% of each other; the choice between them is the one that reads least from the L2 cache.
+"""
+
+
+def tile_for(kind: str, num_rows: int, groups: int, columns: int) -> Tile:
+    """The measured tile, made small enough for operands with few rows or columns.
+
+    Args:
+      kind: a key of `TABLE`.
+      num_rows: rows of lhs, between all groups.
+      groups: how many groups there are.
+      columns: columns of the result.
+
+    >>> tile_for("outer", 4096, 8, 128)
+    Tile(m=256, n=128, k=64, stages=4, split='m', cluster=1, width=4)
+    """
+    mean = num_rows / groups
+    tile = next(tile for most, tile in TABLE[kind].items() if mean <= most)
+    if kind == "matmul" and num_rows < tile.m:
+        tile = TABLE[kind][64]
+    if columns < tile.n:
+        tile = dataclasses.replace(tile, n=SMALLEST)
+    return dataclasses.replace(tile, cluster=1) if columns < tile.n * tile.cluster else tile
