@@ -238,7 +238,7 @@ def _remote(
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, rooms.exchange)
         sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
-        listed, heard = exchange.all_to_all_listed(sends.slots, sent, axis)
+        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
         rows: Any = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
         if config.exchange == "ragged":
             rows = exchange.all_to_all_ragged(rows, sends.counts, axis)
@@ -248,7 +248,7 @@ def _remote(
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
-    listed, heard = (array.reshape(-1, top_k) for array in (listed, heard))
+    listed, heard = (array.reshape(-1, top_k) for array in message)
     y, dropped = _local(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))

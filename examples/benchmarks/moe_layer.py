@@ -95,7 +95,9 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str
         "SwiGLU": time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
     }  # fmt: skip
     if params.shared is not None:
-        parts["shared expert"] = time_of(with_gradient(lambda p, x: shared_out(p, shared_in(p, x))), ct, params.shared, x)
+        parts["shared expert"] = time_of(
+            with_gradient(lambda p, x: shared_out(p, shared_in(p, x))), ct, params.shared, x
+        )
     first = (
         f"| {tokens} | {tokens * router.top_k} | {alone:.2f} | {flops / alone / 1e9:.0f} | {routed:.2f} | "
         f"{routed / alone:.3f} | {whole:.2f} | {whole / alone:.3f} |"
