@@ -28,17 +28,17 @@ from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
 from eplb_jax.router import RouterConfig, route, router_logits
 
 
-def median_ms(function: Callable[..., Any], *arguments: Any, repeats: int) -> float:
-    """Median time of a compiled call."""
-    call = jax.jit(function)
-    for _ in range(3):
-        jax.block_until_ready(call(*arguments))
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        jax.block_until_ready(call(*arguments))
-        seconds.append(time.perf_counter() - start)
-    return statistics.median(seconds) * 1e3
+def medians_ms(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int) -> list[float]:
+    """Median times of functions with their arguments, compiled, taking turns: a hot GPU is slower."""
+    compiled = [(jax.jit(function), arguments) for function, arguments in calls]
+    seconds: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 2):
+        for (call, arguments), taken in zip(compiled, seconds, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call(*arguments))
+            if turn > 1:
+                taken.append(time.perf_counter() - start)
+    return [statistics.median(taken) * 1e3 for taken in seconds]
 
 
 def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -81,16 +81,22 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str
     ct_hidden = jax.random.normal(keys[4], (rooms.rows, 2 * config.hidden), jnp.bfloat16)
     weight = jnp.ones(rooms.rows, jnp.float32)
     gemms = functools.partial(products, backend=config.backend)
-    time_of = functools.partial(median_ms, repeats=repeats)
+    operands = params.experts, rows, ct_hidden[:, : config.hidden], ct_rows, ct_hidden, found.sizes
+    alone, routed, whole = medians_ms([(gemms, operands), (without, (ct, part, x)), (layer, (ct, params, x))], repeats)
 
-    alone = time_of(gemms, params.experts, rows, ct_hidden[:, : config.hidden], ct_rows, ct_hidden, found.sizes)
-    whole, routed = time_of(layer, ct, params, x), time_of(without, ct, part, x)
+    def time_of(function: Callable[..., Any], *arguments: Any) -> float:
+        return medians_ms([(function, arguments)], repeats)[0]
+
     flops = 6 * 3 * tokens * router.top_k * config.width * config.hidden
     parts = {
         "router": time_of(with_gradient(lambda x, w: route(router_logits(x, w), router, bias=params.bias).weights),
                           routing.weights, x, params.router),
         "sort by expert": time_of(lambda s: sort_by_slot(s, experts, rooms.rows), routing.experts),
         "permute": time_of(with_gradient(lambda x: exchange.spread(x, found.moves)), ct_rows, x),
+        "permute, by XLA": time_of(lambda x: exchange.sum_rows_by_xla(x, found.moves.source[:, None]), x),
+        "permute, kernel": time_of(lambda x: exchange.spread(x, found.moves), x),
+        "unpermute, by XLA": time_of(lambda rows: exchange.sum_rows_by_xla(rows, found.moves.rows), rows),
+        "unpermute, kernel": time_of(lambda rows: exchange.gather_sum(rows, found.moves), rows),
         "unpermute": time_of(with_gradient(lambda rows: exchange.gather_sum(rows, found.moves)), ct, rows),
         "SwiGLU": time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
     }  # fmt: skip
