@@ -13,7 +13,6 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from eplb_jax import row_kernels
 from eplb_jax.dtypes import wide
 
 FP8 = jnp.float8_e4m3fn
@@ -43,13 +42,15 @@ def spread(x: Float[Array, "N D"], moves: Moves) -> Float[Array, "R D"]:
     >>> gather_sum(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
     [2.0, 4.0]
     """
-    return _sums(x, moves.source[:, None])
+    return _take_or_zero(x, moves.source)
 
 
 @jax.custom_vjp
 def gather_sum(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "N D"]:
     """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`."""
-    return _sums(rows, moves.rows)
+    dtype = wide(rows.dtype)
+    parts = [_take_or_zero(rows, moves.rows[:, j]).astype(dtype) for j in range(moves.rows.shape[1])]
+    return functools.reduce(jnp.add, parts).astype(rows.dtype)
 
 
 spread.defvjp(lambda x, moves: (spread(x, moves), moves), lambda moves, ct: (gather_sum(ct, moves), None))
@@ -68,20 +69,6 @@ spread_each.defvjp(
     lambda values, assignment, rows: (spread_each(values, assignment, rows), rows),
     lambda rows, ct: (_take_or_zero(ct, rows), None, None),
 )
-
-
-def _sums(array: jax.Array, index: jax.Array) -> jax.Array:
-    """Sums [N, D] of rows at index [N, k], which is the number of rows where there is none."""
-    if not row_kernels.fits(array):
-        return sum_rows_by_xla(array, index)
-    return jax.lax.platform_dependent(array, index, cuda=row_kernels.sum_rows, default=sum_rows_by_xla)
-
-
-def sum_rows_by_xla(array: jax.Array, index: jax.Array) -> jax.Array:
-    """`eplb_jax.row_kernels.sum_rows` for every platform and dtype."""
-    dtype = wide(array.dtype)
-    parts = [_take_or_zero(array, index[:, choice]).astype(dtype) for choice in range(index.shape[1])]
-    return functools.reduce(jnp.add, parts).astype(array.dtype)
 
 
 def _take_or_zero(array: jax.Array, index: jax.Array) -> jax.Array:

@@ -1,8 +1,8 @@
-"""One mixture-of-experts layer, forward and backward, against its grouped matrix products alone; two Markdown tables.
+"""One mixture-of-experts layer, forward and backward, against its grouped matrix products alone: a Markdown table.
 
-DeepSeek-V3's sizes: width 7168, hidden 2048, 32 experts of a device (256 over 8), 8 a token, bfloat16. The first table
-times the layer with and without its shared expert, and the six grouped products; the second, each other part alone,
-compiled by itself, forward and backward.
+DeepSeek-V3's sizes: width 7168, hidden 2048, 32 experts of a device (256 over 8), 8 a token, bfloat16. The layer with
+and without its shared expert and its six grouped products take turns; then each other part, compiled by itself,
+forward and backward. Times are medians in ms, ratios are to the products.
 
     python examples/benchmarks/moe_layer.py [--tokens 4096,8192,16384] [--tiny]
 """
@@ -26,6 +26,11 @@ from eplb_jax.experts import ExpertParams, shared_in, shared_out, swiglu
 from eplb_jax.grouped_gemm import grouped_matmul
 from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
 from eplb_jax.router import RouterConfig, route, router_logits
+
+HEADER = (
+    "tokens", "rows", "products", "TFLOP/s", "without shared expert", "ratio", "layer", "ratio",
+    "router", "sort", "permute", "unpermute", "SwiGLU", "shared expert",
+)  # fmt: skip
 
 
 def medians_ms(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int) -> list[float]:
@@ -64,8 +69,8 @@ def products(experts: ExpertParams, rows: jax.Array, hidden: jax.Array, ct: jax.
     return first, second, pull_first(ct_hidden), pull_second(ct)
 
 
-def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str]]:
-    """A row of the first table and rows of the second."""
+def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
+    """A row of the table."""
     router, experts = config.router, config.router.num_experts
     params = init_moe(jax.random.key(0), config, jnp.bfloat16)
     keys = jax.random.split(jax.random.key(1), 5)
@@ -88,27 +93,19 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> tuple[str, list[str
         return medians_ms([(function, arguments)], repeats)[0]
 
     flops = 6 * 3 * tokens * router.top_k * config.width * config.hidden
-    parts = {
-        "router": time_of(with_gradient(lambda x, w: route(router_logits(x, w), router, bias=params.bias).weights),
-                          routing.weights, x, params.router),
-        "sort by expert": time_of(lambda s: sort_by_slot(s, experts, rooms.rows), routing.experts),
-        "permute": time_of(with_gradient(lambda x: exchange.spread(x, found.moves)), ct_rows, x),
-        "permute, by XLA": time_of(lambda x: exchange.sum_rows_by_xla(x, found.moves.source[:, None]), x),
-        "permute, kernel": time_of(lambda x: exchange.spread(x, found.moves), x),
-        "unpermute, by XLA": time_of(lambda rows: exchange.sum_rows_by_xla(rows, found.moves.rows), rows),
-        "unpermute, kernel": time_of(lambda rows: exchange.gather_sum(rows, found.moves), rows),
-        "unpermute": time_of(with_gradient(lambda rows: exchange.gather_sum(rows, found.moves)), ct, rows),
-        "SwiGLU": time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
-    }  # fmt: skip
-    if params.shared is not None:
-        parts["shared expert"] = time_of(
-            with_gradient(lambda p, x: shared_out(p, shared_in(p, x))), ct, params.shared, x
-        )
-    first = (
-        f"| {tokens} | {tokens * router.top_k} | {alone:.2f} | {flops / alone / 1e9:.0f} | {routed:.2f} | "
-        f"{routed / alone:.3f} | {whole:.2f} | {whole / alone:.3f} |"
-    )
-    return first, [f"| {tokens} | {name} | {ms:.2f} | {ms / alone:.1%} |" for name, ms in parts.items()]
+    chosen = with_gradient(lambda x, w: route(router_logits(x, w), router, bias=params.bias).weights)
+    shared = with_gradient(lambda shared, x: shared_out(shared, shared_in(shared, x)))
+    parts = [
+        time_of(chosen, routing.weights, x, params.router),
+        time_of(lambda slots: sort_by_slot(slots, experts, rooms.rows), routing.experts),
+        time_of(with_gradient(lambda x: exchange.spread(x, found.moves)), ct_rows, x),
+        time_of(with_gradient(lambda rows: exchange.gather_sum(rows, found.moves)), ct, rows),
+        time_of(with_gradient(swiglu), ct_hidden[:, : config.hidden], ct_hidden, weight),
+        time_of(shared, ct, params.shared, x),
+    ]
+    cells = [str(tokens), str(tokens * router.top_k), f"{alone:.2f}", f"{flops / alone / 1e9:.0f}"]
+    cells += [f"{routed:.2f}", f"{routed / alone:.3f}", f"{whole:.2f}", f"{whole / alone:.3f}"]
+    return "| " + " | ".join([*cells, *(f"{ms:.2f}" for ms in parts)]) + " |"
 
 
 def _output(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
@@ -129,24 +126,9 @@ def main() -> None:
         config = dataclasses.replace(config, width=64, hidden=32)
         tokens = [128]
     print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, backend {config.backend}\n")
-    header = (
-        "tokens",
-        "rows",
-        "grouped products ms",
-        "TFLOP/s",
-        "layer, no shared expert, ms",
-        "ratio",
-        "layer ms",
-        "ratio",
-    )
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|", flush=True)
-    details = []
+    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|", flush=True)
     for count in tokens:
-        first, more = measure(count, config, arguments.repeats)
-        print(first, flush=True)
-        details += more
-    print("\n| tokens | part alone, forward and backward | ms | of the grouped products |\n|---|---|---|---|")
-    print("\n".join(details))
+        print(measure(count, config, arguments.repeats), flush=True)
 
 
 if __name__ == "__main__":
