@@ -79,7 +79,7 @@ def test_exchanges_are_asynchronous_and_the_shared_expert_hides_the_dispatch():
 
     def forward_and_backward(params, x, ct):
         y, pull = jax.vjp(body, params, x)
-        return y, pull(ct)
+        return y, pull(ct * y)  # as of a loss: the backward pass waits for the forward
 
     def at(shape, spec):
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
