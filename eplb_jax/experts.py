@@ -91,14 +91,36 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
 def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
     """``silu(gate) * value * weight`` in float32 (float64 for float64), in the dtype of ``hidden``.
 
+    The backward pass keeps the arguments alone, and makes the rest again.
+
     Source: arXiv 2002.05202.
     """
+    if weight is None:
+        weight = jnp.ones(hidden.shape[0], wide(hidden.dtype))
+    return _swiglu(hidden, weight)
+
+
+@jax.custom_vjp
+def _swiglu(hidden: jax.Array, weight: jax.Array) -> jax.Array:
     dtype = wide(hidden.dtype)
     gate, value = jnp.split(hidden.astype(dtype), 2, axis=-1)
-    out = jax.nn.silu(gate) * value
-    if weight is not None:
-        out = out * weight.astype(dtype)[:, None]
-    return out.astype(hidden.dtype)
+    return (jax.nn.silu(gate) * value * weight.astype(dtype)[:, None]).astype(hidden.dtype)
+
+
+def _swiglu_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[jax.Array, jax.Array]:
+    hidden, weight = residuals
+    dtype = wide(hidden.dtype)
+    gate, value = jnp.split(hidden.astype(dtype), 2, axis=-1)
+    share = jax.nn.sigmoid(gate)
+    active = gate * share
+    ct = ct.astype(dtype)
+    weighted = ct * weight.astype(dtype)[:, None]
+    slope = share * (1 + gate * (1 - share))
+    hidden_ct = jnp.concatenate([weighted * value * slope, weighted * active], -1).astype(hidden.dtype)
+    return hidden_ct, (ct * active * value).sum(-1).astype(weight.dtype)
+
+
+_swiglu.defvjp(lambda hidden, weight: (_swiglu(hidden, weight), (hidden, weight)), _swiglu_bwd)
 
 
 def apply_experts(

@@ -134,10 +134,26 @@ def route(
     return Routing(chosen, weights, scores, count_tokens(chosen, experts))
 
 
-def router_logits(x: Float[Array, "tokens width"], kernel: Float[Array, "width experts"]) -> Float[Array, "T E"]:
-    """Logits in float32 whatever the activations' dtype (float64 for float64), at full precision."""
+@jax.custom_vjp
+def router_logits(
+    x: Float[Array, "tokens width"], kernel: Float[Array, "width experts"]
+) -> Float[Array, "tokens experts"]:
+    """Logits in float32 whatever the activations' dtype (float64 for float64), at full precision.
+
+    The backward pass keeps x as it is, not in float32.
+    """
     dtype = wide(x.dtype)
     return jnp.matmul(x.astype(dtype), kernel.astype(dtype), precision=jax.lax.Precision.HIGHEST)
+
+
+def _router_logits_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[jax.Array, jax.Array]:
+    x, kernel = residuals
+    x_ct = jnp.matmul(ct, kernel.T.astype(ct.dtype), precision=jax.lax.Precision.HIGHEST)
+    kernel_ct = jnp.matmul(x.T.astype(ct.dtype), ct, precision=jax.lax.Precision.HIGHEST)
+    return x_ct.astype(x.dtype), kernel_ct.astype(kernel.dtype)
+
+
+router_logits.defvjp(lambda x, kernel: (router_logits(x, kernel), (x, kernel)), _router_logits_bwd)
 
 
 def balance_loss(routing: Routing, config: RouterConfig, *, sequences: int = 1) -> Float[Array, ""]:

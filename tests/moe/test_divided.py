@@ -1,5 +1,7 @@
 """The layer's backward pass divides: tokens travel with the input gradient, weight gradients wait for nobody."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
@@ -45,3 +47,16 @@ def test_what_each_half_does():
         "input": [3, 0, 0, 2],
         "weight": [0, 0, gathers, 2],
     }
+
+
+def test_nothing_wide_is_kept_between_forward_and_backward():
+    """In bfloat16, what waits for the backward pass is bfloat16, except numbers of a token or an expert."""
+    config = dataclasses.replace(CONFIG, width=24, hidden=40)
+    params = init_moe(jax.random.key(0), config, jnp.bfloat16)
+    x = jnp.ones((32, config.width), jnp.bfloat16)
+    split = split_stage(lambda params, x: moe_layer(params, x, config)[0], params, x)
+    kept = [*split.residuals.input, *split.residuals.weight]
+    large = [leaf for leaf in kept if leaf.ndim == 2 and leaf.shape[-1] in (24, 40, 80)]
+    # Tokens, their rows, the routed and the shared experts' hidden activations before and after the gate.
+    assert sorted(leaf.shape[-1] for leaf in large) == [24, 24, 40, 40, 80, 80]
+    assert {leaf.dtype for leaf in large} == {jnp.dtype("bfloat16")}
