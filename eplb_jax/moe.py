@@ -239,11 +239,8 @@ def _remote(
         sends = plan_sends(slots, devices, num_slots, rooms.exchange)
         sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
-        rows: Any = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
-        if config.exchange == "ragged":
-            rows = exchange.all_to_all_ragged(rows, sends.counts, axis)
-        else:
-            rows = exchange.all_to_all_fp8(rows, axis) if config.fp8 else exchange.all_to_all(rows, axis)
+        rows = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
+        rows = _travel(rows, sends.counts, config, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
@@ -253,18 +250,22 @@ def _remote(
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
-        back: Any = y.reshape(shape)
-        if config.exchange == "ragged":
-            received = exchange.all_to_all(sends.counts, axis)
-            back = exchange.all_to_all_ragged(back, received, axis)
-        else:
-            back = exchange.all_to_all_fp8_back(back, axis) if config.fp8 else exchange.all_to_all(back, axis)
+        back = _travel(y.reshape(shape), sends.counts, config, axis, back=True)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
     with jax.named_scope("combine"):
         y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves)
     return y if shared is None else y + hidden, dropped + sends.dropped
+
+
+def _travel(rows: jax.Array, counts: jax.Array, config: MoEConfig, axis: str, *, back: bool = False) -> Any:
+    """Rows [ep, C, D] to the devices that they are for, of which counts [ep] are used, or back again."""
+    if config.exchange == "ragged":
+        return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis) if back else counts, axis)
+    if config.fp8:
+        return exchange.all_to_all_fp8_back(rows, axis) if back else exchange.all_to_all_fp8(rows, axis)
+    return exchange.all_to_all(rows, axis)
 
 
 def _check(

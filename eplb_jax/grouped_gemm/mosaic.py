@@ -46,7 +46,7 @@ def matmul(
       tile: how to divide the work; by default as measured.
     """
     columns = rhs.shape[1 if transpose_rhs else 2]
-    tile = tile or tile_for("matmul", lhs.shape[0], rhs.shape[0], columns)
+    tile = tile or tile_for("matmul", lhs.shape[0], rhs.shape[0], lhs.shape[0], columns)
     sizes = group_sizes.astype("int32")
     return rows_times_matrices(lhs, rhs, sizes, transpose_rhs, tile, current_target().cores)
 
@@ -64,5 +64,5 @@ def outer(
       lhs, dout, group_sizes: as there; operands that `matmul` takes and gives.
       tile: how to divide the work; by default as measured.
     """
-    tile = tile or tile_for("outer", lhs.shape[0], group_sizes.shape[0], dout.shape[1])
+    tile = tile or tile_for("outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
     return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores)

@@ -24,22 +24,23 @@ large groups were within 3% of each other; the choice between them is the one th
 """
 
 
-def tile_for(kind: str, num_rows: int, groups: int, columns: int) -> Tile:
-    """The measured tile, made small enough for operands with few rows or columns.
+def tile_for(kind: str, num_rows: int, groups: int, height: int, columns: int) -> Tile:
+    """The measured tile, made small enough for a result with few rows or columns.
 
     Args:
       kind: a key of `TABLE`.
       num_rows: rows of lhs, between all groups.
       groups: how many groups there are.
+      height: rows of the result, or of each result.
       columns: columns of the result.
 
-    >>> tile_for("outer", 4096, 8, 128)
+    >>> tile_for("outer", 4096, 8, 1024, 128)
     Tile(m=256, n=128, k=64, stages=4, split='m', cluster=1, width=4)
     """
     mean = num_rows / groups
     tile = next(tile for most, tile in TABLE[kind].items() if mean <= most)
-    if kind == "matmul" and num_rows < tile.m:
-        tile = TABLE[kind][64]
+    if height < tile.m:
+        tile = TABLE[kind][64] if kind == "matmul" else dataclasses.replace(tile, m=SMALLEST)
     if columns < tile.n:
         tile = dataclasses.replace(tile, n=SMALLEST)
     return dataclasses.replace(tile, cluster=1) if columns < tile.n * tile.cluster else tile
