@@ -94,6 +94,12 @@ def group_sizes(case: Case) -> np.ndarray:
         total -= ALIGN
 
 
+@functools.cache
+def _jitted(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Any:
+    """One jitted function for all cases, so that each shape is compiled once."""
+    return jax.jit(functools.partial(function, **dict(options)))
+
+
 class Work:
     """Operands of a case, and what can be done with them."""
 
@@ -124,7 +130,7 @@ class Work:
         if self.case.kind == "dx":
             options["transpose_rhs"] = True
         operands = self.operands()
-        call = jax.jit(functools.partial(function, **options))
+        call = _jitted(function, tuple(options.items()))
         wait(call(*operands))
         return lambda: call(*operands)
 

@@ -8,8 +8,12 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.grouped_gemm import ALIGN, group_starts, grouped_matmul
-from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.grouped_gemm import ALIGN, group_starts, grouped_matmul, interface, mosaic
+from eplb_jax.grouped_gemm.mosaic_outer import outer_products
+from eplb_jax.grouped_gemm.mosaic_rows import rows_times_matrices
+from eplb_jax.grouped_gemm.ring import Tile
+from eplb_jax.grouped_gemm.target import HOPPER_SMS, Target, current_target
+from eplb_jax.grouped_gemm.tiles import TABLE, tile_for
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 BACKENDS = ["xla", pytest.param("mosaic", marks=needs_hopper)]
@@ -168,6 +172,68 @@ def test_gradients_are_separate_equations(backend):
         lhs, rhs, dout
     )
     assert sum(e.primitive.name == "ragged_dot_general" for e in closed.jaxpr.eqns) >= 2
+
+
+@pytest.mark.parametrize("rows, k, n", [(64, 128, 128), (72, 128, 192), (1024, 256, 320), (32768, 7168, 4096)])
+@pytest.mark.parametrize("groups", [1, 8, 32])
+def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
+    """With the tile that each shape gets; the tile is no larger than the result."""
+    lhs, dout = (jax.ShapeDtypeStruct((rows, side), jnp.bfloat16) for side in (k, n))
+    rhs = jax.ShapeDtypeStruct((groups, k, n), jnp.bfloat16)
+    sizes = jax.ShapeDtypeStruct((groups,), jnp.int32)
+    assert mosaic.why_not(lhs, rhs) is None
+
+    def every(lhs, rhs, dout, sizes):
+        out, dlhs = mosaic.matmul(lhs, rhs, sizes), mosaic.matmul(dout, rhs, sizes, transpose_rhs=True)
+        return out, dlhs, mosaic.outer(lhs, dout, sizes)
+
+    text = jax.jit(every).trace(lhs, rhs, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 3
+    for kind, height, columns in (("matmul", rows, k), ("matmul", rows, n), ("outer", k, n)):
+        tile = tile_for(kind, rows, groups, height, columns)
+        assert tile.m <= height and tile.n * tile.cluster <= columns and min(tile.part) >= 64
+
+
+def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
+    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    lhs, rhs, dout, sizes = make(SIZES["uneven"], jnp.bfloat16)
+
+    def gradients(lhs, rhs, dout, sizes):
+        return jax.vjp(lambda *pair: grouped_matmul(*pair, sizes), lhs, rhs)[1](dout)
+
+    traced = jax.jit(gradients).trace(lhs, rhs, dout, sizes)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
+    assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
+    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    interface._log_fallback.cache_clear()
+    for _ in range(2):
+        grouped_matmul(jnp.ones((16, 4)), jnp.ones((2, 4, 6)), jnp.array([8, 8]))
+    assert [record.getMessage() for record in caplog.records if record.name == interface.logger.name] == [
+        "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: the device is 'NVIDIA A100', no Hopper GPU"
+    ]
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operands")
+@pytest.mark.parametrize("tile", [
+    *(tile for tiles in TABLE.values() for tile in tiles.values()),
+    Tile(128, 256, 64, 3, "n", 2, 2),
+    Tile(128, 128, 64, 3, "tiles", 2, 1),
+])  # fmt: skip
+def test_kernels_in_the_interpreter(tile):
+    """Four multiprocessors, simulated on the CPU: results and barriers; waits for wgmma are not checked."""
+    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
+    lhs, rhs, dout, sizes = make([3, 70, 0, 130], jnp.bfloat16)
+    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+        out = rows_times_matrices(lhs, rhs, sizes, False, tile, 4)
+        dlhs = rows_times_matrices(dout, rhs, sizes, True, tile, 4)
+        drhs = outer_products(lhs, dout, sizes, tile, 4) if tile.m >= 128 else None
+    expected = plain(lhs, rhs, dout, sizes)
+    for got, want in zip((used(out, sizes), used(dlhs, sizes), drhs), expected, strict=True):
+        if got is not None:
+            assert_close(got, want, jnp.bfloat16)
 
 
 def test_sizes_of_any_integer_dtype():
