@@ -161,10 +161,9 @@ def all_to_all_ragged(x: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis
     XLA has no implementation for CPU.
     """
     ep, capacity = x.shape[:2]
-    here = jax.lax.axis_index(axis).astype(jnp.int32)
     blocks = jnp.arange(ep, dtype=jnp.int32) * capacity
     theirs = all_to_all(counts, axis)
-    start_there = jnp.full(ep, 1, jnp.int32) * here * capacity
+    start_there = jnp.full(ep, jax.lax.axis_index(axis) * capacity, jnp.int32)
     flat = x.reshape(ep * capacity, *x.shape[2:])
     out = jax.lax.ragged_all_to_all(flat, jnp.zeros_like(flat), blocks, counts, start_there, theirs, axis_name=axis)
     return out.reshape(x.shape)

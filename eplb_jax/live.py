@@ -101,9 +101,7 @@ def decide(
         return None
     host = Placement(*(np.asarray(array) for array in placement))
     found = sticky(loads, host, *_sizes(config)[1:], tolerance=config.tolerance, min_gain=config.min_gain)
-    before, after = (
-        float(balancedness(plan, np.asarray(loads), config.num_gpus).mean()) for plan in (host, found)
-    )  # fmt: skip
+    before, after = (float(balancedness(plan, loads, config.num_gpus).mean()) for plan in (host, found))
     if found is host:
         return Decision(placement, 0, 0, before, after)
     changed = (found.phy2log != host.phy2log).any(1)

@@ -23,7 +23,7 @@ from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_i
 from eplb_jax.grouped_gemm import Backend
 from eplb_jax.mesh_axis import size_and_index
 from eplb_jax.placement import Placement
-from eplb_jax.replica import CHOICES, choose_replicas
+from eplb_jax.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.router import RouterConfig, balance_loss, route, router_logits
 
 EXCHANGES = ("dense", "ragged")
@@ -309,9 +309,7 @@ def _check(
         found = getattr(params.shared, name).shape
         if found != shape:
             raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
-    per_node = config.devices_per_node
-    if per_node is not None and (per_node < 1 or devices % per_node):
-        raise ValueError(f"{devices} devices do not divide into nodes of devices_per_node={per_node}")
+    node_size(devices, config.devices_per_node)
     if params.router.shape != (width, experts):
         raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
     return slots

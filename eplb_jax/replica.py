@@ -57,9 +57,7 @@ def choose_replicas(
         raise ValueError(f"phy2log has shape {placement.phy2log.shape}: take one layer of it, placement.of_layer(i)")
     if num_devices < 1 or slots % num_devices:
         raise ValueError(f"{slots} slots do not divide over {num_devices} devices")
-    per_node = num_devices if devices_per_node is None else devices_per_node
-    if per_node < 1 or num_devices % per_node:
-        raise ValueError(f"{num_devices} devices do not divide into nodes of devices_per_node={per_node}")
+    per_node = node_size(num_devices, devices_per_node)
     table, counts = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
     if choice == "nearest":
         table, counts = _nearest_first(table, device, slots // num_devices, per_node)
@@ -70,6 +68,18 @@ def choose_replicas(
     known = jnp.maximum(experts, 0)
     replica = mixed.astype(jnp.int32)[:, None] % counts[known]
     return jnp.where(experts >= 0, table[known, replica], -1)
+
+
+def node_size(num_devices: int, devices_per_node: int | None) -> int:
+    """Devices of a node, all where None is given.
+
+    Raises:
+      ValueError: devices that do not divide into nodes.
+    """
+    per_node = num_devices if devices_per_node is None else devices_per_node
+    if per_node < 1 or num_devices % per_node:
+        raise ValueError(f"{num_devices} devices do not divide into nodes of devices_per_node={per_node}")
+    return per_node
 
 
 def _nearest_first(table: jax.Array, device: jax.Array | int, room: int, per_node: int) -> tuple[jax.Array, jax.Array]:

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm.layout import round_up, used_rows
 
 
@@ -62,6 +63,5 @@ def outer(
 
 def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers):
     """XLA's product with each group's unused rows counted to the group, which keeps the starts right."""
-    total = jnp.float64 if lhs.dtype == jnp.float64 else jnp.float32
-    out = jax.lax.ragged_dot_general(lhs, rhs, round_up(group_sizes), numbers, preferred_element_type=total)
+    out = jax.lax.ragged_dot_general(lhs, rhs, round_up(group_sizes), numbers, preferred_element_type=wide(lhs.dtype))
     return out.astype(lhs.dtype)
