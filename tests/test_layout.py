@@ -43,10 +43,30 @@ LAYERS = [
     "eplb_jax.moe",
     "eplb_jax.flax",
     "eplb_jax",
+    "profiling.event",
+    "profiling.intervals",
+    "profiling.classify",
+    "profiling.read_kineto",
+    "profiling.read_xplane",
+    "profiling.read_timeline",
+    "profiling.metrics",
+    "profiling.exposure",
+    "profiling.replay",
+    "profiling.chips",
+    "profiling.hlo_text",
+    "profiling.hlo_overlap",
+    "profiling.capture",
+    "profiling.write_chrome",
+    "profiling.write_perfetto",
+    "profiling.compare",
+    "profiling.report",
+    "profiling.html",
+    "profiling.workloads",
+    "profiling",
 ]
 """From the bottom up; a module belongs to the longest of these names that its own begins with."""
 
-PACKAGES = ("jaxpipe", "eplb_jax")
+PACKAGES = ("jaxpipe", "eplb_jax", "profiling")
 FILES = sorted(path for folder in (*PACKAGES, "examples", "tests") for path in (ROOT / folder).rglob("*.py"))
 
 
@@ -135,7 +155,7 @@ def test_schedules_are_plain_python():
 
 
 def test_importing_the_library_starts_no_backend():
-    code = "import jaxpipe, eplb_jax, jax; assert not jax._src.xla_bridge._backends"
+    code = "import jaxpipe, eplb_jax, profiling, jax; assert not jax._src.xla_bridge._backends"
     subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
 
 
