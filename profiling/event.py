@@ -6,9 +6,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-GROUPS = ("compute", "transfer", "wait", "unclassified")
+GROUPS = ("compute", "transfer", "wait", "unclassified", "control")
 """What the time of an event counts as. Transfers move data between devices; a wait is a barrier or a notification,
-in which nothing moves; all else that a device does is compute, copies within the device included."""
+in which nothing moves; control is a loop, branch or call round operations that have events of their own, so that its
+time counts nowhere; all else that a device does is compute, copies within the device included."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

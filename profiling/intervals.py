@@ -1,0 +1,119 @@
+"""Sets of times as sorted, disjoint, half-open intervals, and the algebra on them that every metric is made of."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TypeAlias
+
+import numpy as np
+
+from profiling.event import Event
+
+Spans: TypeAlias = np.ndarray
+"""``[n, 2]`` float64: start and end of each interval, in microseconds."""
+
+
+def spans_of(events: Iterable[Event]) -> Spans:
+    """``[n, 2]``: start and end of each event, as they come; `union` makes a set of them.
+
+    >>> spans_of([Event(0, "compute", 3.0, 4.0, "b"), Event(0, "compute", 0.0, 2.0, "a")])
+    array([[3., 4.],
+           [0., 2.]])
+    """
+    return np.array([(event.start, event.end) for event in events], np.float64).reshape(-1, 2)
+
+
+def union(spans: Spans, merge_gap: float = 0.0) -> Spans:
+    """The times in any of the intervals: sorted, disjoint, without empty ones.
+
+    Args:
+      spans: ``[n, 2]`` in any order, overlapping or not.
+      merge_gap: gaps no longer than this are filled; with 0, intervals that touch become one.
+
+    Raises:
+      ValueError: another shape, a time that is no number, an end before its start, a negative gap.
+
+    >>> union([[3, 4], [0, 2], [1, 2.5]])
+    array([[0. , 2.5],
+           [3. , 4. ]])
+    >>> union([[0, 2], [3, 4]], merge_gap=1)
+    array([[0., 4.]])
+    """
+    spans = _checked(spans)
+    if not merge_gap >= 0:
+        raise ValueError(f"union(merge_gap={merge_gap!r}): a gap is a number of microseconds, not negative")
+    spans = spans[spans[:, 1] > spans[:, 0]]
+    if not len(spans):
+        return spans
+    spans = spans[np.argsort(spans[:, 0], kind="stable")]
+    reach = np.maximum.accumulate(spans[:, 1])
+    opens = np.concatenate([[True], spans[1:, 0] > reach[:-1] + merge_gap])
+    firsts = np.flatnonzero(opens)
+    return np.stack([spans[firsts, 0], reach[np.append(firsts[1:], len(spans)) - 1]], axis=1)
+
+
+def intersection(a: Spans, b: Spans) -> Spans:
+    """The times in both.
+
+    >>> intersection([[0, 4], [6, 9]], [[3, 7]])
+    array([[3., 4.],
+           [6., 7.]])
+    """
+    return _select(a, b, lambda in_a, in_b: in_a & in_b)
+
+
+def difference(a: Spans, b: Spans) -> Spans:
+    """The times in the first and not in the second.
+
+    >>> difference([[0, 4], [6, 9]], [[3, 7]])
+    array([[0., 3.],
+           [7., 9.]])
+    """
+    return _select(a, b, lambda in_a, in_b: in_a & ~in_b)
+
+
+def length(spans: Spans) -> float:
+    """Microseconds covered, what is covered twice counted once.
+
+    >>> length([[0, 4], [3, 6], [7, 8]])
+    7.0
+    """
+    spans = union(spans)
+    return float(np.sum(spans[:, 1] - spans[:, 0]))
+
+
+def gaps(spans: Spans) -> Spans:
+    """What lies between the first start and the last end and is not covered.
+
+    >>> gaps([[0, 4], [6, 9]])
+    array([[4., 6.]])
+    """
+    spans = union(spans)
+    return np.stack([spans[:-1, 1], spans[1:, 0]], axis=1)
+
+
+def _select(a: Spans, b: Spans, wanted) -> Spans:
+    """The stretches between neighbouring edges of either set that are wanted, joined where they touch."""
+    a, b = union(a), union(b)
+    edges = np.unique(np.concatenate([a.ravel(), b.ravel()]))
+    starts = edges[:-1]
+    keep = wanted(_contains(a, starts), _contains(b, starts))
+    return union(np.stack([starts[keep], edges[1:][keep]], axis=1))
+
+
+def _contains(spans: Spans, times: np.ndarray) -> np.ndarray:
+    """Whether each time is in a set that `union` made."""
+    return np.searchsorted(spans[:, 0], times, "right") > np.searchsorted(spans[:, 1], times, "right")
+
+
+def _checked(spans: Spans) -> Spans:
+    spans = np.asarray(spans, np.float64)
+    if not spans.size:
+        return np.empty((0, 2))
+    if spans.ndim != 2 or spans.shape[1] != 2:
+        raise ValueError(f"intervals of shape {spans.shape}: write [n, 2], a start and an end for each")
+    wrong = ~(spans[:, 1] >= spans[:, 0])
+    if wrong.any():
+        start, end = spans[wrong][0]
+        raise ValueError(f"interval [{start}, {end}): an end is a time that is not before its start")
+    return spans
