@@ -1,0 +1,226 @@
+"""All metrics of a trace at once, which is what reports print."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+
+from profiling.classify import unclassified_share
+from profiling.event import Event, Trace
+from profiling.metrics.overlap import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
+from profiling.metrics.skew import Skew, skew
+from profiling.metrics.times import (
+    LaneRow,
+    LayerRow,
+    LayerSpan,
+    TimeRow,
+    action_of,
+    concurrency,
+    lanes,
+    layer_spans,
+    layers,
+    time_by,
+    unattributed_share,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Metrics:
+    """One device.
+
+    Attributes:
+      device: its index; rank: of the pipeline, None without one.
+      breakdown: of the window that all devices have in common.
+      overlaps: ``{definition: Overlap}`` for each of `DEFINITIONS`.
+      sensitivity: ``{definition: overlaps}``, one for each of the gaps asked for.
+      steady_window: from the start of the second layer to that of the last, where neither cold queues nor the lack of
+        anything to hide behind count; None with fewer than three layers or without a pass over them in order.
+      steady: ``{definition: Overlap}`` within it; empty if it is None.
+      kinds, phases, actions: time by each, the longest first.
+      layers: phases of each layer; layer_spans: when each begins.
+      lanes: streams or threads; concurrency: ``[lanes + 1]`` microseconds with so many of them busy.
+    """
+
+    device: int
+    rank: int | None
+    breakdown: Breakdown
+    overlaps: Mapping[str, Overlap]
+    sensitivity: Mapping[str, tuple[Overlap, ...]]
+    steady_window: tuple[float, float] | None
+    steady: Mapping[str, Overlap]
+    kinds: tuple[TimeRow, ...]
+    phases: tuple[TimeRow, ...]
+    actions: tuple[TimeRow, ...]
+    layers: tuple[LayerRow, ...]
+    layer_spans: tuple[LayerSpan, ...]
+    lanes: tuple[LaneRow, ...]
+    concurrency: tuple[float, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Bubble:
+    """One pipeline rank: means over its devices, as shares of the window that all devices have in common.
+
+    Attributes:
+      rank: of the pipeline.
+      compute_bubble: share of the window without compute.
+      device_idle: share of the window in which its devices do nothing at all.
+    """
+
+    rank: int
+    compute_bubble: float
+    device_idle: float
+
+
+@dataclasses.dataclass(frozen=True)
+class Summary:
+    """All devices together.
+
+    Attributes:
+      overlaps: ``{definition: Overlap}`` with the devices' times added up, so that ratios weigh them by their time.
+      steady: the same for the devices' steady windows; empty if no device has one.
+      breakdown: times added up; the longest gap of any device.
+      bubbles: one for each pipeline rank; empty without a pipeline.
+    """
+
+    overlaps: Mapping[str, Overlap]
+    steady: Mapping[str, Overlap]
+    breakdown: Breakdown
+    bubbles: tuple[Bubble, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Measurement:
+    """What `measure` finds.
+
+    Attributes:
+      title: of the trace.
+      window: start and end over all devices, in microseconds.
+      devices: one for each.
+      summary: all devices together.
+      skew: how they drift apart; None if they have no collective in common.
+      unclassified_share: of the time, what no rule of the classification knows; neither compute nor communication.
+      unattributed_share: of the time, what belongs to no phase.
+    """
+
+    title: str
+    window: tuple[float, float]
+    devices: tuple[Metrics, ...]
+    summary: Summary
+    skew: Skew | None
+    unclassified_share: float
+    unattributed_share: float
+
+    @property
+    def makespan(self) -> float:
+        """Length of the window in microseconds."""
+        return self.window[1] - self.window[0]
+
+
+def measure(
+    trace: Trace, gaps_us: Sequence[float] = (0.0, 2.0, 5.0, 20.0, 50.0), window: tuple[float, float] | None = None
+) -> Measurement:
+    """All metrics of a classified trace.
+
+    Args:
+      trace: from any reader.
+      gaps_us: for the sensitivity to launch gaps, see `Overlap.merge_gap`.
+      window: start and end to look at, events across an edge being cut there; by default everything.
+
+    Raises:
+      ValueError: a trace without events (in the window), a window that ends before it starts.
+
+    >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
+    >>> found = measure(Trace("", "kineto", (gemm, Event(0, "27", 5.0, 9.0, "dispatch", group="transfer"))))
+    >>> found.devices[0].overlaps["transfer"].ratio, found.devices[0].breakdown.idle
+    (0.75, 0.0)
+    """
+    if window is not None:
+        trace = trace.clip(*window)
+    if not trace.events:
+        raise ValueError(f"trace {trace.title!r} has no events in the window {window}: there is nothing to measure")
+    window = window or trace.window
+    by_device: dict[int, list[Event]] = {device: [] for device in trace.devices}
+    for event in trace.events:
+        by_device[event.device].append(event)
+    devices = tuple(
+        _device(device, trace.ranks.get(device), events, window, gaps_us) for device, events in by_device.items()
+    )
+    return Measurement(
+        title=trace.title,
+        window=window,
+        devices=devices,
+        summary=_summary(devices),
+        skew=skew(trace),
+        unclassified_share=unclassified_share(trace),
+        unattributed_share=unattributed_share(trace),
+    )
+
+
+def _device(
+    device: int, rank: int | None, events: list[Event], window: tuple[float, float], gaps_us: Sequence[float]
+) -> Metrics:
+    weighed = {definition: sides(events, definition, window) for definition in DEFINITIONS}
+    spans = layer_spans(events)
+    steady_window = (spans[1].start, spans[-1].start) if len(spans) > 2 else None
+    return Metrics(
+        device=device,
+        rank=rank,
+        breakdown=breakdown(events, window),
+        overlaps={name: overlap_of(of, name) for name, of in weighed.items()},
+        sensitivity={name: tuple(overlap_of(of, name, gap) for gap in gaps_us) for name, of in weighed.items()},
+        steady_window=steady_window,
+        steady={name: overlap(events, name, window=steady_window) for name in DEFINITIONS} if steady_window else {},
+        kinds=time_by(events, lambda event: event.kind),
+        phases=time_by(events, lambda event: event.phase),
+        actions=time_by(events, lambda event: action_of(event.phase)),
+        layers=layers(events),
+        layer_spans=spans,
+        lanes=lanes(events),
+        concurrency=concurrency(events),
+    )
+
+
+def _summary(devices: Sequence[Metrics]) -> Summary:
+    ranks: dict[int, list[Breakdown]] = {}
+    for metrics in devices:
+        if metrics.rank is not None:
+            ranks.setdefault(metrics.rank, []).append(metrics.breakdown)
+    parts = [metrics.breakdown for metrics in devices]
+    return Summary(
+        overlaps=_pooled([metrics.overlaps for metrics in devices]),
+        steady=_pooled([metrics.steady for metrics in devices if metrics.steady]),
+        breakdown=Breakdown(
+            window=sum(part.window for part in parts),
+            compute=sum(part.compute for part in parts),
+            noncompute=sum(part.noncompute for part in parts),
+            idle=sum(part.idle for part in parts),
+            gaps=sum(part.gaps for part in parts),
+            longest_gap=max(part.longest_gap for part in parts),
+        ),
+        bubbles=tuple(
+            Bubble(
+                rank,
+                1 - sum(part.compute for part in parts) / sum(part.window for part in parts),
+                sum(part.idle for part in parts) / sum(part.window for part in parts),
+            )
+            for rank, parts in sorted(ranks.items())
+            if sum(part.window for part in parts) > 0
+        ),
+    )
+
+
+def _pooled(overlaps: Sequence[Mapping[str, Overlap]]) -> dict[str, Overlap]:
+    if not overlaps:
+        return {}
+    return {
+        name: Overlap(
+            definition=name,
+            merge_gap=0.0,
+            window=sum(each[name].window for each in overlaps),
+            communication=sum(each[name].communication for each in overlaps),
+            compute=sum(each[name].compute for each in overlaps),
+            overlapped=sum(each[name].overlapped for each in overlaps),
+        )
+        for name in DEFINITIONS
+    }

@@ -1,0 +1,230 @@
+"""How much communication computation hides, and how the time of one device divides."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import numpy as np
+
+from profiling.event import Event
+from profiling.intervals import Spans, difference, intersection, length, spans_of, union
+
+DEFINITIONS = ("transfer", "transfer+wait", "lanes")
+"""What counts as communication. "transfer": what moves data. "transfer+wait": barriers and notifications too. "lanes":
+all that runs on the lanes that mostly communicate, casts and layouts among it, against all that runs on the others."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Sides:
+    """What is weighed against each other on one device.
+
+    Attributes:
+      window: start and end of the time looked at.
+      communication, compute: ``[n, 2]`` disjoint intervals within it.
+    """
+
+    window: tuple[float, float]
+    communication: Spans
+    compute: Spans
+
+    def exposed(self, merge_gap_us: float = 0.0) -> Spans:
+        """``[n, 2]``: when the device communicates and does not compute, gaps in compute up to this long aside."""
+        return difference(self.communication, union(self.compute, merge_gap_us))
+
+
+@dataclasses.dataclass(frozen=True)
+class Overlap:
+    """How much communication is hidden behind computation, in microseconds.
+
+    Attributes:
+      definition: what counts as communication, one of `DEFINITIONS`.
+      merge_gap: gaps in compute up to this long count as compute, as between two kernels of one launch queue.
+      window: the time looked at; for several devices together the sum of theirs, as all that follows.
+      communication, compute: time with any of it.
+      overlapped: time with both, gaps merged.
+
+    >>> Overlap("transfer", 0.0, window=10.0, communication=4.0, compute=8.0, overlapped=3.0).ratio
+    0.75
+    """
+
+    definition: str
+    merge_gap: float
+    window: float
+    communication: float
+    compute: float
+    overlapped: float
+
+    @property
+    def exposed(self) -> float:
+        """Communication with no compute beside it."""
+        return self.communication - self.overlapped
+
+    @property
+    def ratio(self) -> float | None:
+        """Share of the communication that is hidden, None where there is none."""
+        return self.overlapped / self.communication if self.communication else None
+
+    @property
+    def exposed_share(self) -> float | None:
+        """Exposed communication as a share of the window, None where there is no communication."""
+        return self.exposed / self.window if self.communication else None
+
+    @property
+    def compute_under_communication(self) -> float | None:
+        """Share of compute that runs beside communication, None without compute or without communication."""
+        return self.overlapped / self.compute if self.compute and self.communication else None
+
+    @property
+    def serial(self) -> float:
+        """How long it would take one after the other."""
+        return self.communication + self.compute
+
+    @property
+    def speedup(self) -> float | None:
+        """One after the other, against the window; None where there is no communication."""
+        return self.serial / self.window if self.communication else None
+
+    @property
+    def ideal_speedup(self) -> float | None:
+        """The same if the shorter side were hidden entirely; None where there is no communication."""
+        return self.serial / max(self.communication, self.compute) if self.communication else None
+
+    @property
+    def efficiency(self) -> float | None:
+        """Share of the possible gain that was had, None where one side is missing.
+
+        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still.
+        """
+        gain = min(self.communication, self.compute)
+        return (self.serial - self.window) / gain if gain else None
+
+
+@dataclasses.dataclass(frozen=True)
+class Breakdown:
+    """How the time of a device divides, in microseconds.
+
+    Attributes:
+      window: the time looked at.
+      compute: time with compute, communication beside it or not.
+      noncompute: time with anything else and no compute.
+      idle: time with nothing.
+      gaps: into how many stretches the idle time falls, 0-length ones aside.
+      longest_gap: the longest of them.
+    """
+
+    window: float
+    compute: float
+    noncompute: float
+    idle: float
+    gaps: int
+    longest_gap: float
+
+    @property
+    def compute_bubble(self) -> float | None:
+        """Share of the window without compute; None without a window."""
+        return 1 - self.compute / self.window if self.window else None
+
+    @property
+    def device_idle(self) -> float | None:
+        """Share of the window in which the device does nothing at all; None without a window."""
+        return self.idle / self.window if self.window else None
+
+
+def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
+    """The lanes that transfer or wait more than half of the time that they are busy.
+
+    >>> communication_lanes([Event(0, "7", 0, 9, "gemm", group="compute"), Event(0, "27", 0, 9, "a", group="wait")])
+    ('27',)
+    """
+    busy: dict[str, float] = {}
+    communicating: dict[str, float] = {}
+    for event in events:
+        if event.group != "control":
+            busy[event.lane] = busy.get(event.lane, 0.0) + event.duration
+        if event.group in ("transfer", "wait"):
+            communicating[event.lane] = communicating.get(event.lane, 0.0) + event.duration
+    return tuple(sorted(lane for lane, time in communicating.items() if 2 * time > busy[lane]))
+
+
+def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[float, float] | None = None) -> Sides:
+    """What counts as communication and as compute on one device.
+
+    Args:
+      events: of one device, classified.
+      definition: one of `DEFINITIONS`.
+      window: start and end to look at; by default from the first start to the last end.
+
+    Raises:
+      ValueError: an unknown definition.
+    """
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition {definition!r}: choose one of {', '.join(DEFINITIONS)}")
+    if definition == "lanes":
+        chosen = communication_lanes(events)
+        communication = [event for event in events if event.lane in chosen and event.group != "control"]
+        compute = [event for event in events if event.lane not in chosen and event.group != "control"]
+    else:
+        groups = definition.split("+")
+        communication = [event for event in events if event.group in groups]
+        compute = [event for event in events if event.group == "compute"]
+    window = _window(events, window)
+    frame = np.array([window])
+    return Sides(window, intersection(spans_of(communication), frame), intersection(spans_of(compute), frame))
+
+
+def overlap(
+    events: Sequence[Event],
+    definition: str = "transfer",
+    merge_gap_us: float = 0.0,
+    window: tuple[float, float] | None = None,
+) -> Overlap:
+    """How much communication of one device is hidden; arguments as `sides`.
+
+    >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
+    >>> overlap([gemm, Event(0, "27", 5.0, 9.0, "dispatch", group="transfer")]).exposed
+    1.0
+    >>> overlap([gemm]).ratio is None
+    True
+    """
+    return overlap_of(sides(events, definition, window), definition, merge_gap_us)
+
+
+def overlap_of(of: Sides, definition: str, merge_gap_us: float = 0.0) -> Overlap:
+    """The same from the two sides."""
+    communication, compute = length(of.communication), length(of.compute)
+    overlapped = length(intersection(of.communication, union(of.compute, merge_gap_us)))
+    return Overlap(definition, merge_gap_us, of.window[1] - of.window[0], communication, compute, overlapped)
+
+
+def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None) -> Breakdown:
+    """How the time of one device divides.
+
+    Args:
+      events: of one device, classified.
+      window: start and end; by default from the first start to the last end.
+
+    >>> events = [Event(0, "7", 0.0, 6.0, "gemm", group="compute"), Event(0, "27", 5.0, 8.0, "a", group="transfer")]
+    >>> breakdown(events, window=(0.0, 10.0))
+    Breakdown(window=10.0, compute=6.0, noncompute=2.0, idle=2.0, gaps=1, longest_gap=2.0)
+    """
+    window = _window(events, window)
+    frame = np.array([window])
+    busy = intersection(spans_of(event for event in events if event.group != "control"), frame)
+    compute = length(intersection(spans_of(event for event in events if event.group == "compute"), frame))
+    idle = difference(frame, busy)
+    lengths = idle[:, 1] - idle[:, 0]
+    return Breakdown(
+        window=window[1] - window[0],
+        compute=compute,
+        noncompute=length(busy) - compute,
+        idle=length(idle),
+        gaps=len(idle),
+        longest_gap=float(lengths.max(initial=0.0)),
+    )
+
+
+def _window(events: Sequence[Event], window: tuple[float, float] | None) -> tuple[float, float]:
+    if window is not None:
+        return window
+    return min((event.start for event in events), default=0.0), max((event.end for event in events), default=0.0)
