@@ -67,10 +67,12 @@ def train(
     x = jax.eval_shape(model.run_embed, outer, ctx)
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True)
     _check_boundary(x, split.out[0], split.out[1])
+    with jax.named_scope("prepare"):
+        prepared = tuple(split.prepare(chunk) for chunk in chunks)
     step = Step(
         model=model,
         split=split,
-        prepared=tuple(split.prepare(chunk) for chunk in chunks),
+        prepared=prepared,
         outer=outer,
         batch=batch,
         weights=_mean_weights(model, batch, axes),
@@ -94,6 +96,12 @@ def train(
     )
     buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
 
+    with jax.named_scope("reduce"):
+        return _reduce(program, axes, spec_axes, params, buffers)
+
+
+def _reduce(program: Program, axes: Axes, spec_axes: Params, params: Params, buffers: Buffers) -> Any:
+    """What `train` returns, of what every rank has accumulated."""
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
     aux_loss = lax.psum(buffers.aux_loss, everywhere)
     losses = [value for value in (lax.psum(buffers.loss, everywhere), aux_loss) if value is not None]
@@ -172,6 +180,7 @@ def run_steps(
         branches = [run_one_by_one(branch, operation) for branch in program.branches]
     else:
         branches = [(run_branch(branch, operation),) for branch in program.branches]
+    branches = [tuple(map(jax.named_scope(f"branch_{i}"), functions)) for i, functions in enumerate(branches)]
     flags, _ = _patterns(program)
     exchanges = [(functools.partial(_exchange, program.channels, pattern, axis),) for pattern in flags]
 
@@ -210,7 +219,8 @@ def _dispatch(
 
     "switch" is one conditional between branches of one function each. XLA copies every carried buffer at a
     conditional (always on CPU, in some programs on GPU) but not at a loop, so the other ways run each function in a
-    loop of no or one trip.
+    loop of no or one trip. A barrier keeps the function in its loop: without it XLA takes out what does not change
+    from trip to trip, such as all products of a W, and runs that in every step.
     """
     if how == "switch":
         functions = [lambda carry, *_: carry, *(function for (function,) in branches[1:])]
@@ -218,13 +228,19 @@ def _dispatch(
     for i, functions in enumerate(branches[1:], start=1):
         trips = (index == i).astype(jnp.int32)
         for function in functions:
-            carry = lax.fori_loop(0, trips, lambda _, carry, run=function: run(carry, *operands), carry)
+            carry = lax.fori_loop(0, trips, functools.partial(_trip, function, operands), carry)
     return carry
+
+
+def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: Any) -> Any:
+    carry, operands, _ = lax.optimization_barrier((carry, operands, trip))
+    return function(carry, *operands)
 
 
 def _compute_params(schedule: Schedule, axes: Axes, dtype: Any, params: Params) -> tuple[tuple[Any, ...], Any]:
     """(every local chunk's parameters, outer parameters) in compute dtype."""
-    return working_copies(cast(params.stages, dtype), schedule, axes.pipeline), cast(params.outer, dtype)
+    with jax.named_scope("prepare"):
+        return working_copies(cast(params.stages, dtype), schedule, axes.pipeline), cast(params.outer, dtype)
 
 
 def _with_cast_input(model: Model, dtype: Any) -> Model:

@@ -226,20 +226,23 @@ def make_context(batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any)
 
 
 def run_branch(branch: Branch, operation: Callable[[Op, int], Operation]) -> Callable[[Buffers, jax.Array], Buffers]:
-    """The code of a branch: read all, compute all, write all."""
+    """The code of a branch: read all, compute all, write all; each under the scope of its action."""
     parts = [(op, operation(op, chunk)) for op, chunk in branch]
 
     def run(buffers: Buffers, rows: jax.Array) -> Buffers:
-        inputs = [part.read(buffers, rows[i]) for i, (_, part) in enumerate(parts)]
-        results = []
+        inputs, results = [], []
+        for i, (op, part) in enumerate(parts):
+            with jax.named_scope(op.value), jax.named_scope("read"):
+                inputs.append(part.read(buffers, rows[i]))
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], rows[i]))
         if len(parts) > 1:
             # One part writes a pool that the other reads. Without an order XLA would copy the whole pool.
             results, buffers = lax.optimization_barrier((results, buffers))
-        for i, (_, part) in enumerate(parts):
-            buffers = part.write(buffers, rows[i], results[i])
+        for i, (op, part) in enumerate(parts):
+            with jax.named_scope(op.value), jax.named_scope("write"):
+                buffers = part.write(buffers, rows[i], results[i])
         return buffers
 
     return run
