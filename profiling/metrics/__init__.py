@@ -8,6 +8,7 @@ from profiling.metrics.overlap import (
     Sides,
     breakdown,
     communication_lanes,
+    members,
     overlap,
     sides,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "layer_spans",
     "layers",
     "measure",
+    "members",
     "overlap",
     "phase_durations",
     "sides",

@@ -147,8 +147,24 @@ def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
     return tuple(sorted(lane for lane, time in communicating.items() if 2 * time > busy[lane]))
 
 
+def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list[Event], list[Event]]:
+    """The events of one device that count as communication, and those that count as compute.
+
+    Raises:
+      ValueError: an unknown definition.
+    """
+    if definition not in DEFINITIONS:
+        raise ValueError(f"definition {definition!r}: choose one of {', '.join(DEFINITIONS)}")
+    if definition == "lanes":
+        chosen = communication_lanes(events)
+        counted = [event for event in events if event.group != "control"]
+        return [e for e in counted if e.lane in chosen], [e for e in counted if e.lane not in chosen]
+    groups = definition.split("+")
+    return [e for e in events if e.group in groups], [e for e in events if e.group == "compute"]
+
+
 def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[float, float] | None = None) -> Sides:
-    """What counts as communication and as compute on one device.
+    """When one device communicates and when it computes.
 
     Args:
       events: of one device, classified.
@@ -158,16 +174,7 @@ def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[f
     Raises:
       ValueError: an unknown definition.
     """
-    if definition not in DEFINITIONS:
-        raise ValueError(f"definition {definition!r}: choose one of {', '.join(DEFINITIONS)}")
-    if definition == "lanes":
-        chosen = communication_lanes(events)
-        communication = [event for event in events if event.lane in chosen and event.group != "control"]
-        compute = [event for event in events if event.lane not in chosen and event.group != "control"]
-    else:
-        groups = definition.split("+")
-        communication = [event for event in events if event.group in groups]
-        compute = [event for event in events if event.group == "compute"]
+    communication, compute = members(events, definition)
     window = _window(events, window)
     frame = np.array([window])
     return Sides(window, intersection(spans_of(communication), frame), intersection(spans_of(compute), frame))

@@ -1,0 +1,124 @@
+"""Where communication is exposed: the longest stretches, what was on the wire, and what computation waited for it."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from profiling.event import Event, Trace
+from profiling.metrics import members, sides
+
+
+@dataclasses.dataclass(frozen=True)
+class ExposedSegment:
+    """A stretch in which a device communicates and does not compute.
+
+    Attributes:
+      device: its index.
+      start, end: in microseconds.
+      share: of all that is exposed on this device.
+      communication: the event that takes most of the stretch.
+      phases, kinds: of all communication in it, in the order of their starts.
+      next_compute: what starts next on the device; None if nothing follows.
+    """
+
+    device: int
+    start: float
+    end: float
+    share: float
+    communication: Event
+    phases: tuple[str, ...]
+    kinds: tuple[str, ...]
+    next_compute: Event | None
+
+    @property
+    def duration(self) -> float:
+        """Microseconds from start to end."""
+        return self.end - self.start
+
+    @property
+    def stalled(self) -> bool:
+        """Whether the next computation presumably had to wait for this communication.
+
+        It then starts when the communication has ended, and sooner after it than the stretch is long. Where it starts
+        while the communication still runs, something else was late: the host's launches, for instance.
+        """
+        following = self.next_compute
+        return (
+            following is not None
+            and self.communication.end <= following.start
+            and following.start - self.end < self.duration
+        )
+
+    @property
+    def reason(self) -> str:
+        """In words: what waits for what.
+
+        >>> dispatch = Event(0, "27", 0.0, 4.0, "a", phase="dispatch(B)", layer=3, group="transfer")
+        >>> attention = Event(0, "7", 4.0, 9.0, "b", phase="attn(B)", layer=3, group="compute")
+        >>> ExposedSegment(0, 2.0, 4.0, 1.0, dispatch, ("dispatch(B)",), (), attention).reason
+        'attn(B) of layer 3 waits for dispatch(B) of layer 3'
+        """
+        communication = _label(self.communication)
+        if self.next_compute is None:
+            return f"nothing follows {communication}"
+        if self.stalled:
+            return f"{_label(self.next_compute)} waits for {communication}"
+        return f"{_label(self.next_compute)} starts late, beside or after {communication}"
+
+
+def exposed_segments(
+    trace: Trace, top: int = 10, definition: str = "transfer+wait", merge_gap_us: float = 0.0
+) -> tuple[ExposedSegment, ...]:
+    """The longest stretches of exposed communication over all devices, the longest first.
+
+    Args:
+      trace: from any reader.
+      top: how many at most.
+      definition: what counts as communication, one of `profiling.metrics.DEFINITIONS`.
+      merge_gap_us: gaps in compute up to this long are not looked at.
+
+    Raises:
+      ValueError: an unknown definition, a negative number of stretches or gap.
+
+    >>> dispatch = Event(0, "27", 0.0, 4.0, "a", kind="dispatch", group="transfer")
+    >>> gemms = [Event(0, "7", start, start + 2.0, "b", kind="GEMM", group="compute") for start in (0.0, 4.0)]
+    >>> segment, = exposed_segments(Trace("", "simulated", (dispatch, *gemms)))
+    >>> segment.start, segment.end, segment.reason
+    (2.0, 4.0, 'GEMM waits for dispatch')
+    """
+    if top < 0:
+        raise ValueError(f"exposed_segments(top={top}): ask for a number of stretches that is not negative")
+    by_device: dict[int, list[Event]] = {}
+    for event in trace.events:
+        by_device.setdefault(event.device, []).append(event)
+    found: list[tuple[int, float, float, float]] = []
+    for device, events in by_device.items():
+        spans = sides(events, definition).exposed(merge_gap_us)
+        total = float((spans[:, 1] - spans[:, 0]).sum())
+        found += [(device, start, end, (end - start) / total) for start, end in spans.tolist()]
+    found.sort(key=lambda row: row[1] - row[2])
+    parts = {device: members(by_device[device], definition) for device in {row[0] for row in found[:top]}}
+    return tuple(_segment(device, start, end, share, *parts[device]) for device, start, end, share in found[:top])
+
+
+def _segment(
+    device: int, start: float, end: float, share: float, communication: list[Event], compute: list[Event]
+) -> ExposedSegment:
+    on_wire = sorted(
+        (event for event in communication if event.start < end and event.end > start), key=lambda event: event.start
+    )
+    return ExposedSegment(
+        device=device,
+        start=start,
+        end=end,
+        share=share,
+        communication=max(on_wire, key=lambda event: min(event.end, end) - max(event.start, start)),
+        phases=tuple(dict.fromkeys(event.phase for event in on_wire if event.phase)),
+        kinds=tuple(dict.fromkeys(event.kind for event in on_wire)),
+        next_compute=min((event for event in compute if event.start >= end), key=lambda e: e.start, default=None),
+    )
+
+
+def _label(event: Event) -> str:
+    layer = "" if event.layer is None else f" of layer {event.layer}"
+    return f"{event.phase or event.kind}{layer}"
