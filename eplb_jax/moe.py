@@ -189,7 +189,7 @@ def moe_layer(
             )
     rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
     if axis is None or devices == 1:
-        y, dropped = _local(params.experts, x, chosen, routing.weights, slots, rooms, config)
+        y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, rooms, config)
         if params.shared is not None:
             with jax.named_scope("shared_expert"):
                 y = y + shared_out(params.shared, shared_in(params.shared, x))
@@ -198,7 +198,7 @@ def moe_layer(
     return y, MoEStats(routing.loads, dropped, loss)
 
 
-def _local(
+def local_experts(
     experts: ExpertParams,
     x: jax.Array,
     slots: jax.Array,
@@ -207,7 +207,10 @@ def _local(
     rooms: Rooms,
     config: MoEConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [N, D] with slots and weights [N, k] through this device's experts; what found no room."""
+    """Tokens [N, D] with slots and weights [N, k] through this device's experts, and how many choices found no room.
+
+    The part of the layer behind the dispatch and before the combine; slots outside of 0 to num_slots - 1 are nobody's.
+    """
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, rooms.rows)
         rows = exchange.spread(x, found.moves)
@@ -246,7 +249,7 @@ def _remote(
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
     listed, heard = (array.reshape(-1, top_k) for array in message)
-    y, dropped = _local(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    y, dropped = local_experts(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):

@@ -30,6 +30,8 @@ class RouterConfig:
       scoring: "sigmoid", or "softmax" over all experts.
       normalise: whether a token's weights are divided by their sum.
       scale: what weights are multiplied by.
+      balanced: whether tokens go to experts in turn, whatever their scores, which then only weigh them. For measuring
+        speed, as in DeepSeek's published profiles; nothing is learnt so.
 
     Raises:
       ValueError: sizes that do not fit each other.
@@ -42,6 +44,7 @@ class RouterConfig:
     scoring: str = "sigmoid"
     normalise: bool = True
     scale: float = 2.5
+    balanced: bool = False
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -116,12 +119,7 @@ def route(
     if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != jnp.bool_):
         raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}: it must be bool {logits.shape[:1]}")
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, -1)
-    choice = jax.lax.stop_gradient(scores)
-    if bias is not None:
-        choice = choice + jax.lax.stop_gradient(bias).astype(choice.dtype)
-    if config.top_groups < config.num_groups:
-        choice = _keep_best_groups(choice, config)
-    chosen = jax.lax.top_k(choice, config.top_k)[1].astype(jnp.int32)
+    chosen = _in_turn(logits.shape[0], config) if config.balanced else _best(scores, bias, config)
     # A product with one-hot rows instead of a gather, whose transpose would be a scatter.
     hot = chosen[..., None] == jnp.arange(experts, dtype=jnp.int32)
     weights = jnp.where(hot, scores[:, None], 0).sum(-1)
@@ -132,6 +130,26 @@ def route(
         chosen = jnp.where(mask[:, None], chosen, -1)
         weights = jnp.where(mask[:, None], weights, 0)
     return Routing(chosen, weights, scores, count_tokens(chosen, experts))
+
+
+def _best(scores: jax.Array, bias: jax.Array | None, config: RouterConfig) -> jax.Array:
+    """Each token's experts by score plus bias."""
+    choice = jax.lax.stop_gradient(scores)
+    if bias is not None:
+        choice = choice + jax.lax.stop_gradient(bias).astype(choice.dtype)
+    if config.top_groups < config.num_groups:
+        choice = _keep_best_groups(choice, config)
+    return jax.lax.top_k(choice, config.top_k)[1].astype(jnp.int32)
+
+
+def _in_turn(tokens: int, config: RouterConfig) -> jax.Array:
+    """Each token's experts in turn, out of as many groups as the router would choose from."""
+    size = config.num_experts // config.num_groups
+    each = -(-config.top_k // config.top_groups)
+    token = jnp.arange(tokens, dtype=jnp.int32)[:, None]
+    place = jnp.arange(config.top_k, dtype=jnp.int32)
+    group = (token + place % config.top_groups * (config.num_groups // config.top_groups)) % config.num_groups
+    return group * size + (token // config.num_groups * each + place // config.top_groups) % size
 
 
 @jax.custom_vjp

@@ -64,6 +64,8 @@ LAYERS = [
     "profiling.write_chrome",
     "profiling.write_perfetto",
     "profiling.compare",
+    "profiling.table",
+    "profiling.report_tables",
     "profiling.report",
     "profiling.html",
     "profiling.workloads",

@@ -100,7 +100,7 @@ def outer_products(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, tile
                         pl.when(last > first)(lambda: ring.release(last - 1, tile, refs))
                         return values.astype(out_ref.dtype)
 
-                    values = pl.run_scoped(accumulate, ring.accumulator(tile))
+                    values = pl.run_scoped(accumulate, ring.accumulator(*tile.part))
 
                     def target(m, n, rows):
                         high = pl.ds(pl.multiple_of(row + first_row + m, ring.CHUNK), rows)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -12,36 +13,66 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.grouped_gemm import ring
-from eplb_jax.grouped_gemm.layout import round_up
-from eplb_jax.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.grouped_gemm.layout import ALIGN
+from eplb_jax.grouped_gemm.ring import CHUNK, CONSUMERS, Tile
 
 
-def row_tiles(group_sizes: jax.Array, num_rows: int, height: int) -> tuple[jax.Array, ...]:
-    """The row tiles of all groups, one group after the other, each from the group's first row on.
+def deal(
+    size_of: Any, groups: int, column_tiles: int, worker: jax.Array, workers: int, tile: Tile, work: Callable[..., None]
+) -> jax.Array:
+    """Goes through a worker's share of the output tiles, group after group, which keeps the workers near each other.
+
+    A group's rows are divided into tiles from its first row on. One with at most half the rows takes about half the
+    time, so high and low tiles are dealt out apart, the low ones from the last worker on: all get as many of either.
 
     Args:
-      group_sizes: rows of each group; int32.
-      num_rows: rows altogether, which bound the number of tiles.
-      height: rows of a tile.
+      size_of: rows of each group; int32, in memory.
+      groups: how many groups there are.
+      column_tiles: tiles side by side.
+      worker: which share.
+      workers: how many shares.
+      tile: the division of the work.
+      work: called with the number of tiles before this one, its group, its first row, how many of its rows the group
+        has, and its column tile.
 
     Returns:
-      Of each tile its group, its first row, and how many of its rows the group has; of each group its first tile.
-
-    >>> [x.tolist() for x in row_tiles(jnp.array([65, 0, 3]), 80, 64)]
-    [[0, 0, 2, 0], [0, 64, 72, 0], [64, 1, 3, 0], [0, 2, 2]]
+      How many tiles there were.
     """
-    # XLA makes two small kernels of this, one for each axis that is summed over; its cumsum and gathers would be more.
-    order = jnp.arange(group_sizes.shape[0], dtype=jnp.int32)
-    tiles = (group_sizes + (height - 1)) // height
-    before = order < order[:, None]
-    first = jnp.where(before, tiles, 0).sum(1, dtype=jnp.int32)
-    start = jnp.where(before, round_up(group_sizes), 0).sum(1, dtype=jnp.int32)
-    index = jnp.arange(-(-num_rows // height) + group_sizes.shape[0] - 1, dtype=jnp.int32)[:, None]
-    inside = (index >= first) & (index < first + tiles)
-    offset = (index - first) * height
-    columns = order, start + offset, jnp.minimum(group_sizes - offset, height)
-    group, row, valid = (jnp.where(inside, column, 0).sum(1, dtype=jnp.int32) for column in columns)
-    return group, row, valid, first
+    half = tile.m // 2 if tile.m > CHUNK else 0
+
+    def share(count, dealt, first):
+        """The first of `count` tiles that is the worker's, if `dealt` were dealt out before, and how many are."""
+        start = lax.rem(first + (workers - lax.rem(dealt, jnp.int32(workers))), jnp.int32(workers))
+        return start, lax.div(count - start + (workers - 1), jnp.int32(workers))
+
+    def go_through(group, carry):
+        turn, first_row, dealt_high, dealt_low, size = carry
+        next_size = size_of[jnp.minimum(group + 1, groups - 1)]  # early, as it takes long
+        high = lax.div(size + (tile.m - half - 1), jnp.int32(tile.m))
+        cut = jnp.minimum(high, jnp.where(group == groups - 1, tile.cut, 0)) if half else 0
+        high -= cut
+        rest = size - high * tile.m
+        low = lax.div(jnp.maximum(rest, 0) + (half - 1), jnp.int32(half)) if half else jnp.int32(0)
+        start_high, mine_high = share(high * column_tiles, dealt_high, worker)
+        start_low, mine_low = share(low * column_tiles, dealt_low, workers - 1 - worker)
+
+        def one(number, _):
+            is_high = number < mine_high
+            index = jnp.where(
+                is_high, start_high + number * workers, start_low + (number - mine_high) * workers
+            )
+            row_tile, column_tile = ring.snake(index, jnp.where(is_high, high, low), column_tiles, tile.width)
+            offset = jnp.where(is_high, row_tile * tile.m, high * tile.m + row_tile * half)
+            valid = jnp.minimum(size - offset, jnp.where(is_high, tile.m, half))
+            work(turn + number, group, first_row + offset, valid, column_tile)
+
+        lax.fori_loop(jnp.int32(0), mine_high + mine_low, one, None)
+        rounded = (size + (ALIGN - 1)) & -ALIGN
+        dealt = dealt_high + high * column_tiles, dealt_low + low * column_tiles
+        return turn + mine_high + mine_low, first_row + rounded, *dealt, next_size
+
+    zero = jnp.int32(0)
+    return lax.fori_loop(zero, jnp.int32(groups), go_through, (zero, zero, zero, zero, size_of[0]))[0]
 
 
 def rows_times_matrices(
@@ -56,90 +87,102 @@ def rows_times_matrices(
     workers = cores // tile.cluster
     part_rows, part_columns = tile.part
 
-    def body(group_of, row_of, valid_of, first_of, size_of, lhs_ref, rhs_ref, out_ref):
+    def body(size_of, lhs_ref, rhs_ref, out_ref):
         def scoped(**refs):
             warpgroup = lax.axis_index("warpgroup")
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
-            row_tiles = first_of[groups - 1] + lax.div(size_of[groups - 1] + (tile.m - 1), jnp.int32(tile.m))
+            go_through = functools.partial(deal, size_of, groups, column_tiles, worker, workers, tile)
 
-            def look_up(index):
-                row_tile, column_tile = ring.snake(index, row_tiles, column_tiles, tile.width)
-                column = (column_tile * tile.cluster + pair) * tile.n
-                return group_of[row_tile], row_of[row_tile], valid_of[row_tile], column
-
-            turns = functools.partial(ring.turns, row_tiles * column_tiles, worker, workers, look_up)
+            def first_column(column_tile):
+                return (column_tile * tile.cluster + pair) * tile.n
 
             @pl.when(warpgroup == CONSUMERS)
             def _():
                 plgpu.set_max_registers(40, action="decrease")
 
-                def load_tile(begin, turn, group, row, valid, column):
+                def load_tile(turn, group, row, valid, column_tile):
                     matrix = rhs_ref.at[group]
-                    high = pl.ds(pl.multiple_of(row, 8), tile.m)
-                    wide = pl.ds(pl.multiple_of(column, tile.n), tile.n)
+                    wide = pl.ds(pl.multiple_of(first_column(column_tile), tile.n), tile.n)
 
-                    def load(k, _):
-                        deep = pl.ds(k * tile.k, tile.k)
-                        b = matrix.at[wide, deep] if transpose_rhs else matrix.at[deep, wide]
-                        ring.fill(begin + k, turn, tile, refs, lhs_ref.at[high, deep], b)
+                    def load(height):
+                        high = pl.ds(pl.multiple_of(row, ALIGN), height)
 
-                    lax.fori_loop(jnp.int32(0), jnp.int32(steps), load, None)
-                    return begin + steps
+                        def load_step(k, _):
+                            deep = pl.ds(k * tile.k, tile.k)
+                            b = matrix.at[wide, deep] if transpose_rhs else matrix.at[deep, wide]
+                            ring.fill(turn * steps + k, turn, tile, refs, lhs_ref.at[high, deep], b)
 
-                ring.drain(turns(load_tile, jnp.int32(0)), tile, refs)
+                        lax.fori_loop(jnp.int32(0), jnp.int32(steps), load_step, None)
+
+                    by_height(valid, tile.m, load)
+
+                ring.drain(go_through(load_tile) * steps, tile, refs)
 
             @pl.when(warpgroup < CONSUMERS)
             def _():
                 plgpu.set_max_registers(232, action="increase")
-                first_row, first_column = tile.corner(warpgroup)
+                corner_column = tile.corner(warpgroup)[1]
 
-                def operands(slot):
-                    a = ring.cut(refs["a_ring"].at[slot], 0, first_row, part_rows)
-                    b = ring.cut(refs["b_ring"].at[slot], 0 if transpose_rhs else 1, first_column, part_columns)
-                    return a, (b.transpose((1, 0)) if transpose_rhs else b)
+                def compute_tile(turn, group, row, valid, column_tile):
+                    begin = turn * steps
+                    # The warpgroups divide between them the rows that there are, or rather the pieces of CHUNK rows.
+                    share = jnp.where(valid <= tile.m // 2, max(part_rows // 2, CHUNK), part_rows)
+                    corner_row = pl.multiple_of(warpgroup * share, CHUNK) if tile.split == "m" else 0
 
-                def multiply(begin, turn, row, valid, column):
-                    def accumulate(acc):
-                        ring.multiply(acc, begin, begin, begin + steps, turn, tile, refs, operands)
-                        values = acc[...]
-                        ring.release(begin + steps - 1, tile, refs)
-                        return values.astype(out_ref.dtype)
+                    def multiply(rows):
+                        def operands(slot):
+                            a = ring.cut(refs["a_ring"].at[slot], 0, corner_row, rows)
+                            b = refs["b_ring"].at[slot]
+                            b = ring.cut(b, 0 if transpose_rhs else 1, corner_column, part_columns)
+                            return a, (b.transpose((1, 0)) if transpose_rhs else b)
 
-                    values = pl.run_scoped(accumulate, ring.accumulator(tile))
+                        def accumulate(acc):
+                            ring.multiply(acc, begin, begin, begin + steps, turn, tile, refs, operands)
+                            values = acc[...]
+                            ring.release(begin + steps - 1, tile, refs)
+                            return values.astype(out_ref.dtype)
 
-                    def target(m, n, rows):
-                        high = pl.ds(pl.multiple_of(row + first_row + m, 8), rows)
-                        wide = pl.multiple_of(column + first_column + n, ring.CHUNK)
-                        return out_ref.at[high, pl.ds(wide, ring.CHUNK)]
+                        values = pl.run_scoped(accumulate, ring.accumulator(rows, part_columns))
 
-                    ring.store(values, valid, tile, refs, warpgroup, target)
+                        def target(m, n, rows):
+                            high = pl.ds(pl.multiple_of(row + corner_row + m, ALIGN), rows)
+                            wide = pl.multiple_of(first_column(column_tile) + corner_column + n, CHUNK)
+                            return out_ref.at[high, pl.ds(wide, CHUNK)]
 
-                def pass_by(begin, turn):
-                    """None of this warpgroup's rows are the group's: it only lets the slots go."""
+                        ring.store(values, valid - corner_row, tile, refs, warpgroup, target)
 
-                    def skip(step, _):
-                        plgpu.barrier_wait(ring.filled(step, turn, tile, refs))
-                        ring.release(step, tile, refs)
+                    def pass_by():
+                        """None of this warpgroup's rows are the group's: it only lets the slots go."""
 
-                    lax.fori_loop(begin, begin + steps, skip, None)
+                        def skip(step, _):
+                            plgpu.barrier_wait(ring.filled(step, turn, tile, refs))
+                            ring.release(step, tile, refs)
 
-                def compute_tile(begin, turn, group, row, valid, column):
+                        lax.fori_loop(begin, begin + steps, skip, None)
+
                     if tile.sharers == 1:
                         mine = ring.owner(turn, tile) == warpgroup
-                        pl.when(mine)(lambda: multiply(begin, turn, row, valid, column))
+                        pl.when(mine)(lambda: by_height(valid, part_rows, multiply))
                     elif tile.split == "n":
-                        multiply(begin, turn, row, valid, column)
+                        by_height(valid, part_rows, multiply)
                     else:
-                        pl.when(valid > first_row)(lambda: multiply(begin, turn, row, valid - first_row, column))
-                        pl.when(valid <= first_row)(lambda: pass_by(begin, turn))
-                    return begin + steps
+                        pl.when(valid > corner_row)(lambda: by_height(valid - corner_row, part_rows, multiply))
+                        pl.when(valid <= corner_row)(pass_by)
 
-                turns(compute_tile, jnp.int32(0))
+                go_through(compute_tile)
                 plgpu.wait_smem_to_gmem(0)
 
         b_shape = (tile.n, tile.k) if transpose_rhs else (tile.k, tile.n)
         pl.run_scoped(scoped, **ring.scratch(tile, (tile.m, tile.k), b_shape, lhs.dtype), collective_axes="warpgroup")
 
     out: Any = jax.ShapeDtypeStruct((num_rows, columns), lhs.dtype)
-    tables = *row_tiles(group_sizes, num_rows, tile.m), group_sizes
-    return ring.launch(body, "grouped_rows", tile, cores, out, *tables, lhs, rhs)
+    return ring.launch(body, "grouped_rows", tile, cores, out, group_sizes, lhs, rhs)
+
+
+def by_height(valid: jax.Array, most: int, work: Callable[[int], None]) -> None:
+    """Calls ``work`` with the fewest rows that hold the valid ones: `most`, or its half or quarter from CHUNK on."""
+    if most <= CHUNK:
+        work(most)
+        return
+    pl.when(valid > most // 2)(lambda: work(most))
+    pl.when(valid <= most // 2)(lambda: by_height(valid, most // 2, work))

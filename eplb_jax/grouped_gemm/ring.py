@@ -44,6 +44,7 @@ class Tile:
     split: str = "m"
     cluster: int = 1
     width: int = 8
+    cut: int = 0
 
     @property
     def part(self) -> tuple[int, int]:
@@ -69,9 +70,9 @@ def swizzled(*shape: int, dtype: Any) -> Any:
     return plgpu.SMEM(shape, dtype, transforms=(plgpu.TilingTransform((8, CHUNK)), plgpu.SwizzleTransform(128)))
 
 
-def accumulator(tile: Tile) -> Any:
+def accumulator(rows: int, columns: int) -> Any:
     """Registers for one warpgroup's part of an output tile, zero at first."""
-    return plgpu.ACC(tile.part, jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
+    return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def scratch(tile: Tile, a_shape: tuple[int, int], b_shape: tuple[int, int], dtype: Any) -> dict[str, Any]:
@@ -128,7 +129,7 @@ def filled(step: jax.Array, turn: jax.Array, tile: Tile, refs: Any) -> Any:
 
 
 def fill(step: jax.Array, turn: jax.Array, tile: Tile, refs: Any, a_source: Any, b_source: Any) -> None:
-    """Copies the operands of one step into its slot, as soon as the warpgroups have left it."""
+    """Copies the operands of one step into its slot, as soon as the warpgroups have left it; maybe not all its rows."""
     slot = slot_of(step, tile)
     barrier = filled(step, turn, tile, refs)
 
@@ -137,7 +138,10 @@ def fill(step: jax.Array, turn: jax.Array, tile: Tile, refs: Any, a_source: Any,
         plgpu.barrier_wait(refs["free"].at[slot])
 
     common = "pair" if tile.cluster > 1 else None
-    plgpu.copy_gmem_to_smem(a_source, refs["a_ring"].at[slot], barrier, collective_axes=common)
+    a_slot = refs["a_ring"].at[slot]
+    if a_source.shape != a_slot.shape:
+        a_slot = a_slot.at[: a_source.shape[0]]
+    plgpu.copy_gmem_to_smem(a_source, a_slot, barrier, collective_axes=common)
     plgpu.copy_gmem_to_smem(b_source, refs["b_ring"].at[slot], barrier)
 
 
@@ -182,7 +186,7 @@ def store(values: jax.Array, valid: jax.Array | None, tile: Tile, refs: Any, con
       consumer: the warpgroup.
       target: gives the destination of `rows` rows and CHUNK columns, from its first row and column within the part.
     """
-    rows, columns = tile.part
+    rows, columns = values.shape
     plgpu.wait_smem_to_gmem(0, wait_read_only=True)
     pieces = [(m, n) for m in range(0, rows, CHUNK) for n in range(0, columns, CHUNK)]
     for number, (m, n) in enumerate(pieces):

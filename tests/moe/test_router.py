@@ -213,3 +213,18 @@ def test_update_bias_by_hand():
     assert bias.tolist() == [0.25, 0.25, -1.0, 0.0]
     assert bias.dtype == jnp.float32
     assert update_bias(jnp.zeros(2), jnp.array([0.5, 0.25])).tolist() == pytest.approx([-1e-3, 1e-3])
+
+
+@pytest.mark.parametrize("config", [RouterConfig(balanced=True), RouterConfig(16, 3, 4, 2, balanced=True)])
+def test_balanced_choices_are_distinct_equal_in_number_and_of_few_groups(config):
+    tokens = 4 * config.num_experts
+    logits = jax.random.normal(jax.random.key(0), (tokens, config.num_experts))
+    routing = route(logits, config)
+    experts = np.asarray(routing.experts)
+    assert all(len(set(row)) == config.top_k for row in experts.tolist())
+    groups = experts // (config.num_experts // config.num_groups)
+    assert max(len(set(row)) for row in groups.tolist()) <= config.top_groups
+    if config.top_k % config.top_groups == 0:
+        assert set(np.asarray(routing.loads).tolist()) == {tokens * config.top_k // config.num_experts}
+    by_score = np.take_along_axis(np.asarray(routing.scores), experts, 1)
+    np.testing.assert_allclose(routing.weights, by_score / by_score.sum(1, keepdims=True) * config.scale, rtol=1e-6)

@@ -1,0 +1,128 @@
+"""Which microbatch and which pipeline rank the events of a jaxpipe step belong to.
+
+A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
+runs its branches in the order of that table: the n-th time that a rank runs an operation of a branch is the n-th time
+that the branch stands in the rank's column.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpipe.runtime.program import Field, Program
+from profiling.event import Event, Trace
+from profiling.scopes import action_of, place
+
+MOST_UNPLACED = 0.05
+"""Share of the time in branches that may be of operations that the compiler took out of them, and ran once a step."""
+
+
+def pipeline_ranks(mesh: Mesh, axis: str = "pp") -> dict[int, int]:
+    """``{device id: index on the pipeline axis}``.
+
+    Raises:
+      ValueError: the mesh has no such axis.
+    """
+    if axis not in mesh.axis_names:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}, not {axis!r}: name the pipeline axis")
+    position = mesh.axis_names.index(axis)
+    return {device.id: index[position] for index, device in np.ndenumerate(mesh.devices)}
+
+
+def attribute(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
+    """The trace with the microbatch of every event of an action, and the pipeline rank of every device.
+
+    Args:
+      trace: of whole steps of one pipeline, read with its scopes.
+      program: of the pipeline, `jaxpipe.api.Pipeline.program`.
+      ranks: pipeline rank of each device; see `pipeline_ranks`.
+      steps: how many steps the trace holds.
+
+    Returns:
+      The trace; where a stage scans over its layers, each trip's events get the trip as their layer if none is named.
+
+    Raises:
+      ValueError: operations did not run a whole number of times in each of their branch's actions, for more than 5% of
+        the time: the trace is of another program, not of whole steps, or of another number of steps.
+    """
+    events = list(trace.events)
+    for run in _runs(trace, program, ranks, steps):
+        event = events[run.index]
+        kinds = [op.value for op, _ in program.branches[run.branch]]
+        action = action_of(event.phase)
+        if action in kinds:
+            operands = program.operands[run.row, ranks[event.device], kinds.index(action)]
+            layer = run.trip if event.layer is None and run.trips > 1 else event.layer
+            events[run.index] = dataclasses.replace(event, microbatch=int(operands[Field.MICROBATCH]), layer=layer)
+    return dataclasses.replace(trace, events=tuple(events), ranks=dict(ranks))
+
+
+def group_actions(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
+    """One event for every group of actions that a device ran, from its first operation's start to its last one's end.
+
+    This is a measured timeline as fine as a simulated one: see `profiling.read_timeline`. Arguments and errors are
+    those of `attribute`; the events' phase is the group's kinds, "F", "FB".
+    """
+    spans: dict[tuple[int, int, int], list[float]] = {}
+    branches: dict[tuple[int, int, int], int] = {}
+    for run in _runs(trace, program, ranks, steps):
+        event = trace.events[run.index]
+        key = (event.device, run.step, run.row)
+        start, end = spans.get(key, (event.start, event.end))
+        spans[key] = [min(start, event.start), max(end, event.end)]
+        branches[key] = run.branch
+    events = []
+    for key, (start, end) in spans.items():
+        device, _, row = key
+        phase = "".join(op.value for op, _ in program.branches[branches[key]])
+        microbatch = int(program.operands[row, ranks[device], 0][Field.MICROBATCH])
+        events.append(
+            Event(
+                device, "compute", start, end, phase, kind="action", group="compute", phase=phase, microbatch=microbatch
+            )
+        )
+    events.sort(key=lambda event: (event.start, event.end))
+    return dataclasses.replace(trace, title=f"{trace.title}: actions", events=tuple(events), ranks=dict(ranks))
+
+
+class _Run(NamedTuple):
+    """One run of one operation: which event of the trace it is, and where in the program's tables it stands."""
+
+    index: int
+    branch: int
+    step: int
+    row: int
+    trip: int
+    trips: int
+
+
+def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_Run]:
+    operations: dict[tuple[int, str, int], list[int]] = collections.defaultdict(list)
+    for i, event in enumerate(trace.events):
+        branch = place(event.scope).branch
+        if branch is not None and event.hlo_op and event.device in ranks:
+            operations[event.device, event.hlo_op, branch].append(i)
+    total = unplaced = 0.0
+    for (device, _, branch), indices in operations.items():
+        rows = np.flatnonzero(program.branch[:, ranks[device]] == branch) if branch < len(program.branches) else []
+        time = sum(trace.events[i].duration for i in indices)
+        total += time
+        if not len(rows) or len(indices) % (len(rows) * steps):
+            unplaced += time
+            continue
+        trips = len(indices) // (len(rows) * steps)
+        for n, i in enumerate(indices):
+            run, trip = divmod(n, trips)
+            step, row = divmod(run, len(rows))
+            yield _Run(i, branch, step, int(rows[row]), trip, trips)
+    if unplaced > MOST_UNPLACED * total:
+        raise ValueError(
+            f"operations with {unplaced / total:.0%} of the time in the program's branches did not run a whole number "
+            f"of times per action in {steps} steps: give the trace's own program, whole steps, and how many they are"
+        )

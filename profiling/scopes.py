@@ -1,0 +1,86 @@
+"""From the path of named scopes that an operation was traced under to the part of the step that it belongs to."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import NamedTuple
+
+ACTIONS = ("F", "B", "I", "W", "E", "H", "G", "send", "prepare", "reduce", "update")
+"""Scopes that name what a pipeline rank does: jaxpipe's actions and model ends, its messages, what it does once a step,
+and, by agreement, the optimizer's update."""
+
+PARTS: Mapping[str, str] = {
+    "attention": "attn",
+    "attn": "attn",
+    "mlp": "mlp",
+    "router": "mlp",
+    "shared_expert": "mlp",
+    "permute": "mlp",
+    "experts": "mlp",
+    "unpermute": "mlp",
+    "dispatch": "dispatch",
+    "combine": "combine",
+}
+"""Parts of a layer by the scope's name, as DeepSeek's traces divide one."""
+
+_COMPONENT = re.compile(r"(?:[^/()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+")
+_LAYER = re.compile(r"(?:layer|layers|block|blocks)_?(\d+)")
+_MICROBATCH = re.compile(r"microbatch_(\d+)")
+_BRANCH = re.compile(r"branch_(\d+)")
+
+
+class Place(NamedTuple):
+    """Where in a step an operation stands.
+
+    Attributes:
+      phase: "attn(F)": the part and the action; the action alone outside of every part, "other" outside of actions.
+      layer: its index; None outside of layers.
+      microbatch: its index, where a scope names it; None elsewhere.
+      branch: of jaxpipe's program; None outside.
+    """
+
+    phase: str
+    layer: int | None
+    microbatch: int | None
+    branch: int | None
+
+
+def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
+    """The place that a scope names; of several layers or actions the outermost, of several parts the innermost.
+
+    Without an action's scope, operations under `jax.grad` are F or B by how jax marks them.
+
+    >>> place("jit(step)/shard_map/while/body/branch_2/W/transpose(jvp(layer_3))/attention/dot_general")
+    Place(phase='attn(W)', layer=3, microbatch=None, branch=2)
+    >>> place("jit(step)/transpose(jvp(layer_0))/mlp/add").phase, place("jit(step)/broadcast").phase, place("").phase
+    ('mlp(B)', 'other', '')
+    """
+    if not scope:
+        return Place("", None, None, None)
+    action = part = None
+    indices: dict[re.Pattern[str], int] = {}
+    for component in _COMPONENT.findall(scope):
+        name = component
+        while (inner := re.fullmatch(r"(\w+)\((.*)\)", name)) and inner[1] not in ("jit", "pjit"):
+            name = inner[2]
+        if action is None and name in ACTIONS:
+            action = name
+        for pattern in (_LAYER, _MICROBATCH, _BRANCH):
+            if found := pattern.fullmatch(name):
+                indices.setdefault(pattern, int(found[1]))
+        part = parts.get(name, part)
+    if action is None and "jvp(" in scope:
+        action = "B" if "transpose(" in scope else "F"
+    phase = f"{part}({action})" if part and action else action or part or "other"
+    return Place(phase, indices.get(_LAYER), indices.get(_MICROBATCH), indices.get(_BRANCH))
+
+
+def action_of(phase: str) -> str:
+    """The action of a phase.
+
+    >>> action_of("attn(F)"), action_of("W")
+    ('F', 'W')
+    """
+    found = re.fullmatch(r".*\((\w+)\)", phase)
+    return found[1] if found else phase

@@ -1,0 +1,84 @@
+"""Protocol buffers' wire format, as much of it as reading a profile's embedded modules takes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+
+def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
+    """The integer that begins at a position, and the position behind it.
+
+    >>> varint(bytes([0xAC, 0x02]), 0)
+    (300, 2)
+    """
+    value = shift = 0
+    while True:
+        byte = data[at]
+        at += 1
+        value |= (byte & 127) << shift
+        if byte < 128:
+            return value, at
+        shift += 7
+
+
+def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
+    """(number, value) of every field of a message: integers as int, all else as the bytes it stands in.
+
+    Raises:
+      ValueError: the data are no message.
+    """
+    data = memoryview(data)
+    at = 0
+    try:
+        while at < len(data):
+            key, at = varint(data, at)
+            wire_type = key & 7
+            if wire_type == 0:
+                value, at = varint(data, at)
+                yield key >> 3, value
+                continue
+            if wire_type == 2:
+                length, at = varint(data, at)
+            elif wire_type in (1, 5):
+                length = 8 if wire_type == 1 else 4
+            else:
+                raise ValueError(f"wire type {wire_type} at byte {at}: this is no protocol buffer message")
+            if at + length > len(data):
+                raise ValueError(f"a field of {length} bytes at byte {at} of {len(data)}: the message is cut off")
+            yield key >> 3, data[at : at + length]
+            at += length
+    except IndexError:
+        raise ValueError(f"the message of {len(data)} bytes is cut off") from None
+
+
+def messages(data: bytes | memoryview, number: int) -> list[memoryview]:
+    """Every occurrence of a field that holds messages or text."""
+    return [value for found, value in fields(data) if found == number and isinstance(value, memoryview)]
+
+
+def text(data: bytes | memoryview, number: int) -> str:
+    """The last occurrence of a text field; "" without one."""
+    found = messages(data, number)
+    return bytes(found[-1]).decode() if found else ""
+
+
+def integer(data: bytes | memoryview, number: int) -> int:
+    """The last occurrence of an integer field; 0 without one, as the format has it."""
+    found = [value for at, value in fields(data) if at == number and isinstance(value, int)]
+    return found[-1] if found else 0
+
+
+def integers(data: bytes | memoryview, number: int) -> list[int]:
+    """A repeated integer field, packed or not."""
+    found: list[int] = []
+    for at, value in fields(data):
+        if at != number:
+            continue
+        if isinstance(value, int):
+            found.append(value)
+            continue
+        position = 0
+        while position < len(value):
+            one, position = varint(value, position)
+            found.append(one)
+    return found

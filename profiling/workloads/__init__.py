@@ -1,0 +1,5 @@
+"""DeepSeek's three published workloads as JAX programs: training, prefill, decode."""
+
+from profiling.workloads.sizes import SIZES, Sizes
+
+__all__ = ["SIZES", "Sizes"]

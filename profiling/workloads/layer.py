@@ -1,0 +1,126 @@
+"""One layer of the workloads' model, and its parameters on a mesh.
+
+Shapes: T tokens of a device, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Float, Int
+
+from eplb_jax.dispatch import make_rooms
+from eplb_jax.experts import shared_in, shared_out
+from eplb_jax.moe import MoEParams, init_moe, local_experts, moe_layer, param_specs
+from eplb_jax.router import RouterConfig, route, router_logits
+from profiling.workloads.attention import AttentionParams, init_attention, rms_norm
+from profiling.workloads.sizes import Sizes
+
+AXIS = "ep"
+
+
+class LayerParams(NamedTuple):
+    """Of one layer; experts by slot."""
+
+    attention: AttentionParams
+    moe: MoEParams
+
+
+def init_layers(
+    key: jax.Array, sizes: Sizes, workload: str, mesh: Mesh, dtype: jax.typing.DTypeLike
+) -> tuple[LayerParams, ...]:
+    """All layers' parameters on a mesh: every expert, or on one device those that it would hold of them.
+
+    Raises:
+      ValueError: the mesh has more axes than `AXIS`; the experts are to be spread over fewer devices than it has.
+    """
+    spread, devices = sizes.expert_parallel[workload], mesh.devices.size
+    if mesh.axis_names != (AXIS,):
+        raise ValueError(f"the mesh has axes {mesh.axis_names}: a workload runs on one, {AXIS!r}")
+    if devices > spread or spread % devices:
+        raise ValueError(
+            f"{devices} devices: {workload} spreads its experts over {spread}; take a number of devices that divides it"
+        )
+    experts = sizes.moe.router.num_experts
+    held = experts // spread if devices == 1 else experts
+    routed = dataclasses.replace(sizes.moe, router=RouterConfig(held, 1, 1, 1))
+
+    def layer(key: jax.Array) -> LayerParams:
+        keys = jax.random.split(key, 3)
+        moe = init_moe(keys[0], routed, dtype)
+        router = jax.random.normal(keys[1], (sizes.width, experts), moe.router.dtype) * sizes.width**-0.5
+        moe = moe._replace(router=router, bias=jnp.zeros(experts, router.dtype))
+        return LayerParams(init_attention(keys[2], sizes, dtype), moe)
+
+    placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layer_specs(sizes)[0])
+    return tuple(jax.jit(layer, out_shardings=placed)(key) for key in jax.random.split(key, sizes.layers))
+
+
+def layer_specs(sizes: Sizes) -> tuple[LayerParams, ...]:
+    """How the parameters of `init_layers` lie on a mesh: experts over `AXIS`, all else whole."""
+    whole: Any = P()
+    return tuple(
+        LayerParams(AttentionParams(*(whole,) * len(AttentionParams._fields)), param_specs(sizes.moe, AXIS))
+        for _ in range(sizes.layers)
+    )
+
+
+def apply_layer(
+    params: LayerParams,
+    x: Float[Array, "T D"],
+    sizes: Sizes,
+    attention: Callable[[AttentionParams, jax.Array], tuple[jax.Array, Any]],
+) -> tuple[Float[Array, "T D"], Any, Int[Array, ""]]:
+    """Tokens of this device through one layer; within `jax.shard_map` over `AXIS`.
+
+    Args:
+      params: of the layer; this device's experts.
+      x: its tokens.
+      sizes: of the model.
+      attention: of a layer, (params, normalised tokens) -> (tokens, what else it has to tell).
+
+    Returns:
+      The tokens, what else the attention told, and how many choices of experts found no room.
+    """
+    with jax.named_scope("attention"):
+        y, told = attention(params.attention, rms_norm(x))
+        x = x + y
+    with jax.named_scope("mlp"):
+        tokens = rms_norm(x)
+    if jax.lax.axis_size(AXIS) == 1:
+        y, dropped = _apply_alone(params.moe, tokens, sizes)
+    else:
+        y, stats = moe_layer(params.moe, tokens, sizes.moe, axis=AXIS)
+        dropped = stats.dropped
+    with jax.named_scope("mlp"):
+        return x + y, told, dropped
+
+
+def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
+    """One device of many, without the others: its experts get as many rows as all devices together would send it.
+
+    Tokens of this device stand for those of the others. Their choices among all experts are dealt to those held here,
+    so that each gets what balanced routing gives it.
+    """
+    config = sizes.moe
+    held = params.experts.w_in.shape[0]
+    with jax.named_scope("router"):
+        routing = route(router_logits(x, params.router), config.router, bias=params.bias)
+    rooms = make_rooms(x.shape[0], config.router.top_k, 1, held, None)
+    rooms = rooms._replace(rows=_rows(x.shape[0], sizes, held))
+    y, dropped = local_experts(params.experts, x, routing.experts % held, routing.weights, held, rooms, config)
+    if params.shared is None:
+        return y, dropped
+    with jax.named_scope("shared_expert"):
+        return y + shared_out(params.shared, shared_in(params.shared, x)), dropped
+
+
+def _rows(tokens: int, sizes: Sizes, held: int) -> int:
+    """Rows for choices of experts that may repeat a device's expert: all of them, and gaps."""
+    return make_rooms(tokens * sizes.moe.router.top_k, 1, 1, held, None).rows

@@ -1,0 +1,90 @@
+"""How large a workload is."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from eplb_jax.moe import MoEConfig
+from eplb_jax.router import RouterConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class Sizes:
+    """A model of equal layers, multi-head latent attention and a mixture of experts each, and what runs through it.
+
+    Attributes:
+      layers: of the model's part.
+      heads: of attention.
+      query_rank, latent: of the low-rank query, and of keys and values together.
+      content, rotary, value: widths of a head's query and key without and with positions, and of its value.
+      moe: width of the activations, experts and routing; tokens go to experts in turn, as in DeepSeek's profiles.
+      sequence: tokens of one training sequence, one sequence a microbatch and device.
+      prompts, prompt: prompts of a device in prefill, both microbatches together, and tokens of each.
+      requests, context: requests of a device in decode, both microbatches together, and tokens of each that are cached.
+      expert_parallel: over how many devices the experts are spread in training, prefill and decode. A run on fewer
+        devices holds the experts that one of those devices would hold, with all the tokens that they would get.
+    """
+
+    layers: int = 4
+    heads: int = 128
+    query_rank: int = 1536
+    latent: int = 512
+    content: int = 128
+    rotary: int = 64
+    value: int = 128
+    moe: MoEConfig = dataclasses.field(
+        default_factory=lambda: MoEConfig(router=RouterConfig(balanced=True), capacity_factor=1.25)
+    )
+    sequence: int = 4096
+    prompts: int = 4
+    prompt: int = 4096
+    requests: int = 128
+    context: int = 4096
+    expert_parallel: Mapping[str, int] = dataclasses.field(
+        default_factory=lambda: {"train": 64, "prefill": 32, "decode": 128}
+    )
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail within a compiled program."""
+        sizes = (self.layers, self.heads, self.query_rank, self.latent, self.content, self.value)
+        if min(sizes) < 1 or self.rotary < 2 or self.rotary % 2:
+            raise ValueError(f"{self}: sizes are at least 1, rotary is even")
+        if self.prompts % 2 or self.requests % 2 or min(self.prompts, self.requests) < 2:
+            raise ValueError(
+                f"prompts={self.prompts}, requests={self.requests}: two microbatches share them, so make them even"
+            )
+        for workload, devices in self.expert_parallel.items():
+            if self.moe.router.num_experts % devices:
+                raise ValueError(
+                    f"expert_parallel[{workload!r}]={devices} does not divide the {self.moe.router.num_experts} experts"
+                )
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return self.moe.width
+
+
+SIZES: Mapping[str, Sizes] = {
+    "dsv3": Sizes(),
+    "tiny": Sizes(
+        layers=2,
+        heads=4,
+        query_rank=24,
+        latent=16,
+        content=8,
+        rotary=4,
+        value=8,
+        moe=MoEConfig(
+            width=32, hidden=16, router=RouterConfig(16, 4, 4, 2, balanced=True), capacity_factor=1.25, backend="xla"
+        ),
+        sequence=64,
+        prompts=4,
+        prompt=32,
+        requests=8,
+        context=32,
+        expert_parallel={"train": 8, "prefill": 8, "decode": 16},
+    ),
+}
+"""DeepSeek-V3 (arXiv 2412.19437, 4.2) with the batch sizes of its published profiles, and one for CPU devices."""
