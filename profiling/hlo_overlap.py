@@ -51,7 +51,7 @@ class Collective:
     kind: str
     label: str
     is_asynchronous: bool
-    count: int
+    count: float
     devices: int
     bytes: float
     remote_bytes: float
@@ -163,6 +163,7 @@ def overlap(
     *,
     achieved: Achieved | None = None,
     times: Times = (),
+    trips: Sequence[tuple[str, float]] = (),
     lanes: Sequence[tuple[str, str]] = LANES,
     node_size: int = 8,
 ) -> Overlap:
@@ -176,6 +177,9 @@ def overlap(
         names and op_names of instructions, compute and collectives alike; instead of microseconds, a function of the
         instruction. Give them for kernels whose work does not show in the program, such as Pallas kernels; those that
         look like a grouped matrix product by their shapes are estimated as such.
+      trips: ``[(pattern, count), ...]`` for loops of which the compiler does not know how often they run, the pattern
+        searched for in the loop's name and the op_names within; a fraction if it runs that often on average. Other
+        such loops count as running once.
       lanes: ``[(pattern, lane), ...]`` on kinds of collectives. Those of one lane queue; by default all but sends and
         receives share one, as on a GPU.
       node_size: devices of a node. Device ``i`` of the program is on node ``i // node_size``.
@@ -200,7 +204,7 @@ def overlap(
     [('all-to-all', 2.0, 2.0, 'hidden')]
     """
     module = parse(hlo) if isinstance(hlo, str) else hlo
-    timeline = play(module, Settings(chip, achieved or Achieved(), times, lanes, node_size))
+    timeline = play(module, Settings(chip, achieved or Achieved(), times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
     return Overlap(
         module=module.name,
@@ -286,7 +290,7 @@ def _row(one: Collective) -> tuple[str, ...]:
         one.verdict,
         "" if one.is_asynchronous else "sync",
         one.kind,
-        str(one.count),
+        f"{one.count:g}",
         f"{one.bytes / 1e6:.2f}",
         f"{one.us:.0f}",
         f"{one.between_us:.0f}",

@@ -28,6 +28,8 @@ class Settings:
       chip: whose data sheet counts.
       achieved: the share of it that is reached.
       times: measured times, which count before all estimates.
+      trips: (regular expression of a loop's name or of an op_name in it, how often it runs) for loops of which the
+        compiler does not know; a fraction if it runs that often on average.
       lanes: (regular expression of a collective's kind, lane); what none matches is on the lane "communication".
         Collectives of one lane run one after another.
       node_size: devices of a node.
@@ -36,8 +38,16 @@ class Settings:
     chip: Chip
     achieved: Achieved
     times: Times = ()
+    trips: Sequence[tuple[str, float]] = ()
     lanes: Sequence[tuple[str, str]] = LANES
     node_size: int = 8
+
+    def __post_init__(self) -> None:
+        if self.node_size < 1:
+            raise ValueError(f"node_size={self.node_size}: a node has at least one device")
+        for pattern, count in self.trips:
+            if not count >= 0:
+                raise ValueError(f"trips={(pattern, count)!r}: a loop does not run less than 0 times")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,7 +83,7 @@ class Run:
     """
 
     computation: Computation
-    count: int
+    count: float
     us: tuple[float, ...]
     flops: tuple[float, ...]
     is_product: tuple[bool, ...]
@@ -130,12 +140,12 @@ class _Clock:
 
         return until(end) - until(start)
 
-    def repeat(self, since: float, first_event: int, times: int) -> bool:
-        """What happened since then happens again; returns whether the events were repeated as well."""
+    def repeat(self, since: float, first_event: int, times: float) -> bool:
+        """What happened since then happens again; returns whether the events of whole times were repeated as well."""
         period, computing = self.now - since, self.computed(since, self.now)
         events = self.events[first_event:]
         fits = len(self.events) + len(events) * times <= _MOST_EVENTS
-        for i in range(1, times + 1 if fits else 1):
+        for i in range(1, int(times) + 1 if fits else 1):
             shift = i * period
             self.events += (dataclasses.replace(e, start=e.start + shift, end=e.end + shift) for e in events)
         for lane, free in self.lanes.items():
@@ -162,7 +172,7 @@ def play(module: Module, settings: Settings) -> Timeline:
     walk = _Walk(module, settings, [], {})
     clock = walk.run(module[module.entry], _Clock(), 1)
     events = tuple(sorted(clock.events, key=lambda event: event.start))
-    notes = tuple(f"{text}: {', '.join(dict.fromkeys(names))}" for text, names in walk.doubts.items())
+    notes = tuple(f"{text}: {_few(names)}" for text, names in walk.doubts.items())
     return Timeline(tuple(walk.runs), events, clock.now, clock.busy[-1], notes)
 
 
@@ -176,7 +186,7 @@ class _Walk:
     def _doubt(self, text: str, instruction: Instruction) -> None:
         self.doubts.setdefault(text, []).append(instruction.name)
 
-    def run(self, computation: Computation, clock: _Clock, count: int) -> _Clock:
+    def run(self, computation: Computation, clock: _Clock, count: float) -> _Clock:
         """One run of a computation that runs `count` times in all; returns the clock at its end."""
         us, flops, is_product = [], [], []
         transfers: dict[int, Transfer] = {}
@@ -233,30 +243,46 @@ class _Walk:
             clock.advance(begin + us - clock.now, 0.0)
         return begin, begin + us
 
-    def _called(self, instruction: Instruction, clock: _Clock, count: int) -> tuple[_Clock, Cost]:
+    def _called(self, instruction: Instruction, clock: _Clock, count: float) -> tuple[_Clock, Cost]:
         """Runs what an instruction calls; returns the clock after it, and its products."""
         called = self.module.called(instruction)
         first_run = len(self.runs)
         if instruction.opcode == "conditional":
             ends = [self.run(branch, clock.copy(), count) for branch in called]
             return max(ends, key=lambda end: end.now), self._products(first_run, called, max)
-        trips = 1
-        if instruction.opcode == "while":
-            trips = instruction.trip_count or 1
-            if instruction.trip_count is None:
-                self._doubt("loops that may run any number of times count as running once", instruction)
+        trips = self._trips(instruction) if instruction.opcode == "while" else 1
         since, first_event = clock.now, len(clock.events)
+        once = clock.copy() if trips < 1 else clock
         for computation in called:
-            clock = self.run(computation, clock, count * trips)
-        if trips > 1 and not clock.repeat(since, first_event, trips - 1):
+            once = self.run(computation, once, count * trips)
+        if trips < 1:  # too seldom to be drawn
+            clock.advance(trips * (once.now - since), trips * once.computed(since, once.now))
+            once = clock
+        elif trips > 1 and not once.repeat(since, first_event, trips - 1):
             self._doubt("of long loops only the first iteration is in the trace", instruction)
-        return clock, self._products(first_run, called, lambda flops: trips * sum(flops))
+        return once, self._products(first_run, called, lambda flops: trips * sum(flops))
+
+    def _trips(self, loop: Instruction) -> float:
+        if loop.trip_count is not None:
+            return loop.trip_count
+        labels = [inner.op_name for called in self.module.called(loop) for inner in called.instructions]
+        for pattern, trips in self.settings.trips:
+            if any(re.search(pattern, label) for label in (loop.name, *labels)):
+                return trips
+        self._doubt("loops that may run any number of times count as running once", loop)
+        return 1
 
     def _products(self, first_run: int, called: Sequence[Computation], total: Callable[[list[float]], float]) -> Cost:
         """What the computations just run multiply; is_known is False if they may multiply more than can be told."""
         names = {computation.name for computation in called}
         runs = [run for run in self.runs[first_run:] if run.computation.name in names]
         return Cost(0.0, total([sum(run.flops) for run in runs]), 0.0, not any(any(run.is_product) for run in runs))
+
+
+def _few(names: Sequence[str], most: int = 4) -> str:
+    names = list(dict.fromkeys(names))
+    more = [f"and {len(names) - most} more"] if len(names) > most else []
+    return ", ".join([*names[:most], *more])
 
 
 def _started_at(computation: Computation, instruction: Instruction) -> int:

@@ -13,9 +13,9 @@ BEST = Achieved(1.0, 1.0, 1.0, 1.0, kernel_us=0.0)
 DOT = "dot(w, w), lhs_contracting_dims={1}, rhs_contracting_dims={0}"
 
 
-def program(lines, computations="", parameters=True):
+def program(lines, computations=""):
     """A scheduled module of two devices: `p` takes 2 us in an all-to-all, 4 us in a permute; `w` is for products."""
-    given = ["p = f32[1000] parameter(0)", "w = f32[100,100] parameter(1)"] if parameters else []
+    given = ["p = f32[1000] parameter(0)", "w = f32[100,100] parameter(1)"]
     text = "\n".join(f"  {line.strip().replace('DOT', DOT)}" for line in [*given, *lines.strip().splitlines()])
     return f"HloModule m, is_scheduled=true, num_partitions=2\n{computations}\nENTRY e {{\n{text}\n}}\n"
 
@@ -38,23 +38,20 @@ def done(name, of):
 
 
 @pytest.mark.parametrize(
-    ("between", "bytes_", "hidden", "verdict"),
+    ("between", "numbers", "hidden", "verdict"),
     [(1, 1000, 2.0, "hidden"), (1, 2500, 2.0, "partial"), (0, 1000, 0.0, "exposed"), (2, 1000, 2.0, "hidden"),
      (1, 10000, 2.0, "exposed")],
 )  # fmt: skip
-def test_hidden_partial_exposed(between, bytes_, hidden, verdict):
-    """An all-to-all of half as many microseconds as it has thousands of bytes, beside products of 2 us."""
+def test_hidden_partial_exposed(between, numbers, hidden, verdict):
+    """An all-to-all of two microseconds for each thousand numbers, beside products of 2 us."""
     dots = "\n".join(f'd{i} = f32[100,100] DOT, metadata={{op_name="jit(f)/F/d{i}"}}' for i in range(between))
-    result = overlap(
-        program(f"""
-            a = ((f32[{bytes_}]), f32[{bytes_}]) all-to-all-start(q), metadata={{op_name="jit(f)/x/all_to_all"}}
-            {dots}
-            b = f32[{bytes_}] all-to-all-done(a)""").replace("p = f32[1000]", f"q = f32[{bytes_}]"),
-        CHIP,
-        achieved=BEST,
-    )
+    result = found(f"""
+        q = f32[{numbers}] parameter(2)
+        a = ((f32[{numbers}]), f32[{numbers}]) all-to-all-start(q), metadata={{op_name="jit(f)/x/all_to_all"}}
+        {dots}
+        b = f32[{numbers}] all-to-all-done(a)""")
     one = one_of(result)
-    us = bytes_ * 4 / 2 / 1000
+    us = numbers * 2 / 1000
     assert (one.us, one.bytes, one.devices, one.kind) == (us, us * 1000, 2, "all-to-all")
     assert one.hidden_us == min(us, hidden) and one.verdict == verdict
     assert (one.between_us, one.between_flops) == (between * 2.0, between * 2e6)
@@ -165,13 +162,36 @@ def test_loops_count_as_often_as_they_run():
     assert unknown.notes == ("loops that may run any number of times count as running once: loop",)
 
 
+@pytest.mark.parametrize(("trips", "us", "drawn"), [(3, 12.0, 3), (0.5, 2.0, 0), (0, 0.0, 0)])
+@pytest.mark.parametrize("pattern", ["^loop$", "F/square"])
+def test_loops_of_which_the_user_knows_how_often_they_run(trips, us, drawn, pattern):
+    """By the loop's name, or by what is in it."""
+    labelled = LOOP.replace("rhs_contracting_dims={0}", 'rhs_contracting_dims={0}, metadata={op_name="F/square"}')
+    result = found("loop = f32[1000] while(p), condition=condition, body=body", labelled, trips=[(pattern, trips)])
+    assert (result.us, result.compute_us, result.notes) == (us, us / 2, ())
+    assert [one.count for one in (*result.collectives, *result.synchronous)] == [trips, trips]
+    assert sum(event.name == "d" for event in result.events) == drawn
+
+
+def test_a_branch_within_a_loop():
+    result = found(
+        'loop = f32[1000] while(p), condition=condition, body=outer, backend_config={"known_trip_count":{"n":"3"}}',
+        f"""{LOOP}
+outer {{
+  p = f32[1000] parameter(0)
+  c = f32[1000] conditional(p, p, p), branch_computations={{body, condition}}
+}}""",
+    )
+    assert result.us == 3 * 4 and [event.start for event in result.events if event.name == "d"] == [0.0, 4.0, 8.0]
+
+
 def test_a_loop_hides_what_runs_beside_it():
     known = 'while(w), condition=condition, body=body, backend_config={"known_trip_count":{"n":"5"}}'
     result = found(
         f"""
-        {start("a", "big")}
+        {start("a")}
         loop = f32[1000] {known}
-        {done("b", "a")}""".replace("big", "p"),
+        {done("b", "a")}""",
         LOOP,
     )
     outer = next(one for one in result.collectives if one.computation == "e")
@@ -243,8 +263,9 @@ computing {{
 
 
 def test_what_is_not_waited_for_runs_on():
-    result = found(f"{start('a')}\nd = f32[50,100] dot(h, w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}"
-                   .replace("h, w", "w, w"))  # fmt: skip
+    result = found(f"""
+        {start("a")}
+        d = f32[50,100] dot(w, w), lhs_contracting_dims={{1}}, rhs_contracting_dims={{0}}""")
     assert one_of(result).hidden_us == 1.0 and one_of(result).between_us == 0
 
 
@@ -267,6 +288,13 @@ def test_only_scheduled_programs():
     assert overlap(parse(text), CHIP).module == "m"
     with pytest.raises(ValueError, match="module 'm' is not scheduled, its text is in no order"):
         overlap(text.replace("is_scheduled=true", "is_scheduled=false"), CHIP)
+
+
+def test_options_that_make_no_sense():
+    with pytest.raises(ValueError, match="node_size=0: a node has at least one device"):
+        found("a = f32[1000] all-to-all(p)", node_size=0)
+    with pytest.raises(ValueError, match=r"trips=\('x', -1\): a loop does not run less than 0 times"):
+        found("a = f32[1000] all-to-all(p)", trips=[("x", -1)])
 
 
 def test_the_trace_says_the_same():
