@@ -17,7 +17,7 @@ KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all
 """The opcodes that move data between devices, without the "-start" of their asynchronous forms."""
 
 _ITSELF = ("send", "recv")  # asynchronous although their names do not say "-start"
-_WRAPPERS = ("async-start", "fusion")
+_WRAPPERS = ("async-start", "fusion", "fusion-start")
 _NUMBERS = re.compile(r"\d+")
 
 

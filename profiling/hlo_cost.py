@@ -15,8 +15,10 @@ Times = Sequence[tuple[str, float | Callable[[Instruction], float]]]
 
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
-     "opt-barrier", "add-dependency", "domain", "async-done", "async-update", "copy-done", "send-done", "recv-done")
+     "opt-barrier", "add-dependency", "domain")
 )  # fmt: skip
+_WAITS = ("-done", "-update")  # ends of what was started before, which has been counted there
+_STARTED = ("fusion-start", "custom-call-start")  # asynchronous forms, written short
 _BY_BYTES = ("__cub$", "__cu$", "TopK")  # sorts and the like: no products hide in these custom calls
 _SLICES = ("slice", "dynamic-slice", "gather")
 _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode: which operand holds what is written
@@ -76,7 +78,7 @@ def cost(
         return Cost(0.0, flops, moved, True)
     multiplying = sum(one.passes * one.flops / (chip.flops(one.dtype) * achieved.matmul) for one in found)
     us = achieved.kernel_us + 1e6 * max(multiplying, moved / (chip.hbm * achieved.memory))
-    is_opaque = instruction.opcode == "custom-call" and not instruction.target.startswith(_BY_BYTES)
+    is_opaque = _opcode(instruction) == "custom-call" and not instruction.target.startswith(_BY_BYTES)
     return Cost(us, flops, moved, bool(found) or not is_opaque)
 
 
@@ -95,7 +97,7 @@ def measured_us(instruction: Instruction, times: Times) -> float | None:
 def products(module: Module, computation: Computation, instruction: Instruction) -> tuple[Product, ...]:
     """The matrix products within an instruction, those of the computations that it fuses included."""
     operands = [operand.arrays[0] for operand in computation.operands(instruction) if operand.arrays]
-    opcode, target = instruction.opcode, instruction.target
+    opcode, target = _opcode(instruction), instruction.target
     if opcode == "dot":
         contracted = _ints(instruction.attributes.get("lhs_contracting_dims", ""))
         return (_dot(operands, instruction.arrays[0], contracted, _precision(instruction)),)
@@ -119,6 +121,11 @@ def products(module: Module, computation: Computation, instruction: Instruction)
     if target.startswith("__cudnn$fmha"):
         return _attention(operands, instruction)
     return _grouped(operands, instruction)
+
+
+def _opcode(instruction: Instruction) -> str:
+    opcode = instruction.opcode
+    return opcode.removesuffix("-start") if opcode in _STARTED else opcode
 
 
 def _ints(text: str) -> list[int]:
@@ -188,8 +195,8 @@ def _grouped(operands: Sequence[Array], instruction: Instruction) -> tuple[Produ
 
 def bytes_moved(module: Module, computation: Computation, instruction: Instruction) -> float:
     """Bytes that an instruction reads and writes, each once: of what it slices or updates in place, only that part."""
-    opcode = instruction.opcode
-    if opcode in _FREE:
+    opcode = _opcode(instruction)
+    if opcode in _FREE or opcode.endswith(_WAITS):
         return 0.0
     results = sum(array.bytes for array in instruction.arrays)
     operands = computation.operands(instruction)

@@ -17,7 +17,7 @@ LANES = (("^send", "send"), ("^recv", "receive"))
 """Sends and receives have streams of their own on a GPU; all other collectives share one."""
 
 _MOST_EVENTS = 200_000
-_CALLS = ("while", "conditional", "call", "async-start")  # async-start: of compute, a collective's is told apart before
+_CALLS = ("while", "conditional", "call", "call-start", "async-start")  # those that start no collective themselves
 
 
 @dataclasses.dataclass(frozen=True)

@@ -157,7 +157,8 @@ def test_bytes_are_those_of_the_part_that_is_used():
         ("y = f32[100] scatter(x, i, part), to_apply=add", 80),
         ("y = f32[10,10] bitcast(x)", 0),
         ("y = (f32[100], f32[10]) tuple(x, part)", 0),
-        ("y = f32[100] all-to-all-done(x)", 800),
+        ("y = f32[100] fusion-done(x)", 0),
+        ("y = f32[100] custom-call-start(x)", 800),
     ],
 )
 def test_bytes_of_single_instructions(line, expected):

@@ -246,7 +246,9 @@ def test_generic_asynchronous_wrappers():
         d = f32[100,100] DOT
         b = f32[500] async-done(u)
         f = ((f32[100,100]), f32[100,100], u32[]) async-start(w), calls=computing
-        g = f32[100,100] async-done(f)""",
+        g = f32[100,100] async-done(f)
+        h = ((f32[100,100]), f32[100,100], u32[]) call-start(g), to_apply=computing
+        i = f32[100,100] call-done(h)""",
         f"""
 wrapped {{
   q = f32[1000] parameter(0)
@@ -259,7 +261,7 @@ computing {{
     )
     one = one_of(result)
     assert (one.kind, one.us, one.hidden_us, one.between_us) == ("reduce-scatter", 2.0, 2.0, 2.0)
-    assert result.us == 4
+    assert result.us == 6
 
 
 def test_what_is_not_waited_for_runs_on():
