@@ -308,12 +308,14 @@ def _innermost(annotations: Sequence[_Annotation], launches: Sequence[float]) ->
 def _layers(
     annotations: Sequence[_Annotation], parents: Sequence[int], used: set[int]
 ) -> tuple[dict[int, int], list[str]]:
-    """The layer of each annotation that launched something, counted by name within each of the profiler's steps."""
+    """The layer of each annotation of a name that launched something, counted within each of the profiler's steps."""
     step_starts = [annotation.start for annotation in annotations if annotation.is_step]
     groups: dict[tuple[int, str], list[int]] = {}
-    for i in sorted(used):
-        step = bisect.bisect_right(step_starts, annotations[i].start)
-        groups.setdefault((step, annotations[i].name), []).append(i)
+    names = {annotations[i].name for i in used}
+    for i, annotation in enumerate(annotations):
+        if annotation.name in names:
+            step = bisect.bisect_right(step_starts, annotation.start)
+            groups.setdefault((step, annotation.name), []).append(i)
     layers: dict[int, int] = {}
     notes = []
     outer = set(parents)

@@ -14,7 +14,6 @@ from profiling.metrics.times import (
     LayerRow,
     LayerSpan,
     TimeRow,
-    action_of,
     concurrency,
     lanes,
     layer_spans,
@@ -22,6 +21,7 @@ from profiling.metrics.times import (
     time_by,
     unattributed_share,
 )
+from profiling.scopes import action_of
 
 
 @dataclasses.dataclass(frozen=True)

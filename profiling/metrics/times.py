@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import re
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import TypeVar
 
@@ -73,16 +72,6 @@ class LaneRow:
     count: int
     busy: float
     alone: float
-
-
-def action_of(phase: str) -> str:
-    """The kind of action that a phase belongs to: of "F" itself, of "attn(F)" what stands last; "" if it names none.
-
-    >>> [action_of(phase) for phase in ("FB", "attn(F)", "mlp(W)", "ATTN(1)", "")]
-    ['FB', 'F', 'W', '', '']
-    """
-    match = re.fullmatch(r"(?:.*\()?([FBIW]{1,2})\)?", phase)
-    return match[1] if match else ""
 
 
 def time_by(events: Sequence[Event], key: Callable[[Event], str]) -> tuple[TimeRow, ...]:
