@@ -1,0 +1,147 @@
+"""Programs of eight devices whose schedules are tested: here on CPU, and stored as compiled for eight GPUs.
+
+    python -m tests.profiling.scheduled FOLDER
+
+writes the stored ones, data/*.hlo.gz, on a machine with one NVIDIA GPU: compiled ahead of time, for a node of eight.
+"""
+
+from __future__ import annotations
+
+import gzip
+import pathlib
+import re
+import sys
+import time
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.experimental import topologies
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
+from jaxpipe.stage import split_stage
+
+LAYERS = 2
+STEPS = 8
+SWAP = ((0, 1), (1, 0))
+
+
+def lower_layer(devices, config, tokens):
+    """One MoE layer, forward and backward, experts over all eight devices."""
+    mesh = Mesh(np.array(devices).reshape(8), ("ep",), axis_types=(AxisType.Auto,))
+    specs = param_specs(config, "ep")
+
+    def run(params, x, ct):
+        y, pull = jax.vjp(lambda params, x: moe_layer(params, x, config, axis="ep")[0], params, x)
+        return y, pull(ct * y)  # as of a loss: the backward pass waits for the forward
+
+    mapped = jax.shard_map(
+        run, mesh=mesh, in_specs=(specs, P("ep"), P("ep")), out_specs=(P("ep"), (specs, P("ep"))), check_vma=False
+    )
+    params = jax.eval_shape(lambda key: init_moe(key, config, jnp.bfloat16), jax.random.key(0))
+    x = _at(mesh, jax.ShapeDtypeStruct((8 * tokens, config.width), jnp.bfloat16), P("ep"))
+    return jax.jit(mapped).lower(_at(mesh, params, specs), x, x)
+
+
+def lower_body(devices, config, tokens):
+    """DualPipe's steady state on pp=2, ep=4: a step is F of one microbatch, I and W of another, and both their sends.
+
+    A stage is `LAYERS` layers, each with products in place of attention and an MoE layer; a rank holds two stages.
+    """
+    mesh = Mesh(np.array(devices).reshape(2, 4), ("pp", "ep"), axis_types=(AxisType.Auto,) * 2)
+
+    def stage(params, x):
+        for i, (w_in, w_out, moe) in enumerate(params):
+            with jax.named_scope(f"layer_{i}"):
+                with jax.named_scope("attention"):
+                    x = x + jax.nn.silu(x @ w_in) @ w_out
+                x = x + moe_layer(moe, x, config, axis="ep")[0]
+        return x
+
+    def run(params, x, dy):
+        here, there = ([jax.tree.map(lambda leaf, c=c: leaf[0, c], layer) for layer in params] for c in range(2))
+        split = split_stage(stage, here, x)
+        forward, backward = split.prepare(here), split.prepare(there)
+
+        def step(carry, _):
+            x, dy, residuals, grads = carry
+            with jax.named_scope("F"):
+                y, kept = split.forward(forward, x)
+            with jax.named_scope("I"):
+                dx, crossing = split.backward_input(backward, residuals, dy)
+            with jax.named_scope("W"):
+                more = split.backward_weight(backward, residuals.weight, crossing)
+                grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, more)
+            with jax.named_scope("send"):
+                x, dy = lax.ppermute(y, "pp", SWAP), lax.ppermute(dx, "pp", SWAP)
+            return (x, dy, kept, grads), None
+
+        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), there)
+        carry = (x, dy, split.forward(backward, x)[1], grads)
+        x, dy, _, grads = lax.scan(step, carry, None, length=STEPS)[0]
+        return x, dy, jax.tree.map(lambda leaf: leaf[None], grads)
+
+    moe = param_specs(config, "ep")
+    grad_specs = [(P("pp"), P("pp"), _within(moe, "pp"))] * LAYERS
+    specs = [(P("pp"), P("pp"), _within(moe, "pp", None))] * LAYERS
+    mapped = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(specs, P(("pp", "ep")), P(("pp", "ep"))),
+        out_specs=(P(("pp", "ep")), P(("pp", "ep")), grad_specs),
+        check_vma=False,
+    )
+
+    def layer(key):
+        wide = 2 * config.width
+        w_in, w_out = jnp.zeros((config.width, wide), jnp.bfloat16), jnp.zeros((wide, config.width), jnp.bfloat16)
+        return w_in, w_out, init_moe(key, config, jnp.bfloat16)
+
+    params = [jax.eval_shape(layer, jax.random.key(0))] * LAYERS
+    params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct((2, 2, *leaf.shape), leaf.dtype), params)
+    x = _at(mesh, jax.ShapeDtypeStruct((8 * tokens, config.width), jnp.bfloat16), P(("pp", "ep")))
+    return jax.jit(mapped).lower(_at(mesh, params, specs), x, x)
+
+
+def strip(text):
+    """The text without what no reader needs: source locations, kernels' code, names given twice."""
+    text = re.sub(r"^FileNames$.*?\n\n\n", "\n", text, flags=re.MULTILINE | re.DOTALL)
+    text = re.sub(r"backend_config=\{kernel_hash = .*$", "backend_config={}", text, flags=re.MULTILINE)
+    text = re.sub(r' ?(?:(?:deduplicated|scheduling)_name="[^"]*"|stack_frame_id=\d+)', "", text)
+    text = text.replace(", metadata={}", "")
+    return re.sub(r', frontend_attributes=\{fingerprint_before_lhs="[^"]*"\}', "", text)
+
+
+def _within(specs, *axes):
+    return jax.tree.map(lambda spec: P(*axes, *spec), specs, is_leaf=lambda spec: isinstance(spec, P))
+
+
+def _at(mesh, shapes, specs):
+    def placed(shape, spec):
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=NamedSharding(mesh, spec))
+
+    return jax.tree.map(placed, shapes, specs)
+
+
+def main(folder):
+    devices = topologies.get_topology_desc(platform="cuda", topology="1x8x1").devices
+    config = MoEConfig(capacity_factor=1.25)  # DeepSeek-V3's sizes
+    behind = {
+        "xla_gpu_experimental_pipeline_parallelism_opt_level": "PIPELINE_PARALLELISM_OPT_LEVEL_ENABLE",
+    }
+    for name, lower, options in (
+        ("dualpipe_body", lower_body, {}),
+        ("moe_layer", lower_layer, {}),
+        ("dualpipe_body_pipelined", lower_body, behind),
+    ):
+        start = time.monotonic()
+        text = strip(lower(devices, config, 4096).compile(compiler_options=options).as_text())
+        (pathlib.Path(folder) / f"{name}.hlo.gz").write_bytes(gzip.compress(text.encode(), 9, mtime=0))
+        print(name, f"{time.monotonic() - start:.0f} s", flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
