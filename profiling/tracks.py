@@ -229,10 +229,20 @@ def facts(event: Event) -> dict[str, str | int]:
 def row_label(row: Row) -> str:
     """A row's name for people.
 
-    >>> row_label(Row(0, "stream 7", 1, ()))
-    'stream 7 (2)'
+    >>> row_label(Row(0, "7", 0, ())), row_label(Row(0, "compute", 1, ()))
+    ('stream 7', 'compute (2)')
     """
-    return f"{row.lane} ({row.index + 1})" if row.index else row.lane
+    lane = lane_label(row.lane)
+    return f"{lane} ({row.index + 1})" if row.index else lane
+
+
+def lane_label(lane: str) -> str:
+    """A lane's name for people: one that is a number is a GPU's stream.
+
+    >>> lane_label("7"), lane_label("compute")
+    ('stream 7', 'compute')
+    """
+    return f"stream {lane}" if lane.isdecimal() else lane
 
 
 def device_label(trace: Trace, device: int) -> str:

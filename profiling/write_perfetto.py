@@ -10,7 +10,19 @@ import struct
 from collections.abc import Iterable, Iterator, Sequence
 
 from profiling.event import Event, Trace
-from profiling.tracks import Link, Row, arrows, as_traces, counters, device_label, facts, offsets, rows, step_rows
+from profiling.tracks import (
+    Link,
+    Row,
+    arrows,
+    as_traces,
+    counters,
+    device_label,
+    facts,
+    lane_label,
+    offsets,
+    rows,
+    step_rows,
+)
 
 Packet = tuple[int, bytes]
 """Nanoseconds and the fields of a TrackEvent."""
@@ -93,7 +105,7 @@ class _Writer:
                 for name, samples in values.get(device, {}).items():
                     self.streams.append(_counter(self.track(name, parent, counter=True), samples, offset))
             # Tracks of one name under one parent are drawn as one, as high as it needs to be.
-            self.streams.append(self.slices(self.track(row.lane, parent), row, offset, flows))
+            self.streams.append(self.slices(self.track(lane_label(row.lane), parent), row, offset, flows))
 
     def track(self, name: str, parent: int = 0, counter: bool = False) -> int:
         track = next(self.track_ids)

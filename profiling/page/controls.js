@@ -1,0 +1,329 @@
+/* What the reader does: pointer, keys, search, legend, tables, and the address that keeps the view. */
+
+const element = (id) => document.getElementById(id);
+
+function make(tag, text, properties = {}) {
+  const made = Object.assign(document.createElement(tag), properties);
+  if (text !== undefined) made.textContent = text;
+  return made;
+}
+
+function start() {
+  const model = readModel(JSON.parse(element("data").textContent));
+  const canvas = element("timeline"), scroller = element("scroller"), tip = element("tip"), query = element("query");
+  const timeline = new Timeline(model, canvas, scroller, element("spacer"), element("overview"));
+
+  /* ---- what is told in words ---- */
+
+  let found = "";
+  function status() {
+    const parts = [`${formatTime(timeline.from)} \u2013 ${formatTime(timeline.to)}`, `${model.count.toLocaleString("en")} events`];
+    element("status").textContent = [...parts, found].filter(Boolean).join(" \u00b7 ");
+  }
+
+  function search(text) {
+    const words = text.toLowerCase().split(/\s+/).filter(Boolean);
+    const matches = words.length ? model.whats.map((what) => words.every((word) => what.searched.includes(word))) : null;
+    let count = 0, time = 0;
+    for (const row of matches ? model.rows : []) {
+      if (row.host || row.trace > 0) continue;
+      for (let i = 0; i < row.what.length; i++) {
+        if (!matches[row.what[i]]) continue;
+        count += 1;
+        time += row.end[i] - row.start[i];
+      }
+    }
+    found = matches ? `${count.toLocaleString("en")} match, ${formatTime(time)}` : "";
+    timeline.matches = matches;
+    timeline.refresh();
+    status();
+  }
+
+  function lines({ row, i }) {
+    const what = model.whats[row.what[i]];
+    const place = [what.phase, what.layer === null ? "" : `layer ${what.layer}`, what.microbatch === null ? "" : `microbatch ${what.microbatch}`];
+    return [
+      `${formatTime(row.end[i] - row.start[i])} from ${formatTime(row.start[i])}`,
+      row.host ? "" : [what.kind, what.group].filter((text, n, all) => text && all.indexOf(text) === n).join(" \u00b7 "),
+      place.filter(Boolean).join(" \u00b7 "),
+      `${model.bands[row.band]} \u00b7 ${row.label}`,
+    ].filter(Boolean);
+  }
+
+  function point(event, x, y) {
+    timeline.hovered = event;
+    timeline.draw();
+    tip.hidden = !event;
+    if (!event) return;
+    tip.replaceChildren(make("b", model.whats[event.row.what[event.i]].name), ...lines(event).map((text) => make("span", text)));
+    const { width, height } = tip.getBoundingClientRect();
+    tip.style.left = `${Math.max(8, Math.min(x + 14, innerWidth - width - 8))}px`;
+    tip.style.top = `${y + 18 + height > innerHeight ? Math.max(8, y - height - 12) : y + 18}px`;
+  }
+
+  function select(event) {
+    timeline.selected = event;
+    timeline.draw();
+    const details = element("details");
+    details.hidden = !event;
+    if (event) {
+      const { row, i } = event, what = model.whats[row.what[i]];
+      let count = 0, time = 0;
+      for (const other of model.rows) {
+        if (other.trace !== row.trace) continue;
+        for (let k = 0; k < other.what.length; k++) {
+          if (model.whats[other.what[k]].name !== what.name) continue;
+          count += 1;
+          time += other.end[k] - other.start[k];
+        }
+      }
+      const facts = [
+        ["start", `${row.start[i].toFixed(3)} \u00b5s`], ["duration", `${(row.end[i] - row.start[i]).toFixed(3)} \u00b5s`],
+        ["device", model.bands[row.band]], ["lane", row.label], ["kind", what.kind], ["group", what.group],
+        ["phase", what.phase], ["layer", what.layer], ["microbatch", what.microbatch], ["thread blocks", what.blocks],
+        ["of this name", `${count}, ${formatTime(time)} in all, ${formatTime(time / count)} each`],
+        ["instruction", what.hloOp], ["scope", what.scope],
+      ].filter(([, value]) => value !== null && value !== "");
+      const list = make("dl");
+      for (const [name, value] of facts) {
+        const pair = make("div", undefined, { className: name === "scope" ? "wide" : "" });
+        pair.append(make("dt", name), make("dd", String(value)));
+        list.append(pair);
+      }
+      details.replaceChildren(make("h3", what.name), list);
+    }
+    keep();
+  }
+
+  function legend() {
+    const { categories, colours } = timeline.colouring;
+    element("legend").replaceChildren(...categories.map(([name, time]) => {
+      const label = { kind: name, group: name, phase: name }[timeline.colouring.field] ?? `${timeline.colouring.field} ${name}`;
+      const button = make("button", undefined, { type: "button" }), swatch = make("i");
+      swatch.style.background = colours.get(name);
+      button.setAttribute("aria-pressed", String(!timeline.hidden.has(name)));
+      button.append(swatch, label, make("small", time ? formatTime(time) : "predicted"));
+      button.addEventListener("click", () => {
+        if (!timeline.hidden.delete(name)) timeline.hidden.add(name);
+        button.setAttribute("aria-pressed", String(!timeline.hidden.has(name)));
+        timeline.refresh();
+        keep();
+      });
+      return button;
+    }));
+  }
+
+  /* The next or previous event in the order of time: of the selected one's row, or of all that was searched for. */
+  function step(direction) {
+    const here = timeline.selected;
+    const order = (a, b) => direction * (a.row.start[a.i] - b.row.start[b.i] || a.row.index - b.row.index || a.i - b.i);
+    let best = null;
+    for (const row of timeline.matches || !here ? model.rows : [here.row]) {
+      if (row.host) continue;
+      for (let i = 0; i < row.start.length; i++) {
+        if (!timeline.shown[row.what[i]] || (timeline.matches && !timeline.matches[row.what[i]])) continue;
+        const event = { row, i };
+        if ((!here || order(event, here) > 0) && (!best || order(event, best) < 0)) best = event;
+      }
+    }
+    if (!best) return;
+    timeline.reveal(best);
+    select(best);
+  }
+
+  let turn = 0;
+  function nextExposed() {
+    if (!model.exposed.length) return;
+    const { start: from, end: to } = model.exposed[turn++ % model.exposed.length];
+    zoomTo(from, to);
+  }
+
+  function zoomTo(from, to) {
+    const margin = Math.max((to - from) * 2, 5);
+    timeline.show(from - margin, to + margin);
+  }
+
+  /* ---- the address: what was read from it is shown, what is shown can be sent to others ---- */
+
+  let wait;
+  function keep() {
+    clearTimeout(wait);
+    wait = setTimeout(() => {
+      const state = new URLSearchParams();
+      if (!timeline.whole) state.set("view", `${timeline.from.toFixed(3)},${timeline.to.toFixed(3)}`);
+      if (query.value) state.set("find", query.value);
+      if (element("colour").value !== usual) state.set("colour", element("colour").value);
+      for (const name of timeline.hidden) state.append("hide", name);
+      if (timeline.selected) state.set("event", `${timeline.selected.row.index},${timeline.selected.i}`);
+      history.replaceState(null, "", `#${state}`);
+    }, 150);
+  }
+
+  /* Where events are of one kind, as those of a simulated schedule, phases tell more. */
+  const usual = new Set(model.whats.filter((what) => what.group !== "step").map((what) => what.kind)).size > 1 ? "kind" : "phase";
+
+  function restore() {
+    const state = new URLSearchParams(location.hash.slice(1));
+    const [from, to] = (state.get("view") || "").split(",").map(Number);
+    const [row, i] = (state.get("event") || "").split(",").map(Number);
+    element("colour").value = state.get("colour") || usual;
+    if (!element("colour").value) element("colour").value = usual;
+    query.value = state.get("find") || "";
+    timeline.recolour(element("colour").value);
+    timeline.hidden = new Set(state.getAll("hide"));
+    legend();
+    search(query.value);
+    if (from < to) timeline.show(from, to);
+    else timeline.show(model.first, model.last);
+    if (state.get("event") && model.rows[row] && i < model.rows[row].start.length) select({ row: model.rows[row], i });
+  }
+
+  /* ---- pointer ---- */
+
+  const pointers = new Map();
+  let moved = 0;
+  const place = (event) => {
+    const box = canvas.getBoundingClientRect();
+    return [event.clientX - box.left, event.clientY - box.top];
+  };
+  canvas.addEventListener("wheel", (event) => {
+    const unit = event.deltaMode === 1 ? 16 : 1, [x] = place(event);
+    const sideways = event.shiftKey ? event.deltaY || event.deltaX : Math.abs(event.deltaX) > Math.abs(event.deltaY) ? event.deltaX : 0;
+    if (!sideways && event.deltaY > 0 && timeline.whole) return;  // nothing left to show: the page scrolls
+    event.preventDefault();
+    if (sideways) timeline.pan(sideways * unit);
+    else timeline.zoom(Math.exp(Math.max(-120, Math.min(120, event.deltaY * unit)) * 0.0022), Math.max(timeline.gutter, x));
+    point(null);
+  }, { passive: false });
+  canvas.addEventListener("pointerdown", (event) => {
+    if (event.button) return;
+    canvas.setPointerCapture(event.pointerId);
+    pointers.set(event.pointerId, place(event));
+    if (pointers.size === 1) moved = 0;
+  });
+  canvas.addEventListener("pointermove", (event) => {
+    const [x, y] = place(event), before = pointers.get(event.pointerId);
+    if (!before) {
+      point(timeline.at(x, y), event.clientX, event.clientY);
+      return;
+    }
+    pointers.set(event.pointerId, [x, y]);
+    moved += Math.abs(x - before[0]) + Math.abs(y - before[1]);
+    if (pointers.size === 2) {
+      const [other] = [...pointers].filter(([id]) => id !== event.pointerId).map(([, at]) => at);
+      const ratio = Math.abs(before[0] - other[0]) / Math.max(8, Math.abs(x - other[0]));
+      timeline.zoom(Math.max(0.5, Math.min(2, ratio)), other[0]);
+    } else if (moved > 3) {
+      canvas.classList.add("dragging");
+      point(null);
+      timeline.pan(before[0] - x);
+      scroller.scrollTop += before[1] - y;
+    }
+  });
+  for (const name of ["pointerup", "pointercancel"]) canvas.addEventListener(name, (event) => {
+    if (pointers.delete(event.pointerId) && moved <= 3 && name === "pointerup") select(timeline.at(...place(event)));
+    if (!pointers.size) canvas.classList.remove("dragging");
+  });
+  canvas.addEventListener("pointerleave", () => point(null));
+  canvas.addEventListener("dblclick", (event) => {
+    const found = timeline.at(...place(event));
+    if (found) zoomTo(found.row.start[found.i], found.row.end[found.i]);
+  });
+  scroller.addEventListener("scroll", () => timeline.draw());
+
+  const overview = element("overview");
+  const jump = (event) => {
+    const box = overview.getBoundingClientRect(), half = (timeline.to - timeline.from) / 2;
+    const share = (event.clientX - box.left - timeline.gutter) / (timeline.width - timeline.gutter);
+    const time = model.first + share * (model.last - model.first);
+    timeline.show(time - half, time + half);
+  };
+  overview.addEventListener("pointerdown", (event) => { overview.setPointerCapture(event.pointerId); jump(event); });
+  overview.addEventListener("pointermove", (event) => { if (event.buttons) jump(event); });
+
+  /* ---- keys and buttons ---- */
+
+  const actions = {
+    w: () => timeline.zoom(0.7), ArrowUp: () => timeline.zoom(0.7), "+": () => timeline.zoom(0.7),
+    s: () => timeline.zoom(1 / 0.7), ArrowDown: () => timeline.zoom(1 / 0.7), "-": () => timeline.zoom(1 / 0.7),
+    a: () => timeline.pan(-120), ArrowLeft: () => timeline.pan(-120),
+    d: () => timeline.pan(120), ArrowRight: () => timeline.pan(120),
+    0: () => timeline.show(model.first, model.last), Home: () => timeline.show(model.first, model.last),
+    ",": () => step(-1), ".": () => step(1), e: nextExposed, "/": () => query.focus(),
+    Escape: () => { select(null); point(null); },
+  };
+  const typing = (target) => /^(INPUT|SELECT|TEXTAREA)$/.test(target.tagName);
+  addEventListener("keydown", (event) => {
+    if (event.ctrlKey || event.metaKey || event.altKey || typing(event.target)) return;
+    const moves = /^(Arrow|Home)/.test(event.key);
+    if (!Object.hasOwn(actions, event.key) || (moves && event.target !== canvas)) return;
+    event.preventDefault();
+    actions[event.key]();
+  });
+  element("in").addEventListener("click", actions.w);
+  element("out").addEventListener("click", actions.s);
+  element("fit").addEventListener("click", actions[0]);
+  element("exposed").addEventListener("click", nextExposed);
+  element("exposed").disabled = !model.exposed.length;
+  query.addEventListener("input", () => { search(query.value); keep(); });
+  query.addEventListener("keydown", (event) => {
+    if (event.key === "Enter") step(event.shiftKey ? -1 : 1);
+    if (event.key === "Escape") { query.value = ""; search(""); keep(); canvas.focus(); }
+  });
+  element("colour").addEventListener("change", (event) => {
+    timeline.recolour(event.target.value);
+    legend();
+    keep();
+  });
+
+  /* ---- tables ---- */
+
+  for (const table of document.querySelectorAll("table")) {
+    const shares = [...table.querySelectorAll("td.share")].map((cell) => [cell, Number(cell.dataset.value)]);
+    const most = Math.max(...shares.map(([, share]) => share));
+    for (const [cell, share] of shares) cell.style.setProperty("--share", `${Math.max(0, 100 * share / most)}%`);
+  }
+  for (const row of document.querySelectorAll("tr[data-from]")) {
+    const button = make("button", "show", { type: "button", className: "go", title: "Show it in the timeline" });
+    button.addEventListener("click", () => {
+      zoomTo(Number(row.dataset.from), Number(row.dataset.to));
+      canvas.scrollIntoView({ block: "nearest" });
+      canvas.focus({ preventScroll: true });
+    });
+    row.lastElementChild.append(" ", button);
+  }
+  document.querySelectorAll("table").forEach(sortable);
+
+  timeline.changed = () => { status(); keep(); };
+  matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { timeline.theme(); legend(); });
+  new ResizeObserver(() => timeline.resize()).observe(scroller);
+  addEventListener("hashchange", restore);
+  timeline.resize();
+  restore();
+}
+
+/* Press a column's head to sort by it: numbers from the largest, texts from A; what has no value comes last. */
+function sortable(table) {
+  const body = table.tBodies[0];
+  [...table.tHead.rows[0].cells].forEach((head, column) => {
+    const button = make("button", head.textContent, { type: "button" });
+    head.replaceChildren(button);
+    button.addEventListener("click", () => {
+      const numeric = !head.classList.contains("text");
+      const before = head.getAttribute("aria-sort");
+      const order = before ? (before === "descending" ? "ascending" : "descending") : numeric ? "descending" : "ascending";
+      for (const other of table.tHead.rows[0].cells) other.removeAttribute("aria-sort");
+      head.setAttribute("aria-sort", order);
+      const sign = order === "ascending" ? 1 : -1;
+      const keys = new Map([...body.rows].map((row) => [row, row.cells[column].dataset.value ?? row.cells[column].textContent]));
+      const compare = (a, b) => (numeric ? Number(a) - Number(b) : a.localeCompare(b, "en", { numeric: true }));
+      body.append(...[...body.rows].sort((a, b) => {
+        const [x, y] = [keys.get(a), keys.get(b)];
+        if (x === "" || y === "") return (x === "") - (y === "");
+        return sign * compare(x, y);
+      }));
+    });
+  });
+}
+
+start();

@@ -1,0 +1,117 @@
+/* The embedded data as typed arrays, and everything that is computed once. Times are microseconds. */
+
+function readModel(data) {
+  const text = data.strings;
+  const whats = data.whats.map(([name, kind, group, phase, layer, microbatch, scope, hloOp, blocks]) => ({
+    name: text[name], kind: text[kind], group: text[group], phase: text[phase], layer, microbatch,
+    scope: text[scope], hloOp: text[hloOp], blocks,
+  }));
+  for (const what of whats) {
+    what.short = what.group === "step" ? what.name : shortName(what.name);
+    what.searched = [
+      what.name, what.kind, what.group, what.phase, what.scope, what.hloOp,
+      what.layer === null ? "" : `layer:${what.layer}`, what.microbatch === null ? "" : `microbatch:${what.microbatch}`,
+    ].join("\n").toLowerCase();
+  }
+  const rows = data.rows.map((row, index) => {
+    const count = row.duration.length;
+    const start = new Float64Array(count), end = new Float64Array(count);
+    for (let i = 0, time = 0; i < count; i++) {
+      time += row.start[i];
+      start[i] = time / 1000;
+      end[i] = (time + row.duration[i]) / 1000;
+    }
+    return { ...row, index, start, end, what: Uint32Array.from(row.what) };
+  });
+  let first = Infinity, last = -Infinity, count = 0;
+  for (const row of rows) {
+    if (!row.start.length) continue;
+    first = Math.min(first, row.start[0]);
+    last = Math.max(last, row.end[row.end.length - 1]);
+    if (!row.host && row.trace === 0) count += row.start.length;
+  }
+  if (!(first < last)) [first, last] = Number.isFinite(first) ? [first, first + 1] : [0, 1];
+  return { rows, whats, first, last, count, bands: data.bands, exposed: longestFirst(data.exposed) };
+}
+
+function longestFirst(bands) {
+  const found = [];
+  bands.forEach((edges, band) => {
+    for (let i = 0, time = 0; i < edges.length; i += 2) {
+      const start = time + edges[i], end = start + edges[i + 1];
+      found.push({ band, start: start / 1000, end: end / 1000 });
+      time = end;
+    }
+  });
+  return found.sort((a, b) => b.end - b.start - (a.end - a.start));
+}
+
+/* "void ns::kernel<int>(float*)" -> "kernel", but "attn(F)" stays. */
+function shortName(name) {
+  const bare = name.replace(/\(anonymous namespace\)::/g, "").replace(/^(void|int|bool)\s+/, "");
+  const head = bare.split(/<|\((?!\w{1,2}\))/)[0];
+  return (head && head.includes("::") ? head.split("::").pop() : head) || bare || name;
+}
+
+/* Index of the first element of a sorted array that is greater than a value. */
+function firstAbove(sorted, value) {
+  let low = 0, high = sorted.length;
+  while (low < high) {
+    const middle = (low + high) >>> 1;
+    if (sorted[middle] > value) high = middle;
+    else low = middle + 1;
+  }
+  return low;
+}
+
+/* Times that stand beside each other share the unit of the largest, and show the digits that their step needs. */
+function formatTime(microseconds, step = 0, largest = microseconds) {
+  const size = Math.abs(largest);
+  const [unit, name] = size >= 1e6 ? [1e6, "s"] : size >= 1000 ? [1000, "ms"] : [1, "\u00b5s"];
+  const digits = step ? Math.max(0, Math.min(6, Math.ceil(-Math.log10(step / unit) - 1e-9))) : size >= 100 * unit ? 1 : 2;
+  return `${(microseconds / unit).toFixed(digits)} ${name}`;
+}
+
+/* Colours by what an event is: each group has a stretch of hues, and its most used categories take it in turn. */
+const HUES = { compute: [140, 300], transfer: [22, 52], wait: [336, 358], unclassified: [60, 90] };
+const PASSES = { F: 38, FB: 92, B: 128, I: 212, W: 266 };
+
+class Colouring {
+  constructor(model, field, lightness) {
+    this.field = field;
+    const usage = new Map();
+    for (const row of model.rows) {
+      if (row.host || row.trace > 0) continue;
+      for (let i = 0; i < row.what.length; i++) {
+        const name = this.category(model.whats[row.what[i]]);
+        usage.set(name, (usage.get(name) || 0) + row.end[i] - row.start[i]);
+      }
+    }
+    for (const what of model.whats) if (!usage.has(this.category(what))) usage.set(this.category(what), 0);
+    const group = new Map(model.whats.map((what) => [this.category(what), what.group]));
+    const seen = {};
+    this.colours = new Map();
+    this.categories = [...usage].filter(([name]) => name !== null).sort((a, b) => b[1] - a[1]);
+    for (const [name] of this.categories) {
+      const of = group.get(name), turn = (seen[of] = (seen[of] ?? -1) + 1);
+      this.colours.set(name, this.colour(name, of, turn, lightness));
+    }
+    this.ofWhat = model.whats.map((what) => this.colours.get(this.category(what)) || `hsl(220 8% ${lightness})`);
+  }
+
+  category(what) {
+    if (what.group === "step") return null;
+    const value = what[this.field];
+    return value === null || value === "" ? "none" : String(value);
+  }
+
+  colour(name, group, turn, lightness) {
+    const pass = /(?:^|\()([FBIW]{1,2})\)?$/.exec(name);
+    if (name === "none" || group === "control") return `hsl(220 8% ${lightness})`;
+    if (this.field === "layer" || this.field === "microbatch") return `hsl(${(Number(name) * 47 + 200) % 360} 55% ${lightness})`;
+    if (pass && name === pass[1]) return `hsl(${PASSES[name] ?? 200} 62% ${lightness})`;
+    const [low, high] = HUES[group] || HUES.unclassified;
+    const hue = low + (high - low) * ((turn * 0.618034 + 0.28) % 1);
+    return `hsl(${hue} ${[64, 46, 78][turn % 3]}% ${lightness})`;
+  }
+}

@@ -1,0 +1,227 @@
+"""What a trace amounts to, beside what was predicted, as text, as Markdown, and as the tables of the page."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from profiling.compare import Comparison, compare
+from profiling.event import Trace
+from profiling.hlo_overlap import Overlap as Schedule
+from profiling.metrics import DEFINITIONS, Measurement, measure
+from profiling.report_tables import report_tables
+from profiling.table import Figure, Table, as_markdown, as_text, escape_markdown
+
+EXPLAINED = (
+    (
+        "A transfers",
+        "Communication is what moves data between devices. Where a kernel waits for its peers itself, as NCCL's do, "
+        "that wait is part of the transfer.",
+    ),
+    ("B transfers and waits", "Barriers and notifications, in which nothing moves, count as communication too."),
+    (
+        "C communication lanes",
+        "Everything on lanes that mostly communicate, casts and layouts included, against everything on the others.",
+    ),
+    (
+        "overlap ratio",
+        "Time with both communication and compute, divided by the time with communication. Times are unions: what "
+        "runs twice at once counts once. None where there is no communication.",
+    ),
+    ("exposed", "Time with communication and without compute, launch gaps between compute kernels included."),
+    ("compute share, idle share", "Time with compute, and with nothing at all, divided by the window."),
+    ("window", "From the first start to the last end over all devices, the same for each device."),
+    ("bubble", "Share of the window in which a rank does not compute; the mean over its devices."),
+    ("total, busy", "The sum of durations, and the time with any of them: less where they run beside each other."),
+    (
+        "speed-up, efficiency",
+        "Communication and compute one after the other, divided by the window; and which share of the gain that "
+        "hiding the shorter side entirely would bring was had.",
+    ),
+    ("over several devices", "Times are added up, and ratios are those of the sums."),
+    ("steady state", "From the start of the second layer to that of the last, where layers follow one another."),
+)
+"""What every number means."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Made by `report`.
+
+    Attributes:
+      trace: what was measured; predicted: what was expected, None if nothing was.
+      measurement: the metrics of the trace.
+      figures: the numbers at the top.
+      tables: all others.
+      notes: what is missing or doubtful.
+    """
+
+    trace: Trace
+    predicted: Trace | None
+    measurement: Measurement
+    figures: tuple[Figure, ...]
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+
+    def __getitem__(self, name: str) -> Table:
+        """The table of a name.
+
+        Raises:
+          KeyError: the report has none, perhaps because there is nothing to show.
+        """
+        found = {table.name: table for table in self.tables}
+        if name not in found:
+            raise KeyError(f"no table {name!r}; there are {', '.join(found)}")
+        return found[name]
+
+    def text(self, most: int | None = 30) -> str:
+        """For a terminal; tables of more rows are cut short after ``most`` and say so."""
+        wide = max(len(figure.label) for figure in self.figures)
+        high = max(len(figure.written) for figure in self.figures)
+        figures = [
+            f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip()
+            for figure in self.figures
+        ]
+        return "\n\n".join(
+            [
+                "\n".join([self.trace.title, " · ".join(self.facts), "", *figures]),
+                *(as_text(table, most) for table in self.tables),
+                "\n".join(["Notes", *(f"- {note}" for note in self.notes)]),
+                "\n".join(["Definitions", *(f"- {name}: {meaning}" for name, meaning in EXPLAINED)]),
+            ]
+        )
+
+    def markdown(self, most: int | None = 100) -> str:
+        """For a document; see `text`."""
+        figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.figures]
+        return "\n\n".join(
+            [
+                f"## {escape_markdown(self.trace.title)}",
+                escape_markdown(" · ".join(self.facts)),
+                "\n".join(["| | | |", "|---|--:|---|", *figures]),
+                *(as_markdown(table, most) for table in self.tables),
+                "\n".join(["### Notes", "", *(f"* {escape_markdown(note)}" for note in self.notes)]),
+                "\n".join(["### Definitions", "", *(f"* **{name}**: {meaning}" for name, meaning in EXPLAINED)]),
+            ]
+        )
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Where the trace comes from, in a few words each."""
+        devices, events = len(self.trace.devices), len(self.trace.events)
+        return (
+            f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
+            f"{devices} device{'s' * (devices != 1)}",
+            f"{events:,} event{'s' * (events != 1)}",
+            f"window {self.measurement.makespan:,.1f} us",
+            *(f"{name} {value}" for name, value in self.trace.metadata.items() if isinstance(value, str | int)),
+        )
+
+
+def report(trace: Trace, predicted: Trace | None = None, schedule: Schedule | None = None) -> Report:
+    """All metrics of a classified trace, ready to be read.
+
+    Args:
+      trace: from any reader.
+      predicted: the same step simulated or predicted; its devices or ranks are compared with the trace's.
+      schedule: what `profiling.hlo_overlap.overlap` found in the compiled program.
+
+    Raises:
+      ValueError: a trace without events, or a prediction of other devices.
+
+    >>> from profiling.event import Event
+    >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
+    >>> dispatch = Event(0, "27", 5.0, 9.0, "dispatch", kind="all-to-all", group="transfer")
+    >>> found = report(Trace("a step", "kineto", (gemm, dispatch)))
+    >>> print(found.text().splitlines()[3])
+    overlap ratio          75.00%  of 4.0 us in transfers; with waits 75.00%, by lanes 75.00%
+    """
+    measured = measure(trace)
+    expected = measure(predicted) if predicted else None
+    comparison = compare(predicted, trace) if predicted else None
+    return Report(
+        trace=trace,
+        predicted=predicted,
+        measurement=measured,
+        figures=tuple(_figures(measured, expected, comparison)),
+        tables=report_tables(trace, measured, expected, comparison, schedule),
+        notes=tuple(_notes(trace, predicted, comparison, schedule)),
+    )
+
+
+def _figures(measured: Measurement, expected: Measurement | None, comparison: Comparison | None) -> list[Figure]:
+    overlaps, whole = measured.summary.overlaps, measured.summary.breakdown
+    transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
+
+    def percent(share: float | None) -> str:
+        return "none" if share is None else f"{100 * share:.2f}%"
+
+    moved = transfers.communication or waits.communication
+    found = [
+        Figure(
+            "overlap",
+            "overlap ratio",
+            transfers.ratio,
+            "%",
+            f"of {transfers.communication:,.1f} us in transfers; with waits {percent(waits.ratio)}, "
+            f"by lanes {percent(lanes.ratio)}"
+            if moved
+            else "no communication in this trace",
+        ),
+        Figure(
+            "exposed",
+            "exposed communication",
+            waits.exposed if moved else None,
+            "us",
+            f"{percent(waits.exposed_share)} of the window, with waits; transfers alone {transfers.exposed:,.1f} us"
+            if moved
+            else "",
+        ),
+        Figure(
+            "compute",
+            "compute",
+            whole.compute / whole.window if whole.window else None,
+            "%",
+            f"of the window; idle {percent(whole.device_idle)}, in {whole.gaps:,} gaps, the longest "
+            f"{whole.longest_gap:,.1f} us",
+        ),
+        Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
+    ]
+    if steady := measured.summary.steady.get("transfer+wait"):
+        found.append(
+            Figure("steady", "steady-state overlap", steady.ratio, "%", f"with waits; {steady.exposed:,.1f} us exposed")
+        )
+    if bubbles := measured.summary.bubbles:
+        mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
+        simulated = expected.summary.bubbles if expected else ()
+        beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
+        note = "mean over ranks" + ("" if beside is None else f"; simulated {percent(beside)}")
+        found.append(Figure("bubble", "bubble", mean, "%", note))
+    if comparison:
+        error = comparison.makespan_error
+        note = "" if error is None else f"{100 * error:+.2f}% off the measured"
+        found.append(Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note))
+    found.append(
+        Figure(
+            "unclassified",
+            "unclassified",
+            measured.unclassified_share,
+            "%",
+            f"of the events' time; {percent(measured.unattributed_share)} of it belongs to no phase",
+        )
+    )
+    return found
+
+
+def _notes(
+    trace: Trace, predicted: Trace | None, comparison: Comparison | None, schedule: Schedule | None
+) -> list[str]:
+    """Those of all sources, each once."""
+    found = dict.fromkeys(trace.notes)
+    found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
+    found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
+    if comparison:
+        for which, names in (("predicted", comparison.only_predicted), ("measured", comparison.only_measured)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                found[f"only {which}: {'; '.join(names[:5])}{more}"] = None
+    return list(found) or ["nothing is known to be missing"]
