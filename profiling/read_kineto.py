@@ -70,9 +70,9 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
     """Reads profiles of `torch.profiler` as one trace.
 
     A GPU event belongs to the innermost ``user_annotation`` that was open, on any thread, when the host launched it:
-    its phase. Annotations round others are no phases; they and the profiler's own steps are the trace's steps. If all
-    phases of a step occur equally often, they are counted as layers. A number in brackets, as in "ATTN(1)", is the
-    microbatch.
+    its phase. Annotations round others are the trace's steps, as are the profiler's own. If all phases of a step occur
+    equally often, those aside that occur once, their occurrences are counted as layers. A number in brackets, as in
+    "ATTN(1)", is the microbatch.
 
     Args:
       path: a ``.json`` or ``.json.gz`` file, several, or a folder of them: one a rank. The device is the rank where
@@ -105,7 +105,7 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
         notes |= dict.fromkeys(found_notes)
     events.sort(key=lambda event: (event.start, event.end))
     trace = Trace(
-        title=pathlib.PurePath(files[0].header.get("traceName") or files[0].path.name).name,
+        title=files[0].path.name if len(files) == 1 else f"{files[0].path.name} and {len(files) - 1} more",
         source="kineto",
         events=tuple(events),
         steps=tuple(sorted(steps, key=lambda step: step.start)),
@@ -322,8 +322,10 @@ def _layers(
     for step in sorted({step for step, _ in groups}):
         members = {name: found for (of, name), found in groups.items() if of == step}
         leaves = {name: len(found) for name, found in members.items() if not outer & set(found)}
-        if len(set(leaves.values())) == 1:
-            count = next(iter(leaves.values()))
+        # What a step does once, such as the loss, belongs to no layer, unless the step is a single layer.
+        counts = set(leaves.values()) - {1} or {1}
+        if len(counts) == 1 and leaves:
+            (count,) = counts
             layers |= {i: n for found in members.values() if len(found) == count for n, i in enumerate(found)}
         elif leaves:
             notes.append(f"phases occur unequally often ({leaves}), so that layers could not be counted")
@@ -336,6 +338,7 @@ def _metadata(files: Sequence[_File]) -> dict[str, Any]:
     chips = files[0].header.get("deviceProperties") or [{}]
     categories = sum((collections.Counter(file.categories) for file in files), collections.Counter())
     facts = {
+        "trace name": files[0].header.get("traceName"),
         "files": [file.path.name for file in files],
         "ranks": [file.rank for file in files],
         "world size": distributed.get("world_size"),

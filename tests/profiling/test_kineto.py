@@ -38,10 +38,10 @@ def kernels(document):
 
 class TestDeepSeek:
     def test_window_and_facts(self, deepseek):
-        assert deepseek.title == "prof_ep64_tp1_varsm_hidden7168_seqlen4096.json"
         assert deepseek.window == (0.0, 129_012.0)
         assert len(deepseek.events) == 963 + 12 + 8
         facts = deepseek.metadata
+        assert facts["trace name"] == "traces/prof_ep64_tp1_varsm_hidden7168_seqlen4096.json"
         assert (facts["world size"], facts["ranks"], facts["backend"]) == (64, [0], "nccl")
         assert (facts["chip"], facts["SMs"]) == ("NVIDIA H800", 132)
         counts = {"kernel": 963, "gpu_memset": 12, "gpu_memcpy": 8, "cpu_op": 4387, "cuda_runtime": 3853}
@@ -74,7 +74,7 @@ class TestDeepSeek:
             "elementwise": (307, 2_733),
             "SwiGLU": (12, 1_863),
             "router": (36, 718),
-            "router GEMM": (12, 537),
+            "cuBLAS GEMM": (12, 537),
             "dispatch layout": (4, 410),
             "memory": (20, 28),
         }
@@ -128,6 +128,7 @@ def test_a_bare_list_of_events(document, write):
     trace = read_kineto(write(document["traceEvents"]))
     assert len(trace.events) == 24
     assert trace.title == "trace.json"
+    assert "trace name" not in trace.metadata
 
 
 def test_names_instead_of_numbers(document, write, three_layers):
@@ -175,6 +176,17 @@ def test_layers_that_cannot_be_counted(document, write):
     trace = read_kineto(write(document))
     assert {event.layer for event in trace.events} == {None}
     assert "phases occur unequally often" in trace.notes[0]
+
+
+def test_what_a_step_does_once_is_in_no_layer(document, write):
+    annotations = [event for event in document["traceEvents"] if event.get("name") == "attn(F)"]
+    for event, name in zip(annotations, ("embed", "head", "loss"), strict=True):
+        event["name"] = name
+    trace = read_kineto(write(document))
+    assert trace.notes == ()
+    assert {(event.phase, event.layer) for event in trace.events if event.lane == "7"} == {
+        ("embed", None), ("head", None), ("loss", None), ("mlp(F)", 0), ("mlp(F)", 1), ("mlp(F)", 2),
+    }  # fmt: skip
 
 
 def test_numbers_in_brackets_are_microbatches(document, write):
