@@ -15,6 +15,7 @@ from profiling.event import Event, Trace
 from profiling.hlo_cost import Times
 from profiling.hlo_text import Computation, Module, parse
 from profiling.hlo_timeline import LANES, Run, Settings, Transfer, play
+from profiling.table import Column, Table, Value, as_text
 
 HIDDEN, EXPOSED = 0.9, 0.1
 """Shares of a collective's time under compute: from the first on it is hidden, up to the second exposed."""
@@ -138,18 +139,33 @@ class Overlap:
     def _of(self, kind: str) -> list[Collective]:
         return [one for one in (*self.collectives, *self.synchronous) if kind in ("", one.kind)]
 
+    def tables(self) -> tuple[Table, Table]:
+        """Every collective in a row, and the totals of each kind, for any report."""
+        every = (*self.collectives, *self.synchronous)
+        collectives = Table(
+            name="collectives",
+            title=f"Collectives of {self.module} on {self.chip}",
+            caption=f"{self.us:.0f} us from start to end, {self.compute_us:.0f} us of them compute, by estimate.",
+            columns=_COLUMNS,
+            rows=tuple(map(_row, every)),
+        )
+        kinds = Table(
+            name="kinds",
+            title="Communication by kind",
+            caption="",
+            columns=(Column("kind"), Column("places", "n"), Column("time", "us"), Column("exposed", "us"),
+                     Column("hidden", "%", is_share=True)),
+            rows=tuple(
+                (kind or "all", len(self._of(kind)), self.communication_us(kind), self.exposed_us(kind),
+                 self.hidden_share(kind))
+                for kind in (*self.kinds, "")
+            ),
+        )  # fmt: skip
+        return collectives, kinds
+
     def table(self) -> str:
-        """Every collective on a line, then the totals of each kind."""
-        header = ("verdict", "", "kind", "n", "MB", "us", "between us", "GFLOP", "products", "hidden", "could hide us",
-                  "place", "in", "label")  # fmt: skip
-        rows = [_row(one) for one in (*self.collectives, *self.synchronous)]
-        totals = [
-            f"{kind}: {len(self._of(kind))} of {self.communication_us(kind):.0f} us in all, "
-            f"{self.exposed_us(kind):.0f} us exposed, {_percent(self.hidden_share(kind))} hidden"
-            for kind in self.kinds
-        ]
-        title = f"{self.module} on {self.chip}: {self.us:.0f} us, {self.compute_us:.0f} us of them compute"
-        return "\n".join([title, *_aligned([header, *rows]), *totals, *self.notes])
+        """The tables as text, and what had to be assumed."""
+        return "\n".join([*map(as_text, self.tables()), *self.notes])
 
     def trace(self) -> Trace:
         """The timeline as any other trace, for metrics and reports: one device, its compute and its transfers."""
@@ -281,37 +297,27 @@ def short_label(label: str) -> str:
     return "/".join(part for part in label.split("/") if not _WRAPPERS.match(part))
 
 
-def _percent(share: float | None) -> str:
-    return "none" if share is None else f"{100 * share:.1f}%"
+_COLUMNS = (
+    Column("verdict"), Column(""), Column("kind"), Column("times", "n"), Column("MB", "n"), Column("us", "us"),
+    Column("between", "us"), Column("GFLOP", "n"), Column("products", "n"), Column("hidden", "%", is_share=True),
+    Column("could hide", "us"), Column("place"), Column("in"), Column("label"),
+)  # fmt: skip
 
 
-def _row(one: Collective) -> tuple[str, ...]:
+def _row(one: Collective) -> tuple[Value, ...]:
     return (
         one.verdict,
-        "" if one.is_asynchronous else "sync",
+        "async" if one.is_asynchronous else "sync",
         one.kind,
-        f"{one.count:g}",
-        f"{one.bytes / 1e6:.2f}",
-        f"{one.us:.0f}",
-        f"{one.between_us:.0f}",
-        f"{one.between_flops / 1e9:.0f}",
-        str(len(one.products)),
-        _percent(one.hidden_us / one.us if one.us else None),
-        f"{one.could_hide_us:.0f}",
+        one.count,
+        round(one.bytes / 1e6, 2),
+        one.us,
+        one.between_us,
+        round(one.between_flops / 1e9),
+        len(one.products),
+        one.hidden_us / one.us if one.us else None,
+        one.could_hide_us,
         one.place,
         one.computation if len(one.computation) <= 24 else one.computation[:23] + "…",
         short_label(one.label) or one.name,
     )
-
-
-def _aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Columns of equal width, those of numbers to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    right = [all(cell.rstrip("%").replace(".", "", 1).isdigit() or cell == "none" for cell in column[1:])
-             for column in zip(*rows, strict=True)]  # fmt: skip
-    return [
-        "  ".join(
-            cell.rjust(w) if is_number else cell.ljust(w) for cell, w, is_number in zip(row, widths, right, strict=True)
-        ).rstrip()
-        for row in rows
-    ]

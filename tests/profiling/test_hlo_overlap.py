@@ -314,8 +314,11 @@ def test_the_trace_says_the_same():
         ("c", "communication", "transfer", 2.0, 4.0),
     ]
     assert trace.events[0].scope == "jit(f)/shard_map/dispatch/all_to_all"
-    lines = result.table().splitlines()
-    assert lines[0] == "m on toy: 4 us, 1 us of them compute"
-    assert [line.split()[0] for line in lines[2:4]] == ["partial", "exposed"]
-    assert "dispatch/all_to_all" in lines[2] and "shard_map" not in lines[2]
-    assert lines[4] == "all-to-all: 2 of 4 us in all, 3 us exposed, 25.0% hidden"
+    collectives, kinds = result.tables()
+    assert [row[:3] for row in collectives.rows] == [
+        ("partial", "async", "all-to-all"),
+        ("exposed", "sync", "all-to-all"),
+    ]
+    assert [row[-1] for row in collectives.rows] == ["dispatch/all_to_all", "c"]
+    assert kinds.rows == (("all-to-all", 2, 4.0, 3.0, 0.25), ("all", 2, 4.0, 3.0, 0.25))
+    assert "Collectives of m on toy\n4 us from start to end, 1 us of them compute" in result.table()
