@@ -58,9 +58,7 @@ def deal(
 
         def one(number, _):
             is_high = number < mine_high
-            index = jnp.where(
-                is_high, start_high + number * workers, start_low + (number - mine_high) * workers
-            )
+            index = jnp.where(is_high, start_high + number * workers, start_low + (number - mine_high) * workers)
             row_tile, column_tile = ring.snake(index, jnp.where(is_high, high, low), column_tiles, tile.width)
             offset = jnp.where(is_high, row_tile * tile.m, high * tile.m + row_tile * half)
             valid = jnp.minimum(size - offset, jnp.where(is_high, tile.m, half))
@@ -125,7 +123,7 @@ def rows_times_matrices(
 
                 def compute_tile(turn, group, row, valid, column_tile):
                     begin = turn * steps
-                    # The warpgroups divide between them the rows that there are, or rather the pieces of CHUNK rows.
+                    # With "m" the warpgroups divide between them the rows of a low tile, too.
                     share = jnp.where(valid <= tile.m // 2, max(part_rows // 2, CHUNK), part_rows)
                     corner_row = pl.multiple_of(warpgroup * share, CHUNK) if tile.split == "m" else 0
 

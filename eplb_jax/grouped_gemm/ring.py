@@ -35,6 +35,7 @@ class Tile:
         "tiles" they take turns at whole tiles, one storing its result while the other multiplies.
       cluster: 2 lets two blocks take neighbouring column tiles and load their common rows once.
       width: this many row tiles are gone through together, to find operands in the L2 cache.
+      cut: this many row tiles of the last group are cut in halves, so that the blocks end together.
     """
 
     m: int
@@ -111,7 +112,7 @@ def slot_of(step: jax.Array, tile: Tile) -> jax.Array:
     return lax.rem(step, jnp.int32(tile.stages))
 
 
-def cut(slot: Any, axis: int, start: jax.Array, size: int) -> Any:
+def cut(slot: Any, axis: int, start: jax.Array | int, size: int) -> Any:
     """Some rows (axis 0) or columns (1) of a tile in shared memory."""
     if slot.shape[axis] == size:
         return slot
@@ -200,7 +201,7 @@ def store(values: jax.Array, valid: jax.Array | None, tile: Tile, refs: Any, con
             if valid is None:
                 plgpu.copy_smem_to_gmem(piece, target(m, n, CHUNK))
                 return
-            eights = (valid - m + 7) // 8
+            eights = lax.div(valid - m + 7, jnp.int32(8))
 
             @pl.when(eights >= CHUNK // 8)
             def _():
@@ -208,11 +209,13 @@ def store(values: jax.Array, valid: jax.Array | None, tile: Tile, refs: Any, con
 
             @pl.when(eights < CHUNK // 8)
             def _():
-                for count in range(1, CHUNK // 8):
+                for part in (32, 16, 8):
+                    # The larger parts that are stored come before this one.
+                    begin = pl.multiple_of(lax.div(eights, jnp.int32(part // 4)) * (part * 2), 2 * part)
 
-                    @pl.when(eights == count)
-                    def _(count=count):
-                        plgpu.copy_smem_to_gmem(piece.at[: 8 * count], target(m, n, 8 * count))
+                    @pl.when(lax.rem(lax.div(eights, jnp.int32(part // 8)), jnp.int32(2)) == 1)
+                    def _(part=part, begin=begin):
+                        plgpu.copy_smem_to_gmem(piece.at[pl.ds(begin, part)], target(m + begin, n, part))
 
         if valid is None or m == 0:
             write()

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax.grouped_gemm import ALIGN, group_starts, grouped_matmul, interface, mosaic
 from eplb_jax.grouped_gemm.mosaic_outer import outer_products
-from eplb_jax.grouped_gemm.mosaic_rows import rows_times_matrices
+from eplb_jax.grouped_gemm.mosaic_rows import deal, rows_times_matrices
 from eplb_jax.grouped_gemm.ring import Tile
 from eplb_jax.grouped_gemm.target import HOPPER_SMS, Target, current_target
 from eplb_jax.grouped_gemm.tiles import TABLE, tile_for
@@ -214,6 +214,28 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records if record.name == interface.logger.name] == [
         "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: the device is 'NVIDIA A100', no Hopper GPU"
     ]
+
+
+@pytest.mark.parametrize("tile", [Tile(256, 128, width=2), Tile(256, 128, cut=2), Tile(128, 256), Tile(64, 256)])
+def test_tiles_are_dealt_out_once_and_evenly(tile):
+    """All rows of all groups in every column, once; high and low tiles differ by at most one between workers."""
+    sizes, columns, workers = [3, 70, 0, 130, 300, 700, 0, 1, 256, 513, 0], 3, 5
+    seen, counts = set(), []
+    for worker in range(workers):
+        tiles = []
+        with jax.disable_jit():
+            turns = deal(jnp.array(sizes, jnp.int32), len(sizes), columns, jnp.int32(worker), workers, tile,
+                         lambda *tile, tiles=tiles: tiles.append(tuple(map(int, tile))))  # fmt: skip
+        assert [turn for turn, *_ in tiles] == list(range(turns))
+        for _, group, row, valid, column in tiles:
+            rows = {(group, row + i, column) for i in range(valid)}
+            assert 0 < valid <= tile.m and not rows & seen
+            seen |= rows
+        high = sum(valid > tile.m // 2 or tile.m == 64 for *_, valid, _ in tiles)
+        counts.append((high, len(tiles) - high))
+    groups = enumerate(spans(sizes))
+    assert seen == {(g, i, column) for g, span in groups for i in range(span.start, span.stop) for column in range(3)}
+    assert (np.ptp(counts, axis=0) <= 1).all()
 
 
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operands")
