@@ -4,7 +4,8 @@ Per shape the forward pass, the gradient of the rows (dx) and that of the matric
 uneven ones: sizes drawn from a Zipf-like distribution, no multiples of 8, one group empty. Ours and PyTorch's calls
 take turns, figures are medians. Operands are far larger than the L2 cache, and only used rows count as work; PyTorch
 computes the same rows, rounded up to 8 per group. "plain" is one dense product of as many rows. The error is the
-largest one, over the largest value, of a sample of rows (columns for dw) against float32.
+largest one, over the largest value, of a sample of rows (columns for dw) against float32. Decoding takes little longer
+than starting a program, so there the calls are four products in one program, or in one CUDA graph, each.
 
     python examples/benchmarks/grouped_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--no-ragged-dot]
 
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import dataclasses
 import functools
 import importlib
 import os
@@ -63,6 +65,11 @@ class Case(NamedTuple):
         return self.rows <= 1024
 
     @property
+    def products(self) -> int:
+        """How many products one call makes."""
+        return 4 if self.decoding else 1
+
+    @property
     def capacity(self) -> int:
         """Rows of the arrays: few rows need space for the rounding of each group."""
         return self.rows + ALIGN * self.groups if self.decoding else self.rows
@@ -95,9 +102,27 @@ def group_sizes(case: Case) -> np.ndarray:
 
 
 @functools.cache
-def _jitted(function: Callable[..., Any], options: tuple[tuple[str, Any], ...]) -> Any:
-    """One jitted function for all cases, so that each shape is compiled once."""
-    return jax.jit(functools.partial(function, **dict(options)))
+def program(case: Case, function: Callable[..., Any], options: tuple[tuple[str, Any], ...] = ()) -> Any:
+    """A case's products, compiled: (lhs, rhs, a copy of the group sizes for each) -> results."""
+    shapes = {"forward": ("x", "w"), "dx": ("dout", "w"), "dw": ("x", "dout")}[case.kind]
+    every = dict(x=(case.capacity, case.k), w=(case.groups, case.k, case.n), dout=(case.capacity, case.n))
+    pair = (jax.ShapeDtypeStruct(every[name], jnp.bfloat16) for name in shapes)
+    sizes = [jax.ShapeDtypeStruct((case.groups,), jnp.int32)] * case.products
+    transposed = {"transpose_rhs": True} if case.kind == "dx" else {}
+    one = jax.jit(functools.partial(function, **dict(options), **transposed))
+    return jax.jit(lambda lhs, rhs, sizes: [one(lhs, rhs, own) for own in sizes]).lower(*pair, sizes).compile()
+
+
+def compile_all(chosen: list[Case]) -> None:
+    """Compiles our products of all cases, several at a time; what is wrong with one shows when it is measured."""
+    with concurrent.futures.ThreadPoolExecutor() as pool:
+        made = [pool.submit(Work.program, case) for case in {_same_program(case) for case in chosen}]
+        concurrent.futures.wait(made)
+
+
+def _same_program(case: Case) -> Case:
+    """The case of the same shapes that stands for all of them."""
+    return case._replace(balance="")
 
 
 class Work:
@@ -124,15 +149,17 @@ class Work:
         pair = {"forward": (self.x, self.w), "dx": (self.dout, self.w), "dw": (self.x, self.dout)}[self.case.kind]
         return *pair, self.device_sizes
 
+    @staticmethod
+    def program(case: Case, module: Any = mosaic, **options: Any) -> Any:
+        """Our products."""
+        function = module.outer if case.kind == "dw" else module.matmul
+        return program(_same_program(case), function, tuple(options.items()))
+
     def ours(self, module: Any = mosaic, **options: Any) -> Callable[[], Any]:
-        """A compiled call of one backend."""
-        function = module.outer if self.case.kind == "dw" else module.matmul
-        if self.case.kind == "dx":
-            options["transpose_rhs"] = True
-        operands = self.operands()
-        call = _jitted(function, tuple(options.items()))
-        wait(call(*operands))
-        return lambda: call(*operands)
+        """The case's products by one of our backends, compiled; gives the last one's result."""
+        call, (lhs, rhs, sizes) = self.program(self.case, module, **options), self.operands()
+        copies = [jnp.copy(sizes) for _ in range(self.case.products)]
+        return lambda: call(lhs, rhs, copies)[-1]
 
     def plain(self) -> Callable[[], Any]:
         """One dense product of as many rows, by cuBLAS: through PyTorch where it is there."""
@@ -160,7 +187,20 @@ class Work:
                     name: lambda w=w: torch._grouped_mm(dout, w.transpose(1, 2), offs=ends)
                     for name, w in orders.items()
                 }
-        return {name: call for name, call in calls.items() if attempt(lambda call=call: wait(call()) or True, name)}
+        working = {name: call for name, call in calls.items() if attempt(lambda call=call: wait(call()) or True, name)}
+        return {name: self._in_one_graph(call) for name, call in working.items()} if self.case.decoding else working
+
+    def _in_one_graph(self, call: Callable[[], Any]) -> Callable[[], Any]:
+        """As many calls as one of ours makes products, without the time that starting them takes."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = [call() for _ in range(self.case.products)]
+
+        def replay() -> Any:
+            graph.replay()
+            return results[-1]
+
+        return replay
 
     def error(self, result: jax.Array) -> float:
         """Largest difference from float32 over the largest value, of a sample."""
@@ -205,15 +245,15 @@ def wait(value: Any) -> None:
         jax.block_until_ready(value)
 
 
-def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median seconds of each call; they take turns, some calls without a pause at a time."""
+def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, products: int = 1) -> dict[str, float]:
+    """Median seconds of each product; the calls take turns, some of them without a pause at a time."""
     seconds: dict[str, list[float]] = {name: [] for name in calls}
     counts = {}
     for name, call in calls.items():
         wait(call())
         start = time.perf_counter()
         wait(call())
-        counts[name] = max(1, min(20, round(6e-3 / (time.perf_counter() - start))))
+        counts[name] = max(1, min(50, round(12e-3 / (time.perf_counter() - start))))
     for _ in range(repeats):
         for name, call in calls.items():
             start = time.perf_counter()
@@ -222,7 +262,7 @@ def interleaved(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, 
                 value = call()
             wait(value)
             seconds[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(values) for name, values in seconds.items()}
+    return {name: statistics.median(values) / products for name, values in seconds.items()}
 
 
 def attempt(make: Callable[[], Any], what: str) -> Any:
@@ -242,7 +282,7 @@ def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
         calls["plain"] = work.plain()
     error = work.error(calls["ours"]())
     calls |= work.torch_calls()
-    seconds = interleaved(calls, repeats)
+    seconds = interleaved(calls, repeats, case.products)
     if ragged_dot and not case.decoding and (slow := attempt(lambda: work.ours(xla), "ragged dot")):
         seconds |= attempt(lambda: interleaved({"ragged": slow}, 1), "ragged dot") or {}
     ours = seconds["ours"]
@@ -262,19 +302,20 @@ def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
 def candidates(case: Case) -> list[Tile]:
     """Divisions of the work that may be the best."""
     if not case.decoding:
-        large = [(128, 256, "m", 1, 8), (128, 256, "m", 2, 8), (128, 256, "n", 2, 8), (256, 128, "m", 1, 8),
-                 (256, 128, "m", 2, 4), (256, 128, "m", 2, 8)]  # fmt: skip
+        large = [(128, 256, "m", 1, 8), (128, 256, "m", 2, 8), (128, 256, "n", 1, 8), (128, 256, "n", 2, 8),
+                 (256, 128, "m", 1, 4), (256, 128, "m", 2, 4), (256, 128, "m", 2, 8)]  # fmt: skip
         turns = [Tile(128, 128, 64, 6, "tiles", c, w) for c, w in ((1, 8), (2, 8), (2, 16))]
-        return [*(Tile(m, n, 64, 4, split, c, w) for m, n, split, c, w in large), *turns]
-    small = [(64, 128, 64, 8), (64, 128, 128, 4), (64, 256, 64, 4)]
-    split = [Tile(m, n, k, stages, "n", width=1) for m, n, k, stages in small]
-    turns = [Tile(64, 128, 64, 8, "tiles", width=1), Tile(64, 64, 64, 12, "tiles", width=1)]
-    return [*split, *turns, Tile(128, 128, 64, 6, "m", width=1), Tile(128, 128, 64, 6, "tiles", width=1)]
+        cut = 2 if case.kind != "dw" else 0
+        return [*(Tile(m, n, 64, 4, split, c, w, cut) for m, n, split, c, w in large), *turns]
+    small = [(64, 128, 64, 8, "n"), (64, 128, 128, 4, "n"), (64, 256, 64, 4, "n"), (128, 64, 64, 8, "m"),
+             (128, 128, 64, 6, "m"), (128, 256, 64, 4, "n"), (256, 128, 64, 4, "m"), (128, 128, 64, 6, "tiles"),
+             (64, 128, 64, 8, "tiles"), (64, 64, 64, 12, "tiles")]  # fmt: skip
+    return [Tile(*sides, cluster=1, width=8) for sides in small]
 
 
 def _short(tile: Tile) -> str:
     """The values of a tile, as `Tile` takes them."""
-    return f"({tile.m}, {tile.n}, {tile.k}, {tile.stages}, {tile.split!r}, {tile.cluster}, {tile.width})"
+    return str(tuple(dataclasses.astuple(tile)))
 
 
 def sweep(case: Case, repeats: int, clusters: list[int]) -> list[str]:
@@ -288,7 +329,7 @@ def sweep(case: Case, repeats: int, clusters: list[int]) -> list[str]:
     calls |= work.torch_calls()
     if not case.decoding and torch is not None:
         calls["plain"] = work.plain()
-    seconds = interleaved(calls, repeats)
+    seconds = interleaved(calls, repeats, case.products)
     return [
         f"| {case.name} | {name} | {seconds[name] * 1e6:.0f} | {work.flops / seconds[name] / 1e12:.0f} | "
         f"{work.bytes / seconds[name] / 1e9:.0f} | {errors.get(name, '')} |"
@@ -314,9 +355,10 @@ def main() -> None:
         head = "groups, rows x k → n, pass, sizes, µs, TFLOP/s, torch, ours / torch, plain, ragged dot, GB/s, error"
         print(f"| {head.replace(', ', ' | ')} |\n" + "|---" * 12 + "|")
     start = time.perf_counter()
-    for case in cases(ragged=not arguments.sweep):
-        if not any(part in case.name for part in arguments.only):
-            continue
+    chosen = [case for case in cases(ragged=not arguments.sweep) if any(part in case.name for part in arguments.only)]
+    if not arguments.sweep:
+        compile_all(chosen)
+    for case in chosen:
         if time.perf_counter() - start > arguments.seconds:
             print(f"{case.name}: out of time")
             continue
