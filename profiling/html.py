@@ -179,7 +179,7 @@ def _card(figure: Figure) -> str:
 
 def _table(table: Table) -> str:
     heads = "".join(
-        f'<th scope="col"{_class(not column.unit)}>{html.escape(column.title)}</th>' for column in table.columns
+        f'<th scope="col"{_class(not column.unit)}>{html.escape(column.heading)}</th>' for column in table.columns
     )
     body = []
     for number, (row, cells) in enumerate(zip(table.rows, table.cells(), strict=True)):

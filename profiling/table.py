@@ -25,6 +25,15 @@ class Column:
     unit: str = ""
     is_share: bool = False
 
+    @property
+    def heading(self) -> str:
+        """The title, with the unit where the numbers themselves do not show it.
+
+        >>> Column("busy", "us").heading, Column("share", "%").heading
+        ('busy us', 'share')
+        """
+        return f"{self.title} us" if self.unit == "us" else self.title
+
 
 @dataclasses.dataclass(frozen=True)
 class Table:
@@ -109,12 +118,12 @@ def as_text(table: Table, most: int | None = None) -> str:
 
     >>> print(as_text(Table("t", "Kinds", "", (Column("kind"), Column("time", "us")), (("GEMM", 5.0), ("copy", 12.5)))))
     Kinds
-    kind  time
-    GEMM   5.0
-    copy  12.5
+    kind  time us
+    GEMM      5.0
+    copy     12.5
     """
     cells = table.cells()
-    shown = [[column.title for column in table.columns], *cells[:most]]
+    shown = [[column.heading for column in table.columns], *cells[:most]]
     widths = [max(len(row[i]) for row in shown) for i in range(len(table.columns))]
     lines = [
         "  ".join(
@@ -132,13 +141,13 @@ def as_markdown(table: Table, most: int | None = None) -> str:
     >>> print(as_markdown(Table("t", "Kinds", "", (Column("kind"), Column("time", "us")), (("a|b", 5.0),))))
     ### Kinds
     <BLANKLINE>
-    | kind | time |
+    | kind | time us |
     |---|--:|
     | a\\|b | 5.0 |
     """
     cells = table.cells()
     lines = [
-        _markdown_row([column.title for column in table.columns]),
+        _markdown_row([column.heading for column in table.columns]),
         "|" + "|".join("--:" if column.unit else "---" for column in table.columns) + "|",
         *map(_markdown_row, cells[:most]),
     ]

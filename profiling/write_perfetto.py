@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import heapq
 import itertools
+import operator
 import os
 import pathlib
 import struct
@@ -76,6 +79,7 @@ class _Writer:
         self.header: list[bytes] = []
         self.streams: list[Iterable[Packet]] = []
         self.interned = _Interned()
+        self.encoded: dict[tuple, bytes] = {}
         self.track_ids = itertools.count(1)
         self.flow_ids = itertools.count(1)
 
@@ -134,14 +138,21 @@ class _Writer:
             yield running.pop(), end
 
     def begin(self, track: int, event: Event, flows: Iterable[tuple[int, int]]) -> bytes:
+        key = _what(event)
+        if key not in self.encoded:
+            self.encoded[key] = self.encode(event)
+        body = _BEGIN + _number(11, track) + self.encoded[key]
+        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in flows)
+
+    def encode(self, event: Event) -> bytes:
+        """Everything but times and flows, the same for many events."""
         number = self.interned.number
-        body = _number(9, BEGIN) + _number(11, track)
-        body += _number(3, number(1, event.group)) + _number(10, number(2, event.name))
+        body = _number(3, number(1, event.group)) + _number(10, number(2, event.name))
         for name, value in facts(event).items():
             annotation = _number(1, number(3, name))
             annotation += _number(4, value) if isinstance(value, int) else _number(17, number(29, value))
             body += _message(4, annotation)
-        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in flows)
+        return body
 
 
 class _Interned:
@@ -174,14 +185,15 @@ def _counter(track: int, samples: Iterable[tuple[float, float]], offset: float) 
 
 
 def _packet(fields: bytes, first: bool = False) -> bytes:
-    """Trace.packet of the one sequence; flags: 1 the interned texts start anew, 2 the packet needs them."""
-    return _message(1, _number(10, 1) + _number(13, 1 if first else 2) + fields)
+    """Trace.packet of the one sequence, whose first says that no text has been interned before."""
+    return _message(1, (_FIRST if first else _LATER) + fields)
 
 
 def _nanoseconds(time: float, offset: float) -> int:
     return round((time + offset) * 1000)
 
 
+@functools.cache
 def _tag(field: int, wire_type: int) -> bytes:
     return _varint(field << 3 | wire_type)
 
@@ -200,6 +212,8 @@ def _message(field: int, body: bytes) -> bytes:
 
 def _varint(value: int) -> bytes:
     """Seven bits a byte, the lowest first; negative numbers as 64 bits of two's complement."""
+    if 0 <= value < 128:
+        return bytes((value,))
     value &= (1 << 64) - 1
     found = bytearray()
     while value > 127:
@@ -207,3 +221,11 @@ def _varint(value: int) -> bytes:
         value >>= 7
     found.append(value)
     return bytes(found)
+
+
+_what = operator.attrgetter(
+    *(field.name for field in dataclasses.fields(Event) if field.name not in ("device", "lane", "start", "end"))
+)
+_BEGIN = _number(9, BEGIN)
+_FIRST = _number(10, 1) + _number(13, 1)
+_LATER = _number(10, 1) + _number(13, 2)

@@ -159,8 +159,10 @@ function start() {
     }, 150);
   }
 
-  /* Where events are of one kind, as those of a simulated schedule, phases tell more. */
-  const usual = new Set(model.whats.filter((what) => what.group !== "step").map((what) => what.kind)).size > 1 ? "kind" : "phase";
+  /* Phases are what a prediction has in common with a measurement, and what tells apart events that are of one kind. */
+  const different = (field) => new Set(model.whats.filter((what) => what.group !== "step").map((what) => what[field])).size;
+  const predicted = model.rows.some((row) => row.trace > 0);
+  const usual = different("phase") > 1 && (predicted || different("kind") < 2) ? "phase" : "kind";
 
   function restore() {
     const state = new URLSearchParams(location.hash.slice(1));

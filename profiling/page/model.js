@@ -73,28 +73,34 @@ function formatTime(microseconds, step = 0, largest = microseconds) {
 }
 
 /* Colours by what an event is: each group has a stretch of hues, and its most used categories take it in turn. */
-const HUES = { compute: [140, 300], transfer: [22, 52], wait: [336, 358], unclassified: [60, 90] };
+const HUES = { compute: [140, 300], transfer: [12, 62], wait: [322, 352], unclassified: [60, 90] };
 const PASSES = { F: 38, FB: 92, B: 128, I: 212, W: 266 };
 
 class Colouring {
   constructor(model, field, lightness) {
     this.field = field;
     const usage = new Map();
+    const use = (what, time) => {
+      const name = this.category(what);
+      if (name === null) return;
+      const found = usage.get(name) || { time: 0, groups: {} };
+      found.time += time;
+      found.groups[what.group] = (found.groups[what.group] || 0) + time;
+      usage.set(name, found);
+    };
     for (const row of model.rows) {
       if (row.host || row.trace > 0) continue;
-      for (let i = 0; i < row.what.length; i++) {
-        const name = this.category(model.whats[row.what[i]]);
-        usage.set(name, (usage.get(name) || 0) + row.end[i] - row.start[i]);
-      }
+      for (let i = 0; i < row.what.length; i++) use(model.whats[row.what[i]], row.end[i] - row.start[i]);
     }
-    for (const what of model.whats) if (!usage.has(this.category(what))) usage.set(this.category(what), 0);
-    const group = new Map(model.whats.map((what) => [this.category(what), what.group]));
-    const seen = {};
+    for (const what of model.whats) use(what, 0);  // what is predicted alone has a colour too
+    const turns = {};
     this.colours = new Map();
-    this.categories = [...usage].filter(([name]) => name !== null).sort((a, b) => b[1] - a[1]);
+    this.categories = [...usage].map(([name, { time }]) => [name, time]).sort((a, b) => b[1] - a[1]);
     for (const [name] of this.categories) {
-      const of = group.get(name), turn = (seen[of] = (seen[of] ?? -1) + 1);
-      this.colours.set(name, this.colour(name, of, turn, lightness));
+      const { groups } = usage.get(name);
+      const group = Object.keys(groups).sort((a, b) => groups[b] - groups[a])[0];
+      turns[group] = (turns[group] ?? -1) + 1;
+      this.colours.set(name, this.colour(name, group, turns[group], lightness));
     }
     this.ofWhat = model.whats.map((what) => this.colours.get(this.category(what)) || `hsl(220 8% ${lightness})`);
   }
@@ -112,6 +118,6 @@ class Colouring {
     if (pass && name === pass[1]) return `hsl(${PASSES[name] ?? 200} 62% ${lightness})`;
     const [low, high] = HUES[group] || HUES.unclassified;
     const hue = low + (high - low) * ((turn * 0.618034 + 0.28) % 1);
-    return `hsl(${hue} ${[64, 46, 78][turn % 3]}% ${lightness})`;
+    return `hsl(${hue} ${[66, 48, 80][turn % 3]}% ${parseFloat(lightness) - [0, 6][turn % 2]}%)`;
   }
 }

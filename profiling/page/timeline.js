@@ -171,7 +171,7 @@ class Timeline {
         c.globalAlpha = lit ? 1 : 0.4;
         c.fillStyle = row.host ? css.ink : css["bar-ink"];
         const { short, microbatch } = this.model.whats[what];
-        this.fitText(c, short, left + 4, y + ROW / 2 + 0.5, right - left - 7, microbatch === null ? "" : String(microbatch));
+        this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch));
       }
     }
     c.globalAlpha = 1;
@@ -292,9 +292,9 @@ class Timeline {
     c.strokeRect(left + 0.75, 1, Math.max(1, right - left - 1.5), high - 2);
   }
 
-  /* A text if it fits, or else another, or else as much of the first as fits, found by halving. Widths are kept, as
-     measuring is what takes time. */
-  fitText(c, text, x, y, room, instead = "") {
+  /* A text if it fits into a width, or else another one in the middle, or else as much of the first as fits, found by
+     halving. Widths are kept, as measuring is what takes time. */
+  fitText(c, text, left, y, room, margin = 0, instead = "") {
     this.widths ??= new Map();
     const width = (part) => {
       const key = `${c.font}|${part}`;
@@ -304,12 +304,16 @@ class Timeline {
       }
       return this.widths.get(key);
     };
-    if (width(text) > room && instead && width(instead) <= room) text = instead;
-    else if (width(text) > room) {
+    let x = left + margin;
+    const fits = (part) => width(part) <= room - 2 * margin;
+    if (!fits(text) && instead && width(instead) <= room - 2) {
+      text = instead;
+      x = left + (room - width(text)) / 2;
+    } else if (!fits(text)) {
       let low = 0, high = text.length;
       while (low < high) {
         const middle = (low + high + 1) >>> 1;
-        if (width(`${text.slice(0, middle)}\u2026`) <= room) low = middle;
+        if (fits(`${text.slice(0, middle)}\u2026`)) low = middle;
         else high = middle - 1;
       }
       if (low < 3) return;
