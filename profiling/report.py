@@ -113,7 +113,7 @@ class Report:
             f"{devices} device{'s' * (devices != 1)}",
             f"{events:,} event{'s' * (events != 1)}",
             f"window {self.measurement.makespan:,.1f} us",
-            *(f"{name} {value}" for name, value in self.trace.metadata.items() if isinstance(value, str | int)),
+            *(f"{name} {value}" for name, value in self.trace.metadata.items() if _is_short(name, value)),
         )
 
 
@@ -155,6 +155,8 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     def percent(share: float | None) -> str:
         return "none" if share is None else f"{100 * share:.2f}%"
 
+    devices = len(measured.devices)
+    the_window = "the window" if devices == 1 else f"the windows of {devices} devices"
     moved = transfers.communication or waits.communication
     found = [
         Figure(
@@ -172,7 +174,7 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
             "exposed communication",
             waits.exposed if moved else None,
             "us",
-            f"{percent(waits.exposed_share)} of the window, with waits; transfers alone {transfers.exposed:,.1f} us"
+            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {transfers.exposed:,.1f} us"
             if moved
             else "",
         ),
@@ -181,7 +183,7 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
             "compute",
             whole.compute / whole.window if whole.window else None,
             "%",
-            f"of the window; idle {percent(whole.device_idle)}, in {whole.gaps:,} gaps, the longest "
+            f"of {the_window}; idle {percent(whole.device_idle)}, in {whole.gaps:,} gaps, the longest "
             f"{whole.longest_gap:,.1f} us",
         ),
         Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
@@ -225,3 +227,8 @@ def _notes(
                 more = f" and {len(names) - 5} more" if len(names) > 5 else ""
                 found[f"only {which}: {'; '.join(names[:5])}{more}"] = None
     return list(found) or ["nothing is known to be missing"]
+
+
+def _is_short(name: str, value: object) -> bool:
+    """Whether a fact stands at the top: those named like identifiers are for programs, and long ones for the table."""
+    return "_" not in name and isinstance(value, str | int) and len(str(value)) <= 40

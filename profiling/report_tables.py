@@ -57,6 +57,7 @@ def report_tables(
         _sensitivity(measured),
         _collectives(schedule),
         _unclassified(trace),
+        _metadata(trace),
     ]
     return tuple(table for table in tables if table.rows)
 
@@ -361,6 +362,16 @@ def _unclassified(trace: Trace) -> Table:
         "They count as neither compute nor communication: write rules for them.",
         (Column("name"), Column("time", "us")),
         unclassified_names(trace),
+    )
+
+
+def _metadata(trace: Trace) -> Table:
+    return Table(
+        "metadata",
+        "Where the trace comes from",
+        "As its reader noted it.",
+        (Column("fact"), Column("value")),
+        tuple((name, str(value)) for name, value in trace.metadata.items()),
     )
 
 
