@@ -80,7 +80,7 @@ def capture(
 
 
 def annotate_step(number: int, name: str = "step") -> jax.profiler.StepTraceAnnotation:
-    """Marks a step on the host's track: ``with annotate_step(i): ...``.
+    """Marks a step on the host's track, for ``with``.
 
     Its times are the host's, which runs ahead of the devices: measure devices by their events.
     """

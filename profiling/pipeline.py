@@ -16,6 +16,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from jaxpipe.runtime.program import Field, Program
+from jaxpipe.schedule.simulate import Costs
 from profiling.event import Event, Trace
 from profiling.scopes import action_of, place
 
@@ -89,6 +90,33 @@ def group_actions(trace: Trace, program: Program, ranks: Mapping[int, int], step
         )
     events.sort(key=lambda event: (event.start, event.end))
     return dataclasses.replace(trace, title=f"{trace.title}: actions", events=tuple(events), ranks=dict(ranks))
+
+
+def measured_costs(actions: Trace) -> Costs:
+    """Median microseconds of each kind of action, what `jaxpipe.schedule.simulate` needs to predict the same step.
+
+    Args:
+      actions: what `group_actions` returned. A kind that did not run takes what the others leave: half of a whole
+        backward for I and W, both of them for B.
+
+    Raises:
+      ValueError: there is no forward, or no backward in any form.
+    """
+    durations: dict[str, list[float]] = collections.defaultdict(list)
+    for event in actions.events:
+        durations[event.phase].append(event.duration)
+    median = {phase: float(np.median(values)) for phase, values in durations.items()}
+    whole = median.get("B")
+    half = {kind: median.get(kind, whole / 2 if whole is not None else None) for kind in ("I", "W")}
+    if "F" not in median or half["I"] is None or half["W"] is None:
+        raise ValueError(f"the trace has actions {sorted(median)}: costs need F, and B or both of I and W")
+    return Costs(
+        forward=median["F"],
+        backward_input=half["I"],
+        weight=half["W"],
+        backward=whole,
+        overlapped=median.get("FB"),
+    )
 
 
 class _Run(NamedTuple):

@@ -120,8 +120,11 @@ def _read_file(file: pathlib.Path, parts: Mapping[str, str]) -> Trace:
             local = int(gpu[1])
             events += _gpu_events(plane, devices.get(local, local), modules, parts)
         elif plane.name == "/host:CPU":
-            events += _cpu_events(plane, devices, modules, parts)
+            found, endless = _cpu_events(plane, devices, modules, parts)
+            events += found
             steps += _steps(plane)
+            if endless:
+                complaints.append(f"{endless} operations have no end, so that asynchronous ones look too short")
     metadata.setdefault("platform", "gpu" if any(_GPU.fullmatch(plane.name) for plane in planes) else "cpu")
     notes = [f"the profiler reports: {complaint}" for complaint in complaints]
     if metadata["platform"] == "cpu":
@@ -157,10 +160,15 @@ def _gpu_events(plane: Any, device: int, modules: Modules, parts: Mapping[str, s
             )
 
 
-def _cpu_events(plane: Any, devices: Mapping[int, int], modules: Modules, parts: Mapping[str, str]) -> Iterator[Event]:
-    """Operations of all devices; what only runs other operations is left out."""
+def _cpu_events(
+    plane: Any, devices: Mapping[int, int], modules: Modules, parts: Mapping[str, str]
+) -> tuple[list[Event], int]:
+    """Operations of all devices, without those that only run others; and how many of them have no end.
+
+    An operation's event lasts as long as the call that starts it; a second one says when it was done.
+    """
     ends: dict[Any, float] = {}
-    found = []
+    calls = []
     for line in plane.lines:
         for event in line.events:
             if event.name.startswith("end: "):
@@ -168,16 +176,20 @@ def _cpu_events(plane: Any, devices: Mapping[int, int], modules: Modules, parts:
             elif not event.name.startswith("Threadpool"):
                 stats = dict(event.stats)
                 if "hlo_op" in stats:
-                    found.append((event.name, event.start_ns, event.end_ns, stats))
-    for name, start, end, stats in found:
+                    calls.append((event.name, event.start_ns, event.end_ns, stats))
+    events, endless = [], 0
+    for name, start, end, stats in calls:
         op = str(stats["hlo_op"])
         known = modules.get(f"{stats.get('hlo_module')}({stats.get('program_id')})", {}).get(op)
         if known and known.opcode in CONTAINERS:
             continue
         local = int(stats.get("device_ordinal", 0))
         lane = "collectives" if _COLLECTIVE.match(known.opcode if known else op) else "compute"
+        endless += stats.get("_p") not in ends
         end = max(end, ends.get(stats.get("_p"), end))
-        yield _event(devices.get(local, local), lane, start, end, name, op, known.scope if known else "", parts)
+        scope = known.scope if known else ""
+        events.append(_event(devices.get(local, local), lane, start, end, name, op, scope, parts))
+    return events, endless
 
 
 def _event(
@@ -191,13 +203,25 @@ def _event(
     parts: Mapping[str, str],
     blocks: int | None = None,
 ) -> Event:
-    phase, layer, _ = place(scope, parts)
-    return Event(device, lane, start_ns / 1e3, end_ns / 1e3, name, op, scope, phase=phase, layer=layer, blocks=blocks)
+    where = place(scope, parts)
+    return Event(
+        device,
+        lane,
+        start_ns / 1e3,
+        end_ns / 1e3,
+        name,
+        op,
+        scope,
+        phase=where.phase,
+        layer=where.layer,
+        microbatch=where.microbatch,
+        blocks=blocks,
+    )
 
 
 def _steps(plane: Any) -> Iterator[Step]:
     for line in plane.lines:
-        if line.name != "python":
+        if not line.name.startswith("python"):
             continue
         for event in line.events:
             stats = dict(event.stats)

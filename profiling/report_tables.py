@@ -8,7 +8,6 @@ from profiling.classify import unclassified_names
 from profiling.compare import Comparison, TaskRow
 from profiling.event import GROUPS, Trace
 from profiling.exposure import exposed_segments
-from profiling.hlo_overlap import Collective, short_label
 from profiling.hlo_overlap import Overlap as Schedule
 from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
 from profiling.table import Column, Table, Value
@@ -55,7 +54,7 @@ def report_tables(
         _lanes(measured),
         _skew(measured),
         _sensitivity(measured),
-        _collectives(schedule),
+        *(schedule.tables() if schedule else ()),
         _unclassified(trace),
         _metadata(trace),
     ]
@@ -329,29 +328,6 @@ def _segments(trace: Trace) -> Table:
             for segment in segments
         ),
         tuple((segment.start, segment.end) for segment in segments),
-    )  # fmt: skip
-
-
-def _collectives(schedule: Schedule | None) -> Table:
-    def row(one: Collective) -> tuple[Value, ...]:
-        return (
-            one.verdict, one.kind, "yes" if one.is_asynchronous else "no", one.count, one.bytes / 1e6, one.us,
-            one.hidden_us / one.us if one.us else None, one.exposed_us, one.could_hide_us,
-            short_label(one.label) or one.name,
-        )  # fmt: skip
-
-    found = (*schedule.collectives, *schedule.synchronous) if schedule else ()
-    where = f"of {schedule.module}, with times estimated for {schedule.chip}" if schedule else ""
-    return Table(
-        "collectives",
-        "Collectives in the compiled schedule",
-        f"What XLA's schedule {where} puts beside each.",
-        (
-            Column("verdict"), Column("kind"), Column("asynchronous"), Column("runs", "n"), Column("MB", "x"),
-            Column("time", "us"), Column("hidden", "%", is_share=True), Column("exposed", "us"),
-            Column("could hide", "us"), Column("scope"),
-        ),
-        tuple(map(row, found)),
     )  # fmt: skip
 
 

@@ -49,7 +49,8 @@ class Place(NamedTuple):
 def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     """The place that a scope names; of several layers or actions the outermost, of several parts the innermost.
 
-    Without an action's scope, operations under `jax.grad` are F or B by how jax marks them.
+    Where XLA made one operation of several, "a/(b:c)", the first counts. Without an action's scope, operations under
+    `jax.grad` are F or B by how jax marks them.
 
     >>> place("jit(step)/shard_map/while/body/branch_2/W/transpose(jvp(layer_3))/attention/dot_general")
     Place(phase='attn(W)', layer=3, microbatch=None, branch=2)
@@ -58,6 +59,9 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     """
     if not scope:
         return Place("", None, None, None)
+    before, merged, rest = scope.partition("/(")
+    if merged:
+        scope = f"{before}/{rest.partition(':')[0]}"
     action = part = None
     indices: dict[re.Pattern[str], int] = {}
     for component in _COMPONENT.findall(scope):

@@ -9,7 +9,7 @@ called_computation_ids = 38; OpMetadata.op_name = 2 (xla/service/hlo.proto).
 
 from __future__ import annotations
 
-import os.path
+import itertools
 from typing import NamedTuple
 
 from profiling.wire import integer, integers, messages, text
@@ -63,8 +63,8 @@ def _instructions(hlo_proto: memoryview) -> dict[str, Instruction]:
 
 def _common(scopes: list[str]) -> str:
     """The path that all scopes of a computation begin with: what an operation that XLA added there belongs to."""
-    parts = os.path.commonprefix([scope.split("/") for scope in scopes])
-    return "/".join(parts)
+    together = zip(*(scope.split("/") for scope in scopes), strict=False)
+    return "/".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, together))
 
 
 def _scope(instruction: memoryview) -> str:

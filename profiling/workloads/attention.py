@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.dtypes import wide
 from profiling.workloads.sizes import Sizes
 
 
@@ -30,22 +31,19 @@ class AttentionParams(NamedTuple):
 
 def init_attention(key: jax.Array, sizes: Sizes, dtype: jax.typing.DTypeLike) -> AttentionParams:
     """Normal values of variance one over the number of inputs."""
-    heads, content, rotary = sizes.heads, sizes.content, sizes.rotary
-    shapes = AttentionParams(
-        (sizes.width, sizes.query_rank),
-        (sizes.query_rank, heads, content + rotary),
-        (sizes.width, sizes.latent + rotary),
-        (sizes.latent, heads, content),
-        (sizes.latent, heads, sizes.value),
-        (heads, sizes.value, sizes.width),
-    )
-    fans = (sizes.width, sizes.query_rank, sizes.width, sizes.latent, sizes.latent, heads * sizes.value)
-    keys = jax.random.split(key, len(shapes))
+    heads, content, rotary, value = sizes.heads, sizes.content, sizes.rotary, sizes.value
+    keys = jax.random.split(key, len(AttentionParams._fields))
+
+    def normal(index: int, fan_in: int, *shape: int) -> jax.Array:
+        return jax.random.normal(keys[index], shape, dtype) * fan_in**-0.5
+
     return AttentionParams(
-        *(
-            jax.random.normal(key, shape, dtype) * fan**-0.5
-            for key, shape, fan in zip(keys, shapes, fans, strict=True)
-        )
+        query_down=normal(0, sizes.width, sizes.width, sizes.query_rank),
+        query_up=normal(1, sizes.query_rank, sizes.query_rank, heads, content + rotary),
+        latent_down=normal(2, sizes.width, sizes.width, sizes.latent + rotary),
+        key_up=normal(3, sizes.latent, sizes.latent, heads, content),
+        value_up=normal(4, sizes.latent, sizes.latent, heads, value),
+        out=normal(5, heads * value, heads, value, sizes.width),
     )
 
 
@@ -95,26 +93,29 @@ def attend_cached(
     Returns:
       The output, and the cache with the new tokens in it.
     """
-    query = _query(params, x[:, None], sizes, lengths[:, None])
-    new = _latents(params, x[:, None], sizes, lengths[:, None])
-    cache = jax.vmap(lambda rows, row, at: jax.lax.dynamic_update_slice(rows, row, (at, jnp.int32(0))))(
-        cache, new, lengths
-    )
-    content, rotary = query[:, 0, :, : sizes.content], query[:, 0, :, sizes.content :]
-    query = jnp.concatenate([jnp.einsum("bhn,lhn->bhl", content, params.key_up), rotary], -1)
-    scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=jnp.float32)
-    scores = scores * (sizes.content + sizes.rotary) ** -0.5
-    seen = jnp.arange(cache.shape[1], dtype=jnp.int32) <= lengths[:, None, None]
-    weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(x.dtype)
-    mixed = jnp.einsum("bhs,bsl->bhl", weights, cache[:, :, : sizes.latent])
-    value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up)
-    return jnp.einsum("bhv,hvd->bd", value, params.out), cache
+    with jax.named_scope("project"):
+        query = _query(params, x[:, None], sizes, lengths[:, None])
+        new = _latents(params, x[:, None], sizes, lengths[:, None])
+        cache = jax.vmap(lambda rows, row, at: jax.lax.dynamic_update_slice(rows, row, (at, jnp.int32(0))))(
+            cache, new, lengths
+        )
+        content, rotary = query[:, 0, :, : sizes.content], query[:, 0, :, sizes.content :]
+        query = jnp.concatenate([jnp.einsum("bhn,lhn->bhl", content, params.key_up), rotary], -1)
+    with jax.named_scope("core"):
+        scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=wide(x.dtype))
+        scores = scores * (sizes.content + sizes.rotary) ** -0.5
+        seen = jnp.arange(cache.shape[1], dtype=jnp.int32) <= lengths[:, None, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(x.dtype)
+        # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
+        mixed = jnp.einsum("bhs,bsc->bhc", weights, cache)[..., : sizes.latent]
+        value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up)
+        return jnp.einsum("bhv,hvd->bd", value, params.out), cache
 
 
 def rms_norm(x: Float[Array, "*batch D"]) -> Float[Array, "*batch D"]:
-    """Root-mean-square normalisation without scale, in float32."""
-    wide = x.astype(jnp.float32)
-    return (wide * jax.lax.rsqrt(jnp.mean(wide * wide, -1, keepdims=True) + 1e-6)).astype(x.dtype)
+    """Root-mean-square normalisation without scale, in float32 (float64 for float64)."""
+    exact = x.astype(wide(x.dtype))
+    return (exact * jax.lax.rsqrt(jnp.mean(exact * exact, -1, keepdims=True) + 1e-6)).astype(x.dtype)
 
 
 def _query(params: AttentionParams, x: jax.Array, sizes: Sizes, positions: jax.Array) -> jax.Array:
@@ -132,9 +133,10 @@ def _latents(params: AttentionParams, x: jax.Array, sizes: Sizes, positions: jax
 def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     """Rotary position embedding, arXiv 2104.09864."""
     half = x.shape[-1] // 2
-    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angles = positions.astype(jnp.float32)[..., None] * frequencies
-    left, right = jnp.split(x.astype(jnp.float32), 2, -1)
+    dtype = wide(x.dtype)
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    angles = positions.astype(dtype)[..., None] * frequencies
+    left, right = jnp.split(x.astype(dtype), 2, -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
 
@@ -149,7 +151,8 @@ def _dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array) -
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
     whole = queries == keys
     mask = None if whole else jnp.tri(queries, keys, keys - queries, dtype=jnp.bool_)[None, None]
-    mixed = jax.nn.dot_product_attention(
-        query, key, value, mask=mask, is_causal=whole, implementation="cudnn" if cudnn else "xla"
-    )
+    with jax.numpy_dtype_promotion("standard"):  # it promotes float64 with float32
+        mixed = jax.nn.dot_product_attention(
+            query, key, value, mask=mask, is_causal=whole, implementation="cudnn" if cudnn else "xla"
+        )
     return mixed[..., :width]

@@ -1,0 +1,199 @@
+"""The command line: ``python -m profiling report TRACE``, ``compare A B``, ``overlap HLO``, ``run``, ``predict``."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from profiling.capture import COMMAND_BUFFERS
+from profiling.chips import chip
+from profiling.compare import changes
+from profiling.event import Trace
+from profiling.hlo_overlap import overlap
+from profiling.hlo_text import read
+from profiling.html import write_html
+from profiling.metrics import phase_durations
+from profiling.read_kineto import read_kineto
+from profiling.read_xplane import read_xplane
+from profiling.replay import overlapped_pair_tasks, replay
+from profiling.report import Report, report
+from profiling.workloads import SIZES, Sizes
+from profiling.workloads.predict import NETWORKS, predict
+from profiling.workloads.run import WORKLOADS, make_mesh, run
+from profiling.write_chrome import write_chrome
+from profiling.write_perfetto import write_perfetto
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a command; bad input ends it with a message and status 2."""
+    parser = _parser()
+    args = parser.parse_args(arguments)
+    try:
+        args.run(args)
+    except (ValueError, OSError) as error:
+        print(f"{parser.prog} {args.command}: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m profiling", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    show = commands.add_parser("report", help="what a trace amounts to")
+    show.add_argument("trace", help="a folder or .xplane.pb of jax.profiler, or a .json(.gz) of PyTorch's profiler")
+    show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
+    show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
+    show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
+    _chip(show)
+    _outputs(show)
+    show.set_defaults(run=_report)
+
+    versus = commands.add_parser("compare", help="one trace against another")
+    versus.add_argument("a")
+    versus.add_argument("b")
+    versus.set_defaults(run=_compare)
+
+    hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
+    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz")
+    _chip(hidden)
+    hidden.set_defaults(run=_overlap)
+
+    execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
+    execute.add_argument("workload", choices=WORKLOADS)
+    execute.add_argument("--size", choices=tuple(SIZES), help="default: dsv3 on a GPU, tiny elsewhere")
+    execute.add_argument("--mesh", metavar="ep=N", help="devices; default: all")
+    execute.add_argument("--cpu-devices", type=int, default=8, help="fake devices where there is no GPU")
+    execute.add_argument("--layers", type=int, help="instead of the size's own")
+    execute.add_argument("--experts", type=int, help="instead of the size's own: in all")
+    execute.add_argument("--split-prompts", action="store_true", help="prefill: both microbatches share every prompt")
+    execute.add_argument("--calls", type=int, default=2, help="profiled calls")
+    execute.add_argument("--out", type=pathlib.Path, default=pathlib.Path("profile"))
+    _chip(execute)
+    execute.set_defaults(run=_run)
+
+    cluster = commands.add_parser("predict", help="a workload on a cluster, from its profile on one device")
+    cluster.add_argument("workload", choices=WORKLOADS)
+    cluster.add_argument("trace", help="the folder that `run` wrote on one device")
+    cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
+    cluster.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
+    cluster.add_argument("--intranode", type=float, metavar="GB/s")
+    cluster.add_argument("--latency", type=float, metavar="US")
+    cluster.add_argument("--sms", type=int, help="that exchanges occupy")
+    _outputs(cluster)
+    cluster.set_defaults(run=_predict)
+    return parser
+
+
+def _outputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page for a browser")
+    parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path)
+    parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
+
+
+def _chip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
+
+
+def _report(args: argparse.Namespace) -> None:
+    trace = read_trace(args.trace)
+    predicted = read_trace(args.predicted) if args.predicted else None
+    if args.pair:
+        predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
+    schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
+    _write(report(trace, predicted, schedule), args)
+
+
+def _compare(args: argparse.Namespace) -> None:
+    print(changes(read_trace(args.a), read_trace(args.b)).table())
+
+
+def _overlap(args: argparse.Namespace) -> None:
+    print(overlap(read(args.hlo), chip(args.chip)).table())
+
+
+def _run(args: argparse.Namespace) -> None:
+    flags = [COMMAND_BUFFERS, f"--xla_force_host_platform_device_count={args.cpu_devices}"]
+    known = os.environ.get("XLA_FLAGS", "").split()
+    added = [flag for flag in flags if not any(flag.split("=")[0] == other.split("=")[0] for other in known)]
+    os.environ["XLA_FLAGS"] = " ".join([*known, *added])
+    print(f"XLA_FLAGS={os.environ['XLA_FLAGS']}")
+    on_gpu = jax.default_backend() == "gpu"
+    sizes = _sizes(args.size or ("dsv3" if on_gpu else "tiny"), args.layers, args.experts)
+    devices = None
+    if args.mesh:
+        axis, _, count = args.mesh.partition("=")
+        if axis != "ep" or not count.isdigit():
+            raise ValueError(f"--mesh {args.mesh}: workloads run on one axis; write ep=N")
+        devices = int(count)
+    ran = run(
+        args.workload,
+        sizes,
+        args.out,
+        mesh=make_mesh(devices),
+        dtype=jnp.bfloat16 if on_gpu else jnp.float32,
+        calls=args.calls,
+        split_prompts=args.split_prompts,
+    )
+    predicted = predict(ran.trace, args.workload, sizes) if len(ran.trace.devices) == 1 else None
+    found = report(ran.trace, predicted, overlap(ran.hlo, chip(args.chip)))
+    args.html, args.markdown, args.perfetto = (
+        args.out / name for name in ("report.html", "report.md", "trace.pftrace")
+    )
+    _write(found, args)
+    print(f"choices of experts dropped: {ran.dropped}; temporary memory: {ran.temp_bytes / 1e9:.2f} GB a device")
+
+
+def _predict(args: argparse.Namespace) -> None:
+    given = {
+        "internode": args.internode and args.internode * 1e9,
+        "intranode": args.intranode and args.intranode * 1e9,
+        "latency_us": args.latency,
+        "sms": args.sms,
+    }
+    network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
+    trace = read_trace(args.trace)
+    _write(report(predict(trace, args.workload, _sizes(args.size), network)), args)
+
+
+def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> Sizes:
+    sizes = SIZES[name]
+    if layers is not None:
+        sizes = dataclasses.replace(sizes, layers=layers)
+    if experts is not None:
+        router = dataclasses.replace(sizes.moe.router, num_experts=experts)
+        spread = {workload: min(experts, devices) for workload, devices in sizes.expert_parallel.items()}
+        moe = dataclasses.replace(sizes.moe, router=router)
+        sizes = dataclasses.replace(sizes, moe=moe, expert_parallel=spread)
+    return sizes
+
+
+def read_trace(path: str) -> Trace:
+    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler."""
+    return read_kineto(path) if path.endswith((".json", ".json.gz")) else read_xplane(path)
+
+
+def _write(found: Report, args: argparse.Namespace) -> None:
+    """Prints the report and writes the files that were asked for."""
+    print(found.text())
+    if args.html:
+        write_html(args.html, found)
+    if args.markdown:
+        args.markdown.write_text(found.markdown() + "\n", encoding="utf-8")
+    if args.perfetto:
+        traces = [found.trace, found.predicted] if found.predicted else found.trace
+        write = write_perfetto if args.perfetto.suffix == ".pftrace" else write_chrome
+        write(args.perfetto, traces)
+    for path in filter(None, (args.html, args.markdown, args.perfetto)):
+        print(f"wrote {path}")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
