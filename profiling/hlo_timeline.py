@@ -248,6 +248,7 @@ class _Walk:
         called = self.module.called(instruction)
         first_run = len(self.runs)
         if instruction.opcode == "conditional":
+            self._doubt("of conditionals the branch that takes longest counts", instruction)
             ends = [self.run(branch, clock.copy(), count) for branch in called]
             return max(ends, key=lambda end: end.now), self._products(first_run, called, max)
         trips = self._trips(instruction) if instruction.opcode == "while" else 1

@@ -219,6 +219,7 @@ short {{
     assert [one.computation for one in (*result.collectives, *result.synchronous)] == ["long", "short"]
     assert result.us == 2 and [event.name for event in result.events] == ["a", "d"]
     assert result.hidden_share() == 0.5
+    assert result.notes == ("of conditionals the branch that takes longest counts: c",)
     assert result.select(computation="long").hidden_share() == 1.0
     assert result.select(kind="all-reduce").collectives == ()
 
