@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 
 from profiling.classify import unclassified_names
@@ -54,7 +55,7 @@ def report_tables(
         _lanes(measured),
         _skew(measured),
         _sensitivity(measured),
-        *(schedule.tables() if schedule else ()),
+        *_schedule(schedule),
         _unclassified(trace),
         _metadata(trace),
     ]
@@ -329,6 +330,12 @@ def _segments(trace: Trace) -> Table:
         ),
         tuple((segment.start, segment.end) for segment in segments),
     )  # fmt: skip
+
+
+def _schedule(schedule: Schedule | None) -> list[Table]:
+    """Under names of their own: kinds are also what events of the trace are of."""
+    tables = schedule.tables() if schedule else ()
+    return [dataclasses.replace(table, name=f"schedule-{table.name}") for table in tables]
 
 
 def _unclassified(trace: Trace) -> Table:

@@ -32,7 +32,7 @@ class Column:
         >>> Column("busy", "us").heading, Column("share", "%").heading
         ('busy us', 'share')
         """
-        return f"{self.title} us" if self.unit == "us" else self.title
+        return f"{self.title} us" if self.unit == "us" and self.title != "us" else self.title
 
 
 @dataclasses.dataclass(frozen=True)

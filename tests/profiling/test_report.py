@@ -106,9 +106,11 @@ def test_compiled_schedule():
         between_us=40.0, between_flops=1e9, products=(), could_hide_us=60.0, place="inner",
     )  # fmt: skip
     made = report(layer_trace(), schedule=Overlap("jit_step", "H200", (one,), (), 500.0, 400.0, notes=("guessed",)))
-    table = made["collectives"]
-    assert table.rows[0][:9] == ("partial", "all-to-all", "yes", 4, 2.0, 50.0, 0.8, 10.0, 60.0)
-    assert "jit_step" in table.caption and "H200" in table.caption
+    table = made["schedule-collectives"]
+    assert table.title == "Collectives of jit_step on H200"
+    assert table.rows[0][:6] == ("partial", "async", "all-to-all", 4, 2.0, 50.0)
+    assert column(made["schedule-kinds"], "exposed") == [40.0, 40.0]
+    assert len({table.name for table in made.tables}) == len(made.tables)
     assert "compiled schedule: guessed" in made.notes
 
 
