@@ -90,7 +90,7 @@ def record_loads(steps: int = 96) -> np.ndarray:
         updates, moments = optimizer.update(grads, moments)
         return (optax.apply_updates(params, updates), moments), loss, loads
 
-    text = load_corpus(max_bytes=2_000_000).train
+    text = load_corpus(max_tokens=2_000_000).train
     params = initial_params(jax.random.key(0))
     state, recorded, losses = (params, optimizer.init(params)), [], []
     for step in range(steps):

@@ -97,7 +97,7 @@ def main() -> None:
         f"{args.schedule} on {dict(mesh.shape)} {jax.devices()[0].platform} devices: {schedule.num_stages} stages, "
         f"{schedule.num_microbatches} microbatches, {leaves / 1e6:.1f}M parameters, "
         f"{batch_size * args.sequence} tokens a step\n"
-        f"{len(corpus.train) / 1e6:.1f} MB of text, unigram entropy {entropy:.3f} nats a byte"
+        f"{len(corpus.train) / 1e6:.1f}M tokens of {corpus.source}, unigram entropy {entropy:.3f} nats a token"
     )
 
     train_config = trainer.TrainConfig(steps=args.steps, learning_rate=args.learning_rate)

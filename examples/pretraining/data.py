@@ -1,4 +1,8 @@
-"""Byte-level text: the Python standard library's own source, or any files."""
+"""Tokens to train on: the Python standard library's source, any text files, or tokens that lie ready in files.
+
+Text is read byte by byte and kept in memory; ``.bin`` and ``.npy`` files are mapped, and only what a
+batch needs is read.
+"""
 
 from __future__ import annotations
 
@@ -6,97 +10,305 @@ import dataclasses
 import glob
 import pathlib
 import sysconfig
+from collections.abc import Sequence
+from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import NamedSharding
 
 SEPARATOR = 0
-"""The byte between files; it is never a target."""
+"""The byte between text files; it is never a target."""
 
 STRETCH = 1 << 16
-"""Bytes of text that are held out, or trained on, together."""
+"""Tokens that are held out, or trained on, together."""
+
+LIBRARY_BYTES = 8_000_000
+"""How much of the standard library's source is read."""
+
+SAMPLE = 8_000_000
+"""Tokens, at most, that `unigram_entropy` counts."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Part:
+    """Either the tokens to train on or those held out: every tenth stretch, or the last whole one of fewer.
+
+    Attributes:
+      files: arrays of one dimension, one behind the other.
+      held_out: which of the two parts this is.
+      separator: the token between documents, which is never a target; None: every token is one.
+      vocab: all tokens must be smaller.
+
+    >>> part = Part((np.arange(3 * STRETCH) // STRETCH,), held_out=False, separator=None, vocab=3)
+    >>> len(part), part.read(STRETCH - 1, STRETCH + 1).tolist()
+    (131072, [0, 1])
+    >>> dataclasses.replace(part, held_out=True).read(0, 2).tolist()
+    [2, 2]
+    """
+
+    files: tuple[np.ndarray, ...]
+    held_out: bool
+    separator: int | None
+    vocab: int
+
+    @property
+    def total(self) -> int:
+        """Tokens of both parts."""
+        return sum(map(len, self.files))
+
+    @property
+    def _first(self) -> int:
+        """The first stretch that is held out; others follow at every tenth."""
+        return min(10, self.total // STRETCH) - 1
+
+    def __len__(self) -> int:
+        """Tokens of this part."""
+        whole, rest = divmod(self.total, STRETCH)
+        held = sum(STRETCH if stretch < whole else rest for stretch in range(self._first, whole + 1, 10))
+        return held if self.held_out else self.total - held
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """``int32[stop - start]``: tokens of this part as if nothing lay between its stretches.
+
+        Raises:
+          ValueError: a token that the vocabulary has not, or one below 0.
+        """
+        pieces = []
+        while start < stop:
+            stretch, within = divmod(start, STRETCH)
+            count = min(stop - start, STRETCH - within)
+            place = self._first + 10 * stretch if self.held_out else stretch + (stretch + 9 - self._first) // 9
+            pieces.append(self._read_all(place * STRETCH + within, count))
+            start += count
+        # Checked before the cast, which would wrap a large unsigned number.
+        tokens = np.concatenate(pieces)
+        if tokens.size and not (tokens.min() >= 0 and tokens.max() < self.vocab):
+            raise ValueError(
+                f"the data hold tokens from {tokens.min()} to {tokens.max()} and the model has a vocabulary of "
+                f"{self.vocab}: choose the model for these tokens, or the tokens' right width (--token-dtype)"
+            )
+        return tokens.astype(np.int32)
+
+    def _read_all(self, start: int, count: int) -> np.ndarray:
+        """Tokens of both parts, across the borders of files."""
+        pieces = []
+        for file in self.files:
+            if start < len(file) and count > 0:
+                pieces.append(np.asarray(file[start : start + count]))
+                count -= len(pieces[-1])
+                start = len(file)
+            start -= len(file)
+        return np.concatenate(pieces)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """Text as bytes.
+    """What to train on and what to evaluate on.
 
     Attributes:
-      train, held_out: ``uint8[bytes]``; the held-out part is every tenth stretch of 64 KiB, or the
-        last whole one of a text that has fewer.
+      train, held_out: the two parts of the same tokens.
+      source: where they come from, for people.
     """
 
-    train: np.ndarray
-    held_out: np.ndarray
+    train: Part
+    held_out: Part
+    source: str
 
 
-def load_corpus(pattern: str | None = None, max_bytes: int = 8_000_000) -> Corpus:
-    """Reads the files of a glob pattern, or the standard library's modules, in sorted order.
+def load_corpus(
+    pattern: str | None = None,
+    *,
+    vocab: int = 256,
+    token_dtype: str = "uint16",
+    separator: int | None = None,
+    max_tokens: int | None = None,
+) -> Corpus:
+    """Opens the files of a glob pattern, or the standard library's modules, in sorted order.
+
+    Args:
+      pattern: of ``.bin`` files (tokens without a header), of ``.npy`` files (integers, one dimension), or of text.
+      vocab: size of the model's vocabulary; text needs 256.
+      token_dtype: of ``.bin`` files.
+      separator: the token between documents of ``.bin`` and ``.npy`` files, if there is one. Between texts it is 0.
+      max_tokens: leave out what comes after so many; None: all, and of the standard library `LIBRARY_BYTES`.
 
     Raises:
-      ValueError: if there are fewer than two stretches of text, one for either part.
+      ValueError: no files, files of several kinds, files that hold no tokens, a vocabulary too small for bytes, or
+        fewer than two stretches of tokens, one for either part.
     """
     if pattern is None:
-        root = pathlib.Path(sysconfig.get_path("stdlib"))
-        files = sorted(path for path in root.rglob("*.py") if not _is_foreign(path.relative_to(root)))
+        paths, source = _library(), "the standard library"
+        max_tokens = LIBRARY_BYTES if max_tokens is None else max_tokens
     else:
-        files = sorted(pathlib.Path(name) for name in glob.glob(pattern, recursive=True))
-    parts: list[bytes] = []
-    size = 0
-    for path in files:
-        if size >= max_bytes:
-            break
-        if path.is_file():
-            parts.append(path.read_bytes().replace(b"\0", b"") + bytes([SEPARATOR]))
-            size += len(parts[-1])
-    text = np.frombuffer(b"".join(parts)[:max_bytes], np.uint8)
-    if len(text) < 2 * STRETCH:
-        source = pattern or "the standard library"
+        paths, source = sorted(map(pathlib.Path, glob.glob(pattern, recursive=True))), pattern
+    paths = [path for path in paths if path.is_file()]
+    if not paths:
         raise ValueError(
-            f"{len(files)} files of {source}, cut at {max_bytes} bytes, hold {len(text)}: "
-            f"at least {2 * STRETCH} are needed, give more text or a larger max_bytes"
+            f"no files match {source}: check the path; a pattern must be quoted, as in --data 'books/*.txt'"
         )
-    held_out = np.arange(len(text)) // STRETCH % 10 == min(10, len(text) // STRETCH) - 1
-    return Corpus(text[~held_out], text[held_out])
+    kinds = {path.suffix if path.suffix in (".bin", ".npy") else "text" for path in paths}
+    if len(kinds) > 1:
+        raise ValueError(f"{source} matches files of kinds {', '.join(sorted(kinds))}: train on one kind at a time")
+    if kinds == {"text"}:
+        if vocab < 256:
+            raise ValueError(f"text is read byte by byte and needs a vocabulary of 256, the model's is {vocab}")
+        files, separator = (_read_texts(paths, max_tokens),), SEPARATOR
+    else:
+        files = tuple(_map_file(path, token_dtype) for path in paths)
+    if max_tokens is not None:
+        files = _cut(files, max_tokens)
+    total = sum(map(len, files))
+    if total < 2 * STRETCH:
+        cut = "" if max_tokens is None else f", cut at {max_tokens} tokens,"
+        raise ValueError(
+            f"{len(paths)} files of {source}{cut} hold {total} tokens: at least {2 * STRETCH} are needed, give more "
+            "data" + ("" if max_tokens is None else " or a larger limit")
+        )
+    train = Part(files, False, separator, vocab)
+    return Corpus(train, dataclasses.replace(train, held_out=True), f"{len(paths)} files of {source}")
 
 
-def make_batch(text: np.ndarray, seed: int, step: int, batch: int, sequence: int) -> dict[str, np.ndarray]:
-    """A batch of random windows that depends on seed and step alone.
+def make_batch(
+    part: Part, seed: int, step: int, batch: int, sequence: int, rows: Sequence[int] | None = None
+) -> dict[str, np.ndarray]:
+    """The batch of a step, or some of its rows; depends on part, seed, step and sizes alone.
+
+    An epoch cuts the part into windows, beginning somewhere in the first, and deals them out in a random order: every
+    token is seen once. The order of an epoch is computed, not stored, so any host can start at any step.
+
+    Args:
+      part: where to read.
+      seed: of the order.
+      step: counts batches, from 0.
+      batch: sequences of a whole batch.
+      sequence: positions of a sequence.
+      rows: which sequences of the batch to make; None: all.
 
     Returns:
-      ``tokens`` and ``targets``, ``int32[batch, sequence]``, and ``mask``, ``float32[batch, sequence]``, which is 0
-      where the target is a file separator.
+      ``tokens`` and ``targets``, ``int32[rows, sequence]``, and ``mask``, ``float32[rows, sequence]``, which is 0
+      where the target is a separator.
 
     Raises:
-      ValueError: if the text is too short for one window of ``sequence + 1`` bytes.
+      ValueError: the part is too short for two windows of ``sequence + 1`` tokens, or see `Part.read`.
 
-    >>> text = np.frombuffer(b"hello, world", np.uint8)
-    >>> example = make_batch(text, seed=0, step=0, batch=2, sequence=4)
+    >>> part = Part((np.arange(2 * STRETCH) % 200,), held_out=False, separator=0, vocab=200)
+    >>> example = make_batch(part, seed=0, step=0, batch=2, sequence=4)
     >>> example["tokens"].shape, bool((example["tokens"][:, 1:] == example["targets"][:, :-1]).all())
     ((2, 4), True)
     """
-    if len(text) <= sequence:
-        raise ValueError(f"text of {len(text)} bytes has no window of sequence + 1 = {sequence + 1}: shorten sequence")
-    starts = np.random.default_rng((seed, step)).integers(0, len(text) - sequence, batch)
-    windows = text[starts[:, None] + np.arange(sequence + 1)].astype(np.int32)
-    targets = windows[:, 1:]
+    # One window less than would fit, so that an epoch may begin anywhere in the first.
+    windows = (len(part) - 1) // sequence - 1
+    if windows < 1:
+        raise ValueError(
+            f"{len(part)} tokens have no two windows of sequence + 1 = {sequence + 1}: shorten the sequence"
+        )
+    found = []
+    for row in range(batch) if rows is None else rows:
+        epoch, position = divmod(step * batch + row, windows)
+        shift = int(np.random.default_rng((seed, epoch)).integers(sequence))
+        start = shift + sequence * permuted(position, windows, (seed, epoch))
+        found.append(part.read(start, start + sequence + 1))
+    tokens = np.stack(found)
+    targets = tokens[:, 1:]
+    is_target = np.ones(targets.shape, bool) if part.separator is None else targets != part.separator
+    return {"tokens": tokens[:, :-1], "targets": targets, "mask": is_target.astype(np.float32)}
+
+
+def global_batch(
+    part: Part, seed: int, step: int, batch: int, sequence: int, sharding: NamedSharding
+) -> dict[str, jax.Array]:
+    """`make_batch` on the devices of all hosts, each of which reads only the rows that its devices hold."""
+    made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
+
+    def fetch(name: str, index: Any) -> np.ndarray:
+        start, stop, _ = index[0].indices(batch)
+        if (start, stop) not in made:
+            made[start, stop] = make_batch(part, seed, step, batch, sequence, range(start, stop))
+        return made[start, stop][name][:, index[1]]
+
     return {
-        "tokens": windows[:, :-1],
-        "targets": targets,
-        "mask": (targets != SEPARATOR).astype(np.float32),
+        name: jax.make_array_from_callback((batch, sequence), sharding, lambda index, name=name: fetch(name, index))
+        for name in ("tokens", "targets", "mask")
     }
 
 
-def unigram_entropy(text: np.ndarray) -> float:
-    """Entropy of the text's byte frequencies, in nats a byte: the loss of the best guess without context.
+def permuted(index: int, count: int, key: tuple[int, ...]) -> int:
+    """Where a random permutation of ``range(count)`` takes an index, without the permutation in memory.
 
-    >>> round(unigram_entropy(np.frombuffer(b"abababab", np.uint8)), 4)
+    A Feistel network permutes the smallest power of four that is large enough; what falls outside goes through again.
+
+    >>> sorted(permuted(index, 10, (0, 1)) for index in range(10)) == list(range(10))
+    True
+    """
+    half = max(1, ((count - 1).bit_length() + 1) // 2)
+    mask = (1 << half) - 1
+    keys = [int(word) for word in np.random.SeedSequence(key).generate_state(6)]
+    while True:
+        left, right = index >> half, index & mask
+        for word in keys:
+            mixed = (right * 0x9E3779B1 + word) & 0xFFFFFFFF
+            mixed = ((mixed ^ mixed >> 15) * 0x85EBCA77) & 0xFFFFFFFF
+            left, right = right, left ^ (mixed ^ mixed >> 13) & mask
+        index = left << half | right
+        if index < count:
+            return index
+
+
+def unigram_entropy(part: Part) -> float:
+    """Entropy of the frequencies of tokens, in nats: the loss of the best guess without context.
+
+    Of the first `SAMPLE` tokens; separators count, as they are read too.
+
+    >>> round(unigram_entropy(Part((np.arange(2 * STRETCH) % 2,), False, None, 2)), 4)
     0.6931
     """
-    counts = np.bincount(text, minlength=256)
-    frequencies = counts[counts > 0] / len(text)
+    tokens = part.read(0, min(len(part), SAMPLE))
+    counts = np.bincount(tokens)
+    frequencies = counts[counts > 0] / len(tokens)
     return float(-(frequencies * np.log(frequencies)).sum())
+
+
+def _library() -> list[pathlib.Path]:
+    root = pathlib.Path(sysconfig.get_path("stdlib"))
+    return sorted(path for path in root.rglob("*.py") if not _is_foreign(path.relative_to(root)))
 
 
 def _is_foreign(path: pathlib.Path) -> bool:
     """Installed packages and test data, which differ between machines more than the library does."""
     return bool({"site-packages", "dist-packages", "test", "tests", "idle_test", "lib2to3"} & set(path.parts))
+
+
+def _read_texts(paths: Sequence[pathlib.Path], most: int | None) -> np.ndarray:
+    parts: list[bytes] = []
+    size = 0
+    for path in paths:
+        if most is not None and size >= most:
+            break
+        parts.append(path.read_bytes().replace(b"\0", b"") + bytes([SEPARATOR]))
+        size += len(parts[-1])
+    return np.frombuffer(b"".join(parts), np.uint8)
+
+
+def _map_file(path: pathlib.Path, token_dtype: str) -> np.ndarray:
+    if path.suffix == ".npy":
+        try:
+            array = np.load(path, mmap_mode="r", allow_pickle=False)
+        except (ValueError, EOFError) as error:
+            raise ValueError(f"{path} is no .npy file of numbers: {error}") from None
+        if array.ndim != 1 or not np.issubdtype(array.dtype, np.integer):
+            raise ValueError(f"{path} holds {array.dtype}{list(array.shape)}: tokens are integers in one dimension")
+        return array
+    dtype = np.dtype(token_dtype)
+    size = path.stat().st_size
+    if size == 0 or size % dtype.itemsize:
+        raise ValueError(f"{path} has {size} bytes, not a whole number of {dtype} tokens: is --token-dtype right?")
+    return np.memmap(path, dtype, mode="r")
+
+
+def _cut(files: Sequence[np.ndarray], most: int) -> tuple[np.ndarray, ...]:
+    found = []
+    for file in files:
+        found.append(file[:most])
+        most -= len(found[-1])
+    return tuple(found)

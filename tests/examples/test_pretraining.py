@@ -1,4 +1,4 @@
-"""Model and data of the pretraining example."""
+"""Model of the pretraining example."""
 
 import pathlib
 import sys
@@ -10,7 +10,7 @@ import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
-from pretraining import data, model
+from pretraining import model
 
 import jaxpipe
 
@@ -92,61 +92,3 @@ def test_bfloat16_parameters_give_bfloat16_activations():
 def test_width_must_hold_the_heads():
     with pytest.raises(ValueError, match=r"width 10 .* 4 heads"):
         model.ModelConfig(width=10)
-
-
-def test_corpus_is_deterministic_and_held_out_text_is_apart():
-    a, b = data.load_corpus(max_bytes=2_000_000), data.load_corpus(max_bytes=2_000_000)
-    np.testing.assert_array_equal(a.train, b.train)
-    assert len(a.train) + len(a.held_out) == 2_000_000
-    assert 0 < len(a.held_out) < 0.15 * len(a.train)
-    assert 2.5 < data.unigram_entropy(a.train) < 4
-
-
-def test_batches_depend_on_seed_and_step_alone():
-    text = np.arange(4096, dtype=np.uint8)
-    first = data.make_batch(text, 1, 2, 4, 8)
-    again = data.make_batch(text, 1, 2, 4, 8)
-    other = data.make_batch(text, 1, 3, 4, 8)
-    for name in first:
-        np.testing.assert_array_equal(first[name], again[name])
-    assert not np.array_equal(first["tokens"], other["tokens"])
-    np.testing.assert_array_equal(first["mask"], first["targets"] != data.SEPARATOR)
-
-
-@pytest.mark.parametrize(
-    ("stretches", "extra", "held_out"),
-    [(2, 0, [1]), (2, 1, [1]), (9, 5, [8]), (10, 0, [9]), (11, 7, [9]), (20, 3, [9, 19])],
-)
-def test_whole_stretches_are_held_out(tmp_path, stretches, extra, held_out):
-    """Both parts have at least one whole stretch, and what is left over is trained on."""
-    text = (np.arange(stretches * data.STRETCH + extra) // data.STRETCH + 1).astype(np.uint8)
-    (tmp_path / "a.txt").write_bytes(text.tobytes())
-    corpus = data.load_corpus(str(tmp_path / "*.txt"), max_bytes=len(text))
-    np.testing.assert_array_equal(corpus.held_out, np.repeat(np.array(held_out, np.uint8) + 1, data.STRETCH))
-    np.testing.assert_array_equal(corpus.train, text[~np.isin(text, np.array(held_out) + 1)])
-
-
-def test_files_are_read_in_order_and_kept_apart(tmp_path):
-    for name in "ba":
-        (tmp_path / f"{name}.txt").write_bytes(name.encode() * data.STRETCH)
-    corpus = data.load_corpus(str(tmp_path / "*.txt"))
-    assert corpus.train[0] == ord("a") and set(corpus.held_out) == {data.SEPARATOR, ord("b")}
-    assert int((corpus.held_out == data.SEPARATOR).sum() + (corpus.train == data.SEPARATOR).sum()) == 2
-
-
-def test_entropy_of_known_frequencies():
-    assert data.unigram_entropy(np.zeros(5, np.uint8)) == 0
-    assert data.unigram_entropy(np.arange(256, dtype=np.uint8)) == pytest.approx(np.log(256))
-    assert data.unigram_entropy(np.array([1, 1, 1, 2], np.uint8)) == pytest.approx(0.562335)
-
-
-def test_too_little_text_is_an_error():
-    with pytest.raises(ValueError, match=r"cut at 65536 bytes, hold 65536: at least 131072"):
-        data.load_corpus(max_bytes=65536)
-    with pytest.raises(ValueError, match=r"8 bytes has no window of sequence \+ 1 = 9"):
-        data.make_batch(np.zeros(8, np.uint8), 0, 0, 2, 8)
-
-
-def test_no_text_is_an_error(tmp_path):
-    with pytest.raises(ValueError, match="0 files"):
-        data.load_corpus(str(tmp_path / "*.txt"))
