@@ -60,8 +60,8 @@ def plain(lhs, rhs, dout, sizes, transpose_rhs=False):
 
 
 def used(x, sizes):
-    """The rows of groups, one after the other."""
-    return np.concatenate([np.asarray(x).astype(np.float64)[span] for span in spans(sizes.tolist())])
+    """The rows of groups, one after the other; what is in the others may not even be a number to cast."""
+    return np.concatenate([np.asarray(x)[span].astype(np.float64) for span in spans(sizes.tolist())])
 
 
 def assert_close(got, want, dtype):
