@@ -1,9 +1,8 @@
-"""Optimizer, training step and loop."""
+"""Optimizer, training step and evaluation."""
 
 from __future__ import annotations
 
 import dataclasses
-import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,122 +11,286 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
 import jaxpipe
+from jaxpipe.schedule import Schedule
+from pretraining.model import Model
+from pretraining.rebalancer import Rebalancer as Rebalancer
 
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
-    """How to train."""
+    """How to train.
+
+    Attributes:
+      steps: of the whole run; the learning rate reaches its end after them.
+      learning_rate: the highest.
+      warmup: steps until then.
+      final: the last learning rate as a share of the highest.
+      clip: largest norm of all gradients together.
+      weight_decay: of matrices.
+      b1, b2: decays of AdamW's moments.
+
+    Raises:
+      ValueError: no steps.
+    """
 
     steps: int
     learning_rate: float = 3e-3
     warmup: int = 10
+    final: float = 0.1
     clip: float = 1.0
     weight_decay: float = 0.1
+    b1: float = 0.9
+    b2: float = 0.95
+
+    def __post_init__(self) -> None:
+        """Checks the number of steps."""
+        if self.steps < 1 or self.warmup < 0:
+            raise ValueError(f"steps={self.steps}, warmup={self.warmup}: at least one step, and no negative warm-up")
+
+    def rate(self, step: Any) -> Any:
+        """The learning rate of a step."""
+        warmup = max(1, min(self.warmup, self.steps // 2))
+        return optax.warmup_cosine_decay_schedule(
+            init_value=self.learning_rate / warmup,
+            peak_value=self.learning_rate,
+            warmup_steps=warmup,
+            decay_steps=max(self.steps, warmup + 1),
+            end_value=self.learning_rate * self.final,
+        )(step)
 
 
 class TrainState(NamedTuple):
-    """What one step hands to the next."""
+    """What one step hands to the next.
+
+    Attributes:
+      params: float32 masters, biases and placements.
+      opt_state: the optimizer's.
+      step: steps so far, skipped ones included; int32.
+      skipped: steps skipped in all because gradients were not finite; int32.
+      skipped_in_a_row: how many of the last steps; int32.
+    """
 
     params: Any
     opt_state: Any
     step: jax.Array
+    skipped: jax.Array
+    skipped_in_a_row: jax.Array
 
 
 StepFunction = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
 
 
-def make_optimizer(config: TrainConfig) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay to a tenth, and clipping by the global norm."""
-    warmup = min(config.warmup, max(1, config.steps // 2))
-    schedule = optax.warmup_cosine_decay_schedule(
-        init_value=config.learning_rate / warmup,
-        peak_value=config.learning_rate,
-        warmup_steps=warmup,
-        decay_steps=max(config.steps, warmup + 1),
-        end_value=config.learning_rate / 10,
+def make_optimizer(config: TrainConfig, model: Model) -> optax.GradientTransformation:
+    """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains."""
+    adam = optax.scale_by_adam(config.b1, config.b2)
+    if model.config.moments != "float32":
+        adam = stored_as(adam, jnp.dtype(model.config.moments))
+    return optax.masked(
+        optax.chain(
+            optax.clip_by_global_norm(config.clip),
+            adam,
+            optax.add_decayed_weights(config.weight_decay, _without_masked(model)),
+            optax.scale_by_learning_rate(config.rate),
+        ),
+        model.trained,
     )
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(schedule, b1=0.9, b2=0.95, weight_decay=config.weight_decay),
+
+
+def stored_as(transform: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
+    """The transformation with its floating state kept in another dtype, and computed with in float32."""
+
+    def cast(state: Any, to: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
+
+    def init(params: Any) -> Any:
+        return cast(transform.init(params), dtype)
+
+    def update(updates: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, state = transform.update(updates, cast(state, jnp.float32), params)
+        return updates, cast(state, dtype)
+
+    return optax.GradientTransformation(init, update)
+
+
+def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+    """The state before the first step, each part made on the devices that keep it.
+
+    Args:
+      model: with or without parameters (``abstract``); its seed decides.
+      optimizer: from `make_optimizer`.
+      mesh: of the pipeline; None: one device.
+    """
+
+    def make() -> TrainState:
+        params = model.init(model.seed)
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            opt_state = optimizer.init(params)
+        return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+    if mesh is None:
+        return jax.jit(make)()
+    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
+
+
+def state_shardings(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
+    """Where each part of a state (arrays or shapes) is kept: moments where their parameters are, scalars everywhere."""
+    specs = model.specs
+
+    def of(node: Any) -> Any:
+        if not isinstance(node, jaxpipe.Params):
+            return NamedSharding(mesh, P())
+        return jax.tree.map(
+            lambda leaf, spec: leaf if _is_masked(leaf) else NamedSharding(mesh, spec), node, specs, is_leaf=_is_masked
+        )
+
+    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
+
+
+def pipelined(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
+    """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp"."""
+    return jaxpipe.value_and_grad(
+        model.stage,
+        schedule,
+        mesh,
+        embed=model.embed,
+        head=model.head,
+        weight=model.weight,
+        data_axes=_data_axes(mesh),
+        specs=model.specs,
+        dispatch=dispatch,
     )
 
 
-def init_state(params: jaxpipe.Params, optimizer: optax.GradientTransformation) -> TrainState:
-    """State before the first step."""
-    return TrainState(params, optimizer.init(params), jnp.zeros((), jnp.int32))
+def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
+    """The same loss and gradients without a pipeline: one device, a loop over parts of the batch.
+
+    Args:
+      model: with all experts on one device, ``axis=None``.
+      parts: microbatches times data-parallel devices of the pipeline that it is compared with.
+    """
+    shape = model.arrangement
+    rows = {stage: row for row, stage in enumerate(shape.storage_order)}
+
+    def objective(params: jaxpipe.Params, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, Any]:
+        def body(_: None, inputs: Any) -> tuple[None, Any]:
+            part, data = inputs
+            ctx = jaxpipe.Context(jnp.int32(-1), part, rng, data)
+            x, aux_loss, metrics = model.embed(params.outer, data, ctx), jnp.zeros((), jnp.float32), []
+            for stage in range(shape.stages):
+                own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
+                x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
+                aux_loss, metrics = aux_loss + extra, [*metrics, counted]
+            loss, weight = model.head(params.outer, x, data, ctx), model.weight(data)
+            if isinstance(loss, jaxpipe.Output):
+                loss = loss.value + loss.aux_loss
+            total = jax.tree.map(lambda *leaves: sum(leaves), *metrics)
+            return None, (weight * (loss + aux_loss), weight * aux_loss, weight, total)
+
+        split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
+        # Made again in the backward pass, or the activations of all parts would be kept at once.
+        _, sums = jax.lax.scan(jax.checkpoint(body), None, (jnp.arange(parts, dtype=jnp.int32), split))
+        losses, aux_losses, weights, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), sums)
+        return losses / weights, {**metrics, "aux_loss": aux_losses / weights}
+
+    def value_and_grad(params: jaxpipe.Params, batch: Any, rng: jax.Array | None = None) -> Any:
+        return jax.value_and_grad(objective, has_aux=True, allow_int=True)(params, batch, rng)
+
+    return value_and_grad
 
 
-def make_step(value_and_grad: Callable[..., Any], optimizer: optax.GradientTransformation) -> StepFunction:
-    """A jitted training step from any function with the signature of `jaxpipe.value_and_grad`'s result."""
+def make_step(
+    value_and_grad: Callable[..., Any],
+    model: Model,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh | None = None,
+) -> Any:
+    """A jitted training step, which takes its state over.
+
+    Args:
+      value_and_grad: from `pipelined` or `plain_value_and_grad`.
+      model: whose parameters are trained.
+      optimizer: from `make_optimizer`.
+      mesh: of the pipeline, or None.
+
+    Returns:
+      ``step(state, batch, rng) -> (state, metrics)``. Where the loss or a gradient is not finite, parameters, moments
+      and biases stay as they are, and the step is counted as skipped. Metrics: scalars ``loss``, ``aux_loss`` (the
+      part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``, ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[pipelined layers, experts]``.
+    """
 
     def step(state: TrainState, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
-        (loss, _), grads = value_and_grad(state.params, batch, jax.random.fold_in(rng, state.step))
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
-        return TrainState(params, opt_state, state.step + 1), metrics
+        (loss, aux), grads = value_and_grad(state.params, batch, jax.random.fold_in(rng, state.step))
+        with jax.named_scope("optimizer"), jax.numpy_dtype_promotion("standard"):  # optax promotes
+            floats = [g for g, trained in zip(*map(jax.tree.leaves, (grads, model.trained)), strict=True) if trained]
+            norm = jnp.sqrt(sum(jnp.sum(jnp.square(g)) for g in floats))
+            finite = jnp.isfinite(norm) & jnp.isfinite(loss)
+            grads = jax.tree.map(lambda g, p: g if g.dtype == p.dtype else jnp.zeros_like(p), grads, state.params)
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            params = optax.apply_updates(state.params, updates)
+        loads = model.loads_of(aux)
+        params = model.with_bias(params, loads)
+        params, opt_state = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+        )
+        bad = jnp.where(finite, 0, 1).astype(jnp.int32)
+        in_a_row = (state.skipped_in_a_row + bad) * bad
+        new = TrainState(params, opt_state, state.step + 1, state.skipped + bad, in_a_row)
+        if mesh is not None:
+            new = jax.lax.with_sharding_constraint(new, state_shardings(model, new, mesh))
+        metrics = {
+            "loss": loss,
+            "aux_loss": aux["aux_loss"],
+            "grad_norm": norm,
+            "finite": finite,
+            "skipped": new.skipped,
+            "skipped_in_a_row": new.skipped_in_a_row,
+            "loads": loads,
+            "dropped": model.dropped_of(aux),
+        }
+        return new, metrics
 
     return jax.jit(step, donate_argnums=0)
 
 
-def plain_value_and_grad(functions: Any, schedule: jaxpipe.schedule.Schedule) -> Callable[..., Any]:
-    """The same loss and gradients without a pipeline: one device, a loop over microbatches."""
-    count = schedule.num_microbatches
+def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:
+    """A jitted ``evaluate(params, batch) -> loss``: the mean over the targets that count, by forward passes alone.
 
-    def objective(params: jaxpipe.Params, batch: Any, rng: jax.Array) -> tuple[jax.Array, dict[str, jax.Array]]:
-        stages = jaxpipe.unstack_stages(params.stages, schedule)
+    ``schedule`` is the one that the parameters are arranged for; the batch's size is that of training.
+    """
+    run = jaxpipe.forward(
+        model.stage,
+        schedule,
+        mesh,
+        embed=model.embed,
+        head=model.losses,
+        data_axes=_data_axes(mesh),
+        specs=model.specs,
+        dispatch=dispatch,
+    )
 
-        def body(_: None, inputs: Any) -> tuple[None, tuple[jax.Array, jax.Array]]:
-            microbatch, data = inputs
-            ctx = jaxpipe.Context(jnp.int32(-1), microbatch, None, data)
-            x = functions.embed(params.outer, data, ctx)
-            for index, stage in enumerate(stages):
-                x = functions.stage(stage, x, ctx._replace(stage=jnp.int32(index)))
-            weight = functions.weight(data)
-            return None, (functions.head(params.outer, x, data, ctx) * weight, weight)
+    def evaluate(params: jaxpipe.Params, batch: Any) -> jax.Array:
+        (losses, counts), _ = run(params, batch)
+        return losses.sum() / jnp.maximum(counts.sum(), 1)
 
-        micro = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
-        _, (losses, weights) = jax.lax.scan(body, None, (jnp.arange(count, dtype=jnp.int32), micro))
-        return losses.sum() / weights.sum(), {}
-
-    return jax.value_and_grad(objective, has_aux=True)
-
-
-def place(params: jaxpipe.Params, mesh: Mesh) -> jaxpipe.Params:
-    """Parameters on the mesh: stages by rows over the pipeline axis, the rest everywhere."""
-    return jax.device_put(params, jaxpipe.Params(NamedSharding(mesh, P("pp")), NamedSharding(mesh, P())))
+    return jax.jit(evaluate)
 
 
-def train(
-    step: StepFunction,
-    state: TrainState,
-    make_batch: Callable[[int], Any],
-    rng: jax.Array,
-    steps: int,
-    *,
-    every: int = 10,
-) -> tuple[TrainState, list[float]]:
-    """Runs the loop with a progress bar; returns the final state and the loss of every step."""
-    losses: list[float] = []
-    counter, text = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
-    with Progress(counter, BarColumn(), text, TimeRemainingColumn()) as progress:
-        task = progress.add_task("compiling", total=steps)
-        start, tokens = time.perf_counter(), 0
-        for index in range(steps):
-            batch = make_batch(index)
-            state, metrics = step(state, batch, rng)
-            losses.append(float(metrics["loss"]))
-            if index == 0:
-                # The first step compiles; throughput is counted from the second.
-                start = time.perf_counter()
-            else:
-                tokens += batch["tokens"].size
-            rate = tokens / (time.perf_counter() - start) if tokens else 0.0
-            text = f"loss {losses[-1]:.3f}  {rate:,.0f} tokens/s"
-            progress.update(task, advance=1, description=text)
-            if not progress.console.is_terminal and (index % every == 0 or index == steps - 1):
-                progress.console.print(f"step {index + 1}/{steps}  {text}  grad norm {float(metrics['grad_norm']):.2f}")
-    return state, losses
+def _data_axes(mesh: Mesh) -> tuple[str, ...]:
+    return tuple(str(name) for name in mesh.axis_names if name != "pp")
+
+
+def _is_masked(node: Any) -> bool:
+    return isinstance(node, optax.MaskedNode)
+
+
+def _without_masked(model: Model) -> Callable[[Any], Any]:
+    """The mask of what decays, for a tree in which untrained parameters are already left out."""
+
+    def mask(params: Any) -> Any:
+        return jax.tree.map(
+            lambda leaf, decayed: leaf if _is_masked(leaf) else decayed, params, model.decayed, is_leaf=_is_masked
+        )
+
+    return mask

@@ -1,0 +1,260 @@
+"""Sizes of the models that can be trained, as data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from eplb_jax.moe import MoEConfig
+from eplb_jax.router import RouterConfig
+
+REMATS = ("none", "attention", "layer")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+    """A decoder of multi-head latent attention and experts, and how its state is kept.
+
+    Attributes:
+      moe: width of the activations, experts and routing.
+      vocab: rows of the embedding and of the output matrix, which are two.
+      layers: of the whole model.
+      dense_layers: how many of them, the first ones, have one SwiGLU instead of experts.
+      dense_hidden: its hidden width.
+      heads: of attention.
+      query_rank: of the low-rank query; None: one whole matrix.
+      latent: width of what keys and values are made of.
+      content, rotary, value: widths of a head's query and key without and with positions, and of its value.
+      redundant: slots for further copies of experts, which live rebalancing fills; 0: experts stay where they are.
+      sequence: tokens of a training sequence.
+      mtp: whether a second head predicts the token after the next one; its block is dense.
+      mtp_weight: its loss's factor.
+      balance_factor: of the sequence-wise balance loss.
+      bias_update_speed: what a router's bias changes by in a step; 0: never.
+      remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
+      shard_outer: whether matrices outside the pipeline are kept in parts over the experts' axis and gathered for use.
+      moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
+
+    Raises:
+      ValueError: sizes below 1 or that do not fit each other, unknown choices.
+    """
+
+    moe: MoEConfig
+    vocab: int
+    layers: int
+    dense_layers: int
+    dense_hidden: int
+    heads: int
+    query_rank: int | None
+    latent: int
+    content: int
+    rotary: int
+    value: int
+    sequence: int
+    redundant: int = 0
+    mtp: bool = False
+    mtp_weight: float = 0.3
+    balance_factor: float = 1e-4
+    bias_update_speed: float = 1e-3
+    remat: str = "none"
+    shard_outer: bool = False
+    moments: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail within a traced function."""
+        sizes = {
+            name: getattr(self, name)
+            for name in ("vocab", "heads", "latent", "content", "rotary", "value", "sequence", "dense_hidden")
+        }
+        if min(sizes.values()) < 1 or self.rotary % 2:
+            raise ValueError(f"{sizes}: all are at least 1, and rotary is even, because rotations need pairs")
+        if self.query_rank is not None and self.query_rank < 1:
+            raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
+        if not 0 <= self.dense_layers < self.layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} of layers={self.layers}: the pipeline's stages are layers with "
+                "experts, so leave at least one of them"
+            )
+        if self.redundant < 0:
+            raise ValueError(f"redundant={self.redundant}: the number of further slots is at least 0")
+        if self.remat not in REMATS or self.moments not in ("float32", "bfloat16"):
+            raise ValueError(f"remat={self.remat!r} is one of {REMATS}, moments={self.moments!r} float32 or bfloat16")
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return self.moe.width
+
+    @property
+    def experts(self) -> int:
+        """Logical experts of a layer."""
+        return self.moe.router.num_experts
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts, those that are pipelined."""
+        return self.layers - self.dense_layers
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention, its norms' included."""
+        head, rank = self.heads * (self.content + self.rotary), self.query_rank
+        query = self.width * head if rank is None else self.width * rank + rank + rank * head
+        latent = self.width * (self.latent + self.rotary) + self.latent
+        return query + latent + self.heads * (self.latent * (self.content + self.value) + self.value * self.width)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.width * self.moe.hidden
+
+    @property
+    def dense_layer_parameters(self) -> int:
+        """Parameters of a layer without experts, with its two norms."""
+        return self.attention_parameters + 3 * self.width * self.dense_hidden + 2 * self.width
+
+    @property
+    def ends_parameters(self) -> int:
+        """Parameters of embedding, output matrix and last norm."""
+        return 2 * self.vocab * self.width + self.width
+
+    @property
+    def mtp_parameters(self) -> int:
+        """Parameters of the second head: norms, projection and block; embedding and output matrix are the model's."""
+        return self.dense_layer_parameters + 2 * self.width**2 + 3 * self.width if self.mtp else 0
+
+    def layer_parameters(self, experts: int) -> int:
+        """Parameters of a layer of which that many routed experts count; router and its bias included."""
+        router = self.width * self.experts + self.experts
+        mlp = (experts + self.moe.num_shared) * self.expert_parameters + router
+        return self.attention_parameters + mlp + 2 * self.width
+
+    @property
+    def total(self) -> int:
+        """Parameters, the second head's left out, as published sizes leave them out.
+
+        >>> f"{MODELS['dsv3-671b'].total / 1e9:.1f}"
+        '671.0'
+        """
+        outside = self.dense_layers * self.dense_layer_parameters + self.ends_parameters
+        return outside + self.moe_layers * self.layer_parameters(self.experts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, embedding and output matrix included.
+
+        >>> f"{MODELS['dsv3-671b'].active / 1e9:.1f}"
+        '37.6'
+        """
+        outside = self.dense_layers * self.dense_layer_parameters + self.ends_parameters
+        return outside + self.moe_layers * self.layer_parameters(self.moe.router.top_k)
+
+
+MODELS: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        "tiny": ModelConfig(
+            moe=MoEConfig(
+                width=64,
+                hidden=48,
+                router=RouterConfig(num_experts=8, top_k=2, num_groups=1, top_groups=1, scale=1.0),
+                backend="xla",
+            ),
+            vocab=256,
+            layers=9,
+            dense_layers=1,
+            dense_hidden=192,
+            heads=4,
+            query_rank=32,
+            latent=32,
+            content=16,
+            rotary=8,
+            value=16,
+            sequence=64,
+            redundant=2,
+        ),
+        "moe-1b": ModelConfig(
+            moe=MoEConfig(
+                width=2048,
+                hidden=1024,
+                router=RouterConfig(num_experts=16, top_k=4, num_groups=1, top_groups=1, scale=1.0),
+                capacity_factor=1.25,
+            ),
+            vocab=32_768,
+            layers=9,
+            dense_layers=1,
+            dense_hidden=6144,
+            heads=16,
+            query_rank=None,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=2048,
+        ),
+        # DeepSeek-V2-Lite: DeepSeek-V2, arXiv 2405.04434, appendix B.1.
+        "moe-16b": ModelConfig(
+            moe=MoEConfig(
+                width=2048,
+                hidden=1408,
+                router=RouterConfig(
+                    num_experts=64,
+                    top_k=6,
+                    num_groups=1,
+                    top_groups=1,
+                    scoring="softmax",
+                    normalise=False,
+                    scale=1.0,
+                ),
+                num_shared=2,
+                capacity_factor=1.25,
+            ),
+            vocab=102_400,
+            layers=27,
+            dense_layers=1,
+            dense_hidden=10_944,
+            heads=16,
+            query_rank=None,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=4096,
+            balance_factor=3e-3,
+            bias_update_speed=0.0,
+            moments="bfloat16",
+        ),
+        # DeepSeek-V3: arXiv 2412.19437, 4.2; 64 redundant slots are one a device of its 64-way expert parallelism.
+        "dsv3-671b": ModelConfig(
+            moe=MoEConfig(capacity_factor=1.25),
+            vocab=129_280,
+            layers=61,
+            dense_layers=3,
+            dense_hidden=18_432,
+            heads=128,
+            query_rank=1536,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=4096,
+            redundant=64,
+            mtp=True,
+            remat="layer",
+            shard_outer=True,
+            moments="bfloat16",
+        ),
+    }
+)
+"""Models by name."""
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model of that name.
+
+    >>> model_config("tiny").moe_layers
+    8
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}: known are {', '.join(MODELS)}")
+    return MODELS[name]

@@ -1,0 +1,92 @@
+"""What stands before the pipelined layers and after them: embedding, first dense layers, and the losses.
+
+Shapes: B sequences, T tokens of each, D width, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from pretraining.config import ModelConfig
+from pretraining.model.layers import DenseBlock, RMSNorm, normal
+
+
+class Ends(nnx.Module):
+    """Embedding, the layers without experts, last norm and output matrix, and the optional second head."""
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.config = config
+        self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
+        for index in range(config.dense_layers):
+            setattr(self, f"layer_{index}", DenseBlock(config, rngs))
+        self.norm = RMSNorm(config.width)
+        # Small logits: a new model guesses almost uniformly.
+        self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
+        if config.mtp:
+            self.mtp = NextNext(config, rngs)
+
+    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """``int[B, T] -> [B, T, D]``, through the dense layers."""
+        with jax.named_scope("embedding"):
+            x = self.embedding[...][tokens].astype(dtype)
+        for index in range(self.config.dense_layers):
+            with jax.named_scope(f"layer_{index}"):
+                block: DenseBlock = getattr(self, f"layer_{index}")
+                x = jax.checkpoint(lambda x, block=block: block(x))(x) if self.config.remat == "layer" else block(x)
+        return x
+
+    def loss(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
+        """Mean cross-entropy over the unmasked targets, and the second head's or None; float32, in nats."""
+        with jax.named_scope("head"):
+            loss = cross_entropy(self.norm(y), self.output[...], targets, mask)
+        if not self.config.mtp:
+            return mean(loss, mask), None
+        # Position t knows token t + 1, its target, and predicts t + 2; the last position has no such target.
+        with jax.named_scope("mtp"):
+            known = self.embedding[...][targets].astype(y.dtype)
+            features = self.mtp(y, known)
+            later = jnp.concatenate([mask[:, 1:] * mask[:, :-1], jnp.zeros_like(mask[:, :1])], 1)
+            next_targets = jnp.concatenate([targets[:, 1:], targets[:, :1]], 1)
+            second = cross_entropy(features, self.output[...], next_targets, later)
+        return mean(loss, mask), mean(second, later)
+
+    def losses(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Of each sequence the sum over its unmasked targets, and their number; float32 ``[B]``."""
+        loss = cross_entropy(self.norm(y), self.output[...], targets, mask)
+        return loss.sum(1), mask.sum(1)
+
+
+class NextNext(nnx.Module):
+    """Multi-token prediction's second head: features for the token after the next one.
+
+    Its block is dense, so that the head does not communicate; DeepSeek's has experts.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.2.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+        self.hidden_norm, self.embedding_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.project = nnx.Param(normal(rngs, (2 * config.width, config.width), 2 * config.width))
+        self.block = DenseBlock(config, rngs)
+        self.norm = RMSNorm(config.width)
+
+    def __call__(self, y: jax.Array, known: jax.Array) -> jax.Array:
+        """``[B, T, D], [B, T, D] -> [B, T, D]``: features so far and the next tokens' embeddings."""
+        both = jnp.concatenate([self.hidden_norm(y), self.embedding_norm(known)], -1)
+        return self.norm(self.block(both @ self.project[...].astype(y.dtype)))
+
+
+def cross_entropy(features: jax.Array, output: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+    """``[B, T, D], [V, D], int[B, T], [B, T] -> float32[B, T]``, zero where the mask is."""
+    logits = jnp.einsum("btd,vd->btv", features, output.astype(features.dtype)).astype(jnp.float32)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+    return (jax.nn.logsumexp(logits, -1) - picked) * mask
+
+
+def mean(losses: jax.Array, mask: jax.Array) -> jax.Array:
+    """Over the unmasked places; 0 without any."""
+    return losses.sum() / jnp.maximum(mask.sum(), 1)
