@@ -228,3 +228,25 @@ def test_balanced_choices_are_distinct_equal_in_number_and_of_few_groups(config)
         assert set(np.asarray(routing.loads).tolist()) == {tokens * config.top_k // config.num_experts}
     by_score = np.take_along_axis(np.asarray(routing.scores), experts, 1)
     np.testing.assert_allclose(routing.weights, by_score / by_score.sum(1, keepdims=True) * config.scale, rtol=1e-6)
+
+
+def test_bfloat16_activations_have_float32_logits_and_gradients(x64):
+    """Three bfloat16 products are as good as a float32 one; the gradient of x is as good as bfloat16 can tell."""
+    keys = jax.random.split(jax.random.key(3), 3)
+    x = jax.random.normal(keys[0], (64, 512), jnp.float32).astype(jnp.bfloat16)
+    kernel = jax.random.normal(keys[1], (512, 32), jnp.float32)
+    ct = jax.random.normal(keys[2], (64, 32), jnp.float32) * jnp.logspace(-3, 3, 32, dtype=jnp.float32)
+    logits, pull = jax.jit(lambda *arguments: jax.vjp(router_logits, *arguments))(x, kernel)
+    x_ct, kernel_ct = jax.jit(pull)(ct)
+    assert (logits.dtype, x_ct.dtype, kernel_ct.dtype) == (jnp.float32, jnp.bfloat16, jnp.float32)
+    exact_x, exact_kernel, exact_ct = (np.asarray(array).astype(np.float64) for array in (x, kernel, ct))
+
+    def off(found, left, right):
+        """Largest error over the sum of absolute products, which float32 rounds by about 1e-7."""
+        return np.max(np.abs(np.asarray(found).astype(np.float64) - left @ right) / (np.abs(left) @ np.abs(right)))
+
+    assert off(logits, exact_x, exact_kernel) < 2e-7
+    assert off(kernel_ct, exact_x.T, exact_ct) < 2e-7
+    assert off(x_ct, exact_ct, exact_kernel.T) < 2**-8
+    nearest = np.asarray(jnp.asarray(exact_ct @ exact_kernel.T).astype(jnp.bfloat16)).astype(np.float64)
+    assert np.mean(np.asarray(x_ct).astype(np.float64) == nearest) > 0.99
