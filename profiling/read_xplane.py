@@ -81,7 +81,7 @@ def read_xplane(
         events=tuple(events),
         steps=tuple(sorted(steps, key=lambda step: step.start)),
         ranks=known if ranks is None else ranks,
-        metadata=profiles[0].metadata | {"processes": len(profiles)},
+        metadata={**profiles[0].metadata, "processes": len(profiles)},
         notes=tuple(notes),
     )
     return classify(trace, rules)
@@ -185,9 +185,10 @@ def _cpu_events(
             continue
         local = int(stats.get("device_ordinal", 0))
         lane = "collectives" if _COLLECTIVE.match(known.opcode if known else op) else "compute"
-        endless += stats.get("_p") not in ends
-        end = max(end, ends.get(stats.get("_p"), end))
+        done = ends.get(stats.get("_p"))
+        endless += done is None
         scope = known.scope if known else ""
+        end = end if done is None else max(end, done)
         events.append(_event(devices.get(local, local), lane, start, end, name, op, scope, parts))
     return events, endless
 
