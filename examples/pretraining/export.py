@@ -1,0 +1,151 @@
+"""Parameters of a run as plain arrays, one for each layer, in safetensors files."""
+
+from __future__ import annotations
+
+import json
+import math
+import pathlib
+import warnings
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import orbax.checkpoint as ocp
+from safetensors.flax import save_file
+
+from pretraining.checkpoint import BadCheckpoint, DamagedError, open_body, short
+from pretraining.layout import fingerprint
+
+LARGEST = 4 << 30
+"""Bytes of arrays in a file, beyond which another is begun."""
+
+LAYERS, OUTER = "params/layers/", "params/outer/"
+PLACEMENT = frozenset({"phy2log", "log2phy", "logcnt"})
+"""Where copies of experts are, which says nothing about the model."""
+
+
+def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", largest: int = LARGEST) -> str:
+    """Writes the parameters of a run's newest whole checkpoint.
+
+    Layers are counted through the whole model, "layers.0.attention.out" and so on. What does not fit into one file goes
+    into several, with an index beside them, as other tools expect it.
+
+    Args:
+      run: the run's folder, or that of its checkpoints.
+      to: a name that ends in ``.safetensors``.
+      dtype: of floating-point arrays in the file.
+      largest: bytes of a file.
+
+    Returns:
+      A line that says what was written.
+
+    Raises:
+      ValueError: there is no checkpoint, or another ending.
+      DamagedError: no checkpoint can be read.
+      OSError: the file cannot be written.
+    """
+    if to.suffix != ".safetensors":
+        raise ValueError(f"--to {to}: the name must end in .safetensors")
+    folder = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
+    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
+    with ocp.CheckpointManager(folder, options=options) as manager:
+        steps = sorted(manager.all_steps())
+        if not steps:
+            raise ValueError(f"there is no checkpoint in {folder}")
+        for step in reversed(steps):
+            try:
+                return _export(manager, step, to, jnp.dtype(dtype), largest)
+            except OSError:
+                raise
+            except Exception as error:
+                warnings.warn(
+                    f"the checkpoint of step {step} in {folder} is damaged ({short(error)}); older ones are tried",
+                    stacklevel=2,
+                )
+    raise DamagedError(f"all {len(steps)} checkpoints in {folder} are damaged")
+
+
+def plain_names(name: str, layers: int | None, dense_layers: int) -> list[str]:
+    """The exported names of a checkpoint's array: one, or one for each layer.
+
+    >>> plain_names("params/layers/moe/w_in", 2, 1)
+    ['layers.1.moe.w_in', 'layers.2.moe.w_in']
+    >>> plain_names("params/outer/layer_0/attention/out", None, 1)
+    ['layers.0.attention.out']
+    """
+    if layers is not None:
+        rest = name.removeprefix(LAYERS).replace("/", ".")
+        return [f"layers.{dense_layers + layer}.{rest}" for layer in range(layers)]
+    first, *rest = name.removeprefix(OUTER).split("/")
+    if first.startswith("layer_"):
+        first = f"layers.{first.removeprefix('layer_')}"
+    return [".".join([first, *rest])]
+
+
+def _export(manager: ocp.CheckpointManager, step: int, to: pathlib.Path, dtype: Any, largest: int) -> str:
+    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+    body = open_body(meta)
+    names = [
+        name for name in body["arrays"] if name.startswith((LAYERS, OUTER)) and name.rsplit("/", 1)[-1] not in PLACEMENT
+    ]
+    shapes = {name: _parse(body["arrays"][name]) for name in names}
+    groups = _groups({name: math.prod(shape) * kind.itemsize for name, (kind, shape) in shapes.items()}, largest)
+    files: dict[str, str] = {}
+    size = 0
+    for index, group in enumerate(groups):
+        arrays = _read(manager, step, {name: shapes[name] for name in group}, body["fingerprints"])
+        plain: dict[str, jax.Array] = {}
+        for name, array in arrays.items():
+            if jnp.issubdtype(array.dtype, jnp.floating):
+                array = array.astype(dtype)
+            layers = array.shape[0] if name.startswith(LAYERS) else None
+            parts = [array] if layers is None else list(array)
+            plain |= dict(zip(plain_names(name, layers, body["facts"]["dense_layers"]), parts, strict=True))
+        file = to if len(groups) == 1 else to.with_name(f"{to.stem}-{index + 1:05}-of-{len(groups):05}{to.suffix}")
+        save_file(plain, file, {"format": "flax", "step": str(step)})
+        files |= dict.fromkeys(plain, file.name)
+        size += sum(array.nbytes for array in plain.values())
+    if len(groups) > 1:
+        index_file = {"metadata": {"total_size": size}, "weight_map": files}
+        to.with_name(f"{to.name}.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
+    return f"step {step}: {len(files)} arrays, {size / 1e6:.1f} MB in {len(groups)} files, {to}"
+
+
+def _read(
+    manager: ocp.CheckpointManager, step: int, shapes: dict[str, tuple[Any, tuple[int, ...]]], sums: dict[str, int]
+) -> dict[str, jax.Array]:
+    """These arrays alone, on one device, checked."""
+    here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    wanted = {name: jax.ShapeDtypeStruct(shape, kind, sharding=here) for name, (kind, shape) in shapes.items()}
+    restore = ocp.args.PyTreeRestore(
+        item=wanted,
+        restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
+        partial_restore=True,
+    )
+    arrays = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    for name in shapes:
+        if int(fingerprint(arrays[name])) != sums[name]:
+            raise BadCheckpoint(f"array {name} does not match its checksum")
+    return {name: arrays[name] for name in shapes}
+
+
+def _groups(sizes: dict[str, int], largest: int) -> list[list[str]]:
+    """Names in order, as many in a group as fit."""
+    groups: list[list[str]] = [[]]
+    room = largest
+    for name, size in sizes.items():
+        if size > room and groups[-1]:
+            groups.append([])
+            room = largest
+        groups[-1].append(name)
+        room -= size
+    return groups
+
+
+def _parse(text: str) -> tuple[np.dtype, tuple[int, ...]]:
+    """Dtype and shape of "float32[2, 3]"."""
+    kind, _, shape = text.rstrip("]").partition("[")
+    return jnp.dtype(kind), tuple(int(size) for size in shape.split(",") if size)

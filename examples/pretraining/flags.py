@@ -1,0 +1,95 @@
+"""The command line of ``examples/pretrain.py``."""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+from collections.abc import Sequence
+
+AXES = ("pp", "ep", "dp")
+COMMANDS = ("train", "plan", "export")
+
+
+def parse_mesh(text: str) -> dict[str, int]:
+    """``"pp=4,ep=2"`` as a dict.
+
+    >>> parse_mesh("pp=4,ep=2")
+    {'pp': 4, 'ep': 2}
+    """
+    try:
+        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write sizes by axis, as in pp=4,ep=2") from None
+    if "pp" not in sizes or not set(sizes) <= set(AXES) or min(sizes.values()) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: a mesh needs axis pp, may have ep and dp, and no other")
+    return sizes
+
+
+def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
+    """The subcommand, "train" where none is given, and its arguments.
+
+    >>> split_command(["--steps", "4"])
+    ('train', ['--steps', '4'])
+    >>> split_command(["export", "runs/a"])
+    ('export', ['runs/a'])
+    """
+    if arguments and arguments[0] in COMMANDS:
+        return arguments[0], list(arguments[1:])
+    return "train", list(arguments)
+
+
+def train_parser(description: str | None = None) -> argparse.ArgumentParser:
+    """Flags of a run."""
+    parser = argparse.ArgumentParser(
+        "pretrain.py train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    model = parser.add_argument_group("model")
+    model.add_argument("--config", default="tiny", help="tiny, moe-1b, moe-16b or dsv3-671b")
+    model.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
+    model.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
+    model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
+    model.add_argument("--seed", type=int, default=0)
+
+    plan = parser.add_argument_group("pipeline")
+    plan.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows")
+    plan.add_argument("--mesh", type=parse_mesh, default="pp=4,ep=2", help="sizes of pp, ep (experts) and dp (data)")
+    plan.add_argument("--microbatches", type=int, help="default: twice the pipeline ranks")
+    plan.add_argument("--microbatch-size", type=int, default=4, help="sequences of a microbatch, over all data shards")
+    plan.add_argument("--rebalance-every", type=int, default=10, help="steps between placements of experts; 0: never")
+
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")
+    data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
+    data.add_argument("--separator", type=int, help="token between documents of .bin and .npy files, never a target")
+
+    training = parser.add_argument_group("training")
+    training.add_argument("--steps", type=int, default=70)
+    training.add_argument("--learning-rate", type=float, default=3e-3)
+    training.add_argument("--warmup", type=int, default=10, help="steps")
+    training.add_argument("--max-skipped", type=int, default=10, help="steps without finite gradients in a row")
+    training.add_argument("--eval-every", type=int, default=100, help="steps between evaluations; 0: none")
+    training.add_argument("--eval-batches", type=int, default=4)
+
+    keeping = parser.add_argument_group("checkpoints and reports")
+    keeping.add_argument("--out", type=pathlib.Path, help="folder of the run; default: a new one in runs/")
+    keeping.add_argument("--save-every", type=int, default=100, help="steps between checkpoints")
+    keeping.add_argument("--keep", type=int, default=3, help="checkpoints that stay")
+    keeping.add_argument("--resume", default="auto", help="auto: from --out; never; or another run's folder")
+    keeping.add_argument("--profile", type=int, default=0, metavar="STEPS", help="profile so many steps")
+    keeping.add_argument("--check", type=int, default=0, metavar="STEPS", help="compare with a run without a pipeline")
+
+    hosts = parser.add_argument_group("processes; Slurm and Open MPI need none of these")
+    hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
+    hosts.add_argument("--num-processes", type=int)
+    hosts.add_argument("--process-id", type=int)
+    hosts.add_argument("--heartbeat", type=int, default=30, help="seconds after which a silent process counts as dead")
+    return parser
+
+
+def export_parser() -> argparse.ArgumentParser:
+    """Flags of the export."""
+    parser = argparse.ArgumentParser("pretrain.py export", description="Writes parameters as plain arrays by layer.")
+    parser.add_argument("run", type=pathlib.Path, help="the --out folder of a run, or its checkpoints")
+    parser.add_argument("--to", type=pathlib.Path, required=True, help="the .safetensors file to write")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    return parser

@@ -1,0 +1,331 @@
+"""A run put together: model, data, loop, checkpoints and reports, from the command line's arguments."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
+from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxpipe
+from eplb_jax.metrics import balancedness
+from eplb_jax.placement import Placement
+from pretraining import data, hosts, loop, trainer
+from pretraining.checkpoint import Checkpoints, Restored
+from pretraining.layout import Layout, describe
+from pretraining.model import Model, ModelConfig, build_model, model_config
+from pretraining.observe import Observer, Throughput
+from pretraining.profile_steps import profiler, write_report
+from profiling.chips import CHIPS
+
+TRAINED = 60
+"""Steps from which on a checked run must have learned more than how often each token occurs."""
+
+
+class BadInput(Exception):
+    """What was asked for is not possible; found before the first step, or in the data."""
+
+
+class CheckFailed(RuntimeError):
+    """The run does not do what it should."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Setup:
+    """All that a run needs.
+
+    Attributes:
+      config: of the model.
+      schedule, mesh, model, pipeline: what runs.
+      optimizer, train_config: how it learns.
+      corpus: what it learns from.
+      batch: sequences of a step.
+      sharding: of a batch.
+    """
+
+    config: ModelConfig
+    schedule: jaxpipe.schedule.Schedule
+    mesh: Mesh
+    model: Model
+    pipeline: jaxpipe.Pipeline
+    train_config: trainer.TrainConfig
+    optimizer: Any
+    corpus: data.Corpus
+    batch: int
+    sharding: NamedSharding
+
+    @property
+    def shards(self) -> int:
+        """Devices that a microbatch is spread over."""
+        return self.mesh.size // self.mesh.shape["pp"]
+
+
+def set_up(args: argparse.Namespace) -> Setup:
+    """Everything before the first array.
+
+    Raises:
+      ValueError: arguments that do not fit each other, the devices, or the data.
+    """
+    config = model_config(args.config)
+    config = dataclasses.replace(config, layers=args.layers or config.layers, sequence=args.sequence or config.sequence)
+    ranks = args.mesh["pp"]
+    schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
+    mesh = jaxpipe.make_mesh(**args.mesh)
+    if jax.process_count() > 1 and mesh.size != jax.device_count():
+        raise ValueError(
+            f"--mesh {dict(mesh.shape)} has {mesh.size} devices, the {jax.process_count()} processes have "
+            f"{jax.device_count()}: all must be used"
+        )
+    model = build_model(
+        config,
+        schedule,
+        args.seed,
+        axis="ep" if "ep" in mesh.shape else None,
+        dtype=jnp.dtype(args.dtype),
+        abstract=True,
+    )
+    shards = mesh.size // ranks
+    if args.microbatch_size % shards:
+        raise ValueError(
+            f"--microbatch-size {args.microbatch_size} does not divide over the {shards} devices of a rank: take a "
+            f"multiple of {shards}"
+        )
+    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    batch = schedule.num_microbatches * args.microbatch_size
+    # Fails now, rather than after compilation, if sequences or tokens do not fit.
+    data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
+    train_config = trainer.TrainConfig(args.steps, args.learning_rate, args.warmup)
+    axes = tuple(name for name in mesh.axis_names if name != "pp")
+    return Setup(
+        config,
+        schedule,
+        mesh,
+        model,
+        trainer.pipelined(model, schedule, mesh),
+        train_config,
+        trainer.make_optimizer(train_config, model),
+        corpus,
+        batch,
+        NamedSharding(mesh, P(axes)),
+    )
+
+
+def train(args: argparse.Namespace) -> None:
+    """Trains, from the beginning or a checkpoint.
+
+    Raises:
+      BadInput: the arguments or the data cannot be used.
+      CheckFailed: the run is not equal to the plain program, or has learned nothing.
+      RuntimeError, OSError: of `loop.train` and `Checkpoints.restore`.
+    """
+    try:
+        setup = set_up(args)
+        loop_config = loop.LoopConfig(args.steps, args.save_every, max(1, args.eval_every), args.max_skipped)
+        rebalancer = None
+        if args.rebalance_every and setup.config.redundant and setup.mesh.shape.get("ep", 1) > 1:
+            rebalancer = trainer.Rebalancer(setup.model, setup.mesh.shape["ep"], interval=args.rebalance_every)
+        out = _out(args)
+        state = trainer.init_state(setup.model, setup.optimizer, setup.mesh)
+        layout = Layout(setup.model.to_layers, setup.model.from_layers, setup.mesh, describe(state))
+        checkpoints = Checkpoints(out / "checkpoints", layout, args.keep)
+        facts = _facts(args, setup)
+        restored = _restore(args, out, layout, checkpoints, facts)
+        if restored is not None:
+            state = restored.state
+            if rebalancer is not None and "balance" in restored.facts:
+                rebalancer.load_state_dict(restored.facts["balance"])
+    except ValueError as error:
+        raise BadInput(str(error)) from error
+    start = int(state.step)
+    throughput = Throughput(setup.batch * setup.config.sequence, flops_per_token(setup.config), _peak(setup, args))
+    with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
+        observer.note(_describe(args, setup, out, restored))
+        program = loop.Program(
+            trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
+            _batches(setup.corpus.train, args.seed, setup),
+            jax.random.key(args.seed),
+            _evaluation(args, setup) if args.eval_every else None,
+            _balance(setup),
+            profiler(out / "profile", setup.mesh, start, args.profile),
+        )
+        result = loop.train(
+            loop_config,
+            program,
+            state,
+            observer,
+            checkpoints=checkpoints,
+            facts=facts,
+            rebalancer=rebalancer,
+            stop=hosts.stop_signal(),
+        )
+    checkpoints.close()
+    if result.interrupted:
+        return
+    if args.profile and len(result.losses) >= args.profile + 2:
+        page = write_report(out / "profile", setup.mesh, setup.pipeline, args.profile)
+        _say(f"profile of {args.profile} steps: {page}")
+    if args.check and start == 0:
+        check(args, setup, result.losses)
+
+
+def check(args: argparse.Namespace, setup: Setup, losses: list[float]) -> None:
+    """Compares the first steps with a run without a pipeline, and the last with the tokens' frequencies.
+
+    Raises:
+      CheckFailed: they differ; or the loss is not below the entropy, if there were `TRAINED` steps.
+    """
+    steps = min(args.check, len(losses))
+    model = build_model(setup.config, setup.schedule, args.seed, dtype=setup.model.dtype, abstract=True)
+    plain = trainer.plain_value_and_grad(model, parts=setup.schedule.num_microbatches * setup.shards)
+    step = trainer.make_step(plain, model, setup.optimizer)
+    state, rng, expected = trainer.init_state(model, setup.optimizer), jax.random.key(args.seed), []
+    for index in range(steps):
+        batch = data.make_batch(setup.corpus.train, args.seed, index, setup.batch, setup.config.sequence)
+        state, metrics = step(state, batch, rng)
+        expected.append(float(metrics["loss"]))
+    _say("with a pipeline    " + " ".join(f"{loss:.6f}" for loss in losses[:steps]))
+    _say("without a pipeline " + " ".join(f"{loss:.6f}" for loss in expected))
+    tolerance = 1e-4 if args.dtype == "float32" else 2e-2
+    if not np.allclose(losses[:steps], expected, rtol=tolerance):
+        raise CheckFailed(f"the first {steps} losses differ from those without a pipeline by more than {tolerance:.0e}")
+    entropy, final = data.unigram_entropy(setup.corpus.train), float(np.mean(losses[-5:]))
+    if len(losses) >= TRAINED:
+        if not final < entropy:
+            raise CheckFailed(f"after {len(losses)} steps the loss {final:.3f} is not below the entropy {entropy:.3f}")
+        _say(f"final loss {final:.3f} < unigram entropy {entropy:.3f}")
+
+
+def flops_per_token(config: ModelConfig) -> float:
+    """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
+
+    >>> round(flops_per_token(model_config("dsv3-671b")) / 1e9)
+    254
+    """
+    products = config.active - config.vocab * config.width
+    scores = config.heads * config.sequence * (config.content + config.rotary + config.value)
+    return 6.0 * products + 3.0 * config.layers * scores
+
+
+def _restore(
+    args: argparse.Namespace, out: pathlib.Path, layout: Layout, checkpoints: Checkpoints, facts: dict[str, Any]
+) -> Restored | None:
+    """The checkpoint to begin with; None: begin anew."""
+    if args.resume == "never":
+        if steps := checkpoints.steps():
+            raise ValueError(
+                f"--resume never, and {out} holds checkpoints of steps {steps}: choose another --out, or remove them"
+            )
+        return None
+    restored = checkpoints.restore()
+    if restored is None and args.resume != "auto":
+        folder = pathlib.Path(args.resume)
+        folder = folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder
+        other = Checkpoints(folder, layout, read_only=True)
+        restored = other.restore()
+        if restored is None:
+            raise ValueError(f"--resume {args.resume}: there is no checkpoint in {folder}")
+        other.close()
+    if restored is None:
+        return None
+    if restored.facts["data"] != facts["data"]:
+        raise ValueError(
+            f"the checkpoint of step {restored.step} was trained on {restored.facts['data']}, this run is to read "
+            f"{facts['data']}: then its place in the data means nothing. Give the same options, or another --out"
+        )
+    return restored
+
+
+def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    """What a checkpoint says of its run; what is under "data" must not change."""
+    return {
+        "data": {
+            "seed": args.seed,
+            "batch": setup.batch,
+            "sequence": setup.config.sequence,
+            "tokens": setup.corpus.train.total,
+        },
+        "rng": jax.random.key_data(jax.random.key(args.seed)),
+        "config": args.config,
+        "dense_layers": setup.config.dense_layers,
+        "layers": setup.config.layers,
+        "schedule": args.schedule,
+        "mesh": dict(setup.mesh.shape),
+    }
+
+
+def _batches(part: data.Part, seed: int, setup: Setup) -> Callable[[int], Any]:
+    def batch(step: int) -> Any:
+        try:
+            return data.global_batch(part, seed, step, setup.batch, setup.config.sequence, setup.sharding)
+        except (ValueError, OSError) as error:
+            raise BadInput(f"data of step {step + 1}: {error}") from error
+
+    return batch
+
+
+def _evaluation(args: argparse.Namespace, setup: Setup) -> Callable[[Any], float]:
+    evaluate = trainer.make_evaluate(setup.model, setup.schedule, setup.mesh)
+    batch = _batches(setup.corpus.held_out, args.seed, setup)
+
+    def run(state: Any) -> float:
+        return float(np.mean([float(evaluate(state.params, batch(index))) for index in range(args.eval_batches)]))
+
+    return run
+
+
+def _balance(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
+    devices = setup.mesh.shape.get("ep", 1)
+
+    def of(state: Any) -> Callable[[np.ndarray], float]:
+        placement = setup.model.placements(state.params)
+        if placement is None:
+            slots = np.tile(np.arange(setup.config.experts, dtype=np.int32), (setup.config.moe_layers, 1))
+            host = Placement.from_phy2log(slots, setup.config.experts)
+        elif jax.process_count() > 1:
+            host = Placement(*(multihost_utils.process_allgather(array, tiled=True) for array in placement))
+        else:
+            host = Placement(*map(np.asarray, placement))
+        return lambda loads: float(balancedness(host, loads, devices).mean())
+
+    return of
+
+
+def _peak(setup: Setup, args: argparse.Namespace) -> float | None:
+    kind = setup.mesh.devices.flat[0].device_kind
+    found = [chip for name, chip in CHIPS.items() if name in kind]
+    return found[0].flops("bf16" if args.dtype == "bfloat16" else "tf32") * setup.mesh.size if found else None
+
+
+def _out(args: argparse.Namespace) -> pathlib.Path:
+    if args.out is not None:
+        return args.out
+    if jax.process_count() > 1:
+        raise ValueError("several processes need one --out, on a file system that all share")
+    return pathlib.Path("runs") / time.strftime("%Y-%m-%d-%H%M%S")
+
+
+def _describe(args: argparse.Namespace, setup: Setup, out: pathlib.Path, restored: Restored | None) -> str:
+    total, train = setup.config.total, setup.corpus.train
+    begins = "from the beginning" if restored is None else f"continuing after step {restored.step}"
+    return (
+        f"{args.config} with {args.schedule} on {dict(setup.mesh.shape)} {jax.devices()[0].platform} devices of "
+        f"{jax.process_count()} processes: {setup.schedule.num_stages} stages, {setup.schedule.num_microbatches} "
+        f"microbatches, {total / 1e6:.1f}M parameters, {setup.batch * setup.config.sequence} tokens a step\n"
+        f"{len(train) / 1e6:.1f}M tokens in {setup.corpus.source}, unigram entropy "
+        f"{data.unigram_entropy(train):.3f} nats\n"
+        f"{begins}; {out}/ gets metrics, checkpoints and reports"
+    )
+
+
+def _say(text: str) -> None:
+    if hosts.is_first():
+        print(text)
