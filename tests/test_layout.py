@@ -58,6 +58,7 @@ LAYERS = [
     "profiling.replay",
     "profiling.table",
     "profiling.chips",
+    "profiling.topology",
     "profiling.hlo_text",
     "profiling.hlo_collective",
     "profiling.hlo_cost",
