@@ -1,0 +1,146 @@
+"""What the benchmarks of one device run: a chunk of a model as a pipeline stage, and timers.
+
+Shapes: T tokens of a microbatch, D width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import AxisType, Mesh
+from jax.sharding import PartitionSpec as P
+
+import jaxpipe
+from profiling.workloads import SIZES, Sizes
+from profiling.workloads.attention import attend
+from profiling.workloads.layer import AXIS, apply_layer, init_layers, layer_specs
+
+HEADS = 128
+"""Width of a head of the dense chunk."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Some layers as a stage of `jaxpipe.value_and_grad`, to be run within a mesh of pp and ep.
+
+    Attributes:
+      name: for tables.
+      width: of the activations, D.
+      tokens: of a microbatch.
+      stage: (params, x [1, T, D], ctx) -> y.
+      init: key -> float32 masters of one stage.
+      specs: PartitionSpecs of one stage's masters over the mesh's ep axis.
+    """
+
+    name: str
+    width: int
+    tokens: int
+    stage: Callable[..., jax.Array]
+    init: Callable[[jax.Array], Any]
+    specs: Any
+
+
+def moe_chunk(layers: int, size: str = "dsv3", tokens: int | None = None) -> Chunk:
+    """MLA attention and experts, those that one device of 64 holds, as `profiling.workloads` has them."""
+    sizes: Sizes = dataclasses.replace(SIZES[size], layers=layers)
+    tokens = sizes.sequence if tokens is None else tokens
+    mesh = Mesh(jax.devices()[:1], (AXIS,), axis_types=(AxisType.Auto,))
+
+    def attention(params: Any, x: jax.Array) -> tuple[jax.Array, None]:
+        return attend(params, x[None], sizes)[0][0], None
+
+    def stage(params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jax.Array:
+        y = x[0]
+        for i, layer in enumerate(params):
+            with jax.named_scope(f"layer_{i}"):
+                y, _, _ = apply_layer(layer, y, sizes, attention)
+        return y[None]
+
+    def init(key: jax.Array) -> Any:
+        return init_layers(key, sizes, "train", mesh, jnp.float32)
+
+    return Chunk(f"{layers} MoE layers, {size}", sizes.width, tokens, stage, init, layer_specs(sizes))
+
+
+def dense_chunk(layers: int, width: int = 2048, tokens: int = 4096) -> Chunk:
+    """Attention and a gated feed-forward layer of four times the width."""
+    heads = max(1, width // HEADS)
+    head = width // heads
+
+    def stage(params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jax.Array:
+        cudnn = jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
+        for i in range(layers):
+            with jax.named_scope(f"layer_{i}"):
+                with jax.named_scope("attention"):
+                    qkv = (x @ params["qkv"][i]).reshape(*x.shape[:2], 3, heads, head)
+                    query, key, value = (qkv[:, :, part] for part in range(3))
+                    mixed = jax.nn.dot_product_attention(
+                        query, key, value, is_causal=True, implementation="cudnn" if cudnn else "xla"
+                    )
+                    x = x + mixed.reshape(x.shape) @ params["out"][i]
+                with jax.named_scope("mlp"):
+                    gate, up = jnp.split(x @ params["up"][i], 2, -1)
+                    x = x + (jax.nn.silu(gate) * up) @ params["down"][i]
+        return x
+
+    shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 8 * width), "down": (4 * width, width)}
+
+    def init(key: jax.Array) -> Any:
+        keys = jax.random.split(key, len(shapes))
+        return {
+            name: jax.random.normal(key, (layers, *shape)) * 0.5 * shape[0] ** -0.5
+            for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+        }
+
+    specs: Any = {name: P() for name in shapes}
+    return Chunk(f"{layers} dense layers of {width}", width, tokens, stage, init, specs)
+
+
+def chunks(tiny: bool) -> tuple[Chunk, Chunk]:
+    """The chunks that the benchmarks run: two layers of DeepSeek-V3 a stage, and four dense ones."""
+    if tiny:
+        return moe_chunk(1, "tiny"), dense_chunk(1, 64, 64)
+    return moe_chunk(2), dense_chunk(4)
+
+
+def medians_ms(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
+    """Median milliseconds of calls that take turns, after one turn that does not count."""
+    taken: list[list[float]] = [[] for _ in calls]
+    for turn in range(repeats + 1):
+        for call, times in zip(calls, taken, strict=True):
+            start = time.perf_counter()
+            jax.block_until_ready(call())
+            if turn:
+                times.append(time.perf_counter() - start)
+    return [statistics.median(times) * 1e3 for times in taken]
+
+
+def gib(size: float) -> float:
+    """Bytes in GiB."""
+    return size / 2**30
+
+
+def nbytes(tree: Any) -> int:
+    """Bytes of a tree of arrays or shapes."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+
+
+def print_table(rows: Sequence[dict[str, Any]]) -> None:
+    """A Markdown table."""
+    print("| " + " | ".join(rows[0]) + " |")
+    print("|" + "---|" * len(rows[0]))
+    for row in rows:
+        print(
+            "| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True
+        )
+
+
+def machine() -> str:
+    """The machine, for the head of a table."""
+    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"
