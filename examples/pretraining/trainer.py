@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
@@ -122,19 +122,32 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
       optimizer: from `make_optimizer`.
       mesh: of the pipeline; None: one device.
     """
+    make = _maker(model, optimizer)
+    if mesh is None:
+        return jax.jit(make)()
+    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
 
+
+def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
+    """Shapes, dtypes and shardings of the state."""
+    state = jax.eval_shape(_maker(model, optimizer))
+    shardings = state_shardings(model, state, mesh)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
+    )
+
+
+def _maker(model: Model, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     def make() -> TrainState:
         params = model.init(model.seed)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
             opt_state = optimizer.init(params)
         return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
-    if mesh is None:
-        return jax.jit(make)()
-    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
+    return make
 
 
-def state_shardings(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
+def state_shardings(model: Model, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     """Where each part of a state (arrays or shapes) is kept: moments where their parameters are, scalars everywhere."""
     specs = model.specs
 
@@ -148,8 +161,13 @@ def state_shardings(model: Model, state: TrainState, mesh: Mesh) -> TrainState:
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
 
-def pipelined(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
-    """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp"."""
+def pipelined(
+    model: Model, schedule: Schedule, mesh: Mesh | AbstractMesh, *, dispatch: str | None = None
+) -> jaxpipe.Pipeline:
+    """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
+
+    The mesh may be abstract: such a pipeline can be traced, not run.
+    """
     return jaxpipe.value_and_grad(
         model.stage,
         schedule,
@@ -217,7 +235,8 @@ def make_step(
     Returns:
       ``step(state, batch, rng) -> (state, metrics)``. Where the loss or a gradient is not finite, parameters, moments
       and biases stay as they are, and the step is counted as skipped. Metrics: scalars ``loss``, ``aux_loss`` (the
-      part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``, ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[pipelined layers, experts]``.
+      part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``,
+      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[pipelined layers, experts]``.
     """
 
     def step(state: TrainState, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -277,7 +296,7 @@ def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str
     return jax.jit(evaluate)
 
 
-def _data_axes(mesh: Mesh) -> tuple[str, ...]:
+def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
     return tuple(str(name) for name in mesh.axis_names if name != "pp")
 
 

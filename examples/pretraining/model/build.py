@@ -18,7 +18,7 @@ from jaxpipe.flax import NNXFunction, nnx_function
 from pretraining.config import ModelConfig
 from pretraining.model.arrange import Arrangement
 from pretraining.model.ends import Ends
-from pretraining.model.layers import MoEBlock
+from pretraining.model.layers import Core, MoEBlock, causal
 
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
 UNTRAINED = (*PLACEMENT, "bias")
@@ -38,6 +38,7 @@ class Model:
       axis: the mesh axis of the experts, or None: all are on one device.
       dtype: of activations and matrix products; parameters, norms and router are float32 whatever it is.
       seed: of the initial parameters.
+      core: attention of queries to keys and values.
       params: initial parameters, or their shapes and dtypes.
     """
 
@@ -46,6 +47,7 @@ class Model:
     axis: str | None
     dtype: Any
     seed: int
+    core: Core
     params: Any
     _block: NNXFunction
     _ends: NNXFunction
@@ -57,7 +59,12 @@ class Model:
     def stage(self, params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jaxpipe.Output:
         """One stage's layers. Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``."""
         shape, experts = self.arrangement, self.config.experts
-        block = jax.checkpoint(self._block) if self.config.remat == "layer" else self._block
+
+        def block(own: Any, x: jax.Array, mask: jax.Array | None) -> Any:
+            return self._block(own, x, mask)
+
+        if self.config.remat == "layer":
+            block = jax.checkpoint(block)
         every = []
         for slot in range(shape.slots):
             mask = None
@@ -89,8 +96,12 @@ class Model:
     def init(self, seed: jax.Array | int) -> jaxpipe.Params:
         """Initial parameters; traceable, so that jit with ``out_shardings`` makes each part where it belongs."""
         keys = jax.random.split(jax.random.key(seed), self.config.moe_layers + 1)
-        layers = jax.vmap(lambda key: nnx_function(MoEBlock(self.config, nnx.Rngs(key), self.axis)).params)(keys[1:])
-        outer = nnx_function(Ends(self.config, nnx.Rngs(keys[0]))).params
+
+        def layer(key: jax.Array) -> Any:
+            return nnx_function(MoEBlock(self.config, nnx.Rngs(key), self.core, self.axis)).params
+
+        layers = jax.vmap(layer)(keys[1:])
+        outer = nnx_function(Ends(self.config, nnx.Rngs(keys[0]), self.core)).params
         return self.from_layers({"layers": layers, "outer": outer})
 
     @property
@@ -206,6 +217,7 @@ def build_model(
     axis: str | None = None,
     dtype: Any = jnp.float32,
     abstract: bool = False,
+    core: Core = causal,
 ) -> Model:
     """The model for a schedule.
 
@@ -216,14 +228,15 @@ def build_model(
       axis: the mesh axis that experts, and the batch, are spread over; None: one device has all.
       dtype: of activations and matrix products.
       abstract: parameters are shapes and dtypes only; `Model.init` makes them later.
+      core: attention of queries to keys and values.
 
     Raises:
       ValueError: fewer layers with experts than stages.
     """
-    block = nnx_function(nnx.eval_shape(lambda: MoEBlock(config, nnx.Rngs(0), axis)))
-    ends = nnx_function(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0))))
+    block = nnx_function(nnx.eval_shape(lambda: MoEBlock(config, nnx.Rngs(0), core, axis)))
+    ends = nnx_function(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0), core)))
     arrangement = Arrangement.of(config.moe_layers, schedule)
-    model = Model(config, arrangement, axis, jnp.dtype(dtype), seed, None, block, ends)
+    model = Model(config, arrangement, axis, jnp.dtype(dtype), seed, core, None, block, ends)
     params: Callable[[], Any] = jax.jit(lambda: model.init(seed))
     return dataclasses.replace(model, params=jax.eval_shape(params) if abstract else params())
 

@@ -12,22 +12,22 @@ import jax.numpy as jnp
 from flax import nnx
 
 from pretraining.config import ModelConfig
-from pretraining.model.layers import DenseBlock, RMSNorm, normal
+from pretraining.model.layers import Core, DenseBlock, RMSNorm, normal
 
 
 class Ends(nnx.Module):
     """Embedding, the layers without experts, last norm and output matrix, and the optional second head."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
         self.config = config
         self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
         for index in range(config.dense_layers):
-            setattr(self, f"layer_{index}", DenseBlock(config, rngs))
+            setattr(self, f"layer_{index}", DenseBlock(config, rngs, core))
         self.norm = RMSNorm(config.width)
         # Small logits: a new model guesses almost uniformly.
         self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
         if config.mtp:
-            self.mtp = NextNext(config, rngs)
+            self.mtp = NextNext(config, rngs, core)
 
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """``int[B, T] -> [B, T, D]``, through the dense layers."""
@@ -68,10 +68,10 @@ class NextNext(nnx.Module):
     Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.2.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
         self.hidden_norm, self.embedding_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.project = nnx.Param(normal(rngs, (2 * config.width, config.width), 2 * config.width))
-        self.block = DenseBlock(config, rngs)
+        self.block = DenseBlock(config, rngs, core)
         self.norm = RMSNorm(config.width)
 
     def __call__(self, y: jax.Array, known: jax.Array) -> jax.Array:

@@ -7,6 +7,8 @@ activations, norms, rotations and the router in float32.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -17,6 +19,9 @@ from eplb_jax.flax import MoE
 from eplb_jax.moe import MoEStats
 from eplb_jax.placement import Placement
 from pretraining.config import ModelConfig
+
+Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Attention of queries to keys and values, ``[B, T, H, width]`` each."""
 
 
 class RMSNorm(nnx.Module):
@@ -35,8 +40,8 @@ class RMSNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head latent attention, causal, positions counted from 0: DeepSeek-V2, arXiv 2405.04434, 2.1."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
-        self.config = config
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
+        self.config, self.core = config, core
         width, heads, rank, latent = config.width, config.heads, config.query_rank, config.latent
         head = config.content + config.rotary
         if rank is None:
@@ -74,7 +79,9 @@ class Attention(nnx.Module):
             k_BTHC = jnp.concatenate([k_BTHN, jnp.broadcast_to(shared_BT1P, shape)], -1)
             v_BTHV = jnp.einsum("btl,lhv->bthv", latent_BTL, self.value_up[...].astype(dtype))
         with jax.named_scope("core"):
-            mixed_BTHV = _causal(q_BTHC, k_BTHC, v_BTHV)
+            # Kernels want one head width, so values are padded to the keys'.
+            width = ((0, 0), (0, 0), (0, 0), (0, k_BTHC.shape[-1] - config.value))
+            mixed_BTHV = self.core(q_BTHC, k_BTHC, jnp.pad(v_BTHV, width))[..., : config.value]
         with jax.named_scope("out"):
             return jnp.einsum("bthv,hvd->btd", mixed_BTHV, self.out[...].astype(dtype))
 
@@ -96,9 +103,9 @@ class SwiGLU(nnx.Module):
 class DenseBlock(nnx.Module):
     """One layer without experts."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
-        self.attention, self.mlp = Attention(config, rngs), SwiGLU(config, rngs)
+        self.attention, self.mlp = Attention(config, rngs, core), SwiGLU(config, rngs)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, T, D]``."""
@@ -111,10 +118,10 @@ class DenseBlock(nnx.Module):
 class MoEBlock(nnx.Module):
     """One layer with experts; ``axis`` is the mesh axis that they are sharded over, or None."""
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, axis: str | None = None):
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core, axis: str | None = None):
         self.config = config
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
-        self.attention = Attention(config, rngs)
+        self.attention = Attention(config, rngs, core)
         placement = first_placement(config.experts, config.redundant) if config.redundant else None
         self.moe = MoE(config.moe, rngs, axis=axis, placement=placement)
 
@@ -156,16 +163,10 @@ def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     return jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
 
 
-def _causal(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention to what came before; through cuDNN on a GPU.
-
-    The interface wants one head width, so values are padded to the keys'.
-    """
-    width = value.shape[-1]
+def causal(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Attention to what came before, ``[B, T, H, width]`` each; through cuDNN on a GPU."""
     cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
-        mixed = jax.nn.dot_product_attention(
+        return jax.nn.dot_product_attention(
             query, key, value, is_causal=True, implementation="cudnn" if cudnn else "xla"
         )
-    return mixed[..., :width]

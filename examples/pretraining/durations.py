@@ -1,0 +1,102 @@
+"""How long the parts of a training step should take, from the sizes of the model's products and messages."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax.numpy as jnp
+
+from eplb_jax.dispatch import make_rooms
+from jaxpipe.schedule.simulate import Costs
+from pretraining.config import ModelConfig
+from profiling.chips import Achieved, Chip
+
+
+@dataclasses.dataclass(frozen=True)
+class Durations:
+    """Seconds, unless said otherwise.
+
+    Attributes:
+      costs: of one stage on one microbatch.
+      embed, head: of a microbatch's embedding with the dense layers, and of its head, forward and backward.
+      token_flops: FLOPs that the model needs for a token, forward and backward, nothing computed again.
+      memory, network: bytes per second that updates and gradient sums get.
+    """
+
+    costs: Costs
+    embed: float
+    head: float
+    token_flops: float
+    memory: float
+    network: float
+
+    def update(self, state: int, masters: int) -> float:
+        """Summing gradients and updating parameters, of bytes of a device: all state is read and written."""
+        return 2 * masters / self.network + (2 * state + 2 * masters) / self.memory
+
+
+def durations(
+    config: ModelConfig,
+    layers: int,
+    devices: int,
+    microbatch_size: int,
+    chip: Chip,
+    achieved: Achieved,
+    dtype: Any,
+    devices_per_node: int,
+) -> Durations:
+    """What one device needs for a stage of ``layers`` layers, experts spread over ``devices`` devices.
+
+    A forward and a backward that overlap take as long as their products or their messages, whichever is longer; other
+    actions take the sum of both. The backward of causal attention is five products to the forward's two.
+    """
+    tokens, sequence = microbatch_size * config.sequence, config.sequence
+    rate = chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * achieved.matmul
+    score = tokens * sequence * config.heads * (config.content + config.rotary + config.value)  # half of them masked
+    matrices = 2 * tokens * config.layer_parameters(config.moe.router.top_k)
+    dense = 2 * tokens * config.dense_layer_parameters
+    output = 2 * tokens * config.vocab * config.width
+
+    again = {"none": 0, "attention": 2 * tokens * config.attention_parameters + score, "layer": matrices + score}
+    forward, inputs, weight = (layers * flops / rate for flops in (matrices + score, matrices + 2.5 * score, matrices))
+    inputs += layers * again[config.remat] / rate
+    # There in 8 bits where the model says so, back in full width; backwards the other way round.
+    itemsize = jnp.dtype(dtype).itemsize
+    there = _exchange(config, tokens, devices, chip, achieved, 1 if config.moe.fp8 else itemsize, devices_per_node)
+    moves = layers * (there + _exchange(config, tokens, devices, chip, achieved, itemsize, devices_per_node))
+    back = moves * (2 if config.remat == "layer" else 1)
+    costs = Costs(
+        forward=forward + moves,
+        backward_input=inputs + back,
+        weight=weight,
+        overlapped=max(forward + inputs + weight, moves + back),
+        p2p=tokens * config.width * itemsize / (chip.internode * achieved.internode) + chip.latency_us * 1e-6,
+    )
+    repeated = dense + score if config.remat == "layer" else 0
+    second = 3 * (dense + 2 * tokens * 2 * config.width**2 + output) + 3.5 * score if config.mtp else 0
+    model = 3 * (config.moe_layers * matrices + config.dense_layers * dense + output) + second
+    return Durations(
+        costs=costs,
+        embed=config.dense_layers * (3 * dense + 3.5 * score + repeated) / rate,
+        head=(3 * output + second) / rate,
+        token_flops=(model + 3 * config.layers * score) / tokens,
+        memory=chip.hbm * achieved.memory,
+        network=chip.internode * achieved.internode,
+    )
+
+
+def _exchange(
+    config: ModelConfig, tokens: int, devices: int, chip: Chip, achieved: Achieved, itemsize: int, node: int
+) -> float:
+    """Seconds of one exchange of a layer's tokens: what stays in the node and what leaves it, whichever is longer."""
+    if devices == 1:
+        return 0.0
+    slots = (config.experts + config.redundant) // devices
+    room = make_rooms(tokens, config.moe.router.top_k, devices, slots, config.moe.capacity_factor).exchange
+    each = room * config.width * itemsize
+    inside = min(devices, node) - 1
+    outside = devices - 1 - inside
+    within = inside * each / (chip.interconnect * achieved.interconnect)
+    between = outside * each / (chip.internode * achieved.internode)
+    return max(within, between) + chip.latency_us * 1e-6

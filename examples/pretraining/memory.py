@@ -1,0 +1,322 @@
+"""How much memory a traced program needs at its peak, without compiling it.
+
+A compiler allocates what it cannot fuse. So a value counts if something needs it whole in memory: a matrix product, a
+collective, a sort, a gather or scatter, or more than one reader. All others are computed where they are read, and only
+keep alive what they are made of. Reshapes, slots written in place and loops' carried buffers share memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+import jaxpipe
+
+VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
+"""Operations whose result is their operand in other words."""
+
+IN_PLACE = {"dynamic_update_slice"}
+"""Operations that write into their first operand."""
+
+WHOLE = {
+    "dot_general",
+    "ragged_dot",
+    "ragged_dot_general",
+    "conv_general_dilated",
+    "sort",
+    "top_k",
+    "gather",
+    "scatter",
+    "scatter-add",
+    "scatter_add",
+    "cumsum",
+    "cumlogsumexp",
+    "argmax",
+    "argmin",
+    "all_to_all",
+    "all_gather",
+    "psum",
+    "psum2",
+    "psum_invariant",
+    "reduce_scatter",
+    "psum_scatter",
+    "ppermute",
+    "while",
+    "scan",
+    "cond",
+    "pallas_call",
+    "ffi_call",
+    "custom_call",
+}
+"""Operations that need their operands whole and make a whole result."""
+
+REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod"}
+"""Operations that make a whole result of operands computed on the way."""
+
+CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device in a training step.
+
+    Attributes:
+      masters: parameters.
+      working: copies of them in the compute dtype or by slot, made once a step.
+      gradients: their sums over microbatches.
+      stash: of microbatches between forward and backward.
+      mail: activations and cotangents between stages.
+      transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
+      optimizer: moments.
+      batch: a step's tokens.
+      layers: of a stage.
+    """
+
+    masters: int
+    working: int
+    gradients: int
+    stash: int
+    mail: int
+    transient: int
+    optimizer: int = 0
+    batch: int = 0
+    layers: int = 0
+
+    @property
+    def arguments(self) -> int:
+        """Of the compiled step; its output is written into the same memory."""
+        return self.masters + self.optimizer + self.batch
+
+    @property
+    def temporary(self) -> int:
+        """What the compiled step allocates besides."""
+        return self.working + self.gradients + self.stash + self.mail + self.transient
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.arguments + self.temporary
+
+
+@dataclasses.dataclass(frozen=True)
+class _Op:
+    """An equation whose calls are inlined; values are numbers."""
+
+    name: str
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    inner: int = 0  # bytes that it needs besides operands and results
+    aliases: tuple[int, ...] = ()  # what the first results are written into
+
+
+class _Graph:
+    """Equations in order, and the size of each value."""
+
+    def __init__(self, cpu: bool):
+        self.cpu = cpu
+        self.ops: list[_Op] = []
+        self.sizes: list[int] = []
+
+    def new(self, aval: Any) -> int:
+        self.sizes.append(nbytes([aval]))
+        return len(self.sizes) - 1
+
+    def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None]) -> list[int | None]:
+        """Appends a jaxpr's equations; returns its outputs."""
+        env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update((var, None) for var in jaxpr.constvars)
+
+        def read(atom: Any) -> int | None:
+            return None if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            called = _called(eqn)
+            if called is not None:
+                env.update(zip(eqn.outvars, self.add(called, ins[len(ins) - len(called.invars) :]), strict=True))
+                continue
+            outs = [self.new(var.aval) for var in eqn.outvars]
+            env.update(zip(eqn.outvars, outs, strict=True))
+            self._append(eqn, ins, outs)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
+        name, known = eqn.primitive.name, tuple(value for value in ins if value is not None)
+        if name == "optimization_barrier":  # one alias for each value, or all would live as long as any
+            pairs = zip(ins, outs, strict=True)
+            self.ops += [_Op(name, () if value is None else (value,), (out,)) for value, out in pairs]
+            return
+        inner, aliases = 0, ()
+        if name in ("scan", "while"):
+            body = eqn.params["jaxpr" if name == "scan" else "body_jaxpr"]
+            inner = peak(body.jaxpr, cpu=self.cpu)
+            if name == "scan":
+                begin = eqn.params["num_consts"]
+                carried = ins[begin : begin + eqn.params["num_carry"]]
+            else:
+                carried = ins[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :]
+            # A literal start is a buffer like any other.
+            pairs = zip(carried, eqn.outvars[: len(carried)], strict=True)
+            aliases = tuple(self.new(var.aval) if value is None else value for value, var in pairs)
+        elif name == "cond":
+            inner = max(peak(branch.jaxpr, cpu=self.cpu) for branch in eqn.params["branches"])
+        elif name.startswith("ragged_dot") and self.cpu:
+            numbers = eqn.params.get("ragged_dot_dimension_numbers")
+            both = numbers is not None and not numbers.rhs_group_dimensions
+            sizes: Any = eqn.invars[2].aval
+            groups = math.prod(sizes.shape)
+            masked = [self.new(atom.aval) for atom in eqn.invars[: 1 + both]]
+            for value, source in zip(masked, ins, strict=False):
+                self.sizes[value] *= groups
+                self.ops.append(_Op("mask", () if source is None else (source,), (value,)))
+            known = (*masked, *(value for value in ins[1 + both :] if value is not None))
+        self.ops.append(_Op(name, known, tuple(outs), inner, aliases))
+
+
+def nbytes(avals: Iterable[Any], *, local: bool = False) -> int:
+    """Bytes of arrays, shapes or abstract values; ``local``: of the part that one device has of each."""
+    shapes = ((aval.sharding.shard_shape(aval.shape) if local else aval.shape, aval.dtype) for aval in avals)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu: bool) -> Memory:
+    """What a pipelined step allocates on each device.
+
+    Args:
+      pipeline: for a mesh with or without devices.
+      params: shapes with shardings.
+      batch: shapes.
+      cpu: see `peak`.
+    """
+    outer = jax.make_jaxpr(pipeline)(params, batch)
+    (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
+    body = mapped.params["jaxpr"]
+    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: eqn.params["num_carry"])
+    consts, carried = loop.params["num_consts"], loop.params["num_carry"]
+    made = {var for eqn in body.eqns for var in eqn.outvars}
+    working = nbytes(var.aval for var in loop.invars[:consts] if var in made)
+    buffers = [var.aval for var in loop.invars[consts : consts + carried]]
+    # The order is that of jaxpipe.runtime.buffers.Buffers: mail first, at the end gradients and a few sums.
+    chunks = len(pipeline.program.schedule.rank_stages[0])
+    num_grads = chunks * len(jax.tree.leaves(params.stages)) + len(jax.tree.leaves(params.outer))
+    sums = len(jax.tree.leaves(jax.eval_shape(pipeline, params, batch)[0]))
+    mail, stash, grads = buffers[:1], buffers[1 : -num_grads - sums], buffers[-num_grads - sums : -sums]
+    total = peak(body, cpu=cpu)
+    return Memory(
+        masters=nbytes(jax.tree.leaves(params), local=True),
+        working=working,
+        gradients=nbytes(grads),
+        stash=nbytes(stash),
+        mail=nbytes(mail),
+        transient=total - working - nbytes((*grads, *stash, *mail)),
+    )
+
+
+def peak(jaxpr: Jaxpr, *, cpu: bool = False) -> int:
+    """Most bytes alive at once besides inputs and what is written into them.
+
+    Args:
+      jaxpr: to run in the order of its equations.
+      cpu: as XLA compiles for CPUs: whatever is ready runs first, so that threads have work, and a grouped matrix
+        product becomes a plain one whose left operand has each row once for each group, masked (and so has the right
+        one if rows are what is summed over).
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.ones((16, 16))
+    >>> peak(jax.make_jaxpr(lambda x: ((x @ x + 1) @ x).sum())(x).jaxpr)  # two products alive
+    2048
+    """
+    graph = _Graph(cpu)
+    inputs = [graph.new(var.aval) for var in jaxpr.invars]
+    outputs = graph.add(jaxpr, inputs)
+    kept = _allocated(graph, set(inputs))
+    roots: list[frozenset[int]] = [frozenset()] * len(graph.sizes)
+    nodes: list[_Node] = []
+    for op in graph.ops:
+        sources = frozenset[int]().union(*(roots[value] for value in op.ins))
+        made = tuple(value for value in op.outs if value in kept)
+        for place, value in enumerate(op.outs):
+            carried = op.aliases and place < len(op.aliases)
+            roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if carried else sources
+        if made or op.inner or op.aliases or op.name in IN_PLACE:
+            nodes.append(_Node(made, sources, op.inner))
+    ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
+    nodes = [*(_breadth_first(nodes) if cpu else nodes), _Node((), ends, 0)]
+    last = {value: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
+    live = most = 0
+    for index, node in enumerate(nodes):
+        live += sum(graph.sizes[value] for value in node.made)
+        most = max(most, live + node.inner)
+        live -= sum(graph.sizes[value] for value in {*node.made, *node.sources} if last[value] == index)
+    return most
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """What runs as one: the values that it allocates and those that it reads, and bytes besides."""
+
+    made: tuple[int, ...]
+    sources: frozenset[int]
+    inner: int
+
+
+def _breadth_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """The nodes in the order in which they become ready."""
+    producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+    needs = [{producer[value] for value in node.sources if value in producer} for node in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, found in enumerate(needs):
+        for other in found:
+            readers[other].append(index)
+    waiting = [len(found) for found in needs]
+    queue = collections.deque(index for index, count in enumerate(waiting) if not count)
+    order = []
+    while queue:
+        index = queue.popleft()
+        order.append(nodes[index])
+        for reader in readers[index]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                queue.append(reader)
+    assert len(order) == len(nodes)
+    return order
+
+
+def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
+    """The values that get memory of their own."""
+    readers: dict[int, int] = {}
+    whole: set[int] = set()
+    kept: set[int] = set()
+    for op in reversed(graph.ops):
+        shared = op.name in VIEWS or op.name in IN_PLACE or op.name == "optimization_barrier"
+        for place, value in enumerate(op.outs):
+            own = value in whole or readers.get(value, 0) > 1 or op.name in WHOLE or op.name in REDUCTIONS
+            if own and not shared and place >= len(op.aliases):
+                kept.add(value)
+        needed = op.name in WHOLE or op.name == "optimization_barrier"
+        if op.name in VIEWS and any(value in whole or readers.get(value, 0) > 1 for value in op.outs):
+            needed = True
+        for value in dict.fromkeys(op.ins):
+            readers[value] = readers.get(value, 0) + 1
+            if needed:
+                whole.add(value)
+    return {value for value in kept if value not in inputs}
+
+
+def _called(eqn: JaxprEqn) -> Jaxpr | None:
+    """The body of an equation that is a call."""
+    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call", "shard_map"):
+        return None
+    for name in CALLS:
+        body = eqn.params.get(name)
+        if isinstance(body, ClosedJaxpr):
+            return body.jaxpr
+        if isinstance(body, Jaxpr):
+            return body
+    return None

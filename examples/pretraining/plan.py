@@ -1,0 +1,312 @@
+"""What a run needs and how fast it should be, worked out without devices and without making a parameter.
+
+Memory comes from the training step itself, traced for an abstract mesh (`pretraining.memory`); time from the schedule's
+simulation, with the durations that the model's products and messages should take on a chip.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AbstractMesh, AxisType
+
+import jaxpipe
+from jaxpipe.schedule import Schedule
+from jaxpipe.schedule.builders import builders
+from jaxpipe.schedule.simulate import simulate
+from pretraining import trainer
+from pretraining.config import MODELS, ModelConfig, model_config
+from pretraining.durations import Durations, durations
+from pretraining.memory import Memory, nbytes, pipeline_memory
+from pretraining.model import Model, build_model
+from profiling.chips import CHIPS, Achieved, Chip, chip
+
+GIGA = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """One schedule.
+
+    Attributes:
+      name: of the schedule.
+      reason: why there is no such schedule for these sizes, or None; all else is then None.
+      memory: of the device that needs most.
+      seconds: of a step.
+      bubble: the pipeline's idle share of it, on the rank that is idle longest.
+      mfu: the model's FLOPs (nothing counted that is computed again) as a share of what the chips could do.
+      tokens: per second, of all devices together.
+    """
+
+    name: str
+    reason: str | None = None
+    memory: Memory | None = None
+    seconds: float = 0.0
+    bubble: float = 0.0
+    mfu: float = 0.0
+    tokens: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What `plan` found; prints as text.
+
+    Attributes:
+      config: the model.
+      mesh: sizes by axis.
+      chip: what it runs on.
+      microbatches: of a step.
+      microbatch_size: sequences of a microbatch on a device.
+      device_parameters: parameters that a device keeps.
+      rows: the schedules.
+    """
+
+    config: ModelConfig
+    mesh: tuple[tuple[str, int], ...]
+    chip: Chip
+    microbatches: int
+    microbatch_size: int
+    device_parameters: int
+    rows: tuple[Row, ...]
+
+    def __str__(self) -> str:
+        config, sizes = self.config, dict(self.mesh)
+        devices = math.prod(sizes.values())
+        mtp = f", and {config.mtp_parameters / GIGA:.2f} of the second head" if config.mtp else ""
+        tokens = self.microbatches * self.microbatch_size * config.sequence * devices // sizes["pp"]
+        stages = "; ".join(f"{row.name} {row.memory.layers} a stage" for row in self.rows if row.memory)
+        lines = [
+            f"{devices} {self.chip.name}, mesh {sizes}; {self.microbatches} microbatches of {self.microbatch_size} "
+            f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
+            f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
+            f"{self.device_parameters / GIGA:.2f} on a device",
+            f"layers: {config.moe_layers} with experts are pipelined ({stages}); the first "
+            f"{config.dense_layers}, dense, are part of the embedding, because all stages are alike",
+            f"computed again in the backward pass: {config.remat}; moments in {config.moments}",
+            "",
+            "Memory of the device that needs most, in GB; time of a step",
+            "",
+            "| schedule | masters | optimizer | working copy | gradients | stash | in transit | at work | total | "
+            "seconds | bubble | MFU | tokens/s |",
+            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+        ]
+        for row in self.rows:
+            if row.memory is None:
+                lines.append(f"| {row.name} | {row.reason}" + " |" * 12)
+                continue
+            m = row.memory
+            parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.mail, m.transient, m.total)
+            sizes = " | ".join(_short(part / GIGA) for part in parts)
+            fits = "" if m.total <= self.chip.memory else " (too much)"
+            lines.append(
+                f"| {row.name} | {sizes}{fits} | {_short(row.seconds)} | {row.bubble:.1%} | {row.mfu:.1%} | "
+                f"{row.tokens:,.0f} |"
+            )
+        return "\n".join(lines)
+
+
+def plan(
+    config: ModelConfig,
+    mesh: Mapping[str, int],
+    *,
+    schedules: Sequence[str] = tuple(builders),
+    microbatches: int | None = None,
+    microbatch_size: int = 1,
+    chip: Chip = CHIPS["H800"],
+    achieved: Achieved | None = None,
+    dtype: Any = jnp.bfloat16,
+    devices_per_node: int = 8,
+    cpu: bool = False,
+) -> Plan:
+    """Parameters, memory and time of a training run.
+
+    Args:
+      config: the model.
+      mesh: sizes of the axes "pp" and "ep".
+      schedules: by name.
+      microbatches: of a step; default: four for each pipeline rank.
+      microbatch_size: sequences of a microbatch on one device.
+      chip: what it runs on.
+      achieved: which share of the chip's best programs reach; default: what has been measured.
+      dtype: of activations and products.
+      devices_per_node: devices with fast links to each other.
+      cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
+
+    Raises:
+      ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
+    """
+    sizes = {"ep": 1, **mesh}
+    if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
+        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
+    slots = config.experts + config.redundant
+    if slots % sizes["ep"] or config.experts % sizes["ep"]:
+        raise ValueError(
+            f"{config.experts} experts and {config.redundant} redundant slots do not divide over the "
+            f"{sizes['ep']} devices of axis ep"
+        )
+    microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
+    rows, held = [], 0
+    for name in schedules:
+        try:
+            schedule = jaxpipe.schedule.build(name, sizes["pp"], microbatches)
+            model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
+        except ValueError as error:
+            rows.append(Row(name, str(error)))
+            continue
+        memory, held = _memory(model, schedule, sizes, microbatch_size, cpu)
+        spent = durations(
+            config,
+            model.arrangement.slots,
+            sizes["ep"],
+            microbatch_size,
+            chip,
+            achieved or Achieved(),
+            dtype,
+            devices_per_node,
+        )
+        rows.append(_row(name, config, schedule, sizes, memory, spent, microbatch_size, chip, dtype))
+    return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
+
+
+def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
+    """A mesh without devices."""
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
+def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a batch of that many sequences."""
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, config.sequence), kind) for name, kind in kinds.items()}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The command's arguments; `run` takes what they parse to."""
+    parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
+    parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
+    parser.add_argument("--schedules", nargs="+", default=list(builders), metavar="NAME", help="default: all")
+    parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
+    parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
+    parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
+    parser.add_argument("--remat", choices=["none", "attention", "layer"], help="default: the model's")
+    parser.add_argument("--devices-per-node", type=int, default=8)
+
+
+def run(args: argparse.Namespace) -> None:
+    """Prints the plan.
+
+    Raises:
+      ValueError: arguments that do not fit.
+    """
+    config = model_config(args.config)
+    if args.remat:
+        config = dataclasses.replace(config, remat=args.remat)
+    try:
+        sizes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
+    except ValueError:
+        raise ValueError(f"--mesh {args.mesh}: write sizes by axis, as in pp=16,ep=64") from None
+    found = plan(
+        config,
+        sizes,
+        schedules=args.schedules,
+        microbatches=args.microbatches,
+        microbatch_size=args.microbatch_size,
+        chip=chip(args.chip),
+        devices_per_node=args.devices_per_node,
+    )
+    print(found)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """The command line of `plan` alone."""
+    parser = argparse.ArgumentParser(prog="plan", description="Parameters, memory and time of a training run.")
+    add_arguments(parser)
+    run(parser.parse_args(arguments))
+
+
+def _memory(
+    model: Model, schedule: Schedule, sizes: Mapping[str, int], microbatch_size: int, cpu: bool
+) -> tuple[Memory, int]:
+    """(memory of a device, parameters that it keeps)."""
+    mesh = abstract_mesh(sizes)
+    batch = abstract_batch(model.config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
+    # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
+    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
+    state = trainer.abstract_state(model, optimizer, mesh)
+    kept = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) for leaf in jax.tree.leaves(state.params)]
+    pipeline = trainer.pipelined(model, schedule, mesh, dispatch="one by one" if cpu else "loops")
+    found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
+    moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
+    rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]
+    found = dataclasses.replace(found, optimizer=moments, batch=rows, layers=model.arrangement.slots)
+    return found, int(sum(kept))
+
+
+def _row(
+    name: str,
+    config: ModelConfig,
+    schedule: Schedule,
+    sizes: Mapping[str, int],
+    memory: Memory,
+    spent: Durations,
+    microbatch_size: int,
+    chip: Chip,
+    dtype: Any,
+) -> Row:
+    timeline = simulate(schedule, spent.costs)
+    ends = np.zeros(schedule.num_ranks)
+    for microbatch in range(schedule.num_microbatches):
+        ends[schedule.rank_of(0, microbatch)] += spent.embed
+        ends[schedule.rank_of(schedule.num_stages - 1, microbatch)] += spent.head
+    # Nothing hides the work of embedding and head on the rank that has most of it.
+    state = memory.masters + memory.optimizer
+    seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters)
+    tokens = schedule.num_microbatches * microbatch_size * config.sequence * sizes["ep"]
+    best = chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
+    return Row(
+        name,
+        memory=memory,
+        seconds=seconds,
+        bubble=max(timeline.bubble) / seconds,
+        mfu=spent.token_flops * tokens / seconds / best,
+        tokens=tokens / seconds,
+    )
+
+
+def _core(cpu: bool) -> dict[str, Any]:
+    return {} if cpu else {"core": flash}
+
+
+@jax.custom_vjp
+def flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Stands for an attention kernel that keeps no scores, where there is none to trace."""
+    return _flash_forward(query, key, value)[0]
+
+
+def _flash_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    batch, length, heads, _ = query.shape
+    shapes = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
+    out, sums = jax.ffi.ffi_call("attention", shapes)(query, key, value)
+    return out, (query, key, value, out, sums)
+
+
+def _flash_backward(kept: Any, ct: jax.Array) -> Any:
+    shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept[:3])
+    return tuple(jax.ffi.ffi_call("attention_backward", shapes)(*kept, ct))
+
+
+flash.defvjp(_flash_forward, _flash_backward)
+
+
+def _short(number: float) -> str:
+    return f"{number:.3g}" if number < 100 else f"{number:.0f}"
+
+
+if __name__ == "__main__":
+    main()
