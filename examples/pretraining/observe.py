@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -81,12 +82,14 @@ class Observer:
         return self
 
     def __exit__(self, kind: object, *_: object) -> None:
-        """Closes them; after an error without another attempt to write."""
+        """Closes them."""
         if self._progress is None:
             return
         self._progress.stop()
-        if kind is None:
+        # What ended the run may be a full disk: that error is the one to be seen.
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self._events.close()
+        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
             self._lines.close()
 
     def note(self, text: str) -> None:

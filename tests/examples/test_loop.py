@@ -1,0 +1,167 @@
+"""The loop of the pretraining example, on a model of a few numbers: resuming, stopping, metrics."""
+
+import json
+import pathlib
+import signal
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from tests.examples.fake_run import LAYERS, THROUGHPUT, Fake, run
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
+
+from pretraining import flags, hosts
+from pretraining.checkpoint import Checkpoints
+from pretraining.loop import LoopConfig, TooManySkips, train
+from pretraining.observe import METRICS, Observer, keep_until, read_metrics
+
+if jax.device_count() < 4:
+    pytest.skip("needs 4 devices", allow_module_level=True)
+
+
+def equal(a, b):
+    return jax.tree.all(jax.tree.map(lambda x, y: np.array_equal(x, y) and x.dtype == y.dtype, a, b))
+
+
+@pytest.fixture(scope="module")
+def fake():
+    return Fake()
+
+
+@pytest.fixture(scope="module")
+def straight(fake, tmp_path_factory):
+    """A run without a pause."""
+    return run(fake, tmp_path_factory.mktemp("straight"), 20, save_every=20)[0]
+
+
+def test_resuming_equals_a_run_without_a_pause(fake, tmp_path, straight):
+    first, _ = run(fake, tmp_path, 10)
+    second, start = run(fake, tmp_path, 20)
+    assert start == 10
+    assert first.losses + second.losses == straight.losses
+    assert equal(second.state, straight.state)
+
+
+@pytest.mark.parametrize(
+    ("pp", "order"), [(2, range(LAYERS)), (4, (0, 7, 1, 6, 2, 5, 3, 4)), (1, (3, 2, 1, 0, 7, 6, 5, 4))]
+)
+def test_resuming_on_another_mesh_and_schedule(fake, tmp_path, straight, pp, order):
+    run(fake, tmp_path, 10)
+    second, start = run(Fake(pp, tuple(order)), tmp_path, 20)
+    assert start == 10
+    np.testing.assert_allclose(second.losses, straight.losses[10:], rtol=1e-5)
+    weights, expected = second.state.params.stages["w"], straight.state.params.stages["w"]
+    assert weights.sharding.mesh.shape["pp"] == pp
+    np.testing.assert_allclose(weights, np.asarray(expected)[list(order)], rtol=1e-5, atol=1e-7)
+
+
+def test_steps_without_finite_gradients_are_skipped_and_counted(fake, tmp_path):
+    result, _ = run(fake, tmp_path, 10, poison=(3, 4, 6))
+    assert int(result.state.skipped) == 3 and int(result.state.skipped_in_a_row) == 0
+    assert np.flatnonzero(np.isnan(result.losses)).tolist() == [3, 4, 6]
+    lines = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in lines if "loss" not in line] == [4, 5, 7]
+
+
+def test_many_skipped_steps_in_a_row_end_the_run_and_leave_a_good_checkpoint(fake, tmp_path):
+    with pytest.raises(TooManySkips, match="3 steps in a row, up to step 7, had a loss or gradients"):
+        run(fake, tmp_path, 20, poison=range(4, 50))
+    result, start = run(fake, tmp_path, 12)
+    assert start == 5 and int(result.state.skipped) == 1
+    assert np.isfinite(result.losses).all()
+
+
+def test_a_run_that_is_asked_to_stop_saves_first(fake, tmp_path, straight):
+    result, _ = run(fake, tmp_path, 20, save_every=100, stop=lambda step: step == 7)
+    assert result.interrupted and len(result.losses) == 7
+    rest, start = run(fake, tmp_path, 20)
+    assert start == 7 and not rest.interrupted and equal(rest.state, straight.state)
+
+
+def test_a_signal_asks_to_stop():
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        stop = hosts.stop_signal()
+        assert not stop(0)
+        signal.raise_signal(signal.SIGTERM)
+        assert stop(1)
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+class Watch:
+    """A rebalancer that notes what it is asked."""
+
+    def __init__(self):
+        self.config = type("Config", (), {"interval": 4})
+        self.calls = []
+
+    def observe(self, loads):
+        self.calls.append(loads.shape)
+
+    def maybe_rebalance(self, state, step):
+        self.calls.append(step)
+        return state
+
+    def state_dict(self):
+        return {"seen": np.int32(len(self.calls))}
+
+
+def test_experts_are_rebalanced_after_all_loads_are_seen_and_before_saving(fake, tmp_path):
+    watch = Watch()
+    checkpoints = Checkpoints(tmp_path, fake.layout)
+    evaluated = []
+
+    def evaluate(state):
+        evaluated.append(int(state.step))
+        return 1.0
+
+    program = fake.program(evaluate=evaluate)
+    with Observer(None, 8, 0, THROUGHPUT) as observer:
+        train(LoopConfig(8, 4, 3), program, fake.init(), observer, checkpoints=checkpoints, rebalancer=watch)
+    assert watch.calls == [*[(2, 4)] * 4, 4, *[(2, 4)] * 4, 8]
+    assert evaluated == [3, 6, 8]
+    restored = checkpoints.restore()
+    assert restored.step == 8 and restored.facts["balance"]["seen"] == 10
+    checkpoints.close()
+
+
+def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path):
+    lines = [{"step": step, "loss": 1.0} for step in (1, 2, 2, 3)]
+    path = tmp_path / METRICS
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines) + '{"step": 4, "lo')
+    keep_until(path, 2)
+    assert read_metrics(path) == lines[:3]
+
+
+def test_metrics_are_written_as_lines_and_events(fake, tmp_path):
+    run(fake, tmp_path, 5)
+    lines = read_metrics(tmp_path / METRICS)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]
+    assert all(np.isfinite(line["loss"]) for line in lines)
+    assert lines[-1]["mfu"] == pytest.approx(lines[-1]["tokens_per_second"] / 1e12)
+    (events,) = (tmp_path / "tensorboard").iterdir()
+    assert b"tokens_per_second" in events.read_bytes()
+
+
+def test_other_processes_show_nothing(tmp_path, capsys):
+    with Observer(None, 2, 0, THROUGHPUT) as observer:
+        observer.note("nothing")
+        observer.step(1, {"loss": 1.0})
+        observer.evaluation(1, 1.0)
+    assert capsys.readouterr().out == "" and not list(tmp_path.iterdir())
+
+
+def test_numbers_of_the_loop_are_checked():
+    with pytest.raises(ValueError, match=r"'save_every': 0.*: all must be at least 1"):
+        LoopConfig(10, 0)
+
+
+@pytest.mark.parametrize("text", ["pp", "ep=2", "pp=4,tp=2", "pp=0", "pp=x"])
+def test_wrong_meshes(text, capsys):
+    with pytest.raises(SystemExit) as error:
+        flags.train_parser().parse_args(["--mesh", text])
+    assert error.value.code == 2 and text in capsys.readouterr().err
