@@ -91,7 +91,7 @@ def plot(table: list[dict[str, Any]], path: str) -> None:
         panel.minorticks_off()
         panel.grid(alpha=0.3)
     panels[0][0].set_ylabel("step time, 1F1B = 1")
-    panels[0][-1].legend(frameon=False)
+    panels[0][-1].legend(frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
