@@ -101,10 +101,11 @@ class Pipeline:
                     f"start with {self.axes.pipeline!r}, the axis its rows are sharded over"
                 )
         for path, spec in jax.tree_util.tree_leaves_with_path(specs.outer, is_leaf=_is_spec):
-            if self.axes.pipeline in _axes_of(spec):
+            if self.axes.pipeline in _axes_of(spec) and not self.program.shared_ends:
                 raise ValueError(
-                    f"specs.outer{jax.tree_util.keystr(path)} is {spec}: outer parameters are replicated over "
-                    f"{self.axes.pipeline!r}; shard them over another axis"
+                    f"specs.outer{jax.tree_util.keystr(path)} is {spec}, but each pipeline rank that runs embed or "
+                    f"head needs the whole parameter: pass shared_ends=True, and all ranks of {self.axes.pipeline!r} "
+                    "run them together, each with its shard; or shard it over another axis"
                 )
 
     def _split_batch(self, batch: Any) -> Any:
@@ -153,6 +154,7 @@ def value_and_grad(
     compute_dtype: Any = None,
     costs: Costs | None = None,
     dispatch: str | None = None,
+    shared_ends: bool = False,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -171,6 +173,16 @@ def value_and_grad(
     ``jax.lax`` collective over them may be used; the mesh's other axes belong to the compiler, which shards the
     computation as ``specs`` and sharding constraints inside the functions say. Each device's loss counts once in
     the mean, so a head returns the mean over its own tokens and does not reduce over axes.
+
+    A large vocabulary makes the ranks that run ``embed`` and ``head`` the slowest. With ``shared_ends=True`` all ranks
+    of the pipeline call ``embed`` together, for the same microbatch, and ``head`` together, with the same ``y``:
+
+    * Both may use collectives over ``axis``, and ``specs.outer`` may shard parameters over it: each rank then holds,
+      multiplies and updates its part. `jaxpipe.vocabulary` has embedding and cross-entropy of a sharded vocabulary.
+    * ``embed`` must return the same x on every rank, ``head`` the same loss and metrics: whole ones, which count once.
+    * Gradients are the whole model's, whatever is sharded, and nothing is to be scaled. JAX differentiates one rank's
+      copy of x and of the loss; the others' cotangents are zeros. A custom derivative of something that is the same
+      on every rank therefore sums its cotangent over ``axis`` first, as the transpose of ``jax.lax.psum`` does.
 
     Args:
       stage: one stage of the model, pure.
@@ -191,6 +203,7 @@ def value_and_grad(
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
         which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair. Default: the
         last on CPU, which overlaps nothing, else "loops".
+      shared_ends: all pipeline ranks run embed and head together; see above.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
@@ -217,7 +230,7 @@ def value_and_grad(
     """
     return _pipeline(
         Model(stage, embed, head, weight), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, forward_only=False,
+        compute_dtype, costs, dispatch, shared_ends, forward_only=False,
     )  # fmt: skip
 
 
@@ -236,6 +249,7 @@ def forward(
     compute_dtype: Any = None,
     costs: Costs | None = None,
     dispatch: str | None = None,
+    shared_ends: bool = False,
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -248,7 +262,7 @@ def forward(
     """
     return _pipeline(
         Model(stage, embed, head), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, forward_only=True,
+        compute_dtype, costs, dispatch, shared_ends, forward_only=True,
     )  # fmt: skip
 
 
@@ -300,6 +314,7 @@ def _pipeline(
     compute_dtype: Any,
     costs: Costs | None,
     dispatch: str | None,
+    shared_ends: bool,
     *,
     forward_only: bool,
 ) -> Pipeline:
@@ -309,7 +324,10 @@ def _pipeline(
         dispatch = "one by one" if mesh.devices.flat[0].platform == "cpu" else "loops"
     if dispatch not in DISPATCHERS:
         raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
-    program = lower(schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only)
+    program = lower(
+        schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only,
+        shared_ends=shared_ends,
+    )  # fmt: skip
     return Pipeline(
         program=program,
         model=model,

@@ -18,6 +18,7 @@ from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
 from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch, run_one_by_one
 from jaxpipe.runtime.program import Op, Program
+from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
 
@@ -62,9 +63,9 @@ def train(
     """
     rng = _fold_axes(rng, axes)
     chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
-    model = _with_cast_input(model, compute_dtype)
+    model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
-    x = jax.eval_shape(model.run_embed, outer, ctx)
+    x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True)
     _check_boundary(x, split.out[0], split.out[1])
     with jax.named_scope("prepare"):
@@ -79,7 +80,7 @@ def train(
         rng=rng,
         num_stages=program.schedule.num_stages,
     )
-    loss, head_metrics = _loss_avals(model, outer, x, ctx)
+    loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
     if loss is None and split.out[1] is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
     buffers = Buffers(
@@ -127,12 +128,12 @@ def infer(
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
     rng = _fold_axes(rng, axes)
     chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
-    model = _with_cast_input(model, compute_dtype)
+    model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
-    x = jax.eval_shape(model.run_embed, outer, ctx)
+    x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     (y, aux_loss), metrics = jax.eval_shape(model.run_stage, chunks[0], x, ctx)
     _check_boundary(x, y, aux_loss)
-    outputs = jax.eval_shape(functools.partial(run_outputs, model), outer, y, ctx)
+    outputs = shape_of_end(program, axes.pipeline, "head", functools.partial(run_outputs, model), outer, y, ctx)
     rows = jax.tree.leaves(batch)[0].shape[1]
     for leaf in jax.tree.leaves(outputs):
         if leaf.shape[:1] != (rows,):
@@ -147,8 +148,8 @@ def infer(
     )
     step = ForwardStep(model, chunks, outer, batch, rng, program.schedule.num_stages)
     buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
-    # Only the ranks that run the head hold outputs; all others hold zeros, so the sum is exact.
-    outputs = jax.tree.map(lambda leaf: _sum_exactly(leaf, axes.pipeline), buffers.outputs)
+    # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
+    outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
     outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return outputs, _sum_metrics(buffers, axes)
 
@@ -243,11 +244,13 @@ def _compute_params(schedule: Schedule, axes: Axes, dtype: Any, params: Params) 
         return working_copies(cast(params.stages, dtype), schedule, axes.pipeline), cast(params.outer, dtype)
 
 
-def _with_cast_input(model: Model, dtype: Any) -> Model:
-    """The model with inputs in compute dtype where the batch itself is the first stage's input."""
-    if model.embed is not None or dtype is None:
+def _prepare_model(program: Program, model: Model, axes: Axes, dtype: Any) -> Model:
+    """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared."""
+    if model.embed is None and dtype is not None:
+        model = dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
+    if not program.shared_ends:
         return model
-    return dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
+    return share_ends(model, program.schedule, axes.pipeline, forward_only=program.forward_only)
 
 
 def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
@@ -266,11 +269,11 @@ def _mean_weights(model: Model, batch: Any, axes: Axes) -> jax.Array:
     return weights / total
 
 
-def _loss_avals(model: Model, outer: Any, y: Any, ctx: Context) -> tuple[Any, Any]:
+def _loss_avals(program: Program, axes: Axes, model: Model, outer: Any, y: Any, ctx: Context) -> tuple[Any, Any]:
     """(loss, metrics) of the head as shapes and dtypes; (None, {}) without a head."""
     if model.head is None:
         return None, {}
-    loss, metrics = jax.eval_shape(model.run_head, outer, y, ctx)
+    loss, metrics = shape_of_end(program, axes.pipeline, "head", model.run_head, outer, y, ctx)
     if loss.shape != ():
         raise ValueError(f"the head returned a loss of shape {loss.shape}; return a scalar, the microbatch's mean loss")
     return loss, metrics
@@ -297,12 +300,6 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
             f"metrics {sorted(both) or ['aux_loss']} are reported by both the stage and the head, or reserved; rename"
         )
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
-
-
-def _sum_exactly(leaf: jax.Array, axis: str) -> jax.Array:
-    if leaf.dtype == jnp.bool_:
-        return lax.psum(leaf.astype(jnp.int32), axis).astype(jnp.bool_)
-    return lax.psum(leaf, axis)
 
 
 def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array, sharded: frozenset[str]) -> jax.Array:

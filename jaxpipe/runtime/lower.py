@@ -3,23 +3,21 @@
 Three passes: cells (the branches of every rank, tick by tick), communication (when each message leaves), and
 slots (where each message and residual lives).
 
-Names: a *cell* is one branch of one rank. A *boundary* is an activation or its cotangent between two
-operations: boundary s is the input of stage s, and the last one the output of the last stage.
+Names: a *cell* is one branch of one rank, a *boundary* an activation or its cotangent between two operations.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import heapq
-from collections.abc import Iterable
-from typing import NamedTuple
 
 import numpy as np
 
+from jaxpipe.runtime.cells import Cell, Value, find_values, make_cells
 from jaxpipe.runtime.pack import Packing, pack
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 from jaxpipe.runtime.slots import colour
-from jaxpipe.schedule.action import Action, Group, Kind
+from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
@@ -30,6 +28,7 @@ def lower(
     *,
     embed_grad: bool = True,
     forward_only: bool = False,
+    shared_ends: bool = False,
     packing: Packing | None = None,
 ) -> Program:
     """Lowers a schedule to the tables of one scan.
@@ -39,8 +38,9 @@ def lower(
       costs: what the schedule is packed for.
       embed_grad: emit an EMBED_GRAD after the backward of stage 0; otherwise its dx goes nowhere.
       forward_only: keep only the forwards, EMBED and HEAD; nothing is stashed.
-      packing: the ticks, instead of those that ``pack`` finds. With ``forward_only`` it is a packing of
-        ``forwards(schedule)``.
+      shared_ends: all ranks run EMBED, HEAD and EMBED_GRAD together, each in a step of its own.
+      packing: the ticks, instead of those that ``pack`` finds, with the same ``shared_ends``. With ``forward_only``
+        it is a packing of ``forwards(schedule)``.
 
     Returns:
       The program; its stash slots are as few as the order of each rank allows.
@@ -54,22 +54,23 @@ def lower(
     ['', 'F0', 'B0', 'E0', 'H0', 'G0']
     >>> program.branch[:4].tolist()  # rank 0 embeds and runs its first forward; rank 1 waits for it
     [[3, 0], [1, 0], [3, 1], [1, 4]]
+    >>> lower(build("gpipe", 2, 2), shared_ends=True).branch[:6].tolist()  # EMBED and HEAD on both
+    [[3, 3], [1, 0], [3, 3], [1, 1], [4, 4], [0, 1]]
     """
     kept = forwards(schedule) if forward_only else schedule
-    packing = pack(kept, costs) if packing is None else packing
-    cells = _cells(kept, packing, embed_grad, forward_only)
-    values = _values(cells)
+    packing = pack(kept, costs, shared_ends=shared_ends) if packing is None else packing
+    cells = make_cells(kept, packing, embed_grad=embed_grad, shared_ends=shared_ends)
+    values = find_values(cells)
     channels, moves = _communicate(values, packing.num_ticks)
 
-    counts = np.zeros((packing.num_ticks, kept.num_ranks), np.int32)
+    lengths = np.zeros(packing.num_ticks, np.int32)
     for cell in cells:
-        counts[cell.tick, cell.rank] += 1
-    lengths = counts.max(axis=1, initial=0)
+        lengths[cell.tick] = max(lengths[cell.tick], cell.place + 1)
     ends = np.cumsum(lengths)
     steps = [int(ends[cell.tick] - lengths[cell.tick]) + cell.place for cell in cells]
     moves = [(int(ends[tick]) - 1, channel, value) for tick, channel, value in moves]
     ticks = np.repeat(np.arange(packing.num_ticks, dtype=np.int32), lengths)
-    return _fill(schedule, forward_only, packing.makespan, cells, steps, values, channels, moves, ticks)
+    return _fill(schedule, forward_only, shared_ends, packing.makespan, cells, steps, values, channels, moves, ticks)
 
 
 def forwards(schedule: Schedule) -> Schedule:
@@ -80,138 +81,14 @@ def forwards(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, ranks=rows)
 
 
-class _Boundary(NamedTuple):
-    """What a mail slot holds: the activation at a boundary for a microbatch, or its cotangent."""
-
-    stage: int
-    microbatch: int
-    cotangent: bool
-
-
-class _Operation(NamedTuple):
-    op: Op
-    chunk: int
-    stage: int
-    microbatch: int
-
-    @property
-    def source(self) -> _Boundary | None:
-        """What it reads from its mail slot."""
-        match self.op:
-            case Op.F:
-                return _Boundary(self.stage, self.microbatch, False)
-            case Op.HEAD:
-                return _Boundary(self.stage + 1, self.microbatch, False)
-            case Op.B | Op.I:
-                return _Boundary(self.stage + 1, self.microbatch, True)
-            case Op.EMBED_GRAD:
-                return _Boundary(self.stage, self.microbatch, True)
-        return None
-
-    @property
-    def target(self) -> _Boundary | None:
-        """What it writes to its mail slot."""
-        match self.op:
-            case Op.EMBED:
-                return _Boundary(self.stage, self.microbatch, False)
-            case Op.F:
-                return _Boundary(self.stage + 1, self.microbatch, False)
-            case Op.HEAD:
-                return _Boundary(self.stage + 1, self.microbatch, True)
-            case Op.B | Op.I:
-                return _Boundary(self.stage, self.microbatch, True)
-        return None
-
-
-@dataclasses.dataclass(frozen=True)
-class _Cell:
-    rank: int
-    tick: int
-    place: int  # among the rank's cells of the tick
-    operations: tuple[_Operation, ...]
-
-    @property
-    def branch(self) -> Branch:
-        return tuple((operation.op, operation.chunk) for operation in self.operations)
-
-
-def _cells(schedule: Schedule, packing: Packing, embed_grad: bool, forward_only: bool) -> list[_Cell]:
-    """The cells of every rank in order."""
-    lengths = tuple(len(row) for row in schedule.ranks)
-    if (packing.progress[-1] if packing.progress else (0,) * len(lengths)) != lengths:
-        raise ValueError(
-            f"the packing ends at {packing.progress[-1:]} groups, but the ranks of schedule {schedule.name!r} have "
-            f"{lengths}; pack the same schedule (with forward_only, pack forwards(schedule))"
-        )
-    chunks: dict[tuple[int, int], int] = {}
-
-    def operations(group: Group) -> Iterable[tuple[_Operation, ...]]:
-        def operation(action: Action, op: Op) -> _Operation:
-            place = (action.stage, schedule.direction(action.microbatch))
-            if place not in chunks:
-                chunks[place] = schedule.chunk_of(action)
-            return _Operation(op, chunks[place], action.stage, action.microbatch)
-
-        for action in group:
-            if action.kind is Kind.F and action.stage == 0:
-                yield (operation(action, Op.EMBED),)
-        yield tuple(operation(action, Op(action.kind.value)) for action in group)
-        for action in group:
-            if action.kind is Kind.F and action.stage == schedule.num_stages - 1:
-                yield (operation(action, Op.HEAD),)
-            if action.kind in (Kind.B, Kind.I) and action.stage == 0 and embed_grad:
-                yield (operation(action, Op.EMBED_GRAD),)
-
-    cells = []
-    for rank, row in enumerate(schedule.ranks):
-        begin = 0
-        for tick, progress in enumerate(packing.progress):
-            parts = (part for group in row[begin : progress[rank]] for part in operations(group))
-            cells += [_Cell(rank, tick, place, part) for place, part in enumerate(parts)]
-            begin = progress[rank]
-    return cells
-
-
-class _Value(NamedTuple):
-    """Which cell writes a boundary and which reads it; both are indices of cells."""
-
-    boundary: _Boundary
-    writer: int
-    reader: int
-    source: int  # rank of the writer
-    target: int  # rank of the reader
-    release: int  # tick of the writer
-    deadline: int  # tick of the reader
-
-
-def _values(cells: list[_Cell]) -> list[_Value]:
-    """Every boundary that an operation reads. One that none reads (dx of stage 0, perhaps) goes nowhere."""
-    writer = {o.target: index for index, cell in enumerate(cells) for o in cell.operations if o.target is not None}
-    values = []
-    for index, cell in enumerate(cells):
-        for boundary in (o.source for o in cell.operations if o.source is not None):
-            if boundary not in writer:
-                raise ValueError(f"no action produces what {cell.operations} on rank {cell.rank} needs")
-            made = cells[writer[boundary]]
-            value = _Value(boundary, writer[boundary], index, made.rank, cell.rank, made.tick, cell.tick)
-            late = value.release >= value.deadline if made.rank != cell.rank else writer[boundary] >= index
-            if late:
-                raise ValueError(
-                    f"{cell.operations} on rank {cell.rank} in tick {cell.tick} needs {made.operations} of rank "
-                    f"{made.rank}, which runs in tick {made.tick}; messages move only between ticks"
-                )
-            values.append(value)
-    return values
-
-
 Permutation = tuple[tuple[int, int], ...]
 """(source, destination) pairs of ranks; each rank at most once on either side."""
 
-Moves = list[tuple[int, int, _Value]]
+Moves = list[tuple[int, int, Value]]
 """(tick after which it moves, channel, value) of every message."""
 
 
-def _communicate(values: list[_Value], num_ticks: int) -> tuple[tuple[Permutation, ...], Moves]:
+def _communicate(values: list[Value], num_ticks: int) -> tuple[tuple[Permutation, ...], Moves]:
     """Channels, and what moves on them after each tick, by the permutations that need fewer messages in all.
 
     Shifts of the ring suit schedules whose ranks all send one way at a time. Exchanges between neighbours suit
@@ -249,7 +126,7 @@ def _exchanges(edges: list[tuple[int, int]]) -> list[Permutation]:
 
 
 def _route(
-    messages: list[_Value], permutations: list[Permutation], num_ticks: int
+    messages: list[Value], permutations: list[Permutation], num_ticks: int
 ) -> tuple[tuple[Permutation, ...], Moves]:
     """Decides when each message moves: earliest deadline first, on one channel of its permutation if that does.
 
@@ -260,11 +137,11 @@ def _route(
     moves: Moves = []
     for permutation in permutations:
         lanes: list[int] = []
-        released: dict[int, list[_Value]] = {}
+        released: dict[int, list[Value]] = {}
         for value in messages:
             if (value.source, value.target) in permutation:
                 released.setdefault(value.release, []).append(value)
-        waiting: dict[int, list[tuple[int, int, _Value]]] = {source: [] for source, _ in permutation}
+        waiting: dict[int, list[tuple[int, int, Value]]] = {source: [] for source, _ in permutation}
         for tick in range(num_ticks):
             for value in released.get(tick, ()):
                 heapq.heappush(waiting[value.source], (value.deadline, value.writer, value))
@@ -276,7 +153,7 @@ def _route(
     return tuple(channels), moves
 
 
-def _urgent(queue: list[tuple[int, int, _Value]], tick: int) -> int:
+def _urgent(queue: list[tuple[int, int, Value]], tick: int) -> int:
     """How many must leave after this tick if one may leave after each later tick; at least one if any waits."""
     late = (place - (deadline - 1 - tick) for place, (deadline, _, _) in enumerate(sorted(queue), start=1))
     return max(1, *late) if queue else 0
@@ -292,7 +169,7 @@ def _allocate(num_ranks: int, intervals: dict[tuple, tuple[int, int]]) -> tuple[
 
 
 def _stash_intervals(
-    cells: list[_Cell], steps: list[int], writer: Op, readers: tuple[Op, ...]
+    cells: list[Cell], steps: list[int], writer: Op, readers: tuple[Op, ...]
 ) -> dict[tuple, tuple[int, int]]:
     """The closed interval of steps from the writer to the last reader, by (rank, stage, microbatch).
 
@@ -313,10 +190,11 @@ def _stash_intervals(
 def _fill(
     schedule: Schedule,
     forward_only: bool,
+    shared_ends: bool,
     makespan: float,
-    cells: list[_Cell],
+    cells: list[Cell],
     steps: list[int],
-    values: list[_Value],
+    values: list[Value],
     channels: tuple[Permutation, ...],
     moves: Moves,
     ticks: np.ndarray,
@@ -344,7 +222,11 @@ def _fill(
     operands = np.zeros((num_steps, ranks, 2, len(Field)), np.int32)
     operands[..., Field.SOURCE :] = (num_mail, num_mail, num_stash, num_weight, num_cross)
     for cell, step in zip(cells, steps, strict=True):
-        branch[step, cell.rank] = branches.index(cell.branch)
+        branch[step, slice(None) if cell.shared else cell.rank] = branches.index(cell.branch)
+        if cell.shared:
+            (operation,) = cell.operations
+            operands[step, :, 0, Field.MICROBATCH] = operation.microbatch
+            operands[step, :, 0, Field.STAGE] = operation.stage
         for row, operation in enumerate(cell.operations):
             key = (cell.rank, operation.stage, operation.microbatch)
             stashes = operation.op in (Op.F, Op.B, Op.I)
@@ -367,6 +249,7 @@ def _fill(
     return Program(
         schedule=schedule,
         forward_only=forward_only,
+        shared_ends=shared_ends,
         branches=branches,
         branch=branch,
         operands=operands,

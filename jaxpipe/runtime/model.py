@@ -15,8 +15,9 @@ class Params(NamedTuple):
     Attributes:
       stages: pytree whose leaves are ``[num_stages, ...]``, row i holding the parameters of stage
         ``schedule.storage_order[i]``; sharded over the pipeline axis by rows. See `jaxpipe.stack_stages`.
-      outer: pytree of everything outside the stages: embedding, head, tied or not. One copy a rank;
-        ``embed`` and ``head`` both receive all of it, so sharing a leaf between them needs nothing else.
+      outer: pytree of everything outside the stages: embedding, head, tied or not. One copy a rank, or
+        with ``shared_ends`` sharded over ranks as ``specs.outer`` says; ``embed`` and ``head`` both receive all of
+        it, so using a leaf in both needs nothing else.
     """
 
     stages: Any

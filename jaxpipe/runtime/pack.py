@@ -20,7 +20,7 @@ import itertools
 
 import numpy as np
 
-from jaxpipe.schedule.action import Group
+from jaxpipe.schedule.action import Group, Kind
 from jaxpipe.schedule.dependencies import inputs
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
@@ -50,7 +50,7 @@ class Packing:
         return len(self.progress)
 
 
-def pack(schedule: Schedule, costs: Costs) -> Packing:
+def pack(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -> Packing:
     """Packs a schedule into ticks so that waiting for the slowest rank costs as little as possible.
 
     Among packings of equal makespan, those of fewer ticks are preferred. The schedule is packed from its
@@ -59,6 +59,8 @@ def pack(schedule: Schedule, costs: Costs) -> Packing:
     Args:
       schedule: what every rank does, in which order.
       costs: the time that each kind of group takes.
+      shared_ends: the head runs between ticks, on all ranks: no tick holds both the last stage's forward of a
+        microbatch and its backward. The time of the ends themselves is the same in every packing.
 
     Returns:
       The best packing found, never worse than ``pack_naive``.
@@ -66,7 +68,7 @@ def pack(schedule: Schedule, costs: Costs) -> Packing:
     Raises:
       ValueError: the schedule cannot run: ranks wait for each other in a cycle.
     """
-    predecessors, group_costs = _predecessors(schedule), _group_costs(schedule, costs)
+    predecessors, group_costs = _predecessors(schedule, shared_ends), _group_costs(schedule, costs)
     forward = _table(predecessors, group_costs)
     backward = _table(_reverse(predecessors), [row[::-1] for row in group_costs])
     packings = [_packing(forward, path) for path in (_one_each(forward), _search(forward, 1.0))]
@@ -80,13 +82,15 @@ def pack(schedule: Schedule, costs: Costs) -> Packing:
     return min((p for p in packings if p.makespan <= best * (1 + 1e-9)), key=lambda p: p.num_ticks)
 
 
-def pack_naive(schedule: Schedule, costs: Costs) -> Packing:
+def pack_naive(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -> Packing:
     """Packs a schedule with at most one group a rank a tick, each as early as its inputs allow.
+
+    Arguments are those of `pack`.
 
     Raises:
       ValueError: the schedule cannot run: ranks wait for each other in a cycle.
     """
-    table = _table(_predecessors(schedule), _group_costs(schedule, costs))
+    table = _table(_predecessors(schedule, shared_ends), _group_costs(schedule, costs))
     return _packing(table, _one_each(table))
 
 
@@ -97,7 +101,7 @@ class _Table:
     lengths: np.ndarray  # int[ranks]: groups of each rank
     elapsed: np.ndarray  # float[ranks, N+1]: cost of the first n groups
     tail: np.ndarray  # float[ranks, N+1]: longest path from the start of group n to the end of everything
-    neighbours: np.ndarray  # int[ranks, K]: ranks that a rank depends on
+    neighbours: np.ndarray  # int[ranks, K]: ranks that a rank depends on, itself perhaps
     limit: np.ndarray  # int[ranks, K, N+1]: groups that a rank may finish once the neighbour has finished n
 
     def available(self, positions: np.ndarray) -> np.ndarray:
@@ -109,15 +113,25 @@ class _Table:
 _Predecessors = list[list[set[tuple[int, int]]]]  # [ranks][groups] of (rank, group)
 
 
-def _predecessors(schedule: Schedule) -> _Predecessors:
-    """The groups that each group needs the results of, besides the order of its rank."""
+def _predecessors(schedule: Schedule, shared_ends: bool) -> _Predecessors:
+    """The groups that must have run before the tick of each group: those whose messages it needs.
+
+    Of the groups of the same rank, those that the rank's order already puts first are left out, unless a shared
+    head lies between. One that the order puts last stays: such a schedule cannot run.
+    """
     where = {a: (r, i) for r, row in enumerate(schedule.ranks) for i, group in enumerate(row) for a in group}
 
-    def needed(group: Group) -> set[tuple[int, int]]:
-        options = itertools.chain.from_iterable(inputs(schedule, action) for action in group)
-        return {where[action] for action in itertools.chain.from_iterable(options) if action in where}
+    def needed(group: Group, place: tuple[int, int]) -> set[tuple[int, int]]:
+        found = set()
+        for action in group:
+            head = shared_ends and action.stage == schedule.num_stages - 1 and action.kind in (Kind.B, Kind.I)
+            for source in itertools.chain.from_iterable(inputs(schedule, action)):
+                rank, index = where.get(source, place)
+                if rank != place[0] or index > place[1] or (head and index < place[1]):
+                    found.add((rank, index))
+        return found
 
-    return [[needed(group) - {(r, i)} for i, group in enumerate(row)] for r, row in enumerate(schedule.ranks)]
+    return [[needed(group, (r, i)) for i, group in enumerate(row)] for r, row in enumerate(schedule.ranks)]
 
 
 def _group_costs(schedule: Schedule, costs: Costs) -> list[list[float]]:
@@ -168,7 +182,7 @@ def _table(predecessors: _Predecessors, group_costs: list[list[float]]) -> _Tabl
         tail[r, : len(row)] = row
     needs: list[dict[int, np.ndarray]] = [{} for _ in range(ranks)]
     for r, row in enumerate(predecessors):
-        for i, (q, k) in ((i, edge) for i, edges in enumerate(row) for edge in edges if edge[0] != r):
+        for i, (q, k) in ((i, edge) for i, edges in enumerate(row) for edge in edges):
             need = needs[r].setdefault(q, np.zeros(len(row), np.int64))
             need[i] = max(need[i], k + 1)
     width = max(1, *map(len, needs))

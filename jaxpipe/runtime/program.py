@@ -61,13 +61,15 @@ class Program:
     """Tables for an executor: in every step each rank runs one branch, then messages may move.
 
     A step has two moments. First every rank runs its branch, in which neither operation of a pair writes a
-    slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Then, on the channels
-    flagged for the step, every rank sends and receives; all sends read before any receive writes. A message
-    between two stages of the same rank stays in its slot.
+    slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Where these are shared, all
+    ranks run the same one in the same step, and of their mail slots all are the dummy but those of the rank with
+    the stage beside it. Then, on the channels flagged for the step, every rank sends and receives; all sends read
+    before any receive writes. A message between two stages of the same rank stays in its slot.
 
     Attributes:
       schedule: what was lowered.
       forward_only: whether only forwards (and EMBED and HEAD, which then writes no gradient) remain.
+      shared_ends: whether all ranks run EMBED, HEAD and EMBED_GRAD together.
       branches: the distinct branches; ``branches[0]`` is idle.
       branch: ``int32[steps, ranks]``, indices into ``branches``.
       operands: ``int32[steps, ranks, 2, len(Field)]``, one row per operation of the branch, the
@@ -87,6 +89,7 @@ class Program:
 
     schedule: Schedule
     forward_only: bool
+    shared_ends: bool
     branches: tuple[Branch, ...]
     branch: np.ndarray
     operands: np.ndarray

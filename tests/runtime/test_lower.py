@@ -27,6 +27,9 @@ SIZES = [
 ]
 
 
+ENDS = (Op.EMBED, Op.HEAD, Op.EMBED_GRAD)
+
+
 class Pool:
     """Slots of one rank that know what they hold, and refuse to lose it."""
 
@@ -61,9 +64,20 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
             work = tuple(
                 (op, row[Field.STAGE], row[Field.MICROBATCH]) for (op, _), row in zip(branch, rows, strict=False)
             )
+            shared = program.shared_ends and bool(branch) and branch[0][0] in ENDS
+            if shared:
+                assert all(program.branch[step] == program.branch[step, rank])
+                assert all(
+                    (program.operands[step, :, 0, : Field.SOURCE] == list(rows[0].values())[: Field.SOURCE]).flat
+                )
             for (_, chunk), (_, stage, microbatch) in zip(branch, work, strict=True):
-                route = program.schedule.routes[program.schedule.direction(microbatch)]
-                assert route[stage] == rank and program.schedule.rank_stages[rank][chunk] == stage
+                holder = program.schedule.rank_of(stage, microbatch)
+                assert holder == rank or shared
+                assert chunk == 0 if shared else program.schedule.rank_stages[rank][chunk] == stage
+            if shared and holder != rank:
+                assert set(list(rows[0].values())[Field.SOURCE :]) <= dummies(program)
+                assert rows[0][Field.SOURCE] == rows[0][Field.TARGET] == mail[rank].dummy
+                continue
             for (op, s, m), row in zip(work, rows, strict=False):  # all reads of mail come before any write
                 reads = {
                     Op.F: ("act", s, m), Op.HEAD: ("act", s + 1, m), Op.B: ("grad", s + 1, m),
@@ -155,6 +169,10 @@ def assert_right(program: Program, embed_grad: bool) -> None:
                 for a in group
                 if embed_grad and a.kind in (Kind.B, Kind.I) and a.stage == 0
             ]
+        if program.shared_ends:  # they run between ticks, in an order that the slots have already proved right
+            assert sorted(map(str, ran[rank])) == sorted(map(str, expected))
+            expected = [work for work in expected if work[0][0] not in ENDS]
+            ran[rank] = [work for work in ran[rank] if work[0][0] not in ENDS]
         assert ran[rank] == expected
     assert program.branch.dtype == program.operands.dtype == program.send.dtype == program.receive.dtype == np.int32
     assert program.ticks.dtype == np.int32 and program.communicate.dtype == np.bool_
@@ -180,6 +198,24 @@ def test_forward_only_keeps_no_residuals(name: str, ranks: int, microbatches: in
     program = lower(build(name, ranks, microbatches), forward_only=True)
     assert_right(program, embed_grad=False)
     assert (program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots) == (0, 0, 0)
+
+
+@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+def test_shared_ends_run_on_all_ranks_at_once(name: str, ranks: int, microbatches: int) -> None:
+    """They need no more stash, next to no more time for the stages, and one branch each."""
+    schedule = build(name, ranks, microbatches)
+    program, lone = lower(schedule, shared_ends=True), lower(schedule)
+    assert_right(program, embed_grad=True)
+    assert_right(lower(schedule, shared_ends=True, embed_grad=False), embed_grad=False)
+    assert_right(lower(schedule, shared_ends=True, forward_only=True), embed_grad=False)
+    assert program.num_weight_stash_slots == lone.num_weight_stash_slots
+    waits = 2 if name == "1f1b" else 0  # its last rank would run forward and backward in one tick, twice
+    assert program.makespan <= 1.02 * lone.makespan + waits
+    assert [[op for op, _ in branch] for branch in program.branches if branch and branch[0][0] in ENDS] == [
+        [op] for op in ENDS
+    ]
+    naive = pack_naive(schedule, Costs(), shared_ends=True)
+    assert_right(lower(schedule, packing=naive, shared_ends=True), embed_grad=True)
 
 
 @settings(max_examples=30, deadline=None)
@@ -225,6 +261,8 @@ def test_any_schedule_that_can_run_lowers_rightly(seed: int) -> None:
     assert program.num_weight_stash_slots == max(simulate(schedule, costs).peak_live)
     assert_right(lower(schedule, costs, embed_grad=False), embed_grad=False)
     assert_right(lower(schedule, costs, forward_only=True), embed_grad=False)
+    assert_right(lower(schedule, costs, shared_ends=True), embed_grad=True)
+    assert_right(lower(schedule, costs, shared_ends=True, forward_only=True), embed_grad=False)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipe", "dualpipev"])
@@ -251,3 +289,9 @@ def test_a_packing_of_another_schedule_is_an_error() -> None:
     too_early = type(naive)((naive.progress[-1],), naive.makespan)
     with pytest.raises(ValueError, match="only between ticks"):
         lower(schedule, packing=too_early)
+    one_rank = build("1f1b", 1, 2)
+    together = pack_naive(one_rank, Costs())
+    together = type(together)((together.progress[-1],), together.makespan)
+    assert_right(lower(one_rank, packing=together), embed_grad=True)
+    with pytest.raises(ValueError, match="shared ends"):
+        lower(one_rank, packing=together, shared_ends=True)

@@ -1,0 +1,90 @@
+"""Embedding and head run by all ranks together: their wrapping, which makes the sum over ranks count them once.
+
+A pipeline's *holder* of an end is the rank that has the stage beside it: the first stage for the embedding, the last
+one for the head. The operations of a shared end are those of a lone one, run by every rank at once. What the holder
+has must reach all ranks, and of what all ranks return only the holder's copy may count:
+
+* x of the embedding is masked with zeros on all ranks but the holder. Only the holder's goes on into the pipeline,
+  and in the gradient only the holder's copy has a cotangent.
+* y is masked likewise, summed over ranks, and given to the head. The transpose of that sum adds up what all ranks
+  contribute to y's cotangent, and the holder sends it on.
+* loss, metrics and outputs of the head are masked. Their sum over ranks is the holder's value.
+
+JAX differentiates a program of many devices (`jax.shard_map` with ``check_vma=False``) as one function of all their
+inputs, whose objective is the sum of all their outputs; there the transpose of ``psum`` is ``psum``. With the masks
+that objective is the holder's loss. The total derivative of a loss that is the same on every rank does not depend on
+whose copy is differentiated, so what comes out is exact, given the same loss on every rank and nothing else: for a
+leaf that is sharded over ranks, each rank's gradient is that of its shard; for a replicated one, the sum over ranks is.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from jaxpipe.runtime.model import Context, Model, Output
+from jaxpipe.runtime.program import Program
+from jaxpipe.schedule.schedule import Schedule
+
+
+def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: bool) -> Model:
+    """The model whose embed and head every rank of ``axis`` calls at the same time, and the holder's copy counts.
+
+    ``model.embed(outer, data, ctx)`` returns the same x on every rank, ``model.head(outer, y, data, ctx)`` the same
+    loss and metrics, or the same outputs.
+    """
+
+    def embed(outer: Any, data: Any, ctx: Context) -> Any:
+        return _mask(model.run_embed(outer, ctx), _is_holder(schedule, 0, ctx, axis))
+
+    def head(outer: Any, y: Any, data: Any, ctx: Context) -> Any:
+        mine = _is_holder(schedule, schedule.num_stages - 1, ctx, axis)
+        if model.head is None:
+            return _mask(y, mine)
+        with jax.named_scope("share"):
+            y = jax.tree.map(lambda leaf: sum_exactly(leaf, axis), _mask(y, mine))
+        result = model.head(outer, y, data, ctx)
+        if isinstance(result, Output):
+            result = result._replace(metrics=dict(result.metrics))
+        return _mask(result, mine)
+
+    no_head = model.head is None and not forward_only
+    return dataclasses.replace(model, embed=embed, head=None if no_head else head)
+
+
+def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any], *args: Any) -> Any:
+    """What an end of the model returns, as shapes and dtypes.
+
+    Raises:
+      ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others.
+    """
+    jaxpr, shapes = jax.make_jaxpr(end, return_shape=True)(*args)
+    if not program.shared_ends and any(getattr(effect, "name", None) == axis for effect in jaxpr.effects):
+        raise ValueError(
+            f"{name} uses mesh axis {axis!r}, but one pipeline rank runs it while others do something else: pass "
+            "shared_ends=True, and all ranks run it together"
+        )
+    return shapes
+
+
+def sum_exactly(leaf: jax.Array, axis: str) -> jax.Array:
+    """The sum over ranks of which all but one hold zeros, or False."""
+    if leaf.dtype == jnp.bool_:
+        return lax.psum(leaf.astype(jnp.int32), axis).astype(jnp.bool_)
+    return lax.psum(leaf, axis)
+
+
+def _is_holder(schedule: Schedule, stage: int, ctx: Context, axis: str) -> jax.Array:
+    """Whether this rank runs a stage for the context's microbatch."""
+    holders = np.asarray([schedule.rank_of(stage, m) for m in range(schedule.num_microbatches)], np.int32)
+    return jnp.asarray(holders)[ctx.microbatch] == lax.axis_index(axis)
+
+
+def _mask(tree: Any, mine: jax.Array) -> Any:
+    return jax.tree.map(lambda leaf: jnp.where(mine, leaf, jnp.zeros_like(leaf)), tree)
