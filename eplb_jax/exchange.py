@@ -7,17 +7,23 @@ move nor its gradient scatters.
 from __future__ import annotations
 
 import functools
+import logging
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
+from eplb_jax import row_moves
 from eplb_jax.dtypes import wide
+from eplb_jax.grouped_gemm import Backend
+from eplb_jax.grouped_gemm.target import current_target
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
 """Channels that share a scale when rows travel in 8 bits."""
+logger = logging.getLogger(__name__)
 
 
 class Moves(NamedTuple):
@@ -32,9 +38,17 @@ class Moves(NamedTuple):
     rows: Int[Array, "N k"]
 
 
-@jax.custom_vjp
-def spread(x: Float[Array, "N D"], moves: Moves) -> Float[Array, "R D"]:
+def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "xla") -> Float[Array, "R D"]:
     """A copy of its token in each row, zeros in rows that hold none.
+
+    Args:
+      x: the tokens.
+      moves: which row holds which token.
+      backend: "xla" runs everywhere. "mosaic" is our own kernels for Hopper GPUs, `eplb_jax.row_moves`, which give the
+        same values. "auto" takes "mosaic" where it can; the device is that of `eplb_jax.grouped_gemm.grouped_matmul`.
+
+    Raises:
+      ValueError: "mosaic" for what it cannot do.
 
     >>> moves = Moves(jnp.array([1, 0, 1, 2]), jnp.array([[1, 4], [0, 2]]))
     >>> spread(jnp.array([[1.0], [5.0]]), moves)[:, 0].tolist()
@@ -42,19 +56,99 @@ def spread(x: Float[Array, "N D"], moves: Moves) -> Float[Array, "R D"]:
     >>> gather_sum(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
     [2.0, 4.0]
     """
-    return _take_or_zero(x, moves.source)
+    return _spread(x, moves, _choose(x, moves, backend))
 
 
-@jax.custom_vjp
-def gather_sum(rows: Float[Array, "R D"], moves: Moves) -> Float[Array, "N D"]:
-    """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`."""
+def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "xla") -> Float[Array, "N D"]:
+    """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`.
+
+    Args:
+      rows: what is added; rows that hold no token are not looked at.
+      moves, backend: as there.
+    """
+    return _gather_sum(rows, moves, _choose(rows, moves, backend))
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _spread(x: jax.Array, moves: Moves, chosen: str) -> jax.Array:
+    return _dispatch(chosen, row_moves.copy_rows, copy_rows_by_xla, x, moves.source, moves.rows)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _gather_sum(rows: jax.Array, moves: Moves, chosen: str) -> jax.Array:
+    return _dispatch(chosen, row_moves.add_rows, add_rows_by_xla, rows, moves.rows)
+
+
+_spread.defvjp(
+    lambda x, moves, chosen: (_spread(x, moves, chosen), moves),
+    lambda chosen, moves, ct: (_gather_sum(ct, moves, chosen), None),
+)
+_gather_sum.defvjp(
+    lambda rows, moves, chosen: (_gather_sum(rows, moves, chosen), moves),
+    lambda chosen, moves, ct: (_spread(ct, moves, chosen), None),
+)
+
+
+def _choose(array: jax.Array, moves: Moves, backend: str) -> str:
+    """The backend of moves in either direction: "xla", "mosaic", or "either", which lowering decides."""
+    if backend not in ("auto", "xla", "mosaic"):
+        raise ValueError(f'backend={backend!r}: it must be "auto", "xla" or "mosaic"')
+    if backend == "xla":
+        return "xla"
+    target = current_target()
+    reason = row_moves.why_not(array, moves.source, moves.rows)
+    if not target.hopper:
+        reason = f"the device is {target.kind!r}, no Hopper GPU"
+    if reason is None:
+        return "mosaic" if backend == "mosaic" else "either"
+    if backend == "mosaic":
+        raise ValueError(f'backend="mosaic" cannot move these rows: {reason}; take backend="auto" or "xla"')
+    if target.platform == "gpu":
+        _log_fallback(reason)
+    return "xla"
+
+
+@functools.cache
+def _log_fallback(reason: str) -> None:
+    """Says once per reason that a GPU gets XLA's form."""
+    logger.warning("rows are moved by XLA's fusions, not by our kernels: %s", reason)
+
+
+def _dispatch(
+    chosen: str, kernel: Callable[..., jax.Array], xla: Callable[..., jax.Array], *arguments: jax.Array
+) -> jax.Array:
+    """The result on the chosen backend."""
+    if chosen == "xla":
+        return xla(*arguments)
+    kernel = _varying(functools.partial(kernel, cores=current_target().cores))
+    if chosen == "mosaic":
+        return kernel(*arguments)
+    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=_varying(xla))
+
+
+def _varying(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function with a result that varies over its arguments' mesh axes; a kernel's own varies over none."""
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        result = function(*arguments)
+        axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
+        return jax.lax.pcast(result, missing, to="varying") if missing else result
+
+    return call
+
+
+def copy_rows_by_xla(x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"]) -> Float[Array, "R D"]:
+    """`eplb_jax.row_moves.copy_rows` for every platform and dtype."""
+    del rows
+    return _take_or_zero(x, source)
+
+
+def add_rows_by_xla(rows: Float[Array, "R D"], index: Int[Array, "N k"]) -> Float[Array, "N D"]:
+    """`eplb_jax.row_moves.add_rows` for every platform and dtype."""
     dtype = wide(rows.dtype)
-    parts = [_take_or_zero(rows, moves.rows[:, j]).astype(dtype) for j in range(moves.rows.shape[1])]
+    parts = [_take_or_zero(rows, index[:, j]).astype(dtype) for j in range(index.shape[1])]
     return functools.reduce(jnp.add, parts).astype(rows.dtype)
-
-
-spread.defvjp(lambda x, moves: (spread(x, moves), moves), lambda moves, ct: (gather_sum(ct, moves), None))
-gather_sum.defvjp(lambda rows, moves: (gather_sum(rows, moves), moves), lambda moves, ct: (spread(ct, moves), None))
 
 
 @jax.custom_vjp

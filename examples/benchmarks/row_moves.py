@@ -1,0 +1,120 @@
+"""Rows moved by our kernels for Hopper GPUs beside XLA's fusions, values compared and timed: a Markdown table.
+
+Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `spread` copies each token to its rows,
+`gather_sum` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once.
+
+    python examples/benchmarks/row_moves.py [--tokens 128,4096,16384] [--plans] [--tiny]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from eplb_jax import exchange, row_moves
+from eplb_jax.dispatch import make_rooms, sort_by_slot
+from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.row_moves import Plan
+
+HEADER = "tokens", "rows", "move", "by", "equal", "µs", "TB/s"
+EXPERTS, CHOICES = 32, 8
+KIB = 1024
+COPIES = [
+    row_moves.COPIES, Plan(16 * KIB, 12, 1, 4), Plan(16 * KIB, 6, 1, 2), Plan(8 * KIB, 10, 2, 3),
+    Plan(16 * KIB, 3, 4, 1), Plan(4 * KIB, 12, 4, 4),
+]  # fmt: skip
+SUMS = [
+    row_moves.SUMS, Plan(32 * KIB, 3, 2), Plan(16 * KIB, 4, 3), Plan(16 * KIB, 6, 2), Plan(16 * KIB, 3, 4),
+    Plan(32 * KIB, 6, 1), Plan(8 * KIB, 4, 6),
+]  # fmt: skip
+Call = Callable[[], jax.Array]
+
+
+def medians_us(calls: dict[str, Call], repeats: int, seconds: float = 0.02) -> dict[str, float]:
+    """Median times of calls that take turns, each repeated for a while."""
+    counts = {}
+    for name, call in calls.items():
+        jax.block_until_ready(call())
+        start = time.perf_counter()
+        jax.block_until_ready(call())
+        counts[name] = max(1, min(50, round(seconds / (time.perf_counter() - start))))
+    taken: dict[str, list[float]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, call in calls.items():
+            start = time.perf_counter()
+            jax.block_until_ready([call() for _ in range(counts[name])][-1])
+            taken[name].append((time.perf_counter() - start) / counts[name])
+    return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
+
+
+def forms(xla: Any, kernel: Any, plans: list[Plan], *arguments: jax.Array) -> dict[str, Call]:
+    """XLA's form, and the kernel with each plan where there is a Hopper GPU."""
+    target = current_target()
+    functions = {"XLA": xla}
+    if target.hopper:
+        for plan in plans:
+            name = f"{plan.part // KIB} KiB x {plan.stages}, {plan.blocks} blocks, {plan.behind} behind"
+            functions[name] = functools.partial(kernel, cores=target.cores, plan=plan)
+    return {name: functools.partial(jax.jit(function), *arguments) for name, function in functions.items()}
+
+
+@jax.jit
+def equal(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Whether all values are."""
+    return (a == b).all()
+
+
+def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> None:
+    """Prints the rows of the table for a number of tokens."""
+    num_rows = make_rooms(tokens, CHOICES, 1, EXPERTS, None).rows
+    keys = jax.random.split(jax.random.key(tokens), 3)
+    _, slots = jax.lax.top_k(jax.random.uniform(keys[0], (tokens, EXPERTS)), CHOICES)
+    sort = functools.partial(sort_by_slot, num_slots=EXPERTS, num_rows=num_rows)
+    source, index = jax.jit(sort)(slots).moves
+    x = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
+    rows = jax.random.normal(keys[2], (num_rows, width), jnp.bfloat16)
+    rows = jnp.where((source < tokens)[:, None], rows, jnp.nan)  # rows of no token reach nothing
+    plans = len(COPIES) + len(SUMS) if all_plans else 1
+    moves = {
+        "spread": (
+            num_rows + tokens,
+            (exchange.copy_rows_by_xla, row_moves.copy_rows, COPIES[:plans], x, source, index),
+        ),
+        "gather_sum": (
+            tokens * (CHOICES + 1),
+            (exchange.add_rows_by_xla, row_moves.add_rows, SUMS[:plans], rows, index),
+        ),
+    }
+    for move, (moved, operands) in moves.items():
+        calls = forms(*operands)
+        want = calls["XLA"]()
+        same = {name: bool(equal(call(), want)) for name, call in calls.items()}
+        for name, micros in medians_us(calls, repeats).items():
+            rate = moved * width * 2 / micros / 1e6
+            cells = tokens, num_rows, move, name, "yes" if same[name] else "NO", f"{micros:.0f}", f"{rate:.2f}"
+            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", default="128,4096,16384")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--plans", action="store_true", help="other divisions of the kernels' work, too")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
+    arguments = parser.parse_args()
+    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
+    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    for tokens in [64] if arguments.tiny else map(int, arguments.tokens.split(",")):
+        measure(tokens, 256 if arguments.tiny else 7168, arguments.plans, arguments.repeats)
+
+
+if __name__ == "__main__":
+    main()
