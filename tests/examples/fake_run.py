@@ -1,9 +1,11 @@
 """A run of the pretraining loop whose model is a few numbers: the loop, checkpoints and metrics are the real ones.
 
-As a program it trains until it is done or killed: python -m tests.examples.fake_run OUT STEPS.
+As a program it trains until it is done or killed: python -m tests.examples.fake_run OUT STEPS,
+with flags of `pretraining.flags` that name its processes.
 """
 
 import functools
+import os
 import pathlib
 import sys
 from typing import Any, NamedTuple
@@ -18,6 +20,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pretraining import hosts
 from pretraining.checkpoint import Checkpoints
+from pretraining.flags import train_parser as flags_parser
 from pretraining.layout import Layout, describe
 from pretraining.loop import LoopConfig, Program, train
 from pretraining.observe import Observer, Throughput
@@ -105,7 +108,7 @@ def run(fake, out, steps, *, save_every=5, keep=3, max_skipped=3, stop=lambda st
     state = fake.init() if restored is None else restored.state
     start = int(state.step)
     config = LoopConfig(steps, save_every, eval_every=4, max_skipped=max_skipped)
-    with Observer(out, steps, start, THROUGHPUT) as observer:
+    with Observer(out if hosts.is_first() else None, steps, start, THROUGHPUT) as observer:
         facts = {"seed": 0}
         program = fake.program(**options)
         result = train(config, program, state, observer, checkpoints=checkpoints, facts=facts, stop=stop)
@@ -113,7 +116,21 @@ def run(fake, out, steps, *, save_every=5, keep=3, max_skipped=3, stop=lambda st
     return result, start
 
 
+def main():
+    args, flags = sys.argv[1:3], flags_parser().parse_args(sys.argv[3:])
+    hosts.join(hosts.detect(os.environ, flags.coordinator, flags.num_processes, flags.process_id))
+    out, steps = pathlib.Path(args[0]), int(args[1])
+    try:
+        fake = Fake(pp=jax.device_count())
+        result, start = run(fake, out, steps, save_every=1, stop=hosts.stop_signal())
+    except RuntimeError as error:
+        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        hosts.leave(1)
+        raise
+    if hosts.is_first():
+        print(f"began after {start}, ended after {int(result.state.step)}, loss {result.losses[-1]!r}")
+    hosts.leave(0)
+
+
 if __name__ == "__main__":
-    asked = hosts.stop_signal()
-    result, start = run(Fake(), pathlib.Path(sys.argv[1]), int(sys.argv[2]), save_every=1, stop=asked)
-    print(f"began after {start}, ended after {int(result.state.step)}, loss {result.losses[-1]!r}")
+    main()

@@ -16,6 +16,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 STEPS = 400
+WRITING = ".orbax-checkpoint-tmp"
 LIMITED = """
 import os, resource, sys
 resource.setrlimit(resource.RLIMIT_FSIZE, (4096, 4096))
@@ -49,12 +50,20 @@ def cache(tmp_path_factory):
     return tmp_path_factory.mktemp("cache")
 
 
-def wait_for(path, process, seconds=60):
-    """Returns when there is such a file."""
+def steps_of(out, ending=""):
+    """Steps of which there is a checkpoint, or one whose name ends so."""
+    pattern = re.compile(rf"(\d+){re.escape(ending)}")
+    names = [path.name for path in (out / "checkpoints").glob("[0-9]*")]
+    return sorted(int(match[1]) for name in names if (match := pattern.fullmatch(name)))
+
+
+def wait_for(out, step, process, endings=("",), seconds=100):
+    """Returns when there is a checkpoint of that step or a later one."""
     end = time.monotonic() + seconds
-    while not list(path.parent.glob(path.name)):
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < end
+    while not any(found >= step for ending in endings for found in steps_of(out, ending)):
+        if process.poll() is not None or time.monotonic() > end:
+            process.kill()
+            pytest.fail(f"no step {step}, there are {steps_of(out)}: {process.communicate()}")
         time.sleep(0.005)
 
 
@@ -65,20 +74,16 @@ def kill_again_and_again(tmp_path, cache, kills):
     during, steps = 0, [0]
     for _ in range(kills):
         process = start("-m", "tests.examples.fake_run", out, STEPS, cache=cache)
-        last = max([int(path.name) for path in (out / "checkpoints").glob("[0-9]*") if path.name.isdigit()], default=0)
+        last = max(steps_of(out), default=0)
         assert last >= steps[-1], "a whole checkpoint was lost"
         steps.append(last)
-        step = out / "checkpoints" / str(last + 1 + rng.randrange(10))
-        if rng.random() < 0.5:
-            # While a checkpoint is being written, which its name tells; whole ones have the same without the ending.
-            wait_for(step.with_name(f"{step.name}*"), process)
-            time.sleep(rng.random() * 0.01)
-        else:
-            wait_for(step, process)
-            time.sleep(rng.random() * 0.1)
+        # Half of them while a checkpoint is being written, which its name tells.
+        endings = ("", WRITING) if rng.random() < 0.5 else ("",)
+        wait_for(out, last + 1 + rng.randrange(10), process, endings)
+        time.sleep(rng.random() * 0.02)
         process.kill()
         process.communicate()
-        during += bool(list((out / "checkpoints").glob("*.orbax-checkpoint-tmp*")))
+        during += bool(steps_of(out, WRITING))
     process = start("-m", "tests.examples.fake_run", out, steps[-1] + 30, cache=cache)
     printed, errors = process.communicate(timeout=100)
     assert process.returncode == 0, errors
@@ -98,7 +103,7 @@ def test_killed_at_any_moment_a_run_continues(tmp_path, cache, kills):
 
 def test_sigterm_saves_and_ends_well(tmp_path, cache):
     process = start("-m", "tests.examples.fake_run", tmp_path, 100_000, cache=cache)
-    wait_for(tmp_path / "checkpoints" / "2", process)
+    wait_for(tmp_path, 2, process)
     process.send_signal(signal.SIGTERM)
     printed, errors = process.communicate(timeout=60)
     assert process.returncode == 0, errors

@@ -1,0 +1,125 @@
+"""Two processes of a run: equal to one, stopped together, and not left waiting when one dies."""
+
+import io
+import os
+import pathlib
+import re
+import signal
+import sys
+import time
+
+import jax
+import numpy as np
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
+
+import launch_local
+from pretraining import hosts
+from pretraining.checkpoint import Checkpoints
+from pretraining.observe import METRICS, read_metrics
+
+from tests.examples.fake_run import Fake, run
+
+ROOT = pathlib.Path(__file__).resolve().parents[2]
+
+if jax.device_count() < 8:
+    pytest.skip("needs 8 devices", allow_module_level=True)
+
+
+@pytest.fixture(scope="module")
+def cache(tmp_path_factory):
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def two(monkeypatch, cache):
+    """Starts two processes with 4 devices each; returns them, and what they print."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    monkeypatch.setenv("XLA_FLAGS", "")
+    monkeypatch.setenv("JAX_COMPILATION_CACHE_DIR", str(cache))
+    monkeypatch.setenv("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0")
+    started = []
+
+    def start(*script):
+        output = io.StringIO()
+        processes = launch_local.launch(list(map(str, script)), 2, 4, output)
+        started.extend(processes)
+        return processes, output
+
+    yield start
+    for process in started:
+        process.kill()
+        process.wait()
+
+
+def losses(out):
+    return [line["loss"] for line in read_metrics(out / METRICS) if "loss" in line]
+
+
+def wait_for(path, processes, output, seconds=90):
+    end = time.monotonic() + seconds
+    while not path.exists():
+        assert all(process.poll() is None for process in processes), output.getvalue()
+        assert time.monotonic() < end, output.getvalue()
+        time.sleep(0.02)
+
+
+def test_two_processes_equal_one(two, tmp_path):
+    processes, output = two("-m", "tests.examples.fake_run", tmp_path / "two", 6)
+    assert launch_local.wait(processes) == 0, output.getvalue()
+    fake = Fake(pp=8)
+    result, _ = run(fake, tmp_path / "one", 6)
+    np.testing.assert_allclose(losses(tmp_path / "two"), result.losses, rtol=1e-6)
+    checkpoints = Checkpoints(tmp_path / "two" / "checkpoints", fake.layout)
+    found = checkpoints.restore()
+    checkpoints.close()
+    assert found.step == 6
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7), found.state, result.state)
+    # And back: the two continue what one has begun.
+    processes, output = two("-m", "tests.examples.fake_run", tmp_path / "one", 8)
+    assert launch_local.wait(processes) == 0, output.getvalue()
+    assert "began after 6, ended after 8" in output.getvalue()
+
+
+@pytest.mark.parametrize("killed", [0, 1])
+def test_when_a_process_is_killed_the_other_ends(two, tmp_path, killed):
+    processes, output = two("-m", "tests.examples.fake_run", tmp_path, 100_000)
+    wait_for(tmp_path / "checkpoints" / "2", processes, output)
+    processes[killed].kill()
+    start = time.monotonic()
+    code = processes[1 - killed].wait(60)
+    took = time.monotonic() - start
+    time.sleep(0.2)
+    lines = [line for line in output.getvalue().splitlines() if line.startswith(f"[{1 - killed}]")]
+    print(f"process {1 - killed} ended with {code} after {took:.1f} s")
+    assert code != 0 and took < 60
+    assert re.search("closed by peer|Connection reset|another task died|heartbeat|Gloo", "\n".join(lines)), lines
+
+
+def test_sigterm_stops_both_after_the_same_step(two, tmp_path):
+    processes, output = two("-m", "tests.examples.fake_run", tmp_path, 100_000)
+    wait_for(tmp_path / "checkpoints" / "2", processes, output)
+    for process in processes:
+        process.send_signal(signal.SIGTERM)
+    assert launch_local.wait(processes) == 0, output.getvalue()
+    ended = int(re.search(r"ended after (\d+)", output.getvalue())[1])
+    assert (tmp_path / "checkpoints" / str(ended)).is_dir()
+
+
+def test_the_launcher_ends_what_does_not_end(two, capsys):
+    script = "import sys, time; sys.exit(3) if sys.argv[-1] == '1' else time.sleep(100)"
+    processes, _ = two("-c", script)
+    start = time.monotonic()
+    assert launch_local.wait(processes, grace=0.5) == 3
+    assert time.monotonic() - start < 20
+    assert "process 0 has not ended: it is ended" in capsys.readouterr().out
+
+
+def test_who_says_how_many_processes_there_are():
+    assert hosts.detect({"OMPI_COMM_WORLD_SIZE": "4"}).count == 4
+    assert hosts.detect({"OMPI_COMM_WORLD_SIZE": "1", "SLURM_STEP_NUM_TASKS": "1"}).count == 1
+    assert hosts.detect(os.environ, "here:1", 3, 2) == hosts.Processes(3, "here:1", 2)
+    with pytest.raises(ValueError, match="--num-processes 2 without --coordinator, --process-id: give all three"):
+        hosts.detect({}, None, 2)
