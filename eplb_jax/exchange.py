@@ -19,6 +19,7 @@ from eplb_jax import row_moves
 from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm import Backend
 from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.mesh_axis import varying
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
@@ -120,22 +121,10 @@ def _dispatch(
     """The result on the chosen backend."""
     if chosen == "xla":
         return xla(*arguments)
-    kernel = _varying(functools.partial(kernel, cores=current_target().cores))
+    kernel = varying(functools.partial(kernel, cores=current_target().cores))
     if chosen == "mosaic":
         return kernel(*arguments)
-    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=_varying(xla))
-
-
-def _varying(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function with a result that varies over its arguments' mesh axes; a kernel's own varies over none."""
-
-    def call(*arguments: jax.Array) -> jax.Array:
-        result = function(*arguments)
-        axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
-        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
-        return jax.lax.pcast(result, missing, to="varying") if missing else result
-
-    return call
+    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=varying(xla))
 
 
 def copy_rows_by_xla(x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"]) -> Float[Array, "R D"]:

@@ -1,6 +1,8 @@
-"""Where a device is on a mesh axis."""
+"""Where a device is on a mesh axis, and over which axes values vary."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
@@ -21,3 +23,15 @@ def size_and_index(axis: str | None) -> tuple[int, jax.Array]:
             f"axis={axis!r} is not bound: call this within jax.shard_map over a mesh that has this axis, or with "
             "axis=None where one device holds all experts"
         ) from error
+
+
+def varying(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
+    """The function with a result that varies over its arguments' mesh axes; a kernel's own varies over none."""
+
+    def call(*arguments: jax.Array) -> jax.Array:
+        result = function(*arguments)
+        axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
+        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
+        return jax.lax.pcast(result, missing, to="varying") if missing else result
+
+    return call

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax.grouped_gemm import mosaic, xla
 from eplb_jax.grouped_gemm.layout import ALIGN
 from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.mesh_axis import varying
 
 Backend = Literal["auto", "xla", "mosaic"]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -129,8 +130,8 @@ def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str,
 
 def _dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> jax.Array:
     if chosen == "either":
-        return jax.lax.platform_dependent(*arguments, cuda=by_mosaic, default=by_xla)
-    return {"xla": by_xla, "mosaic": by_mosaic}[chosen](*arguments)
+        return jax.lax.platform_dependent(*arguments, cuda=varying(by_mosaic), default=varying(by_xla))
+    return varying({"xla": by_xla, "mosaic": by_mosaic}[chosen])(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax.grouped_gemm import ALIGN, group_starts, grouped_matmul, interface, mosaic
@@ -204,6 +205,28 @@ def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
     traced = jax.jit(gradients).trace(lhs, rhs, dout, sizes)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
     assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+@pytest.mark.parametrize("kind", ["mosaic", "auto"])
+def test_results_vary_as_their_operands_do(monkeypatch, kind):
+    """Within shard_map with its check of varying values; lowered for a GPU, no GPU needed."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
+
+    def product(lhs, rhs, sizes):
+        return jax.value_and_grad(lambda *pair: grouped_matmul(*pair, sizes, backend=kind).sum(), (0, 1))(lhs, rhs)
+
+    def body(lhs, rhs, sizes):
+        value, (dlhs, drhs) = product(lhs, rhs, sizes)
+        return jax.lax.psum(value, "data"), dlhs, drhs
+
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(P("data"), P(), P("data")), out_specs=(P(), P("data"), P()))
+    shape = jax.ShapeDtypeStruct
+    arguments = shape((256, 128), jnp.bfloat16), shape((2, 128, 128), jnp.bfloat16), shape((4,), jnp.int32)
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("mosaic_gpu") >= 3
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
