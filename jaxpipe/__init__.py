@@ -1,6 +1,7 @@
 """Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program."""
 
 from jaxpipe import schedule as schedule
+from jaxpipe import vocabulary as vocabulary
 from jaxpipe.api import Pipeline as Pipeline
 from jaxpipe.api import forward as forward
 from jaxpipe.api import make_mesh as make_mesh

@@ -48,6 +48,8 @@ def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: boo
         if model.head is None:
             return _mask(y, mine)
         with jax.named_scope("share"):
+            # A collective broadcast has its source in the program, and DualPipe has two. Between two H100s 59 MB take
+            # 0.28 ms so, 0.19 ms by broadcast, 0.32 ms by all-gather: small beside a head either way.
             y = jax.tree.map(lambda leaf: sum_exactly(leaf, axis), _mask(y, mine))
         result = model.head(outer, y, data, ctx)
         if isinstance(result, Output):
