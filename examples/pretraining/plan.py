@@ -142,7 +142,7 @@ def plan(
     Raises:
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
     """
-    sizes = {"ep": 1, **mesh}
+    sizes = {**mesh, "ep": mesh.get("ep", 1)}
     if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
         raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
     slots = config.experts + config.redundant

@@ -161,9 +161,7 @@ def state_shardings(model: Model, state: TrainState, mesh: Mesh | AbstractMesh) 
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
 
-def pipelined(
-    model: Model, schedule: Schedule, mesh: Mesh | AbstractMesh, *, dispatch: str | None = None
-) -> jaxpipe.Pipeline:
+def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
     The mesh may be abstract: such a pipeline can be traced, not run.

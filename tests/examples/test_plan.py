@@ -1,0 +1,104 @@
+"""What the plan says: memory as XLA's own analysis, sizes and times of large models without devices."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from tests.examples.sizes import SMALL  # first: it makes the example importable
+
+from pretraining import plan as planning  # isort: skip
+from pretraining import trainer
+from pretraining.config import MODELS, model_config
+from pretraining.durations import durations
+from pretraining.memory import peak
+from pretraining.model import build_model
+
+import jaxpipe
+from profiling.chips import CHIPS, Achieved
+
+
+@pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
+def test_memory_is_that_of_the_compiled_program(name):
+    """The tiny model on pp=4 x ep=2: arguments exactly, temporaries and the whole within a tenth."""
+    if jax.device_count() < 8:
+        pytest.skip(f"8 devices are needed, there are {jax.device_count()}")
+    config, sizes = model_config("tiny"), {"pp": 4, "ep": 2}
+    options = dict(schedules=[name], microbatches=8, microbatch_size=4, dtype=jnp.float32, cpu=True)
+    (row,) = planning.plan(config, sizes, **options).rows
+
+    schedule, mesh = jaxpipe.schedule.build(name, 4, 8), jaxpipe.make_mesh(**sizes)
+    model = build_model(config, schedule, 0, axis="ep", abstract=True)
+    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=10), model)
+    step = trainer.make_step(trainer.pipelined(model, schedule, mesh), model, optimizer, mesh)
+    state, batch = trainer.abstract_state(model, optimizer, mesh), planning.abstract_batch(config, 64)
+    compiled = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
+    arguments, temporary = compiled.argument_size_in_bytes, compiled.temp_size_in_bytes
+    print(f"{name}: arguments {row.memory.arguments} of {arguments}, temporary {row.memory.temporary} of {temporary}")
+    assert abs(row.memory.arguments - arguments) < 1000
+    assert abs(compiled.output_size_in_bytes - (row.memory.masters + row.memory.optimizer)) < 4000
+    assert compiled.alias_size_in_bytes >= 0.99 * (row.memory.masters + row.memory.optimizer)
+    assert row.memory.temporary == pytest.approx(temporary, rel=0.1)
+    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.1)
+
+
+def test_the_largest_model_is_planned_without_devices():
+    found = planning.plan(MODELS["dsv3-671b"], {"pp": 16, "ep": 64}, schedules=["1f1b"])
+    (row,) = found.rows
+    text = str(found)
+    assert "671.03 in all, 37.55 active" in text and "1024 H800" in text
+    assert 20e9 < row.memory.arguments + row.memory.gradients < 25e9
+    assert row.memory.total < 80e9
+    assert 0.05 < row.mfu < 0.6 and 0 < row.bubble < 0.5
+
+
+def test_all_schedules_side_by_side_and_those_that_do_not_exist():
+    config = dataclasses.replace(SMALL, layers=5)
+    found = planning.plan(config, {"pp": 2, "ep": 2}, schedules=["1f1b", "interleaved", "dualpipe"], microbatches=3)
+    assert [row.reason is None for row in found.rows] == [True, True, False]
+    assert "| 1f1b |" in str(found) and str(found.rows[2].reason) in str(found)
+    with pytest.raises(ValueError, match="do not divide over the 3 devices"):
+        planning.plan(SMALL, {"pp": 2, "ep": 3})
+    with pytest.raises(ValueError, match="size of axis pp"):
+        planning.plan(SMALL, {"dp": 2})
+
+
+def test_command(capsys):
+    planning.main(["--config", "tiny", "--mesh", "pp=2,ep=2", "--schedules", "dualpipev", "--chip", "h100"])
+    assert "4 H100, mesh {'pp': 2, 'ep': 2}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="write sizes by axis"):
+        planning.main(["--mesh", "16x64"])
+
+
+def test_peak_of_known_programs():
+    """Products are allocated, what surrounds them is not; loops and slots share memory with what they carry."""
+    x, size = jnp.ones((16, 16)), 16 * 16 * 4
+
+    def bytes_of(function, *args, **options):
+        return peak(jax.make_jaxpr(function)(*args).jaxpr, **options)
+
+    assert bytes_of(lambda x: (x @ x) @ x, x) == 2 * size
+    assert bytes_of(lambda x: jnp.sin(x).reshape(-1).sum(), x) == 4
+    assert bytes_of(lambda x: jnp.tanh(x) @ x, x) == 2 * size
+    assert bytes_of(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x @ x, 1, 0), jnp.ones((3, 16, 16)), x) == size
+
+    def loop(x):
+        return jax.lax.scan(lambda c, _: (c + (x @ x) @ x, None), x, None, length=4)[0]
+
+    assert bytes_of(loop, x) == 2 * size
+    groups, masked = jnp.array([8, 8]), 2 * size
+    matrices = jnp.ones((2, 16, 16))
+    assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x) == size
+    assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x, cpu=True) == size + masked
+
+
+def test_costs_follow_the_model():
+    """A stage of twice the layers takes twice as long; a backward twice a forward, and more with attention's."""
+    config = MODELS["moe-1b"]
+    one, two = (durations(config, layers, 1, 1, CHIPS["H100"], Achieved(), jnp.bfloat16, 8).costs for layers in (1, 2))
+    assert two.forward == pytest.approx(2 * one.forward)
+    assert 1 < one.backward_input / one.forward < 1.5 and one.weight < one.forward
+    flops = durations(config, 1, 1, 1, CHIPS["H100"], Achieved(), jnp.bfloat16, 8).token_flops
+    embedding = config.vocab * config.width
+    assert 6 * (config.active - embedding) == pytest.approx(flops, rel=0.2) and flops > 6 * (config.active - embedding)

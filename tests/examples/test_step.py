@@ -1,0 +1,179 @@
+"""The pretraining example's step: equal to the plain program under every schedule, skipping, rebalancing."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import PartitionSpec as P
+
+from tests.examples.sizes import SMALL, make_batch, small  # first: it makes the example importable
+
+from pretraining import trainer  # isort: skip
+from pretraining.model import build_model
+
+import jaxpipe
+from jaxpipe.schedule.builders import builders
+
+KEY = jax.random.key(0)
+ROWS = 16
+CONFIG = trainer.TrainConfig(steps=20, warmup=5)
+
+
+def setup(name, pp, ep, *, config=SMALL, microbatches=8, train=CONFIG, dtype=jnp.float32):
+    """(model, optimizer, state, step, mesh, schedule); name None: the plain program."""
+    if name is None:
+        schedule, mesh = jaxpipe.schedule.build("gpipe", 1, 1), None
+        model = build_model(config, schedule, 0, dtype=dtype, abstract=True)
+        value_and_grad = trainer.plain_value_and_grad(model, parts=microbatches * ep)
+    else:
+        schedule, mesh = jaxpipe.schedule.build(name, pp, microbatches), jaxpipe.make_mesh(pp=pp, ep=ep)
+        model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True)
+        value_and_grad = trainer.pipelined(model, schedule, mesh)
+    optimizer = trainer.make_optimizer(train, model)
+    state = trainer.init_state(model, optimizer, mesh)
+    return model, optimizer, state, trainer.make_step(value_and_grad, model, optimizer, mesh), mesh, schedule
+
+
+def run(step, state, steps, config=SMALL):
+    every = []
+    for index in range(steps):
+        state, metrics = step(state, make_batch(index, ROWS, config), KEY)
+        every.append(jax.device_get(metrics))
+    return state, every
+
+
+def needs_devices(count):
+    if jax.device_count() < count:
+        pytest.skip(f"{count} devices are needed, there are {jax.device_count()}")
+
+
+def test_first_steps_equal_the_plain_program():
+    """DualPipeV on pp=2 x ep=2, second head and outer matrices in parts: losses, loads, parameters, moments."""
+    needs_devices(4)
+    config = small(mtp=True, shard_outer=True)
+    model, _, state, step, _, _ = setup("dualpipev", 2, 2, config=config)
+    outer = state.params.outer
+    assert outer["embedding"].sharding.spec == P("ep") and outer["norm"]["scale"].sharding.spec == P()
+    moe = state.params.stages["layer_0"]["moe"]
+    assert moe["w_in"].sharding.spec == P("pp", "ep") and moe["router"].sharding.spec == P("pp")
+    state, metrics = run(step, state, 3, config)
+    plain_model, _, plain, plain_step, _, _ = setup(None, 1, 2, config=config)
+    plain, expected = run(plain_step, plain, 3, config)
+    for found, wanted in zip(metrics, expected, strict=True):
+        for name in ("loss", "aux_loss", "grad_norm"):
+            np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
+        np.testing.assert_array_equal(found["loads"], wanted["loads"])
+        assert found["loads"].sum() == 4 * ROWS * 8 * 2 and found["dropped"] == 0 and found["finite"]
+    assert step._cache_size() == 1
+
+    mine, theirs = model.to_layers(state.params), plain_model.to_layers(plain.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), mine, theirs)
+    moments = [node for node in jax.tree.leaves(state.opt_state, is_leaf=_is_params) if _is_params(node)]
+    assert len(moments) == 2
+    for tree in moments:
+        assert tree.stages["layer_0"]["moe"]["w_in"].sharding.spec == P("pp", "ep")
+        assert isinstance(tree.stages["layer_0"]["moe"]["bias"], optax.MaskedNode)
+
+
+@pytest.mark.slow
+def test_all_schedules_give_the_same_curve():
+    """Twenty steps in float32, to 1e-5 of the plain program's losses."""
+    needs_devices(4)
+    _, _, state, step, _, _ = setup(None, 1, 2)
+    expected = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
+    assert expected[-1] < expected[0] - 0.3
+    for name in builders:
+        _, _, state, step, _, _ = setup(name, 2, 2)
+        found = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
+
+
+def test_steps_that_are_not_finite_change_nothing_and_are_counted():
+    _, _, state, step, _, _ = setup(None, 1, 1, config=small(layers=2), microbatches=1)
+    state, _ = step(state, make_batch(0, 2), KEY)
+    before = jax.device_get(state)
+    bad = make_batch(1, 2)
+    bad["mask"][0, 0] = np.nan
+    for count in (1, 2):
+        state, metrics = step(state, bad, KEY)
+        assert not metrics["finite"] and int(metrics["skipped_in_a_row"]) == int(metrics["skipped"]) == count
+    after = jax.device_get(state)
+    jax.tree.map(np.testing.assert_array_equal, after.params, before.params)
+    jax.tree.map(np.testing.assert_array_equal, after.opt_state, before.opt_state)
+    state, metrics = step(state, make_batch(2, 2), KEY)
+    assert metrics["finite"] and (int(state.skipped), int(state.skipped_in_a_row), int(state.step)) == (2, 0, 4)
+    assert step._cache_size() == 1
+
+
+def test_rebalancing_moves_copies_and_nothing_else():
+    """Other placements, the same losses, nothing compiled again; the balance of the loads seen gets better."""
+    needs_devices(4)
+    losses = []
+    for rebalance in (False, True):
+        model, _, state, step, _, _ = setup("1f1b", 2, 2, config=small(layers=3), microbatches=2)
+        rebalancer = trainer.Rebalancer(model, 2, interval=2)
+        rebalancer.config = _eager(rebalancer.config)
+        mine, changed = [], 0
+        for index in range(4):
+            state, metrics = step(state, make_batch(index, ROWS), KEY)
+            mine.append(float(metrics["loss"]))
+            rebalancer.observe(metrics["loads"])
+            if rebalance:
+                old = state
+                state = rebalancer.maybe_rebalance(state, index + 1)
+                if rebalancer.last is None:
+                    assert state is old and (index + 1) % 2
+                else:
+                    changed += rebalancer.last.changed
+                    assert rebalancer.last.after >= rebalancer.last.before
+        losses.append(mine)
+        assert step._cache_size() == 1
+        assert bool(changed) == rebalance
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+    again = trainer.Rebalancer(model, 2, interval=2)
+    again.load_state_dict(rebalancer.state_dict())
+    np.testing.assert_array_equal(again.average.loads(), rebalancer.average.loads())
+    with pytest.raises(ValueError, match="do not fit a model"):
+        again.load_state_dict({"average": np.zeros((1, 4)), "steps": 1})
+    with pytest.raises(ValueError, match=r"redundant=2 slots on 4 devices"):
+        trainer.Rebalancer(model, 4)
+
+
+def test_evaluation_is_the_loss_of_the_next_token():
+    needs_devices(4)
+    config = small(layers=3)
+    model, _, state, step, mesh, schedule = setup("dualpipev", 1, 2, config=config, microbatches=2)
+    batch = make_batch(5, ROWS)
+    found = trainer.make_evaluate(model, schedule, mesh)(state.params, batch)
+    _, metrics = step(state, batch, KEY)
+    np.testing.assert_allclose(found, metrics["loss"] - metrics["aux_loss"], rtol=1e-5)
+
+
+def test_moments_in_bfloat16():
+    config = small(layers=2, moments="bfloat16")
+    _, _, state, step, _, _ = setup(None, 1, 1, config=config, microbatches=1)
+    state, first = step(state, make_batch(0, 4), KEY)
+    for _ in range(8):
+        state, last = step(state, make_batch(0, 4), KEY)
+    moments = [node for node in jax.tree.leaves(state.opt_state, is_leaf=_is_params) if _is_params(node)]
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(moments)} == {"bfloat16"}
+    assert last["loss"] < first["loss"]
+
+
+def test_learning_rate_and_bad_configurations():
+    config = trainer.TrainConfig(steps=100, learning_rate=1.0, warmup=10)
+    rates = [float(config.rate(step)) for step in (0, 10, 100)]
+    np.testing.assert_allclose(rates, [0.1, 1.0, 0.1], rtol=1e-5)
+    with pytest.raises(ValueError, match="steps=0"):
+        trainer.TrainConfig(steps=0)
+
+
+def _is_params(node):
+    return isinstance(node, jaxpipe.Params)
+
+
+def _eager(config):
+    """Rebalances however little it gains."""
+    return type(config)(config.num_replicas, config.num_groups, config.num_nodes, config.num_gpus, config.interval, 0.0)
