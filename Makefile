@@ -18,7 +18,7 @@ $(VENV)/.stamp: pyproject.toml
 	@touch $@
 
 train: $(VENV)/.stamp
-	$(BIN)/python examples/pretrain.py $(ARGS)
+	$(BIN)/python examples/pretrain.py --check 3 --profile 1 $(ARGS)
 
 test: $(VENV)/.stamp
 	$(BIN)/python -m pytest -n 2 $(ARGS)

@@ -1,6 +1,5 @@
 """Checkpoints of the pretraining example: what is damaged is seen, said and not used."""
 
-import gc
 import json
 import pathlib
 import sys
@@ -22,14 +21,10 @@ if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
 
 # A read that fails leaves orbax's other reads without their event loop.
-pytestmark = pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning")
-
-
-@pytest.fixture(autouse=True)
-def collected():
-    """They are to be found here, rather than in a test that follows."""
-    yield
-    gc.collect()
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:Exception ignored in:pytest.PytestUnraisableExceptionWarning"),
+    pytest.mark.usefixtures("collected"),
+]
 
 
 @pytest.fixture(scope="module")
