@@ -33,7 +33,10 @@ class ModelConfig:
       balance_factor: of the sequence-wise balance loss.
       bias_update_speed: what a router's bias changes by in a step; 0: never.
       remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
-      shard_outer: whether matrices outside the pipeline are kept in parts over the experts' axis and gathered for use.
+      shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
+        must divide over them; otherwise the ranks with the first and the last stage do.
+      shard_outer: whether other matrices outside the pipeline are kept in parts over the experts' axis, and gathered
+        for use.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
 
     Raises:
@@ -58,6 +61,7 @@ class ModelConfig:
     balance_factor: float = 1e-4
     bias_update_speed: float = 1e-3
     remat: str = "none"
+    shared_ends: bool = True
     shard_outer: bool = False
     moments: str = "float32"
 

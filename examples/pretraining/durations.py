@@ -20,6 +20,7 @@ class Durations:
     Attributes:
       costs: of one stage on one microbatch.
       embed, head: of a microbatch's embedding with the dense layers, and of its head, forward and backward.
+      output: of the head's products with the output matrix.
       token_flops: FLOPs that the model needs for a token, forward and backward, nothing computed again.
       memory, network: bytes per second that updates and gradient sums get.
     """
@@ -27,6 +28,7 @@ class Durations:
     costs: Costs
     embed: float
     head: float
+    output: float
     token_flops: float
     memory: float
     network: float
@@ -80,6 +82,7 @@ def durations(
         costs=costs,
         embed=config.dense_layers * (3 * dense + 3.5 * score + repeated) / rate,
         head=(3 * output + second) / rate,
+        output=3 * output * (2 if config.mtp else 1) / rate,
         token_flops=(model + 3 * config.layers * score) / tokens,
         memory=chip.hbm * achieved.memory,
         network=chip.internode * achieved.internode,

@@ -41,6 +41,7 @@ WHOLE = {
     "argmin",
     "all_to_all",
     "all_gather",
+    "pmax",
     "psum",
     "psum2",
     "psum_invariant",

@@ -171,7 +171,7 @@ def plan(
             dtype,
             devices_per_node,
         )
-        rows.append(_row(name, config, schedule, sizes, memory, spent, microbatch_size, chip, dtype))
+        rows.append(_row(model, schedule, sizes, memory, spent, microbatch_size, chip))
     return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -249,28 +249,31 @@ def _memory(
 
 
 def _row(
-    name: str,
-    config: ModelConfig,
+    model: Model,
     schedule: Schedule,
     sizes: Mapping[str, int],
     memory: Memory,
     spent: Durations,
     microbatch_size: int,
     chip: Chip,
-    dtype: Any,
 ) -> Row:
+    config, shared = model.config, model.shared_ends
     timeline = simulate(schedule, spent.costs)
     ends = np.zeros(schedule.num_ranks)
     for microbatch in range(schedule.num_microbatches):
+        if shared:
+            ends += spent.embed + spent.head - spent.output * (1 - 1 / schedule.num_ranks)
+            continue
         ends[schedule.rank_of(0, microbatch)] += spent.embed
         ends[schedule.rank_of(schedule.num_stages - 1, microbatch)] += spent.head
-    # Nothing hides the work of embedding and head on the rank that has most of it.
+    # Nothing hides the work of embedding and head on the rank that has most of it. Ranks that share it divide the
+    # products with the output matrix; the dense layers each of them makes alone.
     state = memory.masters + memory.optimizer
     seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters)
     tokens = schedule.num_microbatches * microbatch_size * config.sequence * sizes["ep"]
-    best = chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
+    best = chip.flops("bf16" if model.dtype == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
     return Row(
-        name,
+        schedule.name,
         memory=memory,
         seconds=seconds,
         bubble=max(timeline.bubble) / seconds,

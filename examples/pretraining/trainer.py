@@ -176,6 +176,7 @@ def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | No
         data_axes=_data_axes(mesh),
         specs=model.specs,
         dispatch=dispatch,
+        shared_ends=model.shared_ends,
     )
 
 
@@ -285,6 +286,7 @@ def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str
         data_axes=_data_axes(mesh),
         specs=model.specs,
         dispatch=dispatch,
+        shared_ends=model.shared_ends,
     )
 
     def evaluate(params: jaxpipe.Params, batch: Any) -> jax.Array:

@@ -48,13 +48,15 @@ def needs_devices(count):
         pytest.skip(f"{count} devices are needed, there are {jax.device_count()}")
 
 
-def test_first_steps_equal_the_plain_program():
+@pytest.mark.parametrize("shared", [False, True])
+def test_first_steps_equal_the_plain_program(shared):
     """DualPipeV on pp=2 x ep=2, second head and outer matrices in parts: losses, loads, parameters, moments."""
     needs_devices(4)
-    config = small(mtp=True, shard_outer=True)
+    config = small(mtp=True, shard_outer=True, shared_ends=shared)
     model, _, state, step, _, _ = setup("dualpipev", 2, 2, config=config)
     outer = state.params.outer
-    assert outer["embedding"].sharding.spec == P("ep") and outer["norm"]["scale"].sharding.spec == P()
+    assert outer["embedding"].sharding.spec == P("pp" if shared else "ep")
+    assert outer["layer_0"]["mlp"]["w_in"].sharding.spec == P("ep") and outer["norm"]["scale"].sharding.spec == P()
     moe = state.params.stages["layer_0"]["moe"]
     assert moe["w_in"].sharding.spec == P("pp", "ep") and moe["router"].sharding.spec == P("pp")
     state, metrics = run(step, state, 3, config)
@@ -143,8 +145,8 @@ def test_rebalancing_moves_copies_and_nothing_else():
 
 def test_evaluation_is_the_loss_of_the_next_token():
     needs_devices(4)
-    config = small(layers=3)
-    model, _, state, step, mesh, schedule = setup("dualpipev", 1, 2, config=config, microbatches=2)
+    config = small(layers=3, shared_ends=True)
+    model, _, state, step, mesh, schedule = setup("1f1b", 2, 2, config=config, microbatches=2)
     batch = make_batch(5, ROWS)
     found = trainer.make_evaluate(model, schedule, mesh)(state.params, batch)
     _, metrics = step(state, batch, KEY)

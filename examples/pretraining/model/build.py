@@ -24,6 +24,9 @@ PLACEMENT = ("phy2log", "log2phy", "logcnt")
 UNTRAINED = (*PLACEMENT, "bias")
 """Parameters that the optimizer leaves alone, by name."""
 
+VOCABULARY = (("embedding",), ("output",))
+"""Outer parameters with a row for each token of the vocabulary."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Model:
@@ -36,6 +39,7 @@ class Model:
       config: sizes.
       arrangement: which stage has which layer.
       axis: the mesh axis of the experts, or None: all are on one device.
+      shared_ends: whether all pipeline ranks run embedding and head together.
       dtype: of activations and matrix products; parameters, norms and router are float32 whatever it is.
       seed: of the initial parameters.
       core: attention of queries to keys and values.
@@ -45,6 +49,7 @@ class Model:
     config: ModelConfig
     arrangement: Arrangement
     axis: str | None
+    shared_ends: bool
     dtype: Any
     seed: int
     core: Core
@@ -113,7 +118,9 @@ class Model:
             return P("pp", self.axis) if expert and self.axis else P("pp")
 
         def outer(path: Any, leaf: Any) -> P:
-            return P(self.axis) if self._in_parts(leaf) else P()
+            if self.shared_ends and names(path) in VOCABULARY:
+                return P("pp")
+            return P(self.axis) if self._in_parts(path, leaf) else P()
 
         return jaxpipe.Params(
             jax.tree_util.tree_map_with_path(stage, self.params.stages),
@@ -194,19 +201,22 @@ class Model:
 
         return params._replace(stages=jax.tree_util.tree_map_with_path(move, params.stages))
 
-    def _in_parts(self, leaf: Any) -> bool:
+    def _in_parts(self, path: Any, leaf: Any) -> bool:
+        """Whether each device of the experts' axis keeps a part of an outer parameter."""
+        if self.shared_ends and names(path) in VOCABULARY:
+            return False
         return bool(self.axis) and self.config.shard_outer and leaf.ndim > 1
 
     def _gather(self, outer: Any) -> Any:
         """Outer parameters whole, gathered in the compute dtype where each device has a part."""
 
-        def gather(leaf: jax.Array) -> jax.Array:
-            if not self._in_parts(leaf):
+        def gather(path: Any, leaf: jax.Array) -> jax.Array:
+            if not self._in_parts(path, leaf):
                 return leaf
             return jax.lax.all_gather(leaf.astype(self.dtype), self.axis, tiled=True)
 
         with jax.named_scope("gather"):
-            return jax.tree.map(gather, outer)
+            return jax.tree_util.tree_map_with_path(gather, outer)
 
 
 def build_model(
@@ -231,12 +241,19 @@ def build_model(
       core: attention of queries to keys and values.
 
     Raises:
-      ValueError: fewer layers with experts than stages.
+      ValueError: fewer layers with experts than stages; a vocabulary that does not divide over ranks that share it.
     """
+    ranks = schedule.num_ranks
+    shared = config.shared_ends and axis is not None and ranks > 1
+    if shared and config.vocab % ranks:
+        raise ValueError(
+            f"a vocabulary of {config.vocab} does not divide over {ranks} pipeline ranks: take vocab="
+            f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
+        )
     block = nnx_function(nnx.eval_shape(lambda: MoEBlock(config, nnx.Rngs(0), core, axis)))
-    ends = nnx_function(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0), core)))
+    ends = nnx_function(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0), core, "pp" if shared else None)))
     arrangement = Arrangement.of(config.moe_layers, schedule)
-    model = Model(config, arrangement, axis, jnp.dtype(dtype), seed, core, None, block, ends)
+    model = Model(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, block, ends)
     params: Callable[[], Any] = jax.jit(lambda: model.init(seed))
     return dataclasses.replace(model, params=jax.eval_shape(params) if abstract else params())
 

@@ -11,15 +11,19 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jaxpipe import vocabulary
 from pretraining.config import ModelConfig
 from pretraining.model.layers import Core, DenseBlock, RMSNorm, normal
 
 
 class Ends(nnx.Module):
-    """Embedding, the layers without experts, last norm and output matrix, and the optional second head."""
+    """Embedding, the layers without experts, last norm and output matrix, and the optional second head.
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
-        self.config = config
+    ``axis`` is the mesh axis over which the vocabulary's rows are spread, all its devices calling together, or None.
+    """
+
+    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core, axis: str | None = None):
+        self.config, self.axis = config, axis
         self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
         for index in range(config.dense_layers):
             setattr(self, f"layer_{index}", DenseBlock(config, rngs, core))
@@ -32,7 +36,7 @@ class Ends(nnx.Module):
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """``int[B, T] -> [B, T, D]``, through the dense layers."""
         with jax.named_scope("embedding"):
-            x = self.embedding[...][tokens].astype(dtype)
+            x = self._rows(tokens, dtype)
         for index in range(self.config.dense_layers):
             with jax.named_scope(f"layer_{index}"):
                 block: DenseBlock = getattr(self, f"layer_{index}")
@@ -42,22 +46,36 @@ class Ends(nnx.Module):
     def loss(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array | None]:
         """Mean cross-entropy over the unmasked targets, and the second head's or None; float32, in nats."""
         with jax.named_scope("head"):
-            loss = cross_entropy(self.norm(y), self.output[...], targets, mask)
+            loss = self._cross_entropy(self.norm(y), targets, mask)
         if not self.config.mtp:
             return mean(loss, mask), None
         # Position t knows token t + 1, its target, and predicts t + 2; the last position has no such target.
         with jax.named_scope("mtp"):
-            known = self.embedding[...][targets].astype(y.dtype)
-            features = self.mtp(y, known)
+            features = self.mtp(y, self._rows(targets, y.dtype))
             later = jnp.concatenate([mask[:, 1:] * mask[:, :-1], jnp.zeros_like(mask[:, :1])], 1)
             next_targets = jnp.concatenate([targets[:, 1:], targets[:, :1]], 1)
-            second = cross_entropy(features, self.output[...], next_targets, later)
+            second = self._cross_entropy(features, next_targets, later)
         return mean(loss, mask), mean(second, later)
 
     def losses(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of each sequence the sum over its unmasked targets, and their number; float32 ``[B]``."""
-        loss = cross_entropy(self.norm(y), self.output[...], targets, mask)
+        loss = self._cross_entropy(self.norm(y), targets, mask)
         return loss.sum(1), mask.sum(1)
+
+    def _rows(self, tokens: jax.Array, dtype: Any) -> jax.Array:
+        """Tokens' embeddings."""
+        if self.axis is None:
+            return self.embedding[...][tokens].astype(dtype)
+        return vocabulary.embed_tokens(self.embedding[...].astype(dtype), tokens, self.axis)
+
+    def _cross_entropy(self, features: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
+        """``[B, T, D], int[B, T], [B, T] -> float32[B, T]``, zero where the mask is."""
+        output = self.output[...].astype(features.dtype)
+        if self.axis is not None:
+            return vocabulary.cross_entropy(features, output, targets, self.axis) * mask
+        logits = jnp.einsum("btd,vd->btv", features, output).astype(jnp.float32)
+        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
+        return (jax.nn.logsumexp(logits, -1) - picked) * mask
 
 
 class NextNext(nnx.Module):
@@ -78,13 +96,6 @@ class NextNext(nnx.Module):
         """``[B, T, D], [B, T, D] -> [B, T, D]``: features so far and the next tokens' embeddings."""
         both = jnp.concatenate([self.hidden_norm(y), self.embedding_norm(known)], -1)
         return self.norm(self.block(both @ self.project[...].astype(y.dtype)))
-
-
-def cross_entropy(features: jax.Array, output: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
-    """``[B, T, D], [V, D], int[B, T], [B, T] -> float32[B, T]``, zero where the mask is."""
-    logits = jnp.einsum("btd,vd->btv", features, output.astype(features.dtype)).astype(jnp.float32)
-    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-    return (jax.nn.logsumexp(logits, -1) - picked) * mask
 
 
 def mean(losses: jax.Array, mask: jax.Array) -> jax.Array:
