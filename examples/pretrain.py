@@ -64,7 +64,11 @@ def plan(arguments: list[str]) -> int:
     """Prints what a run would need; returns the exit code."""
     from pretraining.plan import main as print_plan  # noqa: PLC0415
 
-    return print_plan(arguments)
+    try:
+        print_plan(arguments)
+    except ValueError as error:
+        return fail(2, str(error))
+    return 0
 
 
 def export(arguments: list[str]) -> int:

@@ -100,8 +100,7 @@ class Checkpoints:
           SaveError: this one or the one before cannot be written.
         """
         self.check()
-        if jax.process_index() == 0:
-            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
+        self._delete()
         arrays, sums = self._layout.pack(state)
         body = {"facts": _encode(facts), "fingerprints": sums, "arrays": _shapes(arrays)}
         try:
@@ -167,6 +166,7 @@ class Checkpoints:
         """Waits for the last checkpoint, then lets go of the folder."""
         self.wait()
         self._manager.close()
+        self._delete()
 
     def _open(self) -> ocp.CheckpointManager:
         return ocp.CheckpointManager(
@@ -179,6 +179,10 @@ class Checkpoints:
                 todelete_subdir=DELETED,
             ),
         )
+
+    def _delete(self) -> None:
+        if jax.process_index() == 0:
+            shutil.rmtree(self.folder / DELETED, ignore_errors=True)
 
     def _try(self, step: int) -> Restored | str:
         """The checkpoint, or what is wrong with it; the same on all processes."""
@@ -243,7 +247,7 @@ class Checkpoints:
 
 def short(error: Exception) -> str:
     """An error without the pages that libraries append."""
-    first = (str(error).strip().splitlines() or [""])[0]
+    first = (str(error).strip().splitlines() or [""])[0].split(". See full TensorStore details")[0]
     return f"{type(error).__name__}: {first[:300]}"
 
 
