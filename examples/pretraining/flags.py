@@ -67,7 +67,7 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     training.add_argument("--learning-rate", type=float, default=3e-3)
     training.add_argument("--warmup", type=int, default=10, help="steps")
     training.add_argument("--max-skipped", type=int, default=10, help="steps without finite gradients in a row")
-    training.add_argument("--eval-every", type=int, default=100, help="steps between evaluations; 0: none")
+    training.add_argument("--eval-every", type=int, default=70, help="steps between evaluations; 0: none")
     training.add_argument("--eval-batches", type=int, default=4)
 
     keeping = parser.add_argument_group("checkpoints and reports")

@@ -169,7 +169,7 @@ def train(
         interrupted = stop(done)
         last = done == config.steps or interrupted
         saves = checkpoints is not None and (last or done % config.save_every == 0)
-        evaluates = program.evaluate is not None and not interrupted and (last or done % config.eval_every == 0)
+        evaluates = program.evaluate is not None and not interrupted and done % config.eval_every == 0
         rebalances = rebalancer is not None and done % rebalancer.config.interval == 0
         if saves or evaluates or rebalances or last:
             settle()

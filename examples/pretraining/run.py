@@ -146,6 +146,8 @@ def train(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise BadInput(str(error)) from error
     start = int(state.step)
+    # The steps take the state over: what the check begins with is kept.
+    initial = jax.tree.map(np.array, state) if args.check and start == 0 and jax.process_count() == 1 else None
     throughput = Throughput(setup.batch * setup.config.sequence, flops_per_token(setup.config), _peak(setup, args))
     with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
         observer.note(_describe(args, setup, out, restored))
@@ -173,12 +175,18 @@ def train(args: argparse.Namespace) -> None:
     if args.profile and len(result.losses) >= args.profile + 2:
         page = write_report(out / "profile", setup.mesh, setup.pipeline, args.profile)
         _say(f"profile of {args.profile} steps: {page}")
-    if args.check and start == 0:
-        check(args, setup, result.losses)
+    if initial is not None:
+        check(args, setup, initial, result.losses)
 
 
-def check(args: argparse.Namespace, setup: Setup, losses: list[float]) -> None:
+def check(args: argparse.Namespace, setup: Setup, initial: trainer.TrainState, losses: list[float]) -> None:
     """Compares the first steps with a run without a pipeline, and the last with the tokens' frequencies.
+
+    Args:
+      args: of the run.
+      setup: of the run.
+      initial: the state that the run began with, on the host.
+      losses: of all its steps.
 
     Raises:
       CheckFailed: they differ; or the loss is not below the entropy, if there were `TRAINED` steps.
@@ -187,7 +195,7 @@ def check(args: argparse.Namespace, setup: Setup, losses: list[float]) -> None:
     model = build_model(setup.config, setup.schedule, args.seed, dtype=setup.model.dtype, abstract=True)
     plain = trainer.plain_value_and_grad(model, parts=setup.schedule.num_microbatches * setup.shards)
     step = trainer.make_step(plain, model, setup.optimizer)
-    state, rng, expected = trainer.init_state(model, setup.optimizer), jax.random.key(args.seed), []
+    state, rng, expected = jax.device_put(initial, jax.devices()[0]), jax.random.key(args.seed), []
     for index in range(steps):
         batch = data.make_batch(setup.corpus.train, args.seed, index, setup.batch, setup.config.sequence)
         state, metrics = step(state, batch, rng)
@@ -207,8 +215,8 @@ def check(args: argparse.Namespace, setup: Setup, losses: list[float]) -> None:
 def flops_per_token(config: ModelConfig) -> float:
     """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
 
-    >>> round(flops_per_token(model_config("dsv3-671b")) / 1e9)
-    254
+    >>> f"{flops_per_token(model_config('dsv3-671b')):.2e}"
+    '2.50e+11'
     """
     products = config.active - config.vocab * config.width
     scores = config.heads * config.sequence * (config.content + config.rotary + config.value)
