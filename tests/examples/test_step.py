@@ -80,13 +80,18 @@ def test_first_steps_equal_the_plain_program(shared):
 
 @pytest.mark.slow
 def test_all_schedules_give_the_same_curve():
-    """Twenty steps in float32, to 1e-5 of the plain program's losses."""
+    """Twenty steps in float32, to 1e-5 of the plain program's losses.
+
+    Choices of experts are discrete: where two are almost equal, rounding decides, and a large learning rate soon makes
+    two runs of it. A small one, and biases that stay, keep the choices the same.
+    """
     needs_devices(4)
-    _, _, state, step, _, _ = setup(None, 1, 2)
+    options = {"config": small(bias_update_speed=0.0), "train": trainer.TrainConfig(20, learning_rate=3e-4, warmup=5)}
+    _, _, state, step, _, _ = setup(None, 1, 2, **options)
     expected = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
-    assert expected[-1] < expected[0] - 0.3
+    assert expected[-1] < expected[0]
     for name in builders:
-        _, _, state, step, _, _ = setup(name, 2, 2)
+        _, _, state, step, _, _ = setup(name, 2, 2, **options)
         found = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)
 
