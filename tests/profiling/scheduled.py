@@ -2,7 +2,8 @@
 
     python -m tests.profiling.scheduled FOLDER [NAME ...]
 
-writes the stored ones, data/*.hlo.gz, on a machine with one NVIDIA GPU: compiled ahead of time, for a node of eight.
+writes the stored ones, data/*.hlo.gz: compiled for a node of eight H100s, with or without a GPU (see `topology`).
+Other code or another XLA makes other schedules: docs/overlap.md tells how much that changes.
 """
 
 from __future__ import annotations
@@ -17,13 +18,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
 from eplb_jax.router import RouterConfig
 from jaxpipe.stage import split_stage
+from profiling.topology import topology
 
 LAYERS = 2
 STEPS = 8
@@ -131,7 +132,7 @@ PROGRAMS = {"moe_layer": lower_layer, "dualpipe_body": lower_body}
 
 
 def main(folder, *names):
-    devices = topologies.get_topology_desc(platform="cuda", topology="1x8x1").devices
+    devices = topology("H100", 8).devices
     # DeepSeek-V3's widths; with all its 256 experts on the body's four devices a step needs more memory than there is,
     # and XLA then made every collective of the loop synchronous.
     config = MoEConfig(router=RouterConfig(num_experts=32), capacity_factor=1.25)
