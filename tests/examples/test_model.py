@@ -1,5 +1,6 @@
 """Sizes, layers and arrangement of the pretraining example's model."""
 
+import dataclasses
 import functools
 
 import jax
@@ -139,7 +140,7 @@ def test_bfloat16_activations_and_float32_masters():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("remat", ["attention", "layer"])
+@pytest.mark.parametrize("remat", [pytest.param("attention", marks=pytest.mark.slow), "layer"])
 def test_what_is_computed_again_is_the_same(remat):
     batch = {name: jnp.asarray(value) for name, value in make_batch(0, 2).items()}
     results = []
@@ -152,10 +153,14 @@ def test_what_is_computed_again_is_the_same(remat):
     assert_trees_close(results[1], results[0], rtol=1e-5, atol=1e-8)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("1f1b", 3), ("dualpipe", 2), ("dualpipev", 2)])
-def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, ranks):
-    one = build_model(SMALL, jaxpipe.schedule.build("gpipe", 1, 1), 0)
-    model = build_model(SMALL, jaxpipe.schedule.build(name, ranks, 2 * ranks), 0, axis="ep")
+@pytest.mark.parametrize(
+    ("name", "ranks", "shared_ends"),
+    [("1f1b", 3, False), pytest.param("dualpipe", 2, True, marks=pytest.mark.slow), ("dualpipev", 2, True)],
+)
+def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, ranks, shared_ends):
+    config = dataclasses.replace(SMALL, shared_ends=shared_ends)
+    one = build_model(config, jaxpipe.schedule.build("gpipe", 1, 1), 0)
+    model = build_model(config, jaxpipe.schedule.build(name, ranks, 2 * ranks), 0, axis="ep")
     layers = model.to_layers(model.params)
     expected = one.to_layers(one.params)
     jax.tree.map(np.testing.assert_array_equal, layers, expected)
