@@ -140,7 +140,8 @@ def test_bfloat16_activations_and_float32_masters():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32", "int32"}
 
 
-@pytest.mark.parametrize("remat", [pytest.param("attention", marks=pytest.mark.slow), "layer"])
+@pytest.mark.slow
+@pytest.mark.parametrize("remat", ["attention", "layer"])
 def test_what_is_computed_again_is_the_same(remat):
     batch = {name: jnp.asarray(value) for name, value in make_batch(0, 2).items()}
     results = []

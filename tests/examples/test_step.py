@@ -48,7 +48,8 @@ def needs_devices(count):
         pytest.skip(f"{count} devices are needed, there are {jax.device_count()}")
 
 
-@pytest.mark.parametrize("shared", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow  # `make train` compares the first steps too
+@pytest.mark.parametrize("shared", [False, True])
 def test_first_steps_equal_the_plain_program(shared):
     """DualPipeV on pp=2 x ep=2, second head and outer matrices in parts: losses, loads, parameters, moments."""
     needs_devices(4)
