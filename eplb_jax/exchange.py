@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax import row_moves
 from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm import Backend
-from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.grouped_gemm.target import choose_backend, current_target
 from eplb_jax.mesh_axis import varying
 
 FP8 = jnp.float8_e4m3fn
@@ -91,22 +91,12 @@ _gather_sum.defvjp(
 
 
 def _choose(array: jax.Array, moves: Moves, backend: str) -> str:
-    """The backend of moves in either direction: "xla", "mosaic", or "either", which lowering decides."""
-    if backend not in ("auto", "xla", "mosaic"):
-        raise ValueError(f'backend={backend!r}: it must be "auto", "xla" or "mosaic"')
-    if backend == "xla":
-        return "xla"
-    target = current_target()
-    reason = row_moves.why_not(array, moves.source, moves.rows)
-    if not target.hopper:
-        reason = f"the device is {target.kind!r}, no Hopper GPU"
-    if reason is None:
-        return "mosaic" if backend == "mosaic" else "either"
-    if backend == "mosaic":
-        raise ValueError(f'backend="mosaic" cannot move these rows: {reason}; take backend="auto" or "xla"')
-    if target.platform == "gpu":
-        _log_fallback(reason)
-    return "xla"
+    """The backend of moves in either direction, as `choose_backend` names it."""
+
+    def why_not() -> str | None:
+        return row_moves.why_not(array, moves.source, moves.rows)
+
+    return choose_backend(backend, current_target, why_not, "move these rows", _log_fallback)
 
 
 @functools.cache

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 
 from eplb_jax.grouped_gemm import mosaic, xla
 from eplb_jax.grouped_gemm.layout import ALIGN
-from eplb_jax.grouped_gemm.target import current_target
+from eplb_jax.grouped_gemm.target import choose_backend, current_target
 from eplb_jax.mesh_axis import varying
 
 Backend = Literal["auto", "xla", "mosaic"]
@@ -57,7 +57,7 @@ def grouped_matmul(
     [0.0, 1.0, 2.0, 80.0, 90.0]
     """
     check(lhs, rhs, group_sizes, transpose_rhs)
-    chosen = choose(lhs, rhs, backend, transpose_rhs)
+    chosen = choose(lhs, rhs, backend)
     lhs, rhs, group_sizes = _same_axes(jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes, jnp.int32))
     return _grouped_matmul(lhs, rhs, group_sizes, chosen, transpose_rhs)
 
@@ -90,23 +90,9 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
             )
 
 
-def choose(lhs: Any, rhs: Any, backend: str, transpose_rhs: bool) -> str:
-    """The backend for arguments that `check` accepts: "xla", "mosaic", or "either", which lowering decides."""
-    if backend not in ("auto", "xla", "mosaic"):
-        raise ValueError(f'backend={backend!r}: it must be "auto", "xla" or "mosaic"')
-    if backend == "xla":
-        return "xla"
-    target = current_target()
-    reason = mosaic.why_not(lhs, rhs)
-    if not target.hopper:
-        reason = f"the device is {target.kind!r}, no Hopper GPU"
-    if reason is None:
-        return "mosaic" if backend == "mosaic" else "either"
-    if backend == "mosaic":
-        raise ValueError(f'backend="mosaic" cannot run this: {reason}; take backend="auto" or "xla"')
-    if target.platform == "gpu":
-        _log_fallback(reason)
-    return "xla"
+def choose(lhs: Any, rhs: Any, backend: str) -> str:
+    """The backend for arguments that `check` accepts, as `choose_backend` names it."""
+    return choose_backend(backend, current_target, lambda: mosaic.why_not(lhs, rhs), "run this", _log_fallback)
 
 
 @functools.cache

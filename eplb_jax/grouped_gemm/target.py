@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -48,3 +49,38 @@ def current_target() -> Target:
         device = jax.devices(device)[0]
     hopper = device.platform == "gpu" and str(getattr(device, "compute_capability", "")) == "9.0"
     return Target(device.platform, device.device_kind, getattr(device, "core_count", None) or HOPPER_SMS, hopper)
+
+
+def choose_backend(
+    backend: str,
+    target: Callable[[], Target],
+    why_not: Callable[[], str | None],
+    task: str,
+    tell: Callable[[str], None],
+) -> str:
+    """The backend of an operation that XLA and a Hopper kernel can do: "xla", "mosaic", or "either": lowering decides.
+
+    Args:
+      backend: that was asked for: "auto", "xla" or "mosaic".
+      target: gives the device.
+      why_not: gives what keeps the kernel from it on a Hopper GPU; None: nothing.
+      task: what cannot be done, for the message.
+      tell: is told why a GPU gets XLA's form without being asked for it.
+
+    Raises:
+      ValueError: an unknown backend; "mosaic" where it cannot run.
+    """
+    if backend not in ("auto", "xla", "mosaic"):
+        raise ValueError(f'backend={backend!r}: it must be "auto", "xla" or "mosaic"')
+    if backend == "xla":
+        return "xla"
+    device, reason = target(), why_not()
+    if not device.hopper:
+        reason = f"the device is {device.kind!r}, no Hopper GPU"
+    if reason is None:
+        return "mosaic" if backend == "mosaic" else "either"
+    if backend == "mosaic":
+        raise ValueError(f'backend="mosaic" cannot {task}: {reason}; take backend="auto" or "xla"')
+    if device.platform == "gpu":
+        tell(reason)
+    return "xla"

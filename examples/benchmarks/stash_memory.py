@@ -13,6 +13,7 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+from chunks import nbytes
 from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -45,11 +46,6 @@ def make_mesh(ranks: int) -> Mesh:
         return jaxpipe.make_mesh(pp=ranks)
     topology = topologies.get_topology_desc(platform="cuda", topology=f"1x{ranks}x1")
     return Mesh(np.array(topology.devices), ("pp",), axis_types=(AxisType.Auto,))
-
-
-def nbytes(tree) -> int:
-    """Bytes of a tree of arrays or shapes."""
-    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
 def measure(ranks: int, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, float]:
