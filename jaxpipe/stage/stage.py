@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpipe.stage.divide import closure, divide, hoist
 from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
+from jaxpipe.stage.keep import fewest_bytes
 
 
 class Residuals(NamedTuple):
@@ -181,11 +182,13 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     kept = [value for value in dict.fromkeys(residuals) if value not in known and value.const is None]
     # Light work on parameters and constants is done again in each half rather than stashed or handed over.
     again = [value for value in kept if closure([value], rest, known) is not None]
-    kept = [value for value in kept if value not in again]
+    chosen = fewest_bytes([value for value in kept if value not in again], rest, known)
+    again = [value for value in kept if value not in chosen]
+    kept = [value for value in (*arguments, *(out for node in rest for out in node.outs)) if value in chosen]
 
     parts = divide(nodes, x_ct, params_ct)
     first, second = (
-        (*(closure([value for value in again if value in reads], rest, known) or ()), *part)
+        (*(closure([value for value in again if value in reads], rest, known | chosen) or ()), *part)
         for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
     for_second = _reads(second, params_ct)
@@ -196,6 +199,11 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     order = [*cts, *(value for node in first for value in node.outs)]
     crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
     weight = tuple(value for value in kept if value in for_second)
+    chosen = fewest_bytes(crossing, first, known | {*weight})
+    more = closure([value for value in crossing if value not in chosen], first, known | chosen | {*weight}) or ()
+    second = tuple(dict.fromkeys((*more, *second)))
+    for_second = _reads(second, params_ct)
+    crossing = tuple(value for value in (*kept, *order) if value in chosen)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
 
     used = {value for node in rest for value in node.ins} | for_first | for_second | {*outputs}

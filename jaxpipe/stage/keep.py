@@ -1,0 +1,128 @@
+"""Which values to keep so that light work makes all others of them again, in as few bytes as possible.
+
+A minimum cut between what only heavy work can make and what is needed, where cutting a value costs its bytes.
+"""
+
+from __future__ import annotations
+
+import collections
+from collections.abc import Collection, Iterable, Sequence
+
+from jaxpipe.stage.graph import Node, Value, producers
+
+LIGHT = frozenset(
+    """
+    abs acos add add_any and asin atan atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erfc exp exp2
+    expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
+    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
+    square stop_gradient sub tan tanh xor
+    broadcast_in_dim concatenate expand_dims iota pad reshape rev slice split squeeze transpose
+    reduce_and reduce_max reduce_min reduce_or reduce_sum
+    pcast pvary
+    """.split()
+)
+"""Primitives that a compiler fuses into what reads them: elementwise, those that move or repeat, and reductions."""
+
+_Place = tuple[str, Value | None]
+_SOURCE: _Place = ("source", None)
+_SINK: _Place = ("sink", None)
+_ENDLESS = 1 << 62
+
+
+def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> set[Value]:
+    """Values to keep, of which `LIGHT` nodes make the needed ones, together with given values and constants.
+
+    Of all cuts of as few bytes the one that leaves least to be made again.
+
+    Args:
+      needed: values among the inputs or results of nodes.
+      nodes: in an order in which they can run.
+      given: values that cost nothing.
+
+    >>> import jax, jax.numpy as jnp
+    >>> from jaxpipe.stage.graph import make_graph
+    >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
+    >>> graph = make_graph(jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x) * 2, x.sum(0)))(x))
+    >>> fewest_bytes(graph.outputs, graph.nodes, ()) == set(graph.inputs)
+    True
+    """
+    made = producers(nodes)
+    needed = [value for value in needed if value.const is None and value not in given]
+    network = _Network()
+    pending, seen = list(needed), set(needed)
+    while pending:
+        value = pending.pop()
+        network.join(("in", value), ("out", value), value.nbytes + 1)
+        node = made.get(value)
+        if node is None or node.name not in LIGHT:
+            network.join(_SOURCE, ("in", value), _ENDLESS)
+            continue
+        for origin in node.ins:
+            if origin.const is None and origin not in given:
+                network.join(("out", origin), ("in", value), _ENDLESS)
+                if origin not in seen:
+                    seen.add(origin)
+                    pending.append(origin)
+    for value in needed:
+        network.join(("out", value), _SINK, _ENDLESS)
+    near = network.saturate(_SOURCE, _SINK)
+    return {value for value in seen if ("out", value) in near and ("in", value) not in near}
+
+
+class _Network:
+    """Places joined by pipes of limited capacity."""
+
+    def __init__(self) -> None:
+        self.free: dict[_Place, dict[_Place, int]] = collections.defaultdict(dict)
+
+    def join(self, start: _Place, end: _Place, capacity: int) -> None:
+        self.free[start][end] = capacity
+        self.free[end].setdefault(start, 0)
+
+    def saturate(self, source: _Place, sink: _Place) -> set[_Place]:
+        """Sends as much as goes through, and returns the places from which the sink can still be reached.
+
+        Source: Dinic's algorithm, Soviet Mathematics Doklady 11, 1970.
+        """
+        while True:
+            distance = self._distances_to(sink)
+            if source not in distance:
+                return set(distance)
+            untried = {place: list(self.free[place]) for place in distance}
+            while path := self._shortest_path(source, sink, distance, untried):
+                amount = min(self.free[start][end] for start, end in path)
+                for start, end in path:
+                    self.free[start][end] -= amount
+                    self.free[end][start] += amount
+
+    def _distances_to(self, sink: _Place) -> dict[_Place, int]:
+        found, queue = {sink: 0}, collections.deque([sink])
+        while queue:
+            end = queue.popleft()
+            for start in self.free[end]:
+                if start not in found and self.free[start][end]:
+                    found[start] = found[end] + 1
+                    queue.append(start)
+        return found
+
+    def _shortest_path(
+        self, source: _Place, sink: _Place, distance: dict[_Place, int], untried: dict[_Place, list[_Place]]
+    ) -> list[tuple[_Place, _Place]]:
+        """Pipes with room from source to sink; empty where there are no more of this length."""
+        path: list[tuple[_Place, _Place]] = []
+        place = source
+        while place != sink:
+            while untried[place]:
+                end = untried[place][-1]
+                if self.free[place][end] and distance.get(end) == distance[place] - 1:
+                    break
+                untried[place].pop()
+            if untried[place]:
+                path.append((place, untried[place][-1]))
+                place = untried[place][-1]
+            elif not path:
+                return []
+            else:  # a dead end
+                place, _ = path.pop()
+                untried[place].pop()
+        return path
