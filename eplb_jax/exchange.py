@@ -39,14 +39,15 @@ class Moves(NamedTuple):
     rows: Int[Array, "N k"]
 
 
-def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "xla") -> Float[Array, "R D"]:
+def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
     """A copy of its token in each row, zeros in rows that hold none.
 
     Args:
       x: the tokens.
       moves: which row holds which token.
-      backend: "xla" runs everywhere. "mosaic" is our own kernels for Hopper GPUs, `eplb_jax.row_moves`, which give the
-        same values. "auto" takes "mosaic" where it can; the device is that of `eplb_jax.grouped_gemm.grouped_matmul`.
+      backend: "auto" takes our own kernels for Hopper GPUs, `eplb_jax.row_moves`, where it can, and else "xla", which
+        runs everywhere and gives the same values; the device is that of `eplb_jax.grouped_gemm.grouped_matmul`.
+        "mosaic" insists on the kernels.
 
     Raises:
       ValueError: "mosaic" for what it cannot do.
@@ -60,7 +61,7 @@ def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "xla") ->
     return _spread(x, moves, _choose(x, moves, backend))
 
 
-def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "xla") -> Float[Array, "N D"]:
+def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "N D"]:
     """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`.
 
     Args:

@@ -44,7 +44,7 @@ class MoEConfig:
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
       fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
-      backend: of the grouped matrix products; see `eplb_jax.grouped_gemm`.
+      backend: of the grouped matrix products and of moved rows; see `eplb_jax.grouped_gemm`.
 
     Raises:
       ValueError: sizes below 1 or that do not fit, unknown choices.
@@ -213,12 +213,12 @@ def local_experts(
     """
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, rooms.rows)
-        rows = exchange.spread(x, found.moves)
+        rows = exchange.spread(x, found.moves, backend=config.backend)
         weight = exchange.spread_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
         rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
     with jax.named_scope("unpermute"):
-        return exchange.gather_sum(rows, found.moves), found.dropped
+        return exchange.gather_sum(rows, found.moves, backend=config.backend), found.dropped
 
 
 def _remote(
@@ -242,7 +242,7 @@ def _remote(
         sends = plan_sends(slots, devices, num_slots, rooms.exchange)
         sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
-        rows = exchange.spread(x, sends.moves).reshape(devices, -1, x.shape[1])
+        rows = exchange.spread(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
         rows = _travel(rows, sends.counts, config, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
@@ -258,7 +258,7 @@ def _remote(
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
     with jax.named_scope("combine"):
-        y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves)
+        y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
     return y if shared is None else y + hidden, dropped + sends.dropped
 
 

@@ -28,10 +28,10 @@ EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
     row_moves.COPIES, Plan(16 * KIB, 12, 1, 4), Plan(16 * KIB, 6, 1, 2), Plan(8 * KIB, 10, 2, 3),
-    Plan(16 * KIB, 3, 4, 1), Plan(4 * KIB, 12, 4, 4),
+    Plan(16 * KIB, 3, 4, 1), Plan(16 * KIB, 6, 2, 2),
 ]  # fmt: skip
 SUMS = [
-    row_moves.SUMS, Plan(32 * KIB, 3, 2), Plan(16 * KIB, 4, 3), Plan(16 * KIB, 6, 2), Plan(16 * KIB, 3, 4),
+    row_moves.SUMS, Plan(32 * KIB, 3, 2), Plan(16 * KIB, 4, 3), Plan(32 * KIB, 2, 3), Plan(16 * KIB, 3, 4),
     Plan(32 * KIB, 6, 1), Plan(8 * KIB, 4, 6),
 ]  # fmt: skip
 Call = Callable[[], jax.Array]

@@ -294,7 +294,8 @@ def flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
 
 def _flash_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
     batch, length, heads, _ = query.shape
-    shapes = (jax.ShapeDtypeStruct(query.shape, query.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
+    mixed = (*query.shape[:-1], value.shape[-1])
+    shapes = (jax.ShapeDtypeStruct(mixed, query.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
     out, sums = jax.ffi.ffi_call("attention", shapes)(query, key, value)
     return out, (query, key, value, out, sums)
 

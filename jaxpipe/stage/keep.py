@@ -10,18 +10,21 @@ from collections.abc import Collection, Iterable, Sequence
 
 from jaxpipe.stage.graph import Node, Value, producers
 
-LIGHT = frozenset(
-    """
-    abs acos add add_any and asin atan atan2 cbrt ceil clamp convert_element_type copy cos cosh div eq erf erfc exp exp2
-    expm1 floor ge gt integer_pow is_finite le log log1p logistic lt max min mul ne neg nextafter not or pow
-    reduce_precision rem round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin sinh sqrt
-    square stop_gradient sub tan tanh xor
-    broadcast_in_dim concatenate expand_dims iota pad reshape rev slice split squeeze transpose
-    reduce_and reduce_max reduce_min reduce_or reduce_sum
-    pcast pvary
-    """.split()
-)
-"""Primitives that a compiler fuses into what reads them: elementwise, those that move or repeat, and reductions."""
+ELEMENTWISE = frozenset({
+    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "cosh", "div", "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor",
+    "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+    "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
+    "sub", "tan", "tanh", "xor",
+})  # fmt: skip
+MOVING = frozenset({
+    "broadcast_in_dim", "concatenate", "expand_dims", "iota", "pad", "reshape", "rev", "slice", "split", "squeeze",
+    "tile", "transpose", "pcast", "pvary",
+})  # fmt: skip
+REDUCING = frozenset({"reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"})
+LIGHT = ELEMENTWISE | MOVING | REDUCING
+"""Primitives that a compiler fuses into what reads them."""
 
 _Place = tuple[str, Value | None]
 _SOURCE: _Place = ("source", None)

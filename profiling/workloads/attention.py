@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.dtypes import wide
+from jaxpipe.attention import causal_attention
 from profiling.workloads.sizes import Sizes
 
 
@@ -70,7 +71,7 @@ def attend(
     key = jnp.einsum("btl,lhn->bthn", latent, params.key_up)
     key = jnp.concatenate([key, jnp.broadcast_to(rotary[:, :, None], (*key.shape[:3], sizes.rotary))], -1)
     value = jnp.einsum("btl,lhv->bthv", latent, params.value_up)
-    mixed = _dot_product_attention(query, key, value)
+    mixed = causal_attention(query, key, value)
     return jnp.einsum("bthv,hvd->btd", mixed, params.out), new
 
 
@@ -139,20 +140,3 @@ def _rotate(x: jax.Array, positions: jax.Array) -> jax.Array:
     left, right = jnp.split(x.astype(dtype), 2, -1)
     cos, sin = jnp.cos(angles), jnp.sin(angles)
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
-
-
-def _dot_product_attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Causal, the last query beside the last key; through cuDNN on a GPU.
-
-    The interface wants one head width, so values are padded to the keys'.
-    """
-    cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    (queries, keys), width = (query.shape[1], key.shape[1]), value.shape[-1]
-    value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, key.shape[-1] - width)))
-    whole = queries == keys
-    mask = None if whole else jnp.tri(queries, keys, keys - queries, dtype=jnp.bool_)[None, None]
-    with jax.numpy_dtype_promotion("standard"):  # it promotes float64 with float32
-        mixed = jax.nn.dot_product_attention(
-            query, key, value, mask=mask, is_causal=whole, implementation="cudnn" if cudnn else "xla"
-        )
-    return mixed[..., :width]

@@ -14,11 +14,12 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from eplb_jax.placement import Placement
 from eplb_jax.router import update_bias
+from jaxpipe.attention import causal_attention
 from jaxpipe.flax import NNXFunction, nnx_function
 from pretraining.config import ModelConfig
 from pretraining.model.arrange import Arrangement
 from pretraining.model.ends import Ends
-from pretraining.model.layers import Core, MoEBlock, causal
+from pretraining.model.layers import Core, MoEBlock
 
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
 UNTRAINED = (*PLACEMENT, "bias")
@@ -227,7 +228,7 @@ def build_model(
     axis: str | None = None,
     dtype: Any = jnp.float32,
     abstract: bool = False,
-    core: Core = causal,
+    core: Core = causal_attention,
 ) -> Model:
     """The model for a schedule.
 

@@ -21,7 +21,7 @@ from eplb_jax.placement import Placement
 from pretraining.config import ModelConfig
 
 Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Attention of queries to keys and values, ``[B, T, H, width]`` each."""
+"""Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower."""
 
 
 class RMSNorm(nnx.Module):
@@ -79,9 +79,7 @@ class Attention(nnx.Module):
             k_BTHC = jnp.concatenate([k_BTHN, jnp.broadcast_to(shared_BT1P, shape)], -1)
             v_BTHV = jnp.einsum("btl,lhv->bthv", latent_BTL, self.value_up[...].astype(dtype))
         with jax.named_scope("core"):
-            # Kernels want one head width, so values are padded to the keys'.
-            width = ((0, 0), (0, 0), (0, 0), (0, k_BTHC.shape[-1] - config.value))
-            mixed_BTHV = self.core(q_BTHC, k_BTHC, jnp.pad(v_BTHV, width))[..., : config.value]
+            mixed_BTHV = self.core(q_BTHC, k_BTHC, v_BTHV)
         with jax.named_scope("out"):
             return jnp.einsum("bthv,hvd->btd", mixed_BTHV, self.out[...].astype(dtype))
 
@@ -161,12 +159,3 @@ def rotate(x_BTHP: jax.Array) -> jax.Array:
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int) -> jax.Array:
     """Normal values of variance 1 / fan_in, float32."""
     return jax.random.normal(rngs.params(), shape, jnp.float32) * fan_in**-0.5
-
-
-def causal(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Attention to what came before, ``[B, T, H, width]`` each; through cuDNN on a GPU."""
-    cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
-        return jax.nn.dot_product_attention(
-            query, key, value, is_causal=True, implementation="cudnn" if cudnn else "xla"
-        )
