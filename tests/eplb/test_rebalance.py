@@ -53,7 +53,7 @@ def test_replication_of_the_tests_of_others(weight, replicas, count):
 
 @st.composite
 def problems(draw):
-    """Loads [layers, experts] and sizes that fit them."""
+    """Loads [layers, experts] of every kind, and sizes that fit them: one shape, as each is compiled."""
     nodes = draw(st.sampled_from([1, 2, 3, 4]))
     gpus = nodes * draw(st.sampled_from([1, 2, 3, 5]))
     groups = draw(st.sampled_from([1, 2, 3, 4, 6, 8]))
@@ -61,47 +61,49 @@ def problems(draw):
     least = -(-experts // gpus)
     replicas = gpus * (least + draw(st.integers(0, 4)))
     layers = draw(st.integers(1, 3))
-    seed, kind = draw(st.integers(0, 2**16)), draw(st.sampled_from(["real", "ties", "zeros", "huge", "one", "equal"]))
+    seed = draw(st.integers(0, 2**16))
     rng = np.random.default_rng(seed)
-    weight = {
-        "real": lambda: rng.lognormal(size=(layers, experts)),
-        "ties": lambda: rng.integers(0, 4, (layers, experts)),
-        "zeros": lambda: rng.integers(0, 2, (layers, experts)) * rng.integers(0, 9, (layers, experts)),
-        "huge": lambda: rng.integers(2**30, 2**62, (layers, experts)),
-        "one": lambda: (np.arange(experts) == seed % experts) * np.full((layers, 1), 1e6),
-        "equal": lambda: np.full((layers, experts), seed),
-    }[kind]()
-    return weight, (replicas, groups, nodes, gpus)
+    weights = {
+        "real": rng.lognormal(size=(layers, experts)),
+        "ties": rng.integers(0, 4, (layers, experts)),
+        "zeros": rng.integers(0, 2, (layers, experts)) * rng.integers(0, 9, (layers, experts)),
+        "huge": rng.integers(2**30, 2**62, (layers, experts)),
+        "one": (np.arange(experts) == seed % experts) * np.full((layers, 1), 1e6),
+        "equal": np.full((layers, experts), seed),
+    }
+    return weights, (replicas, groups, nodes, gpus)
 
 
-@settings(max_examples=60, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_equal_to_plain_loops(problem):
-    weight, (replicas, groups, nodes, gpus) = problem
-    plan = eplb_jax.rebalance_experts(weight, replicas, groups, nodes, gpus)
-    phy2log, log2phy, logcnt = plan
-    for layer, load in enumerate(weight):
-        slots, where, counts = specification.rebalance(load, replicas, groups, nodes, gpus)
-        assert phy2log[layer].tolist() == slots
-        assert logcnt[layer].tolist() == counts
-        assert [[s for s in row if s >= 0] for row in log2phy[layer].tolist()] == where
-    # What follows from that, in words: every expert is somewhere, all slots are used, log2phy inverts phy2log.
-    plan.check(gpus)
-    assert (logcnt >= 1).all() and (logcnt.sum(1) == replicas).all()
-    assert log2phy.shape[-1] == logcnt.max()
+    weights, (replicas, groups, nodes, gpus) = problem
+    for kind, weight in weights.items():
+        plan = eplb_jax.rebalance_experts(weight, replicas, groups, nodes, gpus)
+        phy2log, log2phy, logcnt = plan
+        for layer, load in enumerate(weight):
+            slots, where, counts = specification.rebalance(load, replicas, groups, nodes, gpus)
+            assert phy2log[layer].tolist() == slots, kind
+            assert logcnt[layer].tolist() == counts, kind
+            assert [[s for s in row if s >= 0] for row in log2phy[layer].tolist()] == where, kind
+        # What follows from that, in words: every expert is somewhere, all slots are used, log2phy inverts phy2log.
+        plan.check(gpus)
+        assert (logcnt >= 1).all() and (logcnt.sum(1) == replicas).all()
+        assert log2phy.shape[-1] == logcnt.max()
 
 
-@settings(max_examples=25, deadline=None, derandomize=True)
+@settings(max_examples=12, deadline=None, derandomize=True)
 @given(problems(), st.sampled_from([2, 3, 7]))
 def test_packing_and_replication_equal_plain_loops(problem, room):
-    weight, (replicas, *_) = problem
-    items = np.tile(weight, room)
-    packs = items.shape[1] // room
-    found, ranks = eplb_jax.balanced_packing(items, packs), eplb_jax.replicate_experts(weight, replicas)
-    for layer, load in enumerate(items.astype(np.float32)):
-        assert [x[layer].tolist() for x in found] == list(map(list, specification.pack(load, packs)))
-    for layer, load in enumerate(weight.astype(np.float32)):
-        assert [x[layer].tolist() for x in ranks] == list(map(list, specification.replicate(load, replicas)))
+    weights, (replicas, *_) = problem
+    for kind, weight in weights.items():
+        items = np.tile(weight, room)
+        packs = items.shape[1] // room
+        found, ranks = eplb_jax.balanced_packing(items, packs), eplb_jax.replicate_experts(weight, replicas)
+        for layer, load in enumerate(items.astype(np.float32)):
+            assert [x[layer].tolist() for x in found] == list(map(list, specification.pack(load, packs))), kind
+        for layer, load in enumerate(weight.astype(np.float32)):
+            assert [x[layer].tolist() for x in ranks] == list(map(list, specification.replicate(load, replicas))), kind
 
 
 def test_division_by_integers_is_rounded_correctly():
