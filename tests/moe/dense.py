@@ -52,11 +52,11 @@ def layer(params: MoEParams, x, config, chosen, kept=None):
 def balance_loss(params, x, config, chosen, sequences):
     """Sequence by sequence."""
     losses = []
-    for part, picked in zip(jnp.split(x, sequences), np.split(chosen, sequences), strict=True):
+    for part, picked in zip(jnp.split(x, sequences), jnp.split(chosen, sequences), strict=True):
         logits = part @ params.router
         scores = jax.nn.sigmoid(logits) if config.router.scoring == "sigmoid" else jax.nn.softmax(logits, -1)
         p = (scores / scores.sum(-1, keepdims=True)).mean(0)
-        counts = np.bincount(picked.ravel(), minlength=config.router.num_experts)
+        counts = jnp.bincount(picked.ravel(), length=config.router.num_experts)
         losses.append((counts * config.router.num_experts / picked.size * p).sum())
     return sum(losses) / sequences
 

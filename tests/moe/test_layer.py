@@ -1,6 +1,7 @@
 """The layer equals a dense loop over experts: any number of devices, any placement, empty and overfull experts."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -45,10 +46,14 @@ def objective(y, loss, target):
 
 def sharded(config, ep, placement, sequences):
     """(params, x, target) -> ((loss, (loads, dropped, y)), grads), experts and tokens over ep devices."""
-    mesh = make_mesh(ep)
-    specs = param_specs(config, "ep")
+    return functools.partial(_sharded(config, ep, sequences), jax.tree.map(jnp.asarray, placement))
 
-    def body(params, x, target):
+
+@functools.cache
+def _sharded(config, ep, sequences):
+    """Compiled once for all placements of as many replicas."""
+
+    def body(placement, params, x, target):
         experts = params.experts
         if placement is not None:
             experts = working_copies(experts, placement.phy2log, "ep")
@@ -60,17 +65,20 @@ def sharded(config, ep, placement, sequences):
 
     mapped = jax.shard_map(
         body,
-        mesh=mesh,
-        in_specs=(specs, P("ep"), P("ep")),
+        mesh=make_mesh(ep),
+        in_specs=(P(), param_specs(config, "ep"), P("ep"), P("ep")),
         out_specs=(P(), (P(), P(), P("ep"))),
         check_vma=False,
     )
-    return jax.jit(jax.value_and_grad(mapped, argnums=(0, 1), has_aux=True))
+    return jax.jit(jax.value_and_grad(mapped, argnums=(1, 2), has_aux=True))
 
 
-def plain(config, chosen, sequences, kept=None):
-    def loss(params, x, target):
-        y = dense.layer(params, x, config, chosen, kept)
+@functools.cache
+def plain(config, sequences):
+    """Compiled once for all choices of experts."""
+
+    def loss(params, x, target, chosen):
+        y = dense.layer(params, x, config, chosen)
         return objective(y, dense.balance_loss(params, x, config, chosen, sequences), target), y
 
     return jax.jit(jax.value_and_grad(loss, argnums=(0, 1), has_aux=True))
@@ -79,7 +87,8 @@ def plain(config, chosen, sequences, kept=None):
 def check(config, ep, placement, params, x, target, sequences=8):
     chosen = dense.choose(np.asarray(x @ params.router), np.asarray(params.bias), config.router)
     (loss, (loads, dropped, y)), grads = sharded(config, ep, placement, sequences)(params, x, target)
-    (expected, y_plain), grads_plain = plain(config, chosen, sequences)(params, x, target)
+    alone = dataclasses.replace(config, replicas=CONFIG.replicas, devices_per_node=CONFIG.devices_per_node)
+    (expected, y_plain), grads_plain = plain(alone, sequences)(params, x, target, chosen)
     assert loads.tolist() == np.bincount(chosen.ravel(), minlength=config.router.num_experts).tolist()
     assert int(dropped) == 0
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
