@@ -64,9 +64,9 @@ def test_sticky_keeps_groups_on_nodes():
 
 
 def test_sticky_makes_whole_groups_of_a_placement_that_had_none():
-    weight = loads_of("lognormal", 2, 64)
+    weight = loads_of("lognormal", 3, 64)
     plan = sticky(weight, balanced(weight, 80, 1, 1, 8), 8, 4, 8, tolerance=0.0)
-    assert all(len(np.unique(node // 8)) == 2 for node in plan.phy2log.reshape(8, 20))
+    assert all(len(np.unique(node // 8)) == 2 for node in plan.phy2log.reshape(12, 20))
 
 
 def test_elastic_uses_living_gpus_only():

@@ -72,6 +72,11 @@ def padded_params(schedule):
     return params._replace(outer={**params.outer, "embedding": table})
 
 
+@functools.cache
+def compiled_plain(stage, schedule, **functions):
+    return jax.jit(plain_value_and_grad(stage, schedule, **functions))
+
+
 def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, embed=sharded_embed,
             head=sharded_head, plain=(models.token_embed, plain_head), rng=None, **options):  # fmt: skip
     """Runs pipeline and plain program; asserts equality of everything; returns the pipeline's gradients."""
@@ -79,8 +84,8 @@ def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, e
         stage, schedule, mesh, embed=embed, head=head, specs=specs, shared_ends=True, **options
     )
     (loss, aux), grads = jax.jit(step)(params, batch, rng)
-    expected = plain_value_and_grad(stage, schedule, embed=plain[0], head=plain[1], weight=options.get("weight"))
-    (expected_loss, expected_aux), expected_grads = jax.jit(expected)(params, batch, rng)
+    expected = compiled_plain(stage, schedule, embed=plain[0], head=plain[1], weight=options.get("weight"))
+    (expected_loss, expected_aux), expected_grads = expected(params, batch, rng)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-10)
     for name, value in aux.items():
         np.testing.assert_allclose(value, expected_aux[name], rtol=1e-10, err_msg=name)
@@ -132,17 +137,22 @@ def test_beside_data_parallelism(x64, name, manual):
         models.token_batch(32),
         jaxpipe.make_mesh(pp=4, dp=2),
         stage=token_stage,
-        head=lambda *args: drop_scale(sharded_head(*args), args),
-        plain=(models.token_embed, lambda *args: drop_scale(plain_head(*args), args)),
+        head=sharded_head_without_scale,
+        plain=(models.token_embed, plain_head_without_scale),
         specs=SHARDED,
         weight=models.token_weight,
         **({"data_axes": ("dp",)} if manual else {"batch_spec": P("dp")}),
     )
 
 
-def drop_scale(output, args):
+def without_scale(head, outer, *args):
     """Without the term of the replicated parameter: the mean over halves of a microbatch weighs it by their masks."""
-    return output._replace(value=output.value - 0.1 * (args[0]["scale"] ** 2).sum())
+    output = head(outer, *args)
+    return output._replace(value=output.value - 0.1 * (outer["scale"] ** 2).sum())
+
+
+sharded_head_without_scale = functools.partial(without_scale, sharded_head)
+plain_head_without_scale = functools.partial(without_scale, plain_head)
 
 
 @pytest.mark.parametrize(
