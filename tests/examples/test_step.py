@@ -117,9 +117,10 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted():
 def test_rebalancing_moves_copies_and_nothing_else():
     """Other placements, the same losses, nothing compiled again; the balance of the loads seen gets better."""
     needs_devices(4)
+    model, _, start, step, _, _ = setup("1f1b", 2, 2, config=small(layers=3), microbatches=2)
     losses = []
     for rebalance in (False, True):
-        model, _, state, step, _, _ = setup("1f1b", 2, 2, config=small(layers=3), microbatches=2)
+        state = jax.tree.map(jnp.copy, start)  # a step takes the memory of its state
         rebalancer = trainer.Rebalancer(model, 2, interval=2)
         rebalancer.config = _eager(rebalancer.config)
         mine, changed = [], 0
