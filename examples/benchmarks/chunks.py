@@ -8,7 +8,8 @@ from __future__ import annotations
 import dataclasses
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
@@ -46,11 +47,18 @@ class Chunk:
     specs: Any
 
 
-def moe_chunk(layers: int, size: str = "dsv3", tokens: int | None = None) -> Chunk:
-    """MLA attention and experts, those that one device of 64 holds, as `profiling.workloads` has them."""
+def moe_chunk(layers: int, size: str = "dsv3", tokens: int | None = None, mesh: Mesh | None = None) -> Chunk:
+    """MLA attention and experts, those that one device of 64 holds, as `profiling.workloads` has them.
+
+    A mesh of several devices, of the one axis ep, holds experts of its own: 8 a device, or 4 from four devices on.
+    """
     sizes: Sizes = dataclasses.replace(SIZES[size], layers=layers)
     tokens = sizes.sequence if tokens is None else tokens
-    mesh = Mesh(jax.devices()[:1], (AXIS,), axis_types=(AxisType.Auto,))
+    mesh = Mesh(jax.devices()[:1], (AXIS,), axis_types=(AxisType.Auto,)) if mesh is None else mesh
+    if mesh.size > 1:
+        router = dataclasses.replace(sizes.moe.router, num_experts=mesh.size * (8 if mesh.size < 4 else 4))
+        moe = dataclasses.replace(sizes.moe, router=router)
+        sizes = dataclasses.replace(sizes, moe=moe, expert_parallel={"train": mesh.size})
 
     def attention(params: Any, x: jax.Array) -> tuple[jax.Array, None]:
         return attend(params, x[None], sizes)[0][0], None
@@ -109,6 +117,12 @@ def chunks(tiny: bool) -> tuple[Chunk, Chunk]:
     return moe_chunk(2), dense_chunk(4)
 
 
+def compile_all(lowered: Sequence[Any]) -> list[Any]:
+    """Compiled programs, several at a time: XLA leaves Python free meanwhile."""
+    with ThreadPoolExecutor(8) as pool:
+        return list(pool.map(lambda program: program.compile(), lowered))
+
+
 def medians_ms(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     """Median milliseconds of calls that take turns, after one turn that does not count."""
     taken: list[list[float]] = [[] for _ in calls]
@@ -131,11 +145,11 @@ def nbytes(tree: Any) -> int:
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
 
 
-def print_table(rows: Sequence[dict[str, Any]]) -> None:
-    """A Markdown table."""
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
-    for row in rows:
+def print_table(rows: Iterable[dict[str, Any]]) -> None:
+    """A Markdown table, row by row as they come."""
+    for i, row in enumerate(rows):
+        if not i:
+            print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
         print(
             "| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True
         )

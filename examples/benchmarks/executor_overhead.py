@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import Chunk, chunks, gib, machine, medians_ms, nbytes, print_table
+from chunks import Chunk, chunks, compile_all, gib, machine, medians_ms, nbytes, print_table
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -105,8 +105,11 @@ def measure(chunk: Chunk, microbatches: int, repeats: int) -> dict[str, Any]:
     del stages
     masters = jax.device_put(masters, NamedSharding(mesh, P()))
     batch = jax.random.normal(jax.random.key(1), (microbatches, chunk.tokens, chunk.width), jnp.bfloat16)
-    piped = jax.jit(step).lower(jaxpipe.Params(masters), batch).compile()
-    plain = plain_step(chunk, schedule.num_stages, mesh).lower(masters, batch).compile()
+    lowered = (
+        jax.jit(step).lower(jaxpipe.Params(masters), batch),
+        plain_step(chunk, schedule.num_stages, mesh).lower(masters, batch),
+    )
+    piped, plain = compile_all(lowered)
     (loss, _), _ = piped(jaxpipe.Params(masters), batch)
     expected, _ = plain(masters, batch)
     assert abs(float(loss) - float(expected)) < 2e-2 * abs(float(expected)), (float(loss), float(expected))
@@ -138,9 +141,7 @@ def main() -> None:
     print(f"{machine()}, bfloat16, one microbatch is one sequence\n")
     moe, dense = chunks(args.tiny)
     models = {"moe": [moe], "dense": [dense], "both": [moe, dense]}[args.model]
-    print_table(
-        [measure(chunk, int(count), args.repeats) for chunk in models for count in args.microbatches.split(",")]
-    )
+    print_table(measure(chunk, int(count), args.repeats) for chunk in models for count in args.microbatches.split(","))
 
 
 if __name__ == "__main__":

@@ -1,0 +1,98 @@
+"""An overlapped pair of DeepSeek-V3's chunk, F of one microbatch and I and W of another, against the matmul ceiling.
+
+    python examples/benchmarks/pair.py [--layers 4] [--repeats 7] [--profile FOLDER] [--tiny]
+
+The pair is the body of `python -m profiling run train`: four MoE layers, 4,096 tokens each way, bfloat16, the experts
+of one device of 64. Its time is half of what two more pairs in a call take. FLOPs are the model's: matrix products, and
+causal attention's, three times the forward; nothing counts that is computed again. "ceiling" is the best of some plain
+bfloat16 matrix products, which take turns with the pair. With --profile a table follows of where the time goes, from a
+profile of the same program; XLA_FLAGS=--xla_gpu_enable_command_buffer= lets it name operations.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from chunks import compile_all, machine, medians_ms, print_table
+
+from profiling.metrics import time_by
+from profiling.workloads import SIZES, Sizes
+from profiling.workloads.run import make_mesh, prepare, run
+
+CEILING = (8192, 8192, 8192), (16384, 8192, 7168), (4096, 7168, 16384)
+"""Plain products: rows, summed over, columns."""
+
+MOST = 40
+"""Rows of the profile's table."""
+
+
+def forward_flops(sizes: Sizes) -> float:
+    """Of one token through all layers, its attention to half of the sequence included."""
+    heads, head = sizes.heads, sizes.content + sizes.rotary
+    attention = (
+        sizes.width * (sizes.query_rank + sizes.latent + sizes.rotary)
+        + sizes.query_rank * heads * head
+        + sizes.latent * heads * (sizes.content + sizes.value)
+        + heads * sizes.value * sizes.width
+    )
+    moe = sizes.moe
+    experts = (moe.router.top_k + moe.num_shared) * 3 * moe.width * moe.hidden + moe.width * moe.router.num_experts
+    scores = sizes.sequence / 2 * heads * (head + sizes.value)
+    return 2.0 * sizes.layers * (attention + experts + scores)
+
+
+def products(sizes: tuple[int, int, int]) -> Any:
+    """A call that multiplies two matrices."""
+    rows, inner, columns = sizes
+    a = jax.random.normal(jax.random.key(0), (rows, inner), jnp.bfloat16)
+    b = jax.random.normal(jax.random.key(1), (inner, columns), jnp.bfloat16)
+    multiply = jax.jit(jnp.matmul)
+    return lambda: multiply(a, b)
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--profile", metavar="FOLDER", help="where a profile goes, replaced if there is one")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
+    args = parser.parse_args()
+    sizes = dataclasses.replace(SIZES["tiny" if args.tiny else "dsv3"], layers=args.layers)
+    plain = ((64, 64, 64),) if args.tiny else CEILING
+    mesh = make_mesh(1)
+    made = [prepare("train", sizes, mesh, jnp.bfloat16, pairs=pairs) for pairs in (1, 3)]
+    compiled = compile_all([function.lower(*arguments) for function, arguments in made])
+    calls = [functools.partial(step, *arguments) for step, (_, arguments) in zip(compiled, made, strict=True)]
+    one, three, *alone = medians_ms([*calls, *map(products, plain)], args.repeats)
+    pair = (three - one) / 2
+    rates = [2 * a * b * c / ms / 1e9 for (a, b, c), ms in zip(plain, alone, strict=True)]
+    flops = 3 * forward_flops(sizes) * sizes.sequence
+    print(f"{machine()}, {sizes.layers} layers, {sizes.sequence} tokens, bfloat16\n")
+    print_table(
+        [
+            {
+                "pair ms": pair,
+                "TFLOP": flops / 1e12,
+                "TFLOP/s": flops / pair / 1e9,
+                "ceiling TFLOP/s": max(rates),
+                "share %": 100 * flops / pair / 1e9 / max(rates),
+            }
+        ]
+    )
+    if args.profile:
+        found = run("train", sizes, args.profile, mesh=mesh, dtype=jnp.bfloat16)
+        events = [event for event in found.trace.events if event.group != "control"]
+        whole = sum(event.duration for event in events)
+        rows = time_by(events, lambda event: f"{event.phase or 'else'}: {event.kind}")
+        print()
+        print_table([{"phase and kind": row.name, "share %": 100 * row.total / whole} for row in rows[:MOST]])
+
+
+if __name__ == "__main__":
+    main()

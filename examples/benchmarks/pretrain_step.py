@@ -1,0 +1,166 @@
+"""A training step of a whole model on one GPU: DualPipeV with one rank beside plain gradient accumulation.
+
+    python examples/benchmarks/pretrain_step.py [--config moe-1b] [--microbatches 8] [--microbatch-size 4] [--tiny]
+
+Both are the model, optimizer and step of `examples/pretrain.py`, float32 masters and bfloat16 products; "plain" is a
+loop over microbatches in one jitted step, as one writes it without a pipeline. MFU is of the chip's published dense
+bfloat16 peak, six FLOPs for each parameter that a token meets, and causal attention's. The second table compares the
+memory that `pretrain.py plan` foresees with what the compiler allocates.
+"""
+
+from __future__ import annotations
+
+import argparse
+import pathlib
+import sys
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from chunks import compile_all, gib, machine, medians_ms, print_table
+
+import jaxpipe
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
+
+from pretraining import data, trainer
+from pretraining import plan as planning
+from pretraining.flags import train_parser
+from pretraining.run import Setup, flops_per_token, set_up
+
+from profiling.chips import CHIPS
+
+
+def accumulate(setup: Setup) -> Any:
+    """Loss and gradients as of `trainer.pipelined`: a loop over microbatches, sums in float32."""
+    model, count = setup.model, setup.schedule.num_microbatches
+    rows = {stage: row for row, stage in enumerate(model.arrangement.storage_order)}
+
+    def loss(params: Any, part: Any, index: jax.Array, rng: jax.Array, total: jax.Array) -> Any:
+        ctx = jaxpipe.Context(jnp.int32(-1), index, rng, part)
+        x, aux_loss, metrics = model.embed(params.outer, part, ctx), jnp.float32(0), []
+        for stage in range(model.arrangement.stages):
+            own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
+            x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
+            aux_loss, metrics = aux_loss + extra, [*metrics, counted]
+        share = model.weight(part) / total
+        summed = jax.tree.map(lambda *leaves: sum(leaves), *metrics)
+        return share * (model.head(params.outer, x, part, ctx) + aux_loss), {**summed, "aux_loss": share * aux_loss}
+
+    def device(params: Any, batch: Any, rng: jax.Array) -> Any:
+        total = model.weight(batch)
+        parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
+        grad = jax.value_and_grad(loss, has_aux=True, allow_int=True)
+
+        def one(carry: Any, inputs: Any) -> tuple[Any, None]:
+            index, part = inputs
+            (value, aux), grads = grad(params, part, index, rng, total)
+            return jax.tree.map(add, carry, ((value, aux), grads)), None
+
+        shapes = jax.eval_shape(lambda: grad(params, jax.tree.map(lambda leaf: leaf[0], parts), 0, rng, total))
+        zeros = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), shapes)
+        return jax.lax.scan(one, zeros, (jnp.arange(count, dtype=jnp.int32), parts))[0]
+
+    def add(a: jax.Array, b: jax.Array) -> jax.Array:
+        return a if a.dtype == jax.dtypes.float0 else a + b
+
+    def value_and_grad(params: Any, batch: Any, rng: jax.Array) -> Any:
+        (value, aux), grads = jax.shard_map(
+            device, mesh=setup.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False
+        )(params, batch, rng)
+        return (value, aux), grads
+
+    return value_and_grad
+
+
+def measure(args: argparse.Namespace, repeats: int) -> None:
+    """Prints both tables."""
+    setup = set_up(args)
+    batch = data.make_batch(setup.corpus.train, args.seed, 0, setup.batch, setup.config.sequence)
+    batch = jax.device_put(batch, setup.sharding)
+    rng = jax.random.key(args.seed)
+    print(f"{machine()}, {args.config}, {setup.batch} sequences of {setup.config.sequence} tokens a step\n", flush=True)
+    steps = {
+        "DualPipeV, one rank": trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
+        "plain accumulation": trainer.make_step(accumulate(setup), setup.model, setup.optimizer, setup.mesh),
+    }
+    abstract = trainer.abstract_state(setup.model, setup.optimizer, setup.mesh)
+    compiled = dict(zip(steps, compile_all([step.lower(abstract, batch, rng) for step in steps.values()]), strict=True))
+    states: dict[str, Any] = {}
+    times, found = {}, {}
+    for name, step in compiled.items():  # one state at a time, as a step takes it over
+        states[name] = trainer.init_state(setup.model, setup.optimizer, setup.mesh)
+
+        def call(name: str = name, step: Any = step) -> Any:
+            states[name], metrics = step(states[name], batch, rng)
+            return metrics
+
+        found[name] = call()
+        (times[name],) = medians_ms([call], repeats)
+        del states[name]
+    plain = times["plain accumulation"]
+    tokens = setup.batch * setup.config.sequence
+    chip = next((chip for name, chip in CHIPS.items() if name in jax.devices()[0].device_kind), None)
+    table = []
+    for name, ms in times.items():
+        mfu = flops_per_token(setup.config) * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")
+        temp: Any = compiled[name].memory_analysis()
+        table.append(
+            {
+                "program": name,
+                "step ms": ms,
+                "tokens/s": round(tokens / ms * 1e3),
+                "MFU %": 100 * mfu,
+                "speed / plain": plain / ms,
+                "temp GiB": gib(temp.temp_size_in_bytes),
+                "first loss": float(found[name]["loss"]),
+                "choices dropped": int(found[name]["dropped"]),
+            }
+        )
+    print_table(table)
+    first, second = (float(metrics["loss"]) for metrics in found.values())
+    assert abs(first - second) < 2e-2 * abs(second), (first, second)
+    print()
+    print_table([memory_row(args, setup, compiled["DualPipeV, one rank"].memory_analysis())])
+
+
+def memory_row(args: argparse.Namespace, setup: Setup, found: Any) -> dict[str, Any]:
+    """The plan beside the compiler's figures."""
+    plan = planning.plan(
+        setup.config,
+        {"pp": setup.mesh.shape["pp"], "ep": setup.mesh.shape.get("ep", 1)},
+        schedules=[args.schedule],
+        microbatches=setup.schedule.num_microbatches,
+        microbatch_size=args.microbatch_size,
+        dtype=jnp.dtype(args.dtype),
+        cpu=jax.default_backend() == "cpu",
+    )
+    (row,) = plan.rows
+    assert row.memory is not None, row.reason
+    actual = found.argument_size_in_bytes + found.temp_size_in_bytes
+    return {
+        "planned arguments GiB": gib(row.memory.arguments),
+        "arguments GiB": gib(found.argument_size_in_bytes),
+        "planned temp GiB": gib(row.memory.temporary),
+        "temp GiB": gib(found.temp_size_in_bytes),
+        "planned / actual temp": row.memory.temporary / found.temp_size_in_bytes,
+        "planned / actual": row.memory.total / actual,
+    }
+
+
+def main() -> None:
+    """Measures."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="moe-1b")
+    parser.add_argument("--microbatches", type=int, default=8)
+    parser.add_argument("--microbatch-size", type=int, default=4)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--tiny", action="store_true", help="the tiny model, to see that the script runs")
+    parsed = parser.parse_args()
+    flags = ["--config", "tiny" if parsed.tiny else parsed.config, "--mesh", "pp=1,ep=1"]
+    flags += ["--dtype", "float32" if parsed.tiny else "bfloat16", "--microbatches", str(parsed.microbatches)]
+    measure(train_parser().parse_args([*flags, "--microbatch-size", str(parsed.microbatch_size)]), parsed.repeats)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,250 @@
+"""All schedules on a mesh of several GPUs of one host, the same model in each: what a step takes, and what it should.
+
+    python examples/benchmarks/schedules.py [--mesh pp=4,ep=1] [--microbatches 8,16,32] [--model dense] [--tiny]
+
+Masters and gradients are float32, arithmetic is bfloat16. First F, I, W (added to float32 sums), a whole B and an
+overlapped F&B are measured on the devices of one rank; each schedule is packed with these costs, compiled and timed.
+
+* "of ideal": step / (microbatches x (F + I + W) of a rank's whole share of the model, as one stage).
+* "simulated": where ranks wait for their inputs alone, at the measured costs. "achieved": step / simulated, above 1 is
+  slower. "packed": what the program's ticks, without messages, say of that.
+* "bubble": 1 - busy / step; busy is microbatches x (F + I + W) of the rank's stages, even where whole or overlapped
+  backwards run, whose gain may take it below 0. "simulated bubble": 1 - busy / simulated.
+* "idle": of the simulated rank that idles most; "form": DeepSeek's form of that, if any. Shares of simulated.
+* "in flight": microbatches stashed on a rank, simulated. "stash": all slots, float32 sums and working copies of a GPU,
+  as the schedule says; "temp" and "arguments": as the compiler says.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; the rest is for NCCL and code
+
+import jax
+import jax.numpy as jnp
+from chunks import Chunk, dense_chunk, gib, machine, medians_ms, moe_chunk, nbytes, print_table
+from executor_overhead import embed, head
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxpipe
+from jaxpipe.schedule import Costs, Schedule, build, simulate
+from jaxpipe.schedule.simulate import closed_form_bubble
+from jaxpipe.stage import split_stage
+
+SCHEDULES = "gpipe,1f1b,zb1p,zbv,interleaved,dualpipe,dualpipev"
+FORMS = ("gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev")
+HALVED = ("zbv", "interleaved", "dualpipev")  # two stages a rank, of half the layers each
+COLUMNS = (
+    "schedule", "microbatches", "step ms", "of ideal", "simulated ms", "achieved", "packed", "bubble %",
+    "simulated bubble %", "idle %", "form %", "in flight", "stash GiB", "temp GiB", "arguments GiB", "tokens/s",
+)  # fmt: skip
+
+
+class Layers:
+    """The model: equal layers in a row. A stage's parameters are a tuple of the chunk's, stacked in rows for a mesh."""
+
+    def __init__(self, chunk: Chunk, mesh: Mesh) -> None:
+        self.chunk, self.mesh = chunk, mesh
+        leaves, self.tree = jax.tree.flatten(chunk.init(jax.random.key(0)))
+        self.leaves = [(leaf.shape, float(leaf.std())) for leaf in leaves]
+
+    def stage(self, params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jax.Array:
+        """The stage of `jaxpipe.value_and_grad`, whatever the number of layers."""
+        for i, layer in enumerate(params):
+            with jax.named_scope(f"layer_{i}"):
+                x = self.chunk.stage(layer, x, ctx)
+        return x
+
+    def specs(self, layers: int) -> Any:
+        """PartitionSpecs of stages of so many layers."""
+        return jax.tree.map(lambda spec: P("pp", *spec), (self.chunk.specs,) * layers)
+
+
+@functools.cache
+def masters(model: Layers, layers: int, order: tuple[int, ...], mesh: Mesh) -> Callable[[], Any]:
+    """Makes stages stacked in this order, as by `jaxpipe.stack_stages`, each device its own; layers differ by place."""
+
+    def layer(index: jax.Array) -> Any:
+        keys = jax.random.split(jax.random.fold_in(jax.random.key(1), index), len(model.leaves))
+        made = [jax.random.normal(key, shape) * std for key, (shape, std) in zip(keys, model.leaves, strict=True)]
+        return model.tree.unflatten(made)
+
+    make = jax.vmap(lambda stage: tuple(layer(stage * layers + i) for i in range(layers)))
+    shardings = jax.tree.map(functools.partial(NamedSharding, mesh), model.specs(layers))
+    rows = jax.device_put(jnp.asarray(order, jnp.int32), NamedSharding(mesh, P("pp")))
+    return functools.partial(jax.jit(make, out_shardings=shardings), rows)
+
+
+def start(pool: ThreadPoolExecutor, name: str, lowered: Any) -> Future[Any]:
+    """The compiled program, later; standard error hears of it."""
+    future = pool.submit(lowered.compile)
+    future.add_done_callback(lambda _: print(f"compiled {name}", file=sys.stderr, flush=True))
+    return future
+
+
+def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats: int) -> tuple[Costs, int, list[int]]:
+    """Of a stage on the first rank: times in ms; on a device, parameters and bytes of each kind of slot."""
+    mesh = Mesh(model.mesh.devices[:1], model.mesh.axis_names, axis_types=(AxisType.Auto,) * 2)
+    whole, ctx = NamedSharding(mesh, P()), jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)
+    shape = (1, model.chunk.tokens, model.chunk.width)
+    x, ct = (jax.device_put(jax.random.normal(jax.random.key(i), shape, jnp.bfloat16), whole) for i in range(2))
+    params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), masters(model, layers, (0,), mesh)())
+    splits: list[Any] = []
+
+    def local(function: Callable[..., Any]) -> Any:
+        """A program of these devices, each with its own values of whatever is not a parameter."""
+
+        def body(params: Any, held: Any) -> Any:
+            one = jax.tree.map(lambda leaf: leaf[0], params)
+            splits.append(split_stage(lambda params, x: model.stage(params, x, ctx), one, x))
+            return function(splits[-1], *held) if held else function(splits[-1], one)
+
+        specs = (model.specs(layers), P())
+        mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
+        return jax.jit(mapped, in_shardings=(None, whole))
+
+    def backward(split: Any, prepared: Any, kept: Any, ct: Any, totals: Any) -> Any:
+        grads, x_ct = split.backward(prepared, kept, ct)
+        return x_ct, jax.tree.map(jnp.add, totals, grads)
+
+    def arguments(kept: Any, crossing: Any) -> Any:
+        both = (prepared, kept, ct, totals)
+        return (prepared, x), (prepared, kept, ct), (prepared, kept.weight, crossing, totals), both, (*both, x)
+
+    functions = {
+        "F": lambda split, *held: split.forward(*held),
+        "I": lambda split, *held: split.backward_input(*held),
+        "W": lambda split, *held: jax.tree.map(jnp.add, held[-1], split.backward_weight(*held[:-1])),
+        "B": backward,
+        "F&B": lambda split, *held: (split.forward(held[0], held[-1]), backward(split, *held[:-1])),
+    }
+    prepared = local(lambda split, params: split.prepare(params))(params, ())
+    totals = local(lambda _, params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))(params, ())
+    shapes = arguments(splits[-1].residuals, splits[-1].crossing)
+    programs = [
+        start(pool, f"{name} of {layers} layers", local(function).lower(params, held))
+        for (name, function), held in zip(functions.items(), shapes, strict=True)
+    ]
+    _, kept = programs[0].result()(params, (prepared, x))
+    _, crossing = programs[1].result()(params, (prepared, kept, ct))
+    held = zip(programs, arguments(kept, crossing), strict=True)
+    calls = [functools.partial(program.result(), params, each) for program, each in held]
+    ring = [(rank, (rank + 1) % model.mesh.shape["pp"]) for rank in range(model.mesh.shape["pp"])]
+    send = functools.partial(jax.lax.ppermute, axis_name="pp", perm=ring)
+    send = jax.jit(jax.shard_map(send, mesh=model.mesh, in_specs=P(), out_specs=P(), check_vma=False))
+    calls.append(functools.partial(send, jax.device_put(x, NamedSharding(model.mesh, P()))))
+    costs = Costs(*medians_ms(calls, repeats))
+    slots = [nbytes(each) for each in (kept.input, kept.weight, crossing, x)]
+    print(f"{layers} layers: {costs} ms; a stash, weight stash, cross and mail slot: {slots} bytes\n", flush=True)
+    return costs, nbytes(totals) // 4, slots
+
+
+def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs) -> tuple[Any, Any]:
+    """A schedule's step, and the same lowered."""
+    specs, sequences = model.specs(layers), schedule.num_microbatches * model.mesh.shape["ep"]
+    step = jaxpipe.value_and_grad(
+        model.stage, schedule, model.mesh, embed=embed, head=head, data_axes=("ep",),
+        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs,
+    )  # fmt: skip
+    batch = jax.ShapeDtypeStruct((sequences, model.chunk.tokens, model.chunk.width), jnp.bfloat16)
+    shapes = jax.eval_shape(masters(model, layers, schedule.storage_order, model.mesh))
+    shardings = jax.tree.map(functools.partial(NamedSharding, model.mesh), (jaxpipe.Params(specs), P("ep")))
+    return step, jax.jit(step, in_shardings=shardings).lower(jaxpipe.Params(shapes), batch)
+
+
+def measure(model: Layers, plan: Any, stage: Any, whole: Costs, repeats: int, losses: dict[int, float]) -> Any:
+    """A row of the table without its first two columns; plan is a step, its program and layers of a stage."""
+    (step, compiled, layers), (costs, params, sizes) = plan, stage
+    program, schedule, memory = step.program, step.program.schedule, compiled.memory_analysis()
+    arguments, temp = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    needed = arguments + temp + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    limit = (model.mesh.devices.flat[0].memory_stats() or {}).get("bytes_limit", needed)
+    if needed > limit:
+        raise MemoryError(f"needs {gib(needed):.1f} GiB a GPU of {gib(limit):.1f}, {gib(temp):.1f} of it temporary")
+    count, split = schedule.num_microbatches, schedule.num_stages // schedule.num_ranks
+    held = jaxpipe.Params(masters(model, layers, schedule.storage_order, model.mesh)())
+    shape = (count * model.mesh.shape["ep"], model.chunk.tokens, model.chunk.width)
+    normal = functools.partial(jax.random.normal, shape=shape, dtype=jnp.bfloat16)
+    batch = jax.jit(normal, out_shardings=NamedSharding(model.mesh, P("ep")))(jax.random.key(2))
+    loss = float(compiled(held, batch)[0][0])
+    assert abs(loss / losses.setdefault(count, loss) - 1) <= 2e-2, f"loss {loss}, of the first {losses[count]}"
+    (step_ms,) = medians_ms([lambda: compiled(held, batch)], repeats)
+    busy, ideal = (count * (times.forward + times.backward_input + times.weight) for times in (costs, whole))
+    timeline = simulate(schedule, costs)
+    form = closed_form_bubble(schedule.name, schedule.num_ranks, costs) if schedule.name in FORMS else float("nan")
+    pools = (program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots, program.num_mail_slots)
+    slots = sum((number + 1) * size for number, size in zip(pools, sizes, strict=True))
+    values = (
+        step_ms, step_ms / ideal, timeline.makespan, step_ms / timeline.makespan, program.makespan / timeline.makespan,
+        100 * (1 - split * busy / step_ms), 100 * (1 - split * busy / timeline.makespan),
+        100 * max(timeline.bubble) / timeline.makespan, 100 * form / timeline.makespan, max(timeline.peak_live) / split,
+        gib(slots + len(schedule.rank_stages[0]) * params * (4 + 2)), gib(temp), gib(arguments),
+        round(shape[0] * shape[1] / step_ms * 1e3),
+    )  # fmt: skip
+    return dict(zip(COLUMNS[2:], values, strict=True))
+
+
+def main() -> None:
+    """Prints the table."""
+    begin = time.monotonic()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--mesh", default="pp=4,ep=1")
+    parser.add_argument("--microbatches", help="default: 2, 4 and 8 times the ranks")
+    parser.add_argument("--schedules", default=SCHEDULES)
+    parser.add_argument("--model", choices=["moe", "dense"], default="moe")
+    parser.add_argument("--layers", type=int, default=2, help="of a rank's share; even, as two stages halve it")
+    parser.add_argument("--tokens", type=int, help="of a microbatch on a device; default: 4096")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
+    args = parser.parse_args()
+    assert args.layers % 2 == 0, "--layers must be even"
+    axes = {"ep": 1} | {name: int(size) for name, size in (axis.split("=") for axis in args.mesh.split(","))}
+    mesh, tokens = jaxpipe.make_mesh(pp=axes["pp"], ep=axes["ep"]), args.tokens or (64 if args.tiny else 4096)
+    experts = Mesh(mesh.devices[0], ("ep",), axis_types=(AxisType.Auto,))
+    moe = moe_chunk(1, "tiny" if args.tiny else "dsv3", tokens, experts)
+    model = Layers(moe if args.model == "moe" else dense_chunk(1, 64 if args.tiny else 4096, tokens), mesh)
+    print(f"{machine()}, {mesh.size} devices, {args.mesh}, {axes['pp'] * args.layers} times {model.chunk.name}, "
+          f"{model.chunk.tokens} tokens of a microbatch on a device\n", flush=True)  # fmt: skip
+    jax.config.update("jax_disable_most_optimizations", args.tiny)
+    layers_of = {name: args.layers // (2 if name in HALVED else 1) for name in args.schedules.split(",")}
+    pool, plans, losses = ThreadPoolExecutor(8), [], {}
+    stages = {n: measure_stage(model, n, pool, args.repeats) for n in sorted({args.layers, *layers_of.values()})}
+    default = ",".join(str(factor * axes["pp"]) for factor in ((2,) if args.tiny else (2, 4, 8)))
+    for count in map(int, (args.microbatches or default).split(",")):
+        for name, layers in layers_of.items():
+            try:
+                step, lowered = make_step(model, build(name, axes["pp"], count), layers, stages[layers][0])
+                plans.append((name, count, step, start(pool, f"{name} of {count}", lowered)))
+            except Exception as error:
+                plans.append((name, count, error, None))
+    pool.shutdown()
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for name, count, step, program in plans:
+            if time.monotonic() - begin > args.seconds:
+                return
+            row, layers = dict.fromkeys(COLUMNS, "") | {"schedule": name, "microbatches": count}, layers_of[name]
+            try:
+                if program is None:
+                    raise step
+                plan = step, program.result(), layers
+                row |= measure(model, plan, stages[layers], stages[args.layers][0], args.repeats, losses)
+            except Exception as error:
+                row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
+            yield row
+
+    print_table(rows())
+
+
+if __name__ == "__main__":
+    main()
