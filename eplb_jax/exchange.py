@@ -109,13 +109,20 @@ def _log_fallback(reason: str) -> None:
 def _dispatch(
     chosen: str, kernel: Callable[..., jax.Array], xla: Callable[..., jax.Array], *arguments: jax.Array
 ) -> jax.Array:
-    """The result on the chosen backend."""
-    if chosen == "xla":
-        return xla(*arguments)
-    kernel = varying(functools.partial(kernel, cores=current_target().cores))
-    if chosen == "mosaic":
-        return kernel(*arguments)
-    return jax.lax.platform_dependent(*arguments, cuda=kernel, default=varying(xla))
+    """The result on the chosen backend.
+
+    The name of the jitted function tells `jaxpipe` that its result need not be stashed.
+    """
+
+    def made_again(*arguments: jax.Array) -> jax.Array:
+        if chosen == "xla":
+            return xla(*arguments)
+        hopper = varying(functools.partial(kernel, cores=current_target().cores))
+        if chosen == "mosaic":
+            return hopper(*arguments)
+        return jax.lax.platform_dependent(*arguments, cuda=hopper, default=varying(xla))
+
+    return jax.jit(made_again)(*arguments)
 
 
 def copy_rows_by_xla(x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"]) -> Float[Array, "R D"]:

@@ -92,7 +92,7 @@ class Step:
 
         def compute(inputs: Any, row: jax.Array) -> Any:
             residuals, dy = inputs
-            return self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row))
+            return self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row), narrow=True)
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             grads, dx = result
@@ -123,7 +123,7 @@ class Step:
             return take(buffers.weight_stash, row[Field.WEIGHT_STASH]), take(buffers.cross, row[Field.CROSS])
 
         def compute(inputs: Any, row: jax.Array) -> Any:
-            return self.split.backward_weight(self.prepared[chunk], *inputs)
+            return self.split.backward_weight(self.prepared[chunk], *inputs, narrow=True)
 
         def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
             return _accumulate(buffers, chunk, grads)

@@ -122,7 +122,7 @@ def _cut_down(node: Node, values: set[Value]) -> Node:
 
 
 def _light(node: Node) -> bool:
-    return node.name not in HEAVY if node.scan is None else all(map(_light, node.scan.nodes))
+    return node.again or node.name not in HEAVY if node.scan is None else all(map(_light, node.scan.nodes))
 
 
 def _divide_node(

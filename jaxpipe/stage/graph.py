@@ -32,6 +32,9 @@ CALLS = {
 }
 """Primitives that are inlined, and the parameter that holds their jaxpr."""
 
+AGAIN = "made_again"
+"""Name of a jitted function whose work is so light that it may be done again rather than its result kept."""
+
 
 @dataclasses.dataclass(eq=False)
 class Value:
@@ -51,7 +54,7 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """Outputs computed from inputs; ``scan`` is set where it is a loop."""
+    """Outputs computed from inputs; ``scan`` is set where it is a loop, ``again`` within a function named `AGAIN`."""
 
     name: str
     ins: tuple[Value, ...]
@@ -59,6 +62,7 @@ class Node:
     run: Callable[..., Sequence[Any]]
     eqn: JaxprEqn | None = None
     scan: Scan | None = None
+    again: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -157,6 +161,7 @@ def _emit(
     """Appends the nodes of a jaxpr, inlined; returns its outputs."""
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     env.update({var: Value(var.aval, const) for var, const in zip(jaxpr.constvars, consts, strict=True)})
+    again = any(outer.params.get("name") == AGAIN for outer in context)
 
     def lookup(atom: Any) -> Value:
         return Value(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
@@ -175,7 +180,7 @@ def _emit(
                 nodes.append(_scan(eqn, ins, outs, context).node())
             else:
                 run = functools.partial(_bind, eqn, context)
-                nodes.append(Node(name, tuple(ins), tuple(outs), run, eqn))
+                nodes.append(Node(name, tuple(ins), tuple(outs), run, eqn, again=again))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [lookup(atom) for atom in jaxpr.outvars]
 

@@ -26,6 +26,12 @@ REDUCING = frozenset({"reduce_and", "reduce_max", "reduce_min", "reduce_or", "re
 LIGHT = ELEMENTWISE | MOVING | REDUCING
 """Primitives that a compiler fuses into what reads them."""
 
+
+def is_light(node: Node) -> bool:
+    """Whether the node's work is lighter than to keep its result: by its primitive, or because the user says so."""
+    return node.again or node.name in LIGHT
+
+
 _Place = tuple[str, Value | None]
 _SOURCE: _Place = ("source", None)
 _SINK: _Place = ("sink", None)
@@ -33,7 +39,7 @@ _ENDLESS = 1 << 62
 
 
 def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> set[Value]:
-    """Values to keep, of which `LIGHT` nodes make the needed ones, together with given values and constants.
+    """Values to keep, of which light nodes make the needed ones, together with given values and constants.
 
     Of all cuts of as few bytes the one that leaves least to be made again.
 
@@ -57,7 +63,7 @@ def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collecti
         value = pending.pop()
         network.join(("in", value), ("out", value), value.nbytes + 1)
         node = made.get(value)
-        if node is None or node.name not in LIGHT:
+        if node is None or not is_light(node):
             network.join(_SOURCE, ("in", value), _ENDLESS)
             continue
         for origin in node.ins:

@@ -78,21 +78,32 @@ class SplitStage:
         return self._x_ct(env), tuple(_pack(env[value]) for value in parts.crossing)
 
     def backward_weight(
-        self, prepared: Sequence[jax.Array], weight_residuals: Sequence[jax.Array], crossing: Sequence[jax.Array]
+        self,
+        prepared: Sequence[jax.Array],
+        weight_residuals: Sequence[jax.Array],
+        crossing: Sequence[jax.Array],
+        *,
+        narrow: bool = False,
     ) -> Any:
-        """The parameters' cotangent: the half that nobody waits for."""
+        """The parameters' cotangent: the half that nobody waits for.
+
+        With ``narrow``, for who adds it to sums in the parameters' dtype: where its last step is to be cast to that, it
+        is returned as it was before.
+        """
         parts = self._parts
         env = self._restore(prepared, (), weight_residuals)
         env.update(_unpack_all(parts.crossing, crossing))
         evaluate(parts.second, env)
-        return self._params_ct(env)
+        return self._params_ct(env, narrow)
 
-    def backward(self, prepared: Sequence[jax.Array], residuals: Residuals, out_ct: Any) -> tuple[Any, Any]:
-        """``(parameters' cotangent, x's cotangent)``, both halves at once."""
+    def backward(
+        self, prepared: Sequence[jax.Array], residuals: Residuals, out_ct: Any, *, narrow: bool = False
+    ) -> tuple[Any, Any]:
+        """``(parameters' cotangent, x's cotangent)``, both halves at once; ``narrow`` as in `backward_weight`."""
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
-        evaluate((*self._parts.first, *self._parts.second), env)
-        return self._params_ct(env), self._x_ct(env)
+        evaluate(dict.fromkeys((*self._parts.first, *self._parts.second)), env)
+        return self._params_ct(env, narrow), self._x_ct(env)
 
     def _restore(self, prepared: Any, input_residuals: Any, weight_residuals: Any) -> dict[Value, Any]:
         parts = self._parts
@@ -106,8 +117,9 @@ class SplitStage:
         cts = [ct for ct, aval in zip(_leaves(out_ct), jax.tree.leaves(self.out), strict=True) if _inexact(aval)]
         env.update(zip(self._parts.cts, cts, strict=True))
 
-    def _params_ct(self, env: dict[Value, Any]) -> Any:
-        return _cotangents(env, self._parts.params_ct, self._parts.params_like)
+    def _params_ct(self, env: dict[Value, Any], narrow: bool) -> Any:
+        values = self._parts.params_ct_narrow if narrow else self._parts.params_ct
+        return _cotangents(env, values, self._parts.params_like)
 
     def _x_ct(self, env: dict[Value, Any]) -> Any:
         return _cotangents(env, self._parts.x_ct, self._parts.x_like)
@@ -128,6 +140,7 @@ class _Parts(NamedTuple):
     second: tuple[Node, ...]
     crossing: tuple[Value, ...]
     params_ct: tuple[Value, ...]
+    params_ct_narrow: tuple[Value, ...]
     x_ct: tuple[Value, ...]
     params_like: Any
     x_like: Any
@@ -229,6 +242,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
             second=second,
             crossing=crossing,
             params_ct=params_ct,
+            params_ct_narrow=_before_casts(params_ct, second),
             x_ct=x_ct,
             params_like=params,
             x_like=x,
@@ -294,6 +308,17 @@ def _substitute(node: Node, alias: dict[Value, Value]) -> Node:
 def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
     """What nodes and results read, made among the nodes or not."""
     return {value for node in nodes for value in node.ins} | set(results)
+
+
+def _before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value, ...]:
+    """The values, or what nodes widened to make them."""
+    made = {node.outs[0]: node.ins[0] for node in nodes if node.name == "convert_element_type"}
+
+    def before(value: Value) -> Value:
+        source = made.get(value)
+        return value if source is None or source.const is not None or source.nbytes >= value.nbytes else source
+
+    return tuple(map(before, values))
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """What is kept is enough, and no other choice takes fewer bytes; a stage keeps what is small and makes the rest."""
 
+import functools
 import itertools
 import random
 
@@ -12,6 +13,7 @@ from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.keep import LIGHT, fewest_bytes
+from tests.plain import assert_trees_close
 from tests.stage import zoo
 
 
@@ -56,8 +58,7 @@ def test_light_work_is_known_to_jax():
 
 
 def test_a_gated_layer_keeps_what_its_products_made(x64):
-    """Input and the first product's result; norm, gate and their product are made again, and no cotangent of them is
-    handed over beside those of the products."""
+    """Input and the first product's result; norm, gate and their product are made again in both halves."""
 
     def stage(p, x):
         normal = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
@@ -76,3 +77,36 @@ def test_what_collectives_and_sorts_made_is_kept(x64):
     kept = [leaf.shape for leaf in jax.tree.leaves(split.residuals) if leaf.dtype == jnp.float64]
     assert kept == [(3, 4)]
     assert not LIGHT & {"sort", "all_to_all", "psum", "all_gather", "dot_general", "pallas_call", "custom_call", "scan"}
+
+
+def test_what_the_user_calls_light_is_made_again(x64):
+    """A gather is not light, but within a function of that name it is."""
+
+    def made_again(table, rows):
+        return table[rows]
+
+    def stage(take, w, x, rows):
+        return jnp.sin(take(x, rows) @ w)
+
+    params, x, rows = zoo.normal(4, 4), zoo.normal(3, 4), jnp.arange(24) % 3
+    kept = []
+    for take in (made_again, jax.jit(made_again)):
+        split = split_stage(functools.partial(stage, take), params, x, rows)
+        kept.append({leaf.shape for leaf in split.residuals.weight if leaf.dtype == jnp.float64})
+        _, residuals = split.forward(split.prepare(params), x, rows)
+        x_ct, crossing = split.backward_input(split.prepare(params), residuals, jnp.ones((24, 4)))
+        found = split.backward_weight(split.prepare(params), residuals.weight, crossing), x_ct
+        expected = jax.vjp(lambda w, x: stage(made_again, w, x, rows), params, x)[1](jnp.ones((24, 4)))
+        assert_trees_close(found, expected, rtol=1e-12)
+    assert kept == [{(24, 4)}, {(3, 4)}]
+
+
+def test_narrow_cotangents_are_those_before_the_last_cast():
+    params, x = jnp.ones((4, 4)), jnp.ones((2, 4), jnp.bfloat16)
+    split = split_stage(lambda w, x: jnp.tanh(x @ w.astype(x.dtype)), params, x)
+    prepared = split.prepare(params)
+    y, residuals = split.forward(prepared, x)
+    wide, _ = split.backward(prepared, residuals, y)
+    narrow, _ = split.backward(prepared, residuals, y, narrow=True)
+    assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
+    np.testing.assert_array_equal(wide, narrow.astype(jnp.float32))
