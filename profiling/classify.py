@@ -95,6 +95,7 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^(while|conditional|cond|call)([.\d]|$|\.clone)", "control flow", "control", "hlo_op"),
     Rule(r"grouped_(rows|outer|gemm)|ragged_dot|m_grouped", "grouped GEMM", "compute"),
     Rule(r"grouped_(rows|outer|gemm)|ragged[-_]dot", "grouped GEMM", "compute", "hlo_op"),
+    Rule(r"(copy|add)_rows", "permute", "compute"),
     Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute"),
     Rule(r"gemm|nvjet|cublas|cutlass|wgmma|splitKreduce", "GEMM", "compute"),
     Rule(r"gemm|^dot|_dot\b|dot_general|_dot_|matmul|cublas", "GEMM", "compute", "hlo_op"),

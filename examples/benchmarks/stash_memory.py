@@ -1,10 +1,11 @@
 """Memory of the compiled pipeline against what the schedule predicts, and copies of stash buffers in its HLO.
 
-    python examples/benchmarks/stash_memory.py [--width 2048] [--layers 4] [--ranks 1,4,8]
+    python examples/benchmarks/stash_memory.py [--width 2048] [--layers 4] [--ranks 1,4,8] [--chip H200]
 
-Compiles DualPipeV training steps of a stage of residual MLP layers in bfloat16. Ranks beyond the devices present are
-compiled ahead of time for as many GPUs of the same kind; on CPU they need fake devices. The prediction is the sum of
-all slot pools, the gradient accumulators, the working copies, and the temporaries of the largest branch compiled alone.
+Compiles DualPipeV training steps of a stage of residual MLP layers in bfloat16; nothing runs. Ranks beyond the devices
+present are compiled for as many GPUs that are not there (`profiling.topology`); where JAX has no CUDA, they need fake
+CPU devices. The prediction is the sum of all slot pools, the gradient accumulators, the working copies, and the
+temporaries of the largest branch compiled alone.
 """
 
 import argparse
@@ -14,13 +15,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from chunks import nbytes
-from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.stage import split_stage
+from profiling.topology import has_cuda, topology
 
 
 def stage(params, x, ctx):
@@ -40,18 +41,17 @@ def head(outer, y, data, ctx):
     return jnp.mean(y.astype(jnp.float32) ** 2)
 
 
-def make_mesh(ranks: int) -> Mesh:
-    """A mesh over real devices, or over a topology of as many GPUs where there are fewer."""
-    if ranks <= len(jax.devices()):
-        return jaxpipe.make_mesh(pp=ranks)
-    topology = topologies.get_topology_desc(platform="cuda", topology=f"1x{ranks}x1")
-    return Mesh(np.array(topology.devices), ("pp",), axis_types=(AxisType.Auto,))
+def make_mesh(ranks: int, chip: str) -> Mesh:
+    """A mesh over real GPUs, over as many of a kind to compile for where there are fewer, or over CPU devices."""
+    if has_cuda() and (jax.default_backend() != "gpu" or ranks > len(jax.devices())):
+        return Mesh(np.array(topology(chip, ranks).devices), ("pp",), axis_types=(AxisType.Auto,))
+    return jaxpipe.make_mesh(pp=ranks)
 
 
-def measure(ranks: int, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, float]:
+def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, float]:
     """One row of the table."""
+    ranks = mesh.size
     schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
-    mesh = make_mesh(ranks)
     step = jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, compute_dtype=jnp.bfloat16)
     shape = jax.ShapeDtypeStruct
     one = {
@@ -82,8 +82,10 @@ def measure(ranks: int, microbatches: int, layers: int, width: int, tokens: int)
     def pair(prepared, residuals, dy, x, ctx):
         return split.forward(prepared, x, ctx), split.backward(prepared, residuals, (dy, None))
 
-    prepared = jax.eval_shape(split.prepare, one)
-    branch = jax.jit(pair).lower(prepared, split.residuals, x, x, ctx).compile().memory_analysis()
+    alone = NamedSharding(Mesh(mesh.devices[:1], ("pp",), axis_types=(AxisType.Auto,)), P())
+    arguments = (jax.eval_shape(split.prepare, one), split.residuals, x, x, ctx)
+    arguments = jax.tree.map(lambda leaf: shape(leaf.shape, leaf.dtype, sharding=alone), arguments)
+    branch = jax.jit(pair).lower(*arguments).compile().memory_analysis()
     memory = compiled.memory_analysis()
     assert branch is not None and memory is not None, "this backend does not report memory"
     working = branch.temp_size_in_bytes + branch.output_size_in_bytes
@@ -124,13 +126,16 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
     parser.add_argument("--ranks", default="1,4,8")
+    parser.add_argument("--chip", default="H200", help="GPUs that are not there")
     args = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, "
-          f"{args.tokens} tokens a microbatch, bfloat16\n")  # fmt: skip
+    kind = make_mesh(1, args.chip).devices[0].device_kind
+    print(
+        f"{kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, {args.tokens} tokens a microbatch\n"
+    )
     rows = []
     for ranks in map(int, args.ranks.split(",")):
         for factor in (2, 4):
-            rows.append(measure(ranks, factor * ranks + 2, args.layers, args.width, args.tokens))
+            rows.append(measure(make_mesh(ranks, args.chip), factor * ranks + 2, args.layers, args.width, args.tokens))
     print("| " + " | ".join(rows[0]) + " |")
     print("|" + "---|" * len(rows[0]))
     for row in rows:

@@ -17,6 +17,7 @@ import jax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
 import jaxpipe
+from jaxpipe.stage.graph import scan_counts
 
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
 """Operations whose result is their operand in other words."""
@@ -158,8 +159,8 @@ class _Graph:
             body = eqn.params["jaxpr" if name == "scan" else "body_jaxpr"]
             inner = peak(body.jaxpr, cpu=self.cpu)
             if name == "scan":
-                begin = eqn.params["num_consts"]
-                carried = ins[begin : begin + eqn.params["num_carry"]]
+                begin, count = scan_counts(eqn)
+                carried = ins[begin : begin + count]
             else:
                 carried = ins[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :]
             # A literal start is a buffer like any other.
@@ -198,8 +199,8 @@ def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu:
     outer = jax.make_jaxpr(pipeline)(params, batch)
     (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
     body = mapped.params["jaxpr"]
-    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: eqn.params["num_carry"])
-    consts, carried = loop.params["num_consts"], loop.params["num_carry"]
+    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: scan_counts(eqn)[1])
+    consts, carried = scan_counts(loop)
     made = {var for eqn in body.eqns for var in eqn.outvars}
     working = nbytes(var.aval for var in loop.invars[:consts] if var in made)
     buffers = [var.aval for var in loop.invars[consts : consts + carried]]

@@ -187,7 +187,7 @@ def _emit(
 
 def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Scan:
     jaxpr, consts = _open(eqn.params["jaxpr"])
-    num_consts, num_carry = _scan_counts(eqn)
+    num_consts, num_carry = scan_counts(eqn)
     inner_ins = [Value(var.aval) for var in jaxpr.invars]
     nodes: list[Node] = []
     inner_outs = _emit(jaxpr, consts, inner_ins, nodes, ())
@@ -207,7 +207,7 @@ def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: t
     )
 
 
-def _scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
+def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:
     """How many of a scan's inputs are constants and carries; jax 0.11 keeps them in a tree instead of as counts."""
     if "num_carry" in eqn.params:
         return eqn.params["num_consts"], eqn.params["num_carry"]
