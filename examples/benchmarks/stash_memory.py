@@ -129,9 +129,8 @@ def main() -> None:
     parser.add_argument("--chip", default="H200", help="GPUs that are not there")
     args = parser.parse_args()
     kind = make_mesh(1, args.chip).devices[0].device_kind
-    print(
-        f"{kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, {args.tokens} tokens a microbatch\n"
-    )
+    print(f"{kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, {args.tokens} tokens")
+    print()
     rows = []
     for ranks in map(int, args.ranks.split(",")):
         for factor in (2, 4):
