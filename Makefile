@@ -21,7 +21,7 @@ train: $(VENV)/.stamp
 	$(BIN)/python examples/pretrain.py --check 3 --profile 1 $(ARGS)
 
 test: $(VENV)/.stamp
-	$(BIN)/python -m pytest -n 2 $(ARGS)
+	$(BIN)/python -m pytest -n 2 --dist worksteal $(ARGS)
 
 slow: $(VENV)/.stamp
 	$(BIN)/python -m pytest -m slow $(ARGS)

@@ -14,6 +14,7 @@ import numpy as np
 from jaxpipe.stage.divide import closure, divide, hoist
 from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
 from jaxpipe.stage.keep import fewest_bytes
+from jaxpipe.stage.order import as_soon_as_possible, in_time
 
 
 class Residuals(NamedTuple):
@@ -102,7 +103,7 @@ class SplitStage:
         """``(parameters' cotangent, x's cotangent)``, both halves at once; ``narrow`` as in `backward_weight`."""
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
-        evaluate(dict.fromkeys((*self._parts.first, *self._parts.second)), env)
+        evaluate(self._parts.whole, env)
         return self._params_ct(env, narrow), self._x_ct(env)
 
     def _restore(self, prepared: Any, input_residuals: Any, weight_residuals: Any) -> dict[Value, Any]:
@@ -138,6 +139,7 @@ class _Parts(NamedTuple):
     cts: tuple[Value, ...]
     first: tuple[Node, ...]
     second: tuple[Node, ...]
+    whole: tuple[Node, ...]
     crossing: tuple[Value, ...]
     params_ct: tuple[Value, ...]
     params_ct_narrow: tuple[Value, ...]
@@ -201,7 +203,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
 
     parts = divide(nodes, x_ct, params_ct)
     first, second = (
-        (*(closure([value for value in again if value in reads], rest, known | chosen) or ()), *part)
+        in_time(closure([value for value in again if value in reads], rest, known | chosen) or (), part)
         for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
     for_second = _reads(second, params_ct)
@@ -214,7 +216,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     weight = tuple(value for value in kept if value in for_second)
     chosen = fewest_bytes(crossing, first, known | {*weight})
     more = closure([value for value in crossing if value not in chosen], first, known | chosen | {*weight}) or ()
-    second = tuple(dict.fromkeys((*more, *second)))
+    second = in_time(more, second)
     for_second = _reads(second, params_ct)
     crossing = tuple(value for value in (*kept, *order) if value in chosen)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
@@ -240,6 +242,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
             cts=cts,
             first=first,
             second=second,
+            whole=in_time((*first, *second), as_soon_as_possible(parts.second, parts.first)),
             crossing=crossing,
             params_ct=params_ct,
             params_ct_narrow=_before_casts(params_ct, second),
