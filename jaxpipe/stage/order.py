@@ -32,7 +32,7 @@ def in_time(again: Sequence[Node], nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def as_soon_as_possible(nodes: Sequence[Node], among: Sequence[Node]) -> tuple[Node, ...]:
-    """Both in one order, each of the nodes right after the last that it waits for.
+    """Both in one order, each of the nodes right after the last that it waits for, and before those that others wake.
 
     Args:
       nodes: in an order in which they can run after the others.
@@ -52,15 +52,16 @@ def as_soon_as_possible(nodes: Sequence[Node], among: Sequence[Node]) -> tuple[N
     placed: list[Node] = []
 
     def place(ready: Sequence[Node]) -> None:
-        queue = collections.deque(ready)
-        while queue:
-            node = queue.popleft()
+        stack = [*reversed(ready)]
+        while stack:
+            node = stack.pop()
             placed.append(node)
-            for value in node.outs:
-                for reader in readers[value]:
-                    missing[reader].discard(value)
-                    if not missing[reader]:
-                        queue.append(reader)
+            woken = []
+            for reader in (reader for value in node.outs for reader in readers[value]):
+                missing[reader].difference_update(node.outs)
+                if not missing[reader] and reader not in woken:
+                    woken.append(reader)
+            stack.extend(reversed(woken))
 
     place([node for node, values in missing.items() if not values])
     for node in among:

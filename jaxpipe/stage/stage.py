@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpipe.stage.divide import closure, divide, hoist
 from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
-from jaxpipe.stage.keep import fewest_bytes
+from jaxpipe.stage.keep import ELEMENTWISE, MOVING, fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 
 
@@ -189,7 +189,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     known = set(sources)
     # Backward reads the forward's own values: what parameters or constants give is made there, the rest is kept.
     alias = dict(zip(backward.inputs, residuals, strict=False))
-    nodes = [_substitute(node, alias) for node in backward.nodes]
+    nodes = _without_twins(backward.nodes, once, known, alias)
     params_ct, x_ct = (
         tuple(alias.get(value, value) for value in values)
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
@@ -291,6 +291,31 @@ def _trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: b
     num_params, num_x = (sum(map(_inexact, leaves)) for leaves in (param_leaves, x_leaves))
     backward_closed = jax.make_jaxpr(backward)(residuals, cts)
     return make_graph(closed), make_graph(backward_closed), _Traced(out, aux if has_aux else None, num_params, num_x)
+
+
+def _without_twins(
+    nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
+) -> list[Node]:
+    """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.
+
+    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier; ``alias`` learns of the casts that
+    there are already.
+    """
+
+    def key(node: Node) -> Any:
+        return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
+
+    done = {key(node): node for node in once if node.scan is None and node.name in MOVING | ELEMENTWISE}
+    kept = []
+    for node in nodes:
+        node = _substitute(node, alias)
+        if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
+            alias[node.outs[0]] = node.ins[0]
+        elif node.scan is None and node.ins and known.issuperset(node.ins) and key(node) in done:
+            alias.update(zip(node.outs, done[key(node)].outs, strict=True))
+        else:
+            kept.append(node)
+    return kept
 
 
 def _substitute(node: Node, alias: dict[Value, Value]) -> Node:

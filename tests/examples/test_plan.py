@@ -4,7 +4,11 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
+from jax.experimental import pallas as pl
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from tests.examples.sizes import SMALL  # first: it makes the example importable
 
@@ -17,6 +21,7 @@ from pretraining.model import build_model
 
 import jaxpipe
 from profiling.chips import CHIPS, Achieved
+from profiling.topology import has_cuda, topology
 
 
 @pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
@@ -41,6 +46,59 @@ def test_memory_is_that_of_the_compiled_program(name):
     assert compiled.alias_size_in_bytes >= 0.99 * (row.memory.masters + row.memory.optimizer)
     assert row.memory.temporary == pytest.approx(temporary, rel=0.1)
     assert row.memory.total == pytest.approx(arguments + temporary, rel=0.1)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not has_cuda(), reason="XLA's compiler for GPUs is needed: pip install 'jax[cuda13]'; a GPU is not")
+def test_memory_of_a_billion_parameters_is_that_of_the_program_for_a_gpu():
+    """moe-1b on one H200: attention is a kernel of the same shapes, since cuDNN's compiles only beside a GPU."""
+    config, sizes = model_config("moe-1b"), {"pp": 1, "ep": 1}
+    (row,) = planning.plan(config, sizes, schedules=["dualpipev"], microbatches=8, microbatch_size=4).rows
+    mesh = Mesh(np.array(topology("H200", 1).devices).reshape(1, 1), tuple(sizes), axis_types=(AxisType.Auto,) * 2)
+    schedule = jaxpipe.schedule.build("dualpipev", 1, 8)
+    model = build_model(config, schedule, 0, axis="ep", dtype=jnp.bfloat16, abstract=True, core=attention_of_shapes)
+    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=10), model)
+    step = trainer.make_step(trainer.pipelined(model, schedule, mesh), model, optimizer, mesh)
+    everywhere = NamedSharding(mesh, P())
+    batch = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
+        planning.abstract_batch(config, 32),
+    )
+    state, rng = trainer.abstract_state(model, optimizer, mesh), jax.eval_shape(lambda: jax.random.key(0))
+    compiled = step.lower(state, batch, rng).compile().memory_analysis()
+    arguments, temporary = compiled.argument_size_in_bytes, compiled.temp_size_in_bytes
+    print(f"arguments {row.memory.arguments} of {arguments}, temporary {row.memory.temporary} of {temporary}")
+    assert abs(row.memory.arguments - arguments) < 1000
+    assert row.memory.temporary == pytest.approx(temporary, rel=0.1)
+    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.1)
+
+
+@jax.custom_vjp
+def attention_of_shapes(query, key, value):
+    """What an attention kernel takes, gives and keeps, and no arithmetic."""
+    return attention_forward(query, key, value)[0]
+
+
+def attention_forward(query, key, value):
+    batch, length, heads, _ = query.shape
+    mixed = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
+    out, sums = kernel(mixed, jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))(query, key, value)
+    return out, (query, key, value, out, sums)
+
+
+def attention_backward(kept, ct):
+    return tuple(kernel(*(jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in kept[:3]))(*kept, ct))
+
+
+def kernel(*results):
+    def body(*refs):
+        for ref in refs[-len(results) :]:
+            ref[(0,) * ref.ndim] = jnp.zeros((), ref.dtype)
+
+    return pl.pallas_call(body, out_shape=results, grid=(1,))
+
+
+attention_of_shapes.defvjp(attention_forward, attention_backward)
 
 
 def test_the_largest_model_is_planned_without_devices():
