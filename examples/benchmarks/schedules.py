@@ -207,7 +207,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
-    assert args.layers % 2 == 0, "--layers must be even"
+    if args.layers < 2 or args.layers % 2:
+        parser.error(f"--layers {args.layers}: two stages of a rank halve it, so take an even number")
     axes = {"ep": 1} | {name: int(size) for name, size in (axis.split("=") for axis in args.mesh.split(","))}
     mesh, tokens = jaxpipe.make_mesh(pp=axes["pp"], ep=axes["ep"]), args.tokens or (64 if args.tiny else 4096)
     experts = Mesh(mesh.devices[0], ("ep",), axis_types=(AxisType.Auto,))
