@@ -13,8 +13,9 @@ import numpy as np
 
 from jaxpipe.stage.divide import closure, divide, hoist
 from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
-from jaxpipe.stage.keep import ELEMENTWISE, MOVING, fewest_bytes
+from jaxpipe.stage.keep import fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.rewrite import before_casts, without_twins
 
 
 class Residuals(NamedTuple):
@@ -156,6 +157,10 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     recomputed is recomputed once), scans are divided into two loops. ``stage`` may use collectives over mesh axes if
     this is called where they are bound, inside `jax.shard_map`.
 
+    As few bytes are kept between the parts as light work can make the rest from (`jaxpipe.stage.keep`): elementwise
+    operations, moves and sums over axes are done again where they are read, and so is whatever a function does that is
+    jitted under the name ``made_again``.
+
     Args:
       stage: ``stage(params, x, *args) -> out``, pure; ``(out, aux)`` with ``has_aux``.
       params: pytree of arrays or of anything with shape and dtype; only these are read. Floating and complex leaves
@@ -189,7 +194,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     known = set(sources)
     # Backward reads the forward's own values: what parameters or constants give is made there, the rest is kept.
     alias = dict(zip(backward.inputs, residuals, strict=False))
-    nodes = _without_twins(backward.nodes, once, known, alias)
+    nodes = without_twins(backward.nodes, once, known, alias)
     params_ct, x_ct = (
         tuple(alias.get(value, value) for value in values)
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
@@ -245,7 +250,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
             whole=in_time((*first, *second), as_soon_as_possible(parts.second, parts.first)),
             crossing=crossing,
             params_ct=params_ct,
-            params_ct_narrow=_before_casts(params_ct, second),
+            params_ct_narrow=before_casts(params_ct, second),
             x_ct=x_ct,
             params_like=params,
             x_like=x,
@@ -293,60 +298,9 @@ def _trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: b
     return make_graph(closed), make_graph(backward_closed), _Traced(out, aux if has_aux else None, num_params, num_x)
 
 
-def _without_twins(
-    nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
-) -> list[Node]:
-    """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.
-
-    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier; ``alias`` learns of the casts that
-    there are already.
-    """
-
-    def key(node: Node) -> Any:
-        return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
-
-    done = {key(node): node for node in once if node.scan is None and node.name in MOVING | ELEMENTWISE}
-    kept = []
-    for node in nodes:
-        node = _substitute(node, alias)
-        if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
-            alias[node.outs[0]] = node.ins[0]
-        elif node.scan is None and node.ins and known.issuperset(node.ins) and key(node) in done:
-            alias.update(zip(node.outs, done[key(node)].outs, strict=True))
-        else:
-            kept.append(node)
-    return kept
-
-
-def _substitute(node: Node, alias: dict[Value, Value]) -> Node:
-    """The node reading other values; scans' bodies read only what enters through the node."""
-    if not any(value in alias for value in node.ins):
-        return node
-    if node.scan is None:
-        return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins))
-    scan = node.scan
-    return dataclasses.replace(
-        scan,
-        consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
-        carries=tuple((alias.get(init, init), *rest) for init, *rest in scan.carries),
-        xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
-    ).node()
-
-
 def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
     """What nodes and results read, made among the nodes or not."""
     return {value for node in nodes for value in node.ins} | set(results)
-
-
-def _before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value, ...]:
-    """The values, or what nodes widened to make them."""
-    made = {node.outs[0]: node.ins[0] for node in nodes if node.name == "convert_element_type"}
-
-    def before(value: Value) -> Value:
-        source = made.get(value)
-        return value if source is None or source.const is not None or source.nbytes >= value.nbytes else source
-
-    return tuple(map(before, values))
 
 
 def _leaves(tree: Any) -> list[Any]:

@@ -110,3 +110,19 @@ def test_narrow_cotangents_are_those_before_the_last_cast():
     narrow, _ = split.backward(prepared, residuals, y, narrow=True)
     assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_array_equal(wide, narrow.astype(jnp.float32))
+
+
+def test_remat_shares_the_casts_that_are_made_once_a_step():
+    """A step prepares one narrow copy of the parameters, not another behind the barrier, nor the wide ones."""
+
+    @jax.checkpoint
+    def stage(w, x):
+        return jnp.tanh(x @ w.astype(x.dtype))
+
+    params, x = jnp.linspace(-1, 1, 16).reshape(4, 4), jnp.ones((2, 4), jnp.bfloat16)
+    split = split_stage(stage, params, x)
+    prepared = split.prepare(params)
+    assert [leaf.dtype for leaf in prepared] == [jnp.bfloat16]
+    y, residuals = split.forward(prepared, x)
+    expected = jax.vjp(stage, params, x)[1](y)
+    assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=2e-2)

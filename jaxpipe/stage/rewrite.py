@@ -1,0 +1,61 @@
+"""Backward passes rewritten to read what is there already."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.keep import ELEMENTWISE, MOVING
+
+
+def without_twins(
+    nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
+) -> list[Node]:
+    """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.
+
+    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier; ``alias`` learns of the casts that
+    there are already.
+    """
+
+    def key(node: Node) -> Any:
+        return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
+
+    done = {key(node): node for node in once if node.scan is None and node.name in MOVING | ELEMENTWISE}
+    kept = []
+    for node in nodes:
+        node = substitute(node, alias)
+        if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
+            alias[node.outs[0]] = node.ins[0]
+        elif node.scan is None and node.ins and known.issuperset(node.ins) and key(node) in done:
+            alias.update(zip(node.outs, done[key(node)].outs, strict=True))
+        else:
+            kept.append(node)
+    return kept
+
+
+def substitute(node: Node, alias: dict[Value, Value]) -> Node:
+    """The node reading other values; scans' bodies read only what enters through the node."""
+    if not any(value in alias for value in node.ins):
+        return node
+    if node.scan is None:
+        return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins))
+    scan = node.scan
+    return dataclasses.replace(
+        scan,
+        consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
+        carries=tuple((alias.get(init, init), *rest) for init, *rest in scan.carries),
+        xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
+    ).node()
+
+
+def before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value, ...]:
+    """The values, or what nodes widened to make them."""
+    made = {node.outs[0]: node.ins[0] for node in nodes if node.name == "convert_element_type"}
+
+    def before(value: Value) -> Value:
+        source = made.get(value)
+        return value if source is None or source.const is not None or source.nbytes >= value.nbytes else source
+
+    return tuple(map(before, values))
