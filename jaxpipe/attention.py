@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +39,8 @@ def causal_attention(
     width, narrow = key.shape[-1], value.shape[-1]
     if narrow > width:
         raise ValueError(f"values of width {narrow} are wider than keys of {width}: pad the keys and queries")
-    whole = query.shape[1] == key.shape[1]
+    queries, keys = query.shape[1], key.shape[1]
+    whole = queries == keys
     cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
     if cudnn and whole and narrow < width and (kernel := _latent_kernel()):
         try:
@@ -46,13 +48,13 @@ def causal_attention(
         except NotImplementedError as error:
             _log_padding(str(error))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
-    mask = None if whole else jnp.tri(*query.shape[1:2], *key.shape[1:2], key.shape[1] - query.shape[1], jnp.bool_)
+    mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
         mixed = jax.nn.dot_product_attention(
             query,
             key,
             value,
-            mask=None if mask is None else mask[None, None],
+            mask=mask,
             is_causal=whole,
             implementation="cudnn" if cudnn else "xla",
         )
@@ -60,7 +62,7 @@ def causal_attention(
 
 
 @functools.cache
-def _latent_kernel() -> Callable[..., jax.Array] | None:
+def _latent_kernel() -> Callable[..., Any] | None:
     """Attention of cuDNN below the public function that checks widths; None where JAX has moved it."""
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
