@@ -83,11 +83,12 @@ def test_first_steps_equal_the_plain_program(shared):
 def test_all_schedules_give_the_same_curve():
     """Twenty steps in float32, to 1e-5 of the plain program's losses.
 
-    Choices of experts are discrete: where two are almost equal, rounding decides, and a large learning rate soon makes
-    two runs of it. A small one, and biases that stay, keep the choices the same.
+    Choices of experts are discrete: where two are almost equal, rounding decides, and Adam makes large differences of
+    small ones where gradients are nothing else. A small learning rate, and biases that stay, keep the choices the same;
+    at three times this one the plain program chooses otherwise for a token in two of the steps.
     """
     needs_devices(4)
-    options = {"config": small(bias_update_speed=0.0), "train": trainer.TrainConfig(20, learning_rate=3e-4, warmup=5)}
+    options = {"config": small(bias_update_speed=0.0), "train": trainer.TrainConfig(20, learning_rate=1e-4, warmup=5)}
     _, _, state, step, _, _ = setup(None, 1, 2, **options)
     expected = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
     assert expected[-1] < expected[0]
