@@ -60,7 +60,10 @@ def durations(
     dense = 2 * tokens * config.dense_layer_parameters
     output = 2 * tokens * config.vocab * config.width
 
-    again = {"none": 0, "attention": 2 * tokens * config.attention_parameters + score, "layer": matrices + score}
+    # Keys and values are always made again from their latents.
+    expanded = 2 * tokens * config.latent * config.heads * (config.content + config.value)
+    attention = 2 * tokens * config.attention_parameters + score
+    again = {"none": expanded, "attention": attention, "layer": matrices + score}
     forward, inputs, weight = (layers * flops / rate for flops in (matrices + score, matrices + 2.5 * score, matrices))
     inputs += layers * again[config.remat] / rate
     # There in 8 bits where the model says so, back in full width; backwards the other way round.

@@ -61,6 +61,12 @@ WHOLE = {
 REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod"}
 """Operations that make a whole result of operands computed on the way."""
 
+EXPENSIVE = {
+    "cbrt", "cos", "div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "sqrt", "tan",
+    "tanh",
+}  # fmt: skip
+"""Elementwise operations that XLA computes once for several readers; cheaper ones it repeats in each, on GPUs."""
+
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -298,7 +304,8 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
     for op in reversed(graph.ops):
         shared = op.name in VIEWS or op.name in IN_PLACE or op.name == "optimization_barrier"
         for place, value in enumerate(op.outs):
-            own = value in whole or readers.get(value, 0) > 1 or op.name in WHOLE or op.name in REDUCTIONS
+            shared_by_readers = readers.get(value, 0) > 1 and (graph.cpu or op.name in EXPENSIVE)
+            own = value in whole or shared_by_readers or op.name in WHOLE or op.name in REDUCTIONS
             if own and not shared and place >= len(op.aliases):
                 kept.add(value)
         needed = op.name in WHOLE or op.name == "optimization_barrier"

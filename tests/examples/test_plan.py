@@ -49,6 +49,7 @@ def test_memory_is_that_of_the_compiled_program(name):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated")
 @pytest.mark.skipif(not has_cuda(), reason="XLA's compiler for GPUs is needed: pip install 'jax[cuda13]'; a GPU is not")
 def test_memory_of_a_billion_parameters_is_that_of_the_program_for_a_gpu():
     """moe-1b on one H200: attention is a kernel of the same shapes, since cuDNN's compiles only beside a GPU."""
