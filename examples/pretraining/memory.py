@@ -62,8 +62,8 @@ REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or
 """Operations that make a whole result of operands computed on the way."""
 
 EXPENSIVE = {
-    "cbrt", "cos", "div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "sqrt", "tan",
-    "tanh",
+    "cbrt", "cos", "div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "sqrt",
+    "tan", "tanh",
 }  # fmt: skip
 """Elementwise operations that XLA computes once for several readers; cheaper ones it repeats in each, on GPUs."""
 
