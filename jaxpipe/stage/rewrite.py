@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import ELEMENTWISE, MOVING
+from jaxpipe.stage.keep import LIGHT
 
 
 def without_twins(
@@ -22,14 +22,14 @@ def without_twins(
     def key(node: Node) -> Any:
         return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
 
-    done = {key(node): node for node in once if node.scan is None and node.name in MOVING | ELEMENTWISE}
+    done = {key(node): node for node in once if node.name in LIGHT}
     kept = []
     for node in nodes:
         node = substitute(node, alias)
         if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
             alias[node.outs[0]] = node.ins[0]
-        elif node.scan is None and node.ins and known.issuperset(node.ins) and key(node) in done:
-            alias.update(zip(node.outs, done[key(node)].outs, strict=True))
+        elif node.name in LIGHT and (twin := done.get(key(node))):
+            alias.update(zip(node.outs, twin.outs, strict=True))
         else:
             kept.append(node)
     return kept

@@ -219,11 +219,12 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     order = [*cts, *(value for node in first for value in node.outs)]
     crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
     weight = tuple(value for value in kept if value in for_second)
-    chosen = fewest_bytes(crossing, first, known | {*weight})
-    more = closure([value for value in crossing if value not in chosen], first, known | chosen | {*weight}) or ()
+    given = known | {*weight}
+    handed = fewest_bytes(crossing, first, given)
+    more = closure([value for value in crossing if value not in handed], first, given | handed) or ()
     second = in_time(more, second)
     for_second = _reads(second, params_ct)
-    crossing = tuple(value for value in (*kept, *order) if value in chosen)
+    crossing = tuple(value for value in (*kept, *order) if value in handed)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
 
     used = {value for node in rest for value in node.ins} | for_first | for_second | {*outputs}
