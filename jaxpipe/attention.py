@@ -1,6 +1,7 @@
 """Causal attention whose values may be narrower than its keys, as multi-head latent attention has them.
 
-Shapes: B sequences, T queries, S keys, H heads, C and V widths of keys and values.
+Shapes: B sequences, T queries, S keys, H heads, L width of latents, C and V of keys and values, N of keys without
+positions.
 """
 
 from __future__ import annotations
@@ -59,6 +60,25 @@ def causal_attention(
             implementation="cudnn" if cudnn else "xla",
         )
     return mixed[..., :narrow]
+
+
+def expand_latents(
+    latent: Float[Array, "B S L"], key_up: Float[Array, "L H N"], value_up: Float[Array, "L H V"]
+) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H V"]]:
+    """Keys and values of all heads: so cheap beside their size that a pipeline makes them again rather than stash them.
+
+    Source: DeepSeek-V3, arXiv 2412.19437, 3.2.3.
+
+    >>> keys, values = expand_latents(jnp.ones((1, 5, 4)), jnp.ones((4, 2, 3)), jnp.ones((4, 2, 1)))
+    >>> keys.shape, values.shape
+    ((1, 5, 2, 3), (1, 5, 2, 1))
+    """
+
+    def made_again(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
+        latent, key_up, value_up = arrays
+        return jnp.einsum("btl,lhn->bthn", latent, key_up), jnp.einsum("btl,lhv->bthv", latent, value_up)
+
+    return jax.jit(made_again)(latent, key_up, value_up)
 
 
 @functools.cache

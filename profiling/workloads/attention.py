@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.dtypes import wide
-from jaxpipe.attention import causal_attention
+from jaxpipe.attention import causal_attention, expand_latents
 from profiling.workloads.sizes import Sizes
 
 
@@ -68,17 +68,10 @@ def attend(
     new = _latents(params, x, sizes, positions)
     every = new if before is None else jnp.concatenate([before, new], 1)
     latent, rotary = every[..., : sizes.latent], every[..., sizes.latent :]
-    key, value = jax.jit(made_again)(latent, params.key_up, params.value_up)
+    key, value = expand_latents(latent, params.key_up, params.value_up)
     key = jnp.concatenate([key, jnp.broadcast_to(rotary[:, :, None], (*key.shape[:3], sizes.rotary))], -1)
     mixed = causal_attention(query, key, value)
     return jnp.einsum("bthv,hvd->btd", mixed, params.out), new
-
-
-def made_again(
-    latent: Float[Array, "B S L"], key_up: Float[Array, "L H N"], value_up: Float[Array, "L H V"]
-) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H V"]]:
-    """Keys and values of all heads, by its name not kept for the backward: DeepSeek-V3, arXiv 2412.19437, 3.2.3."""
-    return jnp.einsum("btl,lhn->bthn", latent, key_up), jnp.einsum("btl,lhv->bthv", latent, value_up)
 
 
 def attend_cached(

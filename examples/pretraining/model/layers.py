@@ -18,6 +18,7 @@ from eplb_jax.dtypes import wide
 from eplb_jax.flax import MoE
 from eplb_jax.moe import MoEStats
 from eplb_jax.placement import Placement
+from jaxpipe.attention import expand_latents
 from pretraining.config import ModelConfig
 
 Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
@@ -74,7 +75,7 @@ class Attention(nnx.Module):
             latent_BTL = self.latent_norm(both[..., : config.latent])
             # One rotary key for all heads.
             shared_BT1P = rotate(both[..., None, config.latent :])
-            k_BTHN, v_BTHV = jax.jit(made_again)(
+            k_BTHN, v_BTHV = expand_latents(
                 latent_BTL, self.key_up[...].astype(dtype), self.value_up[...].astype(dtype)
             )
             shape = (*k_BTHN.shape[:3], config.rotary)
@@ -83,14 +84,6 @@ class Attention(nnx.Module):
             mixed_BTHV = self.core(q_BTHC, k_BTHC, v_BTHV)
         with jax.named_scope("out"):
             return jnp.einsum("bthv,hvd->btd", mixed_BTHV, self.out[...].astype(dtype))
-
-
-def made_again(latent_BTL: jax.Array, key_up: jax.Array, value_up: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Keys and values of all heads, so cheap beside their size that a pipeline, told by the name, does not stash them.
-
-    Source: DeepSeek-V3, arXiv 2412.19437, 3.2.3.
-    """
-    return jnp.einsum("btl,lhn->bthn", latent_BTL, key_up), jnp.einsum("btl,lhv->bthv", latent_BTL, value_up)
 
 
 class SwiGLU(nnx.Module):
