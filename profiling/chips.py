@@ -145,3 +145,12 @@ def chip(name: str) -> Chip:
     if name.upper() not in CHIPS:
         raise ValueError(f"no chip {name!r}: known are {', '.join(CHIPS)}; make others with Chip(...)")
     return CHIPS[name.upper()]
+
+
+def chip_of(kind: str) -> Chip | None:
+    """The chip of a device whose `device_kind` names it; None: it is another.
+
+    >>> chip_of("NVIDIA H100 80GB HBM3").name, chip_of("cpu")
+    ('H100', None)
+    """
+    return next((chip for name, chip in CHIPS.items() if name in kind), None)

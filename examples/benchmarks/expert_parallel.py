@@ -37,7 +37,7 @@ from eplb_jax import Placement, dispatch, exchange, metrics, policies, rebalance
 from eplb_jax.experts import working_copies
 from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer, param_specs
 from eplb_jax.router import RouterConfig, route, router_logits
-from profiling.chips import CHIPS
+from profiling.chips import chip_of
 
 CHAIN = 8  # exchanges in a row, so that starting a program weighs little
 ROWS, WHOLE = P("ep"), P()
@@ -118,7 +118,8 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
 
     rows = random_rows(mesh, 4, ep * ep, tokens, width)
     run = {name: (sharded(mesh, functools.partial(chain, kind), ROWS), rows) for name, (kind, _) in kinds.items()}
-    link = next((c.interconnect for n, c in CHIPS.items() if n in jax.devices()[0].device_kind.split()), math.nan)
+    chip = chip_of(jax.devices()[0].device_kind)
+    link = chip.interconnect if chip else math.nan
     table = []
     for name, (total, _, error) in measure(run, args.repeats).items():
         size, ms = (ep - 1) * kinds[name][1], total / CHAIN

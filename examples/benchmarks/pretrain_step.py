@@ -19,8 +19,6 @@ import jax
 import jax.numpy as jnp
 from chunks import compile_all, gib, machine, medians_ms, print_table
 
-import jaxpipe
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pretraining import data, trainer
@@ -28,27 +26,19 @@ from pretraining import plan as planning
 from pretraining.flags import train_parser
 from pretraining.run import Setup, flops_per_token, set_up
 
-from profiling.chips import CHIPS
+from profiling.chips import chip_of
 
 
 def accumulate(setup: Setup) -> Any:
     """Loss and gradients as of `trainer.pipelined`: a loop over microbatches, sums in float32."""
-    model, count = setup.model, setup.schedule.num_microbatches
-    rows = {stage: row for row, stage in enumerate(model.arrangement.storage_order)}
+    count, loss_of = setup.schedule.num_microbatches, trainer.microbatch_loss(setup.model)
 
     def loss(params: Any, part: Any, index: jax.Array, rng: jax.Array, total: jax.Array) -> Any:
-        ctx = jaxpipe.Context(jnp.int32(-1), index, rng, part)
-        x, aux_loss, metrics = model.embed(params.outer, part, ctx), jnp.float32(0), []
-        for stage in range(model.arrangement.stages):
-            own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
-            x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
-            aux_loss, metrics = aux_loss + extra, [*metrics, counted]
-        share = model.weight(part) / total
-        summed = jax.tree.map(lambda *leaves: sum(leaves), *metrics)
-        return share * (model.head(params.outer, x, part, ctx) + aux_loss), {**summed, "aux_loss": share * aux_loss}
+        value, (aux_loss, _, metrics) = loss_of(params, part, index, rng)
+        return value / total, {**metrics, "aux_loss": aux_loss / total}
 
     def device(params: Any, batch: Any, rng: jax.Array) -> Any:
-        total = model.weight(batch)
+        total = setup.model.weight(batch)
         parts = jax.tree.map(lambda leaf: leaf.reshape(count, -1, *leaf.shape[1:]), batch)
         grad = jax.value_and_grad(loss, has_aux=True, allow_int=True)
 
@@ -64,13 +54,7 @@ def accumulate(setup: Setup) -> Any:
     def add(a: jax.Array, b: jax.Array) -> jax.Array:
         return a if a.dtype == jax.dtypes.float0 else a + b
 
-    def value_and_grad(params: Any, batch: Any, rng: jax.Array) -> Any:
-        (value, aux), grads = jax.shard_map(
-            device, mesh=setup.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False
-        )(params, batch, rng)
-        return (value, aux), grads
-
-    return value_and_grad
+    return jax.shard_map(device, mesh=setup.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
 
 
 def measure(args: argparse.Namespace, repeats: int) -> None:
@@ -100,7 +84,7 @@ def measure(args: argparse.Namespace, repeats: int) -> None:
         del states[name]
     plain = times["plain accumulation"]
     tokens = setup.batch * setup.config.sequence
-    chip = next((chip for name, chip in CHIPS.items() if name in jax.devices()[0].device_kind), None)
+    chip = chip_of(jax.devices()[0].device_kind)
     table = []
     for name, ms in times.items():
         mfu = flops_per_token(setup.config) * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")

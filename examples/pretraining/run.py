@@ -25,7 +25,7 @@ from pretraining.layout import Layout, describe
 from pretraining.model import Model, ModelConfig, build_model, model_config
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
-from profiling.chips import CHIPS
+from profiling.chips import chip_of
 
 TRAINED = 60
 """Steps from which on a checked run must have learned more than how often each token occurs."""
@@ -308,9 +308,8 @@ def _balance(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
 
 
 def _peak(setup: Setup, args: argparse.Namespace) -> float | None:
-    kind = setup.mesh.devices.flat[0].device_kind
-    found = [chip for name, chip in CHIPS.items() if name in kind]
-    return found[0].flops("bf16" if args.dtype == "bfloat16" else "tf32") * setup.mesh.size if found else None
+    chip = chip_of(setup.mesh.devices.flat[0].device_kind)
+    return chip.flops("bf16" if args.dtype == "bfloat16" else "tf32") * setup.mesh.size if chip else None
 
 
 def _out(args: argparse.Namespace) -> pathlib.Path:

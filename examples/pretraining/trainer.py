@@ -180,6 +180,31 @@ def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | No
     )
 
 
+def microbatch_loss(model: Model) -> Callable[..., Any]:
+    """The whole model without a pipeline, on one microbatch.
+
+    Returns:
+      ``loss(params, data, index, rng) -> (loss, (auxiliary part of it, weight, metrics))``, losses times the weight.
+    """
+    shape = model.arrangement
+    rows = {stage: row for row, stage in enumerate(shape.storage_order)}
+
+    def weighted(params: jaxpipe.Params, data: Any, index: jax.Array, rng: jax.Array | None) -> Any:
+        ctx = jaxpipe.Context(jnp.int32(-1), index, rng, data)
+        x, aux_loss, metrics = model.embed(params.outer, data, ctx), jnp.zeros((), jnp.float32), []
+        for stage in range(shape.stages):
+            own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
+            x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
+            aux_loss, metrics = aux_loss + extra, [*metrics, counted]
+        loss, weight = model.head(params.outer, x, data, ctx), model.weight(data)
+        if isinstance(loss, jaxpipe.Output):
+            loss = loss.value + loss.aux_loss
+        total = jax.tree.map(lambda *leaves: sum(leaves), *metrics)
+        return weight * (loss + aux_loss), (weight * aux_loss, weight, total)
+
+    return weighted
+
+
 def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
     """The same loss and gradients without a pipeline: one device, a loop over parts of the batch.
 
@@ -187,23 +212,13 @@ def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
       model: with all experts on one device, ``axis=None``.
       parts: microbatches times data-parallel devices of the pipeline that it is compared with.
     """
-    shape = model.arrangement
-    rows = {stage: row for row, stage in enumerate(shape.storage_order)}
+    loss_of = microbatch_loss(model)
 
     def objective(params: jaxpipe.Params, batch: Any, rng: jax.Array | None) -> tuple[jax.Array, Any]:
         def body(_: None, inputs: Any) -> tuple[None, Any]:
             part, data = inputs
-            ctx = jaxpipe.Context(jnp.int32(-1), part, rng, data)
-            x, aux_loss, metrics = model.embed(params.outer, data, ctx), jnp.zeros((), jnp.float32), []
-            for stage in range(shape.stages):
-                own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
-                x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
-                aux_loss, metrics = aux_loss + extra, [*metrics, counted]
-            loss, weight = model.head(params.outer, x, data, ctx), model.weight(data)
-            if isinstance(loss, jaxpipe.Output):
-                loss = loss.value + loss.aux_loss
-            total = jax.tree.map(lambda *leaves: sum(leaves), *metrics)
-            return None, (weight * (loss + aux_loss), weight * aux_loss, weight, total)
+            loss, others = loss_of(params, data, part, rng)
+            return None, (loss, *others)
 
         split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
         # Made again in the backward pass, or the activations of all parts would be kept at once.
