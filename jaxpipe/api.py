@@ -17,11 +17,12 @@ from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model, Params
 from jaxpipe.runtime.program import Program
+from jaxpipe.runtime.straight import is_short
 from jaxpipe.schedule.check import check
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
-DISPATCHERS = ("switch", "loops", "one by one")
+DISPATCHERS = ("straight", "switch", "loops", "one by one")
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -201,8 +202,10 @@ def value_and_grad(
         Gradients accumulate in float32 (float64 for float64) and come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
-        which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair. Default: the
-        last on CPU, which overlaps nothing, else "loops".
+        which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair; "straight", on
+        one rank, as code that needs no choice and copies nothing into slots, so that it stashes what functions named
+        ``made_again`` made. That is two to three times as much code. Default: "straight" on one rank where a few rounds
+        of the schedule repeat, else "one by one" on CPU, which overlaps nothing, and "loops" on others.
       shared_ends: all pipeline ranks run embed and head together; see above.
 
     Returns:
@@ -320,14 +323,19 @@ def _pipeline(
 ) -> Pipeline:
     check(schedule)
     axes = _check_mesh(schedule, mesh, axis, tuple(data_axes), tuple(replicated_axes))
-    if dispatch is None:
-        dispatch = "one by one" if mesh.devices.flat[0].platform == "cpu" else "loops"
-    if dispatch not in DISPATCHERS:
+    if dispatch is not None and dispatch not in DISPATCHERS:
         raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
+    if dispatch == "straight" and schedule.num_ranks != 1:
+        raise ValueError(
+            f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
+        )
     program = lower(
         schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only,
         shared_ends=shared_ends,
     )  # fmt: skip
+    if dispatch is None:
+        on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+        dispatch = "straight" if is_short(program) else "one by one" if on_cpu else "loops"
     return Pipeline(
         program=program,
         model=model,

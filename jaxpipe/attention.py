@@ -17,15 +17,18 @@ from jaxtyping import Array, Float
 
 logger = logging.getLogger(__name__)
 
+PADDING = "attention pads its values to the width of the keys"
+
 
 def causal_attention(
     query: Float[Array, "B T H C"], key: Float[Array, "B S H C"], value: Float[Array, "B S H V"]
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys up to its own place; the last query stands beside the last key.
 
-    In bfloat16 on a GPU it is cuDNN's, elsewhere XLA's. `jax.nn.dot_product_attention` wants values as wide as keys.
-    cuDNN itself does not, from version 9.10 on and on Hopper GPUs: with keys of 192 and values of 128 its backward
-    then takes two thirds of the time. Where that cannot be had, values are padded, and the log says so once.
+    In bfloat16 on a GPU it is cuDNN's, elsewhere XLA's, as for shapes that cuDNN refuses, which the log then says once.
+    `jax.nn.dot_product_attention` wants values as wide as keys. cuDNN itself does not, from version 9.10 on and on
+    Hopper GPUs: with keys of 192 and values of 128 its backward then takes two thirds of the time. Where that cannot be
+    had, values are padded, and the log says so once.
 
     Args:
       query, key, value: of one dtype; the scale is one over the root of C.
@@ -43,11 +46,14 @@ def causal_attention(
     queries, keys = query.shape[1], key.shape[1]
     whole = queries == keys
     cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
-    if cudnn and whole and narrow < width and (kernel := _latent_kernel()):
+    if cudnn and (refusal := _refusal(queries, keys, width)):
+        _log_once("attention is XLA's, not cuDNN's", refusal)
+        cudnn = False
+    if cudnn and whole and narrow < width and (kernel := _latent_kernel(narrow)):
         try:
             return kernel(query, key, value, scale=width**-0.5)
         except NotImplementedError as error:
-            _log_padding(str(error))
+            _log_once(PADDING, str(error))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
     mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
@@ -81,18 +87,36 @@ def expand_latents(
     return jax.jit(made_again)(latent, key_up, value_up)
 
 
+def _refusal(queries: int, keys: int, width: int) -> str | None:
+    """Why cuDNN's attention does not take these shapes, forward or backward; None where it does."""
+    widest = 256 if _is_hopper_or_later() else 128
+    if width > widest or width % 8:
+        return f"keys of width {width}; multiples of 8 up to {widest} will do"
+    if queries != keys and (queries % 2 or keys % 2):
+        return f"{queries} queries and {keys} keys; unless there are as many, both must be even"
+    return None
+
+
+def _is_hopper_or_later() -> bool:
+    capability = getattr(jax.local_devices()[0], "compute_capability", "")
+    return capability.replace(".", "").isdigit() and float(capability) >= 9
+
+
 @functools.cache
-def _latent_kernel() -> Callable[..., Any] | None:
-    """Attention of cuDNN below the public function that checks widths; None where JAX has moved it."""
+def _latent_kernel(narrow: int) -> Callable[..., Any] | None:
+    """Attention of cuDNN below the public function that checks widths; None where it takes no values of this width."""
+    if narrow % 8:
+        _log_once(PADDING, f"values of width {narrow}; multiples of 8 will do")
+        return None
     try:
         from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
-    except ImportError as error:
-        _log_padding(str(error))
+    except ImportError as error:  # JAX has moved it
+        _log_once(PADDING, str(error))
         return None
     return functools.partial(dot_product_attention, mask_type=MaskType.CAUSAL)
 
 
 @functools.cache
-def _log_padding(reason: str) -> None:
-    """Says once per reason that values are padded on a GPU."""
-    logger.warning("attention pads its values to the width of the keys: %s", reason)
+def _log_once(what: str, reason: str) -> None:
+    """Says once per reason what is done instead on a GPU."""
+    logger.warning("%s: %s", what, reason)

@@ -4,7 +4,8 @@
 
 Both hold float32 masters, compute in bfloat16 and add up gradients in float32. One rank runs both stages of DualPipeV,
 so that every action, slot and loop of the executor is there and no waiting is. "stash" is what the schedule says is
-held at once: slots times their size, gradients and working copies; "temp" is what the compiler allocates.
+held at once: slots times their size, gradients and working copies; "temp" is what the compiler allocates. Slots in
+pools (``--dispatch loops``) are one more in each pool than are alive.
 """
 
 from __future__ import annotations
@@ -62,8 +63,9 @@ def plain_step(chunk: Chunk, stages: int, mesh: Any) -> Any:
     return jax.jit(jax.shard_map(device, mesh=mesh, in_specs=(P(), P()), out_specs=(P(), P()), check_vma=False))
 
 
-def stash_bytes(chunk: Chunk, program: Any, masters: Any, mesh: Any) -> int:
+def stash_bytes(chunk: Chunk, step: jaxpipe.Pipeline, masters: Any, mesh: Any) -> int:
     """What the schedule holds at once: all slots, the gradients, and the working copies."""
+    program, pools = step.program, step.dispatch != "straight"
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], jnp.bfloat16), masters)
     x = jax.ShapeDtypeStruct((1, chunk.tokens, chunk.width), jnp.bfloat16)
     found: list[Any] = []
@@ -71,21 +73,21 @@ def stash_bytes(chunk: Chunk, program: Any, masters: Any, mesh: Any) -> int:
     def inspect(params: Any, x: jax.Array) -> jax.Array:
         index = jax.ShapeDtypeStruct((), jnp.int32)
         ctx = Context(index, index, None, x)
-        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True))
+        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True, again=pools))
         return x
 
     jax.eval_shape(jax.shard_map(inspect, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False), one, x)
     split = found[0]
     slots = (
-        (program.num_stash_slots + 1) * nbytes(split.residuals.input)
-        + (program.num_weight_stash_slots + 1) * nbytes(split.residuals.weight)
-        + (program.num_cross_slots + 1) * nbytes(split.crossing)
-        + (program.num_mail_slots + 1) * nbytes(x)
+        (program.num_stash_slots + pools) * nbytes(split.residuals.input)
+        + (program.num_weight_stash_slots + pools) * nbytes(split.residuals.weight)
+        + (program.num_cross_slots + pools) * nbytes(split.crossing)
+        + (program.num_mail_slots + pools) * nbytes(x)
     )
     return slots + 3 * nbytes(masters) // 2  # float32 sums and bfloat16 copies
 
 
-def measure(chunk: Chunk, microbatches: int, repeats: int) -> dict[str, Any]:
+def measure(chunk: Chunk, microbatches: int, repeats: int, dispatch: str | None) -> dict[str, Any]:
     """One row of the table."""
     mesh, schedule = jaxpipe.make_mesh(pp=1, ep=1), jaxpipe.schedule.build("dualpipev", 1, microbatches)
     step = jaxpipe.value_and_grad(
@@ -99,6 +101,7 @@ def measure(chunk: Chunk, microbatches: int, repeats: int) -> dict[str, Any]:
             jax.tree.map(lambda spec: P("pp", *spec), chunk.specs, is_leaf=lambda leaf: isinstance(leaf, P)), P()
         ),
         compute_dtype=jnp.bfloat16,
+        dispatch=dispatch,
     )
     stages = [chunk.init(key) for key in jax.random.split(jax.random.key(0), schedule.num_stages)]
     masters = jax.tree.map(lambda *leaves: jnp.stack(leaves), *stages)
@@ -116,10 +119,11 @@ def measure(chunk: Chunk, microbatches: int, repeats: int) -> dict[str, Any]:
     ours, theirs = medians_ms([lambda: piped(jaxpipe.Params(masters), batch), lambda: plain(masters, batch)], repeats)
     memory: Any = piped.memory_analysis()
     other: Any = plain.memory_analysis()
-    stash = stash_bytes(chunk, step.program, masters, mesh)
+    stash = stash_bytes(chunk, step, masters, mesh)
     return {
         "model": f"2 stages of {chunk.name}",
         "microbatches": microbatches,
+        "dispatch": step.dispatch,
         "DualPipeV ms": ours,
         "plain ms": theirs,
         "ratio": ours / theirs,
@@ -136,12 +140,14 @@ def main() -> None:
     parser.add_argument("--microbatches", default="8,16,32,64")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=["moe", "dense", "both"], default="both")
+    parser.add_argument("--dispatch", choices=["straight", "loops"], help="default: straight")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     print(f"{machine()}, bfloat16, one microbatch is one sequence\n")
     moe, dense = chunks(args.tiny)
     models = {"moe": [moe], "dense": [dense], "both": [moe, dense]}[args.model]
-    print_table(measure(chunk, int(count), args.repeats) for chunk in models for count in args.microbatches.split(","))
+    counts = [int(count) for count in args.microbatches.split(",")]
+    print_table(measure(chunk, count, args.repeats, args.dispatch) for chunk in models for count in counts)
 
 
 if __name__ == "__main__":

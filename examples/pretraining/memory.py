@@ -163,12 +163,13 @@ class _Graph:
         inner, aliases = 0, ()
         if name in ("scan", "while"):
             body = eqn.params["jaxpr" if name == "scan" else "body_jaxpr"]
-            inner = peak(body.jaxpr, cpu=self.cpu)
             if name == "scan":
                 begin, count = scan_counts(eqn)
                 carried = ins[begin : begin + count]
             else:
-                carried = ins[eqn.params["cond_nconsts"] + eqn.params["body_nconsts"] :]
+                begin = eqn.params["body_nconsts"]
+                carried = ins[eqn.params["cond_nconsts"] + begin :]
+            inner = peak(body.jaxpr, cpu=self.cpu, carried=range(begin, begin + len(carried)))
             # A literal start is a buffer like any other.
             pairs = zip(carried, eqn.outvars[: len(carried)], strict=True)
             aliases = tuple(self.new(var.aval) if value is None else value for value, var in pairs)
@@ -205,16 +206,13 @@ def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu:
     outer = jax.make_jaxpr(pipeline)(params, batch)
     (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
     body = mapped.params["jaxpr"]
-    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: scan_counts(eqn)[1])
-    consts, carried = scan_counts(loop)
-    made = {var for eqn in body.eqns for var in eqn.outvars}
-    working = nbytes(var.aval for var in loop.invars[:consts] if var in made)
-    buffers = [var.aval for var in loop.invars[consts : consts + carried]]
     # The order is that of jaxpipe.runtime.buffers.Buffers: mail first, at the end gradients and a few sums.
     chunks = len(pipeline.program.schedule.rank_stages[0])
     num_grads = chunks * len(jax.tree.leaves(params.stages)) + len(jax.tree.leaves(params.outer))
     sums = len(jax.tree.leaves(jax.eval_shape(pipeline, params, batch)[0]))
-    mail, stash, grads = buffers[:1], buffers[1 : -num_grads - sums], buffers[-num_grads - sums : -sums]
+    pools, buffers = _buffers(body, pipeline.dispatch, num_grads + sums)
+    mail, stash, grads = buffers[:pools], buffers[pools : -num_grads - sums], buffers[-num_grads - sums : -sums]
+    working = _working(body)
     total = peak(body, cpu=cpu)
     return Memory(
         masters=nbytes(jax.tree.leaves(params), local=True),
@@ -226,7 +224,30 @@ def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu:
     )
 
 
-def peak(jaxpr: Jaxpr, *, cpu: bool = False) -> int:
+def _buffers(body: Jaxpr, dispatch: str, after: int) -> tuple[int, list[Any]]:
+    """(how many buffers are of mail, all buffers); of code without pools, those of the step that leaves most bytes.
+
+    ``after``: how many buffers there are besides mail and stash. Of code without pools, mail counts as stash.
+    """
+    loops = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
+    if dispatch != "straight":
+        loop = max(loops, key=lambda eqn: scan_counts(eqn)[1])
+        consts, carried = scan_counts(loop)
+        return 1, [var.aval for var in loop.invars[consts : consts + carried]]
+    eqns = [*body.eqns, *(eqn for loop in loops for eqn in loop.params["jaxpr"].jaxpr.eqns)]
+    barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= after]
+    return 0, max(([atom.aval for atom in eqn.invars] for eqn in barriers), key=nbytes)
+
+
+def _working(body: Jaxpr) -> int:
+    """Bytes of what is made of parameters before the first step."""
+    made = {var for eqn in body.eqns if "prepare" in str(eqn.source_info.name_stack).split("/") for var in eqn.outvars}
+    rest = [eqn for eqn in body.eqns if "prepare" not in str(eqn.source_info.name_stack).split("/")]
+    read = {atom for eqn in rest for atom in eqn.invars if not isinstance(atom, Literal)}
+    return nbytes(var.aval for var in made & read)
+
+
+def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int:
     """Most bytes alive at once besides inputs and what is written into them.
 
     Args:
@@ -234,6 +255,7 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False) -> int:
       cpu: as XLA compiles for CPUs: whatever is ready runs first, so that threads have work, and a grouped matrix
         product becomes a plain one whose left operand has each row once for each group, masked (and so has the right
         one if rows are what is summed over).
+      carried: of a loop's body: inputs, over which the first outputs are written.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((16, 16))
@@ -245,33 +267,58 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False) -> int:
     outputs = graph.add(jaxpr, inputs)
     kept = _allocated(graph, set(inputs))
     roots: list[frozenset[int]] = [frozenset()] * len(graph.sizes)
+    for value in inputs:
+        roots[value] = frozenset({value})
     nodes: list[_Node] = []
     for op in graph.ops:
         sources = frozenset[int]().union(*(roots[value] for value in op.ins))
         made = tuple(value for value in op.outs if value in kept)
         for place, value in enumerate(op.outs):
-            carried = op.aliases and place < len(op.aliases)
-            roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if carried else sources
+            written = op.aliases and place < len(op.aliases)
+            roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
         if made or op.inner or op.aliases or op.name in IN_PLACE:
-            nodes.append(_Node(made, sources, op.inner))
+            nodes.append(_Node(made, sources, op.inner, op.name not in WHOLE and op.name not in REDUCTIONS))
     ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
     nodes = [*(_breadth_first(nodes) if cpu else nodes), _Node((), ends, 0)]
-    last = {value: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
+    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
+    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
+    for value in outputs[: len(carried)]:
+        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
+    theirs = set(inputs) - {inputs[place] for place in carried}
+    owner = _overwrite(nodes, {value: size for value, size in enumerate(graph.sizes) if value not in theirs})
+    last = {owner[value]: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
     live = most = 0
     for index, node in enumerate(nodes):
-        live += sum(graph.sizes[value] for value in node.made)
+        live += sum(sizes[value] for value in node.made if owner[value] == value)
         most = max(most, live + node.inner)
-        live -= sum(graph.sizes[value] for value in {*node.made, *node.sources} if last[value] == index)
+        both = {owner[value] for value in (*node.made, *node.sources)}
+        live -= sum(sizes[value] for value in both if last[value] == index)
     return most
+
+
+def _overwrite(nodes: Sequence[_Node], sizes: dict[int, int]) -> dict[int, int]:
+    """In whose memory each value is: elementwise results take that of an operand that nobody reads any more.
+
+    ``sizes``: of what may be overwritten.
+    """
+    last = {value: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
+    owner = {value: value for value in last}
+    for index, node in enumerate(nodes):
+        if node.elementwise and len(node.made) == 1:
+            (made,) = node.made
+            free = (value for value in sorted(node.sources) if last[value] == index and sizes.get(value) == sizes[made])
+            owner[made] = owner[next(free, made)]
+    return owner
 
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """What runs as one: the values that it allocates and those that it reads, and bytes besides."""
+    """What runs as one: the values that it allocates and those that it reads, bytes besides, whether elementwise."""
 
     made: tuple[int, ...]
     sources: frozenset[int]
     inner: int
+    elementwise: bool = False
 
 
 def _breadth_first(nodes: Sequence[_Node]) -> list[_Node]:

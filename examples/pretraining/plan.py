@@ -240,7 +240,9 @@ def _memory(
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
     state = trainer.abstract_state(model, optimizer, mesh)
     kept = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) for leaf in jax.tree.leaves(state.params)]
-    pipeline = trainer.pipelined(model, schedule, mesh, dispatch="one by one" if cpu else "loops")
+    pipeline = trainer.pipelined(model, schedule, mesh)
+    if cpu and pipeline.dispatch == "loops":
+        pipeline = dataclasses.replace(pipeline, dispatch="one by one")
     found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
     moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
     rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]

@@ -1,4 +1,4 @@
-"""Slot pools: pytrees of ``[slots, ...]`` arrays, read and written one slot at a time."""
+"""Slot pools: pytrees of ``[slots, ...]`` arrays, or slots apart; read and written one slot at a time."""
 
 from __future__ import annotations
 
@@ -38,18 +38,34 @@ class Buffers(NamedTuple):
     outputs: Any = None
 
 
-def allocate(avals: Any, slots: int) -> Any:
-    """Zeroed pool of ``slots`` slots for values of the given shapes and dtypes."""
+def allocate(avals: Any, slots: int, *, apart: bool = False) -> Any:
+    """Pool of ``slots`` slots for values of the given shapes and dtypes: zeros, or empty where they are apart."""
+    if apart:
+        return Apart((None,) * slots)
     return jax.tree.map(lambda aval: jnp.zeros((slots, *aval.shape), aval.dtype), avals)
 
 
-def take(pool: Any, slot: jax.Array) -> Any:
+class Apart(NamedTuple):
+    """A pool whose slots are values of their own, None where there is none; slots are then known when traced.
+
+    Attributes:
+      slots: the values, the dummy slot's last.
+    """
+
+    slots: tuple[Any, ...]
+
+
+def take(pool: Any, slot: Any) -> Any:
     """The value in a slot."""
+    if isinstance(pool, Apart):
+        return pool.slots[slot]
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), pool)
 
 
-def put(pool: Any, slot: jax.Array, value: Any) -> Any:
+def put(pool: Any, slot: Any, value: Any) -> Any:
     """The pool with a slot replaced."""
+    if isinstance(pool, Apart):
+        return Apart((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
 
 

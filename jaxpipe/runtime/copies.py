@@ -47,12 +47,14 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(lambda leaf: leaf.astype(dtype) if jnp.issubdtype(leaf.dtype, jnp.floating) else leaf, tree)
 
 
-def working_copies(stages: Any, schedule: Schedule, axis: str) -> tuple[Any, ...]:
-    """The parameters of every local chunk, from leaves ``[rows, ...]`` of the stages this rank owns.
+def working_copies(stages: Any, schedule: Schedule, axis: str, dtype: Any) -> tuple[Any, ...]:
+    """The parameters of every local chunk in a dtype, from leaves ``[rows, ...]`` of the stages this rank owns.
 
-    DualPipe's second chunk is fetched from its owner by one ppermute.
+    Rows are cast one by one: whole leaves in both dtypes would be held beside them. DualPipe's second chunk is fetched
+    from its owner by one ppermute.
     """
-    owned = [jax.tree.map(lambda leaf, row=row: leaf[row], stages) for row in range(rows_per_rank(schedule))]
+    rows = range(rows_per_rank(schedule))
+    owned = [cast(jax.tree.map(lambda leaf, row=row: leaf[row], stages), dtype) for row in rows]
     fetched = [lax.ppermute(owned[row], axis, pairs) for row, pairs in mirrored_chunks(schedule)]
     return (*owned, *fetched)
 
@@ -64,4 +66,5 @@ def gather_grads(grads: tuple[Any, ...], schedule: Schedule, axis: str) -> Any:
     for copy, (row, pairs) in zip(grads[rows:], mirrored_chunks(schedule), strict=True):
         returned = lax.ppermute(copy, axis, [(holder, owner) for owner, holder in pairs])
         owned[row] = jax.tree.map(jnp.add, owned[row], returned)
-    return jax.tree.map(lambda *leaves: jnp.stack(leaves), *owned)
+    # Behind a barrier, or an optimizer's every output would be computed from the parts by a kernel of its own.
+    return lax.optimization_barrier(jax.tree.map(lambda *leaves: jnp.stack(leaves), *owned))

@@ -19,6 +19,7 @@ from jaxpipe.runtime.model import Context, Model, Params
 from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch, run_one_by_one
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
+from jaxpipe.runtime.straight import run_straight
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
 
@@ -66,10 +67,12 @@ def train(
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True)
+    apart = dispatch == "straight"  # what is stashed is not copied: to make it again costs more
+    split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
     _check_boundary(x, split.out[0], split.out[1])
     with jax.named_scope("prepare"):
-        prepared = tuple(split.prepare(chunk) for chunk in chunks)
+        # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
+        prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in chunks))
     step = Step(
         model=model,
         split=split,
@@ -83,11 +86,12 @@ def train(
     loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
     if loss is None and split.out[1] is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
+    pool = functools.partial(allocate, apart=apart)
     buffers = Buffers(
-        mail=allocate(x, program.num_mail_slots + 1),
-        stash=allocate(split.residuals.input, program.num_stash_slots + 1),
-        weight_stash=allocate(split.residuals.weight, program.num_weight_stash_slots + 1),
-        cross=allocate(split.crossing, program.num_cross_slots + 1),
+        mail=pool(x, program.num_mail_slots + 1),
+        stash=pool(split.residuals.input, program.num_stash_slots + 1),
+        weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
+        cross=pool(split.crossing, program.num_cross_slots + 1),
         grads=tuple(jax.tree.map(accumulator, chunk) for chunk in chunks),
         outer_grads=jax.tree.map(accumulator, outer),
         loss=jax.tree.map(accumulator, loss),
@@ -142,7 +146,7 @@ def infer(
                 f"program returns per-example outputs, so make its leading dimension {rows}"
             )
     buffers = Buffers(
-        mail=allocate(x, program.num_mail_slots + 1),
+        mail=allocate(x, program.num_mail_slots + 1, apart=dispatch == "straight"),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -175,6 +179,8 @@ def run_steps(
     tables: Any,
 ) -> Buffers:
     """The scan over all steps: run a branch, then move messages where the step says so."""
+    if dispatch == "straight":
+        return run_straight(program, operation, buffers)
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
     if dispatch == "one by one":
@@ -241,7 +247,7 @@ def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: A
 def _compute_params(schedule: Schedule, axes: Axes, dtype: Any, params: Params) -> tuple[tuple[Any, ...], Any]:
     """(every local chunk's parameters, outer parameters) in compute dtype."""
     with jax.named_scope("prepare"):
-        return working_copies(cast(params.stages, dtype), schedule, axes.pipeline), cast(params.outer, dtype)
+        return working_copies(params.stages, schedule, axes.pipeline, dtype), cast(params.outer, dtype)
 
 
 def _prepare_model(program: Program, model: Model, axes: Axes, dtype: Any) -> Model:

@@ -225,11 +225,16 @@ def make_context(batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any)
     return Context(stage, microbatch, rng, take(batch, microbatch))
 
 
-def run_branch(branch: Branch, operation: Callable[[Op, int], Operation]) -> Callable[[Buffers, jax.Array], Buffers]:
-    """The code of a branch: read all, compute all, write all; each under the scope of its action."""
+def run_branch(
+    branch: Branch, operation: Callable[[Op, int], Operation], *, apart: bool = False
+) -> Callable[[Buffers, Any], Buffers]:
+    """The code of a branch: read all, compute all, write all; each under the scope of its action.
+
+    ``apart``: whether pools are `Apart` and the slots in ``rows`` integers.
+    """
     parts = [(op, operation(op, chunk)) for op, chunk in branch]
 
-    def run(buffers: Buffers, rows: jax.Array) -> Buffers:
+    def run(buffers: Buffers, rows: Any) -> Buffers:
         inputs, results = [], []
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("read"):
@@ -237,7 +242,7 @@ def run_branch(branch: Branch, operation: Callable[[Op, int], Operation]) -> Cal
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], rows[i]))
-        if len(parts) > 1:
+        if len(parts) > 1 and not apart:
             # One part writes a pool that the other reads. Without an order XLA would copy the whole pool.
             results, buffers = lax.optimization_barrier((results, buffers))
         for i, (op, part) in enumerate(parts):

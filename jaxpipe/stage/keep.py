@@ -27,9 +27,9 @@ LIGHT = ELEMENTWISE | MOVING | REDUCING
 """Primitives that a compiler fuses into what reads them."""
 
 
-def is_light(node: Node) -> bool:
-    """Whether the node's work is lighter than to keep its result: by its primitive, or because the user says so."""
-    return node.again or node.name in LIGHT
+def is_light(node: Node, *, again: bool) -> bool:
+    """Whether the node's work is lighter than to keep its result: by its primitive or, with ``again``, by its name."""
+    return (again and node.again) or node.name in LIGHT
 
 
 _Place = tuple[str, Value | None]
@@ -38,7 +38,9 @@ _SINK: _Place = ("sink", None)
 _ENDLESS = 1 << 62
 
 
-def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> set[Value]:
+def fewest_bytes(
+    needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value], *, again: bool = True
+) -> set[Value]:
     """Values to keep, of which light nodes make the needed ones, together with given values and constants.
 
     Of all cuts of as few bytes the one that leaves least to be made again.
@@ -47,6 +49,7 @@ def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collecti
       needed: values among the inputs or results of nodes.
       nodes: in an order in which they can run.
       given: values that cost nothing.
+      again: whether what the user says is made again counts as light.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxpipe.stage.graph import make_graph
@@ -63,7 +66,7 @@ def fewest_bytes(needed: Iterable[Value], nodes: Sequence[Node], given: Collecti
         value = pending.pop()
         network.join(("in", value), ("out", value), value.nbytes + 1)
         node = made.get(value)
-        if node is None or not is_light(node):
+        if node is None or not is_light(node, again=again):
             network.join(_SOURCE, ("in", value), _ENDLESS)
             continue
         for origin in node.ins:

@@ -149,7 +149,9 @@ class _Parts(NamedTuple):
     x_like: Any
 
 
-def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False) -> SplitStage:
+def split_stage(
+    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, again: bool = True
+) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
     The backward pass that JAX derives is traced; the equations that the input's cotangent needs are one half, the
@@ -158,8 +160,8 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     this is called where they are bound, inside `jax.shard_map`.
 
     As few bytes are kept between the parts as light work can make the rest from (`jaxpipe.stage.keep`): elementwise
-    operations, moves and sums over axes are done again where they are read, and so is whatever a function does that is
-    jitted under the name ``made_again``.
+    operations, moves and sums over axes are done again where they are read, and so is, with ``again``, whatever a
+    function does that is jitted under the name ``made_again``.
 
     Args:
       stage: ``stage(params, x, *args) -> out``, pure; ``(out, aux)`` with ``has_aux``.
@@ -168,6 +170,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
       x: like params; where it has no floating leaf, there is no input half.
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
+      again: False where memory is there for what ``made_again`` would save.
 
     Raises:
       ValueError: a leaf that is not an array.
@@ -201,14 +204,14 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     )
     kept = [value for value in dict.fromkeys(residuals) if value not in known and value.const is None]
     # Light work on parameters and constants is done again in each half rather than stashed or handed over.
-    again = [value for value in kept if closure([value], rest, known) is not None]
-    chosen = fewest_bytes([value for value in kept if value not in again], rest, known)
-    again = [value for value in kept if value not in chosen]
+    remade = [value for value in kept if closure([value], rest, known) is not None]
+    chosen = fewest_bytes([value for value in kept if value not in remade], rest, known, again=again)
+    remade = [value for value in kept if value not in chosen]
     kept = [value for value in (*arguments, *(out for node in rest for out in node.outs)) if value in chosen]
 
     parts = divide(nodes, x_ct, params_ct)
     first, second = (
-        in_time(closure([value for value in again if value in reads], rest, known | chosen) or (), part)
+        in_time(closure([value for value in remade if value in reads], rest, known | chosen) or (), part)
         for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
     for_second = _reads(second, params_ct)
@@ -220,7 +223,7 @@ def split_stage(stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_
     crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
     weight = tuple(value for value in kept if value in for_second)
     given = known | {*weight}
-    handed = fewest_bytes(crossing, first, given)
+    handed = fewest_bytes(crossing, first, given, again=again)
     more = closure([value for value in crossing if value not in handed], first, given | handed) or ()
     second = in_time(more, second)
     for_second = _reads(second, params_ct)

@@ -1,0 +1,133 @@
+"""Runs a Program of one rank as straight code: what each step does, and on which slots, is known when it is traced.
+
+No step chooses among branches, and no value is copied into its slot or out of it: a slot is a name. Steps that come
+again with other microbatches are one loop, whose body is as many steps as it takes until every slot comes round.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxpipe.runtime.buffers import Apart, Buffers, put
+from jaxpipe.runtime.operations import Operation, run_branch
+from jaxpipe.runtime.program import Branch, Field, Op, Program
+
+MOST_OPERATIONS = 12
+"""Forwards and backwards of each local chunk in the code; a longer program takes too long to compile."""
+
+_FREED: dict[Op, tuple[tuple[str, Field], ...]] = {
+    Op.F: (("mail", Field.SOURCE),),
+    Op.B: (("mail", Field.SOURCE), ("stash", Field.STASH), ("weight_stash", Field.WEIGHT_STASH)),
+    Op.I: (("mail", Field.SOURCE), ("stash", Field.STASH)),
+    Op.W: (("weight_stash", Field.WEIGHT_STASH), ("cross", Field.CROSS)),
+    Op.EMBED: (),
+    Op.HEAD: (("mail", Field.SOURCE),),
+    Op.EMBED_GRAD: (("mail", Field.SOURCE),),
+}
+
+
+class Repeat(NamedTuple):
+    """Steps ``start`` to ``start + period * times`` are ``times`` times the same, but for the microbatches."""
+
+    start: int
+    period: int
+    times: int
+
+    def code(self, num_steps: int) -> list[int]:
+        """The steps of which there is code."""
+        stop = self.start + self.period * self.times
+        return [*range(self.start + self.period), *range(stop, num_steps)]
+
+
+def find_repeat(program: Program) -> Repeat:
+    """The repetition in a program of one rank that leaves least code.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> find_repeat(lower(build("1f1b", 1, 8)))
+    Repeat(start=0, period=5, times=8)
+    """
+    steps = program.num_steps
+    fixed = np.delete(program.operands[:, 0], Field.MICROBATCH, axis=-1).reshape(steps, -1)
+    _, kinds = np.unique(np.column_stack([program.branch[:, 0], fixed]), axis=0, return_inverse=True)
+    best = Repeat(0, steps, 1)
+    for period in range(1, steps // 2 + 1):
+        length = 0
+        for step, same in enumerate(kinds[:-period] == kinds[period:], start=1):
+            length = length + 1 if same else 0
+            found = Repeat(step - length, period, length // period + 1)
+            if len(found.code(steps)) < len(best.code(steps)):
+                best = found
+    return best
+
+
+def is_short(program: Program) -> bool:
+    """Whether there is one rank and little code."""
+    if program.num_ranks != 1:
+        return False
+    steps = find_repeat(program).code(program.num_steps)
+    kinds = [op for step in steps for op, _ in program.branches[program.branch[step, 0]]]
+    heavy = sum(op in (Op.F, Op.B, Op.I, Op.W) for op in kinds)
+    return heavy <= MOST_OPERATIONS * program.schedule.num_stages
+
+
+def run_straight(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
+    """All steps of a program of one rank; the pools of buffers are `Apart`."""
+    repeat = find_repeat(program)
+    microbatches = program.operands[:, 0, :, Field.MICROBATCH]
+
+    def run(buffers: Buffers, step: int, microbatches: Any) -> Buffers:
+        index = int(program.branch[step, 0])
+        branch = program.branches[index]
+        rows = [
+            [microbatches[i], *map(int, program.operands[step, 0, i, Field.MICROBATCH + 1 :])]
+            for i in range(len(branch))
+        ]
+        with jax.named_scope(f"branch_{index}"):
+            buffers = run_branch(branch, operation, apart=True)(buffers, rows)
+        # Nothing moves from step to step, so that the compiler holds what the schedule holds.
+        return lax.optimization_barrier(_free(buffers, branch, rows))
+
+    def body(buffers: Buffers, microbatches: jax.Array) -> tuple[Buffers, None]:
+        before = buffers
+        for i in range(repeat.period):
+            buffers = run(buffers, repeat.start + i, microbatches[i])
+        return _like(before, buffers), None
+
+    stop = repeat.start + repeat.period * repeat.times
+    for step in range(repeat.start):
+        buffers = run(buffers, step, microbatches[step])
+    times = microbatches[repeat.start : stop].reshape(repeat.times, repeat.period, -1)
+    buffers = body(buffers, times[0])[0] if repeat.times == 1 else lax.scan(body, buffers, times)[0]
+    for step in range(stop, program.num_steps):
+        buffers = run(buffers, step, microbatches[step])
+    return buffers
+
+
+def _free(buffers: Buffers, branch: Branch, rows: Sequence[Sequence[Any]]) -> Buffers:
+    """Without the values that a step was the last to read, and without those written to dummy slots."""
+    for (op, _), row in zip(branch, rows, strict=True):
+        for name, field in _FREED[op]:
+            if name != "mail" or row[Field.SOURCE] != row[Field.TARGET]:
+                buffers = buffers._replace(**{name: put(getattr(buffers, name), row[field], None)})
+    return jax.tree.map(
+        lambda pool: put(pool, len(pool.slots) - 1, None) if isinstance(pool, Apart) else pool,
+        buffers,
+        is_leaf=lambda node: isinstance(node, Apart),
+    )
+
+
+def _like(before: Buffers, after: Buffers) -> Buffers:
+    """``after`` without what nobody reads in the next round: values in slots that were empty before."""
+
+    def pool(before: Any, after: Any) -> Any:
+        if not isinstance(before, Apart):
+            return after
+        return Apart(tuple(b if b is None else a for b, a in zip(before.slots, after.slots, strict=True)))
+
+    return jax.tree.map(pool, before, after, is_leaf=lambda node: isinstance(node, Apart))

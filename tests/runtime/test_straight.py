@@ -1,0 +1,127 @@
+"""One rank's program as straight code: the same steps, the same results, and no copies into slots."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpipe
+from jaxpipe.runtime.lower import lower
+from jaxpipe.runtime.program import Field
+from jaxpipe.runtime.straight import find_repeat, is_short
+from tests.plain import assert_trees_close
+from tests.runtime import models
+from tests.runtime.test_execute import compare
+
+NAMES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
+TOKENS = dict(stage=models.token_stage, embed=models.token_embed, head=models.token_head)
+
+
+@pytest.mark.parametrize("microbatches", [2, 3, 9, 24])
+@pytest.mark.parametrize("name", NAMES)
+def test_repeated_steps_are_the_programs_steps(name, microbatches):
+    """Round for round, the repeated steps run the same branch on the same slots."""
+    program = lower(jaxpipe.schedule.build(name, 1, microbatches))
+    repeat = find_repeat(program)
+    stop = repeat.start + repeat.period * repeat.times
+    assert stop <= program.num_steps
+    fixed = np.delete(program.operands[:, 0], Field.MICROBATCH, axis=-1)
+    for table in (program.branch[:, 0], fixed):
+        rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
+        assert (rounds == rounds[0]).all()
+    assert repeat.code(program.num_steps) == [
+        step for step in range(program.num_steps) if step < repeat.start + repeat.period or step >= stop
+    ]
+
+
+@pytest.mark.parametrize("name, microbatches, times", [("1f1b", 64, 64), ("zb1p", 8, 8), ("dualpipev", 64, 31)])
+def test_code_does_not_grow_with_the_microbatches(name, microbatches, times):
+    """1F1B repeats every microbatch, DualPipeV every two: its first stage's two slots take turns."""
+    repeat, longer = (find_repeat(lower(jaxpipe.schedule.build(name, 1, count))) for count in (microbatches, 128))
+    assert repeat.times == times
+    assert (repeat.start, repeat.period) == (longer.start, longer.period)
+
+
+def test_only_short_code_of_one_rank_is_straight():
+    def made(name, ranks, microbatches, **options):
+        schedule = jaxpipe.schedule.build(name, ranks, microbatches)
+        return jaxpipe.value_and_grad(mesh=jaxpipe.make_mesh(pp=ranks), schedule=schedule, **TOKENS, **options)
+
+    assert made("dualpipev", 1, 64).dispatch == "straight"
+    assert made("gpipe", 1, 4).dispatch == "straight"
+    assert made("gpipe", 1, 64).dispatch != "straight"  # every microbatch has a slot of its own
+    assert made("dualpipev", 2, 8).dispatch != "straight"
+    assert not is_short(lower(jaxpipe.schedule.build("dualpipev", 2, 8)))
+    with pytest.raises(ValueError, match="dispatch='straight' is for one rank; for 2, choose of"):
+        made("dualpipev", 2, 8, dispatch="straight")
+
+
+@pytest.mark.parametrize("name, microbatches", [("gpipe", 9), ("interleaved", 9), ("zb1p", 4), ("zbv", 7),
+                                                ("dualpipev", 5), ("dualpipev", 11)])  # fmt: skip
+def test_equals_the_plain_program(x64, name, microbatches):
+    """Tied embedding, dropout, auxiliary losses, metrics, masks and integer activations, with and without rounds."""
+    schedule = jaxpipe.schedule.build(name, 1, microbatches)
+    batch = models.token_batch(2 * microbatches)
+    params = models.token_params(schedule)
+    compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, dispatch="straight", **TOKENS)
+
+
+@pytest.mark.parametrize("name, microbatches", [("interleaved", 7), ("dualpipev", 4)])
+def test_forward_only(x64, name, microbatches):
+    schedule, mesh = jaxpipe.schedule.build(name, 1, microbatches), jaxpipe.make_mesh(pp=1)
+    params, batch = models.deepseek_params(schedule, 8, 16), models.deepseek_batch(schedule, 8, sequence=4)
+    functions = dict(stage=models.deepseek_stage, embed=models.deepseek_embed)
+    results = [
+        jax.jit(jaxpipe.forward(schedule=schedule, mesh=mesh, dispatch=dispatch, **functions))(params, batch)
+        for dispatch in ("straight", "loops")
+    ]
+    assert_trees_close(*results, rtol=1e-12)
+
+
+def test_ends_that_all_ranks_share(x64):
+    schedule = jaxpipe.schedule.build("dualpipev", 1, 6)
+    compare(schedule, models.token_params(schedule), models.token_batch(12), jax.random.key(3), shared_ends=True,
+            dispatch="straight", **TOKENS)  # fmt: skip
+
+
+def test_without_embed_and_head(x64):
+    """The input cotangent of the first stage is written and never read; the objective is the stages' own."""
+    schedule = jaxpipe.schedule.build("dualpipev", 1, 9)
+    weights = jax.random.normal(jax.random.key(0), (2, 8, 8)) / 3
+
+    def stage(params, x, ctx):
+        y = jnp.tanh(x @ params)
+        return jaxpipe.Output(y, aux_loss=jnp.mean(y**2))
+
+    batch = jax.random.normal(jax.random.key(1), (18, 8))
+    compare(schedule, jaxpipe.Params(weights), batch, stage=stage, dispatch="straight")
+
+
+def test_slots_are_neither_copied_nor_held_when_free():
+    """In the loop nothing is written into a pool, and it carries what is alive between its rounds alone."""
+    schedule = jaxpipe.schedule.build("dualpipev", 1, 8)
+    step = jaxpipe.value_and_grad(
+        lambda params, x, ctx: jnp.tanh(x @ params), schedule, jaxpipe.make_mesh(pp=1), head=lambda o, y, d, c: y.sum()
+    )
+    jaxpr = jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((16, 8)))
+    (mapped,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "shard_map")
+    (loop,) = (eqn for eqn in mapped.params["jaxpr"].eqns if eqn.primitive.name == "scan")
+    assert "dynamic_update_slice" not in str(loop.params["jaxpr"])
+    microbatch = (2, 8)
+    carried = [var.aval.shape for var in loop.outvars]
+    # Between rounds one microbatch is past both forwards and another is about to begin.
+    stashed = sum(shape == microbatch for shape in carried)
+    assert stashed <= 5 < step.program.num_stash_slots * 2 + step.program.num_mail_slots
+
+
+def test_less_memory_than_pools():
+    schedule = jaxpipe.schedule.build("dualpipev", 1, 8)
+    params = models.deepseek_params(schedule, 64, 256)
+    batch = models.deepseek_batch(schedule, 64, sequence=64)
+    sizes = [
+        jax.jit(jaxpipe.value_and_grad(models.deepseek_stage, schedule, jaxpipe.make_mesh(pp=1),
+                                       embed=models.deepseek_embed, head=models.deepseek_head, dispatch=dispatch))
+        .lower(params, batch).compile().memory_analysis().temp_size_in_bytes
+        for dispatch in ("straight", "loops")
+    ]  # fmt: skip
+    assert sizes[0] < sizes[1]
