@@ -6,6 +6,7 @@ E logical experts, P slots of all devices, S of one, D width, F hidden width of 
 from __future__ import annotations
 
 import functools
+import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -13,9 +14,13 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
+from eplb_jax import gated_rows
 from eplb_jax.dtypes import wide
-from eplb_jax.grouped_gemm import Backend, grouped_matmul
+from eplb_jax.grouped_gemm import Backend, grouped_matmul, interface, mosaic, xla
+from eplb_jax.grouped_gemm.target import choose_backend, current_target
 from eplb_jax.mesh_axis import size_and_index
+
+logger = logging.getLogger(__name__)
 
 
 class ExpertParams(NamedTuple):
@@ -117,7 +122,8 @@ def _swiglu_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[
     weighted = ct * weight.astype(dtype)[:, None]
     slope = share * (1 + gate * (1 - share))
     hidden_ct = jnp.concatenate([weighted * value * slope, weighted * active], -1).astype(hidden.dtype)
-    return hidden_ct, (ct * active * value).sum(-1).astype(weight.dtype)
+    # Behind a barrier it is made once, and not by each of the products that read it.
+    return jax.lax.optimization_barrier(hidden_ct), (ct * active * value).sum(-1).astype(weight.dtype)
 
 
 _swiglu.defvjp(lambda hidden, weight: (_swiglu(hidden, weight), (hidden, weight)), _swiglu_bwd)
@@ -134,8 +140,72 @@ def apply_experts(
 
     The weight multiplies the hidden activations, where it is cheap, and where its gradient needs nothing kept.
     """
+    interface.check(rows, params.w_in, sizes, transpose_rhs=False)
+    operands = *params, rows, weight, jnp.asarray(sizes, jnp.int32)
+    w_in, w_out, *operands = interface.same_axes(*map(jnp.asarray, operands))
+    return _apply_experts(ExpertParams(w_in, w_out), *operands, backend)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _apply_experts(params: ExpertParams, rows: Any, weight: Any, sizes: Any, backend: Backend) -> jax.Array:
+    return _apply_experts_fwd(params, rows, weight, sizes, backend)[0]
+
+
+def _apply_experts_fwd(params: ExpertParams, rows: Any, weight: Any, sizes: Any, backend: Backend) -> tuple[Any, Any]:
     hidden = grouped_matmul(rows, params.w_in, sizes, backend=backend)
-    return grouped_matmul(swiglu(hidden, weight), params.w_out, sizes, backend=backend)
+    out = grouped_matmul(swiglu(hidden, weight), params.w_out, sizes, backend=backend)
+    return out, (params, rows, hidden, weight, sizes)
+
+
+def _apply_experts_bwd(backend: Backend, residuals: Any, ct: jax.Array) -> tuple[Any, ...]:
+    """What is behind the gate is made again beside the gradients; the two products of the weights share nothing."""
+    params, rows, hidden, weight, sizes = residuals
+    transposed = functools.partial(grouped_matmul, group_sizes=sizes, backend=backend, transpose_rhs=True)
+    gates = "xla" if backend == "xla" else "auto"  # "mosaic" insists on the products alone, which take more widths
+    hidden_ct, act, weight_ct = gated_backward(hidden, weight, transposed(ct, params.w_out), gates)
+
+    def outer(lhs: jax.Array, dout: jax.Array, rhs: jax.Array) -> jax.Array:
+        return interface.dispatch(interface.choose(lhs, rhs, backend), xla.outer, mosaic.outer, lhs, dout, sizes)
+
+    params_ct = ExpertParams(outer(rows, hidden_ct, params.w_in), outer(act, ct, params.w_out))
+    return params_ct, transposed(hidden_ct, params.w_in), weight_ct, None
+
+
+_apply_experts.defvjp(_apply_experts_fwd, _apply_experts_bwd)
+
+
+def gated_backward(
+    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"], backend: Backend = "auto"
+) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    """The gradients of `swiglu`'s arguments, and between them its result again.
+
+    Args:
+      hidden, weight: its arguments.
+      ct: the gradient of its result.
+      backend: "auto" takes our own kernel for Hopper GPUs, `eplb_jax.gated_rows`, where it can, and else "xla", as in
+        `eplb_jax.exchange.spread`.
+
+    Raises:
+      ValueError: "mosaic" for what it cannot do.
+    """
+    task = "make the gate's gradient"
+    chosen = choose_backend(backend, current_target, lambda: gated_rows.why_not(hidden), task, _log_fallback)
+    kernel = functools.partial(gated_rows.gated_backward, cores=current_target().cores)
+    return interface.dispatch(chosen, gated_backward_by_xla, kernel, hidden, weight, ct)
+
+
+def gated_backward_by_xla(
+    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"]
+) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    """`gated_backward` for every platform and dtype."""
+    hidden_ct, weight_ct = _swiglu_bwd((hidden, weight), ct)
+    return hidden_ct, _swiglu(hidden, weight), weight_ct
+
+
+@functools.cache
+def _log_fallback(reason: str) -> None:
+    """Says once per reason that a GPU gets XLA's form."""
+    logger.warning("the gate's gradient is made by XLA's fusions, not by our kernel: %s", reason)
 
 
 def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F"]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -25,13 +26,16 @@ def size_and_index(axis: str | None) -> tuple[int, jax.Array]:
         ) from error
 
 
-def varying(function: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """The function with a result that varies over its arguments' mesh axes; a kernel's own varies over none."""
+def varying(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function with results that vary over its arguments' mesh axes; a kernel's own vary over none."""
 
-    def call(*arguments: jax.Array) -> jax.Array:
-        result = function(*arguments)
+    def call(*arguments: jax.Array) -> Any:
         axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
-        missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
-        return jax.lax.pcast(result, missing, to="varying") if missing else result
+
+        def vary(result: jax.Array) -> jax.Array:
+            missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
+            return jax.lax.pcast(result, missing, to="varying") if missing else result
+
+        return jax.tree.map(vary, function(*arguments))
 
     return call

@@ -241,9 +241,9 @@ def _remote(
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, rooms.exchange)
         sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
-        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
         rows = exchange.spread(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
-        rows = _travel(rows, sends.counts, config, axis)
+        rows, sent = _return_after(_travel(rows, sends.counts, config, axis), sent)
+        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
@@ -260,6 +260,18 @@ def _remote(
     with jax.named_scope("combine"):
         y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
     return y if shared is None else y + hidden, dropped + sends.dropped
+
+
+@jax.custom_vjp
+def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both; the cotangent of rows sets out when that of what was sent has arrived, which then travels beside products.
+
+    Without an order, XLA's scheduler finds nothing to do while the small one travels.
+    """
+    return rows, sent
+
+
+_return_after.defvjp(lambda *both: (both, None), lambda _, cts: jax.lax.optimization_barrier(cts))
 
 
 def _travel(rows: jax.Array, counts: jax.Array, config: MoEConfig, axis: str, *, back: bool = False) -> Any:

@@ -83,7 +83,7 @@ def copy_rows(
     total = source.shape[0]
     x = _in_lines(x)
     _, height, line = x.shape
-    lines, parts = _divide(height, line * x.dtype.itemsize, plan.part)
+    lines, parts = divide(height, line * x.dtype.itemsize, plan.part)
     workers = cores * plan.blocks
     ahead = plan.stages - plan.behind
     share = pl.cdiv(total, workers)
@@ -97,16 +97,16 @@ def copy_rows(
 
             @pl.when(lax.axis_index("warpgroup") == 0)
             def _():
-                mine = _turns(tokens * parts, worker, workers)
+                mine = turns(tokens * parts, worker, workers)
 
                 def load(turn, _=None):
                     slot = lax.rem(turn, jnp.int32(plan.stages))
-                    item = part_of(x_ref, *_divmod(worker + turn * workers, parts))
+                    item = part_of(x_ref, *token_and_part(worker + turn * workers, parts))
                     plgpu.copy_gmem_to_smem(item, ring.at[slot], filled.at[slot])
 
                 def step(turn, _):
                     slot = lax.rem(turn, jnp.int32(plan.stages))
-                    token, part = _divmod(worker + turn * workers, parts)
+                    token, part = token_and_part(worker + turn * workers, parts)
                     places = [rows_of[token * choices + j] for j in range(choices)]  # early, as it takes long
                     plgpu.barrier_wait(filled.at[slot])
                     for place in places:
@@ -157,7 +157,7 @@ def copy_rows(
         )
 
     out = jax.ShapeDtypeStruct((total, height, line), x.dtype)
-    return _launch(body, "copy_rows", workers, 2, out, source, rows.reshape(-1), x).reshape(total, -1)
+    return launch(body, "copy_rows", workers, 2, out, source, rows.reshape(-1), x).reshape(total, -1)
 
 
 def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, plan: Plan = SUMS) -> Float[Array, "N D"]:
@@ -172,28 +172,28 @@ def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, pl
     rows = _in_lines(rows)
     _, height, line = rows.shape
     size = rows.dtype.itemsize
-    lines, parts = _divide(height, line * size, min(plan.part // choices, MOST_ADDED * size))
+    lines, parts = divide(height, line * size, min(plan.part // choices, MOST_ADDED * size))
     workers = cores * plan.blocks
 
     def body(index_of, rows_ref, out_ref):
         def scoped(ring, sums, filled):
             worker = lax.axis_index("worker")
-            mine = _turns(tokens * parts, worker, workers)
+            mine = turns(tokens * parts, worker, workers)
 
             def look_up(turn):
-                token, _ = _divmod(worker + jnp.minimum(turn, mine - 1) * workers, parts)
+                token, _ = token_and_part(worker + jnp.minimum(turn, mine - 1) * workers, parts)
                 return [index_of[token * choices + j] for j in range(choices)]
 
             def load(turn, places):
                 slot = lax.rem(turn, jnp.int32(plan.stages))
-                _, part = _divmod(worker + turn * workers, parts)
+                _, part = token_and_part(worker + turn * workers, parts)
                 for j, place in enumerate(places):
                     item = rows_ref.at[place, pl.ds(part * lines, lines)]
                     plgpu.copy_gmem_to_smem(item, ring.at[slot, j], filled.at[slot])
 
             def step(turn, places):
                 slot = lax.rem(turn, jnp.int32(plan.stages))
-                token, part = _divmod(worker + turn * workers, parts)
+                token, part = token_and_part(worker + turn * workers, parts)
                 plgpu.barrier_wait(filled.at[slot])
                 total = ring[slot, 0].astype(jnp.float32)
                 for j in range(1, choices):
@@ -223,7 +223,7 @@ def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, pl
         )
 
     out = jax.ShapeDtypeStruct((tokens, height, line), rows.dtype)
-    return _launch(body, "add_rows", workers, 1, out, index.reshape(-1), rows).reshape(tokens, -1)
+    return launch(body, "add_rows", workers, 1, out, index.reshape(-1), rows).reshape(tokens, -1)
 
 
 def _in_lines(rows: jax.Array) -> jax.Array:
@@ -233,10 +233,10 @@ def _in_lines(rows: jax.Array) -> jax.Array:
     return rows.reshape(rows.shape[0], width // line, line)
 
 
-def _divide(height: int, line_bytes: int, most: int) -> tuple[int, int]:
+def divide(height: int, line_bytes: int, most: int) -> tuple[int, int]:
     """Lines of a part and parts of a row, all alike.
 
-    >>> _divide(28, 512, 4096)
+    >>> divide(28, 512, 4096)
     (7, 4)
     """
     limit = min(max(most // line_bytes, 1), LINES[0])
@@ -244,18 +244,19 @@ def _divide(height: int, line_bytes: int, most: int) -> tuple[int, int]:
     return lines, height // lines
 
 
-def _divmod(item: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
+def token_and_part(item: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
     """Token and part."""
     token = lax.div(item, jnp.int32(parts))
     return token, item - token * parts
 
 
-def _turns(items: int, worker: jax.Array, workers: int) -> jax.Array:
+def turns(items: int, worker: jax.Array, workers: int) -> jax.Array:
     """How many of the items worker, worker + workers, ... there are."""
     return lax.div(jnp.maximum(items - worker + (workers - 1), 0), jnp.int32(workers))
 
 
-def _launch(body: Any, name: str, workers: int, warpgroups: int, out: Any, *operands: jax.Array) -> jax.Array:
+def launch(body: Any, name: str, workers: int, warpgroups: int, out: Any, *operands: jax.Array) -> Any:
+    """The results of a kernel of so many blocks."""
     return plgpu.kernel(
         body,
         out_type=out,

@@ -38,6 +38,7 @@ LAYERS = [
     "eplb_jax.mesh_axis",
     "eplb_jax.grouped_gemm",
     "eplb_jax.row_moves",
+    "eplb_jax.gated_rows",
     "eplb_jax.exchange",
     "eplb_jax.dispatch",
     "eplb_jax.replica",

@@ -58,7 +58,7 @@ def grouped_matmul(
     """
     check(lhs, rhs, group_sizes, transpose_rhs)
     chosen = choose(lhs, rhs, backend)
-    lhs, rhs, group_sizes = _same_axes(jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes, jnp.int32))
+    lhs, rhs, group_sizes = same_axes(jnp.asarray(lhs), jnp.asarray(rhs), jnp.asarray(group_sizes, jnp.int32))
     return _grouped_matmul(lhs, rhs, group_sizes, chosen, transpose_rhs)
 
 
@@ -101,7 +101,7 @@ def _log_fallback(reason: str) -> None:
     logger.warning("grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: %s", reason)
 
 
-def _same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """The arrays varying over the same mesh axes; shard_map then sums the gradients of those that did not."""
     varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
     missing = [tuple(frozenset().union(*varying) - own) for own in varying]
@@ -111,10 +111,11 @@ def _same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
 def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str, transpose_rhs: bool) -> jax.Array:
     """The product on the chosen backend."""
     by = {m: functools.partial(m.matmul, transpose_rhs=transpose_rhs) for m in (xla, mosaic)}
-    return _dispatch(chosen, by[xla], by[mosaic], lhs, rhs, group_sizes)
+    return dispatch(chosen, by[xla], by[mosaic], lhs, rhs, group_sizes)
 
 
-def _dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> jax.Array:
+def dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> Any:
+    """The results on the chosen backend, as `choose_backend` names it."""
     if chosen == "either":
         return jax.lax.platform_dependent(*arguments, cuda=varying(by_mosaic), default=varying(by_xla))
     return varying({"xla": by_xla, "mosaic": by_mosaic}[chosen])(*arguments)
@@ -134,7 +135,7 @@ def _backward(chosen: str, transpose_rhs: bool, residuals: Any, dout: Any) -> An
     lhs, rhs, group_sizes = residuals
     dlhs = _matmul(dout, rhs, group_sizes, chosen, not transpose_rhs)
     pair = (dout, lhs) if transpose_rhs else (lhs, dout)
-    return dlhs, _dispatch(chosen, xla.outer, mosaic.outer, *pair, group_sizes), None
+    return dlhs, dispatch(chosen, xla.outer, mosaic.outer, *pair, group_sizes), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

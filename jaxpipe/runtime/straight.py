@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -102,8 +103,8 @@ def run_straight(program: Program, operation: Callable[[Op, int], Operation], bu
     stop = repeat.start + repeat.period * repeat.times
     for step in range(repeat.start):
         buffers = run(buffers, step, microbatches[step])
-    times = microbatches[repeat.start : stop].reshape(repeat.times, repeat.period, -1)
-    buffers = body(buffers, times[0])[0] if repeat.times == 1 else lax.scan(body, buffers, times)[0]
+    rounds = jnp.asarray(microbatches[repeat.start : stop].reshape(repeat.times, repeat.period, -1))
+    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, buffers, rounds)[0]
     for step in range(stop, program.num_steps):
         buffers = run(buffers, step, microbatches[step])
     return buffers

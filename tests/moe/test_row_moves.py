@@ -144,5 +144,5 @@ def test_what_the_kernels_do_not_take(shape, index, dtype, message):
 def test_parts_make_up_a_row():
     for height in (1, 5, 28, 131, 1000):
         for most in (1, 512, 4096, 1 << 20):
-            lines, parts = row_moves._divide(height, 512, most)
+            lines, parts = row_moves.divide(height, 512, most)
             assert 1 <= lines <= min(max(most // 512, 1), 256) and lines * parts == height
