@@ -1,20 +1,45 @@
-"""Eight fake CPU devices, strict dtype promotion; set before anything imports jax."""
+"""Eight fake CPU devices unless XLA_FLAGS says otherwise, strict dtype promotion; set before anything imports jax."""
 
+import functools
+import math
 import os
 
-# Eight devices on two cores may wait long for each other; XLA ends the process after 40 seconds by default.
+# Of a flag's values the last counts. Eight devices on two cores may wait long for each other; XLA ends the process
+# after 40 seconds by default.
 os.environ["XLA_FLAGS"] = (
-    f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count=8"
-    " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
+    "--xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=1200 "
+    + os.environ.get("XLA_FLAGS", "")
 )
 
 import jax
 import pytest
 
+import jaxpipe.api
+
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if jax.default_backend() == "cpu":
     # What runs once is compiled fast: LLVM's optimizations take twice as long and change no result beyond rounding.
     jax.config.update("jax_disable_most_optimizations", True)
+
+
+def skipping(make):
+    """Makes meshes, but skips the test or doctest that needs up to 8 devices where there are fewer."""
+
+    @functools.wraps(make)
+    def wrapped(shape=None, *args, devices=None, **others):
+        count = math.prod(others.values() if shape is None else shape)
+        if len(jax.devices() if devices is None else devices) < count <= 8:
+            pytest.skip(f"needs {count} devices, there are {jax.device_count()} ({jax.default_backend()})")
+        if shape is None:
+            return make(**others)
+        return make(shape, *args, devices=devices, **others)
+
+    return wrapped
+
+
+if jax.device_count() < 8:
+    jax.make_mesh = skipping(jax.make_mesh)
+    jaxpipe.make_mesh = jaxpipe.api.make_mesh = skipping(jaxpipe.make_mesh)
 
 
 @pytest.fixture

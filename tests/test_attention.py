@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from jaxpipe import attention
 from jaxpipe.attention import causal_attention
 
 
@@ -33,6 +34,38 @@ def test_wide_values_are_refused():
     query, key, value = operands(4, 4, 1, 4, 8, jnp.float32)
     with pytest.raises(ValueError, match="values of width 8 are wider than keys of 4"):
         causal_attention(query, key, value)
+
+
+@pytest.mark.parametrize(
+    ("queries", "keys", "width", "narrow", "chosen"),
+    [
+        (7, 7, 64, 64, "cudnn"),
+        (4, 8, 256, 256, "cudnn"),
+        (8, 8, 16, 12, "cudnn"),  # padded
+        (8, 8, 12, 12, "xla"),
+        (8, 8, 12, 8, "xla"),
+        (8, 8, 264, 264, "xla"),
+        (1, 8, 64, 64, "xla"),
+        (4, 7, 64, 64, "xla"),
+    ],
+)
+def test_cudnn_is_chosen_for_shapes_that_it_takes(monkeypatch, caplog, queries, keys, width, narrow, chosen):
+    seen, attend = [], jax.nn.dot_product_attention
+
+    def spy(*arrays, implementation, **options):
+        seen.append(implementation)
+        return attend(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
+    monkeypatch.setattr(attention, "_is_hopper_or_later", lambda: True)
+    attention._log_once.cache_clear()
+    attention._latent_kernel.cache_clear()
+    arrays = operands(queries, keys, 2, width, narrow, jnp.bfloat16)
+    assert causal_attention(*arrays).shape == causal_attention(*arrays).shape == (2, queries, 2, narrow)
+    assert seen == [chosen] * 2
+    said = [record.message for record in caplog.records if record.name == attention.__name__]
+    assert len(said) == (chosen == "xla" or narrow < width), said
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on GPUs")

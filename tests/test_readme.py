@@ -18,7 +18,7 @@ COMPARISONS = re.findall(r"`python -m jaxpipe (compare [^`]*)` prints\n\n(.*?\n\
 
 @pytest.mark.parametrize("block", BLOCKS, ids=range(len(BLOCKS)))
 def test_python_blocks_run(block):
-    environment = dict(os.environ, XLA_FLAGS="--xla_force_host_platform_device_count=8")
+    environment = dict(os.environ, JAX_PLATFORMS="cpu", XLA_FLAGS="--xla_force_host_platform_device_count=8")
     subprocess.run([sys.executable, "-W", "error", "-c", block], check=True, env=environment, cwd=ROOT)
 
 

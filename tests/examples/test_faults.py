@@ -27,7 +27,7 @@ os.execv(sys.argv[1], sys.argv[1:])
 def start(*command, cache):
     """A Python program of this repository, on 4 fake devices."""
     environment = os.environ | {
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
         "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": str(cache),

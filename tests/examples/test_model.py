@@ -102,7 +102,7 @@ def test_the_future_does_not_change_the_past():
 def test_rotations_depend_on_distance_alone():
     rng = np.random.default_rng(1)
     q, k = (jnp.asarray(np.tile(rng.normal(size=(1, 1, 1, 8)), (1, 9, 1, 1)), jnp.float32) for _ in range(2))
-    scores = jnp.einsum("btnh,bsnh->ts", rotate(q), rotate(k))
+    scores = jnp.einsum("btnh,bsnh->ts", rotate(q), rotate(k), precision="highest")
     np.testing.assert_allclose(scores[2:, 2:], scores[:-2, :-2], rtol=1e-4, atol=1e-5)
 
 

@@ -132,7 +132,9 @@ def test_processes_are_joined_on_their_hosts_clock(tmp_path):
     assert "2 processes" in trace.notes[-1]
 
 
-@pytest.mark.parametrize("content", [None, b"", b"\x0f\x01", gpu_profile()[:-7]])
+@pytest.mark.parametrize(
+    "content", [None, b"", b"\x0f\x01", gpu_profile()[:-7]], ids=["no file", "empty", "two bytes", "cut short"]
+)
 def test_what_is_no_profile_is_refused(tmp_path, content):
     if content is not None:
         written(tmp_path, content)
