@@ -17,8 +17,9 @@ from jaxtyping import Array, Float
 
 from eplb_jax.row_moves import DTYPES, LINES, Plan, divide, launch, token_and_part, turns
 
-GATED = Plan(12 * 1024, 4, 4, 1)
-"""A slot of ``part`` bytes holds gate, value and cotangent of a part of a row, or of several rows where they fit."""
+GATED = Plan(24 * 1024, 4, 2, 1)
+"""A slot of ``part`` bytes holds gate, value and cotangent of a part of a row, or of several rows where they fit. The
+fastest on an H100 of those that `examples/benchmarks/gated_rows.py --plans` tries."""
 MOST_ROWS = 4
 """Rows of a slot, each of which is summed by itself."""
 
