@@ -96,6 +96,7 @@ XLA: tuple[Rule, ...] = (
     Rule(r"grouped_(rows|outer|gemm)|ragged_dot|m_grouped", "grouped GEMM", "compute"),
     Rule(r"grouped_(rows|outer|gemm)|ragged[-_]dot", "grouped GEMM", "compute", "hlo_op"),
     Rule(r"(copy|add)_rows", "permute", "compute"),
+    Rule(r"gated_backward", "SwiGLU", "compute"),
     Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute"),
     Rule(r"gemm|nvjet|cublas|cutlass|wgmma|splitKreduce", "GEMM", "compute"),
     Rule(r"gemm|^dot|_dot\b|dot_general|_dot_|matmul|cublas", "GEMM", "compute", "hlo_op"),
