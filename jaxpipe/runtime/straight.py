@@ -58,12 +58,13 @@ def find_repeat(program: Program) -> Repeat:
     _, kinds = np.unique(np.column_stack([program.branch[:, 0], fixed]), axis=0, return_inverse=True)
     best = Repeat(0, steps, 1)
     for period in range(1, steps // 2 + 1):
-        length = 0
-        for step, same in enumerate(kinds[:-period] == kinds[period:], start=1):
-            length = length + 1 if same else 0
-            found = Repeat(step - length, period, length // period + 1)
-            if len(found.code(steps)) < len(best.code(steps)):
-                best = found
+        (others,) = np.nonzero(kinds[:-period] != kinds[period:])
+        breaks = np.array([-1, *others, steps - period])
+        longest = np.diff(breaks).argmax()
+        length = int(breaks[longest + 1] - breaks[longest]) - 1
+        found = Repeat(int(breaks[longest]) + 1, period, length // period + 1)
+        if (found.times - 1) * period > (best.times - 1) * best.period:
+            best = found
     return best
 
 
