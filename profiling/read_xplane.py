@@ -11,6 +11,7 @@ import dataclasses
 import json
 import pathlib
 import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -53,7 +54,10 @@ def read_xplane(
       ValueError: there is no profile, or it holds no operation of a device.
     """
     files = _find(pathlib.Path(path))
-    profiles = [_read_file(file, parts) for file in files]
+    with warnings.catch_warnings():
+        # Where warnings are errors, this one of Python 3.12 about jaxlib's types would end the process.
+        warnings.filterwarnings("ignore", "builtin type .* has no __module__ attribute", DeprecationWarning)
+        profiles = [_read_file(file, parts) for file in files]
     origin = min(profile.metadata["origin_ns"] for profile in profiles)
     events, steps, notes = [], [], []
     for profile in profiles:

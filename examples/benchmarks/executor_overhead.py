@@ -6,14 +6,12 @@ Both hold float32 masters, compute in bfloat16 and add up gradients in float32. 
 so that every action, slot and loop of the executor is there and no waiting is. "stash" is what the schedule says is
 held at once: slots times their size, gradients and working copies; "temp" is what the compiler allocates. Slots in
 pools (``--dispatch loops``) are one more in each pool than are alive; straight code frees what a backward has read
-while the forward beside it writes, which "planned" foresees (`pretrain.py plan`'s way, from the traced program).
+while the forward beside it writes.
 """
 
 from __future__ import annotations
 
 import argparse
-import pathlib
-import sys
 from typing import Any
 
 import jax
@@ -21,10 +19,6 @@ import jax.numpy as jnp
 from chunks import Chunk, chunks, compile_all, gib, machine, medians_ms, nbytes, print_table
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-
-sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
-
-from pretraining.memory import pipeline_memory
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
@@ -127,8 +121,6 @@ def measure(chunk: Chunk, microbatches: int, repeats: int, dispatch: str | None)
     memory: Any = piped.memory_analysis()
     other: Any = plain.memory_analysis()
     stash = stash_bytes(chunk, step, masters, mesh)
-    on_cpu = jax.default_backend() == "cpu"
-    planned = pipeline_memory(step, jaxpipe.Params(masters), batch, cpu=on_cpu).temporary
     return {
         "model": f"2 stages of {chunk.name}",
         "microbatches": microbatches,
@@ -139,8 +131,6 @@ def measure(chunk: Chunk, microbatches: int, repeats: int, dispatch: str | None)
         "temp GiB": gib(memory.temp_size_in_bytes),
         "stash GiB": gib(stash),
         "temp / stash": memory.temp_size_in_bytes / stash,
-        "planned GiB": gib(planned),
-        "temp / planned": memory.temp_size_in_bytes / planned,
         "plain temp GiB": gib(other.temp_size_in_bytes),
     }
 
