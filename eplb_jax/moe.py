@@ -44,7 +44,8 @@ class MoEConfig:
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
       fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
-      backend: of the grouped matrix products and of moved rows; see `eplb_jax.grouped_gemm`.
+      backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_gemm`; the gate's gradient gets
+        its kernel where that can make it, but for "xla".
 
     Raises:
       ValueError: sizes below 1 or that do not fit, unknown choices.
