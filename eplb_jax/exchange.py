@@ -17,9 +17,8 @@ from jaxtyping import Array, Float, Int
 
 from eplb_jax import row_moves
 from eplb_jax.dtypes import wide
-from eplb_jax.grouped_gemm import Backend
+from eplb_jax.grouped_gemm import Backend, interface
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
-from eplb_jax.mesh_axis import varying
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
@@ -115,12 +114,7 @@ def _dispatch(
     """
 
     def made_again(*arguments: jax.Array) -> jax.Array:
-        if chosen == "xla":
-            return xla(*arguments)
-        hopper = varying(functools.partial(kernel, cores=current_target().cores))
-        if chosen == "mosaic":
-            return hopper(*arguments)
-        return jax.lax.platform_dependent(*arguments, cuda=hopper, default=varying(xla))
+        return interface.dispatch(chosen, xla, functools.partial(kernel, cores=current_target().cores), *arguments)
 
     return jax.jit(made_again)(*arguments)
 

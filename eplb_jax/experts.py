@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, Int
 
 from eplb_jax import gated_rows
 from eplb_jax.dtypes import wide
-from eplb_jax.grouped_gemm import Backend, grouped_matmul, interface, mosaic, xla
+from eplb_jax.grouped_gemm import Backend, grouped_matmul, interface
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
 from eplb_jax.mesh_axis import size_and_index
 
@@ -165,7 +165,7 @@ def _apply_experts_bwd(backend: Backend, residuals: Any, ct: jax.Array) -> tuple
     hidden_ct, act, weight_ct = gated_backward(hidden, weight, transposed(ct, params.w_out), gates)
 
     def outer(lhs: jax.Array, dout: jax.Array, rhs: jax.Array) -> jax.Array:
-        return interface.dispatch(interface.choose(lhs, rhs, backend), xla.outer, mosaic.outer, lhs, dout, sizes)
+        return interface.outer(lhs, dout, sizes, interface.choose(lhs, rhs, backend))
 
     params_ct = ExpertParams(outer(rows, hidden_ct, params.w_in), outer(act, ct, params.w_out))
     return params_ct, transposed(hidden_ct, params.w_in), weight_ct, None

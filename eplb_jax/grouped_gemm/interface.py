@@ -114,6 +114,11 @@ def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str,
     return dispatch(chosen, by[xla], by[mosaic], lhs, rhs, group_sizes)
 
 
+def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: str) -> jax.Array:
+    """The gradient of the right-hand side on the chosen backend."""
+    return dispatch(chosen, xla.outer, mosaic.outer, lhs, dout, group_sizes)
+
+
 def dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> Any:
     """The results on the chosen backend, as `choose_backend` names it."""
     if chosen == "either":
@@ -135,7 +140,7 @@ def _backward(chosen: str, transpose_rhs: bool, residuals: Any, dout: Any) -> An
     lhs, rhs, group_sizes = residuals
     dlhs = _matmul(dout, rhs, group_sizes, chosen, not transpose_rhs)
     pair = (dout, lhs) if transpose_rhs else (lhs, dout)
-    return dlhs, dispatch(chosen, xla.outer, mosaic.outer, *pair, group_sizes), None
+    return dlhs, outer(*pair, group_sizes, chosen), None
 
 
 _grouped_matmul.defvjp(_forward, _backward)

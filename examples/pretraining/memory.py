@@ -241,9 +241,13 @@ def _buffers(body: Jaxpr, dispatch: str, after: int) -> tuple[int, list[Any]]:
 
 def _working(body: Jaxpr) -> int:
     """Bytes of what is made of parameters before the first step."""
-    made = {var for eqn in body.eqns if "prepare" in str(eqn.source_info.name_stack).split("/") for var in eqn.outvars}
-    rest = [eqn for eqn in body.eqns if "prepare" not in str(eqn.source_info.name_stack).split("/")]
-    read = {atom for eqn in rest for atom in eqn.invars if not isinstance(atom, Literal)}
+    made: set[Any] = set()
+    read: set[Any] = set()
+    for eqn in body.eqns:
+        if "prepare" in str(eqn.source_info.name_stack).split("/"):
+            made.update(eqn.outvars)
+        else:
+            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
     return nbytes(var.aval for var in made & read)
 
 
