@@ -119,6 +119,23 @@ def measured_costs(actions: Trace) -> Costs:
     )
 
 
+def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
+    """How often a rank runs each branch, and an exchange of each pattern, in a step of a pipeline's scan on average.
+
+    That is the ``trips`` of `profiling.overlap` for a compiled step that runs its branches as loops of no or one trip.
+
+    >>> from jaxpipe.runtime.lower import lower
+    >>> from jaxpipe.schedule import Costs, build
+    >>> [(name, round(mean, 2)) for name, mean in loop_trips(lower(build("1f1b", 2, 4), Costs()))]
+    [('branch_1/', 0.33), ('branch_2/', 0.33), ('/send/ppermute', 0.5)]
+    """
+    branches = [(f"branch_{i}/", float(np.mean(program.branch[:, rank] == i))) for i in range(1, len(program.branches))]
+    patterns = np.unique(program.communicate[program.communicate.any(1)], axis=0)
+    if not len(patterns):
+        return branches
+    return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
+
+
 class _Run(NamedTuple):
     """One run of one operation: which event of the trace it is, and where in the program's tables it stands."""
 

@@ -40,6 +40,7 @@ from profiling.chips import Achieved, Chip, chip
 from profiling.hlo_overlap import Overlap, overlap
 from profiling.hlo_text import Instruction, parse
 from profiling.hlo_timeline import Settings, Timeline, play
+from profiling.pipeline import loop_trips
 from profiling.topology import topology
 from profiling.workloads.sizes import Sizes
 
@@ -86,13 +87,6 @@ def kernel_times() -> list[tuple[str, Callable[[Instruction], float]]]:
     ]
 
 
-def trips(program: Program) -> list[tuple[str, float]]:
-    """How often rank 0 runs each branch in a step of the scan, and an exchange of each pattern on average."""
-    branches = [(f"branch_{i}/", float(np.mean(program.branch[:, 0] == i))) for i in range(1, len(program.branches))]
-    patterns = np.unique(program.communicate[program.communicate.any(1)], axis=0)
-    return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
-
-
 def in_loop(found: Overlap, program: Program | None) -> Overlap:
     """Its collectives in the steady state: those of the scan; of a whole step, those of pairs, and sends."""
     pairs = [i for i, branch in enumerate(program.branches) if len(branch) == 2] if program else []
@@ -104,7 +98,7 @@ def measure(job: Job, variant: Variant, schedule: str, links: tuple[float, ...],
     by_hand = variant.program == "body"
     program, lowered = (None, lower_body(job, variant)) if by_hand else lower_step(job, variant, schedule)
     steps = program.num_steps if program else BODY_STEPS
-    given = [Settings(h200(link), MEASURED, kernel_times(), trips(program) if program else ()) for link in links]
+    given = [Settings(h200(link), MEASURED, kernel_times(), loop_trips(program) if program else ()) for link in links]
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=dict(variant.options) or None)
     if variant.profile:

@@ -21,6 +21,7 @@ class Durations:
       costs: of one stage on one microbatch.
       embed, head: of a microbatch's embedding with the dense layers, and of its head, forward and backward.
       output: of the head's products with the output matrix.
+      attention: of one layer's scores and their sums of values, forward; backward takes 2.5 times that.
       token_flops: FLOPs that the model needs for a token, forward and backward, nothing computed again.
       memory, network: bytes per second that updates and gradient sums get.
     """
@@ -29,6 +30,7 @@ class Durations:
     embed: float
     head: float
     output: float
+    attention: float
     token_flops: float
     memory: float
     network: float
@@ -85,6 +87,7 @@ def durations(
         costs=costs,
         embed=config.dense_layers * (3 * dense + 3.5 * score + repeated) / rate,
         head=(3 * output + second) / rate,
+        attention=score / rate,
         output=3 * output * (2 if config.mtp else 1) / rate,
         token_flops=(model + 3 * config.layers * score) / tokens,
         memory=chip.hbm * achieved.memory,

@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +21,8 @@ import jaxpipe
 from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.builders import builders
 from jaxpipe.schedule.simulate import simulate
-from pretraining import trainer
+from pretraining import stand_in, trainer
+from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, ModelConfig, model_config
 from pretraining.durations import Durations, durations
 from pretraining.memory import Memory, nbytes, pipeline_memory
@@ -180,12 +181,6 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
     return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
 
 
-def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a batch of that many sequences."""
-    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
-    return {name: jax.ShapeDtypeStruct((rows, config.sequence), kind) for name, kind in kinds.items()}
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
     parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
@@ -196,6 +191,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
     parser.add_argument("--remat", choices=["none", "attention", "layer"], help="default: the model's")
     parser.add_argument("--devices-per-node", type=int, default=8)
+    parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
+                        'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
+                        "where there is none")  # fmt: skip
 
 
 def run(args: argparse.Namespace) -> None:
@@ -221,6 +219,18 @@ def run(args: argparse.Namespace) -> None:
         devices_per_node=args.devices_per_node,
     )
     print(found)
+    if args.compile:
+        print("\nAs compiled, in GB; what is hidden, and the step, are estimates from XLA's order of operations\n")
+        for line in table(_compile(found, sizes, args), found.chip):
+            print(line, flush=True)
+
+
+def _compile(found: Plan, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
+    """Each schedule that there is, compiled when asked for."""
+    for name in (row.name for row in found.rows if row.memory is not None):
+        schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)
+        options = args.microbatch_size, found.chip
+        yield name, compile_step(found.config, schedule, sizes, *options, devices_per_node=args.devices_per_node)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -235,7 +245,7 @@ def _memory(
 ) -> tuple[Memory, int]:
     """(memory of a device, parameters that it keeps)."""
     mesh = abstract_mesh(sizes)
-    batch = abstract_batch(model.config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
+    batch = trainer.abstract_batch(model.config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
     # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
     state = trainer.abstract_state(model, optimizer, mesh)
@@ -285,29 +295,7 @@ def _row(
 
 
 def _core(cpu: bool) -> dict[str, Any]:
-    return {} if cpu else {"core": flash}
-
-
-@jax.custom_vjp
-def flash(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Stands for an attention kernel that keeps no scores, where there is none to trace."""
-    return _flash_forward(query, key, value)[0]
-
-
-def _flash_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
-    batch, length, heads, _ = query.shape
-    mixed = (*query.shape[:-1], value.shape[-1])
-    shapes = (jax.ShapeDtypeStruct(mixed, query.dtype), jax.ShapeDtypeStruct((batch, heads, length), jnp.float32))
-    out, sums = jax.ffi.ffi_call("attention", shapes)(query, key, value)
-    return out, (query, key, value, out, sums)
-
-
-def _flash_backward(kept: Any, ct: jax.Array) -> Any:
-    shapes = tuple(jax.ShapeDtypeStruct(array.shape, array.dtype) for array in kept[:3])
-    return tuple(jax.ffi.ffi_call("attention_backward", shapes)(*kept, ct))
-
-
-flash.defvjp(_flash_forward, _flash_backward)
+    return {} if cpu else {"core": stand_in.attention}
 
 
 def _short(number: float) -> str:

@@ -14,7 +14,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.schedule import Schedule
-from pretraining.model import Model
+from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
 
 
@@ -135,6 +135,12 @@ def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: 
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), state, shardings
     )
+
+
+def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of a batch of that many sequences."""
+    kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
+    return {name: jax.ShapeDtypeStruct((rows, config.sequence), kind) for name, kind in kinds.items()}
 
 
 def _maker(model: Model, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:

@@ -37,7 +37,7 @@ def test_memory_is_that_of_the_compiled_program(name):
     model = build_model(config, schedule, 0, axis="ep", abstract=True)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=10), model)
     step = trainer.make_step(trainer.pipelined(model, schedule, mesh), model, optimizer, mesh)
-    state, batch = trainer.abstract_state(model, optimizer, mesh), planning.abstract_batch(config, 64)
+    state, batch = trainer.abstract_state(model, optimizer, mesh), trainer.abstract_batch(config, 64)
     compiled = step.lower(state, batch, jax.eval_shape(lambda: jax.random.key(0))).compile().memory_analysis()
     arguments, temporary = compiled.argument_size_in_bytes, compiled.temp_size_in_bytes
     print(f"{name}: arguments {row.memory.arguments} of {arguments}, temporary {row.memory.temporary} of {temporary}")
@@ -63,7 +63,7 @@ def test_memory_of_a_billion_parameters_is_that_of_the_program_for_a_gpu():
     everywhere = NamedSharding(mesh, P())
     batch = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=everywhere),
-        planning.abstract_batch(config, 32),
+        trainer.abstract_batch(config, 32),
     )
     state, rng = trainer.abstract_state(model, optimizer, mesh), jax.eval_shape(lambda: jax.random.key(0))
     compiled = step.lower(state, batch, rng).compile().memory_analysis()

@@ -1,0 +1,111 @@
+"""What XLA makes of a whole training step for GPUs that need not be there: its memory, and what communication it hides.
+
+A CUDA build of JAX must be installed (see `profiling.topology`). Attention is a kernel of the same shapes; its time in
+the estimate is that of its products.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import jaxpipe
+from pretraining import stand_in, trainer
+from pretraining.config import ModelConfig
+from pretraining.durations import durations
+from pretraining.model import build_model
+from profiling.chips import Achieved, Chip
+from profiling.hlo_overlap import Overlap, overlap
+from profiling.pipeline import loop_trips
+from profiling.topology import topology
+
+COLUMNS = (
+    "schedule", "arguments", "temporaries", "total", "all-to-alls hidden", "permutes hidden", "synchronous",
+    "step by its order, s", "compiled in s",
+)  # fmt: skip
+
+
+class Compiled(NamedTuple):
+    """A training step compiled for a device of a mesh.
+
+    Attributes:
+      arguments, temporary: bytes that it takes, its result written over them, and bytes that it allocates besides.
+      overlap: its communication.
+      seconds: that compiling took.
+    """
+
+    arguments: int
+    temporary: int
+    overlap: Overlap
+    seconds: float
+
+
+def compile_step(
+    config: ModelConfig,
+    schedule: jaxpipe.schedule.Schedule,
+    sizes: Mapping[str, int],
+    microbatch_size: int,
+    chip: Chip,
+    *,
+    dtype: Any = jnp.bfloat16,
+    devices_per_node: int = 8,
+) -> Compiled:
+    """Compiles a step of pipeline, optimizer and all.
+
+    Args:
+      config: the model.
+      schedule: of the pipeline.
+      sizes: of the axes "pp" and "ep".
+      microbatch_size: sequences of a microbatch on a device.
+      chip: what to compile for, one of `profiling.topology.target_names`.
+      dtype: of activations and products.
+      devices_per_node: devices with fast links to each other.
+
+    Raises:
+      ValueError: no such target, or a model that does not fit the schedule.
+      RuntimeError: no CUDA build of JAX is installed.
+    """
+    count = sizes["pp"] * sizes["ep"]
+    devices = topology(chip.name, count, nodes=-(-count // devices_per_node)).devices
+    axes = (AxisType.Auto,) * 2
+    mesh = Mesh(np.array(devices).reshape(sizes["pp"], sizes["ep"]), ("pp", "ep"), axis_types=axes)
+    model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
+    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
+    pipeline = trainer.pipelined(model, schedule, mesh)
+    batch = trainer.abstract_batch(config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
+    rows = NamedSharding(mesh, P("ep"))
+    batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)
+    state, rng = trainer.abstract_state(model, optimizer, mesh), jax.eval_shape(lambda: jax.random.key(0))
+    start = time.perf_counter()
+    step = trainer.make_step(pipeline, model, optimizer, mesh).lower(state, batch, rng).compile()
+    seconds = time.perf_counter() - start
+    slots = model.arrangement.slots
+    spent = durations(config, slots, sizes["ep"], microbatch_size, chip, Achieved(), dtype, devices_per_node)
+    times = [(stand_in.FORWARD, 1e6 * spent.attention), (stand_in.BACKWARD, 2.5e6 * spent.attention)]
+    trips = loop_trips(pipeline.program) if pipeline.dispatch == "loops" else ()
+    found = overlap(step.as_text() or "", chip, times=times, trips=trips, node_size=devices_per_node)
+    memory: Any = step.memory_analysis()
+    return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, found, seconds)
+
+
+def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
+    """Lines of Markdown, a row as soon as it is asked for; bytes in GB."""
+    yield "| " + " | ".join(COLUMNS) + " |"
+    yield "|" + "---|" * len(COLUMNS)
+    for name, one in rows:
+        total = one.arguments + one.temporary
+        fits = "" if total <= chip.memory else " (too much)"
+        shares = [one.overlap.hidden_share(kind) for kind in ("all-to-all", "collective-permute")]
+        hidden = ["-" if share is None else f"{share:.1%}" for share in shares]
+        figures = [f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total)]
+        synchronous = str(len(one.overlap.synchronous))
+        parts = [name, *figures, *hidden, synchronous, f"{one.overlap.us / 1e6:.2f}", f"{one.seconds:.0f}"]
+        parts[3] += fits
+        yield "| " + " | ".join(parts) + " |"

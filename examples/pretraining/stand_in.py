@@ -1,0 +1,45 @@
+"""Attention's shapes without its arithmetic, for planning: cuDNN's attention compiles only beside a GPU."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+
+FORWARD, BACKWARD = "attention_forward", "attention_backward"
+"""Names of the two kernels, also in compiled programs."""
+
+
+@jax.custom_vjp
+def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
+    """Takes, gives and keeps what a kernel does that stores no scores; its results mean nothing.
+
+    Shapes: ``[B, T, H, C], [B, T, H, C], [B, T, H, V] -> [B, T, H, V]``.
+    """
+    return _forward(query, key, value)[0]
+
+
+def _forward(query: jax.Array, key: jax.Array, value: jax.Array) -> Any:
+    batch, length, heads, _ = query.shape
+    mixed = jax.ShapeDtypeStruct((*query.shape[:-1], value.shape[-1]), query.dtype)
+    sums = jax.ShapeDtypeStruct((batch, heads, length), jnp.float32)
+    mixed, sums = _kernel(FORWARD, mixed, sums)(query, key, value)
+    return mixed, (query, key, value, mixed, sums)
+
+
+def _backward(kept: Any, ct: jax.Array) -> Any:
+    shapes = [jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for leaf in kept[:3]]
+    return tuple(_kernel(BACKWARD, *shapes)(*kept, ct))
+
+
+def _kernel(name: str, *results: jax.ShapeDtypeStruct) -> Any:
+    def body(*refs: Any) -> None:
+        for ref in refs[-len(results) :]:
+            ref[(0,) * ref.ndim] = jnp.zeros((), ref.dtype)
+
+    return pl.pallas_call(body, out_shape=results, grid=(1,), name=name)
+
+
+attention.defvjp(_forward, _backward)
