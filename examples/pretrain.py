@@ -37,6 +37,8 @@ def train(arguments: list[str]) -> int:
             f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={max(1, share_of_devices)}"
             " --xla_cpu_collective_call_terminate_timeout_seconds=1200"
         )
+    # Of a GPU's memory; the rest is for NCCL and code. `jaxpipe.compiler_options` plans with as much.
+    os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
         hosts.join(processes, heartbeat=args.heartbeat)
     except RuntimeError as error:

@@ -47,6 +47,7 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     model.add_argument("--config", default="tiny", help="tiny, moe-1b, moe-16b or dsv3-671b")
     model.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
     model.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
+    model.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     model.add_argument("--seed", type=int, default=0)
 

@@ -76,7 +76,8 @@ def set_up(args: argparse.Namespace) -> Setup:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
     config = model_config(args.config)
-    config = dataclasses.replace(config, layers=args.layers or config.layers, sequence=args.sequence or config.sequence)
+    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
+    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
     ranks = args.mesh["pp"]
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)

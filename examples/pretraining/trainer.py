@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ import jaxpipe
 from jaxpipe.schedule import Schedule
 from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
+from profiling.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +292,19 @@ def make_step(
         }
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0)
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(model, optimizer, mesh))
+
+
+def _compiler_options(
+    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None
+) -> dict[str, int] | None:
+    """For known GPUs, what `jaxpipe.compiler_options` says."""
+    chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
+    if mesh is None or chip is None:
+        return None
+    leaves = jax.tree.leaves(abstract_state(model, optimizer, mesh))
+    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
+    return jaxpipe.compiler_options(sum(sizes), chip.memory)
 
 
 def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:
