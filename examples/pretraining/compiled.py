@@ -87,7 +87,7 @@ def compile_step(
     step = trainer.make_step(pipeline, model, optimizer, mesh).lower(state, batch, rng).compile()
     seconds = time.perf_counter() - start
     slots = model.arrangement.slots
-    spent = durations(config, slots, sizes["ep"], microbatch_size, chip, Achieved(), dtype, devices_per_node)
+    spent = durations(config, slots, sizes, microbatch_size, chip, Achieved(), dtype, devices_per_node)
     times = [(stand_in.FORWARD, 1e6 * spent.attention), (stand_in.BACKWARD, 2.5e6 * spent.attention)]
     trips = loop_trips(pipeline.program) if pipeline.dispatch == "loops" else ()
     found = overlap(step.as_text() or "", chip, times=times, trips=trips, node_size=devices_per_node)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from typing import Any
 
 import jax.numpy as jnp
@@ -11,6 +12,13 @@ from eplb_jax.dispatch import make_rooms
 from jaxpipe.schedule.simulate import Costs
 from pretraining.config import ModelConfig
 from profiling.chips import Achieved, Chip
+
+WHOLE_LAYERS = Achieved(matmul=0.45)
+"""Shares that whole layers reach, everything between their products included.
+
+Of the products' peak, on H100s and H200s (docs/gpus.md): a pair of DeepSeek-V3's layers 0.45, a step of moe-1b 0.42, of
+five layers of moe-16b 0.44.
+"""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,7 +31,8 @@ class Durations:
       output: of the head's products with the output matrix.
       attention: of one layer's scores and their sums of values, forward; backward takes 2.5 times that.
       token_flops: FLOPs that the model needs for a token, forward and backward, nothing computed again.
-      memory, network: bytes per second that updates and gradient sums get.
+      memory: bytes per second that updates get.
+      summed: bytes of gradients per second that are summed over the experts' devices.
     """
 
     costs: Costs
@@ -33,28 +42,33 @@ class Durations:
     attention: float
     token_flops: float
     memory: float
-    network: float
+    summed: float
 
-    def update(self, state: int, masters: int) -> float:
-        """Summing gradients and updating parameters, of bytes of a device: all state is read and written."""
-        return 2 * masters / self.network + (2 * state + 2 * masters) / self.memory
+    def update(self, state: int, masters: int, replicated: int) -> float:
+        """Summing gradients and updating parameters, of bytes of a device: all state is read and written.
+
+        ``replicated``: of the masters, how many each of the experts' devices has.
+        """
+        return replicated / self.summed + (2 * state + 2 * masters) / self.memory
 
 
 def durations(
     config: ModelConfig,
     layers: int,
-    devices: int,
+    sizes: Mapping[str, int],
     microbatch_size: int,
     chip: Chip,
     achieved: Achieved,
     dtype: Any,
     devices_per_node: int,
 ) -> Durations:
-    """What one device needs for a stage of ``layers`` layers, experts spread over ``devices`` devices.
+    """What one device needs for a stage of ``layers`` layers on a mesh of these sizes of "pp" and "ep".
 
     A forward and a backward that overlap take as long as their products or their messages, whichever is longer; other
     actions take the sum of both. The backward of causal attention is five products to the forward's two.
     """
+    devices = sizes["ep"]
+    within, between = chip.interconnect * achieved.interconnect, chip.internode * achieved.internode
     tokens, sequence = microbatch_size * config.sequence, config.sequence
     rate = chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * achieved.matmul
     score = tokens * sequence * config.heads * (config.content + config.rotary + config.value)  # half of them masked
@@ -78,7 +92,8 @@ def durations(
         backward_input=inputs + back,
         weight=weight,
         overlapped=max(forward + inputs + weight, moves + back),
-        p2p=tokens * config.width * itemsize / (chip.internode * achieved.internode) + chip.latency_us * 1e-6,
+        p2p=tokens * config.width * itemsize / (within if devices * sizes["pp"] <= devices_per_node else between)
+        + chip.latency_us * 1e-6,
     )
     repeated = dense + score if config.remat == "layer" else 0
     second = 3 * (dense + 2 * tokens * 2 * config.width**2 + output) + 3.5 * score if config.mtp else 0
@@ -91,7 +106,7 @@ def durations(
         output=3 * output * (2 if config.mtp else 1) / rate,
         token_flops=(model + 3 * config.layers * score) / tokens,
         memory=chip.hbm * achieved.memory,
-        network=chip.internode * achieved.internode,
+        summed=(within if devices <= devices_per_node else between) * devices / max(2 * (devices - 1), 1e-9),
     )
 
 

@@ -84,6 +84,7 @@ class Memory:
       optimizer: moments.
       batch: a step's tokens.
       layers: of a stage.
+      replicated: of the masters, those that every device of the experts' axis has.
     """
 
     masters: int
@@ -95,6 +96,7 @@ class Memory:
     optimizer: int = 0
     batch: int = 0
     layers: int = 0
+    replicated: int = 0
 
     @property
     def arguments(self) -> int:

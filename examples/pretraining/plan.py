@@ -24,7 +24,7 @@ from jaxpipe.schedule.simulate import simulate
 from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, ModelConfig, model_config
-from pretraining.durations import Durations, durations
+from pretraining.durations import WHOLE_LAYERS, Durations, durations
 from pretraining.memory import Memory, nbytes, pipeline_memory
 from pretraining.model import Model, build_model
 from profiling.chips import CHIPS, Achieved, Chip, chip
@@ -135,7 +135,7 @@ def plan(
       microbatches: of a step; default: four for each pipeline rank.
       microbatch_size: sequences of a microbatch on one device.
       chip: what it runs on.
-      achieved: which share of the chip's best programs reach; default: what has been measured.
+      achieved: which share of the chip's best programs reach; default: what whole layers have been measured at.
       dtype: of activations and products.
       devices_per_node: devices with fast links to each other.
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
@@ -165,10 +165,10 @@ def plan(
         spent = durations(
             config,
             model.arrangement.slots,
-            sizes["ep"],
+            sizes,
             microbatch_size,
             chip,
-            achieved or Achieved(),
+            achieved or WHOLE_LAYERS,
             dtype,
             devices_per_node,
         )
@@ -256,8 +256,9 @@ def _memory(
     found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
     moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
     rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]
-    found = dataclasses.replace(found, optimizer=moments, batch=rows, layers=model.arrangement.slots)
-    return found, int(sum(kept))
+    replicated = nbytes((leaf for leaf in jax.tree.leaves(state.params) if "ep" not in leaf.sharding.spec), local=True)
+    others = dict(optimizer=moments, batch=rows, layers=model.arrangement.slots, replicated=replicated)
+    return dataclasses.replace(found, **others), int(sum(kept))
 
 
 def _row(
@@ -281,7 +282,7 @@ def _row(
     # Nothing hides the work of embedding and head on the rank that has most of it. Ranks that share it divide the
     # products with the output matrix; the dense layers each of them makes alone.
     state = memory.masters + memory.optimizer
-    seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters)
+    seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters, memory.replicated)
     tokens = schedule.num_microbatches * microbatch_size * config.sequence * sizes["ep"]
     best = chip.flops("bf16" if model.dtype == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
     return Row(
