@@ -68,7 +68,7 @@ def plan(arguments: list[str]) -> int:
 
     try:
         print_plan(arguments)
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:  # the latter: no compiler for GPUs is installed
         return fail(2, str(error))
     return 0
 

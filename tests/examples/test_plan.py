@@ -72,6 +72,12 @@ def test_command_compiles(capsys):
     assert row.startswith("| 1f1b |") and 0 < float(cells["all-to-alls hidden"].rstrip("%")) < 100
 
 
+@pytest.mark.skipif(has_cuda(), reason="a CUDA build of JAX is installed")
+def test_compiling_needs_a_compiler():
+    with pytest.raises(RuntimeError, match=r"pip install .jax\[cuda13\]"):
+        planning.main(["--config", "tiny", "--mesh", "pp=1,ep=1", "--schedules", "1f1b", "--chip", "H100", "--compile"])
+
+
 def test_compiled_table():
     """Bytes in GB, marked where they exceed the chip; what does not communicate has no share."""
     toy = "HloModule toy, is_scheduled=true\nENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}"
