@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from tests.examples.sizes import SMALL  # first: it makes the example importable
+from tests.examples.sizes import SMALL, small  # first: it makes the example importable
 
 from pretraining import plan as planning  # isort: skip
 from pretraining import trainer
@@ -90,15 +90,16 @@ def test_compiled_table():
 
 def test_only_gradients_that_devices_share_are_summed():
     """More expert parallelism leaves each device fewer experts, and the same to sum; between nodes sums take longer."""
-    config = model_config("moe-16b")
 
     def rows(ep, **options):
-        return planning.plan(config, {"pp": 1, "ep": ep}, schedules=["1f1b"], chip=CHIPS["H100"], **options).rows
+        return planning.plan(
+            small(redundant=0), {"pp": 1, "ep": ep}, schedules=["1f1b"], chip=CHIPS["H100"], **options
+        ).rows
 
     (two,), (four,), (apart,) = rows(2), rows(4), rows(4, devices_per_node=2)
     assert two.memory.replicated == four.memory.replicated < four.memory.masters < two.memory.masters
     assert apart.seconds > four.seconds
-    alone = durations(config, 1, {"pp": 1, "ep": 1}, 1, CHIPS["H100"], WHOLE_LAYERS, jnp.bfloat16, 8)
+    alone = durations(SMALL, 1, {"pp": 1, "ep": 1}, 1, CHIPS["H100"], WHOLE_LAYERS, jnp.bfloat16, 8)
     assert alone.update(10**9, 10**9, 10**9) == pytest.approx(alone.update(10**9, 10**9, 0), rel=1e-6)
 
 
