@@ -3,7 +3,8 @@
     python examples/benchmarks/schedules.py [--mesh pp=4,ep=1] [--microbatches 8,16,32] [--model dense] [--tiny]
 
 Masters and gradients are float32, arithmetic is bfloat16. First F, I, W (added to float32 sums), a whole B and an
-overlapped F&B are measured on the devices of one rank; each schedule is packed with these costs, compiled and timed.
+overlapped F&B are measured on the devices of one rank; each schedule is packed with these costs, compiled and timed,
+one number of microbatches after the other.
 
 * "of ideal": step / (microbatches x (F + I + W) of a rank's whole share of the model, as one stage).
 * "simulated": where ranks wait for their inputs alone, at the measured costs. "achieved": step / simulated, above 1 is
@@ -218,31 +219,39 @@ def main() -> None:
           f"{model.chunk.tokens} tokens of a microbatch on a device\n", flush=True)  # fmt: skip
     jax.config.update("jax_disable_most_optimizations", args.tiny)
     layers_of = {name: args.layers // (2 if name in HALVED else 1) for name in args.schedules.split(",")}
-    pool, plans, losses = ThreadPoolExecutor(8), [], {}
-    stages = {n: measure_stage(model, n, pool, args.repeats) for n in sorted({args.layers, *layers_of.values()})}
+    with ThreadPoolExecutor(8) as pool:
+        stages = {n: measure_stage(model, n, pool, args.repeats) for n in sorted({args.layers, *layers_of.values()})}
     default = ",".join(str(factor * axes["pp"]) for factor in ((2,) if args.tiny else (2, 4, 8)))
-    for count in map(int, (args.microbatches or default).split(",")):
-        for name, layers in layers_of.items():
-            try:
-                step, lowered = make_step(model, build(name, axes["pp"], count), layers, stages[layers][0])
-                plans.append((name, count, step, start(pool, f"{name} of {count}", lowered)))
-            except Exception as error:
-                plans.append((name, count, error, None))
-    pool.shutdown()
+    losses: dict[int, float] = {}
+
+    def compiled(count: int) -> list[tuple[str, Any, Any]]:
+        """Each schedule with its step and its program, or an error and None; nothing runs meanwhile."""
+        plans: list[tuple[str, Any, Any]] = []
+        with ThreadPoolExecutor(8) as pool:
+            for name, layers in layers_of.items():
+                try:
+                    step, lowered = make_step(model, build(name, axes["pp"], count), layers, stages[layers][0])
+                    plans.append((name, step, start(pool, f"{name} of {count}", lowered)))
+                except Exception as error:
+                    plans.append((name, error, None))
+        return plans
 
     def rows() -> Iterator[dict[str, Any]]:
-        for name, count, step, program in plans:
+        for count in map(int, (args.microbatches or default).split(",")):
             if time.monotonic() - begin > args.seconds:
                 return
-            row, layers = dict.fromkeys(COLUMNS, "") | {"schedule": name, "microbatches": count}, layers_of[name]
-            try:
-                if program is None:
-                    raise step
-                plan = step, program.result(), layers
-                row |= measure(model, plan, stages[layers], stages[args.layers][0], args.repeats, losses)
-            except Exception as error:
-                row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
-            yield row
+            for name, step, program in compiled(count):
+                if time.monotonic() - begin > args.seconds:
+                    return
+                row, layers = dict.fromkeys(COLUMNS, "") | {"schedule": name, "microbatches": count}, layers_of[name]
+                try:
+                    if program is None:
+                        raise step
+                    plan = step, program.result(), layers
+                    row |= measure(model, plan, stages[layers], stages[args.layers][0], args.repeats, losses)
+                except Exception as error:
+                    row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
+                yield row
 
     print_table(rows())
 
