@@ -271,7 +271,11 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int
     graph = _Graph(cpu)
     inputs = [graph.new(var.aval) for var in jaxpr.invars]
     outputs = graph.add(jaxpr, inputs)
-    kept = _allocated(graph, set(inputs))
+    # What is added to a carried sum, such as a gradient, XLA adds as soon as it is there, and frees.
+    sums = set() if cpu else {value for value in outputs[: len(carried)] if value is not None} - set(inputs)
+    sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
+    kept = _allocated(graph, set(inputs)) | sums
+    floors = [0] * len(graph.sizes)
     roots: list[frozenset[int]] = [frozenset()] * len(graph.sizes)
     for value in inputs:
         roots[value] = frozenset({value})
@@ -279,13 +283,17 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int
     for op in graph.ops:
         sources = frozenset[int]().union(*(roots[value] for value in op.ins))
         made = tuple(value for value in op.outs if value in kept)
+        floor = len(nodes) if op.name == "optimization_barrier" else max((floors[value] for value in op.ins), default=0)
+        for value in op.outs:
+            floors[value] = floor
         for place, value in enumerate(op.outs):
             written = op.aliases and place < len(op.aliases)
             roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
         if made or op.inner or op.aliases or op.name in IN_PLACE:
-            nodes.append(_Node(made, sources, op.inner, op.name not in WHOLE and op.name not in REDUCTIONS))
+            elementwise = op.name not in WHOLE and op.name not in REDUCTIONS
+            nodes.append(_Node(made, sources, op.inner, elementwise, floor if sums.intersection(made) else None))
     ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
-    nodes = [*(_breadth_first(nodes) if cpu else nodes), _Node((), ends, 0)]
+    nodes = [*(_breadth_first(nodes) if cpu else _sums_first(nodes)), _Node((), ends, 0)]
     sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
     sizes.update((value, 0) for value in inputs)  # whoever calls counts them
     for value in outputs[: len(carried)]:
@@ -319,12 +327,33 @@ def _overwrite(nodes: Sequence[_Node], sizes: dict[int, int]) -> dict[int, int]:
 
 @dataclasses.dataclass(frozen=True)
 class _Node:
-    """What runs as one: the values that it allocates and those that it reads, bytes besides, whether elementwise."""
+    """What runs as one.
+
+    Attributes:
+      made, sources: values that it allocates, and those that it reads.
+      inner: bytes that it needs besides.
+      elementwise: whether it can write over what it reads.
+      floor: of a sum, the first place that it can have; None: it stays where it is.
+    """
 
     made: tuple[int, ...]
     sources: frozenset[int]
     inner: int
     elementwise: bool = False
+    floor: int | None = None
+
+
+def _sums_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """The nodes in their order, but sums as early as they can be."""
+    producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+
+    def place(index: int) -> float:
+        node = nodes[index]
+        if node.floor is None:
+            return index
+        return max(node.floor - 0.5, *(producer[value] + 0.5 for value in node.sources if value in producer), -1)
+
+    return [nodes[index] for index in sorted(range(len(nodes)), key=place)]
 
 
 def _breadth_first(nodes: Sequence[_Node]) -> list[_Node]:
@@ -369,6 +398,11 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
             if needed:
                 whole.add(value)
     return {value for value in kept if value not in inputs}
+
+
+def _is_elementwise(op: _Op) -> bool:
+    """Whether an operation is computed element by element, and is one: no view, nothing written into a part."""
+    return op.name not in WHOLE | REDUCTIONS | VIEWS | IN_PLACE | {"optimization_barrier"}
 
 
 def _called(eqn: JaxprEqn) -> Jaxpr | None:

@@ -147,6 +147,18 @@ def test_peak_of_known_programs():
         return jax.lax.scan(lambda c, _: (c + (x @ x) @ x, None), x, None, length=4)[0]
 
     assert bytes_of(loop, x) == 2 * size
+
+    def accumulate(x, ordered):
+        def body(sums, _):
+            grads = x @ x, x @ x.T
+            grads = jax.lax.optimization_barrier(grads) if ordered else grads
+            return jax.tree.map(jnp.add, sums, grads), None
+
+        return jax.lax.scan(body, (x, x), None, length=4)[0]
+
+    # What is added to a carried sum is freed at once, unless something must be there before the addition.
+    assert bytes_of(lambda x: accumulate(x, False), x) - bytes_of(lambda x: accumulate(x, True), x) == -size
+
     groups, masked = jnp.array([8, 8]), 2 * size
     matrices = jnp.ones((2, 16, 16))
     assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x) == size
