@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
+import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.schedule import Schedule
+from pretraining.memory import nbytes
 from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
 from profiling.chips import chip_of
@@ -298,13 +299,12 @@ def make_step(
 def _compiler_options(
     model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, int] | None:
-    """For known GPUs, what `jaxpipe.compiler_options` says."""
+    """For known GPUs, what `jaxpipe.compiler_options` says, unless XLA_FLAGS say it already."""
     chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
-    if mesh is None or chip is None:
+    if mesh is None or chip is None or "xla_gpu_memory_limit_slop_factor" in os.environ.get("XLA_FLAGS", ""):
         return None
-    leaves = jax.tree.leaves(abstract_state(model, optimizer, mesh))
-    sizes = [math.prod(leaf.sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize for leaf in leaves]
-    return jaxpipe.compiler_options(sum(sizes), chip.memory)
+    state = abstract_state(model, optimizer, mesh)
+    return jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
 
 
 def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:
