@@ -17,6 +17,7 @@ from pretraining import flags, hosts
 from pretraining.checkpoint import Checkpoints
 from pretraining.loop import LoopConfig, TooManySkips, train
 from pretraining.observe import METRICS, Observer, keep_until, read_metrics
+from pretraining.run import set_up
 
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
@@ -165,3 +166,16 @@ def test_wrong_meshes(text, capsys):
     with pytest.raises(SystemExit) as error:
         flags.train_parser().parse_args(["--mesh", text])
     assert error.value.code == 2 and text in capsys.readouterr().err
+
+
+def test_flags_change_the_model():
+    """Flags that are given replace the configuration's values, others do not."""
+    changed = run_setup(["--layers", "3", "--sequence", "32", "--remat", "layer"])
+    usual = run_setup([])
+    assert (changed.layers, changed.sequence, changed.remat) == (3, 32, "layer")
+    assert (usual.layers, usual.sequence, usual.remat, usual.vocab) == (9, 64, "none", changed.vocab)
+
+
+def run_setup(given):
+    """The configuration of a run on one device."""
+    return set_up(flags.train_parser().parse_args(["--mesh", "pp=1,ep=1", *given])).config
