@@ -25,7 +25,8 @@ from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, ModelConfig, model_config
 from pretraining.durations import WHOLE_LAYERS, Durations, durations
-from pretraining.memory import Memory, nbytes, pipeline_memory
+from pretraining.liveness import nbytes
+from pretraining.memory import Memory, pipeline_memory
 from pretraining.model import Model, build_model
 from profiling.chips import CHIPS, Achieved, Chip, chip
 

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.schedule import Schedule
-from pretraining.memory import nbytes
+from pretraining.liveness import nbytes
 from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
 from profiling.chips import chip_of

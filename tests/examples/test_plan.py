@@ -13,7 +13,7 @@ from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, model_config
 from pretraining.durations import WHOLE_LAYERS, durations
-from pretraining.memory import peak
+from pretraining.liveness import peak
 from pretraining.model import build_model
 
 import jaxpipe
