@@ -104,8 +104,7 @@ def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
         fits = "" if total <= chip.memory else " (too much)"
         shares = [one.overlap.hidden_share(kind) for kind in ("all-to-all", "collective-permute")]
         hidden = ["-" if share is None else f"{share:.1%}" for share in shares]
-        figures = [f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total)]
-        synchronous = str(len(one.overlap.synchronous))
-        parts = [name, *figures, *hidden, synchronous, f"{one.overlap.us / 1e6:.2f}", f"{one.seconds:.0f}"]
-        parts[3] += fits
+        arguments, temporary, whole = (f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total))
+        estimates = [*hidden, str(len(one.overlap.synchronous)), f"{one.overlap.us / 1e6:.2f}"]
+        parts = [name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"]
         yield "| " + " | ".join(parts) + " |"

@@ -23,7 +23,7 @@ from jaxpipe.schedule.builders import builders
 from jaxpipe.schedule.simulate import simulate
 from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.config import MODELS, ModelConfig, model_config
+from pretraining.config import MODELS, REMATS, ModelConfig, model_config
 from pretraining.durations import WHOLE_LAYERS, Durations, durations
 from pretraining.liveness import nbytes
 from pretraining.memory import Memory, pipeline_memory
@@ -190,7 +190,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--remat", choices=["none", "attention", "layer"], help="default: the model's")
+    parser.add_argument("--remat", choices=REMATS, help="default: the model's")
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
