@@ -12,7 +12,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpipe import inputs
 from jaxpipe.runtime import execute
+from jaxpipe.runtime.copies import stage_of_rows
 from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model, Params
@@ -38,6 +40,7 @@ class Pipeline:
       batch_spec: PartitionSpec of every leaf of the batch.
       compute_dtype: dtype of the working copies, or None.
       dispatch: one of `DISPATCHERS`.
+      order: which stage a row of the stages' parameters belongs to, "model" or "storage".
     """
 
     program: Program
@@ -48,25 +51,26 @@ class Pipeline:
     batch_spec: P
     compute_dtype: Any
     dispatch: str
+    order: str
 
     def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
         """Runs the pipeline; see `value_and_grad` and `forward`."""
-        self._check_params(params)
-        batch = self._split_batch(batch)
-        specs = jax.tree.map(_broadcast_spec, self.specs, params, is_leaf=_is_spec)
-        self._check_specs(specs)
+        inputs.check_params(params, self.program.schedule)
+        batch = inputs.split_batch(batch, self.program.schedule.num_microbatches, self.axes)
+        specs = jax.tree.map(inputs.broadcast_spec, self.specs, params, is_leaf=inputs.is_spec)
+        inputs.check_specs(specs, self.axes, shared_ends=self.program.shared_ends)
         tables = execute.make_tables(self.program)
-        manual = functools.partial(_manual_part, self.axes.names)
-        param_specs = jax.tree.map(manual, specs, is_leaf=_is_spec)
+        manual = functools.partial(inputs.manual_part, self.axes.names)
+        param_specs = jax.tree.map(manual, specs, is_leaf=inputs.is_spec)
         batch_specs = jax.tree.map(lambda _: manual(P(None, *self.batch_spec)), batch)
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, P(None, *self.batch_spec)), batch)
-        common = (self.program, self.model, self.axes, self.compute_dtype, self.dispatch)
+        common = (self.program, self.model, self.axes, self.compute_dtype, self.dispatch, self.order)
         if self.program.forward_only:
             body = functools.partial(execute.infer, *common)
             out_specs = (manual(self.batch_spec), P())
         else:
-            spec_axes = jax.tree.map(_axes_of, param_specs, is_leaf=_is_spec)
+            spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
             body = functools.partial(execute.train, *common, spec_axes)
             out_specs = (P(), param_specs)
         result = jax.shard_map(
@@ -81,59 +85,6 @@ class Pipeline:
             return result
         value, grads = result
         return value, jax.tree.map(self._constrain, grads, specs)
-
-    def _check_params(self, params: Params) -> None:
-        if not isinstance(params, Params):
-            raise ValueError(f"params is a {type(params).__name__}; pass jaxpipe.Params(stages=..., outer=...)")
-        stages = self.program.schedule.num_stages
-        for path, leaf in jax.tree_util.tree_leaves_with_path(params.stages):
-            if np.ndim(leaf) == 0 or np.shape(leaf)[0] != stages:
-                raise ValueError(
-                    f"params.stages{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but schedule "
-                    f"{self.program.schedule.name!r} has {stages} stages: stack the parameters of all stages in rows, "
-                    f"[{stages}, ...], with jaxpipe.stack_stages"
-                )
-
-    def _check_specs(self, specs: Params) -> None:
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs.stages, is_leaf=_is_spec):
-            if not spec or spec[0] != self.axes.pipeline:
-                raise ValueError(
-                    f"specs.stages{jax.tree_util.keystr(path)} is {spec}: a stage parameter's PartitionSpec must "
-                    f"start with {self.axes.pipeline!r}, the axis its rows are sharded over"
-                )
-        for path, spec in jax.tree_util.tree_leaves_with_path(specs.outer, is_leaf=_is_spec):
-            if self.axes.pipeline in _axes_of(spec) and not self.program.shared_ends:
-                raise ValueError(
-                    f"specs.outer{jax.tree_util.keystr(path)} is {spec}, but each pipeline rank that runs embed or "
-                    f"head needs the whole parameter: pass shared_ends=True, and all ranks of {self.axes.pipeline!r} "
-                    "run them together, each with its shard; or shard it over another axis"
-                )
-
-    def _split_batch(self, batch: Any) -> Any:
-        """Leaves ``[B, ...]`` -> ``[num_microbatches, B / num_microbatches, ...]``, contiguous on each data shard."""
-        count = self.program.schedule.num_microbatches
-        sizes = [self.axes.sizes[axis] for axis in self.axes.data]
-        shards = int(np.prod(sizes, dtype=int))
-        leaves = jax.tree_util.tree_leaves_with_path(batch)
-        if not leaves:
-            raise ValueError("the batch has no arrays; pass a pytree whose leaves have the batch as leading dimension")
-        rows = {np.shape(leaf)[:1] for _, leaf in leaves}
-        if len(rows) != 1 or () in rows:
-            shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
-            raise ValueError(f"the batch's leaves have shapes {shapes}: all need the same leading (batch) dimension")
-        (size,) = rows.pop()
-        if size == 0 or size % (count * shards):
-            raise ValueError(
-                f"a batch of {size} does not divide into {count} microbatches on each of {shards} data-parallel "
-                f"shards {dict(zip(self.axes.data, sizes, strict=True))}: use a multiple of {count * shards}"
-            )
-
-        def split(leaf: jax.Array) -> jax.Array:
-            rest = leaf.shape[1:]
-            micro = leaf.reshape(shards, count, size // (count * shards), *rest).swapaxes(0, 1)
-            return micro.reshape(count, size // count, *rest)
-
-        return jax.tree.map(lambda leaf: split(jax.numpy.asarray(leaf)), batch)
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
@@ -156,6 +107,7 @@ def value_and_grad(
     costs: Costs | None = None,
     dispatch: str | None = None,
     shared_ends: bool = False,
+    order: str = "model",
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -207,6 +159,11 @@ def value_and_grad(
         ``made_again`` made. That is two to three times as much code. Default: "straight" on one rank where a few rounds
         of the schedule repeat, else "one by one" on CPU, which overlaps nothing, and "loops" on others.
       shared_ends: all pipeline ranks run embed and head together; see above.
+      order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
+        ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
+        it runs; in model order, under schedules that give ranks other stages than those, the working copies of such
+        rows travel once a step, in ``compute_dtype``, and their gradients return. What long runs keep is best in
+        storage order; see `stack_stages`.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
@@ -233,7 +190,7 @@ def value_and_grad(
     """
     return _pipeline(
         Model(stage, embed, head, weight), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, shared_ends, forward_only=False,
+        compute_dtype, costs, dispatch, shared_ends, order, forward_only=False,
     )  # fmt: skip
 
 
@@ -253,6 +210,7 @@ def forward(
     costs: Costs | None = None,
     dispatch: str | None = None,
     shared_ends: bool = False,
+    order: str = "model",
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -265,7 +223,7 @@ def forward(
     """
     return _pipeline(
         Model(stage, embed, head), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, shared_ends, forward_only=True,
+        compute_dtype, costs, dispatch, shared_ends, order, forward_only=True,
     )  # fmt: skip
 
 
@@ -286,23 +244,45 @@ def make_mesh(**sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
 
 
-def stack_stages(stages: Sequence[Any], schedule: Schedule) -> Any:
-    """Stacks the parameters of stages 0, 1, ... into rows in the schedule's storage order.
+def stack_stages(stages: Any, schedule: Schedule, order: str = "model") -> Any:
+    """Stacks the parameters of stages 0, 1, ... into rows.
+
+    Args:
+      stages: a list or tuple with the parameters of each stage, in the order of the forward pass; or these stacked
+        already, a pytree whose leaves are ``[num_stages, ...]`` with stage i in row i.
+      schedule: gives the number of stages and, for storage order, their rows.
+      order: that of the result and of the pipeline that it is for: "model", row i is stage i; "storage", row i is stage
+        ``schedule.storage_order[i]``.
+
+    Raises:
+      ValueError: another number of stages than the schedule's, or stages that are not alike.
 
     >>> from jaxpipe.schedule import build
     >>> import numpy as np
     >>> stack_stages([np.float32(stage) for stage in range(4)], build("dualpipev", 2, 4)).tolist()
-    [0.0, 3.0, 1.0, 2.0]
+    [0.0, 1.0, 2.0, 3.0]
+    >>> stack_stages(np.arange(4), build("dualpipev", 2, 4), order="storage").tolist()
+    [0, 3, 1, 2]
     """
-    if len(stages) != schedule.num_stages:
-        raise ValueError(f"{len(stages)} stages for schedule {schedule.name!r}, which has {schedule.num_stages}")
-    return jax.tree.map(lambda *rows: jax.numpy.stack(rows), *(stages[stage] for stage in schedule.storage_order))
+    rows = stage_of_rows(schedule, order)
+    if isinstance(stages, (list, tuple)) and not hasattr(stages, "_fields"):
+        inputs.check_alike(stages, schedule)
+        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(stages[stage] for stage in rows))
+    inputs.check_rows(stages, schedule, "the stacked parameters")
+    return stages if rows == tuple(range(len(rows))) else jax.tree.map(lambda leaf: leaf[np.asarray(rows)], stages)
 
 
-def unstack_stages(stacked: Any, schedule: Schedule) -> list[Any]:
-    """The inverse of `stack_stages`: the parameters (or gradients) of stages 0, 1, ... as a list."""
-    rows = {stage: row for row, stage in enumerate(schedule.storage_order)}
-    return [jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
+def unstack_stages(stacked: Any, schedule: Schedule, order: str = "model") -> list[Any]:
+    """The inverse of `stack_stages`: the parameters (or gradients) of stages 0, 1, ... as a list.
+
+    >>> import jaxpipe, numpy as np
+    >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+    >>> unstack_stages({"w": np.asarray([0, 3, 1, 2])}, schedule, order="storage")[1]["w"].item()
+    1
+    """
+    inputs.check_rows(stacked, schedule, "the stacked parameters")
+    row_of = {stage: row for row, stage in enumerate(stage_of_rows(schedule, order))}
+    return [jax.tree.map(lambda leaf, row=row_of[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
 
 
 def _pipeline(
@@ -318,6 +298,7 @@ def _pipeline(
     costs: Costs | None,
     dispatch: str | None,
     shared_ends: bool,
+    order: str,
     *,
     forward_only: bool,
 ) -> Pipeline:
@@ -329,6 +310,7 @@ def _pipeline(
         raise ValueError(
             f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
         )
+    stage_of_rows(schedule, order)
     program = lower(
         schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only,
         shared_ends=shared_ends,
@@ -345,6 +327,7 @@ def _pipeline(
         batch_spec=batch_spec if batch_spec is not None else P(axes.data or None),
         compute_dtype=compute_dtype,
         dispatch=dispatch,
+        order=order,
     )
 
 
@@ -370,28 +353,3 @@ def _check_mesh(
             "or with jaxpipe.make_mesh"
         )
     return Axes(axis, data_axes, replicated_axes, {name: sizes[name] for name in manual})
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, P)
-
-
-def _broadcast_spec(spec: P, tree: Any) -> Any:
-    """The spec at every leaf of a subtree."""
-    return jax.tree.map(lambda _: spec, tree)
-
-
-def _manual_part(manual: frozenset[str], spec: P) -> P:
-    """A PartitionSpec with the compiler's axes left out."""
-
-    def keep(entry: Any) -> Any:
-        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name in manual)
-        return names if len(names) > 1 else (names[0] if names else None)
-
-    return P(*(keep(entry) for entry in spec))
-
-
-def _axes_of(spec: P) -> frozenset[str]:
-    """The mesh axes that a PartitionSpec names."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
-    return frozenset(name for entry in entries for name in entry if name is not None)

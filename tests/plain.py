@@ -7,9 +7,12 @@ import numpy as np
 import jaxpipe
 
 
-def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None):
-    """The same signature and result as `jaxpipe.value_and_grad`'s, without a mesh or a pipeline."""
-    rows = {s: row for row, s in enumerate(schedule.storage_order)}
+def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None, rows=None):
+    """The same signature and result as `jaxpipe.value_and_grad`'s, without a mesh or a pipeline.
+
+    ``rows[s]`` is the row of stage s in the stacked parameters; by default s.
+    """
+    rows = range(schedule.num_stages) if rows is None else rows
 
     def run_microbatch(params, data, m, rng):
         """(weighted loss, weighted auxiliary loss, weight, metrics) of one microbatch."""

@@ -40,7 +40,7 @@ def main() -> None:
     for microbatches in (8, 16, 32, 64, 128, 256):
         start = time.perf_counter()
         schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
-        step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks), head=head)
+        step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks), head=head, order="storage")
         tables = time.perf_counter()
         params = {"up": jnp.ones((2 * ranks, 4, 64, 256)), "down": jnp.ones((2 * ranks, 4, 256, 64))}
         lowered = jax.jit(step).lower(jaxpipe.Params(params), jnp.ones((2 * microbatches, 64)))

@@ -208,6 +208,7 @@ def lower_step(job: Job, variant: Variant, schedule: str) -> tuple[Program, Any]
         data_axes=("ep",),
         specs=jaxpipe.Params(specs, P()),
         compute_dtype=jnp.bfloat16,
+        order="storage",
     )
     if variant.program == "steady":
         pipeline = dataclasses.replace(pipeline, program=steady_state(pipeline.program))

@@ -55,9 +55,7 @@ def ours(name: str, args: argparse.Namespace) -> dict[str, float]:
         part: jax.random.normal(key, shape) * args.width**-0.5
         for part, key in zip("ab", jax.random.split(jax.random.key(0), 2), strict=True)
     }
-    stages = jaxpipe.stack_stages(
-        [{part: leaf[i] for part, leaf in model.items()} for i in range(schedule.num_stages)], schedule
-    )
+    stages = jaxpipe.stack_stages(model, schedule, order="storage")
     batch = jax.random.normal(jax.random.key(1), (args.microbatches * args.rows, args.width))
 
     def stage(params: Any, x: jax.Array, ctx: Any) -> jax.Array:
@@ -87,7 +85,7 @@ def ours(name: str, args: argparse.Namespace) -> dict[str, float]:
         function: Any = jax.jit(accumulate)
         return run(lambda: function(stages, batch), jax.block_until_ready, args.repeats)
     mesh = jaxpipe.make_mesh(pp=args.ranks)
-    step = jax.jit(jaxpipe.value_and_grad(stage, schedule, mesh, head=head))
+    step = jax.jit(jaxpipe.value_and_grad(stage, schedule, mesh, head=head, order="storage"))
     params = jaxpipe.Params(stages)
 
     def call() -> Any:

@@ -154,7 +154,7 @@ def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs) -> t
     specs, sequences = model.specs(layers), schedule.num_microbatches * model.mesh.shape["ep"]
     step = jaxpipe.value_and_grad(
         model.stage, schedule, model.mesh, embed=embed, head=head, data_axes=("ep",),
-        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs,
+        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs, order="storage",
     )  # fmt: skip
     batch = jax.ShapeDtypeStruct((sequences, model.chunk.tokens, model.chunk.width), jnp.bfloat16)
     shapes = jax.eval_shape(masters(model, layers, schedule.storage_order, model.mesh))

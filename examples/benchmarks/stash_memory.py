@@ -52,7 +52,9 @@ def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int)
     """One row of the table."""
     ranks = mesh.size
     schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
-    step = jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, compute_dtype=jnp.bfloat16)
+    step = jaxpipe.value_and_grad(
+        stage, schedule, mesh, embed=embed, head=head, compute_dtype=jnp.bfloat16, order="storage"
+    )
     shape = jax.ShapeDtypeStruct
     one = {
         "up": shape((layers, width, 4 * width), jnp.bfloat16),

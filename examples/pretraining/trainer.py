@@ -186,6 +186,7 @@ def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | No
         specs=model.specs,
         dispatch=dispatch,
         shared_ends=model.shared_ends,
+        order="storage",
     )
 
 
@@ -322,6 +323,7 @@ def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str
         specs=model.specs,
         dispatch=dispatch,
         shared_ends=model.shared_ends,
+        order="storage",
     )
 
     def evaluate(params: jaxpipe.Params, batch: Any) -> jax.Array:

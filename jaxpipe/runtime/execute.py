@@ -52,6 +52,7 @@ def train(
     axes: Axes,
     compute_dtype: Any,
     dispatch: str,
+    order: str,
     spec_axes: Params,
     params: Params,
     batch: Any,
@@ -60,10 +61,11 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it.
+    ``order`` is one of `copies.ORDERS`; ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes
+    that shard it.
     """
     rng = _fold_axes(rng, axes)
-    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
+    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, order, params)
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
@@ -102,10 +104,10 @@ def train(
     buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
 
     with jax.named_scope("reduce"):
-        return _reduce(program, axes, spec_axes, params, buffers)
+        return _reduce(program, axes, order, spec_axes, params, buffers)
 
 
-def _reduce(program: Program, axes: Axes, spec_axes: Params, params: Params, buffers: Buffers) -> Any:
+def _reduce(program: Program, axes: Axes, order: str, spec_axes: Params, params: Params, buffers: Buffers) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
     aux_loss = lax.psum(buffers.aux_loss, everywhere)
@@ -113,7 +115,7 @@ def _reduce(program: Program, axes: Axes, spec_axes: Params, params: Params, buf
     aux = _sum_metrics(buffers, axes)
     if aux_loss is not None:
         aux["aux_loss"] = aux_loss
-    grads = Params(gather_grads(buffers.grads, program.schedule, axes.pipeline), buffers.outer_grads)
+    grads = Params(gather_grads(buffers.grads, program.schedule, order, axes.pipeline), buffers.outer_grads)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
     return (functools.reduce(jnp.add, losses), aux), grads
 
@@ -124,6 +126,7 @@ def infer(
     axes: Axes,
     compute_dtype: Any,
     dispatch: str,
+    order: str,
     params: Params,
     batch: Any,
     rng: jax.Array | None,
@@ -131,7 +134,7 @@ def infer(
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
     rng = _fold_axes(rng, axes)
-    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, params)
+    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, order, params)
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
@@ -244,10 +247,12 @@ def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: A
     return function(carry, *operands)
 
 
-def _compute_params(schedule: Schedule, axes: Axes, dtype: Any, params: Params) -> tuple[tuple[Any, ...], Any]:
+def _compute_params(
+    schedule: Schedule, axes: Axes, dtype: Any, order: str, params: Params
+) -> tuple[tuple[Any, ...], Any]:
     """(every local chunk's parameters, outer parameters) in compute dtype."""
     with jax.named_scope("prepare"):
-        return working_copies(params.stages, schedule, axes.pipeline, dtype), cast(params.outer, dtype)
+        return working_copies(params.stages, schedule, order, axes.pipeline, dtype), cast(params.outer, dtype)
 
 
 def _prepare_model(program: Program, model: Model, axes: Axes, dtype: Any) -> Model:

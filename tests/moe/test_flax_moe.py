@@ -143,13 +143,12 @@ def test_inside_a_dualpipev_stage(x64, redundant):
     x = jax.random.normal(jax.random.key(5), (8 * 2 * 2, 4, WIDTH))
     (loss, aux), grads = jax.jit(step)(jaxpipe.Params(stages), x)
 
-    rows = {s: row for row, s in enumerate(schedule.storage_order)}
     floats = {name: leaf for name, leaf in stages["moe"].items() if leaf.dtype == jnp.float64}
 
     def plain(floats, choices):
         y, total = x, jnp.zeros(())
         for s in range(schedule.num_stages):
-            mine = {name: leaf[rows[s]] for name, leaf in floats.items()}
+            mine = {name: leaf[s] for name, leaf in floats.items()}
             shared = ExpertParams(mine["shared_in"], mine["shared_out"])
             params = MoEParams(mine["router"], mine["bias"], ExpertParams(mine["w_in"], mine["w_out"]), shared)
             flat = y.reshape(-1, WIDTH)
