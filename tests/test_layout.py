@@ -17,6 +17,7 @@ LAYERS = [
     "jaxpipe.runtime",
     "jaxpipe.api",
     "jaxpipe.compiling",
+    "jaxpipe.optimizer",
     "jaxpipe.attention",
     "jaxpipe.vocabulary",
     "jaxpipe.flax",
