@@ -75,7 +75,17 @@ def train(
     loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
     if loss is None and split.out[1] is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
-    shares = mean_shares(model, batch, (*axes.data, *axes.replicated), (loss, split.out[1]))
+    shares = mean_shares(
+        model,
+        batch,
+        (*axes.data, *axes.replicated),
+        (loss, split.out[1]),
+        {
+            "embed": (model.run_embed, (outer, ctx)),
+            "stage": (model.run_stage, (chunks[0], x, ctx)),
+            **({} if model.head is None else {"head": (model.run_head, (outer, x, ctx))}),
+        },
+    )
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in chunks))

@@ -39,8 +39,7 @@ class Step:
       prepared: for each local chunk, what ``split.prepare`` made of its parameters.
       outer: outer parameters in compute dtype.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
-      shares: each microbatch's share of the mean loss. What a microbatch without one adds to sums, and the cotangents
-        that it sends on, are selected away rather than multiplied by zero: they may not be finite.
+      shares: each microbatch's share of the mean loss.
       rng: key or None.
       num_stages: stages of the model.
     """
@@ -95,7 +94,7 @@ class Step:
         def compute(inputs: Any, row: jax.Array) -> Any:
             residuals, dy = inputs
             grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row), narrow=True)
-            return grads, select(dx, self._counts(row))
+            return grads, select(dx, self._counts("stage", row))
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             grads, dx = result
@@ -109,7 +108,7 @@ class Step:
         def compute(inputs: Any, row: jax.Array) -> Any:
             residuals, dy = inputs
             dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, row))
-            return select(dx, self._counts(row)), crossing
+            return select(dx, self._counts("stage", row)), crossing
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             dx, crossing = result
@@ -150,7 +149,7 @@ class Step:
             return jax.vjp(floating, diff)[1](partition(dx)[0])[0]
 
         def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
-            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts(row)))
+            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", row)))
 
         return Operation(read, compute, write)
 
@@ -175,7 +174,7 @@ class Step:
 
             loss, vjp, metrics = jax.vjp(loss_of, outer_diff, y_diff, has_aux=True)
             outer_grads, dy = vjp(self._seed(row).astype(loss.dtype))
-            dy = select(dy, self._counts(row))
+            dy = select(dy, self._counts("head", row))
             return merge(dy, jax.tree.map(jnp.zeros_like, y_rest)), outer_grads, loss, metrics
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
@@ -184,7 +183,7 @@ class Step:
             if loss is None:
                 return buffers
             return buffers._replace(
-                outer_grads=add(buffers.outer_grads, outer_grads, self._counts(row)),
+                outer_grads=add(buffers.outer_grads, outer_grads, self._counts("head", row)),
                 loss=self._add_loss(buffers.loss, loss, row),
                 head_metrics=add(buffers.head_metrics, metrics),
             )
@@ -199,13 +198,14 @@ class Step:
     def _seed(self, row: jax.Array) -> jax.Array:
         return self.shares.seeds[row[Field.MICROBATCH]]
 
-    def _counts(self, row: jax.Array) -> jax.Array | None:
-        return None if self.shares.counts is None else self.shares.counts[row[Field.MICROBATCH]]
+    def _counts(self, where: str, row: jax.Array) -> jax.Array | None:
+        counts = getattr(self.shares.counts, where)
+        return None if counts is None else counts[row[Field.MICROBATCH]]
 
     def _add_loss(self, total: Any, loss: Any, row: jax.Array) -> Any:
         weight = self.shares.weights[row[Field.MICROBATCH]]
         weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
-        return add(total, weighted, self._counts(row))
+        return add(total, weighted, self._counts("loss", row))
 
     def _cotangent(self, dy: Any, row: jax.Array) -> Any:
         _, aux_loss = self.split.out
@@ -213,7 +213,7 @@ class Step:
 
     def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, row: jax.Array) -> Buffers:
         totals = list(buffers.grads)
-        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts(row))
+        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", row))
         return buffers._replace(grads=tuple(totals))
 
 

@@ -32,8 +32,8 @@ def as_loss(value: Any, owner: str) -> jax.Array:
         raise ValueError(f"{owner} shape {array.shape}; return a scalar, the microbatch's mean loss")
     if not jnp.issubdtype(array.dtype, jnp.floating):
         raise ValueError(
-            f"{owner} dtype {array.dtype.name}, which has no gradient of use: return a real floating scalar, such as "
-            "float32 or 0.0; a count goes into jaxpipe.Output(value, metrics={...})"
+            f"{owner} dtype {array.dtype.name}, {describe(value)}: a loss is differentiated, so return a real floating "
+            "scalar, such as float32 or 0.0; a count goes into jaxpipe.Output(value, metrics={...})"
         )
     return array
 
@@ -84,7 +84,8 @@ def describe(value: Any) -> str:
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: {describe(part)}" for key, part in value.items()) + "}"
     if isinstance(value, tuple | list):
-        return "(" + ", ".join(map(describe, value)) + ")"
+        left, right = "()" if isinstance(value, tuple) else "[]"
+        return left + ", ".join(map(describe, value)) + right
     if hasattr(value, "shape") and hasattr(value, "dtype"):
         return f"{value.dtype.name}{list(value.shape)}"
     return repr(value)
