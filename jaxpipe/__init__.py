@@ -9,6 +9,8 @@ from jaxpipe.api import stack_stages as stack_stages
 from jaxpipe.api import unstack_stages as unstack_stages
 from jaxpipe.api import value_and_grad as value_and_grad
 from jaxpipe.compiling import compiler_options as compiler_options
+from jaxpipe.optimizer import Unchanged as Unchanged
+from jaxpipe.optimizer import floating_only as floating_only
 from jaxpipe.runtime.model import Context as Context
 from jaxpipe.runtime.model import Output as Output
 from jaxpipe.runtime.model import Params as Params

@@ -84,7 +84,11 @@ class Pipeline:
         if self.program.forward_only:
             return result
         value, grads = result
-        return value, jax.tree.map(self._constrain, grads, specs)
+        return value, jax.tree.map(self._gradient, params, grads, specs)
+
+    def _gradient(self, param: Any, grad: jax.Array | None, spec: P) -> Any:
+        """A gradient where its parameter is; of what is not differentiated, JAX's zeros of dtype float0."""
+        return np.zeros(np.shape(param), jax.dtypes.float0) if grad is None else self._constrain(grad, spec)
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))

@@ -55,7 +55,15 @@ def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis
     """The tokens' rows of the whole table, on every device.
 
     Each device looks up the tokens whose rows it holds; one sum over the axis, exact in any dtype, adds zeros to them.
-    A token outside of the vocabulary gets zeros.
+    A token outside of the vocabulary gets zeros, and changes no row.
+
+    Args:
+      table: this device's rows.
+      tokens: the same on every device; of any integer dtype, also one that cannot hold the vocabulary's size.
+      axis: mesh axis that the rows are sharded over.
+
+    Raises:
+      ValueError: tokens are no integers.
 
     >>> import jaxpipe
     >>> from jax.sharding import PartitionSpec as P
@@ -66,7 +74,7 @@ def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis
     >>> lookup(table, tokens).tolist()
     [[6.0, 7.0], [0.0, 1.0]]
     """
-    here, rows = _local(tokens, len(table), axis)
+    here, rows = _local(_ids(tokens, "tokens"), len(table), axis)
     return lax.psum(jnp.where(here[..., None], table[rows], jnp.zeros_like(table[:1])), axis)
 
 
@@ -90,12 +98,15 @@ def cross_entropy(
     Args:
       y: the same on every device.
       table: this device's rows of the output projection, of y's dtype.
-      targets: the same on every device, each less than ``size``.
+      targets: the same on every device; of any integer dtype, also one that cannot hold ``size``. A negative target,
+        such as -1 or -100 where there is nothing to predict, has loss 0 and no gradient: divide by the number of the
+        others. One of ``size`` or more is an error in the data: its loss is NaN, and it has no gradient.
       axis: mesh axis that the rows are sharded over.
-      size: tokens of the vocabulary, where rows were added to the end of the table so that they divide; default: all.
+      size: tokens of the vocabulary, where rows were added to the end of the table so that they divide: those have no
+        probability and no gradient. Default: all rows are tokens.
 
     Raises:
-      ValueError: shapes or dtypes do not fit together.
+      ValueError: shapes or dtypes do not fit together, or targets are no integers.
 
     >>> import jaxpipe
     >>> from jax.sharding import PartitionSpec as P
@@ -105,6 +116,7 @@ def cross_entropy(
     >>> print(loss(jnp.ones((1, 2)), jnp.zeros((4, 2)), jnp.array([1])))  # log 3
     [1.0986123]
     """
+    targets = _ids(targets, "targets")
     rows, devices = len(table), lax.axis_size(axis)
     size = rows * devices if size is None else size
     if y.shape[:-1] != targets.shape or y.shape[-1:] != table.shape[1:] or y.dtype != table.dtype:
@@ -138,6 +150,7 @@ def _cross_entropy_forward(axis: str, size: int, y: jax.Array, table: jax.Array,
     here, local = _local(targets, rows, axis)
     found = jnp.take_along_axis(logits, local[..., None], -1)[..., 0]
     loss = normaliser - lax.psum(jnp.where(here, found, jnp.zeros_like(found)), axis)
+    loss = jnp.where(targets < 0, 0.0, jnp.where(targets < size, loss, jnp.nan)).astype(loss.dtype)
     return loss, (y, table, targets, logits, normaliser)
 
 
@@ -146,7 +159,8 @@ def _cross_entropy_backward(axis: str, size: int, residuals: Any, cotangent: jax
     here, local = _local(targets, len(table), axis)
     hit = here[..., None] & (local[..., None] == jnp.arange(len(table), dtype=local.dtype))
     # Every device returns a copy of the loss; the copies' cotangents add up.
-    whole = lax.psum(cotangent, axis)[..., None]
+    whole = lax.psum(cotangent, axis)
+    whole = jnp.where((targets >= 0) & (targets < size), whole, jnp.zeros_like(whole))[..., None]
     d_logits = (whole * (jnp.exp(logits - normaliser[..., None]) - hit.astype(logits.dtype))).astype(y.dtype)
     tokens = tuple(range(targets.ndim))
     d_y = lax.dot_general(d_logits, table, (((targets.ndim,), (0,)), ((), ())))
@@ -155,6 +169,16 @@ def _cross_entropy_backward(axis: str, size: int, residuals: Any, cotangent: jax
 
 
 _cross_entropy.defvjp(_cross_entropy_forward, _cross_entropy_backward)
+
+
+def _ids(tokens: jax.Array, name: str) -> jax.Array:
+    """Tokens in int32, or int64 where they have 64 bits, which also holds their differences from numbers of rows."""
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise ValueError(f"{name} are {tokens.dtype.name}{list(tokens.shape)}: give the numbers of tokens, as integers")
+    wide = jnp.int64 if jnp.iinfo(tokens.dtype).bits == 64 else jnp.int32
+    if jnp.issubdtype(tokens.dtype, jnp.unsignedinteger) and jnp.iinfo(tokens.dtype).bits >= 32:
+        tokens = jnp.minimum(tokens, jnp.asarray(jnp.iinfo(wide).max, tokens.dtype))
+    return tokens.astype(wide)
 
 
 def _local(tokens: jax.Array, rows: int, axis: str) -> tuple[jax.Array, jax.Array]:

@@ -18,6 +18,7 @@ LAYERS = [
     "jaxpipe.inputs",
     "jaxpipe.api",
     "jaxpipe.compiling",
+    "jaxpipe.optimizer",
     "jaxpipe.attention",
     "jaxpipe.vocabulary",
     "jaxpipe.flax",

@@ -133,3 +133,82 @@ def test_what_does_not_fit_is_refused():
         run(y, table, targets[:, 0])
     with pytest.raises(ValueError, match=r"part bfloat16\[4, 6\].*table's dtype"):
         run(y, table.astype(jnp.bfloat16), targets)
+
+
+@pytest.mark.parametrize("size, ranks, dtype", [
+    (300, 8, jnp.uint8), (256, 1, jnp.uint8), (100, 4, jnp.int8), (200, 2, jnp.int8), (70000, 4, jnp.uint16),
+    (70000, 8, jnp.int16), (16, 2, jnp.uint4), (19, 2, jnp.uint32), (19, 4, jnp.int64), (19, 4, jnp.uint64),
+])  # fmt: skip
+def test_tokens_of_any_integer_dtype(x64, size, ranks, dtype):
+    """A dtype that holds the tokens may not hold the vocabulary's size, nor the first row of a device."""
+    y, table, _ = make(size)
+    largest = min(size - 1, jnp.iinfo(dtype).max)
+    tokens = jnp.asarray(np.random.default_rng(3).integers(0, largest, (3, 5)).astype(np.int64)).at[0, 0].set(largest)
+    narrow, weights = tokens.astype(dtype), jnp.asarray(np.random.default_rng(1).normal(size=(3, 5)))
+
+    def run(table, y, tokens):
+        def objective(table):
+            share = jnp.where(jax.lax.axis_index("pp") == 0, 1.0, 0.0)
+            rows = vocabulary.embed_tokens(table, tokens, "pp")
+            losses = vocabulary.cross_entropy(y, table, tokens, "pp", size=size)
+            return share * ((losses * weights).sum() + (rows * y).sum()), (rows, losses)
+
+        grad, aux = jax.grad(objective, has_aux=True)(table)
+        return *aux, jax.lax.all_gather(grad, "pp", tiled=True)
+
+    def plain(table):
+        return (plain_cross_entropy(y, table, tokens) * weights).sum() + (table[tokens] * y).sum()
+
+    rows, losses, grad = shard(run, ranks, 1, (P("pp"), P(), P()))(vocabulary.pad_vocabulary(table, ranks), y, narrow)
+    np.testing.assert_array_equal(rows, table[tokens])
+    np.testing.assert_allclose(losses, plain_cross_entropy(y, table, tokens), rtol=1e-12)
+    np.testing.assert_allclose(grad[:size], jax.grad(plain)(table), rtol=1e-10, atol=1e-12)
+    assert not grad[size:].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint32])
+def test_what_is_no_token_of_the_vocabulary(x64, dtype):
+    """Negative targets count nothing, those of padding rows and beyond are NaN; none has a gradient."""
+    size = 10  # 12 rows on 4 devices
+    y, table, targets = make(size)
+    outside = {jnp.int32: [-1, -100, 10, 11, 12, 2**31 - 1], jnp.int8: [-1, -100, 10, 11, 12, 127],
+               jnp.uint32: [10, 11, 12, 2**31, 2**32 - 1]}[dtype]  # fmt: skip
+    targets = targets.at[:, 4].set(0).ravel()
+    values = jnp.concatenate([targets[len(outside) :].astype(jnp.int64), jnp.asarray(outside, jnp.int64)])
+    targets, y = values.astype(dtype), y.reshape(15, -1)
+    inside = np.asarray((values >= 0) & (values < size))
+
+    def run(table, y, targets):
+        def objective(y, table):
+            losses = vocabulary.cross_entropy(y, table, targets, "pp", size=size)
+            share = jnp.where(jax.lax.axis_index("pp") == 0, 1.0, 0.0)
+            return share * jnp.where(inside, losses, 0.0).sum(), losses
+
+        (d_y, d_table), losses = jax.grad(objective, (0, 1), has_aux=True)(y, table)
+        rows = vocabulary.embed_tokens(table, targets, "pp")
+        return losses, rows, jax.lax.psum(d_y, "pp"), jax.lax.all_gather(d_table, "pp", tiled=True)
+
+    padded = vocabulary.pad_vocabulary(table, 4)
+    losses, rows, d_y, d_table = shard(run, 4, 1, (P("pp"), P(), P()))(padded, y, targets)
+    np.testing.assert_array_equal(np.isnan(losses), np.asarray(values >= size))
+    assert not losses[np.asarray(values < 0)].any() and not rows[~inside].any()
+
+    def plain(y, table):
+        return plain_cross_entropy(y[inside], table, targets[inside]).sum()
+
+    expected = jax.grad(plain, (0, 1))(y, table)
+    np.testing.assert_allclose(losses[inside], plain_cross_entropy(y, table, values)[inside], rtol=1e-12)
+    np.testing.assert_allclose(d_y, expected[0], rtol=1e-10, atol=1e-13)
+    np.testing.assert_allclose(d_table[:size], expected[1], rtol=1e-10, atol=1e-13)
+    assert not d_table[size:].any() and not d_y[~inside].any()
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bool_])
+def test_tokens_that_are_no_integers_are_refused(dtype):
+    y, table, tokens = make(8, dtype=np.float32)
+    with pytest.raises(ValueError, match=rf"tokens are {jnp.dtype(dtype).name}\[3, 5\].*integers"):
+        jax.eval_shape(shard(lambda *args: vocabulary.embed_tokens(*args, "pp"), 2, 1, (P("pp"), P())), table,
+                       tokens.astype(dtype))  # fmt: skip
+    with pytest.raises(ValueError, match=rf"targets are {jnp.dtype(dtype).name}\[3, 5\].*integers"):
+        jax.eval_shape(shard(lambda *args: vocabulary.cross_entropy(*args, "pp"), 2, 1, (P(), P("pp"), P())), y, table,
+                       tokens.astype(dtype))  # fmt: skip

@@ -17,10 +17,10 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
-      grads: gradient accumulators of each local chunk, as the chunk's parameters.
-      outer_grads: gradient accumulators of the outer parameters.
-      loss: scalar, weighted sum of the losses this rank has seen.
-      aux_loss: scalar, weighted sum of the auxiliary losses.
+      grads: gradient accumulators of each local chunk, as the chunk's parameters, None for those without a gradient.
+      outer_grads: gradient accumulators of the outer parameters, likewise.
+      loss: scalar, sum of the losses this rank has seen, times their weights.
+      aux_loss: scalar, that of the auxiliary losses.
       stage_metrics, head_metrics: sums.
       outputs: leaves ``[num_microbatches, ...]``, in forward-only programs.
     """
@@ -70,16 +70,31 @@ def put(pool: Any, slot: Any, value: Any) -> Any:
 
 
 def accumulator(aval: Any) -> jax.Array:
-    """Zeros to sum values of an aval's shape: at least float32 for floating dtypes."""
+    """Zeros to sum values of an aval's shape, in `accumulation_dtype`."""
     return jnp.zeros(aval.shape, accumulation_dtype(aval.dtype))
 
 
 def accumulation_dtype(dtype: Any) -> Any:
-    """float32 for narrower floating dtypes, any other dtype itself."""
-    narrow = jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 32
-    return jnp.float32 if narrow else dtype
+    """The dtype to sum in: float32, int32 or uint32 for narrower ones, int32 for bool, any other dtype itself.
+
+    >>> [jnp.dtype(accumulation_dtype(kind)).name for kind in (jnp.bfloat16, jnp.bool_, jnp.uint8, jnp.int32)]
+    ['float32', 'int32', 'uint32', 'int32']
+    """
+    if jnp.issubdtype(dtype, jnp.floating):
+        return jnp.float32 if jnp.finfo(dtype).bits < 32 else dtype
+    if dtype == jnp.bool_:
+        return jnp.int32
+    if jnp.issubdtype(dtype, jnp.integer) and jnp.iinfo(dtype).bits < 32:
+        return jnp.uint32 if jnp.issubdtype(dtype, jnp.unsignedinteger) else jnp.int32
+    return dtype
 
 
-def add(total: Any, value: Any) -> Any:
-    """Total + value, leaf by leaf, in total's dtypes."""
-    return jax.tree.map(lambda t, v: t + jnp.asarray(v).astype(t.dtype), total, value)
+def add(total: Any, value: Any, counts: jax.Array | None = None) -> Any:
+    """Total + value, leaf by leaf, in total's dtypes; total where ``counts`` is False, whatever the value."""
+    value = jax.tree.map(lambda t, v: jnp.asarray(v).astype(t.dtype), total, value)
+    return jax.tree.map(jnp.add, total, select(value, counts))
+
+
+def select(tree: Any, counts: jax.Array | None) -> Any:
+    """The tree, or zeros where ``counts`` is False; None: the tree."""
+    return tree if counts is None else jax.tree.map(lambda leaf: jnp.where(counts, leaf, jnp.zeros_like(leaf)), tree)

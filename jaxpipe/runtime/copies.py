@@ -128,12 +128,10 @@ def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype
 def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str) -> Any:
     """Leaves ``[rows, ...]``: the gradients of the rows this rank owns, summed over the copies of each.
 
-    The inverse of `working_copies`. Leaves that are not of inexact dtype have no gradient and come back as zeros.
+    The inverse of `working_copies`. Leaves that are not of inexact dtype have none.
     """
 
     def gather(*chunks: jax.Array) -> jax.Array:
-        if not jnp.issubdtype(chunks[0].dtype, jnp.inexact):
-            return jnp.zeros((rows_per_rank(schedule), *chunks[0].shape), chunks[0].dtype)
         parts: list[list[jax.Array]] = [[] for _ in range(rows_per_rank(schedule))]
         for chunk, moves in zip(chunks, plan_moves(schedule, order), strict=True):
             for move in moves:

@@ -16,9 +16,10 @@ from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, al
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
-from jaxpipe.runtime.operations import Operation, Step, make_context, run_branch, run_one_by_one
+from jaxpipe.runtime.operations import Operation, Step, make_context, partition, run_branch, run_one_by_one
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
+from jaxpipe.runtime.shares import Shares, mean_shares
 from jaxpipe.runtime.straight import run_straight
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
@@ -62,7 +63,8 @@ def train(
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
     ``order`` is one of `copies.ORDERS`; ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes
-    that shard it.
+    that shard it. Gradients are None for leaves that are neither floating nor complex: nothing is computed, summed or
+    moved for those.
     """
     rng = _fold_axes(rng, axes)
     chunks, outer = _compute_params(program.schedule, axes, compute_dtype, order, params)
@@ -71,7 +73,21 @@ def train(
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     apart = dispatch == "straight"  # what is stashed is not copied: to make it again costs more
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
-    _check_boundary(x, split.out[0], split.out[1])
+    _check_boundary(x, split.out[0])
+    loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
+    if loss is None and split.out[1] is None:
+        raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
+    shares = mean_shares(
+        model,
+        batch,
+        (*axes.data, *axes.replicated),
+        (loss, split.out[1]),
+        {
+            "embed": (model.run_embed, (outer, ctx)),
+            "stage": (model.run_stage, (chunks[0], x, ctx)),
+            **({} if model.head is None else {"head": (model.run_head, (outer, x, ctx))}),
+        },
+    )
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in chunks))
@@ -81,21 +97,18 @@ def train(
         prepared=prepared,
         outer=outer,
         batch=batch,
-        weights=_mean_weights(model, batch, axes),
+        shares=shares,
         rng=rng,
         num_stages=program.schedule.num_stages,
     )
-    loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
-    if loss is None and split.out[1] is None:
-        raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
     pool = functools.partial(allocate, apart=apart)
     buffers = Buffers(
         mail=pool(x, program.num_mail_slots + 1),
         stash=pool(split.residuals.input, program.num_stash_slots + 1),
         weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
         cross=pool(split.crossing, program.num_cross_slots + 1),
-        grads=tuple(jax.tree.map(accumulator, chunk) for chunk in chunks),
-        outer_grads=jax.tree.map(accumulator, outer),
+        grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in chunks),
+        outer_grads=jax.tree.map(accumulator, partition(outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
@@ -104,20 +117,30 @@ def train(
     buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
 
     with jax.named_scope("reduce"):
-        return _reduce(program, axes, order, spec_axes, params, buffers)
+        return _reduce(program, axes, order, spec_axes, params, buffers, shares)
 
 
-def _reduce(program: Program, axes: Axes, order: str, spec_axes: Params, params: Params, buffers: Buffers) -> Any:
+def _reduce(
+    program: Program, axes: Axes, order: str, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
+) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
-    aux_loss = lax.psum(buffers.aux_loss, everywhere)
-    losses = [value for value in (lax.psum(buffers.loss, everywhere), aux_loss) if value is not None]
+    loss, aux_loss = (
+        jax.tree.map(lambda leaf: leaf * shares.unit.astype(leaf.dtype), lax.psum(value, everywhere))
+        for value in (buffers.loss, buffers.aux_loss)
+    )
+    losses = [value for value in (loss, aux_loss) if value is not None]
     aux = _sum_metrics(buffers, axes)
     if aux_loss is not None:
         aux["aux_loss"] = aux_loss
-    grads = Params(gather_grads(buffers.grads, program.schedule, order, axes.pipeline), buffers.outer_grads)
+    stages, outer = buffers.grads, buffers.outer_grads
+    if shares.scale is not None:
+        scale = shares.scale
+        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
+    grads = Params(gather_grads(stages, program.schedule, order, axes.pipeline), outer)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
-    return (functools.reduce(jnp.add, losses), aux), grads
+    dtype = functools.reduce(jnp.promote_types, (value.dtype for value in losses))
+    return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
 
 
 def infer(
@@ -138,8 +161,8 @@ def infer(
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    (y, aux_loss), metrics = jax.eval_shape(model.run_stage, chunks[0], x, ctx)
-    _check_boundary(x, y, aux_loss)
+    (y, _), metrics = jax.eval_shape(model.run_stage, chunks[0], x, ctx)
+    _check_boundary(x, y)
     outputs = shape_of_end(program, axes.pipeline, "head", functools.partial(run_outputs, model), outer, y, ctx)
     rows = jax.tree.leaves(batch)[0].shape[1]
     for leaf in jax.tree.leaves(outputs):
@@ -271,35 +294,22 @@ def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
     return jax.random.fold_in(rng, lax.axis_index(axes.data))
 
 
-def _mean_weights(model: Model, batch: Any, axes: Axes) -> jax.Array:
-    """``[num_microbatches]``: each microbatch's share of the mean over all microbatches and devices."""
-    count = jax.tree.leaves(batch)[0].shape[0]
-    dtype = jnp.result_type(float)
-    weights = jnp.ones(count, dtype) if model.weight is None else jax.vmap(model.weight)(batch).astype(dtype)
-    total = lax.psum(weights.sum(), (*axes.data, *axes.replicated)) if axes.data or axes.replicated else weights.sum()
-    return weights / total
-
-
 def _loss_avals(program: Program, axes: Axes, model: Model, outer: Any, y: Any, ctx: Context) -> tuple[Any, Any]:
     """(loss, metrics) of the head as shapes and dtypes; (None, {}) without a head."""
     if model.head is None:
         return None, {}
-    loss, metrics = shape_of_end(program, axes.pipeline, "head", model.run_head, outer, y, ctx)
-    if loss.shape != ():
-        raise ValueError(f"the head returned a loss of shape {loss.shape}; return a scalar, the microbatch's mean loss")
-    return loss, metrics
+    return shape_of_end(program, axes.pipeline, "head", model.run_head, outer, y, ctx)
 
 
-def _check_boundary(x: Any, y: Any, aux_loss: Any) -> None:
+def _check_boundary(x: Any, y: Any) -> None:
     """Every stage boundary carries the same shapes, since all of them share buffers and permutes."""
     describe = functools.partial(jax.tree.map, lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}")
     if describe(x) != describe(y):
         raise ValueError(
             f"the stage maps {describe(x)} to {describe(y)}: input and output of a stage must have the same structure, "
-            "shapes and dtypes; move what changes them into embed (before the first stage) or head (after the last)"
+            "shapes and dtypes; move what changes them into embed (before the first stage) or head (after the last), "
+            "and return auxiliary losses and metrics as jaxpipe.Output(y, aux_loss, metrics)"
         )
-    if aux_loss is not None and aux_loss.shape != ():
-        raise ValueError(f"the stage's aux_loss has shape {aux_loss.shape}; return a scalar")
 
 
 def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
@@ -313,8 +323,10 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
 
 
-def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array, sharded: frozenset[str]) -> jax.Array:
+def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, sharded: frozenset[str]) -> jax.Array | None:
     """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
+    if grad is None:
+        return None
     missing = tuple(sorted(axes.names - sharded))
     assert grad.dtype == accumulation_dtype(grad.dtype)
     return (lax.psum(grad, missing) if missing else grad).astype(param.dtype)

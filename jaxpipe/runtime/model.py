@@ -7,6 +7,9 @@ from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 
 
 class Params(NamedTuple):
@@ -47,8 +50,10 @@ class Output(NamedTuple):
 
     Attributes:
       value: the stage's activations, or the head's loss.
-      aux_loss: scalar added to the objective where it arises (a router's balance loss), or None.
-      metrics: a flat dict of arrays, summed over stages, microbatches and data-parallel devices.
+      aux_loss: floating scalar added to the objective where it arises (a router's balance loss), or None.
+      metrics: a flat dict of arrays, summed over stages, microbatches and data-parallel devices, whatever the
+        microbatches' weights. Sums are int32 of bool and of smaller integers (uint32 of unsigned ones), float32 of
+        smaller floats, and of any other dtype itself: int32 counts wrap beyond 2^31.
     """
 
     value: Any
@@ -65,7 +70,7 @@ class Model:
       embed: ``embed(outer, data, ctx) -> x``, or None: the microbatch itself is x.
       head: ``head(outer, y, data, ctx) -> loss or Output``, or None. In a forward-only program it may
         return any pytree of per-example outputs.
-      weight: ``weight(data) -> scalar``, the weight of a microbatch in the mean loss, or None: all equal.
+      weight: ``weight(data) -> real scalar``, the weight of a microbatch in the mean loss, or None: all equal.
     """
 
     stage: Callable[..., Any]
@@ -80,14 +85,19 @@ class Model:
     def run_stage(self, params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """((y, aux_loss), metrics) of one stage; aux_loss is None where the stage returns none."""
         output = as_output(self.stage(params, x, ctx))
-        return (output.value, output.aux_loss), dict(output.metrics)
+        aux_loss = None if output.aux_loss is None else as_loss(output.aux_loss, "the stage's aux_loss has")
+        return (as_arrays(output.value, "stage"), aux_loss), as_metrics(output.metrics, "stage")
 
     def run_head(self, outer: Any, y: Any, ctx: Context) -> tuple[jax.Array, dict[str, Any]]:
         """(loss, metrics) of one microbatch."""
         assert self.head is not None
         output = as_output(self.head(outer, y, ctx.data, ctx))
-        loss = output.value if output.aux_loss is None else output.value + output.aux_loss
-        return loss, dict(output.metrics)
+        loss = as_loss(output.value, "the head returned a loss of")
+        if output.aux_loss is not None:
+            aux_loss = as_loss(output.aux_loss, "the head's aux_loss has")
+            dtype = jnp.promote_types(loss.dtype, aux_loss.dtype)
+            loss = loss.astype(dtype) + aux_loss.astype(dtype)
+        return loss, as_metrics(output.metrics, "head")
 
 
 def as_output(result: Any) -> Output:

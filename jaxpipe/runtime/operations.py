@@ -14,9 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.runtime.buffers import Buffers, add, put, take
+from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
+from jaxpipe.runtime.shares import Shares
 from jaxpipe.stage import SplitStage
 
 
@@ -38,7 +39,7 @@ class Step:
       prepared: for each local chunk, what ``split.prepare`` made of its parameters.
       outer: outer parameters in compute dtype.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
-      weights: ``[num_microbatches]``, each microbatch's share of the mean loss.
+      shares: each microbatch's share of the mean loss.
       rng: key or None.
       num_stages: stages of the model.
     """
@@ -48,7 +49,7 @@ class Step:
     prepared: tuple[Any, ...]
     outer: Any
     batch: Any
-    weights: jax.Array
+    shares: Shares
     rng: jax.Array | None
     num_stages: int
 
@@ -81,7 +82,7 @@ class Step:
                 mail=put(buffers.mail, row[Field.TARGET], y),
                 stash=put(buffers.stash, row[Field.STASH], residuals.input),
                 weight_stash=put(buffers.weight_stash, row[Field.WEIGHT_STASH], residuals.weight),
-                aux_loss=add(buffers.aux_loss, self._weighted(aux_loss, row)),
+                aux_loss=self._add_loss(buffers.aux_loss, aux_loss, row),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
@@ -92,11 +93,12 @@ class Step:
 
         def compute(inputs: Any, row: jax.Array) -> Any:
             residuals, dy = inputs
-            return self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row), narrow=True)
+            grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row), narrow=True)
+            return grads, select(dx, self._counts("stage", row))
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             grads, dx = result
-            return _accumulate(buffers, chunk, grads)._replace(mail=put(buffers.mail, row[Field.TARGET], dx))
+            return self._accumulate(buffers, chunk, grads, row)._replace(mail=put(buffers.mail, row[Field.TARGET], dx))
 
         return Operation(self._read_backward, compute, write)
 
@@ -105,7 +107,8 @@ class Step:
 
         def compute(inputs: Any, row: jax.Array) -> Any:
             residuals, dy = inputs
-            return self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, row))
+            dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, row))
+            return select(dx, self._counts("stage", row)), crossing
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             dx, crossing = result
@@ -126,7 +129,7 @@ class Step:
             return self.split.backward_weight(self.prepared[chunk], *inputs, narrow=True)
 
         def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
-            return _accumulate(buffers, chunk, grads)
+            return self._accumulate(buffers, chunk, grads, row)
 
         return Operation(read, compute, write)
 
@@ -146,7 +149,7 @@ class Step:
             return jax.vjp(floating, diff)[1](partition(dx)[0])[0]
 
         def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
-            return buffers._replace(outer_grads=add(buffers.outer_grads, grads))
+            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", row)))
 
         return Operation(read, compute, write)
 
@@ -170,7 +173,8 @@ class Step:
                 return self.model.run_head(merge(outer_diff, outer_rest), merge(y_diff, y_rest), ctx)
 
             loss, vjp, metrics = jax.vjp(loss_of, outer_diff, y_diff, has_aux=True)
-            outer_grads, dy = vjp(self._weight(row).astype(loss.dtype))
+            outer_grads, dy = vjp(self._seed(row).astype(loss.dtype))
+            dy = select(dy, self._counts("head", row))
             return merge(dy, jax.tree.map(jnp.zeros_like, y_rest)), outer_grads, loss, metrics
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
@@ -179,8 +183,8 @@ class Step:
             if loss is None:
                 return buffers
             return buffers._replace(
-                outer_grads=add(buffers.outer_grads, outer_grads),
-                loss=add(buffers.loss, self._weighted(loss, row)),
+                outer_grads=add(buffers.outer_grads, outer_grads, self._counts("head", row)),
+                loss=self._add_loss(buffers.loss, loss, row),
                 head_metrics=add(buffers.head_metrics, metrics),
             )
 
@@ -191,15 +195,26 @@ class Step:
         weight_stash = take(buffers.weight_stash, row[Field.WEIGHT_STASH])
         return type(self.split.residuals)(stash, weight_stash), take(buffers.mail, row[Field.SOURCE])
 
-    def _weight(self, row: jax.Array) -> jax.Array:
-        return self.weights[row[Field.MICROBATCH]]
+    def _seed(self, row: jax.Array) -> jax.Array:
+        return self.shares.seeds[row[Field.MICROBATCH]]
 
-    def _weighted(self, loss: Any, row: jax.Array) -> Any:
-        return jax.tree.map(lambda value: value * self._weight(row).astype(value.dtype), loss)
+    def _counts(self, where: str, row: jax.Array) -> jax.Array | None:
+        counts = getattr(self.shares.counts, where)
+        return None if counts is None else counts[row[Field.MICROBATCH]]
+
+    def _add_loss(self, total: Any, loss: Any, row: jax.Array) -> Any:
+        weight = self.shares.weights[row[Field.MICROBATCH]]
+        weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
+        return add(total, weighted, self._counts("loss", row))
 
     def _cotangent(self, dy: Any, row: jax.Array) -> Any:
         _, aux_loss = self.split.out
-        return dy, jax.tree.map(lambda aval: self._weight(row).astype(aval.dtype), aux_loss)
+        return dy, jax.tree.map(lambda aval: self._seed(row).astype(aval.dtype), aux_loss)
+
+    def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, row: jax.Array) -> Buffers:
+        totals = list(buffers.grads)
+        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", row))
+        return buffers._replace(grads=tuple(totals))
 
 
 def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
@@ -277,9 +292,3 @@ def partition(tree: Any) -> tuple[Any, Any]:
 def merge(left: Any, right: Any) -> Any:
     """The tree of which `partition` made left and right."""
     return jax.tree.map(lambda a, b: b if a is None else a, left, right, is_leaf=lambda leaf: leaf is None)
-
-
-def _accumulate(buffers: Buffers, chunk: int, grads: Any) -> Buffers:
-    totals = list(buffers.grads)
-    totals[chunk] = add(totals[chunk], grads)
-    return buffers._replace(grads=tuple(totals))

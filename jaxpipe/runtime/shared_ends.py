@@ -51,10 +51,10 @@ def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: boo
             # A collective broadcast has its source in the program, and DualPipe has two. Between two H100s 59 MB take
             # 0.28 ms so, 0.19 ms by broadcast, 0.32 ms by all-gather: small beside a head either way.
             y = jax.tree.map(lambda leaf: sum_exactly(leaf, axis), _mask(y, mine))
-        result = model.head(outer, y, data, ctx)
-        if isinstance(result, Output):
-            result = result._replace(metrics=dict(result.metrics))
-        return _mask(result, mine)
+        if forward_only:
+            return _mask(model.head(outer, y, data, ctx), mine)
+        loss, metrics = _mask(model.run_head(outer, y, ctx._replace(data=data)), mine)
+        return Output(loss, metrics=metrics)
 
     no_head = model.head is None and not forward_only
     return dataclasses.replace(model, embed=embed, head=None if no_head else head)
@@ -77,6 +77,9 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
 
 def sum_exactly(leaf: jax.Array, axis: str) -> jax.Array:
     """The sum over ranks of which all but one hold zeros, or False."""
+    if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        bits = lax.psum(jax.random.key_data(leaf), axis)
+        return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
     if leaf.dtype == jnp.bool_:
         return lax.psum(leaf.astype(jnp.int32), axis).astype(jnp.bool_)
     return lax.psum(leaf, axis)
