@@ -66,7 +66,7 @@ class Operations:
         after, cotangent = table[self.op].T
         return np.where(after < 0, -1, ((self.stage + after) * self.num_microbatches + self.microbatch) * 2 + cotangent)
 
-    def text(self, cell: int) -> str:
+    def text(self, cell: int | np.ndarray) -> str:
         """The operations of a cell, as in ``3F0&2B1``."""
         rows = np.flatnonzero(self.cell == cell)
         return "&".join(f"{self.stage[i]}{_OPS[self.op[i]].value}{self.microbatch[i]}" for i in rows)

@@ -124,9 +124,10 @@ class Table:
     limit: np.ndarray  # int[ranks, K, N+1]: groups that a rank may finish once the neighbour has finished n
 
     def available(self, positions: np.ndarray) -> np.ndarray:
-        """How far each rank may get within one tick: ``int[n, ranks]`` from and to."""
+        """How far each rank may get within one tick: ``int[ranks, n]`` from and to."""
         ranks = np.arange(len(self.lengths))[:, None]
-        return self.limit[ranks, np.arange(self.neighbours.shape[1]), positions[:, self.neighbours]].min(-1)
+        limits = (self.limit[ranks, k, positions[others]] for k, others in enumerate(self.neighbours.T))
+        return functools.reduce(np.minimum, limits)
 
     def durations(self, path: np.ndarray) -> np.ndarray:
         """``float[ticks]``: the longest time of a rank in each tick, of positions ``int[ticks + 1, ranks]``."""
@@ -136,7 +137,7 @@ class Table:
         """Whether ranks may run from the beginning to the end so: positions ``int[ticks + 1, ranks]``."""
         forward = (path[1:] >= path[:-1]).all() and (path[1:] != path[:-1]).any(-1).all()
         ends = (path[0] == 0).all() and (path[-1] == self.lengths).all()
-        return bool(forward and ends and (path[1:] <= self.available(path[:-1])).all())
+        return bool(forward and ends and (self.available(path[:-1].T) >= path[1:].T).all())
 
 
 def make_table(graph: Graph) -> Table:

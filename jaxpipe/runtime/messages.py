@@ -109,11 +109,12 @@ def _lanes(release: np.ndarray, deadline: np.ndarray, source: np.ndarray) -> tup
     crowded = np.unique(together[:-1][together[1:] == together[:-1]] // (source.max(initial=0) + 1)).tolist()
     begins = np.searchsorted(times, np.arange(times.max(initial=-1) + 2)).tolist()
     messages, sources, deadlines = order.tolist(), source.tolist(), deadline.tolist()
+    waiting: dict[int, list[int]] = {rank: [] for rank in set(sources)}
     now = -1
     for begin in crowded:
         if begin < now:
             continue
-        now, waiting = begin, {rank: [] for rank in set(sources)}
+        now = begin
         while now == begin or any(waiting.values()):
             for message in messages[begins[now] : begins[now + 1]] if now + 1 < len(begins) else ():
                 heapq.heappush(waiting[sources[message]], message)

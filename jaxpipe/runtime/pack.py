@@ -67,7 +67,7 @@ def pack_actions(actions: Actions, costs: Costs, *, shared_ends: bool) -> Packin
     graph = make_graph(actions, costs, shared_ends)
     table = make_table(graph)
     paths = _repeated(actions, costs, shared_ends, table) or search(graph)
-    packings = [_packing(table, path) for path in (one_each(table), *paths)]
+    packings = [_packing(table, path) for path in paths]
     best = min(packing.makespan for packing in packings)
     return min((p for p in packings if p.makespan <= best * (1 + 1e-9)), key=lambda p: p.num_ticks)
 
@@ -80,7 +80,10 @@ def _repeated(actions: Actions, costs: Costs, shared_ends: bool, table: Table) -
     graph = make_graph(steady.actions, costs, shared_ends)
     shorter = make_table(graph)
     paths = [extend(steady, path, shorter.durations(path)) for path in search(graph)]
-    return [path for path in paths if path is not None and table.allows(path)]
+    if paths[-1] is None:
+        paths[-1] = one_each(table)
+    paths = [path for path in paths if path is not None and table.allows(path)]
+    return paths if len(paths) > 1 else []
 
 
 def pack_naive(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -> Packing:

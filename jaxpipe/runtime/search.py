@@ -20,22 +20,24 @@ _GREED = (1.2, 2.0, 4.0)  # weights of the remaining path in further searches
 
 
 def search(graph: Graph) -> list[np.ndarray]:
-    """Ways to the end, none better than all others: each the positions ``int[ticks + 1, ranks]`` after each tick.
+    """Ways to the end, each the positions ``int[ticks + 1, ranks]`` after each tick; the last is one group a tick.
 
     The schedule is packed from its beginning and, as a lockstep packing read backwards packs the reversed schedule,
-    from its end.
+    from its end; where that is not as short as the longest path of all, then with other weights.
 
     Raises:
       ValueError: groups wait for each other in a cycle.
     """
-    forward, backward = make_table(graph), make_table(graph.reversed())
-    tails = _tails(graph)
-    paths = [_beam(forward, tails, 1.0)]
-    paths.append(graph.lengths - _beam(backward, _tails(graph.reversed()), 1.0)[::-1])
+    table, tails = make_table(graph), _tails(graph)
+    shortest = tails[:, 0].max()
+    paths = [_beam(table, tails, 1.0)]
+    if table.durations(paths[0]).sum() > (1 + 1e-9) * shortest:
+        mirrored = graph.reversed()
+        paths.append(graph.lengths - _beam(make_table(mirrored), _tails(mirrored), 1.0)[::-1])
     for greed in _GREED:
-        if min(forward.durations(path).sum() for path in paths) > (1 + _SATISFIED) * tails[:, 0].max():
-            paths.append(_beam(forward, tails, greed))
-    return paths
+        if min(table.durations(path).sum() for path in paths) > (1 + _SATISFIED) * shortest:
+            paths.append(_beam(table, tails, greed))
+    return [*paths, one_each(table)]
 
 
 def one_each(table: Table) -> np.ndarray:
@@ -72,39 +74,50 @@ def _beam(table: Table, tails: np.ndarray, greed: float) -> np.ndarray:
 
     The beam keeps the positions of least time plus ``greed`` times remaining path.
     """
-    ranks = np.arange(len(table.lengths))
-    tolerance = 1e-9 * float(table.elapsed.max())
-    hashes = np.random.default_rng(0).integers(1, 2**61, len(ranks))
-    position, time = np.zeros((1, len(ranks)), np.int64), np.zeros(1)
+    ranks, width = table.elapsed.shape
+    # A position is its place in the rows of ``elapsed`` and ``tails``, laid end to end.
+    origin, elapsed, tails = np.arange(ranks) * width, table.elapsed.reshape(-1), tails.reshape(-1)
+    end = origin + table.lengths
+    tolerance = 1e-9 * float(elapsed.max())
+    keys = np.random.default_rng(0).integers(1, 2**61, ranks)  # the sum of these over all groups tells positions apart
+    position, time, key = origin[None], np.zeros(1), np.zeros(1, np.int64)
     parents: list[np.ndarray] = []
     visited: list[np.ndarray] = [position]
-    best, finish = np.inf, (0, 0, table.lengths)  # makespan; (ticks before the last, parent, last positions)
+    best, finish = np.inf, (0, 0, end)  # makespan; (ticks before the last, parent, last positions)
     while len(position) and table.lengths.any():
-        reach = table.available(position)
-        runs = np.arange(1, 1 + min(_RUN, int((reach - position).max())))
-        run = position[:, :, None] + runs  # [n, ranks, run]
-        spent = table.elapsed[ranks[:, None], np.minimum(run, reach[:, :, None])]
-        spent = np.where(run <= reach[:, :, None], spent - table.elapsed[ranks, position][:, :, None], np.inf)
-        lengths = np.sort(spent.reshape(len(position), -1), axis=1)
-        fresh = np.isfinite(lengths)
-        fresh[:, 1:] &= lengths[:, 1:] > lengths[:, :-1] + tolerance
-        parent, column = np.nonzero(fresh)
-        length = lengths[parent, column]
-        after = position[parent] + (spent[parent] <= length[:, None, None] + tolerance).sum(-1)
+        reach, begun = table.available((position - origin).T).T + origin, elapsed.take(position)
+        runs = range(1, 1 + min(_RUN, int((reach - position).max())))
+        spent = [  # what the first so many groups of each rank take: [n, ranks] for each number
+            np.where(position + run <= reach, elapsed.take(np.minimum(position + run, reach)) - begun, np.inf)
+            for run in runs
+        ]
+        ends = np.stack(spent, -1).reshape(len(position), -1)
+        order = np.argsort(ends, axis=1, kind="stable")
+        lengths = np.take_along_axis(ends, order, 1)
+        longer = lengths[:, 1:] > lengths[:, :-1] + tolerance
+        edge = np.ones((len(position), 1), bool)
+        parent, first = np.nonzero(np.hstack([edge, longer]) & np.isfinite(lengths))
+        last = np.nonzero(np.hstack([longer, edge]) & np.isfinite(lengths))[1]
+        keys_after = key[parent] + np.cumsum(keys.take(order // len(runs)), axis=1)[parent, last]
+        length = lengths[parent, first]
         until = time[parent] + length
-        remaining = tails[ranks, after].max(-1)
-        ended = (after == table.lengths).all(-1)
-        if ended.any() and until[ended].min() < best - tolerance:
-            last = np.flatnonzero(ended)[until[ended].argmin()]
+        # Of equal positions the earliest.
+        earliest = np.argsort(until, kind="stable")
+        key, index = np.unique(keys_after[earliest], return_index=True)
+        chosen = earliest[index]
+        parent, until, length = parent[chosen], until[chosen], length[chosen, None] + tolerance
+        after = position[parent]
+        for cost in spent:
+            after += cost[parent] <= length
+        remaining = tails.take(after).max(1)
+        for last in np.flatnonzero((after == end).all(1) & (until < best - tolerance)):
             best, finish = until[last], (len(visited) - 1, parent[last], after[last])
-        open_ = np.flatnonzero((until + remaining < best - tolerance) & ~ended)
-        open_ = open_[np.argsort(until[open_], kind="stable")]
-        open_ = open_[np.unique(after[open_] @ hashes, return_index=True)[1]]  # the earliest of equal positions
-        done = table.elapsed[ranks, after[open_]].sum(-1)
+        open_ = np.flatnonzero(until + remaining < best - tolerance)
         score = until[open_] + greed * remaining[open_]
         score = np.round(score / (100 * tolerance)) if tolerance else score
+        done = elapsed.take(after[open_]).sum(1)
         open_ = open_[np.lexsort((-done, score))][:_WIDTH]
-        position, time = after[open_], until[open_]
+        position, time, key = after[open_], until[open_], key[open_]
         parents.append(parent[open_])
         visited.append(position)
     tick, index, last = finish
@@ -112,4 +125,4 @@ def _beam(table: Table, tails: np.ndarray, greed: float) -> np.ndarray:
     while tick > 0:
         path.append(visited[tick][index])
         tick, index = tick - 1, parents[tick - 1][index]
-    return np.array([np.zeros_like(last), *path[::-1]])
+    return np.array([origin, *path[::-1]]) - origin
