@@ -228,10 +228,9 @@ def run_steps(
 
 def _patterns(program: Program) -> tuple[list[tuple[bool, ...]], np.ndarray]:
     """(distinct rows of ``communicate``, silence first; ``int32[steps]`` which of them a step has)."""
-    rows = [tuple(bool(flag) for flag in row) for row in program.communicate]
-    silence = (False,) * len(program.channels)
-    distinct = [silence, *sorted(set(rows) - {silence})]
-    return distinct, np.asarray([distinct.index(row) for row in rows], np.int32)
+    silence = np.zeros_like(program.communicate[:1])
+    distinct, which = np.unique(np.concatenate([silence, program.communicate]), axis=0, return_inverse=True)
+    return list(map(tuple, distinct.tolist())), which.reshape(-1)[1:].astype(np.int32)
 
 
 def _exchange(

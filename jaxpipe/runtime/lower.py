@@ -1,20 +1,19 @@
 """Lowers a schedule to a Program: the int32 tables that the executor's scan reads.
 
-Three passes: cells (the branches of every rank, tick by tick), communication (when each message leaves), and
-slots (where each message and residual lives).
-
-Names: a *cell* is one branch of one rank, a *boundary* an activation or its cotangent between two operations.
+Three passes, each on all operations at once: what runs in which step, when each message leaves, and where each message
+and residual lives.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import heapq
 
 import numpy as np
 
-from jaxpipe.runtime.cells import Cell, Value, find_values, make_cells
-from jaxpipe.runtime.pack import Packing, pack
+from jaxpipe.runtime.actions import Actions, B, F, I, W, read_actions
+from jaxpipe.runtime.cells import Operations, Values, find_values, make_operations
+from jaxpipe.runtime.messages import Moves, route
+from jaxpipe.runtime.pack import Packing, pack_actions
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 from jaxpipe.runtime.slots import colour
 from jaxpipe.schedule.action import Kind
@@ -57,20 +56,15 @@ def lower(
     >>> lower(build("gpipe", 2, 2), shared_ends=True).branch[:6].tolist()  # EMBED and HEAD on both
     [[3, 3], [1, 0], [3, 3], [1, 1], [4, 4], [0, 1]]
     """
-    kept = forwards(schedule) if forward_only else schedule
-    packing = pack(kept, costs, shared_ends=shared_ends) if packing is None else packing
-    cells = make_cells(kept, packing, embed_grad=embed_grad, shared_ends=shared_ends)
-    values = find_values(cells)
-    channels, moves = _communicate(values, packing.num_ticks)
-
-    lengths = np.zeros(packing.num_ticks, np.int32)
-    for cell in cells:
-        lengths[cell.tick] = max(lengths[cell.tick], cell.place + 1)
-    ends = np.cumsum(lengths)
-    steps = [int(ends[cell.tick] - lengths[cell.tick]) + cell.place for cell in cells]
-    moves = [(int(ends[tick]) - 1, channel, value) for tick, channel, value in moves]
-    ticks = np.repeat(np.arange(packing.num_ticks, dtype=np.int32), lengths)
-    return _fill(schedule, forward_only, shared_ends, packing.makespan, cells, steps, values, channels, moves, ticks)
+    actions = read_actions(forwards(schedule) if forward_only else schedule)
+    packing = pack_actions(actions, costs, shared_ends=shared_ends) if packing is None else packing
+    operations = make_operations(actions, packing, embed_grad=embed_grad, shared_ends=shared_ends)
+    values = find_values(operations)
+    moves = route(values, schedule.num_ranks)
+    return _fill(
+        schedule, actions, packing.makespan, operations, values, moves, forward_only=forward_only,
+        shared_ends=shared_ends,
+    )  # fmt: skip
 
 
 def forwards(schedule: Schedule) -> Schedule:
@@ -81,171 +75,108 @@ def forwards(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, ranks=rows)
 
 
-Permutation = tuple[tuple[int, int], ...]
-"""(source, destination) pairs of ranks; each rank at most once on either side."""
+def _stash_slots(
+    actions: Actions, operations: Operations, writer: int, readers: tuple[int, ...]
+) -> tuple[np.ndarray, int]:
+    """``int[stages, microbatches]``: slots from the writer to the last reader, and how many the neediest rank uses.
 
-Moves = list[tuple[int, int, Value]]
-"""(tick after which it moves, channel, value) of every message."""
-
-
-def _communicate(values: list[Value], num_ticks: int) -> tuple[tuple[Permutation, ...], Moves]:
-    """Channels, and what moves on them after each tick, by the permutations that need fewer messages in all.
-
-    Shifts of the ring suit schedules whose ranks all send one way at a time. Exchanges between neighbours suit
-    DualPipe: in its steady state even ranks send both messages of a tick up while odd ranks send both down.
+    Half-open in moments, so that an operation may not write what another of the same step still reads. What nobody
+    reads (forwards without backwards) needs no slot, and has -1.
     """
-    messages = [value for value in values if value.source != value.target]
-    edges = sorted({(value.source, value.target) for value in messages})
-    options = [_route(messages, permutations, num_ticks) for permutations in (_shifts(edges), _exchanges(edges))]
-    return min(options, key=lambda option: len({move[:2] for move in option[1]}))
+    shape = actions.num_stages, actions.num_microbatches
+    written, read = np.full(shape, -1), np.full(shape, -1)
+    for steps, kinds in ((written, (writer,)), (read, readers)):
+        mine = np.isin(operations.op, kinds)
+        steps[operations.stage[mine], operations.microbatch[mine]] = operations.step[mine]
+    slots = np.full(shape, -1)
+    stage, microbatch = np.nonzero(read >= 0)
+    rank = actions.routes[microbatch * len(actions.routes) // actions.num_microbatches, stage]
+    begin, end = written[stage, microbatch], read[stage, microbatch]
+    slots[stage, microbatch], count = colour(rank, 2 * begin, 2 * end + 1)
+    return slots, count
 
 
-def _shifts(edges: list[tuple[int, int]]) -> list[Permutation]:
-    """Groups edges by how far they go: all steps to higher ranks, all steps to lower ranks, the wrap-arounds.
+def _mail_slots(operations: Operations, values: Values, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+    """The slots that each value is written to and read from, one for both within a rank; how many a rank uses.
 
-    >>> _shifts([(0, 1), (1, 0), (1, 2), (2, 1)])
-    [((0, 1), (1, 2)), ((1, 0), (2, 1))]
+    ``sent`` is the step after which a value moves; -1 within a rank.
     """
-    distances = sorted({target - source for source, target in edges}, key=lambda d: (abs(d), -d))
-    return [tuple(edge for edge in edges if edge[1] - edge[0] == distance) for distance in distances]
+    written, read = operations.step[values.writer], operations.step[values.reader]
+    # The operations of a pair share no slot, so that they may run in either order or interleaved.
+    paired = np.bincount(operations.cell)[operations.cell[values.reader]] > 1
+    away, arrives = sent >= 0, 2 * sent + 1
+    rank = np.stack([values.source, values.target])
+    begin = np.stack([2 * written, np.where(away, arrives, 2 * written)])
+    end = np.stack([arrives, 2 * read + paired])
+    needed = np.stack([away, np.ones_like(away)])
+    slots = np.full(rank.shape, -1)
+    slots.T[needed.T], count = colour(rank.T[needed.T], begin.T[needed.T], end.T[needed.T])
+    return np.where(away, slots[0], slots[1]), slots[1], count
 
 
-def _exchanges(edges: list[tuple[int, int]]) -> list[Permutation]:
-    """Groups edges so that in a group each rank has one partner, to which it sends and from which it receives.
+def _branches(operations: Operations) -> tuple[tuple[Branch, ...], np.ndarray]:
+    """The distinct branches, idle first, and ``int[operations]``: which of them the operation's cell runs."""
+    chunks = int(operations.chunk.max(initial=0)) + 1
+    number = 1 + operations.op * chunks + operations.chunk
+    cells, most = int(operations.cell.max(initial=-1)) + 1, len(Op) * chunks + 1
+    first, second = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
+    first[operations.cell[operations.row == 0]] = number[operations.row == 0]
+    second[operations.cell[operations.row == 1]] = number[operations.row == 1]
+    distinct, which = np.unique(first * most + second, return_inverse=True)
+    ops = list(Op)
 
-    >>> _exchanges([(0, 1), (1, 0), (1, 2), (2, 1)])
-    [((0, 1), (1, 0)), ((1, 2), (2, 1))]
-    """
-    groups: list[dict[int, int]] = []
-    for low, high in sorted({(min(edge), max(edge)) for edge in edges}):
-        group = next((g for g in groups if low not in g and high not in g), None)
-        if group is None:
-            groups.append(group := {})
-        group[low], group[high] = high, low
-    return [tuple(edge for edge in edges if group.get(edge[0]) == edge[1]) for group in groups]
+    def branch(code: int) -> Branch:
+        return tuple((ops[(n - 1) // chunks], (n - 1) % chunks) for n in divmod(code, most) if n)
 
-
-def _route(
-    messages: list[Value], permutations: list[Permutation], num_ticks: int
-) -> tuple[tuple[Permutation, ...], Moves]:
-    """Decides when each message moves: earliest deadline first, on one channel of its permutation if that does.
-
-    Where a rank must send more than one message of a permutation after a tick, because otherwise, with one after
-    each later tick, one would be late, the permutation gets as many channels as that takes.
-    """
-    channels: list[Permutation] = []
-    moves: Moves = []
-    for permutation in permutations:
-        lanes: list[int] = []
-        released: dict[int, list[Value]] = {}
-        for value in messages:
-            if (value.source, value.target) in permutation:
-                released.setdefault(value.release, []).append(value)
-        waiting: dict[int, list[tuple[int, int, Value]]] = {source: [] for source, _ in permutation}
-        for tick in range(num_ticks):
-            for value in released.get(tick, ()):
-                heapq.heappush(waiting[value.source], (value.deadline, value.writer, value))
-            for lane in range(max(_urgent(queue, tick) for queue in waiting.values())):
-                if lane == len(lanes):
-                    lanes.append(len(channels))
-                    channels.append(permutation)
-                moves += [(tick, lanes[lane], heapq.heappop(queue)[2]) for queue in waiting.values() if queue]
-    return tuple(channels), moves
-
-
-def _urgent(queue: list[tuple[int, int, Value]], tick: int) -> int:
-    """How many must leave after this tick if one may leave after each later tick; at least one if any waits."""
-    late = (place - (deadline - 1 - tick) for place, (deadline, _, _) in enumerate(sorted(queue), start=1))
-    return max(1, *late) if queue else 0
-
-
-def _allocate(num_ranks: int, intervals: dict[tuple, tuple[int, int]]) -> tuple[dict[tuple, int], int]:
-    """Slots for intervals whose keys begin with the rank, and how many the neediest rank uses."""
-    slots: dict[tuple, int] = {}
-    for rank in range(num_ranks):
-        keys = [key for key in intervals if key[0] == rank]
-        slots.update(zip(keys, colour([intervals[key] for key in keys]), strict=True))
-    return slots, max(slots.values(), default=-1) + 1
-
-
-def _stash_intervals(
-    cells: list[Cell], steps: list[int], writer: Op, readers: tuple[Op, ...]
-) -> dict[tuple, tuple[int, int]]:
-    """The closed interval of steps from the writer to the last reader, by (rank, stage, microbatch).
-
-    As half-open moments, so that an operation may not write what another of the same step still reads. What
-    nobody reads (forwards without backwards) needs no slot.
-    """
-    written, intervals = {}, {}
-    for cell, step in zip(cells, steps, strict=True):
-        for operation in cell.operations:
-            key = (cell.rank, operation.stage, operation.microbatch)
-            if operation.op is writer:
-                written[key] = 2 * step
-            elif operation.op in readers:
-                intervals[key] = (written[key], 2 * step + 1)
-    return intervals
+    return ((), *map(branch, distinct.tolist())), which[operations.cell] + 1
 
 
 def _fill(
     schedule: Schedule,
+    actions: Actions,
+    makespan: float,
+    operations: Operations,
+    values: Values,
+    moves: Moves,
+    *,
     forward_only: bool,
     shared_ends: bool,
-    makespan: float,
-    cells: list[Cell],
-    steps: list[int],
-    values: list[Value],
-    channels: tuple[Permutation, ...],
-    moves: Moves,
-    ticks: np.ndarray,
 ) -> Program:
     """Allocates the slots and writes the tables. Moments: 2 * step is the branch, 2 * step + 1 communication."""
-    ranks, num_steps = schedule.num_ranks, len(ticks)
-    sent = {value.boundary: step for step, _, value in moves}
-    mail: dict[tuple, tuple[int, int]] = {}
-    for value in values:
-        # The operations of a pair share no slot, so that they may run in either order or interleaved.
-        begin, end = 2 * steps[value.writer], 2 * steps[value.reader] + (len(cells[value.reader].operations) > 1)
-        if value.source != value.target:
-            mail[(value.source, value.boundary)] = (begin, 2 * sent[value.boundary] + 1)
-            begin = 2 * sent[value.boundary] + 1
-        mail[(value.target, value.boundary)] = (begin, end)
-    mail_slots, num_mail = _allocate(ranks, mail)
-    stash, num_stash = _allocate(ranks, _stash_intervals(cells, steps, Op.F, (Op.B, Op.I)))
-    weight, num_weight = _allocate(ranks, _stash_intervals(cells, steps, Op.F, (Op.B, Op.W)))
-    cross, num_cross = _allocate(ranks, _stash_intervals(cells, steps, Op.I, (Op.W,)))
+    ranks, num_steps, step = schedule.num_ranks, len(operations.ticks), operations.step
+    last_step = np.searchsorted(operations.ticks, np.arange(operations.ticks.max(initial=-1) + 1), side="right") - 1
+    moved = last_step[moves.tick]
+    sent = np.full(len(values.boundary), -1)
+    sent[moves.value] = moved
+    mail_from, mail_to, num_mail = _mail_slots(operations, values, sent)
+    stash, num_stash = _stash_slots(actions, operations, F, (B, I))
+    weight, num_weight = _stash_slots(actions, operations, F, (B, W))
+    cross, num_cross = _stash_slots(actions, operations, I, (W,))
 
-    order = list(Op)
-    used = {cell.branch for cell in cells} - {()}
-    branches: tuple[Branch, ...] = ((), *sorted(used, key=lambda b: [(order.index(op), chunk) for op, chunk in b]))
+    branches, which = _branches(operations)
     branch = np.zeros((num_steps, ranks), np.int32)
     operands = np.zeros((num_steps, ranks, 2, len(Field)), np.int32)
-    operands[..., Field.SOURCE :] = (num_mail, num_mail, num_stash, num_weight, num_cross)
-    for cell, step in zip(cells, steps, strict=True):
-        branch[step, slice(None) if cell.shared else cell.rank] = branches.index(cell.branch)
-        if cell.shared:
-            (operation,) = cell.operations
-            operands[step, :, 0, Field.MICROBATCH] = operation.microbatch
-            operands[step, :, 0, Field.STAGE] = operation.stage
-        for row, operation in enumerate(cell.operations):
-            key = (cell.rank, operation.stage, operation.microbatch)
-            stashes = operation.op in (Op.F, Op.B, Op.I)
-            operands[step, cell.rank, row] = (
-                operation.microbatch,
-                operation.stage,
-                mail_slots.get((cell.rank, operation.source), num_mail),
-                mail_slots.get((cell.rank, operation.target), num_mail),
-                stash.get(key, num_stash) if stashes else num_stash,
-                weight.get(key, num_weight) if stashes or operation.op is Op.W else num_weight,
-                cross.get(key, num_cross) if operation.op in (Op.I, Op.W) else num_cross,
-            )
-    communicate = np.zeros((num_steps, len(channels)), np.bool_)
-    send = np.full((num_steps, ranks, len(channels)), num_mail, np.int32)
-    receive = np.full((num_steps, ranks, len(channels)), num_mail, np.int32)
-    for step, channel, value in moves:
-        communicate[step, channel] = True
-        send[step, value.source, channel] = mail_slots[(value.source, value.boundary)]
-        receive[step, value.target, channel] = mail_slots[(value.target, value.boundary)]
+    dummies = (num_mail, num_mail, num_stash, num_weight, num_cross)
+    operands[..., Field.SOURCE :] = dummies
+    everywhere = operations.shared
+    branch[step[everywhere]] = which[everywhere, None]
+    operands[step[everywhere], :, 0, Field.MICROBATCH] = operations.microbatch[everywhere, None]
+    operands[step[everywhere], :, 0, Field.STAGE] = operations.stage[everywhere, None]
+    branch[step, operations.rank] = which
+    slots = np.full((len(step), 5), -1)
+    slots[values.reader, 0], slots[values.writer, 1] = mail_to, mail_from
+    for column, pool, kinds in ((2, stash, (F, B, I)), (3, weight, (F, B, I, W)), (4, cross, (I, W))):
+        mine = np.isin(operations.op, kinds)
+        slots[mine, column] = pool[operations.stage[mine], operations.microbatch[mine]]
+    rows = np.column_stack([operations.microbatch, operations.stage, np.where(slots < 0, dummies, slots)])
+    operands[step, operations.rank, operations.row] = rows
+
+    shape = num_steps, ranks, len(moves.channels)
+    communicate = np.zeros((num_steps, len(moves.channels)), np.bool_)
+    send, receive = np.full(shape, num_mail, np.int32), np.full(shape, num_mail, np.int32)
+    communicate[moved, moves.channel] = True
+    send[moved, values.source[moves.value], moves.channel] = mail_from[moves.value]
+    receive[moved, values.target[moves.value], moves.channel] = mail_to[moves.value]
     return Program(
         schedule=schedule,
         forward_only=forward_only,
@@ -253,11 +184,11 @@ def _fill(
         branches=branches,
         branch=branch,
         operands=operands,
-        channels=channels,
+        channels=moves.channels,
         communicate=communicate,
         send=send,
         receive=receive,
-        ticks=ticks,
+        ticks=operations.ticks,
         num_mail_slots=num_mail,
         num_stash_slots=num_stash,
         num_weight_stash_slots=num_weight,

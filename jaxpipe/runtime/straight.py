@@ -58,6 +58,8 @@ def find_repeat(program: Program) -> Repeat:
     _, kinds = np.unique(np.column_stack([program.branch[:, 0], fixed]), axis=0, return_inverse=True)
     best = Repeat(0, steps, 1)
     for period in range(1, steps // 2 + 1):
+        if steps - period <= (best.times - 1) * best.period:
+            break  # what is left is shorter than what repeats already
         (others,) = np.nonzero(kinds[:-period] != kinds[period:])
         breaks = np.array([-1, *others, steps - period])
         longest = np.diff(breaks).argmax()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 
 from jaxpipe.schedule.action import Action, Group, Kind
-from jaxpipe.schedule.dependencies import inputs
+from jaxpipe.schedule.dependencies import Tokens, inputs
 from jaxpipe.schedule.schedule import Schedule
 
 Cell = tuple[int, int]
@@ -23,8 +23,10 @@ def check(schedule: Schedule) -> None:
     """
     cells = _check_groups(schedule)
     _check_complete(schedule, cells)
-    _check_order(schedule, cells)
-    _check_progress(schedule)
+    positions = _run(schedule)
+    if any(position < len(groups) for position, groups in zip(positions, schedule.ranks, strict=True)):
+        _check_order(schedule, cells)
+        _fail_deadlock(schedule, positions)
 
 
 def _text(group: Group) -> str:
@@ -43,18 +45,22 @@ def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
     for route in schedule.routes:
         if len(route) != schedule.num_stages or not set(route) <= set(range(schedule.num_ranks)):
             _fail(schedule, f"route {route} must name one of {schedule.num_ranks} ranks for each stage")
+    alone = {(kind,) for kind in Kind}
+    pairs = {(Kind.F, Kind.B), (Kind.F, Kind.I)}
+    ranks_of = [schedule.routes[schedule.direction(m)] for m in range(schedule.num_microbatches)]
     cells: dict[Action, Cell] = {}
     for rank, groups in enumerate(schedule.ranks):
         for position, group in enumerate(groups):
             cell = (rank, position)
-            kinds = tuple(action.kind for action in group)
-            if len(group) != 1 and kinds not in ((Kind.F, Kind.B), (Kind.F, Kind.I)):
+            kinds = tuple([action[1] for action in group])
+            if kinds not in alone and kinds not in pairs:
                 _fail(schedule, f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I", cell)
             for action in group:
-                if not (0 <= action.stage < schedule.num_stages and 0 <= action.microbatch < schedule.num_microbatches):
+                stage, _, microbatch = action
+                if not (0 <= stage < schedule.num_stages and 0 <= microbatch < schedule.num_microbatches):
                     sizes = f"{schedule.num_stages} stages and {schedule.num_microbatches} microbatches"
                     _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", cell)
-                at = schedule.rank_of(action.stage, action.microbatch)
+                at = ranks_of[microbatch][stage]
                 if at != rank:
                     _fail(schedule, f"{action} is on rank {rank}, but its stage is on rank {at}", cell)
                 if action in cells:
@@ -64,17 +70,22 @@ def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
 
 
 def _check_complete(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
-    for stage in range(schedule.num_stages):
-        for m in range(schedule.num_microbatches):
-            found = {kind: cells[Action(stage, kind, m)] for kind in Kind if Action(stage, kind, m) in cells}
-            if set(found) not in ({Kind.F, Kind.B}, {Kind.F, Kind.I, Kind.W}):
-                kinds = ", ".join(kind.value for kind in found) or "nothing"
-                rank = schedule.rank_of(stage, m)
-                _fail(
-                    schedule,
-                    f"stage {stage} runs {kinds} for microbatch {m} on rank {rank}; it needs F and B, or F, I and W",
-                    *found.values(),
-                )
+    bits = {kind: 1 << number for number, kind in enumerate(Kind)}
+    whole, divided = bits[Kind.F] + bits[Kind.B], bits[Kind.F] + bits[Kind.I] + bits[Kind.W]
+    runs = [[0] * schedule.num_microbatches for _ in range(schedule.num_stages)]
+    for stage, kind, m in cells:
+        runs[stage][m] |= bits[kind]
+    for stage, row in enumerate(runs):
+        if row.count(whole) + row.count(divided) == len(row):
+            continue
+        m = next(m for m, found in enumerate(row) if found not in (whole, divided))
+        kinds = [kind for kind in Kind if Action(stage, kind, m) in cells]
+        _fail(
+            schedule,
+            f"stage {stage} runs {', '.join(kind.value for kind in kinds) or 'nothing'} for microbatch {m} on rank "
+            f"{schedule.rank_of(stage, m)}; it needs F and B, or F, I and W",
+            *(cells[Action(stage, kind, m)] for kind in kinds),
+        )
 
 
 def _check_order(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
@@ -87,25 +98,27 @@ def _check_order(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
                     _fail(schedule, f"{action} on rank {rank} needs {option}, which is not before it", (rank, position))
 
 
-def _check_progress(schedule: Schedule) -> None:
-    """Runs the ranks on tokens until all are done or none can go on."""
-    done: set[Action] = set()
+def _run(schedule: Schedule) -> list[int]:
+    """Runs the ranks on tokens until all are done or none can go on: how many groups of each rank ran."""
+    tokens = Tokens(schedule)
     positions = [0] * schedule.num_ranks
     progress = True
     while progress:
         progress = False
         for rank, groups in enumerate(schedule.ranks):
-            while positions[rank] < len(groups) and not _waits_for(schedule, groups[positions[rank]], done):
-                done.update(groups[positions[rank]])
-                positions[rank] += 1
-                progress = True
-    stuck = [rank for rank, groups in enumerate(schedule.ranks) if positions[rank] < len(groups)]
-    if stuck:
-        waits = "; ".join(
-            f"rank {rank} at {_text(group)} waits for {_text(_waits_for(schedule, group, done))}"
-            for rank, group in ((rank, schedule.ranks[rank][positions[rank]]) for rank in stuck)
-        )
-        _fail(schedule, f"deadlock: {waits}", *((rank, positions[rank]) for rank in stuck))
+            before, positions[rank] = positions[rank], tokens.run(groups, positions[rank])
+            progress |= positions[rank] > before
+    return positions
+
+
+def _fail_deadlock(schedule: Schedule, positions: Sequence[int]) -> None:
+    rows = list(zip(schedule.ranks, positions, strict=True))
+    done = {action for groups, position in rows for group in groups[:position] for action in group}
+    stuck = [(rank, groups[position]) for rank, (groups, position) in enumerate(rows) if position < len(groups)]
+    waits = "; ".join(
+        f"rank {rank} at {_text(group)} waits for {_text(_waits_for(schedule, group, done))}" for rank, group in stuck
+    )
+    _fail(schedule, f"deadlock: {waits}", *((rank, positions[rank]) for rank, _ in stuck))
 
 
 def _waits_for(schedule: Schedule, group: Group, done: set[Action]) -> tuple[Action, ...]:
