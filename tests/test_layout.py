@@ -19,6 +19,9 @@ LAYERS = [
     "jaxpipe.compiling",
     "jaxpipe.attention",
     "jaxpipe.vocabulary",
+    "jaxpipe.alike",
+    "jaxpipe.layers",
+    "jaxpipe.nnx_function",
     "jaxpipe.flax",
     "jaxpipe",
     "eplb_jax.arguments",
@@ -151,7 +154,7 @@ def test_cycles_and_layers_are_seen():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
     assert imports("from jaxpipe import api") == {"jaxpipe.api"}
     assert imports("from jaxpipe.runtime.execute import Axes") == {"jaxpipe.runtime.execute"}
-    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 11]
+    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 14]
     with pytest.raises(AssertionError, match="relative import"):
         imports("from . import api")
 

@@ -83,7 +83,7 @@ class Context(NamedTuple):
         return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng)
 
     def at_layer(self, layer: Any) -> Context:
-        """This context for a layer of the stage: its index and its own key.
+        """The context of a layer of the stage: its index and its own key.
 
         A context made by hand, without ``microbatch_rng``, folds the layer into ``rng``.
         """
