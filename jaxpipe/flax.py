@@ -3,196 +3,293 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+import functools
+import inspect
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from flax import nnx
+import numpy as np
+from flax import errors, nnx
 
+from jaxpipe.alike import same
 from jaxpipe.api import stack_stages
+from jaxpipe.layers import Choice, Layer, check_same_structure, spread_layers
+from jaxpipe.layers import layered_stages as layered_stages
+from jaxpipe.layers import split_layers as split_layers
+from jaxpipe.layers import unstack_layers as unstack_layers
+from jaxpipe.nnx_function import NNXFunction, fold_name, make_rngs, nnx_function
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 
+__all__ = [
+    "NNXFunction",
+    "layered_stages",
+    "linen_stages",
+    "nnx_function",
+    "nnx_stages",
+    "split_layers",
+    "unstack_layers",
+]
 
-@dataclasses.dataclass(frozen=True)
-class NNXFunction:
-    """An NNX module as a pure function ``(params, *args) -> result``; made by `nnx_function`.
-
-    Attributes:
-      graphdef: the module's static part.
-      params: its parameters, a pure dict of arrays.
-      rest: its other constant arrays, the same in every call.
-    """
-
-    graphdef: Any
-    params: Any
-    rest: Any
-
-    def __call__(self, params: Any, *args: Any, rngs: nnx.Rngs | None = None, **kwargs: Any) -> Any:
-        """Calls the module with these parameters; ``rngs`` replaces its random streams."""
-        module = self.merge(params)
-        if rngs is not None:
-            kwargs["rngs"] = rngs
-        return module(*args, **kwargs)
-
-    def merge(self, params: Any) -> Any:
-        """The module with these parameters."""
-        state = nnx.State(jax.tree.map(nnx.Param, params))
-        return nnx.merge(self.graphdef, state, self.rest)
-
-
-def nnx_function(module: nnx.Module) -> NNXFunction:
-    """Splits an NNX module into parameters and a pure function of them.
-
-    Raises:
-      ValueError: if the module holds state that a call would change (batch statistics, caches): a pipeline runs
-        microbatches in an order of its own, so nothing may pass from one to the next.
-
-    >>> from flax import nnx
-    >>> import jax.numpy as jnp
-    >>> function = nnx_function(nnx.Linear(2, 3, rngs=nnx.Rngs(0)))
-    >>> sorted(function.params), function(function.params, jnp.ones((5, 2))).shape
-    (['bias', 'kernel'], (5, 3))
-    """
-    graphdef, params, rng_state, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
-    kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=_is_variable) if _is_variable(leaf)})
-    if kinds:
-        raise ValueError(
-            f"{type(module).__name__} holds variables of kinds {kinds} besides nnx.Param: a pipeline stage is a pure "
-            "function, so remove them, make them nnx.Param, or return their updates as metrics"
-        )
-    return NNXFunction(graphdef, nnx.to_pure_dict(params), rng_state)
+Arguments = Callable[[Context], "tuple[Any, ...] | Mapping[str, Any]"]
+"""A module's further arguments of a microbatch: positional ones as a tuple, or keywords as a dict."""
 
 
 def nnx_stages(
-    make_stage: Callable[[nnx.Rngs], nnx.Module], schedule: Schedule, rngs: nnx.Rngs, *, uses_rngs: bool = False
-) -> tuple[Callable[[Any, Any, Context], Any], Any]:
-    """(stage function, stacked parameters) for `jaxpipe.value_and_grad`, one NNX module per stage.
+    make_stage: Callable[[nnx.Rngs], nnx.Module],
+    schedule: Schedule,
+    rngs: nnx.Rngs,
+    *,
+    num_layers: int | None = None,
+    arguments: Arguments | None = None,
+    uses_rngs: bool | Sequence[str] = False,
+) -> tuple[Layer, Any]:
+    """(stage function, stacked parameters) for `jaxpipe.value_and_grad`, one NNX module per stage or per layer.
+
+    What a module holds:
+
+    * `nnx.Param` and its subclasses are parameters. They must be alike in all stages and belong to one of them.
+    * Other arrays and variables are constants: a causal mask, a rotary table. They may differ between stages, each of
+      which then gets its own. State that a call changes is refused.
+    * Random streams (``nnx.Dropout(rate, rngs=rngs)``) are seeded anew for each layer and microbatch, each stream from
+      its place in the module and the context's key, so all are independent. A module in ``eval()`` needs no key.
+    * Everything else (a layer's index, a window, an activation function) is static and may differ too. Where the
+      stages' programs then differ, they run under a `jax.lax.switch`, which is not divided into input and weight
+      gradients; two that differ in turn need none where each stage holds as many of both (``num_layers``), and numbers
+      that differ need none if they are arrays.
 
     Args:
-      make_stage: makes one stage's module; called once per stage, in the order of the forward pass. All stages
-        must have the same structure. Its ``__call__(x)`` returns y or a `jaxpipe.Output`.
+      make_stage: makes one stage's module, or one layer's; called once per stage or layer, in the order of the forward
+        pass. Its ``__call__(x)`` returns y or a `jaxpipe.Output`.
       schedule: gives the number of stages and their rows.
       rngs: for the modules' initialisation.
-      uses_rngs: call the module as ``module(x, rngs=...)``, with streams "dropout" and "default" of the context's key.
+      num_layers: spread so many modules over the stages as `layered_stages` does; None: one module per stage.
+      arguments: ``arguments(ctx)`` returns what the module is called with after x, a dict of keywords or a tuple:
+        arrays of the microbatch (``ctx.data["mask"]``) or made of it, and Python values (``deterministic=False``).
+      uses_rngs: call the module with ``rngs=``, an `nnx.Rngs` with the streams "default" and "dropout", or "default"
+        and these.
+
+    Raises:
+      ValueError: modules whose parameters differ in structure, shape or dtype, or share a parameter; state that calls
+        change; when the step is traced, random numbers without a key.
+
+    >>> import jaxpipe
+    >>> class Layer(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.linear, self.dropout = nnx.Linear(4, 4, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+    ...     def __call__(self, x, mask):
+    ...         return x + self.dropout(jnp.tanh(self.linear(x))) * mask[:, None]
+    >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+    >>> mask = lambda ctx: (ctx.data["mask"],)
+    >>> stage, stages = nnx_stages(Layer, schedule, nnx.Rngs(0), num_layers=5, arguments=mask)
+    >>> stages["linear"]["kernel"].shape  # 3 layers and 2
+    (2, 3, 4, 4)
     """
-    functions = [nnx_function(make_stage(rngs)) for _ in range(schedule.num_stages)]
-    first = functions[0]
-    _check_same_structure([function.params for function in functions])
+    count = schedule.num_stages if num_layers is None else num_layers
+    modules = [make_stage(rngs) for _ in range(count)]
+    _check_not_shared(modules)
+    if uses_rngs:
+        _check_takes_rngs(modules[0])
+    functions = [nnx_function(module) for module in modules]
+    params = [function.params for function in functions]
+    check_same_structure(params)
+    group_of, constants = _constants_of([function.constants for function in functions])
+    definitions, definition_of = _distinct(
+        [(function.graphdef, function.streams, group) for function, group in zip(functions, group_of, strict=True)]
+    )
 
-    def stage(params: Any, x: Any, ctx: Context) -> Any:
-        return first(params, x, rngs=_rngs(ctx) if uses_rngs else None)
+    def call(index: int, params: Any, x: Any, ctx: Context) -> Any:
+        function = dataclasses.replace(functions[index], constants=constants[group_of[index]](ctx.layer))
+        args, kwargs = _arguments(arguments, ctx)
+        if uses_rngs:
+            kwargs["rngs"] = make_rngs(ctx, ("default", *_names(uses_rngs)), function.name)
+        return function.run(params, ctx, (x, *args), kwargs)
 
-    return stage, stack_stages([function.params for function in functions], schedule)
+    layers = [functools.partial(call, index) for index in definitions]
+    return _stages(layers, definition_of, params, schedule, num_layers)
 
 
 def linen_stages(
-    module: nn.Module, schedule: Schedule, rng: jax.Array, x: Any, *, uses_rngs: bool = False
-) -> tuple[Callable[[Any, Any, Context], Any], Any]:
-    """(stage function, stacked parameters) for `jaxpipe.value_and_grad`, one Linen module for all stages.
+    module: nn.Module | Sequence[nn.Module],
+    schedule: Schedule,
+    rng: jax.Array,
+    x: Any,
+    *,
+    num_layers: int | None = None,
+    arguments: Arguments | None = None,
+    data: Any = None,
+    uses_rngs: bool | Sequence[str] = False,
+) -> tuple[Layer, Any]:
+    """(stage function, stacked parameters) for `jaxpipe.value_and_grad`, one Linen module for all stages or layers.
+
+    Boxes of metadata (`nn.with_partitioning`) are taken off the parameters: a pipeline shards as ``specs`` says.
 
     Args:
-      module: called as ``module.apply(variables, x)``; returns y or a `jaxpipe.Output`.
+      module: called as ``module.apply(variables, x)``; returns y or a `jaxpipe.Output`. Or one for each stage or layer,
+        with parameters of the same shapes; those that differ run as in `nnx_stages`.
       schedule: gives the number of stages and their rows.
-      rng: for initialisation, folded with the stage.
+      rng: for initialisation, folded with the stage or layer.
       x: an example input, arrays or ShapeDtypeStructs.
-      uses_rngs: pass ``rngs={"dropout": key}`` of the context.
+      num_layers: spread so many layers over the stages as `layered_stages` does; None: one module per stage.
+      arguments: ``arguments(ctx)`` returns what the module is called with after x, as in `nnx_stages`.
+      data: an example microbatch for ``arguments``, arrays or ShapeDtypeStructs.
+      uses_rngs: pass keys of the context for "dropout" and whatever else the module asks for, or for these names.
 
     Raises:
-      ValueError: if the module has variable collections besides "params".
+      ValueError: variable collections besides "params"; when the step is traced, random numbers without a key.
     """
+    count = schedule.num_stages if num_layers is None else num_layers
+    modules = [module] * count if isinstance(module, nn.Module) else list(module)
+    if len(modules) != count:
+        raise ValueError(f"{len(modules)} modules for {count} stages or layers: give one for each, or one for all")
+    names = _names(uses_rngs)
+    definitions, definition_of = _distinct(modules)
 
-    def init(key: jax.Array) -> Any:
-        inputs = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), x)
-        return module.init({"params": key, "dropout": key}, inputs)
+    def init(index: int) -> Any:
+        inputs, example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (x, data))
+        key = jax.random.fold_in(rng, index)
+        args, kwargs = _arguments(arguments, Context.make(index, 0, key, example, num_stages=count))
+        keys = {name: fold_name(key, name) for name in {"dropout", *names}}
+        return modules[index].init({**keys, "params": key}, inputs, *args, **kwargs)
 
-    variables = [init(jax.random.fold_in(rng, stage)) for stage in range(schedule.num_stages)]
+    variables = [init(index) for index in range(count)]
     others = sorted(set(variables[0]) - {"params"})
     if others:
         raise ValueError(
-            f"{type(module).__name__} has variable collections {others} besides 'params': a pipeline stage is a pure "
-            "function, so remove them or return their updates as metrics"
+            f"{type(modules[0]).__name__} has variable collections {others} besides 'params': a pipeline stage is a "
+            "pure function, so remove them or return their updates as metrics"
         )
+    params = [nn.unbox(each.get("params", {})) for each in variables]
+    check_same_structure(params)
+
+    def call(index: int, params: Any, x: Any, ctx: Context) -> Any:
+        keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in names}
+        args, kwargs = _arguments(arguments, ctx)
+        try:
+            return modules[index].apply({"params": params}, x, *args, rngs=keys, **kwargs)
+        except errors.InvalidRngError as error:
+            remedy = "call step(params, batch, rng)" if names else "pass uses_rngs=True, or the streams' names"
+            raise ValueError(
+                f"{type(modules[index]).__name__} draws random numbers without a key: {remedy}; or make it "
+                f"deterministic ({error})"
+            ) from error
+
+    layers = [functools.partial(call, index) for index in definitions]
+    return _stages(layers, definition_of, params, schedule, num_layers)
+
+
+def _stages(
+    functions: Sequence[Layer],
+    function_of: Sequence[int],
+    params: Sequence[Any],
+    schedule: Schedule,
+    layers: int | None,
+) -> tuple[Layer, Any]:
+    """(stage function, stacked parameters) of modules with functions of their own."""
+    if layers is not None:
+        return spread_layers(functions, function_of, params, schedule)
+    choice = Choice(functions, function_of)
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:
-        rngs = {"dropout": ctx.rng} if uses_rngs else None
-        return module.apply({"params": params}, x, rngs=rngs)
+        ctx = ctx._replace(layer=ctx.stage)
+        return choice.run(range(len(function_of)), params, x, ctx)
 
-    return stage, stack_stages([v["params"] for v in variables], schedule)
+    return stage, stack_stages(params, schedule)
 
 
-def split_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
-    """Layers of each stage, as even as possible, the longer stages first.
+def _arguments(arguments: Arguments | None, ctx: Context) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    given = () if arguments is None else arguments(ctx)
+    if isinstance(given, Mapping):
+        return (), dict(given)
+    if not isinstance(given, tuple):
+        raise ValueError(
+            f"arguments(ctx) returned a {type(given).__name__}: return a tuple of what follows x in the module's call, "
+            "(mask,), or a dict of keywords, {'mask': mask}"
+        )
+    return given, {}
 
-    >>> split_layers(10, 4)
-    (3, 3, 2, 2)
+
+def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any], Any]]]:
+    """(the group of each layer's constants, alike in structure and shapes; for each group what makes them of a layer).
+
+    What is equal in a whole group is closed over once; the rest is rows of one array, from which the layer takes its.
     """
-    if num_layers < num_stages:
-        raise ValueError(f"{num_layers} layers for {num_stages} stages: use fewer stages or more layers")
-    return tuple(num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages))
-
-
-def layered_stages(
-    layer: Callable[[Any, Any, Context], Any], layers: Sequence[Any], schedule: Schedule
-) -> tuple[Callable[[Any, Any, Context], Any], Any]:
-    """(stage function, stacked parameters) for layers whose number need not divide over the stages.
-
-    Stages hold `split_layers` layers and scan over them. Shorter stages are padded with copies of their last layer
-    that are computed and discarded: a pipeline waits for its longest stage, so this costs memory but no time. The
-    gradients of the padding are exactly zero.
-
-    Args:
-      layer: ``layer(params, x, ctx) -> y``, y like x.
-      layers: the parameters of each layer, in the order of the forward pass.
-      schedule: gives the number of stages and their rows.
-    """
-    counts = split_layers(len(layers), schedule.num_stages)
-    _check_same_structure(layers)
-    longest = max(counts)
-    starts = [sum(counts[:stage]) for stage in range(schedule.num_stages)]
-    stages = [
-        jax.tree.map(lambda *rows: jnp.stack(rows), *(layers[start + min(i, count - 1)] for i in range(longest)))
-        for start, count in zip(starts, counts, strict=True)
+    flat = [jax.tree.flatten(tree) for tree in trees]
+    alike = [
+        (structure, [(type(leaf) is np.ndarray, np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in leaves])
+        for leaves, structure in flat
     ]
-    if len(set(counts)) == 1:
+    firsts, group_of = _distinct(alike)
 
-        def stage(params: Any, x: Any, ctx: Context) -> Any:
-            return jax.lax.scan(lambda x, p: (layer(p, x, ctx), None), x, params)[0]
+    def of_group(group: int) -> Callable[[Any], Any]:
+        members = [index for index, other in enumerate(group_of) if other == group]
+        columns = list(zip(*(flat[index][0] for index in members), strict=True))
+        row_of = np.asarray([members.index(index) if index in members else 0 for index in range(len(trees))], np.int32)
+        equal = [all(same(leaf, column[0]) for leaf in column) for column in columns]
+        kept = [column[0] if once else jnp.stack(column) for column, once in zip(columns, equal, strict=True)]
 
-        return stage, stack_stages(stages, schedule)
+        def of_layer(layer: Any) -> Any:
+            leaves = [
+                leaf if once else leaf[jnp.asarray(row_of)[layer]] for leaf, once in zip(kept, equal, strict=True)
+            ]
+            return jax.tree.unflatten(flat[firsts[group]][1], leaves)
 
-    def padded_stage(params: Any, x: Any, ctx: Context) -> Any:
-        count = jnp.asarray(counts, jnp.int32)[ctx.stage]
+        return of_layer
 
-        def body(x: Any, inputs: Any) -> tuple[Any, None]:
-            index, p = inputs
-            y = layer(p, x, ctx)
-            return jax.tree.map(lambda new, old: jnp.where(index < count, new, old), y, x), None
-
-        return jax.lax.scan(body, x, (jnp.arange(longest, dtype=jnp.int32), params))[0]
-
-    return padded_stage, stack_stages(stages, schedule)
-
-
-def _rngs(ctx: Context) -> nnx.Rngs:
-    if ctx.rng is None:
-        raise ValueError("the stage uses rngs, but the step was called without a key: call step(params, batch, rng)")
-    return nnx.Rngs(default=ctx.rng, dropout=ctx.rng)
+    return group_of, [of_group(group) for group in range(len(firsts))]
 
 
-def _is_variable(leaf: Any) -> bool:
-    return isinstance(leaf, nnx.Variable)
+def _names(uses_rngs: bool | Sequence[str]) -> tuple[str, ...]:
+    """The streams to pass; Linen draws from "params" what it has no stream of that name for."""
+    if isinstance(uses_rngs, str):
+        return (uses_rngs,)
+    if isinstance(uses_rngs, bool):
+        return ("dropout", "params") if uses_rngs else ()
+    return tuple(uses_rngs)
 
 
-def _check_same_structure(params: Sequence[Any]) -> None:
-    def describe(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: (leaf.shape, leaf.dtype), tree)
+def _distinct(definitions: Sequence[Any]) -> tuple[list[int], list[int]]:
+    """(index of the first of each kind of definition; the kind of each)."""
+    firsts: list[int] = []
+    kinds = []
+    for index, definition in enumerate(definitions):
+        kind = next((k for k, first in enumerate(firsts) if _equal(definition, definitions[first])), len(firsts))
+        if kind == len(firsts):
+            firsts.append(index)
+        kinds.append(kind)
+    return firsts, kinds
 
-    for index, other in enumerate(params):
-        if describe(other) != describe(params[0]):
-            raise ValueError(
-                f"parameters {index} have shapes {describe(other)}, parameters 0 {describe(params[0])}: all stages "
-                "(or layers) must be alike; put what differs into embed or head"
-            )
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether definitions are equal; not where one cannot tell, as of static arrays."""
+    try:
+        return bool(a == b)
+    except (TypeError, ValueError):
+        return False
+
+
+def _check_takes_rngs(module: nnx.Module) -> None:
+    parameters = inspect.signature(type(module).__call__).parameters
+    if "rngs" not in parameters and all(p.kind is not p.VAR_KEYWORD for p in parameters.values()):
+        raise ValueError(
+            f"{type(module).__name__}.__call__{tuple(parameters)} takes no rngs: leave uses_rngs out; streams that the "
+            "module holds, as nnx.Dropout(rate, rngs=rngs) does, are seeded in any case"
+        )
+
+
+def _check_not_shared(modules: Sequence[nnx.Module]) -> None:
+    owners: dict[int, tuple[int, str]] = {}
+    for index, module in enumerate(modules):
+        for path, node in nnx.iter_graph(module):
+            if not isinstance(node, nnx.Param):
+                continue
+            name = ".".join(map(str, path))
+            first, place = owners.setdefault(id(node), (index, name))
+            if first != index:
+                raise ValueError(
+                    f"module {index} shares its parameter {name} with module {first} ({place}), but each stage or "
+                    "layer trains its own: make a new module in each call, or keep what all share in outer"
+                )

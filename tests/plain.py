@@ -18,7 +18,9 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None,
         """(weighted loss, weighted auxiliary loss, weight, metrics) of one microbatch."""
 
         def context(s):
-            return jaxpipe.Context(jnp.int32(s), m, fold(rng, s, m), data)
+            layer = -2 if s == schedule.num_stages else s
+            of_microbatch = None if rng is None else jax.random.fold_in(rng, m)
+            return jaxpipe.Context(jnp.int32(s), m, fold(rng, layer, m), data, jnp.int32(s), of_microbatch)
 
         x = data if embed is None else embed(params.outer, data, context(-1))
         aux_loss = jnp.zeros(())
@@ -66,9 +68,9 @@ def split_batch(batch, count):
     ]
 
 
-def fold(rng, stage, microbatch):
-    """The key that the library documents for a stage and microbatch."""
-    return None if rng is None else jax.random.fold_in(jax.random.fold_in(rng, stage + 1), microbatch)
+def fold(rng, layer, microbatch):
+    """The key that the library documents for a layer and microbatch; layer -1 is embed, -2 the head."""
+    return None if rng is None else jax.random.fold_in(jax.random.fold_in(rng, microbatch), jnp.uint32(layer % 2**32))
 
 
 def add_metrics(total, metrics):

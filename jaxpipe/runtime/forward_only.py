@@ -52,7 +52,7 @@ class ForwardStep:
         """The last stage's y -> outputs of the microbatch."""
 
         def compute(y: Any, row: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH], self.num_stages)
             return run_outputs(self.model, self.outer, y, ctx)
 
         def write(buffers: Buffers, row: jax.Array, outputs: Any) -> Buffers:

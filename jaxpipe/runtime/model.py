@@ -11,6 +11,9 @@ import jax.numpy as jnp
 
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 
+HEAD = -2
+"""What the head folds into a microbatch's key, where a layer folds its index and embed -1: the largest as uint32."""
+
 
 class Params(NamedTuple):
     """The parameters of a pipelined model, and its gradients.
@@ -31,18 +34,65 @@ class Params(NamedTuple):
 class Context(NamedTuple):
     """Where a piece of the model runs.
 
+    Keys depend on what draws and on the microbatch, and on nothing else: not on the schedule, on the number of stages,
+    or on how layers are divided over stages. With one more key for each device where data-parallel devices share the
+    batch, ``rng`` is ``fold_in(fold_in(step_rng, microbatch), index)``: index is the layer's, -1 for embed and -2 for
+    head. A stage that is not divided into layers counts as the layer of its index.
+
+    `make` gives a plain program the same contexts. This is the plain program of a pipeline without a head, for a
+    microbatch ``m``, and of any `jaxpipe.flax.layered_stages` with ``stages`` the layers::
+
+        for i, params in enumerate(stages):
+            x = stage(params, x, jaxpipe.Context.make(i, m, rng, data, num_stages=len(stages)))
+
     Attributes:
       stage: int32 scalar, the stage in the order of the forward pass; ``num_stages`` for the head, -1 for embed.
       microbatch: int32 scalar.
-      rng: a key of its own for each (stage, microbatch), so that a result does not depend on the schedule;
-        None when the step was called without one.
+      rng: a key of its own for each (layer, microbatch); None when the step was called without one.
       data: the microbatch, a slice of the batch: leaves ``[batch / num_microbatches, ...]``.
+      layer: int32 scalar, the layer in the order of the forward pass, in a layer of `jaxpipe.flax.layered_stages`;
+        everywhere else equal to ``stage``.
+      microbatch_rng: the microbatch's key, of which `at_layer` makes those of layers.
     """
 
     stage: Any
     microbatch: Any
     rng: Any
     data: Any
+    layer: Any = None
+    microbatch_rng: Any = None
+
+    @classmethod
+    def make(cls, stage: Any, microbatch: Any, rng: jax.Array | None, data: Any, *, num_stages: int | None) -> Context:
+        """The context that a pipeline gives to embed (stage -1), a stage, or head (stage ``num_stages``).
+
+        Args:
+          stage: int or int32 scalar; in a plain program of layers, the layer.
+          microbatch: int or int32 scalar.
+          rng: the key that the step is called with, or None.
+          data: the microbatch.
+          num_stages: number of stages, or of layers where ``stage`` is a layer; None where it is not the head's.
+
+        >>> import jax
+        >>> ctx = Context.make(3, 0, jax.random.key(0), None, num_stages=8)
+        >>> int(ctx.layer), bool(ctx.rng == ctx.at_layer(3).rng), bool(ctx.rng == ctx.at_layer(2).rng)
+        (3, True, False)
+        """
+        stage, microbatch = jnp.asarray(stage, jnp.int32), jnp.asarray(microbatch, jnp.int32)
+        if rng is None:
+            return cls(stage, microbatch, None, data, stage)
+        rng = jax.random.fold_in(rng, microbatch)
+        index = stage if num_stages is None else jnp.where(stage == num_stages, HEAD, stage)
+        return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng)
+
+    def at_layer(self, layer: Any) -> Context:
+        """The context of a layer of the stage: its index and its own key.
+
+        A context made by hand, without ``microbatch_rng``, folds the layer into ``rng``.
+        """
+        layer = jnp.asarray(layer, jnp.int32)
+        rng = self.rng if self.microbatch_rng is None else self.microbatch_rng
+        return self._replace(layer=layer, rng=None if rng is None else jax.random.fold_in(rng, layer))
 
 
 class Output(NamedTuple):

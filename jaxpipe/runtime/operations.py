@@ -165,7 +165,7 @@ class Step:
         def compute(y: Any, row: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH], self.num_stages)
             outer_diff, outer_rest = partition(self.outer)
             y_diff, y_rest = partition(y)
 
@@ -232,12 +232,12 @@ def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None)
     return Operation(read, compute, write)
 
 
-def make_context(batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any) -> Context:
-    """A Context with the microbatch's slice of the batch and its own key."""
-    stage, microbatch = jnp.asarray(stage, jnp.int32), jnp.asarray(microbatch, jnp.int32)
-    if rng is not None:
-        rng = jax.random.fold_in(jax.random.fold_in(rng, stage + 1), microbatch)
-    return Context(stage, microbatch, rng, take(batch, microbatch))
+def make_context(
+    batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any, num_stages: int | None = None
+) -> Context:
+    """A Context with the microbatch's slice of the batch; ``num_stages`` where the stage may be the head's."""
+    microbatch = jnp.asarray(microbatch, jnp.int32)
+    return Context.make(stage, microbatch, rng, take(batch, microbatch), num_stages=num_stages)
 
 
 def run_branch(

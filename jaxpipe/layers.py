@@ -1,0 +1,266 @@
+"""Rows of layers as stages: any number of layers, spread over the stages of a schedule."""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from jaxpipe.alike import same_program
+from jaxpipe.api import stack_stages, unstack_stages
+from jaxpipe.runtime.buffers import accumulation_dtype
+from jaxpipe.runtime.model import Context, Output, as_output
+from jaxpipe.runtime.operations import merge, partition
+from jaxpipe.schedule.schedule import Schedule
+
+Layer = Callable[[Any, Any, Context], Any]
+"""``layer(params, x, ctx) -> y or Output``; a stage is one too."""
+
+
+def split_layers(num_layers: int, num_stages: int) -> tuple[int, ...]:
+    """Layers of each stage, as even as possible, the longer stages first.
+
+    >>> split_layers(10, 4)
+    (3, 3, 2, 2)
+    """
+    if num_layers < num_stages:
+        raise ValueError(f"{num_layers} layers for {num_stages} stages: use fewer stages or more layers")
+    return tuple(num_layers // num_stages + (stage < num_layers % num_stages) for stage in range(num_stages))
+
+
+def layered_stages(layer: Layer, layers: Any, schedule: Schedule) -> tuple[Layer, Any]:
+    """(stage function, stacked parameters) for layers whose number need not divide over the stages.
+
+    Stages hold `split_layers` layers and scan over them. Shorter stages are padded: they run their last layer again,
+    on the same input and with the same key, and discard what it returns. A pipeline waits for its longest stage, so
+    this costs memory but no time. Gradients of the padding are exactly zero, and what the layer says besides (auxiliary
+    losses, metrics) does not count; a side effect such as `jax.debug.print` happens again.
+
+    Args:
+      layer: ``layer(params, x, ctx) -> y``, y like x, or a `jaxpipe.Output`, whose auxiliary losses and metrics are
+        summed over layers. ``ctx.layer`` is the layer's index in the model, and ``ctx.rng`` its own key, whatever the
+        number of stages; see `jaxpipe.Context` for the plain program.
+      layers: the parameters of each layer in the order of the forward pass: a list or tuple of pytrees, or one pytree
+        with leaves ``[num_layers, ...]``, as `jax.vmap` of an initializer and Flax's scans make it.
+      schedule: gives the number of stages and their rows.
+
+    Raises:
+      ValueError: fewer layers than stages; layers whose parameters differ in structure, shape or dtype.
+
+    >>> import jaxpipe
+    >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+    >>> stage, stages = layered_stages(lambda w, x, ctx: x + jnp.tanh(x @ w), jnp.ones((5, 4, 4)), schedule)
+    >>> stages.shape  # 3 layers and 2
+    (2, 3, 4, 4)
+    """
+    return spread_layers((layer,), None, layers, schedule)
+
+
+def spread_layers(
+    functions: Sequence[Layer], function_of: Sequence[int] | None, layers: Any, schedule: Schedule
+) -> tuple[Layer, Any]:
+    """`layered_stages` of layers with functions of their own: layer i runs ``functions[function_of[i]]``.
+
+    ``function_of`` is None where all run the only one.
+    """
+    num_layers, rows_of = _rows(layers)
+    counts = split_layers(num_layers, schedule.num_stages)
+    slots, starts = max(counts), [0, *itertools.accumulate(counts)][:-1]
+    # The layer in each slot of each stage: the last one again where there is none.
+    places = [
+        [start + min(slot, count - 1) for slot in range(slots)] for start, count in zip(starts, counts, strict=True)
+    ]
+    members = [sorted({row[slot] for row in places}) for slot in range(slots)]
+    padded = len(set(counts)) > 1
+    choice = Choice(functions, function_of or (0,) * num_layers)
+
+    def stage(params: Any, x: Any, ctx: Context) -> Any:
+        start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (starts, counts))
+
+        def run(x: Any, last: Any, slot: Any, params: Any, layers: Sequence[int]) -> Any:
+            """(y, the layer's input, (auxiliary loss, metrics)) of a slot; ``last`` is the input of the slot before."""
+            real = jnp.asarray(slot < count)
+            # Padding computes the last layer on that layer's input: it need not be defined on its own output.
+            given = _where(real, x, last) if padded else x
+            output = choice.run(layers, params, given, ctx.at_layer(start + jnp.minimum(slot, count - 1)))
+            y, others = output.value, (output.aux_loss, output.metrics)
+            _check_like(x, y)
+            if padded:
+                y, others = _where(real, y, x), _where(real, others, jax.tree.map(jnp.zeros_like, others))
+            return y, given, others
+
+        kinds = choice.kinds(jax.tree.map(lambda leaf: leaf[0], params), x, ctx.at_layer(start))
+        last, parts = x, []
+        if len(set(kinds)) > 1 and all(len({kinds[i] for i in layers}) == 1 for layers in members):
+            # Layers in turn, such as local and global attention, alike in all stages: nothing is left to decide.
+            for slot, layers in enumerate(members):
+                row = jax.tree.map(lambda leaf, slot=slot: leaf[slot], params)
+                x, last, part = run(x, last, slot, row, layers)
+                parts.append(part)
+            others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+        else:
+
+            def body(carry: Any, row: Any) -> Any:
+                (x, last), (slot, params) = carry, row
+                y, given, part = run(x, last, slot, params, range(num_layers))
+                return (y, given if padded else None), part
+
+            carry, inputs = (x, x if padded else None), (jnp.arange(slots, dtype=jnp.int32), params)
+            (x, _), others = jax.lax.scan(body, carry, inputs)
+        aux_loss, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=accumulation_dtype(leaf.dtype)), others)
+        return x if aux_loss is None and not metrics else Output(x, aux_loss, metrics)
+
+    return stage, stack_stages([rows_of(row) for row in places], schedule)
+
+
+def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule) -> list[Any]:
+    """The parameters (or gradients) of layers 0, 1, ... of the stages that `layered_stages` stacked, without padding.
+
+    >>> import jaxpipe
+    >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+    >>> _, stages = layered_stages(lambda w, x, ctx: x * w, jnp.arange(5.0), schedule)
+    >>> [float(w) for w in unstack_layers(stages, 5, schedule)]
+    [0.0, 1.0, 2.0, 3.0, 4.0]
+    """
+    stages, counts = unstack_stages(stacked, schedule), split_layers(num_layers, schedule.num_stages)
+    places = [(stage, slot) for stage, count in zip(stages, counts, strict=True) for slot in range(count)]
+    return [jax.tree.map(lambda leaf, slot=slot: leaf[slot], stage) for stage, slot in places]
+
+
+class Choice:
+    """Functions of layers, of which each layer has one.
+
+    Functions that compute the same (jaxprs of value and gradient compared) are one. Where several are left, a
+    `jax.lax.switch` chooses by ``ctx.layer``; as a conditional it is not divided into input and weight gradients.
+
+    Args:
+      functions: each is ``(params, x, ctx) -> y or Output``.
+      function_of: the function of each layer, an index of ``functions``.
+    """
+
+    def __init__(self, functions: Sequence[Layer], function_of: Sequence[int]) -> None:
+        self._functions, self._function_of = tuple(functions), tuple(function_of)
+        self._same = functools.cache(self._compare)
+
+    def kinds(self, params: Any, x: Any, ctx: Context) -> tuple[int, ...]:
+        """The function of each layer, the first of those that compute the same for arguments of these shapes.
+
+        Raises:
+          ValueError: functions return different structures, shapes or dtypes.
+        """
+        if len(self._functions) == 1:
+            return self._function_of
+        leaves, tree = jax.tree.flatten((params, x, ctx))
+        first = self._same(tree, tuple((np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in leaves))
+        return tuple(first[index] for index in self._function_of)
+
+    def run(self, layers: Sequence[int], params: Any, x: Any, ctx: Context) -> Output:
+        """What layer ``ctx.layer``, one of ``layers``, returns."""
+        kinds = self.kinds(params, x, ctx)
+        needed = sorted({kinds[layer] for layer in layers})
+        branches = [functools.partial(_call, self._functions[kind]) for kind in needed]
+        if len(branches) == 1:
+            return branches[0](params, x, ctx)
+        chosen = [needed.index(kind) if kind in needed else 0 for kind in kinds]
+        return jax.lax.switch(jnp.asarray(chosen, jnp.int32)[ctx.layer], branches, params, x, ctx)
+
+    def _compare(self, tree: Any, shapes: tuple[tuple[Any, Any], ...]) -> tuple[int, ...]:
+        """For each function the first that computes the same."""
+        arguments = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+        returns = [jax.eval_shape(functools.partial(_call, function), *arguments) for function in self._functions]
+        for index, other in enumerate(returns):
+            if describe(other) != describe(returns[0]):
+                layer, first = (self._function_of.index(function) for function in (index, 0))
+                raise ValueError(
+                    f"layer {layer} returns {describe(other)}, but layer {first} returns {describe(returns[0])}: all "
+                    "must return the same structure, shapes and dtypes"
+                )
+        programs = [_program(function, arguments) for function in self._functions]
+        firsts: list[int] = []
+        for index, program in enumerate(programs):
+            same = (i for i in sorted(set(firsts)) if program and programs[i] and same_program(program, programs[i]))
+            firsts.append(next(same, index))
+        return tuple(firsts)
+
+
+def check_same_structure(params: Sequence[Any]) -> None:
+    """Raises a ValueError that names where parameters of stages or layers differ from the first ones'."""
+    first = _leaves(params[0])
+    for index, other in enumerate(map(_leaves, params)):
+        paths = [path for path in {**first, **other} if first.get(path) != other.get(path)]
+        if paths or jax.tree.structure(params[index]) != jax.tree.structure(params[0]):
+            here, there = ({path or "all": leaves.get(path) for path in paths} for leaves in (other, first))
+            raise ValueError(
+                f"parameters {index} have shapes {here or other}, parameters 0 {there or first} (None: not there): all "
+                "stages (or layers) must be alike; put what differs into embed or head, or pad it"
+            )
+
+
+def describe(tree: Any) -> Any:
+    """Shapes and dtypes as text, in the tree's structure."""
+    return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", tree)
+
+
+def _rows(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
+    """(number of layers; a function that stacks the parameters of some)."""
+    if isinstance(layers, list | tuple) and not hasattr(layers, "_fields"):
+        if not layers:
+            raise ValueError("there are no layers; give the parameters of at least one for each stage")
+        check_same_structure(layers)
+        return len(layers), lambda row: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in row))
+    leaves = jax.tree_util.tree_leaves_with_path(layers)
+    lengths = {np.shape(leaf)[:1] for _, leaf in leaves}
+    if len(lengths) != 1 or () in lengths:
+        shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
+        raise ValueError(
+            f"the stacked layers have leaves of shapes {shapes}: all need the number of layers as leading dimension; "
+            "or give a list with one pytree a layer"
+        )
+    return lengths.pop()[0], lambda row: jax.tree.map(lambda leaf: leaf[np.asarray(row)], layers)
+
+
+def _leaves(tree: Any) -> dict[str, str]:
+    """Shape and dtype of each leaf by its path."""
+    paths = jax.tree_util.tree_leaves_with_path(tree)
+    return {jax.tree_util.keystr(path): describe(jnp.asarray(leaf)) for path, leaf in paths}
+
+
+def _call(layer: Layer, params: Any, x: Any, ctx: Context) -> Output:
+    output = as_output(layer(params, x, ctx))
+    return output._replace(metrics=dict(output.metrics))
+
+
+def _program(layer: Layer, arguments: Any) -> Any:
+    """The jaxpr of a layer and its gradient, in which no custom rule is left to run; None where there is none."""
+
+    def run(params: Any, x: Any, ctx: Context) -> Any:
+        diff, rest = partition((params, x))
+
+        def of(diff: Any) -> Any:
+            params, x = merge(diff, rest)
+            return partition(_call(layer, params, x, ctx))
+
+        outs, pull, others = jax.vjp(of, diff, has_aux=True)
+        return outs, others, pull(jax.tree.map(jnp.ones_like, outs))
+
+    try:
+        return jax.make_jaxpr(run)(*arguments)
+    except (NotImplementedError, TypeError, ValueError):
+        return None  # no gradient, as a callback's in a program of inference: then each function counts by itself
+
+
+def _where(condition: jax.Array, left: Any, right: Any) -> Any:
+    return jax.tree.map(lambda a, b: jnp.where(condition, a, b), left, right)
+
+
+def _check_like(x: Any, y: Any) -> None:
+    if describe(x) != describe(y):
+        raise ValueError(
+            f"the layer maps {describe(x)} to {describe(y)}: input and output of a layer must have the same structure, "
+            "shapes and dtypes; move what changes them into embed (before the first layer) or head (after the last)"
+        )
