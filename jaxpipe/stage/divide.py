@@ -116,6 +116,15 @@ def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -
     return tuple(_cut_down(node, wanted[node]) for node in nodes if node in wanted)
 
 
+def light_results(nodes: Sequence[Node], given: Iterable[Value]) -> set[Value]:
+    """Given values, and all that light nodes make of them and of constants."""
+    found = set(given)
+    for node in nodes:
+        if _light(node) and all(value.const is not None or value in found for value in node.ins):
+            found.update(node.outs)
+    return found
+
+
 def _cut_down(node: Node, values: set[Value]) -> Node:
     """The part of a scan that makes values; other nodes as they are."""
     return node if node.scan is None else divide((node,), values, ()).first[0]

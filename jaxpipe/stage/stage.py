@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.stage.divide import closure, divide, hoist
+from jaxpipe.stage.divide import closure, divide, hoist, light_results
 from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
 from jaxpipe.stage.keep import fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
@@ -202,38 +202,38 @@ def split_stage(
         tuple(alias.get(value, value) for value in values)
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
     )
-    kept = [value for value in dict.fromkeys(residuals) if value not in known and value.const is None]
-    # Light work on parameters and constants is done again in each half rather than stashed or handed over.
-    remade = [value for value in kept if closure([value], rest, known) is not None]
-    chosen = fewest_bytes([value for value in kept if value not in remade], rest, known, again=again)
-    remade = [value for value in kept if value not in chosen]
-    kept = [value for value in (*arguments, *(out for node in rest for out in node.outs)) if value in chosen]
-
     parts = divide(nodes, x_ct, params_ct)
+    needed = _reads(parts.first, x_ct) | _reads(parts.second, params_ct)
+    # What the backward reads of the forward. Light work on parameters and constants costs nothing to do again; of the
+    # rest the first cut keeps as few bytes as make all of it.
+    shared = [value for value in dict.fromkeys(residuals) if value in needed and value not in known]
+    free = light_results(rest, known)
+    chosen = fewest_bytes([value for value in shared if closure([value], rest, known) is None], rest, free, again=again)
+    kept = [value for value in dict.fromkeys((*arguments, *_results(rest))) if value in chosen]
+    remade = [value for value in shared if value not in chosen]
     first, second = (
-        in_time(closure([value for value in remade if value in reads], rest, known | chosen) or (), part)
-        for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
+        in_time(_made_again([value for value in remade if value in _reads(part, results)], rest, known | chosen), part)
+        for part, results in ((parts.first, x_ct), (parts.second, params_ct))
     )
-    for_second = _reads(second, params_ct)
-    for_first = _reads(first, x_ct)
-    cts = backward.inputs[len(residuals) :]
-    made_first = {value for node in first for value in node.outs} | set(cts)
-    made_second = {value for node in second for value in node.outs}
-    order = [*cts, *(value for node in first for value in node.outs)]
-    crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
-    weight = tuple(value for value in kept if value in for_second)
-    given = known | {*weight}
-    handed = fewest_bytes(crossing, first, given, again=again)
-    more = closure([value for value in crossing if value not in handed], first, given | handed) or ()
-    second = in_time(more, second)
-    for_second = _reads(second, params_ct)
-    crossing = tuple(value for value in (*kept, *order) if value in handed)
-    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
 
-    used = {value for node in rest for value in node.ins} | for_first | for_second | {*outputs}
+    # What the weights' half reads of the input's half, or of what only that knows. The second cut may go through kept
+    # values, too: one that the weights' half then reads is stashed for it from the start and not handed over. That
+    # takes the same bytes at any time, and no copy.
+    cts = backward.inputs[len(residuals) :]
+    order = dict.fromkeys((*cts, *_results(first)))
+    between = [value for value in order if value in _reads(second, params_ct) - {*_results(second)}]
+    at_hand = known | (chosen & _reads(second, params_ct))
+    handed = fewest_bytes(between, first, at_hand | light_results(first, known), again=again)
+    second = in_time(_made_again([value for value in between if value not in handed], first, at_hand | handed), second)
+    for_first, for_second = _reads(first, x_ct), _reads(second, params_ct)
+    weight = tuple(value for value in kept if value in for_second)
+    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
+    crossing = tuple(value for value in order if value in handed and value not in chosen)
+
+    rest = divide(rest, (*outputs, *weight, *inputs), ()).first
+    used = _reads(rest, outputs) | for_first | for_second
     prepared = tuple(value for value in sources if value in used)
     once = divide(once, prepared, ()).first
-    rest = divide(rest, (*outputs, *weight, *inputs), ()).first
     return SplitStage(
         out=traced.out,
         aux=traced.aux,
@@ -305,6 +305,17 @@ def _trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: b
 def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
     """What nodes and results read, made among the nodes or not."""
     return {value for node in nodes for value in node.ins} | set(results)
+
+
+def _results(nodes: Sequence[Node]) -> list[Value]:
+    return [value for node in nodes for value in node.outs]
+
+
+def _made_again(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
+    """The nodes that make values again from given ones; a cut has seen to it that light ones do."""
+    found = closure(values, nodes, given)
+    assert found is not None
+    return found
 
 
 def _leaves(tree: Any) -> list[Any]:
