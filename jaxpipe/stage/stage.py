@@ -212,8 +212,8 @@ def split_stage(
     kept = [value for value in dict.fromkeys((*arguments, *_results(rest))) if value in chosen]
     remade = [value for value in shared if value not in chosen]
     first, second = (
-        in_time(_made_again([value for value in remade if value in _reads(part, results)], rest, known | chosen), part)
-        for part, results in ((parts.first, x_ct), (parts.second, params_ct))
+        in_time(_made_again([value for value in remade if value in reads], rest, known | chosen), part)
+        for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
 
     # What the weights' half reads of the input's half, or of what only that knows. The second cut may go through kept
@@ -221,8 +221,9 @@ def split_stage(
     # takes the same bytes at any time, and no copy.
     cts = backward.inputs[len(residuals) :]
     order = dict.fromkeys((*cts, *_results(first)))
-    between = [value for value in order if value in _reads(second, params_ct) - {*_results(second)}]
-    at_hand = known | (chosen & _reads(second, params_ct))
+    reads = _reads(second, params_ct) - {*_results(second)}
+    between = [value for value in order if value in reads]
+    at_hand = known | (chosen & reads)
     handed = fewest_bytes(between, first, at_hand | light_results(first, known), again=again)
     second = in_time(_made_again([value for value in between if value not in handed], first, at_hand | handed), second)
     for_first, for_second = _reads(first, x_ct), _reads(second, params_ct)
