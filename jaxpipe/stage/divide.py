@@ -10,7 +10,7 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
-from jaxpipe.stage.graph import Node, Scan, Value, producers
+from jaxpipe.stage.graph import Node, Scan, Value, has_effect, producers, stack_of
 
 OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback", "pallas_call"})
 """Primitives with computations inside that are never divided."""
@@ -70,7 +70,7 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
     """(nodes worth computing once for given params, the rest, where all values so known derive from).
 
     A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
-    transposes, products of parameters, but not broadcasts. Constants stay where they are used.
+    transposes, products of parameters, but not broadcasts. Constants stay where they are used, and so do side effects.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
@@ -116,13 +116,33 @@ def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -
     return tuple(_cut_down(node, wanted[node]) for node in nodes if node in wanted)
 
 
+def light_results(nodes: Sequence[Node], given: Iterable[Value]) -> set[Value]:
+    """Given values, and all that light nodes make of them and of constants."""
+    found = set(given)
+    for node in nodes:
+        if _light(node) and all(value.const is not None or value in found for value in node.ins):
+            found.update(node.outs)
+    return found
+
+
+def count_heavy(nodes: Sequence[Node]) -> int:
+    """How many nodes, in the bodies of scans, too, are not light; side effects do not count."""
+
+    def count(node: Node) -> int:
+        return count_heavy(node.scan.nodes) if node.scan is not None else not (_light(node) or has_effect(node))
+
+    return sum(map(count, nodes))
+
+
 def _cut_down(node: Node, values: set[Value]) -> Node:
     """The part of a scan that makes values; other nodes as they are."""
     return node if node.scan is None else divide((node,), values, ()).first[0]
 
 
 def _light(node: Node) -> bool:
-    return node.again or node.name not in HEAVY if node.scan is None else all(map(_light, node.scan.nodes))
+    if node.scan is not None:
+        return all(map(_light, node.scan.nodes))
+    return (node.again or node.name not in HEAVY) and not has_effect(node)
 
 
 def _divide_node(
@@ -160,7 +180,7 @@ def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaq
     ]
     ys_second = [pair for pair in scan.ys if pair[1] in for_second and pair not in ys_first]
     reads = {value for node in parts.second for value in node.ins} | {out for _, _, out, _ in carry_second}
-    crossing = [(value, _stacked(value, scan.length)) for value in _ordered(reads & (known - remade), scan)]
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & (known - remade), scan)]
     first = dataclasses.replace(scan, nodes=parts.first, carries=carry_first, ys=(*ys_first, *crossing))
     second = dataclasses.replace(
         scan,
@@ -194,7 +214,7 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
         if value.const is not None:
             return True
         node = made.get(value)
-        if node is None or node.name in HEAVY:
+        if node is None or node.name in HEAVY or has_effect(node):
             return False
         if node.name == "optimization_barrier" and node.eqn is None:
             return node.ins[0] not in made or free(node.ins[0])
@@ -215,7 +235,7 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
 
 
 def _worth_hoisting(node: Node, sources: Sources) -> bool:
-    if not all(value.const is not None or value in sources for value in node.ins):
+    if has_effect(node) or not all(value.const is not None or value in sources for value in node.ins):
         return False
     roots = frozenset().union(*(sources.get(value, ()) for value in node.ins))
     return bool(roots) and sum(out.nbytes for out in node.outs) <= sum(root.nbytes for root in roots)
@@ -237,7 +257,7 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     made = {value for node in once if node not in same for value in node.outs}
     reads = {value for node in rest for value in node.ins} | {out for _, _, out, _ in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
-    crossing = [(value, _stacked(value, scan.length)) for value in _ordered(reads & made, scan)]
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan)]
     if not stacked_here and not crossing:
         return None, scan.node()
     parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
@@ -249,10 +269,6 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
         ys=tuple(pair for pair in scan.ys if pair not in stacked_here),
     )
     return before.node(), (after.node() if after.carries or after.ys else None)
-
-
-def _stacked(value: Value, length: int) -> Value:
-    return Value(value.aval.update(shape=(length, *value.aval.shape)))
 
 
 def _ordered(values: set[Value], scan: Scan) -> list[Value]:

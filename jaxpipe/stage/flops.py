@@ -44,7 +44,7 @@ def _eqn_flops(eqn: JaxprEqn) -> int:
         return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // features
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_flops(eqn)
-    subs = [_jaxpr_flops(sub) for sub in _subjaxprs(eqn)]
+    subs = [_jaxpr_flops(sub) for sub in subjaxprs(eqn)]
     if name == "cond":
         return max(subs, default=0)
     return sum(subs) * (eqn.params["length"] if name == "scan" else 1)
@@ -67,6 +67,7 @@ def _shape(atom: Any) -> tuple[int, ...]:
     return atom.aval.shape
 
 
-def _subjaxprs(eqn: JaxprEqn) -> list[Any]:
+def subjaxprs(eqn: JaxprEqn) -> list[Any]:
+    """The jaxprs among an equation's parameters."""
     values = [v for value in eqn.params.values() for v in (value if isinstance(value, (tuple, list)) else (value,))]
     return [getattr(value, "jaxpr", value) for value in values if isinstance(value, (Jaxpr, ClosedJaxpr))]

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.extend import source_info_util
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -32,16 +33,25 @@ CALLS = {
 }
 """Primitives that are inlined, and the parameter that holds their jaxpr."""
 
+HARMLESS = frozenset({"NamedAxisEffect"})
+"""Effects of equations that do nothing but to compute their results."""
+
+_EMPTY = np.zeros(0, np.bool_)
+
 AGAIN = "made_again"
 """Name of a jitted function whose work is so light that it may be done again rather than its result kept."""
 
 
 @dataclasses.dataclass(eq=False)
 class Value:
-    """An array of a graph, by identity; ``const`` holds it where it is known."""
+    """An array of a graph, by identity; ``const`` holds it where it is known.
+
+    With ``effect`` it is an empty array that stands for a side effect of the node that makes it.
+    """
 
     aval: Any
     const: Any = None
+    effect: bool = False
 
     @property
     def nbytes(self) -> int:
@@ -54,7 +64,11 @@ class Value:
 
 @dataclasses.dataclass(eq=False)
 class Node:
-    """Outputs computed from inputs; ``scan`` is set where it is a loop, ``again`` within a function named `AGAIN`."""
+    """Outputs computed from inputs.
+
+    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``again``
+    within a function named `AGAIN`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
+    """
 
     name: str
     ins: tuple[Value, ...]
@@ -62,7 +76,9 @@ class Node:
     run: Callable[..., Sequence[Any]]
     eqn: JaxprEqn | None = None
     scan: Scan | None = None
+    context: tuple[JaxprEqn, ...] = ()
     again: bool = False
+    recomputed: bool = False
 
 
 @dataclasses.dataclass(eq=False)
@@ -150,18 +166,30 @@ def read(env: dict[Value, Any], value: Value) -> Any:
     return env[value] if value.const is None else value.const
 
 
+def has_effect(node: Node) -> bool:
+    """Whether the node does more than to compute its outputs; of a scan, whether a node of its body does."""
+    return any(value.effect for value in node.outs)
+
+
 def producers(nodes: Iterable[Node]) -> dict[Value, Node]:
     """The node that makes each value."""
     return {value: node for node in nodes for value in node.outs}
 
 
 def _emit(
-    jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value], nodes: list[Node], context: tuple[JaxprEqn, ...]
+    jaxpr: Jaxpr,
+    consts: Sequence[Any],
+    inputs: Sequence[Value],
+    nodes: list[Node],
+    context: tuple[JaxprEqn, ...],
+    *,
+    recomputed: bool = False,
 ) -> list[Value]:
     """Appends the nodes of a jaxpr, inlined; returns its outputs."""
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     env.update({var: Value(var.aval, const) for var, const in zip(jaxpr.constvars, consts, strict=True)})
     again = any(outer.params.get("name") == AGAIN for outer in context)
+    recomputed = recomputed or any(outer.params.get("differentiated") for outer in context)
 
     def lookup(atom: Any) -> Value:
         return Value(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
@@ -173,24 +201,41 @@ def _emit(
             inner, inner_consts = _open(eqn.params[CALLS[name]])
             if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
                 ins = [_barrier(value, nodes) for value in ins]
-            outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn))
+            outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn), recomputed=recomputed)
         else:
             outs = [Value(var.aval) for var in eqn.outvars]
             if name == "scan":
-                nodes.append(_scan(eqn, ins, outs, context).node())
+                nodes.append(_scan(eqn, ins, outs, context, recomputed=recomputed).node())
             else:
-                run = functools.partial(_bind, eqn, context)
-                nodes.append(Node(name, tuple(ins), tuple(outs), run, eqn, again=again))
+                node = eqn_node(eqn, ins, outs, context)
+                nodes.append(dataclasses.replace(node, again=again, recomputed=recomputed))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [lookup(atom) for atom in jaxpr.outvars]
 
 
-def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Scan:
+def eqn_node(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Node:
+    """An equation as a node; with a side effect it has one more output."""
+    run = functools.partial(_bind, eqn, context)
+    if not has_side_effects(eqn.effects):
+        return Node(eqn.primitive.name, tuple(ins), tuple(outs), run, eqn, context=context)
+    outs = (*outs, Value(jax.typeof(_EMPTY), effect=True))
+    return Node(eqn.primitive.name, tuple(ins), outs, lambda *arrays: [*run(*arrays), _EMPTY], eqn, context=context)
+
+
+def _scan(
+    eqn: JaxprEqn,
+    ins: Sequence[Value],
+    outs: Sequence[Value],
+    context: tuple[JaxprEqn, ...],
+    *,
+    recomputed: bool,
+) -> Scan:
     jaxpr, consts = _open(eqn.params["jaxpr"])
     num_consts, num_carry = scan_counts(eqn)
     inner_ins = [Value(var.aval) for var in jaxpr.invars]
     nodes: list[Node] = []
-    inner_outs = _emit(jaxpr, consts, inner_ins, nodes, ())
+    inner_outs = _emit(jaxpr, consts, inner_ins, nodes, (), recomputed=recomputed)
+    effects = [value for node in nodes for value in node.outs if value.effect]
     stop = num_consts + num_carry
     return Scan(
         nodes=tuple(nodes),
@@ -199,12 +244,28 @@ def _scan(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: t
             zip(ins[num_consts:stop], inner_ins[num_consts:stop], inner_outs[:num_carry], outs[:num_carry], strict=True)
         ),
         xs=tuple(zip(ins[stop:], inner_ins[stop:], strict=True)),
-        ys=tuple(zip(inner_outs[num_carry:], outs[num_carry:], strict=True)),
+        ys=(
+            *zip(inner_outs[num_carry:], outs[num_carry:], strict=True),
+            *((value, stack_of(value, eqn.params["length"])) for value in effects),
+        ),
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
         context=(*context, eqn),
     )
+
+
+def stack_of(value: Value, length: int) -> Value:
+    """The rows of a value of a scan's body, one for each turn."""
+    return Value(value.aval.update(shape=(length, *value.aval.shape)), effect=value.effect)
+
+
+def has_side_effects(effects: Iterable[Any]) -> bool:
+    """Whether any of a jaxpr's or an equation's effects is more than the use of a mesh axis.
+
+    What an unknown effect does cannot be told: it counts.
+    """
+    return any(type(effect).__name__ not in HARMLESS for effect in effects)
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import collections
 from collections.abc import Collection, Iterable, Sequence
 
-from jaxpipe.stage.graph import Node, Value, producers
+from jaxpipe.stage.graph import Node, Value, has_effect, producers
 
 ELEMENTWISE = frozenset({
     "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp",
@@ -29,7 +29,7 @@ LIGHT = ELEMENTWISE | MOVING | REDUCING
 
 def is_light(node: Node, *, again: bool) -> bool:
     """Whether the node's work is lighter than to keep its result: by its primitive or, with ``again``, by its name."""
-    return (again and node.again) or node.name in LIGHT
+    return ((again and node.again) or node.name in LIGHT) and not has_effect(node)
 
 
 _Place = tuple[str, Value | None]

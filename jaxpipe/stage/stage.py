@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.stage.divide import closure, divide, hoist
-from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
+from jaxpipe.stage.divide import closure, count_heavy, divide, hoist, light_results
+from jaxpipe.stage.effects import effects_of, without_repeated
+from jaxpipe.stage.graph import Node, Value, evaluate, read
 from jaxpipe.stage.keep import fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.rewrite import before_casts, without_twins
+from jaxpipe.stage.trace import inexact, shape_of, trace
 
 
 class Residuals(NamedTuple):
@@ -116,7 +118,7 @@ class SplitStage:
         return env
 
     def _seed(self, env: dict[Value, Any], out_ct: Any) -> None:
-        cts = [ct for ct, aval in zip(_leaves(out_ct), jax.tree.leaves(self.out), strict=True) if _inexact(aval)]
+        cts = [ct for ct, aval in zip(_leaves(out_ct), jax.tree.leaves(self.out), strict=True) if inexact(aval)]
         env.update(zip(self._parts.cts, cts, strict=True))
 
     def _params_ct(self, env: dict[Value, Any], narrow: bool) -> Any:
@@ -186,8 +188,9 @@ def split_stage(
     >>> split.backward_weight(prepared, residuals.weight, crossing).shape
     (4, 4)
     """
-    params, x, args = jax.tree.map(_shape, (params, x, args))
-    forward, backward, traced = _trace(stage, params, x, args, has_aux)
+    params, x, args = jax.tree.map(shape_of, (params, x, args))
+    traced = trace(stage, params, x, args, has_aux)
+    forward, backward = traced.forward, traced.backward
 
     counts = [len(jax.tree.leaves(tree)) for tree in (params, (x, args), (traced.out, traced.aux))]
     param_values, arguments = forward.inputs[: counts[0]], forward.inputs[counts[0] :]
@@ -195,45 +198,47 @@ def split_stage(
 
     once, rest, sources = hoist(forward.nodes, param_values)
     known = set(sources)
+    cts = backward.inputs[len(residuals) :]
     # Backward reads the forward's own values: what parameters or constants give is made there, the rest is kept.
     alias = dict(zip(backward.inputs, residuals, strict=False))
-    nodes = without_twins(backward.nodes, once, known, alias)
+    nodes = without_twins(without_repeated(backward.nodes, forward.nodes, cts), once, known, alias)
     params_ct, x_ct = (
         tuple(alias.get(value, value) for value in values)
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
     )
-    kept = [value for value in dict.fromkeys(residuals) if value not in known and value.const is None]
-    # Light work on parameters and constants is done again in each half rather than stashed or handed over.
-    remade = [value for value in kept if closure([value], rest, known) is not None]
-    chosen = fewest_bytes([value for value in kept if value not in remade], rest, known, again=again)
-    remade = [value for value in kept if value not in chosen]
-    kept = [value for value in (*arguments, *(out for node in rest for out in node.outs)) if value in chosen]
-
-    parts = divide(nodes, x_ct, params_ct)
+    x_effects, params_effects = _side_of_effects(nodes, x_ct, params_ct)
+    parts = divide(nodes, (*x_ct, *x_effects), (*params_ct, *params_effects))
+    needed = _reads(parts.first, x_ct) | _reads(parts.second, params_ct)
+    # What the backward reads of the forward. Light work on parameters and constants costs nothing to do again; of the
+    # rest the first cut keeps as few bytes as make all of it.
+    shared = [value for value in dict.fromkeys(residuals) if value in needed and value not in known]
+    free = light_results(rest, known)
+    chosen = fewest_bytes([value for value in shared if closure([value], rest, known) is None], rest, free, again=again)
+    kept = [value for value in dict.fromkeys((*arguments, *_results(rest))) if value in chosen]
+    remade = [value for value in shared if value not in chosen]
     first, second = (
-        in_time(closure([value for value in remade if value in reads], rest, known | chosen) or (), part)
+        in_time(_made_again([value for value in remade if value in reads], rest, known | chosen), part)
         for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
-    for_second = _reads(second, params_ct)
-    for_first = _reads(first, x_ct)
-    cts = backward.inputs[len(residuals) :]
-    made_first = {value for node in first for value in node.outs} | set(cts)
-    made_second = {value for node in second for value in node.outs}
-    order = [*cts, *(value for node in first for value in node.outs)]
-    crossing = tuple(value for value in order if value in (for_second & made_first) - made_second)
-    weight = tuple(value for value in kept if value in for_second)
-    given = known | {*weight}
-    handed = fewest_bytes(crossing, first, given, again=again)
-    more = closure([value for value in crossing if value not in handed], first, given | handed) or ()
-    second = in_time(more, second)
-    for_second = _reads(second, params_ct)
-    crossing = tuple(value for value in (*kept, *order) if value in handed)
-    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
 
-    used = {value for node in rest for value in node.ins} | for_first | for_second | {*outputs}
+    # What the weights' half reads of the input's half, or of what only that knows. The second cut may go through kept
+    # values, too: one that the weights' half then reads is stashed for it from the start and not handed over. That
+    # takes the same bytes at any time, and no copy.
+    order = dict.fromkeys((*cts, *_results(first)))
+    reads = _reads(second, params_ct) - {*_results(second)}
+    between = [value for value in order if value in reads]
+    at_hand = known | (chosen & reads)
+    handed = fewest_bytes(between, first, at_hand | light_results(first, known), again=again)
+    second = in_time(_made_again([value for value in between if value not in handed], first, at_hand | handed), second)
+    for_first, for_second = _reads(first, x_ct), _reads(second, params_ct)
+    weight = tuple(value for value in kept if value in for_second)
+    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
+    crossing = tuple(value for value in order if value in handed and value not in chosen)
+
+    rest = divide(rest, (*outputs, *weight, *inputs, *effects_of(rest)), ()).first
+    used = _reads(rest, outputs) | for_first | for_second
     prepared = tuple(value for value in sources if value in used)
     once = divide(once, prepared, ()).first
-    rest = divide(rest, (*outputs, *weight, *inputs), ()).first
     return SplitStage(
         out=traced.out,
         aux=traced.aux,
@@ -262,44 +267,15 @@ def split_stage(
     )
 
 
-class _Traced(NamedTuple):
-    out: Any
-    aux: Any
-    num_params: int
-    num_x: int
-
-
-def _trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: bool) -> tuple[Graph, Graph, _Traced]:
-    """(params, x, args -> out, aux, residuals; residuals, cotangents -> params' and x's cotangents; shapes)."""
-    param_leaves, param_tree = jax.tree.flatten(params)
-    x_leaves, x_tree = jax.tree.flatten(x)
-    vjp_tree: Any = None
-
-    def forward(params: Any, x: Any, args: Any) -> Any:
-        nonlocal vjp_tree
-        p_diff, p_rest = _divide_leaves(jax.tree.leaves(params))
-        x_diff, x_rest = _divide_leaves(jax.tree.leaves(x))
-
-        def differentiable(p_diff: Any, x_diff: Any) -> Any:
-            p = jax.tree.unflatten(param_tree, _join_leaves(p_diff, p_rest))
-            result = stage(p, jax.tree.unflatten(x_tree, _join_leaves(x_diff, x_rest)), *args)
-            out, aux = result if has_aux else (result, None)
-            return [leaf for leaf in jax.tree.leaves(out) if _inexact(leaf)], (out, aux)
-
-        _, vjp, (out, aux) = jax.vjp(differentiable, p_diff, x_diff, has_aux=True)
-        residuals, vjp_tree = jax.tree.flatten(vjp)
-        return out, aux, residuals
-
-    closed, (out, aux, residuals) = jax.make_jaxpr(forward, return_shape=True)(params, x, args)
-    cts = [leaf for leaf in jax.tree.leaves(out) if _inexact(leaf)]
-
-    def backward(residuals: Any, cts: Any) -> Any:
-        p_ct, x_ct = jax.tree.unflatten(vjp_tree, residuals)(cts)
-        return [leaf for leaf in p_ct if leaf is not None], [leaf for leaf in x_ct if leaf is not None]
-
-    num_params, num_x = (sum(map(_inexact, leaves)) for leaves in (param_leaves, x_leaves))
-    backward_closed = jax.make_jaxpr(backward)(residuals, cts)
-    return make_graph(closed), make_graph(backward_closed), _Traced(out, aux if has_aux else None, num_params, num_x)
+def _side_of_effects(
+    nodes: Sequence[Node], x_ct: Sequence[Value], params_ct: Sequence[Value]
+) -> tuple[list[Value], list[Value]]:
+    """(effects for the input's half, effects for the weights'): in the input's half what takes no heavy work more."""
+    sides: tuple[list[Value], list[Value]] = [], []
+    for effect in effects_of(nodes):
+        without, within = (divide(nodes, (*x_ct, *more), params_ct).first for more in ((), (effect,)))
+        sides[count_heavy(without) < count_heavy(within)].append(effect)
+    return sides
 
 
 def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
@@ -307,30 +283,19 @@ def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
     return {value for node in nodes for value in node.ins} | set(results)
 
 
+def _results(nodes: Sequence[Node]) -> list[Value]:
+    return [value for node in nodes for value in node.outs]
+
+
+def _made_again(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
+    """The nodes that make values again from given ones; a cut has seen to it that light ones do."""
+    found = closure(values, nodes, given)
+    assert found is not None
+    return found
+
+
 def _leaves(tree: Any) -> list[Any]:
     return jax.tree.leaves(tree)
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
-        raise ValueError(
-            f"{leaf!r} of type {type(leaf).__name__} is not an array: params, x and args of a stage are pytrees of "
-            "arrays; bind other values with functools.partial"
-        )
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
-
-
-def _inexact(leaf: Any) -> bool:
-    return jnp.issubdtype(leaf.dtype, jnp.inexact)
-
-
-def _divide_leaves(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(differentiable leaves, others), None in the other's places."""
-    return [leaf if _inexact(leaf) else None for leaf in leaves], [None if _inexact(leaf) else leaf for leaf in leaves]
-
-
-def _join_leaves(diff: Sequence[Any], rest: Sequence[Any]) -> list[Any]:
-    return [r if d is None else d for d, r in zip(diff, rest, strict=True)]
 
 
 def _cut(values: Sequence[Value], counts: Sequence[int]) -> list[tuple[Value, ...]]:
@@ -343,7 +308,7 @@ def _cotangents(env: dict[Value, Any], values: Sequence[Value], like: Any) -> An
     """Cotangents in the structure of ``like``, zeros for leaves that are not differentiable."""
     found = iter(values)
     return jax.tree.map(
-        lambda leaf: read(env, next(found)) if _inexact(leaf) else jnp.zeros(leaf.shape, leaf.dtype), like
+        lambda leaf: read(env, next(found)) if inexact(leaf) else jnp.zeros(leaf.shape, leaf.dtype), like
     )
 
 

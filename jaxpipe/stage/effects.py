@@ -1,0 +1,180 @@
+"""Side effects of a stage: what runs once for each microbatch, what is repeated by JAX, and what cannot be supported.
+
+A node with an effect has one more result, an empty array that nothing reads: what must run is what makes these. So
+effects are divided, and stacked by loops, like any other value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import jax
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+
+from jaxpipe.stage.flops import subjaxprs
+from jaxpipe.stage.graph import Node, Value, eqn_node, has_effect, has_side_effects
+
+_REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
+_NEW_REF = "InternalMutableArrayEffect"
+
+
+def effects_of(nodes: Iterable[Node]) -> tuple[Value, ...]:
+    """The results that stand for effects."""
+    return tuple(value for node in nodes for value in node.outs if value.effect)
+
+
+def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """The jaxpr with `jax.new_ref` and what reads and writes it as plain values.
+
+    Raises:
+      ValueError: it uses refs that are made elsewhere, or in a way that JAX cannot turn into values.
+    """
+    kinds = {type(effect).__name__ for effect in closed.jaxpr.effects}
+    if kinds & _REFS:
+        raise ValueError(
+            f"a stage uses a ref that was made outside of it ({', '.join(sorted(kinds & _REFS))}): the schedule "
+            "decides which stage and microbatch comes first, so what it holds is not defined; make the ref inside the "
+            "stage with jax.new_ref, or pass the array as a parameter and return what changes as a metric"
+        )
+    if _NEW_REF not in kinds:
+        return closed
+    # Public JAX discharges refs only when it lowers.
+    from jax._src.state.discharge import discharge_state  # noqa: PLC0415
+
+    try:
+        return discharge_state(closed)
+    except NotImplementedError as error:
+        raise ValueError(
+            f"a stage uses a ref within a primitive that JAX cannot turn into plain values: {error}; pass the array "
+            "through that function as an argument and a result instead"
+        ) from error
+
+
+def check_effects(effects: Iterable[Any], what: str) -> None:
+    """Refuses effects that JAX orders on one device only, where there are more.
+
+    Raises:
+      ValueError: there is such an effect.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.size > 1 and any(type(effect).__name__ == "OrderedDebugEffect" for effect in effects):
+        raise ValueError(
+            f"{what} has an ordered debug callback or print, and the mesh has {mesh.size} devices {dict(mesh.shape)}, "
+            "among which JAX knows no order: pass ordered=False and tell the lines apart by ctx.stage and "
+            "ctx.microbatch, or use jax.experimental.io_callback(..., ordered=True), which each device orders by itself"
+        )
+
+
+def without_repeated(
+    backward: Sequence[Node], forward: Sequence[Node], cotangents: Iterable[Value]
+) -> tuple[Node, ...]:
+    """A backward pass without those effects of the forward that `jax.checkpoint` repeats.
+
+    Repeated is what runs in a recomputation, depends on no cotangent, and has its like in the forward. What a custom
+    derivative does of its own stays.
+    """
+    known = frozenset().union(*(_kinds(node.eqn) for node in _flat(forward)))
+    depends = _dependents(backward, set(cotangents))
+
+    def is_repeated(node: Node) -> bool:
+        return node.recomputed and _kinds(node.eqn) <= known and depends.isdisjoint(node.ins)
+
+    return _silence(backward, is_repeated)
+
+
+def silence(nodes: Sequence[Node]) -> tuple[Node, ...]:
+    """The nodes without effects, but for those of nodes whose results are read.
+
+    Raises:
+      ValueError:
+    """
+    return _silence(nodes, lambda _: True)
+
+
+def _silence(nodes: Iterable[Node], chosen: Callable[[Node], bool]) -> tuple[Node, ...]:
+    kept = []
+    for node in nodes:
+        if node.scan is not None and has_effect(node):
+            inner = _silence(node.scan.nodes, chosen)
+            gone = {*effects_of(node.scan.nodes)} - {*effects_of(inner)}
+            ys = tuple(pair for pair in node.scan.ys if pair[0] not in gone)
+            if ys or node.scan.carries:
+                kept.append(dataclasses.replace(node.scan, nodes=inner, ys=ys).node())
+        elif not has_effect(node) or not chosen(node):
+            kept.append(node)
+        elif node.eqn and (outs := tuple(value for value in node.outs if not value.effect)):
+            quiet = eqn_node(_silent_eqn(node.eqn), node.ins, outs, node.context)
+            kept.append(dataclasses.replace(quiet, again=node.again, recomputed=node.recomputed))
+    return tuple(kept)
+
+
+def _silent_eqn(eqn: JaxprEqn) -> JaxprEqn:
+    """An equation without the effects of the computations inside."""
+
+    def silent(value: Any) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(map(silent, value))
+        if isinstance(value, ClosedJaxpr) and not isinstance(value, Jaxpr):
+            return value.replace(jaxpr=_silent_jaxpr(value.jaxpr))
+        return _silent_jaxpr(value) if isinstance(value, Jaxpr) else value
+
+    subs = subjaxprs(eqn)
+    if not subs:
+        return eqn
+    params = {name: silent(value) for name, value in eqn.params.items()}
+    quiet = eqn.replace(params=params)
+    return quiet.replace(effects=frozenset().union(*(sub.effects for sub in subjaxprs(quiet))))
+
+
+def _silent_jaxpr(jaxpr: Jaxpr) -> Jaxpr:
+    """Without equations whose effects are all that they do."""
+    used = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
+    kept = []
+    for eqn in reversed(jaxpr.eqns):
+        if has_side_effects(eqn.effects):
+            if used.isdisjoint(eqn.outvars):
+                continue
+            eqn = _silent_eqn(eqn)
+        used.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+        kept.append(eqn)
+    effects = frozenset().union(*(eqn.effects for eqn in kept))
+    return jaxpr.replace(eqns=kept[::-1], effects=effects)
+
+
+def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:
+    """The side effects of an equation and of the computations inside; the same for an effect and its repetition."""
+    if eqn is None or not has_side_effects(eqn.effects):
+        return frozenset()
+    inner = frozenset().union(*(_kinds(sub) for jaxpr in subjaxprs(eqn) for sub in jaxpr.eqns))
+    return inner or frozenset({(eqn.primitive.name, str(sorted((k, repr(v)) for k, v in eqn.params.items())))})
+
+
+def _flat(nodes: Iterable[Node]) -> Iterable[Node]:
+    for node in nodes:
+        yield node
+        if node.scan is not None:
+            yield from _flat(node.scan.nodes)
+
+
+def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
+    """Values, and all that depend on them, in the bodies of scans, too."""
+    found = set(values)
+    for node in nodes:
+        scan = node.scan
+        if scan is None:
+            if not found.isdisjoint(node.ins):
+                found.update(node.outs)
+            continue
+        found.update(inner for outer, inner in (*scan.consts, *scan.xs) if outer in found)
+        found.update(inner for outer, inner, _, _ in scan.carries if outer in found)
+        while True:
+            found |= _dependents(scan.nodes, found)
+            grown = {inner for _, inner, out, _ in scan.carries if out in found} - found
+            if not grown:
+                break
+            found |= grown
+        found.update(final for _, inner, out, final in scan.carries if inner in found or out in found)
+        found.update(stacked for inner, stacked in scan.ys if inner in found)
+    return found
