@@ -24,7 +24,7 @@ from eplb_jax.grouped_gemm import Backend
 from eplb_jax.mesh_axis import size_and_index
 from eplb_jax.placement import Placement
 from eplb_jax.replica import CHOICES, choose_replicas, node_size
-from eplb_jax.router import RouterConfig, balance_loss, route, router_logits
+from eplb_jax.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
 
 EXCHANGES = ("dense", "ragged")
 
@@ -99,7 +99,8 @@ class MoEStats(NamedTuple):
     Attributes:
       loads: tokens that chose each logical expert; int32.
       dropped: choices that found no room, counted where that was found out; int32.
-      balance_loss: without its factor; a mean over this device's tokens.
+      balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
+        devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
     """
 
     loads: Int[Array, " E"]
@@ -157,7 +158,8 @@ def moe_layer(
         None: slot i holds expert i.
       axis: the mesh axis that experts are sharded over, bound by `jax.shard_map`; None: all slots are here.
       sequences: how many sequences of equal length the tokens are, for the balance loss.
-      mask: which tokens are real; the others go to no routed expert and count nowhere.
+      mask: which tokens are real. The others may hold anything, even NaN: they go to no expert, routed or shared, come
+        out as zeros, give and get no gradient, and count nowhere.
 
     Returns:
       The output, in x's dtype, and statistics.
@@ -174,9 +176,12 @@ def moe_layer(
     """
     devices, device = size_and_index(axis)
     slots = _check(params, x, config, placement, devices, axis)
+    x = of_real_tokens(x, mask)
     with jax.named_scope("router"):
         routing = route(router_logits(x, params.router), config.router, bias=params.bias, mask=mask)
-        loss = balance_loss(routing, config.router, sequences=sequences)
+        # Without a mask all devices have as many tokens, and nothing needs to travel.
+        everyone = None if mask is None else axis
+        loss = balance_loss(routing, config.router, sequences=sequences, axis_name=everyone)
         chosen = routing.experts
         if placement is not None:
             chosen = choose_replicas(
@@ -196,7 +201,7 @@ def moe_layer(
                 y = y + shared_out(params.shared, shared_in(params.shared, x))
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, rooms, config, axis)
-    return y, MoEStats(routing.loads, dropped, loss)
+    return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss)
 
 
 def local_experts(

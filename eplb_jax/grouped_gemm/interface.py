@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax.grouped_gemm import mosaic, xla
 from eplb_jax.grouped_gemm.layout import ALIGN
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
-from eplb_jax.mesh_axis import varying
+from eplb_jax.mesh_axis import same_axes, varying
 
 Backend = Literal["auto", "xla", "mosaic"]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -99,13 +99,6 @@ def choose(lhs: Any, rhs: Any, backend: str) -> str:
 def _log_fallback(reason: str) -> None:
     """Says once per reason that a GPU gets the slow backend."""
     logger.warning("grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: %s", reason)
-
-
-def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays varying over the same mesh axes; shard_map then sums the gradients of those that did not."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
-    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
 
 
 def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str, transpose_rhs: bool) -> jax.Array:
