@@ -17,13 +17,12 @@ def size_and_index(axis: str | None) -> tuple[int, jax.Array]:
     """
     if axis is None:
         return 1, jnp.int32(0)
-    try:
-        return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
-    except NameError as error:
+    if not is_bound(axis):
         raise ValueError(
             f"axis={axis!r} is not bound: call this within jax.shard_map over a mesh that has this axis, or with "
             "axis=None where one device holds all experts"
-        ) from error
+        )
+    return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
 
 
 def is_bound(axis: str) -> bool:

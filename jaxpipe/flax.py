@@ -46,6 +46,8 @@ class NNXFunction:
 def nnx_function(module: nnx.Module) -> NNXFunction:
     """Splits an NNX module into parameters and a pure function of them.
 
+    Parameters are its ``nnx.Param``, and variables whose class says ``constant = True``, that no call changes them.
+
     Raises:
       ValueError: if the module holds state that a call would change (batch statistics, caches): a pipeline runs
         microbatches in an order of its own, so nothing may pass from one to the next.
@@ -56,7 +58,7 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
     >>> sorted(function.params), function(function.params, jnp.ones((5, 2))).shape
     (['bias', 'kernel'], (5, 3))
     """
-    graphdef, params, rng_state, rest = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graphdef, params, rng_state, rest = nnx.split(module, nnx.Any(nnx.Param, _is_constant), nnx.RngState, ...)
     kinds = sorted({type(leaf).__name__ for leaf in jax.tree.leaves(rest, is_leaf=_is_variable) if _is_variable(leaf)})
     if kinds:
         raise ValueError(
@@ -184,6 +186,10 @@ def _rngs(ctx: Context) -> nnx.Rngs:
 
 def _is_variable(leaf: Any) -> bool:
     return isinstance(leaf, nnx.Variable)
+
+
+def _is_constant(path: Any, leaf: Any) -> bool:
+    return _is_variable(leaf) and getattr(type(leaf), "constant", False) is True
 
 
 def _check_same_structure(params: Sequence[Any]) -> None:
