@@ -33,7 +33,8 @@ def grouped_matmul(
 
     Group g has rows ``[start, start + group_sizes[g])`` with ``start = group_starts(group_sizes)[g]``, a multiple of
     `ALIGN`. Rows of no group, between groups or after the last, may hold anything: they reach no result and no
-    gradient, but their own results, and their own rows of the gradient of lhs, are unspecified.
+    gradient, but their own results, and their own rows of the gradient of lhs, are unspecified. `jax.vmap` over any of
+    the arguments makes one product after the other.
 
     Args:
       lhs: the rows; bfloat16, float16, float32 or float64.
@@ -113,10 +114,14 @@ def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: str) 
 
 
 def dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> Any:
-    """The results on the chosen backend, as `choose_backend` names it."""
+    """The results on the chosen backend, as `choose_backend` names it.
+
+    Under `jax.vmap` a kernel runs once for each part of the batch: it fills a GPU by itself.
+    """
+    kernel = varying(jax.custom_batching.sequential_vmap(by_mosaic))
     if chosen == "either":
-        return jax.lax.platform_dependent(*arguments, cuda=varying(by_mosaic), default=varying(by_xla))
-    return varying({"xla": by_xla, "mosaic": by_mosaic}[chosen])(*arguments)
+        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=varying(by_xla))
+    return kernel(*arguments) if chosen == "mosaic" else varying(by_xla)(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
