@@ -19,6 +19,7 @@ from eplb_jax import row_moves
 from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm import Backend, interface
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
+from eplb_jax.mesh_axis import same_axes
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
@@ -57,7 +58,8 @@ def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -
     >>> gather_sum(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
     [2.0, 4.0]
     """
-    return _spread(x, moves, _choose(x, moves, backend))
+    x, *indices = same_axes(x, *moves)
+    return _spread(x, Moves(*indices), _choose(x, moves, backend))
 
 
 def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "N D"]:
@@ -67,7 +69,8 @@ def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "a
       rows: what is added; rows that hold no token are not looked at.
       moves, backend: as there.
     """
-    return _gather_sum(rows, moves, _choose(rows, moves, backend))
+    rows, *indices = same_axes(rows, *moves)
+    return _gather_sum(rows, Moves(*indices), _choose(rows, moves, backend))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -132,16 +135,20 @@ def add_rows_by_xla(rows: Float[Array, "R D"], index: Int[Array, "N k"]) -> Floa
     return functools.reduce(jnp.add, parts).astype(rows.dtype)
 
 
-@jax.custom_vjp
 def spread_each(
     values: Float[Array, "N k"], assignment: Int[Array, " R"], rows: Int[Array, "N k"]
 ) -> Float[Array, " R"]:
     """The value of each row's assignment (token * k + choice), zero for N * k; ``rows`` is the inverse, R for none."""
+    return _spread_each(*same_axes(values, assignment, rows))
+
+
+@jax.custom_vjp
+def _spread_each(values: jax.Array, assignment: jax.Array, rows: jax.Array) -> jax.Array:
     return _take_or_zero(values.reshape(-1), assignment)
 
 
-spread_each.defvjp(
-    lambda values, assignment, rows: (spread_each(values, assignment, rows), rows),
+_spread_each.defvjp(
+    lambda values, assignment, rows: (_spread_each(values, assignment, rows), rows),
     lambda rows, ct: (_take_or_zero(ct, rows), None, None),
 )
 
@@ -158,51 +165,68 @@ def all_to_all(x: Float[Array, "ep C *rest"], axis: str) -> Float[Array, "ep C *
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def all_to_all_listed(
     slots: Int[Array, "ep C k"], weights: Float[Array, "ep C k"], axis: str
 ) -> tuple[Int[Array, "ep C k"], Float[Array, "ep C k"]]:
     """`all_to_all` of both, as the words of one message."""
+    return _all_to_all_listed(*_vary_over(axis, slots, weights), axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _all_to_all_listed(slots: jax.Array, weights: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
     words = jax.lax.bitcast_convert_type(weights, jnp.int32).reshape(*slots.shape[:2], -1)
     slots, words = jnp.split(all_to_all(jnp.concatenate([slots, words], -1), axis), [slots.shape[-1]], axis=-1)
     parts = words.reshape(weights.shape if words.shape == weights.shape else (*weights.shape, -1))
     return slots, jax.lax.bitcast_convert_type(parts, weights.dtype)
 
 
-all_to_all_listed.defvjp(
-    lambda slots, weights, axis: (all_to_all_listed(slots, weights, axis), None),
+_all_to_all_listed.defvjp(
+    lambda slots, weights, axis: (_all_to_all_listed(slots, weights, axis), None),
     lambda axis, _, cts: (None, all_to_all(cts[1], axis)),
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def all_to_all_fp8(x: Float[Array, "ep C D"], axis: str) -> Float[Array, "ep C D"]:
     """`all_to_all` of numbers rounded to 8 bits (e4m3), one float32 scale for 128 channels; its transpose is exact.
 
     Source: the DeepSeek-V3 report, arXiv 2412.19437, 3.3.2 and 3.3.3.
     """
+    return _all_to_all_fp8(*_vary_over(axis, x), axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_to_all_fp8(x: jax.Array, axis: str) -> jax.Array:
     numbers, scales = quantise(x)
     # Travels as plain bytes, which every communication library knows.
     numbers = all_to_all(jax.lax.bitcast_convert_type(numbers, jnp.uint8), axis)
     return dequantise(jax.lax.bitcast_convert_type(numbers, FP8), all_to_all(scales, axis), x.dtype)
 
 
-all_to_all_fp8.defvjp(
-    lambda x, axis: (all_to_all_fp8(x, axis), None),
+_all_to_all_fp8.defvjp(
+    lambda x, axis: (_all_to_all_fp8(x, axis), None),
     lambda axis, _, ct: (all_to_all(ct, axis),),
 )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def all_to_all_fp8_back(x: Float[Array, "ep C D"], axis: str) -> Float[Array, "ep C D"]:
     """`all_to_all` whose transpose travels in 8 bits: the combine of what `all_to_all_fp8` dispatched."""
+    return _all_to_all_fp8_back(*_vary_over(axis, x), axis)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _all_to_all_fp8_back(x: jax.Array, axis: str) -> jax.Array:
     return all_to_all(x, axis)
 
 
-all_to_all_fp8_back.defvjp(
+_all_to_all_fp8_back.defvjp(
     lambda x, axis: (all_to_all(x, axis), None),
-    lambda axis, _, ct: (all_to_all_fp8(ct, axis),),
+    lambda axis, _, ct: (_all_to_all_fp8(ct, axis),),
 )
+
+
+def _vary_over(axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays varying over the same mesh axes, this one included."""
+    return same_axes(*arrays, jax.lax.axis_index(axis))[:-1]
 
 
 def quantise(x: Float[Array, "*rows D"]) -> tuple[Array, Float[Array, "*rows blocks"]]:

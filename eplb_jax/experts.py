@@ -18,7 +18,7 @@ from eplb_jax import gated_rows
 from eplb_jax.dtypes import wide
 from eplb_jax.grouped_gemm import Backend, grouped_matmul, interface
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
-from eplb_jax.mesh_axis import size_and_index
+from eplb_jax.mesh_axis import same_axes, size_and_index
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,7 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
 
     def fetch(owned: jax.Array) -> jax.Array:
         if axis is None:
-            return _pick(owned, jnp.maximum(mine, 0), mine >= 0)
+            return _pick(*same_axes(owned, jnp.maximum(mine, 0), mine >= 0))
         experts = owned.shape[0]
         parts = next(n for n in range(min(devices, experts), experts + 1) if experts % n == 0)
         size = experts // parts
@@ -87,7 +87,8 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
             # Grouped by expert axis alone, so legal where pipeline ranks do different things; a permute is not.
             everyones = jax.lax.all_gather(block, axis, tiled=True)
             is_here = (mine >= 0) & (place // size == part)
-            found.append(_pick(everyones, jnp.maximum(owner, 0) * size + place % size, is_here))
+            index = jnp.maximum(owner, 0) * size + place % size
+            found.append(_pick(*same_axes(everyones, index, is_here)))
         return functools.reduce(jnp.add, found)
 
     return jax.tree.map(fetch, masters)
@@ -102,7 +103,7 @@ def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None
     """
     if weight is None:
         weight = jnp.ones(hidden.shape[0], wide(hidden.dtype))
-    return _swiglu(hidden, weight)
+    return _swiglu(*same_axes(hidden, weight))
 
 
 @jax.custom_vjp
@@ -142,7 +143,7 @@ def apply_experts(
     """
     interface.check(rows, params.w_in, sizes, transpose_rhs=False)
     operands = *params, rows, weight, jnp.asarray(sizes, jnp.int32)
-    w_in, w_out, *operands = interface.same_axes(*map(jnp.asarray, operands))
+    w_in, w_out, *operands = same_axes(*map(jnp.asarray, operands))
     return _apply_experts(ExpertParams(w_in, w_out), *operands, backend)
 
 

@@ -13,23 +13,30 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
 from eplb_jax.experts import ExpertParams, working_copies
+from eplb_jax.mesh_axis import is_bound
 from eplb_jax.moe import MoEConfig, MoEParams, MoEStats, init_moe, moe_layer
 from eplb_jax.placement import Placement
 
 
-class RouterBias(nnx.Param):
-    """The selection bias: a parameter that `eplb_jax.router.update_bias` changes, not the optimizer.
+class RouterBias(nnx.Variable):
+    """The selection bias, which `eplb_jax.router.update_bias` changes.
 
-    Its gradient is zero. Give optimizers ``nnx.All(nnx.Param, nnx.Not(RouterBias), nnx.Not(PlacementParam))``, or
-    weight decay changes it.
+    No ``nnx.Param``, so that neither gradients nor an optimizer's weight decay reach it. Within a pipeline it travels
+    with the parameters of its stage.
     """
 
+    pipeline_parameter = True
+    """It travels with parameters; see `jaxpipe.flax.nnx_function`."""
 
-class PlacementParam(nnx.Param):
-    """An integer array of the placement, which no optimizer touches."""
+
+class PlacementParam(nnx.Variable):
+    """An integer array of the placement, which no gradient and no optimizer touches; as `RouterBias`."""
+
+    pipeline_parameter = True
 
 
 class MoE(nnx.Module):
@@ -41,8 +48,9 @@ class MoE(nnx.Module):
     Args:
       config: sizes and choices.
       rngs: for the parameters.
-      axis: the mesh axis of the experts, within `jax.shard_map`; None: all experts are on one device.
-      placement: of this layer, `Placement.of_layer`; None: no redundant experts.
+      axis: the mesh axis of the experts, within `jax.shard_map`; None: all experts are on one device. A module made
+        outside of it holds all masters, ``[num_masters, ...]``; one made inside, this device's.
+      placement: of this layer, `Placement.of_layer`; None: slot i holds expert i, until `set_placement`.
       dtype: of the parameters.
 
     >>> from eplb_jax.router import RouterConfig
@@ -61,7 +69,7 @@ class MoE(nnx.Module):
         placement: Placement | None = None,
         dtype: Any = jnp.float32,
     ):
-        params = init_moe(rngs.params(), config, dtype)
+        params = init_moe(rngs.params(), config, dtype, axis=axis)
         assert params.bias is not None
         self.config, self.axis = config, axis
         self.router = nnx.Param(params.router)
@@ -69,14 +77,23 @@ class MoE(nnx.Module):
         self.w_in, self.w_out = nnx.Param(params.experts.w_in), nnx.Param(params.experts.w_out)
         if params.shared is not None:
             self.shared_in, self.shared_out = nnx.Param(params.shared.w_in), nnx.Param(params.shared.w_out)
-        self.redundant = placement is not None
+        self.redundant = False
         if placement is not None:
             self.set_placement(placement)
 
     def set_placement(self, placement: Placement) -> None:
-        """Another placement of one layer; arrays of the same shapes compile nothing again (`Placement.padded`)."""
+        """Another placement of one layer; arrays of the same shapes compile nothing again (`Placement.padded`).
+
+        A module that had none gets one, and with it another structure. Whether the sizes are those of this layer and
+        of its devices is for the call to say.
+
+        Raises:
+          ValueError: arrays of this layer's experts that contradict each other, as far as their values are known here.
+        """
+        _check_values(placement, self.config.router.num_experts)
         arrays = (PlacementParam(jnp.asarray(array, jnp.int32)) for array in placement)
         self.phy2log, self.log2phy, self.logcnt = arrays
+        self.redundant = True
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
         """``[tokens, D]`` or ``[batch, sequence, D]`` to the same shape, and statistics; mask without the last axis."""
@@ -95,7 +112,8 @@ class LinenMoE(nn.Module):
 
     Attributes:
       config: sizes and choices.
-      axis: the mesh axis of the experts, or None.
+      axis: the mesh axis of the experts, bound by a `jax.shard_map` around ``apply``, or None. ``init`` makes all
+        masters outside of one, to be sharded by rows over the axis, and this device's rows of the same ones inside.
       param_dtype: of the parameters.
 
     >>> from eplb_jax.router import RouterConfig
@@ -118,7 +136,7 @@ class LinenMoE(nn.Module):
 
         def make(key: jax.Array, pick: Any) -> jax.Array:
             nonlocal made
-            made = init_moe(key, self.config, self.param_dtype) if made is None else made
+            made = init_moe(key, self.config, self.param_dtype, axis=self.axis) if made is None else made
             return pick(made)
 
         shared = None
@@ -131,7 +149,21 @@ class LinenMoE(nn.Module):
                 self.param("shared_out", make, lambda p: p.shared.w_out),
             )
         router, bias = self.param("router", make, lambda p: p.router), self.param("bias", make, lambda p: p.bias)
-        return _apply(MoEParams(router, bias, experts, shared), x, mask, self.config, placement, self.axis)
+        whole = self.is_initializing() and self.axis is not None and not is_bound(self.axis)
+        axis = None if whole else self.axis
+        return _apply(MoEParams(router, bias, experts, shared), x, mask, self.config, placement, axis)
+
+
+def _check_values(placement: Placement, experts: int) -> None:
+    """Raises ValueError if a layer's placement of as many experts contradicts itself; traced arrays tell nothing."""
+    arrays = list(placement)
+    known = all(not isinstance(a, jax.core.Tracer) and getattr(a, "is_fully_addressable", True) for a in arrays)
+    if not known or arrays[0].ndim != 1 or arrays[2].shape != (experts,):
+        return
+    phy2log, log2phy, logcnt = (np.asarray(array)[None] for array in arrays)
+    if log2phy.max(initial=-1) >= phy2log.shape[1]:
+        raise ValueError(f"log2phy lists slot {log2phy.max()}, and phy2log has {phy2log.shape[1]} slots")
+    Placement(phy2log, log2phy, logcnt).check(1)
 
 
 def _apply(

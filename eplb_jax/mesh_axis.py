@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import jax
@@ -17,25 +17,48 @@ def size_and_index(axis: str | None) -> tuple[int, jax.Array]:
     """
     if axis is None:
         return 1, jnp.int32(0)
-    try:
-        return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
-    except NameError as error:
+    if not is_bound(axis):
         raise ValueError(
             f"axis={axis!r} is not bound: call this within jax.shard_map over a mesh that has this axis, or with "
             "axis=None where one device holds all experts"
-        ) from error
+        )
+    return jax.lax.axis_size(axis), jax.lax.axis_index(axis).astype(jnp.int32)
+
+
+def is_bound(axis: str) -> bool:
+    """Whether a `jax.shard_map` binds the axis here."""
+    try:
+        jax.lax.axis_size(axis)
+    except NameError:
+        return False
+    return True
+
+
+def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
+    """The arrays varying over the mesh axes of all of them.
+
+    What a custom derivative takes goes through here first, for its rule gives every cotangent the axes of the results.
+    The transpose of varying is a sum over the axis, so gradients of what was the same on all devices come out summed.
+    With ``check_vma=False`` nothing is known to vary, this does nothing, and the sum is the caller's.
+    """
+    axes = _axes_of(arrays)
+    return tuple(_vary(x, axes) for x in arrays)
 
 
 def varying(function: Callable[..., Any]) -> Callable[..., Any]:
     """The function with results that vary over its arguments' mesh axes; a kernel's own vary over none."""
 
     def call(*arguments: jax.Array) -> Any:
-        axes = frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arguments))
-
-        def vary(result: jax.Array) -> jax.Array:
-            missing = tuple(axes - jax.typeof(result).manual_axis_type.varying)
-            return jax.lax.pcast(result, missing, to="varying") if missing else result
-
-        return jax.tree.map(vary, function(*arguments))
+        axes = _axes_of(arguments)
+        return jax.tree.map(lambda result: _vary(result, axes), function(*arguments))
 
     return call
+
+
+def _axes_of(arrays: Iterable[jax.Array]) -> frozenset[str]:
+    return frozenset[str]().union(*(jax.typeof(x).manual_axis_type.varying for x in arrays))
+
+
+def _vary(x: jax.Array, axes: frozenset[str]) -> jax.Array:
+    missing = tuple(sorted(axes - jax.typeof(x).manual_axis_type.varying))
+    return jax.lax.pcast(x, missing, to="varying") if missing else x

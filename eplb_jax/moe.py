@@ -21,12 +21,14 @@ from eplb_jax.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sen
 from eplb_jax.dtypes import wide
 from eplb_jax.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
 from eplb_jax.grouped_gemm import Backend
-from eplb_jax.mesh_axis import size_and_index
+from eplb_jax.mesh_axis import is_bound, size_and_index
 from eplb_jax.placement import Placement
 from eplb_jax.replica import CHOICES, choose_replicas, node_size
-from eplb_jax.router import RouterConfig, balance_loss, route, router_logits
+from eplb_jax.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
 
 EXCHANGES = ("dense", "ragged")
+ROWS = 8
+"""Masters have a multiple of so many rows unless told otherwise, and so divide over the devices of a host."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,6 +40,8 @@ class MoEConfig:
       hidden: of an expert, F.
       router: how tokens choose experts.
       num_shared: shared experts, which every token goes to.
+      masters: rows of the routed experts' masters. Rows behind the last expert are zeros that nothing reads, so that
+        masters divide over devices whose number does not divide the experts. None: a multiple of `ROWS`.
       capacity_factor: room for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
         that nothing is ever dropped.
       replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.replica`.
@@ -55,6 +59,7 @@ class MoEConfig:
     hidden: int = 2048
     router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
     num_shared: int = 1
+    masters: int | None = None
     capacity_factor: float | None = None
     replicas: str = "hash"
     devices_per_node: int | None = None
@@ -66,6 +71,10 @@ class MoEConfig:
         """Checks sizes and choices."""
         if min(self.width, self.hidden) < 1 or self.num_shared < 0:
             raise ValueError(f"width={self.width}, hidden={self.hidden}, num_shared={self.num_shared}: sizes below 1")
+        if self.masters is not None and self.masters < self.router.num_experts:
+            raise ValueError(
+                f"masters={self.masters}: {self.router.num_experts} experts need as many rows or more, or None"
+            )
         check_capacity_factor(self.capacity_factor)
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
@@ -75,6 +84,16 @@ class MoEConfig:
             raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
         if self.fp8 and self.exchange == "ragged":
             raise ValueError("fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False")
+
+    @property
+    def num_masters(self) -> int:
+        """Rows of the routed experts' masters.
+
+        >>> [MoEConfig(router=RouterConfig(experts, 2, 1, 1)).num_masters for experts in (12, 64)]
+        [16, 64]
+        """
+        experts = self.router.num_experts
+        return experts + -experts % ROWS if self.masters is None else self.masters
 
 
 class MoEParams(NamedTuple):
@@ -99,7 +118,8 @@ class MoEStats(NamedTuple):
     Attributes:
       loads: tokens that chose each logical expert; int32.
       dropped: choices that found no room, counted where that was found out; int32.
-      balance_loss: without its factor; a mean over this device's tokens.
+      balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
+        devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
     """
 
     loads: Int[Array, " E"]
@@ -107,12 +127,23 @@ class MoEStats(NamedTuple):
     balance_loss: Float[Array, ""]
 
 
-def init_moe(key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jnp.float32) -> MoEParams:
+def init_moe(
+    key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jnp.float32, *, axis: str | None = None
+) -> MoEParams:
     """Parameters by logical expert: masters, which are working copies too while no expert has several replicas.
 
-    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1))
+    Args:
+      key: the same on all devices.
+      config: sizes. Experts have ``config.num_masters`` rows, those behind the last expert zeros.
+      dtype: of the parameters; the router has float32, or float64.
+      axis: the mesh axis of the experts. Where a `jax.shard_map` binds it, experts are this device's rows of them.
+
+    Raises:
+      ValueError: rows that do not divide over the devices.
+
+    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(12, 2, 1, 1))
     >>> jax.tree.map(jnp.shape, init_moe(jax.random.key(0), config)).experts.w_out
-    (4, 4, 8)
+    (16, 4, 8)
     """
     keys = jax.random.split(key, 3)
     experts = config.router.num_experts
@@ -122,15 +153,26 @@ def init_moe(key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jn
         shared = init_experts(keys[1], 1, config.width, config.hidden * config.num_shared, dtype)
     bias = jnp.zeros(experts, wide(dtype))
     routed = init_experts(keys[2], experts, config.width, config.hidden, dtype)
+    padding = (0, config.num_masters - experts), (0, 0), (0, 0)
+    routed = jax.tree.map(lambda leaf: jnp.pad(leaf, padding), routed)
+    if axis is not None and is_bound(axis):
+        devices, device = size_and_index(axis)
+        _check_masters(config, devices, axis)
+        rows = config.num_masters // devices
+        routed = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, device * rows, rows), routed)
     return MoEParams(router * config.width**-0.5, bias, routed, shared)
 
 
 def param_specs(config: MoEConfig, axis: str) -> MoEParams:
     """How `jax.shard_map` shards parameters over the mesh axis of the experts: experts by rows, all else whole.
 
+    Raises:
+      ValueError: masters that do not divide over the axis, where a mesh with it is in scope (`jax.set_mesh`).
+
     >>> tuple(param_specs(MoEConfig(), "ep").experts.w_in)
     ('ep',)
     """
+    _check_masters(config, dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1), axis)
     whole: Any = PartitionSpec()
     rows: Any = PartitionSpec(axis)
     shared = ExpertParams(whole, whole) if config.num_shared else None
@@ -157,7 +199,8 @@ def moe_layer(
         None: slot i holds expert i.
       axis: the mesh axis that experts are sharded over, bound by `jax.shard_map`; None: all slots are here.
       sequences: how many sequences of equal length the tokens are, for the balance loss.
-      mask: which tokens are real; the others go to no routed expert and count nowhere.
+      mask: which tokens are real. The others may hold anything, even NaN: they go to no expert, routed or shared, come
+        out as zeros, give and get no gradient, and count nowhere.
 
     Returns:
       The output, in x's dtype, and statistics.
@@ -174,9 +217,12 @@ def moe_layer(
     """
     devices, device = size_and_index(axis)
     slots = _check(params, x, config, placement, devices, axis)
+    x = of_real_tokens(x, mask)
     with jax.named_scope("router"):
         routing = route(router_logits(x, params.router), config.router, bias=params.bias, mask=mask)
-        loss = balance_loss(routing, config.router, sequences=sequences)
+        # Without a mask all devices have as many tokens, and nothing needs to travel.
+        everyone = None if mask is None else axis
+        loss = balance_loss(routing, config.router, sequences=sequences, axis_name=everyone)
         chosen = routing.experts
         if placement is not None:
             chosen = choose_replicas(
@@ -196,7 +242,7 @@ def moe_layer(
                 y = y + shared_out(params.shared, shared_in(params.shared, x))
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, rooms, config, axis)
-    return y, MoEStats(routing.loads, dropped, loss)
+    return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss)
 
 
 def local_experts(
@@ -296,7 +342,8 @@ def _check(
     experts, width, hidden = config.router.num_experts, config.width, config.hidden
     if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
-    total = experts
+    rows = params.experts.w_in.shape[0] * devices
+    total = rows if placement is None and rows == config.num_masters else experts
     if placement is not None:
         if placement.phy2log.ndim != 1 or placement.num_experts != experts:
             raise ValueError(
@@ -305,7 +352,9 @@ def _check(
             )
         total = placement.phy2log.shape[0]
     if total % devices:
-        raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}")
+        remedy = f"plan for {total - total % devices} or {total + -total % devices} slots"
+        remedy = _nearest(config, devices) if placement is None else remedy
+        raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}: {remedy}")
     slots = total // devices
     wanted = {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)}
     for name, shape in wanted.items():
@@ -329,3 +378,17 @@ def _check(
     if params.router.shape != (width, experts):
         raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
     return slots
+
+
+def _check_masters(config: MoEConfig, devices: int, axis: str) -> None:
+    if config.num_masters % devices:
+        raise ValueError(
+            f"{config.num_masters} masters of {config.router.num_experts} experts do not divide over the {devices} "
+            f"devices of axis {axis!r}: {_nearest(config, devices)}"
+        )
+
+
+def _nearest(config: MoEConfig, devices: int) -> str:
+    """How to make masters divide over so many devices."""
+    experts = config.router.num_experts
+    return f"take MoEConfig(masters={experts + -experts % devices}), whose last rows nothing reads"

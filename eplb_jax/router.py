@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Hashable
 from typing import NamedTuple
 
 import jax
@@ -17,6 +18,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.dtypes import wide
 from eplb_jax.load import count_tokens
+from eplb_jax.mesh_axis import same_axes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,7 +100,8 @@ def route(
       logits: float32 or float64; see `router_logits`.
       config: sizes and kind.
       bias: for selection only, not differentiated; None is none.
-      mask: which tokens are real. The others choose expert -1 with weight 0, and count nowhere.
+      mask: which tokens are real. The others choose expert -1 with weight 0, have scores of 0, and count nowhere,
+        whatever their logits hold.
 
     Raises:
       ValueError: shapes that do not fit the configuration.
@@ -117,8 +120,7 @@ def route(
         raise ValueError(f"logits are {logits.dtype}: take float32 or float64, or `router_logits`, which makes them so")
     if bias is not None and bias.shape != (experts,):
         raise ValueError(f"bias has shape {bias.shape}: it must be ({experts},)")
-    if mask is not None and (mask.shape != logits.shape[:1] or mask.dtype != jnp.bool_):
-        raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}: it must be bool {logits.shape[:1]}")
+    logits = of_real_tokens(logits, mask)
     scores = jax.nn.sigmoid(logits) if config.scoring == "sigmoid" else jax.nn.softmax(logits, -1)
     chosen = _in_turn(logits.shape[0], config) if config.balanced else _best(scores, bias, config)
     # A product with one-hot rows instead of a gather, whose transpose would be a scatter.
@@ -129,8 +131,24 @@ def route(
     weights = weights * config.scale
     if mask is not None:
         chosen = jnp.where(mask[:, None], chosen, -1)
-        weights = jnp.where(mask[:, None], weights, 0)
+        weights, scores = of_real_tokens(weights, mask), of_real_tokens(scores, mask)
     return Routing(chosen, weights, scores, count_tokens(chosen, experts))
+
+
+def of_real_tokens(rows: Float[Array, "tokens n"], mask: Bool[Array, " tokens"] | None) -> Float[Array, "tokens n"]:
+    """Zeros in the rows of tokens that are not real, whatever they hold: zero times NaN would be NaN.
+
+    Raises:
+      ValueError: a mask that is not bool, or not of these tokens.
+
+    >>> of_real_tokens(jnp.array([[1.0], [jnp.nan]]), jnp.array([True, False])).tolist()
+    [[1.0], [0.0]]
+    """
+    if mask is None:
+        return rows
+    if mask.shape != rows.shape[:1] or mask.dtype != jnp.bool_:
+        raise ValueError(f"mask is {mask.dtype} of shape {mask.shape}: it must be bool {rows.shape[:1]}")
+    return jnp.where(mask[:, None], rows, 0)
 
 
 def _best(scores: jax.Array, bias: jax.Array | None, config: RouterConfig) -> jax.Array:
@@ -153,7 +171,6 @@ def _in_turn(tokens: int, config: RouterConfig) -> jax.Array:
     return group * size + (token // config.num_groups * each + place // config.top_groups) % size
 
 
-@jax.custom_vjp
 def router_logits(
     x: Float[Array, "tokens width"], kernel: Float[Array, "width experts"]
 ) -> Float[Array, "tokens experts"]:
@@ -162,6 +179,11 @@ def router_logits(
     A float32 product is slow on a GPU, but bfloat16 activations are exact in bfloat16, and a float32 kernel is the sum
     of three bfloat16 ones: the products are three, on the units that are fast. The backward pass keeps x as it is.
     """
+    return _router_logits(*same_axes(x, kernel))
+
+
+@jax.custom_vjp
+def _router_logits(x: jax.Array, kernel: jax.Array) -> jax.Array:
     if x.dtype == jnp.bfloat16:
         return _sum_of_parts(jnp.matmul(x, _parts(kernel, 3), preferred_element_type=jnp.float32), 3)
     dtype = wide(x.dtype)
@@ -184,7 +206,7 @@ def _router_logits_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) ->
     return x_ct.astype(x.dtype), kernel_ct.astype(kernel.dtype)
 
 
-router_logits.defvjp(lambda x, kernel: (router_logits(x, kernel), (x, kernel)), _router_logits_bwd)
+_router_logits.defvjp(lambda x, kernel: (_router_logits(x, kernel), (x, kernel)), _router_logits_bwd)
 
 
 def _parts(array: jax.Array, count: int) -> jax.Array:
@@ -202,16 +224,26 @@ def _sum_of_parts(array: jax.Array, count: int) -> jax.Array:
     return functools.reduce(jnp.add, reversed(jnp.split(array, count, -1)))
 
 
-def balance_loss(routing: Routing, config: RouterConfig, *, sequences: int = 1) -> Float[Array, ""]:
+def balance_loss(
+    routing: Routing,
+    config: RouterConfig,
+    *,
+    sequences: int = 1,
+    axis_name: Hashable | tuple[Hashable, ...] | None = None,
+) -> Float[Array, ""]:
     """The sequence-wise balance loss, without its factor: 1 if experts are equally likely, more if not.
 
-    Mean over sequences of ``sum(f * p)``, f an expert's share of the chosen experts times their number and p its mean
-    share of a token's scores. Only p is differentiated.
+    Mean over real tokens of their sequence's ``sum(f * p)``, f an expert's share of the chosen experts times their
+    number and p its mean share of a token's scores. Only p is differentiated. Without a mask that is the mean over
+    sequences. It does not depend on how sequences are divided over devices and microbatches if devices are named here,
+    or weighed by their real tokens, and microbatches are weighed by theirs, as `jaxpipe.value_and_grad` does it with
+    the number of real tokens as ``weight``.
 
     Args:
       routing: of tokens that are whole sequences, one after the other.
       config: what they were routed by.
       sequences: how many sequences of equal length.
+      axis_name: mesh axes, as in `jax.lax.psum`, whose devices' tokens the mean is over, too.
 
     Raises:
       ValueError: tokens that do not divide into sequences.
@@ -230,26 +262,68 @@ def balance_loss(routing: Routing, config: RouterConfig, *, sequences: int = 1) 
     safe = jnp.maximum(length, 1)[:, None]
     f = hot.reshape(sequences, -1, experts).sum(1) * (experts / config.top_k) / safe
     p = shares.reshape(sequences, -1, experts).sum(1) / safe
-    return ((f * p).sum(1) * length).sum() / jnp.maximum(length.sum(), 1)
+    total, count = ((f * p).sum(1) * length).sum(), length.sum()
+    if axis_name is not None:
+        total, count = jax.lax.psum((total, count), axis_name)
+    return total / jnp.maximum(count, 1)
 
 
 def update_bias(
-    bias: Float[Array, " experts"], loads: Int[Array, " experts"] | Float[Array, " experts"], rate: float = 1e-3
-) -> Float[Array, " experts"]:
-    """The selection bias after a step: more for experts with less than the mean load, less for those with more.
+    bias: Float[Array, "*layers experts"],
+    loads: Int[Array, "*layers experts"] | Float[Array, "*layers experts"],
+    rate: float | Float[Array, ""] = 1e-3,
+) -> Float[Array, "*layers experts"]:
+    """The selection bias after a step: more for experts with less than their layer's mean load, less for the others.
+
+    An expert with exactly the mean load keeps its bias; integer counts are compared exactly, however large. So does a
+    layer with loads that are not finite, as nothing can be told from them.
 
     Args:
-      bias: before the step.
-      loads: tokens of the step that chose each expert, summed over all data-parallel ranks.
+      bias: before the step; better float32, as bfloat16 has no place for a small rate beside a large bias.
+      loads: tokens of the step that chose each expert, summed over all data-parallel ranks; any integers or floats.
       rate: how much a bias changes.
+
+    Returns:
+      The new bias, in its dtype.
+
+    Raises:
+      ValueError: shapes that are not the same, a bias that is not floating, loads that are no numbers.
 
     Source: auxiliary-loss-free balancing, arXiv 2408.15664; the DeepSeek-V3 report, arXiv 2412.19437, 2.1.2.
 
-    >>> update_bias(jnp.zeros(3), jnp.array([4, 1, 1]), rate=0.5).tolist()
-    [-0.5, 0.5, 0.5]
+    >>> update_bias(jnp.zeros((2, 3)), jnp.array([[4, 1, 1], [1, 2, 3]]), rate=0.5).tolist()
+    [[-0.5, 0.5, 0.5], [0.5, 0.0, -0.5]]
     """
-    loads = loads.astype(bias.dtype)
-    return bias + rate * jnp.sign(loads.mean() - loads)
+    bias, loads = jnp.asarray(bias), jnp.asarray(loads)
+    if bias.shape != loads.shape or not bias.ndim:
+        raise ValueError(
+            f"bias has shape {bias.shape}, loads have {loads.shape}: both must be [experts], or [layers, experts]"
+        )
+    counted = jnp.issubdtype(loads.dtype, jnp.integer)
+    if not jnp.issubdtype(bias.dtype, jnp.floating) or not (counted or jnp.issubdtype(loads.dtype, jnp.floating)):
+        raise ValueError(
+            f"bias is {bias.dtype} and loads are {loads.dtype}: a bias is floating, loads are integers or floating"
+        )
+    dtype = wide(bias.dtype)
+    sign = (_compare_counts if counted else _compare_shares)(loads).astype(dtype)
+    return (bias.astype(dtype) + jnp.asarray(rate, dtype) * sign).astype(bias.dtype)
+
+
+def _compare_counts(loads: jax.Array) -> jax.Array:
+    """The sign of mean minus load, exactly: the mean is a whole number of tokens and a rest, which no sum overflows."""
+    experts = loads.shape[-1]
+    loads = loads if loads.dtype.itemsize >= 4 else loads.astype(jnp.int32)
+    whole, rest = (part.sum(-1, keepdims=True, dtype=loads.dtype) for part in jnp.divmod(loads, experts))
+    whole, rest = whole + rest // experts, rest % experts
+    return jnp.where(loads == whole, jnp.sign(rest).astype(jnp.int32), jnp.where(loads < whole, 1, -1))
+
+
+def _compare_shares(loads: jax.Array) -> jax.Array:
+    """The sign of mean minus load; equal loads are equal to their mean. Zeros where not all are finite."""
+    loads = loads.astype(wide(loads.dtype))
+    more = loads - loads.min(-1, keepdims=True)
+    sign = jnp.sign(more.mean(-1, keepdims=True) - more)
+    return jnp.where(jnp.isfinite(loads).all(-1, keepdims=True), sign, 0)
 
 
 def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:

@@ -127,7 +127,8 @@ class NNXFunction:
 def nnx_function(module: nnx.Module) -> NNXFunction:
     """Splits an NNX module into parameters and a pure function of them.
 
-    Parameters are `nnx.Param` and its subclasses; other arrays and variables are constants.
+    Parameters are `nnx.Param` and its subclasses, and variables whose class says ``pipeline_parameter = True``: arrays
+    that nothing trains but that change between steps, such as a placement. Other arrays and variables are constants.
 
     Raises:
       ValueError: if the module holds state that a call would change (batch statistics, caches): a pipeline runs
@@ -139,7 +140,7 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
     >>> sorted(function.params), function(function.params, jnp.ones((5, 2))).shape
     (['bias', 'kernel'], (5, 3))
     """
-    graphdef, params, random, constants = nnx.split(module, nnx.Param, nnx.RngState, ...)
+    graphdef, params, random, constants = nnx.split(module, _is_parameter, nnx.RngState, ...)
     kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(constants) if isinstance(leaf, MUTABLE)})
     if kinds:
         raise ValueError(
@@ -148,6 +149,10 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
         )
     streams = {path: _keys(variable) for path, variable in nnx.to_flat_state(random)}
     return NNXFunction(graphdef, nnx.to_pure_dict(params), constants, streams, jax.tree.structure(params))
+
+
+def _is_parameter(path: Any, leaf: Any) -> bool:
+    return isinstance(leaf, nnx.Param) or getattr(type(leaf), "pipeline_parameter", False) is True
 
 
 def fold_name(key: jax.Array, name: str) -> jax.Array:
@@ -212,7 +217,7 @@ def _seed(path: tuple[Any, ...], keys: Keys, key: jax.Array | None) -> jax.Array
 
 def _values(module: Any) -> dict[tuple[Any, ...], Any]:
     """The value of each variable that is neither a parameter nor of a random stream, by path."""
-    state = nnx.state(module, nnx.Not(nnx.Any(nnx.Param, nnx.RngState)))
+    state = nnx.state(module, nnx.Not(nnx.Any(_is_parameter, nnx.RngState)))
     found = nnx.to_flat_state(state)
     return {path: leaf.get_raw_value() for path, leaf in found if isinstance(leaf, nnx.Variable)}
 

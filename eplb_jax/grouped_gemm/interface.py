@@ -14,7 +14,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax.grouped_gemm import mosaic, xla
 from eplb_jax.grouped_gemm.layout import ALIGN
 from eplb_jax.grouped_gemm.target import choose_backend, current_target
-from eplb_jax.mesh_axis import varying
+from eplb_jax.mesh_axis import same_axes, varying
 
 Backend = Literal["auto", "xla", "mosaic"]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
@@ -33,7 +33,8 @@ def grouped_matmul(
 
     Group g has rows ``[start, start + group_sizes[g])`` with ``start = group_starts(group_sizes)[g]``, a multiple of
     `ALIGN`. Rows of no group, between groups or after the last, may hold anything: they reach no result and no
-    gradient, but their own results, and their own rows of the gradient of lhs, are unspecified.
+    gradient, but their own results, and their own rows of the gradient of lhs, are unspecified. `jax.vmap` over any of
+    the arguments makes one product after the other.
 
     Args:
       lhs: the rows; bfloat16, float16, float32 or float64.
@@ -101,13 +102,6 @@ def _log_fallback(reason: str) -> None:
     logger.warning("grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: %s", reason)
 
 
-def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays varying over the same mesh axes; shard_map then sums the gradients of those that did not."""
-    varying = [jax.typeof(x).manual_axis_type.varying for x in arrays]
-    missing = [tuple(frozenset().union(*varying) - own) for own in varying]
-    return tuple(jax.lax.pcast(x, m, to="varying") if m else x for x, m in zip(arrays, missing, strict=True))
-
-
 def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str, transpose_rhs: bool) -> jax.Array:
     """The product on the chosen backend."""
     by = {m: functools.partial(m.matmul, transpose_rhs=transpose_rhs) for m in (xla, mosaic)}
@@ -120,10 +114,14 @@ def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: str) 
 
 
 def dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> Any:
-    """The results on the chosen backend, as `choose_backend` names it."""
+    """The results on the chosen backend, as `choose_backend` names it.
+
+    Under `jax.vmap` a kernel runs once for each part of the batch: it fills a GPU by itself.
+    """
+    kernel = varying(jax.custom_batching.sequential_vmap(by_mosaic))
     if chosen == "either":
-        return jax.lax.platform_dependent(*arguments, cuda=varying(by_mosaic), default=varying(by_xla))
-    return varying({"xla": by_xla, "mosaic": by_mosaic}[chosen])(*arguments)
+        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=varying(by_xla))
+    return kernel(*arguments) if chosen == "mosaic" else varying(by_xla)(*arguments)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

@@ -62,6 +62,13 @@ def outer(
 
 
 def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, numbers: jax.lax.RaggedDotDimensionNumbers):
-    """XLA's product with each group's unused rows counted to the group, which keeps the starts right."""
-    out = jax.lax.ragged_dot_general(lhs, rhs, round_up(group_sizes), numbers, preferred_element_type=wide(lhs.dtype))
-    return out.astype(lhs.dtype)
+    """XLA's product with each group's unused rows counted to the group, which keeps the starts right.
+
+    JAX maps a ragged dot over all three operands or none; here each of a mapped one's products is made after the other.
+    """
+
+    @jax.custom_batching.sequential_vmap
+    def product(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
+        return jax.lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=wide(lhs.dtype))
+
+    return product(lhs, rhs, round_up(group_sizes)).astype(lhs.dtype)

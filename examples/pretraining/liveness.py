@@ -65,7 +65,7 @@ EXPENSIVE = {
 }  # fmt: skip
 """Elementwise operations that XLA computes once for several readers; cheaper ones it repeats in each, on GPUs."""
 
-CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 
 @dataclasses.dataclass(frozen=True)

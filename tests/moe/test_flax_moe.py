@@ -86,9 +86,7 @@ def test_remat_and_the_compilers_axes(x64):
         y, stats = nnx.merge(graphdef, pure)(x)
         return y, jax.lax.psum(stats.loads, "ep")
 
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(manual, P("ep")), out_specs=(P("ep"), P()), axis_names={"ep"}, check_vma=False
-    )
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(manual, P("ep")), out_specs=(P("ep"), P()), axis_names={"ep"})
 
     def loss(floats, rest, x):
         y, loads = mapped(floats | rest, x)

@@ -128,23 +128,13 @@ def run(config, ep, params, x, ct):
 
     def body(params, x, ct):
         (y, stats), pull = jax.vjp(lambda params, x: moe_layer(params, x, config, axis=axis), params, x)
-        grads = pull((ct, jax.tree.map(zero, stats)))
-        if axis is not None:
-            shared = [jax.lax.psum(a, axis) for a in (grads[0].router, *grads[0].shared)]
-            grads = (grads[0]._replace(router=shared[0], shared=ExpertParams(*shared[1:])), grads[1])
-        return y, grads
+        return y, pull((ct, jax.tree.map(zero, stats)))
 
     if ep is None:
         return jax.jit(body)(params, x, ct)
     specs = MoEParams(P(), P(), ExpertParams(P("ep"), P("ep")), ExpertParams(P(), P()))
     split = P("ep")
-    mapped = jax.shard_map(
-        body,
-        mesh=make_mesh(ep),
-        in_specs=(specs, split, split),
-        out_specs=(split, (specs, split)),
-        check_vma=False,
-    )
+    mapped = jax.shard_map(body, mesh=make_mesh(ep), in_specs=(specs, split, split), out_specs=(split, (specs, split)))
     return jax.jit(mapped)(params, x, ct)
 
 

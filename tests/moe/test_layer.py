@@ -68,7 +68,6 @@ def _sharded(config, ep, sequences):
         mesh=make_mesh(ep),
         in_specs=(P(), param_specs(config, "ep"), P("ep"), P("ep")),
         out_specs=(P(), (P(), P(), P("ep"))),
-        check_vma=False,
     )
     return jax.jit(jax.value_and_grad(mapped, argnums=(1, 2), has_aux=True))
 

@@ -31,9 +31,7 @@ def make_step(optimizer):
         y, stats = moe_layer(params, x, CONFIG, placement=placement, axis="ep", sequences=2)
         return jax.lax.pmean(objective(y, stats.balance_loss, target), "ep"), jax.lax.psum(stats.loads, "ep")
 
-    mapped = jax.shard_map(
-        body, mesh=mesh, in_specs=(SPECS, P(), P("ep"), P("ep")), out_specs=(P(), P()), check_vma=False
-    )
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(SPECS, P(), P("ep"), P("ep")), out_specs=(P(), P()))
 
     @jax.jit
     def step(params, moments, window, placement, x, target):

@@ -51,7 +51,7 @@ def on_devices(ep, axis="ep", placement=None, masters=PARAMS.experts, copies=Fal
         return moe_layer(params, x, config, placement=placement, axis=axis)[0]
 
     specs = MoEParams(P(), P(), jax.tree.map(lambda leaf: P("ep"), masters), None)
-    mapped = jax.shard_map(body, mesh=make_mesh(ep), in_specs=(specs, P("ep")), out_specs=P("ep"), check_vma=False)
+    mapped = jax.shard_map(body, mesh=make_mesh(ep), in_specs=(specs, P("ep")), out_specs=P("ep"))
     return jax.eval_shape(mapped, PARAMS._replace(experts=masters), X)
 
 

@@ -23,7 +23,6 @@ def test_exchanges_are_asynchronous_and_the_shared_expert_hides_the_dispatch():
         mesh=mesh,
         in_specs=(specs, P("ep")),
         out_specs=P("ep"),
-        check_vma=False,
     )
 
     def forward_and_backward(params, x, ct):
