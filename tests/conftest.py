@@ -42,6 +42,16 @@ if jax.device_count() < 8:
     jaxpipe.make_mesh = jaxpipe.api.make_mesh = skipping(jaxpipe.make_mesh)
 
 
+def pytest_sessionstart(session):
+    """Makes warnings errors, now that all plugins of pytest have started.
+
+    In pyproject.toml this would end the run where a plugin that has nothing to do with these tests warns as it is
+    imported or configured. Later warnings of plugins, known by their modules' names, are shown.
+    """
+    for line in ("error", r"default:::(.+\.)?_?pytest_"):
+        session.config.addinivalue_line("filterwarnings", line)
+
+
 @pytest.fixture
 def x64():
     """float64 within a test."""
