@@ -19,6 +19,7 @@ from pretraining.loop import LoopConfig, TooManySkips, train
 from pretraining.observe import METRICS, Observer, keep_until, read_metrics
 from pretraining.run import set_up
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
 
