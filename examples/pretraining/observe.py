@@ -134,6 +134,8 @@ class Observer:
         if self._lines is not None:
             self._lines.write({"step": step, **known})
         if self._events is not None and not self._try("no more TensorBoard events", self._events.write, step, known):
+            with contextlib.suppress(Exception):
+                self._events.close()
             self._events = None
 
     def _try(self, otherwise: str, act: Callable[..., object], *args: object) -> bool:
