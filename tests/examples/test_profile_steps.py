@@ -14,6 +14,7 @@ from jaxpipe.schedule import Costs, build, simulate
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
 from pretraining import profile_steps
+
 from profiling.read_timeline import read_timeline
 
 
