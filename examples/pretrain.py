@@ -21,6 +21,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from pretraining import flags, hosts
 from pretraining.checkpoint import DamagedError, SaveError
+from pretraining.optional import MissingPackage
 
 
 def train(arguments: list[str]) -> int:
@@ -49,7 +50,7 @@ def train(arguments: list[str]) -> int:
 
     try:
         run.train(args)
-    except run.BadInput as error:
+    except (run.BadInput, MissingPackage) as error:
         return fail(2, str(error))
     except (SaveError, DamagedError, loop.TooManySkips, run.CheckFailed) as error:
         return fail(1, str(error))
@@ -80,7 +81,7 @@ def export(arguments: list[str]) -> int:
     args = flags.export_parser().parse_args(arguments)
     try:
         print(export_run(args.run, args.to, args.dtype))
-    except ValueError as error:
+    except (ValueError, MissingPackage) as error:
         return fail(2, str(error))
     except (DamagedError, OSError) as error:
         return fail(1, str(error))

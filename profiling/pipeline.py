@@ -97,19 +97,29 @@ def measured_costs(actions: Trace) -> Costs:
 
     Args:
       actions: what `group_actions` returned. A kind that did not run takes what the others leave: half of a whole
-        backward for I and W, both of them for B.
+        backward for I and W, both of them for B; and where no backward ran alone, what F leaves of an overlapped pair.
 
     Raises:
       ValueError: there is no forward, or no backward in any form.
+
+    >>> def action(phase, microseconds):
+    ...     return Event(0, "compute", 0.0, microseconds, phase, phase=phase)
+    >>> costs = measured_costs(Trace("", "xplane", (action("F", 3.0), action("FB", 8.0))))
+    >>> costs.backward, costs.backward_input, costs.weight, costs.overlapped
+    (5.0, 2.5, 2.5, 8.0)
     """
     durations: dict[str, list[float]] = collections.defaultdict(list)
     for event in actions.events:
         durations[event.phase].append(event.duration)
     median = {phase: float(np.median(values)) for phase, values in durations.items()}
-    whole = median.get("B")
+    whole, pair = median.get("B"), median.get("FB", 0.0)
+    if whole is None and not {"I", "W"} & set(median) and pair > median.get("F", pair):
+        whole = pair - median["F"]
     half = {kind: median.get(kind, whole / 2 if whole is not None else None) for kind in ("I", "W")}
     if "F" not in median or half["I"] is None or half["W"] is None:
-        raise ValueError(f"the trace has actions {sorted(median)}: costs need F, and B or both of I and W")
+        raise ValueError(
+            f"the trace has actions {sorted(median)}: costs need F, and B, both of I and W, or FB that is longer than F"
+        )
     return Costs(
         forward=median["F"],
         backward_input=half["I"],

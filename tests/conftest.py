@@ -3,6 +3,8 @@
 import functools
 import math
 import os
+import sys
+import types
 
 # Of a flag's values the last counts. Eight devices on two cores may wait long for each other; XLA ends the process
 # after 40 seconds by default. Command buffers of GPUs hide from profiles which operation a kernel belongs to.
@@ -40,6 +42,43 @@ def skipping(make):
 if jax.device_count() < 8:
     jax.make_mesh = skipping(jax.make_mesh)
     jaxpipe.make_mesh = jaxpipe.api.make_mesh = skipping(jaxpipe.make_mesh)
+
+
+def without_hypothesis():
+    """Modules that stand in for hypothesis where it is not installed: its tests skip, others of their files run."""
+
+    class Anything:
+        def __getattr__(self, name):
+            return self
+
+        def __call__(self, *args, **options):
+            return self
+
+    def given(*args, **options):
+        return pytest.mark.skip(reason="needs the package hypothesis")
+
+    strategies = types.ModuleType("hypothesis.strategies")
+    strategies.__getattr__ = lambda name: Anything()
+    hypothesis = types.ModuleType("hypothesis")
+    hypothesis.given, hypothesis.settings, hypothesis.HealthCheck = given, lambda **_: lambda test: test, Anything()
+    hypothesis.strategies = strategies
+    return {"hypothesis": hypothesis, "hypothesis.strategies": strategies}
+
+
+try:
+    import hypothesis as hypothesis
+except ImportError:
+    sys.modules |= without_hypothesis()
+
+
+def pytest_sessionstart(session):
+    """Makes warnings errors, now that all plugins of pytest have started.
+
+    In pyproject.toml this would end the run where a plugin that has nothing to do with these tests warns as it is
+    imported or configured. Later warnings of plugins, known by their modules' names, are shown.
+    """
+    for line in ("error", r"default:::(.+\.)?_?pytest_"):
+        session.config.addinivalue_line("filterwarnings", line)
 
 
 @pytest.fixture

@@ -175,9 +175,9 @@ def test_schedules_are_plain_python():
             assert name.split(".")[0] in sys.stdlib_module_names or name.startswith("jaxpipe.schedule"), (path, name)
 
 
-def test_importing_the_library_starts_no_backend():
+def test_importing_the_library_starts_no_backend_and_warns_of_nothing():
     code = "import jaxpipe, eplb_jax, profiling, jax; assert not jax._src.xla_bridge._backends"
-    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True, cwd=ROOT)
 
 
 def test_the_balancer_needs_no_pipeline():

@@ -15,11 +15,10 @@ from typing import Any
 
 import jax
 import numpy as np
-import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
-from orbax.checkpoint.checkpoint_managers import LatestN
 
 from pretraining.layout import Layout
+from pretraining.optional import need
 
 Json = dict[str, Any]
 
@@ -72,11 +71,13 @@ class Checkpoints:
 
         Raises:
           ValueError: ``keep`` below 1, or nothing to read.
+          MissingPackage: orbax is not installed.
         """
         if keep < 1:
             raise ValueError(f"keep={keep}: at least 1 checkpoint must stay; with 2 a damaged one has a predecessor")
         if read_only and not folder.is_dir():
             raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
+        self._orbax = orbax()
         self.folder = folder.absolute()
         self._read_only = read_only
         self._layout = layout
@@ -103,12 +104,12 @@ class Checkpoints:
         self._delete()
         arrays, sums = self._layout.pack(state)
         body = {"facts": _encode(facts), "fingerprints": sums, "arrays": _shapes(arrays)}
+        args = self._orbax.args
         try:
             self._manager.save(
                 step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardSave(arrays),
-                    meta=ocp.args.JsonSave({"body": body, "crc32": _crc(body)}),
+                args=args.Composite(
+                    state=args.StandardSave(arrays), meta=args.JsonSave({"body": body, "crc32": _crc(body)})
                 ),
                 force=True,
             )
@@ -168,11 +169,11 @@ class Checkpoints:
         self._manager.close()
         self._delete()
 
-    def _open(self) -> ocp.CheckpointManager:
-        return ocp.CheckpointManager(
+    def _open(self) -> Any:
+        return self._orbax.CheckpointManager(
             self.folder,
-            options=ocp.CheckpointManagerOptions(
-                preservation_policy=LatestN(n=self._keep),
+            options=self._orbax.CheckpointManagerOptions(
+                preservation_policy=self._orbax.checkpoint_managers.LatestN(n=self._keep),
                 cleanup_tmp_directories=not self._read_only,
                 read_only=self._read_only,
                 create=not self._read_only,
@@ -202,7 +203,8 @@ class Checkpoints:
         return restored or wrong
 
     def _read(self, step: int) -> Restored:
-        meta = self._manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+        args = self._orbax.args
+        meta = self._manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
         body = open_body(meta)
         wanted = self._layout.canonical
         if body["arrays"] != (shapes := _shapes(wanted)):
@@ -213,7 +215,7 @@ class Checkpoints:
                 f"differ, the first is {first}: {body['arrays'].get(first)} there, {shapes.get(first)} here. Give the "
                 "options it was made with, or another --out"
             )
-        arrays = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.StandardRestore(wanted)))["state"]
+        arrays = self._manager.restore(step, args=args.Composite(state=args.StandardRestore(wanted)))["state"]
         arrays = {name: arrays[name] for name in wanted}
         sums = self._layout.fingerprints(arrays)
         if wrong := [name for name in wanted if sums[name] != body["fingerprints"][name]]:
@@ -243,6 +245,15 @@ class Checkpoints:
         is_full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
         remedy = "the disk is full: make room and start again" if is_full else "start again when that is mended"
         return SaveError(f"no checkpoint of step {step} in {self.folder}: {short(error)}. {last}; {remedy}")
+
+
+def orbax() -> Any:
+    """Orbax's checkpoints.
+
+    Raises:
+      MissingPackage: it is not installed.
+    """
+    return need("orbax.checkpoint", "checkpoints", "orbax-checkpoint")
 
 
 def short(error: Exception) -> str:

@@ -6,16 +6,16 @@ import json
 import math
 import pathlib
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import orbax.checkpoint as ocp
-from safetensors.flax import save_file
 
-from pretraining.checkpoint import BadCheckpoint, DamagedError, open_body, short
+from pretraining.checkpoint import BadCheckpoint, DamagedError, open_body, orbax, short
 from pretraining.layout import fingerprint
+from pretraining.optional import need
 
 LARGEST = 4 << 30
 """Bytes of arrays in a file, beyond which another is begun."""
@@ -44,20 +44,22 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
       ValueError: there is no checkpoint, or another ending.
       DamagedError: no checkpoint can be read.
       OSError: the file cannot be written.
+      MissingPackage: safetensors or orbax is not installed.
     """
+    save_file = need("safetensors.flax", "exports", "safetensors").save_file
     if to.suffix != ".safetensors":
         raise ValueError(f"--to {to}: the name must end in .safetensors")
     folder = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).absolute()
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
-    options = ocp.CheckpointManagerOptions(read_only=True, create=False)
-    with ocp.CheckpointManager(folder, options=options) as manager:
+    options = orbax().CheckpointManagerOptions(read_only=True, create=False)
+    with orbax().CheckpointManager(folder, options=options) as manager:
         steps = sorted(manager.all_steps())
         if not steps:
             raise ValueError(f"there is no checkpoint in {folder}")
         for step in reversed(steps):
             try:
-                return _export(manager, step, to, jnp.dtype(dtype), largest)
+                return _export(manager, save_file, step, to, jnp.dtype(dtype), largest)
             except OSError:
                 raise
             except Exception as error:
@@ -85,8 +87,9 @@ def plain_names(name: str, layers: int | None, dense_layers: int) -> list[str]:
     return [".".join([first, *rest])]
 
 
-def _export(manager: ocp.CheckpointManager, step: int, to: pathlib.Path, dtype: Any, largest: int) -> str:
-    meta = manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]
+def _export(manager: Any, save_file: Callable[..., None], step: int, to: pathlib.Path, dtype: Any, largest: int) -> str:
+    args = orbax().args
+    meta = manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
     body = open_body(meta)
     names = [
         name for name in body["arrays"] if name.startswith((LAYERS, OUTER)) and name.rsplit("/", 1)[-1] not in PLACEMENT
@@ -105,7 +108,10 @@ def _export(manager: ocp.CheckpointManager, step: int, to: pathlib.Path, dtype: 
             parts = [array] if layers is None else list(array)
             plain |= dict(zip(plain_names(name, layers, body["facts"]["dense_layers"]), parts, strict=True))
         file = to if len(groups) == 1 else to.with_name(f"{to.stem}-{index + 1:05}-of-{len(groups):05}{to.suffix}")
-        save_file(plain, file, {"format": "flax", "step": str(step)})
+        try:
+            save_file(plain, file, {"format": "flax", "step": str(step)})
+        except Exception as error:  # safetensors has its own for a full disk
+            raise OSError(f"{file} cannot be written: {error}") from error
         files |= dict.fromkeys(plain, file.name)
         size += sum(array.nbytes for array in plain.values())
     if len(groups) > 1:
@@ -115,11 +121,12 @@ def _export(manager: ocp.CheckpointManager, step: int, to: pathlib.Path, dtype: 
 
 
 def _read(
-    manager: ocp.CheckpointManager, step: int, shapes: dict[str, tuple[Any, tuple[int, ...]]], sums: dict[str, int]
+    manager: Any, step: int, shapes: dict[str, tuple[Any, tuple[int, ...]]], sums: dict[str, int]
 ) -> dict[str, jax.Array]:
     """These arrays alone, on one device, checked."""
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(shape, kind, sharding=here) for name, (kind, shape) in shapes.items()}
+    ocp = orbax()
     restore = ocp.args.PyTreeRestore(
         item=wanted,
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),

@@ -127,7 +127,6 @@ def train(
     Raises:
       TooManySkips: see ``config.max_skipped``; the last checkpoint is whole then.
       SaveError: a checkpoint cannot be written.
-      OSError: metrics cannot be written.
     """
     losses: list[float] = []
     done = saved = int(state.step)

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import io
 import json
 import os
 import pathlib
 import time
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
+from typing import Any
 
-from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
-from tensorboardX import summary
-from tensorboardX.event_file_writer import EventsWriter
-from tensorboardX.proto.event_pb2 import Event, SessionLog  # pyright: ignore[reportAttributeAccessIssue]
+from pretraining.optional import need
+from pretraining.progress import Progress, progress
 
 METRICS = "metrics.jsonl"
 
@@ -44,11 +45,12 @@ class Observer:
     """Shows and writes metrics; on every process but the first it does neither.
 
     Use it in ``with``. A line of the metrics' file is written whole and at once, so that it survives the process; a
-    resumed run first drops the lines after the step that it begins with.
+    resumed run first drops the lines after the step that it begins with. What cannot be shown or written once the run
+    has begun is a warning: training is worth more than what is said about it.
     """
 
     def __init__(self, out: pathlib.Path | None, steps: int, start: int, throughput: Throughput, *, every: int = 10):
-        """Opens files and bar.
+        """Remembers what to do; ``with`` opens files and bar.
 
         Args:
           out: folder for `METRICS` and ``tensorboard/``; None: this process shows and writes nothing.
@@ -56,58 +58,52 @@ class Observer:
           start: steps done already.
           throughput: of the run.
           every: steps between lines where the output is no terminal.
+        """
+        self._out, self._steps, self._start, self._throughput, self._every = out, steps, start, throughput, every
+        self._since: tuple[float, int] | None = None
+        self._lines: Lines | None = None
+        self._events: Events | None = None
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> Observer:
+        """Opens files and bar.
 
         Raises:
           OSError: the folder cannot be written.
         """
-        self._out, self._steps, self._start, self._throughput, self._every = out, steps, start, throughput, every
-        self._since: tuple[float, int] | None = None
-        self._progress: Progress | None = None
-
-    def __enter__(self) -> Observer:
-        """Opens files and bar."""
         if self._out is None:
             return self
         self._out.mkdir(parents=True, exist_ok=True)
         keep_until(self._out / METRICS, self._start)
-        self._lines = (self._out / METRICS).open("a", encoding="utf-8", buffering=1)
-        (self._out / "tensorboard").mkdir(exist_ok=True)
-        # Its synchronous part: a writing thread would die of a full disk unseen.
-        self._events = EventsWriter(str(self._out / "tensorboard" / "events"))
-        self._events.write_event(Event(step=self._start, session_log=SessionLog(status=SessionLog.START)))
-        counter, text = TextColumn("{task.completed}/{task.total}"), TextColumn("{task.description}")
-        self._progress = Progress(counter, BarColumn(), text, TimeRemainingColumn())
-        self._task = self._progress.add_task("compiling", total=self._steps, completed=self._start)
-        self._progress.start()
+        self._lines = Lines(self._out / METRICS)
+        self._progress = progress(self._steps, self._start)
+        try:
+            self._events = Events(self._out / "tensorboard", self._start)
+        except Exception as error:
+            # Not only a missing package: an old one may not fit the others.
+            self.note(f"no TensorBoard events: {error}; {self._out / METRICS} holds the metrics")
         return self
 
-    def __exit__(self, kind: object, *_: object) -> None:
+    def __exit__(self, *_: object) -> None:
         """Closes them."""
-        if self._progress is None:
-            return
-        self._progress.stop()
-        # What ended the run may be a full disk: that error is the one to be seen.
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
-            self._events.close()
-        with contextlib.suppress(OSError) if kind else contextlib.nullcontext():
+        self._try("the progress bar is left as it is", lambda: self._progress and self._progress.stop())
+        self._try("TensorBoard's events may be incomplete", lambda: self._events and self._events.close())
+        if self._lines is not None:
             self._lines.close()
+        self._lines = self._events = self._progress = None
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
-        if self._progress is not None:
-            self._progress.console.print(text, markup=False, highlight=False, soft_wrap=True)
+        if self._progress is not None and not self._try("nothing more is shown", self._progress.note, text):
+            self._progress = None
 
     def pause(self) -> None:
         """Begins to measure throughput anew, after something that is no training."""
         self._since = None
 
     def step(self, step: int, metrics: Mapping[str, float | None]) -> None:
-        """Takes the metrics of the step that was the ``step``-th to end, counted from 1.
-
-        Raises:
-          OSError: they cannot be written.
-        """
-        if self._progress is None:
+        """Takes the metrics of the step that was the ``step``-th to end, counted from 1."""
+        if self._lines is None:
             return
         now = time.perf_counter()
         rate = None
@@ -119,25 +115,108 @@ class Observer:
         mfu = None if rate is None else self._throughput.mfu(rate)
         found = {**metrics, "tokens_per_second": rate, "mfu": mfu}
         self._write(step, found)
+        if self._progress is None:
+            return
         text = describe(found)
-        self._progress.update(self._task, completed=step, description=text)
+        self._progress.update(step, text)
         first, last = step == self._start + 1, step == self._steps
-        if not self._progress.console.is_terminal and (step % self._every == 0 or first or last):
+        if not self._progress.is_live and (step % self._every == 0 or first or last):
             self.note(f"step {step}/{self._steps}  {text}")
 
     def evaluation(self, step: int, loss: float) -> None:
         """Takes the loss on held-out data."""
-        if self._progress is not None:
+        if self._lines is not None:
             self._write(step, {"held_out_loss": loss})
             self.note(f"step {step}/{self._steps}  held-out loss {loss:.3f}")
 
     def _write(self, step: int, metrics: Mapping[str, float | None]) -> None:
         known = {name: value for name, value in metrics.items() if value is not None}
-        self._lines.write(json.dumps({"step": step, **known}) + "\n")
+        if self._lines is not None:
+            self._lines.write({"step": step, **known})
+        if self._events is not None and not self._try("no more TensorBoard events", self._events.write, step, known):
+            with contextlib.suppress(Exception):
+                self._events.close()
+            self._events = None
+
+    def _try(self, otherwise: str, act: Callable[..., object], *args: object) -> bool:
+        """Whether it went well; if not, there is a warning."""
+        try:
+            act(*args)
+        except Exception as error:
+            warnings.warn(f"{otherwise}: {type(error).__name__}: {error}; the run goes on", stacklevel=4)
+            return False
+        return True
+
+
+class Lines:
+    """A file of JSON lines, appended to.
+
+    Where a line cannot be written, a warning says so once, and again when the file can be written.
+    """
+
+    def __init__(self, path: pathlib.Path):
+        """Opens the file.
+
+        Raises:
+          OSError: it cannot be opened.
+        """
+        self._path, self._lost, self._is_torn = path, 0, False
+        self._file = io.FileIO(path, "a")
+
+    def write(self, line: Mapping[str, object]) -> None:
+        """Appends a line."""
+        # After half a line a new one, or two would be lost.
+        text = b"\n" * self._is_torn + json.dumps(line).encode() + b"\n"
+        try:
+            written = self._file.write(text) or 0
+            self._is_torn = written < len(text) and (written > 0 or self._is_torn)
+            if written < len(text):
+                raise OSError(f"{written} of {len(text)} bytes written")
+        except OSError as error:
+            self._lost += 1
+            if self._lost == 1:
+                warnings.warn(f"no metrics in {self._path}: {error}; the run goes on, and tries again", stacklevel=4)
+            return
+        if self._lost:
+            warnings.warn(f"{self._path} can be written again; {self._lost} lines are missing", stacklevel=4)
+            self._lost = 0
+
+    def close(self) -> None:
+        """Closes the file."""
+        with contextlib.suppress(OSError):
+            self._file.close()
+
+
+class Events:
+    """TensorBoard's events in a folder."""
+
+    def __init__(self, folder: pathlib.Path, start: int):
+        """Opens a new file.
+
+        Raises:
+          MissingPackage: tensorboardX is not installed.
+          OSError: the folder cannot be written.
+        """
+        what = "TensorBoard's events", "tensorboardX"
+        self._protocol: Any = need("tensorboardX.proto.event_pb2", *what)
+        self._summary: Any = need("tensorboardX.summary", *what)
+        folder.mkdir(exist_ok=True)
+        # Its synchronous part: a writing thread would die of a full disk unseen.
+        self._file = need("tensorboardX.event_file_writer", *what).EventsWriter(str(folder / "events"))
+        log = self._protocol.SessionLog(status=self._protocol.SessionLog.START)
+        self._file.write_event(self._protocol.Event(step=start, session_log=log))
+
+    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Writes an event for each metric."""
         now = time.time()
-        for name, value in known.items():
-            self._events.write_event(Event(step=step, wall_time=now, summary=summary.scalar(name, value)))
-        self._events.flush()
+        for name, value in metrics.items():
+            scalar = self._summary.scalar(name, value)
+            self._file.write_event(self._protocol.Event(step=step, wall_time=now, summary=scalar))
+        self._file.flush()
+
+    def close(self) -> None:
+        """Closes the file."""
+        self._file.close()
 
 
 def describe(metrics: Mapping[str, float | None]) -> str:

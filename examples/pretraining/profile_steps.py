@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import pathlib
-from collections.abc import Callable, Iterator
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 import jax
 from jax.experimental import multihost_utils
@@ -12,11 +14,15 @@ from jax.sharding import Mesh
 
 import jaxpipe
 from profiling.capture import annotate_step, capture
+from profiling.event import Trace
 from profiling.html import write_html
 from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
 from profiling.read_timeline import read_timeline
 from profiling.read_xplane import read_xplane
 from profiling.report import report
+
+SESSION = "steps"
+"""The name of the profile, the same on all processes."""
 
 SETTLED = 2
 """Steps of a process before the profile: the first compiles, the second may still allocate."""
@@ -26,6 +32,8 @@ def profiler(
     folder: pathlib.Path, mesh: Mesh, start: int, steps: int
 ) -> Callable[[int], contextlib.AbstractContextManager[None]]:
     """The context for each step of a run: `SETTLED` steps after ``start``, it captures ``steps`` of them.
+
+    What the profiler cannot do is a warning: the steps run all the same.
 
     Args:
       folder: for the profile of each process.
@@ -43,31 +51,85 @@ def profiler(
             return
         if step == first:
             jax.block_until_ready(jax.live_arrays())
-            stack.enter_context(capture(folder, ranks=pipeline_ranks(mesh), session="steps"))
+            with _warning("no profile"):
+                stack.enter_context(capture(folder, ranks=pipeline_ranks(mesh), session=SESSION))
         with annotate_step(step):
             yield
             jax.block_until_ready(jax.live_arrays())
         if step == first + steps - 1:
-            stack.close()
+            with _warning("no profile"):
+                stack.close()
 
     return around
 
 
-def write_report(folder: pathlib.Path, mesh: Mesh, pipeline: jaxpipe.Pipeline, steps: int) -> pathlib.Path:
+def write_report(
+    folder: pathlib.Path, mesh: Mesh, pipeline: jaxpipe.Pipeline, steps: int
+) -> tuple[pathlib.Path, str] | None:
     """Writes ``report.html`` into the folder of a profile, on the first process; all must call it.
 
-    Raises:
-      ValueError: there is no such profile.
+    Returns:
+      On the first process the page and what it is of, "1 step", "ranks 0-3 of 8 in 2 steps"; None on others, and where
+      there is a warning because it could not be made.
     """
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices("profiles are written")
+    if jax.process_index() > 0:
+        return None
     page = folder / "report.html"
-    if jax.process_index() == 0:
+    with _warning(f"no report of the profile in {folder}"):
         ranks = pipeline_ranks(mesh)
         trace = attribute(read_xplane(folder), pipeline.program, ranks, steps)
         actions = group_actions(trace, pipeline.program, ranks, steps)
-        schedule = pipeline.program.schedule
-        predicted = read_timeline(jaxpipe.schedule.simulate(schedule, measured_costs(actions)))
-        # The prediction is of one step.
-        write_html(page, report(actions, predicted) if steps == 1 else report(actions))
-    return page
+        if not actions.events:
+            raise ValueError("it holds no action of this pipeline")
+        of = f"{steps} step{'s' * (steps != 1)}"
+        if missing := missing_ranks(actions.devices, ranks):
+            of = f"{missing} in {of}"
+            actions = dataclasses.replace(actions, notes=(f"the trace has {missing} alone", *actions.notes))
+        write_html(page, report(actions, _predicted(actions, pipeline) if steps == 1 else None))
+        return page, of
+    return None
+
+
+def missing_ranks(devices: Iterable[int], ranks: Mapping[int, int]) -> str:
+    """What devices a trace has, where it does not have all; "" where it does.
+
+    Args:
+      devices: in the trace.
+      ranks: pipeline rank of each device of the mesh.
+
+    >>> ranks = {device: device // 2 for device in range(8)}
+    >>> missing_ranks(range(4), ranks), missing_ranks((0, 2, 4, 6), ranks), missing_ranks(range(8), ranks)
+    ('ranks 0-1 of 4', '4 of 8 devices', '')
+    """
+    seen = set(devices) & set(ranks)
+    if len(seen) == len(ranks):
+        return ""
+    whole = sorted(rank for rank in set(ranks.values()) if {d for d, r in ranks.items() if r == rank} <= seen)
+    if {device for device, rank in ranks.items() if rank in whole} != seen or not whole:
+        return f"{len(seen)} of {len(ranks)} devices"
+    runs: list[list[int]] = []
+    for rank in whole:
+        if runs and runs[-1][-1] == rank - 1:
+            runs[-1].append(rank)
+        else:
+            runs.append([rank])
+    spans = ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)
+    return f"rank{'s' * (len(whole) > 1)} {spans} of {len(set(ranks.values()))}"
+
+
+def _predicted(actions: Trace, pipeline: jaxpipe.Pipeline) -> Trace | None:
+    """The step that the schedule would take with the measured times of its actions."""
+    with _warning("the report has no simulated step beside the measured one"):
+        return read_timeline(jaxpipe.schedule.simulate(pipeline.program.schedule, measured_costs(actions)))
+    return None
+
+
+@contextlib.contextmanager
+def _warning(otherwise: str) -> Iterator[None]:
+    """Warns of whatever goes wrong within: the training is done, or goes on."""
+    try:
+        yield
+    except Exception as error:
+        warnings.warn(f"{otherwise}: {type(error).__name__}: {error}", stacklevel=4)

@@ -174,8 +174,9 @@ def train(args: argparse.Namespace) -> None:
     if result.interrupted:
         return
     if args.profile and len(result.losses) >= args.profile + 2:
-        page = write_report(out / "profile", setup.mesh, setup.pipeline, args.profile)
-        _say(f"profile of {args.profile} steps: {page}")
+        written = write_report(out / "profile", setup.mesh, setup.pipeline, args.profile)
+        if written is not None:
+            _say("profile of {1}: {0}".format(*written))
     if initial is not None:
         check(args, setup, initial, result.losses)
 

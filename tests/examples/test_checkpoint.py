@@ -17,6 +17,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 from pretraining.checkpoint import Checkpoints, DamagedError
 from pretraining.layout import Layout, describe, fingerprint, spread
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
 

@@ -7,7 +7,6 @@ import sys
 import jax
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
 from tests.examples.fake_run import LAYERS, Fake
 
@@ -16,6 +15,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 from pretraining.checkpoint import Checkpoints, DamagedError
 from pretraining.export import export_run
 
+load_file = pytest.importorskip("safetensors.numpy", reason="needs the package safetensors").load_file
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
 

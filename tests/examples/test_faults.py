@@ -24,6 +24,9 @@ os.execv(sys.argv[1], sys.argv[1:])
 """
 
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
+
+
 def start(*command, cache):
     """A Python program of this repository, on 4 fake devices."""
     environment = os.environ | {

@@ -23,6 +23,7 @@ from tests.examples.fake_run import Fake, run
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
 

@@ -19,6 +19,7 @@ from pretraining.loop import LoopConfig, TooManySkips, train
 from pretraining.observe import METRICS, Observer, keep_until, read_metrics
 from pretraining.run import set_up
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
 
@@ -139,6 +140,7 @@ def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path):
 
 
 def test_metrics_are_written_as_lines_and_events(fake, tmp_path):
+    pytest.importorskip("tensorboardX", reason="needs the package tensorboardX")
     run(fake, tmp_path, 5)
     lines = read_metrics(tmp_path / METRICS)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5]

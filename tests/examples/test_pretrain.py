@@ -11,6 +11,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 
+pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 8:
     pytest.skip("needs 8 devices", allow_module_level=True)
 

@@ -50,7 +50,8 @@ def test_targets_agree_with_the_data_sheets(asked, monkeypatch, name):
     assert '"NVIDIA H100 80GB HBM3"' not in text
 
 
-def test_nodes_are_domains_of_nvlink(asked):
+def test_nodes_are_domains_of_nvlink(asked, monkeypatch):
+    monkeypatch.setattr(module, "_is_local", lambda chip: False)
     topology("H200", 16, nodes=2)
     assert asked[0]["topology"] == "2x1x8"
     assert asked[0].keys() == {"topology", "platform", "target_config"}
