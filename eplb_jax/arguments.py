@@ -8,11 +8,15 @@ from typing import Any
 
 import jax
 import jax.core
+import jax.numpy as jnp
 import numpy as np
 
 
 def check_loads(weight: Any, name: str = "weight") -> None:
     """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
+    dtype = getattr(weight, "dtype", None) or np.asarray(weight).dtype
+    if dtype != np.bool_ and not jnp.issubdtype(dtype, np.integer) and not jnp.issubdtype(dtype, np.floating):
+        raise ValueError(f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)")
     shape = np.shape(weight)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
@@ -28,6 +32,21 @@ def check_loads(weight: Any, name: str = "weight") -> None:
             f"{name} has {bad.sum()} values that are negative or not finite, the first is {host[layer, expert]} at "
             f"[layer, expert] [{layer}, {expert}]: loads are counts of tokens"
         )
+
+
+def to_float32(weight: Any) -> Any:
+    """Loads as float32, NumPy's or JAX's; layers of extreme loads times a power of two, which no plan depends on.
+
+    Sums of a layer's loads would be infinite, or loads zero, where the largest is beyond 2**100 or below 2**-100.
+    """
+    xp = jnp if isinstance(weight, jax.Array) else np
+    weight = xp.asarray(weight)
+    if not jnp.issubdtype(weight.dtype, np.float32) and not jnp.issubdtype(weight.dtype, np.float64):
+        weight = weight.astype(np.float32)
+    most = weight.max(1, keepdims=True)
+    exponent = xp.frexp(most)[1]
+    extreme = (most > 0) & (abs(exponent) > 100)
+    return xp.ldexp(weight, xp.where(extreme, -exponent, 0)).astype(np.float32)
 
 
 def check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:

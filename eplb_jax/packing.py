@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Int, Num
 
-from eplb_jax.arguments import check_loads, on_host
+from eplb_jax.arguments import check_loads, on_host, to_float32
 from eplb_jax.placement import Array
 
 MOST_COUNTED = 384
@@ -84,9 +84,9 @@ def replicate_experts(
 def call(function: Any, weight: Array, **arguments: float) -> Any:
     """Calls a jitted function of float32 loads; NumPy loads give NumPy results, made on the CPU."""
     if isinstance(weight, jax.Array):
-        return function(weight.astype(jnp.float32), **arguments)
+        return function(to_float32(weight), **arguments)
     with on_host():
-        return jax.tree.map(np.asarray, function(np.asarray(weight, np.float32), **arguments))
+        return jax.tree.map(np.asarray, function(to_float32(weight), **arguments))
 
 
 def pack(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:

@@ -26,7 +26,8 @@ def rebalance_experts(
 
     The result is DeepSeek's, bit for bit, wherever DeepSeek's is defined: it sorts by an unstable sort, which leaves
     ties among more than 16 items open. Here loads are float32, sorts are stable, of equal choices the first is taken,
-    and loads of a group are added from first to last.
+    and loads of a group are added from first to last. A layer without load gives all spares to the first expert of a
+    node, as there; `eplb_jax.policies.balanced` spreads them.
 
     Args:
       weight: load of each expert, any estimate of its tokens. NumPy in, NumPy out, planned on the CPU; JAX arrays may

@@ -47,13 +47,21 @@ def pack_slots(weight: jax.Array, slots: jax.Array, num_gpus: int) -> jax.Array:
     return take(slots, inverse(gpu * (slots.shape[1] // num_gpus) + position))
 
 
-@functools.partial(jax.jit, static_argnames=("num_gpus", "steps"))
-def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus: int, steps: int = 24) -> jax.Array:
+@functools.partial(jax.jit, static_argnames=("num_gpus", "most", "steps"))
+def recount(
+    weight: jax.Array,
+    slots: jax.Array,
+    target: jax.Array,
+    *,
+    num_gpus: int,
+    most: int | None = None,
+    steps: int = 24,
+) -> jax.Array:
     """Packs other replicas while the figure is above target: takes one from an expert, gives one to another.
 
     Which experts get the spares decides the most where GPUs have few slots: greedy replication lowers the heaviest
     replica, not the heaviest GPU. The best plan seen is kept, and up to `PATIENCE` steps in a row may be no better:
-    where there are few experts, one exchange alone often helps nothing.
+    where there are few experts, one exchange alone often helps nothing. With ``most``, no expert gets more replicas.
     """
     rows, experts = weight.shape
     patience = PATIENCE if experts <= RECEIVERS else 1
@@ -81,6 +89,8 @@ def recount(weight: jax.Array, slots: jax.Array, target: jax.Array, *, num_gpus:
         def figure(pair):
             donor, receiver = pair
             possible = (take(counts, donor) > 1) & (donor != receiver) & (donor != last)
+            if most is not None:
+                possible &= take(counts, receiver) < most
             return jnp.where(possible[:, 0], _heaviest(change(slots, counts, donor, receiver)[0], num_gpus), jnp.inf)
 
         figures = jax.lax.map(figure, (donors, receivers))

@@ -11,7 +11,7 @@ from jaxtyping import Num
 from eplb_jax.arguments import check_loads, check_sizes
 from eplb_jax.packing import call, replicate
 from eplb_jax.placement import Array, Placement
-from eplb_jax.rows import join_rows, make_rows, place_slots
+from eplb_jax.rows import heaviest_of, join_rows, lightest_packing, make_rows, place_slots, spread_idle
 from eplb_jax.search import figures_of, pack_slots, recount, refine
 
 
@@ -26,8 +26,10 @@ def balanced(
 ) -> Placement:
     """As `rebalance_experts`, then local search on who gets the spare replicas and which GPU holds what.
 
-    No layer's heaviest GPU gets heavier than in DeepSeek's plan. Search ends within ``tolerance`` of the load that no
-    plan can be below (the mean per GPU of the heaviest node), or where no step helps.
+    No layer's heaviest GPU gets heavier than in DeepSeek's plan: where search finds nothing lighter, the layer has that
+    plan. Search ends within ``tolerance`` of the load that no plan can be below (the mean per GPU of the heaviest node),
+    or where no step helps. A layer or node without load gets an even plan: replica counts that differ by one at most,
+    replicas of an expert on different GPUs; DeepSeek's gives all spares to the first expert.
 
     Args:
       weight, num_replicas, num_groups, num_nodes, num_gpus: as in `rebalance_experts`.
@@ -65,13 +67,24 @@ def balanced(
 def _plan(
     weight: jax.Array, *, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, tolerance: float
 ) -> jax.Array:
+    layers, gpus = len(weight), num_gpus // num_nodes
     rows = make_rows(weight, num_groups, num_nodes, num_gpus)
-    gpus = num_gpus // num_nodes
-    target = rows.target * (1 + tolerance)
     start = pack_slots(rows.weight, replicate(rows.weight, num_replicas // num_nodes)[0], gpus)
-    refined = refine(rows.weight, start, target, num_gpus=gpus)
+    theirs = join_rows(rows, spread_idle(rows, start, gpus))[:layers]
+    limit = heaviest_of(rows, start, gpus)[:layers]
+
+    refined = refine(rows.weight, start, rows.target * (1 + tolerance), num_gpus=gpus)
+    rows, refined, start = lightest_packing(rows, refined, layers, gpus, start)
+    target = rows.target * (1 + tolerance)
     figures = figures_of(rows.weight, refined, gpus)
     recounted = recount(rows.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
     recounted = refine(rows.weight, recounted, target, num_gpus=gpus)
     better = figures_of(rows.weight, recounted, gpus) < figures
-    return join_rows(rows.experts, jnp.where(better[:, None], recounted, refined))
+    slots = jnp.where(better[:, None], recounted, refined)
+    ours = join_rows(rows, spread_idle(rows, slots, gpus))
+
+    # DeepSeek's plan is left only for one that is lighter in exact arithmetic too: float32 rounds each load, each
+    # quotient, and each sum of a GPU's slots by half a unit.
+    rounding = (num_replicas // num_gpus + 2) * float(jnp.finfo(jnp.float32).eps)
+    lighter = heaviest_of(rows, slots, gpus) * (1 + 2 * rounding) < limit
+    return jnp.where(lighter[:, None], ours, theirs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Num
 
-from eplb_jax.arguments import check_loads, check_sizes
+from eplb_jax.arguments import check_loads, check_sizes, to_float32
 from eplb_jax.placement import Array, Placement
 from eplb_jax.policies.balanced import balanced
 from eplb_jax.policies.sticky import sticky
@@ -25,7 +25,8 @@ def elastic(
 
     With a previous placement, few replicas move: experts that died with their GPUs take slots of experts that have
     several, empty slots of GPUs that came back get the experts that need them most, and `sticky` does the rest.
-    Without one, or after it where that needs it, the living GPUs get a fresh `balanced` plan. Groups of experts stay on
+    Without one, or after it where that needs it, the living GPUs get a fresh `balanced` plan. Experts of a layer without
+    load count as equal. Groups of experts stay on
     one node while all living nodes have equally many living GPUs and divide the groups; otherwise they are ignored.
 
     Args:
@@ -44,7 +45,7 @@ def elastic(
     array([[ 0,  3, -1, -1,  1,  2]], dtype=int32)
     """
     check_loads(weight)
-    weight = np.asarray(weight, np.float32)
+    weight = to_float32(np.asarray(weight))
     alive = np.asarray(alive)
     if alive.ndim != 1 or alive.dtype != np.bool_:
         raise ValueError(f"alive is {alive.dtype} of shape {alive.shape}: it must be a bool for each GPU")
@@ -68,7 +69,8 @@ def elastic(
                 f"{previous.num_experts} experts, not of {len(weight)}, {num_replicas} and {num_experts}"
             )
         kept = np.asarray(previous.phy2log)[:, living]
-        filled = [_fill(w.astype(np.float64), slots, room) for w, slots in zip(weight, kept, strict=True)]
+        loads = np.where(weight.max(1, keepdims=True) > 0, weight, 1).astype(np.float64)  # no load: all alike
+        filled = [_fill(w, slots, room) for w, slots in zip(loads, kept, strict=True)]
         start = Placement.from_phy2log(np.stack(filled), num_experts)
         plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
     phy2log[:, living] = plan.phy2log

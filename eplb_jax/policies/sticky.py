@@ -6,7 +6,7 @@ import numpy as np
 from jaxtyping import Num
 from scipy.optimize import linear_sum_assignment
 
-from eplb_jax.arguments import check_loads, check_sizes, on_host
+from eplb_jax.arguments import check_loads, check_sizes, on_host, to_float32
 from eplb_jax.metrics import gpu_loads
 from eplb_jax.placement import Array, Placement
 from eplb_jax.policies.balanced import balanced
@@ -30,7 +30,7 @@ def sticky(
     ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
     node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
     plan, its GPUs numbered so that most replicas stay; that is the plan also where a group of experts is on several
-    nodes and should not be. An expert that stays on its GPU stays in its slot.
+    nodes and should not be. An expert that stays on its GPU stays in its slot. A layer without load is good enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
@@ -52,7 +52,7 @@ def sticky(
     True
     """
     check_loads(weight)
-    weight = np.asarray(weight, np.float32)
+    weight = to_float32(np.asarray(weight))
     check_sizes(weight.shape[1], previous.num_replicas, num_groups, num_nodes, num_gpus)
     if weight.shape != (previous.num_layers, previous.num_experts):
         raise ValueError(
