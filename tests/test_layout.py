@@ -15,7 +15,9 @@ LAYERS = [
     "jaxpipe.schedule",
     "jaxpipe.stage",
     "jaxpipe.runtime",
+    "jaxpipe.arguments",
     "jaxpipe.inputs",
+    "jaxpipe.differentiated",
     "jaxpipe.api",
     "jaxpipe.compiling",
     "jaxpipe.attention",
@@ -67,6 +69,7 @@ LAYERS = [
     "profiling.topology",
     "profiling.hlo_text",
     "profiling.hlo_collective",
+    "profiling.hlo_divergent",
     "profiling.hlo_cost",
     "profiling.hlo_timeline",
     "profiling.hlo_overlap",
@@ -152,7 +155,7 @@ def test_cycles_and_layers_are_seen():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
     assert imports("from jaxpipe import api") == {"jaxpipe.api"}
     assert imports("from jaxpipe.runtime.execute import Axes") == {"jaxpipe.runtime.execute"}
-    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 12]
+    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 14]
     with pytest.raises(AssertionError, match="relative import"):
         imports("from . import api")
 
