@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,6 +14,16 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
+from jaxpipe.arguments import (
+    check_batch_spec,
+    check_costs,
+    check_dtype,
+    check_mesh,
+    check_model,
+    check_schedule,
+    check_specs_given,
+)
+from jaxpipe.differentiated import not_transposed
 from jaxpipe.runtime import execute
 from jaxpipe.runtime.copies import stage_of_rows
 from jaxpipe.runtime.execute import Axes
@@ -21,13 +32,25 @@ from jaxpipe.runtime.model import Model, Params
 from jaxpipe.runtime.program import Program
 from jaxpipe.runtime.straight import is_short
 from jaxpipe.schedule.check import check
+from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
 DISPATCHERS = ("straight", "switch", "loops", "one by one")
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+_NO_GRADIENT = (
+    "a pipeline's result cannot be differentiated, since it holds the gradients already: take them from "
+    "(loss, aux), grads = step(params, batch), where step is what jaxpipe.value_and_grad returned; whatever else "
+    "belongs to the loss goes into head, stage or embed"
+)
+_NO_FORWARD_GRADIENT = (
+    "jaxpipe.forward cannot be differentiated in reverse: make a step with jaxpipe.value_and_grad, whose head returns "
+    "the loss, and take ((loss, aux), grads) from it"
+)
+
+
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Pipeline:
     """A pipelined model, ready to be called or jitted; made by `value_and_grad` and `forward`.
 
@@ -53,12 +76,32 @@ class Pipeline:
     dispatch: str
     order: str
 
+    @property
+    def __name__(self) -> str:
+        """Ranks and microbatches, as in "dualpipev_4x16"; `jax.jit` names the compiled module so."""
+        schedule = self.program.schedule
+        kind = "_forward" * self.program.forward_only
+        return f"{schedule.name}_{schedule.num_ranks}x{schedule.num_microbatches}{kind}"
+
+    def __repr__(self) -> str:
+        return f"<jaxpipe.Pipeline {self.__name__} on {dict(self.mesh.shape)}, dispatch={self.dispatch!r}>"
+
     def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
         """Runs the pipeline; see `value_and_grad` and `forward`."""
-        inputs.check_params(params, self.program.schedule)
-        batch = inputs.split_batch(batch, self.program.schedule.num_microbatches, self.axes)
-        specs = jax.tree.map(inputs.broadcast_spec, self.specs, params, is_leaf=inputs.is_spec)
-        inputs.check_specs(specs, self.axes, shared_ends=self.program.shared_ends)
+        schedule, shared_ends = self.program.schedule, self.program.shared_ends
+        inputs.check_params(params, schedule)
+        inputs.check_key(rng)
+        specs = inputs.broadcast_specs(self.specs, params, self.axes.pipeline, self.mesh)
+        inputs.check_specs(specs, self.axes, shared_ends=shared_ends)
+        inputs.refuse_sharded_by_compiler(specs, self.batch_spec, self.axes, self.mesh, shared_ends=shared_ends)
+        inputs.check_batch(batch, schedule.num_microbatches, self.axes, self.batch_spec, self.mesh)
+        inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
+        microbatches = inputs.split_batch(batch, schedule.num_microbatches, self.axes)
+        result = self._run(params, microbatches, rng, specs)
+        return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
+
+    def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
+        """The result, of a batch in microbatches."""
         tables = execute.make_tables(self.program)
         manual = functools.partial(inputs.manual_part, self.axes.names)
         param_specs = jax.tree.map(manual, specs, is_leaf=inputs.is_spec)
@@ -151,8 +194,9 @@ def value_and_grad(
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
-      specs: PartitionSpecs of the parameters, a tree prefix of Params; default ``Params(P(axis), P())``. Stage
-        parameters are sharded by rows over ``axis``; further entries may name any mesh axis.
+      specs: PartitionSpecs of the parameters, or NamedShardings on ``mesh``, a tree prefix of Params; None in it or
+        instead of it stands for the default, ``Params(P(axis), P())``. Stage parameters are sharded by rows over
+        ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
         Gradients accumulate in float32 (float64 for float64) and come back in the parameters' dtype.
@@ -237,9 +281,11 @@ def make_mesh(**sizes: int) -> Mesh:
     >>> dict(make_mesh(pp=4, dp=2).shape)
     {'pp': 4, 'dp': 2}
     """
-    count = int(np.prod(list(sizes.values()), dtype=int))
-    devices = jax.devices()
-    if min(sizes.values(), default=0) < 1 or count > len(devices):
+    if not sizes:
+        raise ValueError("a mesh needs an axis: pass sizes by name, as in make_mesh(pp=4, dp=2)")
+    sizes = {name: at_least("a mesh", name, size, 1) for name, size in sizes.items()}
+    count, devices = math.prod(sizes.values()), jax.devices()
+    if count > len(devices):
         raise ValueError(
             f"a mesh of {sizes} needs {count} devices and there are {len(devices)} ({devices[0].platform}); on CPU set "
             f"XLA_FLAGS=--xla_force_host_platform_device_count={count} before jax is imported"
@@ -252,8 +298,8 @@ def stack_stages(stages: Any, schedule: Schedule, order: str = "model") -> Any:
     """Stacks the parameters of stages 0, 1, ... into rows.
 
     Args:
-      stages: a list or tuple with the parameters of each stage, in the order of the forward pass; or these stacked
-        already, a pytree whose leaves are ``[num_stages, ...]`` with stage i in row i.
+      stages: a list, tuple or iterator of the parameters of each stage, in the order of the forward pass; or these
+        stacked already, a pytree whose leaves are ``[num_stages, ...]`` with stage i in row i.
       schedule: gives the number of stages and, for storage order, their rows.
       order: that of the result and of the pipeline that it is for: "model", row i is stage i; "storage", row i is stage
         ``schedule.storage_order[i]``.
@@ -269,10 +315,12 @@ def stack_stages(stages: Any, schedule: Schedule, order: str = "model") -> Any:
     [0, 3, 1, 2]
     """
     rows = stage_of_rows(schedule, order)
+    if isinstance(stages, Iterator):
+        stages = list(stages)
     if isinstance(stages, (list, tuple)) and not hasattr(stages, "_fields"):
         inputs.check_alike(stages, schedule)
         return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(stages[stage] for stage in rows))
-    inputs.check_rows(stages, schedule, "the stacked parameters")
+    inputs.check_rows(stages, schedule, "stacked")
     return stages if rows == tuple(range(len(rows))) else jax.tree.map(lambda leaf: leaf[np.asarray(rows)], stages)
 
 
@@ -284,7 +332,7 @@ def unstack_stages(stacked: Any, schedule: Schedule, order: str = "model") -> li
     >>> unstack_stages({"w": np.asarray([0, 3, 1, 2])}, schedule, order="storage")[1]["w"].item()
     1
     """
-    inputs.check_rows(stacked, schedule, "the stacked parameters")
+    inputs.check_rows(stacked, schedule, "stacked")
     row_of = {stage: row for row, stage in enumerate(stage_of_rows(schedule, order))}
     return [jax.tree.map(lambda leaf, row=row_of[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
 
@@ -306,17 +354,19 @@ def _pipeline(
     *,
     forward_only: bool,
 ) -> Pipeline:
+    check_schedule(schedule)
     check(schedule)
-    axes = _check_mesh(schedule, mesh, axis, tuple(data_axes), tuple(replicated_axes))
+    check_model(model)
+    axes = check_mesh(schedule, mesh, axis, data_axes, replicated_axes)
+    stage_of_rows(schedule, order)
     if dispatch is not None and dispatch not in DISPATCHERS:
         raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
     if dispatch == "straight" and schedule.num_ranks != 1:
         raise ValueError(
             f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
         )
-    stage_of_rows(schedule, order)
     program = lower(
-        schedule, costs or Costs(), embed_grad=model.embed is not None, forward_only=forward_only,
+        schedule, check_costs(costs), embed_grad=model.embed is not None, forward_only=forward_only,
         shared_ends=shared_ends,
     )  # fmt: skip
     if dispatch is None:
@@ -327,33 +377,9 @@ def _pipeline(
         model=model,
         mesh=mesh,
         axes=axes,
-        specs=specs if specs is not None else Params(P(axis), P()),
-        batch_spec=batch_spec if batch_spec is not None else P(axes.data or None),
-        compute_dtype=compute_dtype,
+        specs=check_specs_given(specs, axis),
+        batch_spec=check_batch_spec(batch_spec, axes, mesh),
+        compute_dtype=check_dtype(compute_dtype),
         dispatch=dispatch,
         order=order,
     )
-
-
-def _check_mesh(
-    schedule: Schedule, mesh: Mesh, axis: str, data_axes: tuple[str, ...], replicated_axes: tuple[str, ...]
-) -> Axes:
-    sizes = dict(mesh.shape)
-    manual = (axis, *data_axes, *replicated_axes)
-    missing = [name for name in manual if name not in sizes]
-    if missing or len(set(manual)) != len(manual):
-        raise ValueError(f"axes {list(manual)} must be distinct axes of the mesh, which has {sizes}")
-    if sizes[axis] != schedule.num_ranks:
-        raise ValueError(
-            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but mesh axis {axis!r} has size "
-            f"{sizes[axis]}: build the schedule for {sizes[axis]} ranks, or the mesh with {axis}={schedule.num_ranks}"
-        )
-    if schedule.num_stages % schedule.num_ranks:
-        raise ValueError(f"{schedule.num_stages} stages do not divide over {schedule.num_ranks} ranks")
-    not_auto = [str(name) for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
-    if not_auto:
-        raise ValueError(
-            f"mesh axes {not_auto} are not Auto: make the mesh with axis_types=(AxisType.Auto,) * {len(sizes)}, "
-            "or with jaxpipe.make_mesh"
-        )
-    return Axes(axis, data_axes, replicated_axes, {name: sizes[name] for name in manual})

@@ -2,6 +2,7 @@
 
 from profiling.capture import annotate_step, capture
 from profiling.event import Event, Step, Trace
+from profiling.hlo_divergent import check_collectives
 from profiling.hlo_overlap import overlap
 from profiling.html import write_html
 from profiling.metrics import measure
@@ -21,6 +22,7 @@ __all__ = [
     "annotate_step",
     "attribute",
     "capture",
+    "check_collectives",
     "group_actions",
     "measure",
     "measured_costs",

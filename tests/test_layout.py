@@ -15,7 +15,9 @@ LAYERS = [
     "jaxpipe.schedule",
     "jaxpipe.stage",
     "jaxpipe.runtime",
+    "jaxpipe.arguments",
     "jaxpipe.inputs",
+    "jaxpipe.differentiated",
     "jaxpipe.api",
     "jaxpipe.compiling",
     "jaxpipe.optimizer",
@@ -71,6 +73,7 @@ LAYERS = [
     "profiling.topology",
     "profiling.hlo_text",
     "profiling.hlo_collective",
+    "profiling.hlo_divergent",
     "profiling.hlo_cost",
     "profiling.hlo_timeline",
     "profiling.hlo_overlap",
@@ -156,7 +159,7 @@ def test_cycles_and_layers_are_seen():
     assert find_cycle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
     assert imports("from jaxpipe import api") == {"jaxpipe.api"}
     assert imports("from jaxpipe.runtime.execute import Axes") == {"jaxpipe.runtime.execute"}
-    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 16]
+    assert [layer(f"jaxpipe.{name}") for name in ("schedule.action", "schedule.zbv", "__main__")] == [0, 3, 18]
     with pytest.raises(AssertionError, match="relative import"):
         imports("from . import api")
 

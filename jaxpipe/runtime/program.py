@@ -56,7 +56,7 @@ Branch = tuple[tuple[Op, int], ...]
 """The one or two operations that a rank runs in a step, each with its local chunk; ``()`` is idle."""
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class Program:
     """Tables for an executor: in every step each rank runs one branch, then messages may move.
 
@@ -103,6 +103,9 @@ class Program:
     num_weight_stash_slots: int
     num_cross_slots: int
     makespan: float
+
+    def __repr__(self) -> str:
+        return f"<Program of {self.schedule!r}: {self.num_steps} steps, {len(self.branches)} branches>"
 
     @property
     def num_steps(self) -> int:

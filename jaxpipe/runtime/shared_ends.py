@@ -28,9 +28,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.runtime.alone import refuse_axis
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stage.axes import axes_of_jaxpr
 
 
 def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: bool) -> Model:
@@ -67,11 +69,8 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
       ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others.
     """
     jaxpr, shapes = jax.make_jaxpr(end, return_shape=True)(*args)
-    if not program.shared_ends and any(getattr(effect, "name", None) == axis for effect in jaxpr.effects):
-        raise ValueError(
-            f"{name} uses mesh axis {axis!r}, but one pipeline rank runs it while others do something else: pass "
-            "shared_ends=True, and all ranks run it together"
-        )
+    if not program.shared_ends:
+        refuse_axis(name, axis, axes_of_jaxpr(jaxpr))
     return shapes
 
 

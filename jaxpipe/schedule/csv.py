@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import csv
+import io
 import itertools
 import re
 
@@ -22,7 +24,9 @@ def to_csv(schedule: Schedule) -> str:
 
 
 def from_csv(text: str, name: str = "csv") -> Schedule:
-    """Reads and checks a schedule; empty cells, which are idle times, are skipped.
+    """Reads and checks a schedule; empty cells, which are idle times, are skipped, and so are empty lines.
+
+    Quoted cells, spaces, lower case, a byte-order mark and other line ends do no harm.
 
     Stages, microbatches and ranks are those that the actions name. Where two ranks run the same stage, the first half
     of the microbatches travels in one direction and the second half in the other, as DualPipe's do.
@@ -33,10 +37,13 @@ def from_csv(text: str, name: str = "csv") -> Schedule:
     >>> from_csv("0F0,0B0\\n1F0,,1B0\\n").num_stages
     2
     """
+    if not isinstance(text, str):
+        raise ValueError(f"a CSV of type {type(text).__name__}: pass its text, such as pathlib.Path(...).read_text()")
+    lines = csv.reader(io.StringIO(text.removeprefix("\ufeff"), newline=""), skipinitialspace=True)
     ranks = tuple(
-        tuple(_parse(cell, row, column) for column, cell in enumerate(line.split(",")) if cell.strip())
-        for row, line in enumerate(text.splitlines())
-        if line.strip()
+        tuple(_parse(cell, row, column) for column, cell in enumerate(cells) if cell.strip())
+        for row, cells in enumerate(lines)
+        if any(cell.strip() for cell in cells)
     )
     actions = [(rank, action) for rank, groups in enumerate(ranks) for group in groups for action in group]
     if not actions:
@@ -65,11 +72,11 @@ def _cell(group: Group) -> str:
 
 
 def _parse(cell: str, row: int, column: int) -> Group:
-    overlapped = re.fullmatch(r"\s*\(([^();]+);([^();]+)\)OVERLAP_F_[BI]\s*", cell)
+    overlapped = re.fullmatch(r"\(([^();]+);([^();]+)\)\s*OVERLAP_F_[BI]", cell.strip().upper())
     try:
-        return tuple(Action.parse(part) for part in (overlapped.groups() if overlapped else (cell,)))
-    except ValueError as error:
+        return tuple(Action.parse(part.strip()) for part in (overlapped.groups() if overlapped else (cell.upper(),)))
+    except ValueError:
         raise ValueError(
-            f"line {row + 1}, column {column + 1}: {error}, or an overlapped pair as in '(0F7;7B3)OVERLAP_F_B', "
-            "or leave the cell empty"
+            f"line {row + 1}, column {column + 1}: {cell!r} is not an action; write stage, kind (F, B, I or W) and "
+            "microbatch, as in '2F0', or an overlapped pair as in '(0F7;7B3)OVERLAP_F_B', or leave the cell empty"
         ) from None

@@ -20,8 +20,8 @@ def dualpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     >>> " ".join("&".join(map(str, group)) for group in dualpipe(2, 4).ranks[0])
     '0F0 1F2 0F1 1B2 1F3&0B0 1B3 0I1 0W1'
     """
-    at_least("dualpipe", "num_ranks", num_ranks, 2)
-    at_least("dualpipe", "num_microbatches", num_microbatches, 2 * num_ranks)
+    num_ranks = at_least("dualpipe", "num_ranks", num_ranks, 2)
+    num_microbatches = at_least("dualpipe", "num_microbatches", num_microbatches, 2 * num_ranks)
     if num_ranks % 2 or num_microbatches % 2:
         raise ValueError(
             f"dualpipe with {num_ranks} ranks and {num_microbatches} microbatches: both must be even, as two "

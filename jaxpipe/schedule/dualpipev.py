@@ -23,8 +23,8 @@ def dualpipev(num_ranks: int, num_microbatches: int) -> Schedule:
     >>> " ".join("&".join(map(str, group)) for group in dualpipev(2, 4).ranks[1])
     '1F0 2F0 1F1 2F1 1F2 2B0 2F2&1B0 1F3&2B1 2F3&1B1 2B2 1B2 2I3 1I3 2W3 1W3'
     """
-    at_least("dualpipev", "num_ranks", num_ranks, 1)
-    at_least("dualpipev", "num_microbatches", num_microbatches, 2 * num_ranks)
+    num_ranks = at_least("dualpipev", "num_ranks", num_ranks, 1)
+    num_microbatches = at_least("dualpipev", "num_microbatches", num_microbatches, 2 * num_ranks)
     last = 2 * num_ranks - 1
     ranks = tuple(
         tuple(

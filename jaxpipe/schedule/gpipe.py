@@ -13,8 +13,8 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     >>> " ".join(str(action) for (action,) in gpipe(2, 2).ranks[1])
     '1F0 1F1 1B0 1B1'
     """
-    at_least("gpipe", "num_ranks", num_ranks, 1)
-    at_least("gpipe", "num_microbatches", num_microbatches, 1)
+    num_ranks = at_least("gpipe", "num_ranks", num_ranks, 1)
+    num_microbatches = at_least("gpipe", "num_microbatches", num_microbatches, 1)
     ranks = tuple(
         tuple((Action(rank, kind, m),) for kind in (Kind.F, Kind.B) for m in range(num_microbatches))
         for rank in range(num_ranks)

@@ -18,9 +18,9 @@ def interleaved(num_ranks: int, num_microbatches: int, num_chunks: int = 2) -> S
     >>> " ".join(str(action) for (action,) in interleaved(2, 2).ranks[1])
     '1F0 1F1 3F0 3B0 3F1 3B1 1B0 1B1'
     """
-    at_least("interleaved", "num_ranks", num_ranks, 1)
-    at_least("interleaved", "num_microbatches", num_microbatches, 1)
-    at_least("interleaved", "num_chunks", num_chunks, 1)
+    num_ranks = at_least("interleaved", "num_ranks", num_ranks, 1)
+    num_microbatches = at_least("interleaved", "num_microbatches", num_microbatches, 1)
+    num_chunks = at_least("interleaved", "num_chunks", num_chunks, 1)
     rounds = max(1, num_microbatches // num_ranks)
     if num_microbatches % rounds:
         raise ValueError(

@@ -9,7 +9,7 @@ from collections.abc import Collection
 from jaxpipe.schedule.action import Action, Group
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, repr=False)
 class Schedule:
     """What every rank does, in which order.
 
@@ -34,6 +34,10 @@ class Schedule:
     def num_ranks(self) -> int:
         """Pipeline ranks, the size of the mesh's pipeline axis."""
         return len(self.ranks)
+
+    def __repr__(self) -> str:
+        sizes = f"{self.num_stages} stages on {self.num_ranks} ranks, {self.num_microbatches} microbatches"
+        return f"<Schedule {self.name!r}: {sizes}>"
 
     def __str__(self) -> str:
         return self.grid()

@@ -21,8 +21,8 @@ def zbv(num_ranks: int, num_microbatches: int) -> Schedule:
     >>> " ".join(str(action) for (action,) in zbv(1, 2).ranks[0])
     '0F0 1F0 1I0 1W0 0F1 0I0 0W0 1F1 1I1 1W1 0I1 0W1'
     """
-    at_least("zbv", "num_ranks", num_ranks, 1)
-    at_least("zbv", "num_microbatches", num_microbatches, 2 * num_ranks)
+    num_ranks = at_least("zbv", "num_ranks", num_ranks, 1)
+    num_microbatches = at_least("zbv", "num_microbatches", num_microbatches, 2 * num_ranks)
 
     def order(rank: int) -> tuple[Group, ...]:
         stages = (rank, 2 * num_ranks - 1 - rank)

@@ -16,8 +16,8 @@ def zero_bubble(num_ranks: int, num_microbatches: int) -> Schedule:
     >>> " ".join(str(action) for (action,) in zero_bubble(2, 3).ranks[1])
     '1F0 1I0 1F1 1I1 1W0 1F2 1I2 1W1 1W2'
     """
-    at_least("zb1p", "num_ranks", num_ranks, 1)
-    at_least("zb1p", "num_microbatches", num_microbatches, 1)
+    num_ranks = at_least("zb1p", "num_ranks", num_ranks, 1)
+    num_microbatches = at_least("zb1p", "num_microbatches", num_microbatches, 1)
 
     def order(rank: int) -> tuple[Group, ...]:
         ahead = min(num_ranks - 1 - rank, num_microbatches)

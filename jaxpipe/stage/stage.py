@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpipe.stage.axes import axes_of_nodes
 from jaxpipe.stage.divide import closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value, evaluate, read
@@ -108,6 +109,11 @@ class SplitStage:
         self._seed(env, out_ct)
         evaluate(self._parts.whole, env)
         return self._params_ct(env, narrow), self._x_ct(env)
+
+    @property
+    def axes(self) -> frozenset[str]:
+        """The mesh axes over which any of the parts communicates."""
+        return axes_of_nodes((*self._parts.once, *self._parts.forward, *self._parts.whole))
 
     def _restore(self, prepared: Any, input_residuals: Any, weight_residuals: Any) -> dict[Value, Any]:
         parts = self._parts

@@ -8,6 +8,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from profiling import check_collectives
 from tests.plain import assert_trees_close, plain_value_and_grad
 from tests.runtime import models
 
@@ -174,3 +175,59 @@ def count_reductions(jaxpr, in_scan):
                     nested = count_reductions(sub, in_scan or eqn.primitive.name == "scan")
                     inside, outside = inside + nested[0], outside + nested[1]
     return inside, outside
+
+
+def test_parameters_sharded_over_the_batch_axis_by_the_compiler_are_refused():
+    """FSDP by specs alone: the message has the recipe of the next test, for the parameter at hand."""
+    schedule = jaxpipe.schedule.build("zb1p", 2, 4)
+    params, batch = models.deepseek_params(schedule, 16, 32), models.deepseek_batch(schedule, 16, sequence=4)
+    functions = {"embed": lambda outer, data, ctx: data["x"] * outer["scale"], "head": models.deepseek_head}
+    params = params._replace(outer={"scale": jnp.ones(16)})
+    stages, mesh = {"up": P("pp"), "down": P("pp", None, ("tp", "dp"))}, jaxpipe.make_mesh(pp=2, dp=2, tp=2)
+
+    def trace(specs, mesh=mesh, **options):
+        step = jaxpipe.value_and_grad(models.deepseek_stage, schedule, mesh, specs=specs, **functions, **options)
+        return jax.eval_shape(step, params, batch)
+
+    recipe = r"data_axes=\('dp',\).*all_gather\(parameter, 'dp', axis=1, tiled=True\)"
+    with pytest.raises(ValueError, match=r"specs\.stages\['down'\] is P.*for ever.*" + recipe):
+        trace(jaxpipe.Params(stages, P()), batch_spec=P("dp"))
+    outer = jaxpipe.Params(P("pp"), {"scale": P("dp")})
+    with pytest.raises(ValueError, match=r"specs\.outer\['scale'\] is P.*axis=0, tiled"):
+        trace(outer, batch_spec=P("dp"))
+    trace(outer, batch_spec=P("dp"), shared_ends=True)  # all ranks run embed together
+    trace(jaxpipe.Params(stages, P()))  # the axes do not divide the batch
+    trace(jaxpipe.Params(stages, P()), mesh=jaxpipe.make_mesh(pp=2, dp=1, tp=2), batch_spec=P("dp"))
+    trace(jaxpipe.Params(P("pp", None, "tp"), P()), batch_spec=P("dp"))
+
+
+@pytest.mark.parametrize("name, order", [("1f1b", "model"), ("dualpipev", "model"), ("dualpipe", "storage")])
+def test_parameters_sharded_over_the_batch_axis_by_hand(x64, name, order):
+    """pp=2, dp=2, tp=2: FSDP, gathered in the stage, beside the compiler's tensor parallelism; gradients divided."""
+    schedule = jaxpipe.schedule.build(name, 2, 4)
+    mesh = jaxpipe.make_mesh(pp=2, dp=2, tp=2)
+
+    def stage(params, x, ctx):
+        up = jax.lax.all_gather(params["up"], "dp", axis=0, tiled=True)
+        down = jax.lax.all_gather(params["down"], "dp", axis=1, tiled=True)
+        return jax.nn.gelu(x @ up) @ down
+
+    stacked = models.deepseek_params(schedule, 16, 32).stages
+    batch = models.deepseek_batch(schedule, 16, microbatch=4, sequence=4)
+    functions = {"embed": models.deepseek_embed, "head": models.deepseek_head}
+    specs = jaxpipe.Params({"up": P("pp", "dp", "tp"), "down": P("pp", "tp", "dp")}, P())
+    step = jaxpipe.value_and_grad(stage, schedule, mesh, data_axes=("dp",), specs=specs, order=order, **functions)
+    params = jaxpipe.Params(jaxpipe.stack_stages(stacked, schedule, order))
+    compiled = jax.jit(step).lower(params, batch).compile()
+    check_collectives(compiled.as_text(), mesh)
+    (loss, _), grads = compiled(params, batch)
+    plain = plain_value_and_grad(models.deepseek_stage, schedule, **functions)
+    (expected_loss, _), expected = plain(jaxpipe.Params(stacked), batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    for stage, wanted in zip(
+        jaxpipe.unstack_stages(grads.stages, schedule, order),
+        jaxpipe.unstack_stages(expected.stages, schedule),
+        strict=True,
+    ):
+        assert_trees_close(stage, wanted, rtol=1e-10)
+    assert grads.stages["up"].sharding.spec == P("pp", "dp", "tp")

@@ -78,3 +78,29 @@ def test_bad_cell_is_named_with_line_and_column(cell: str) -> None:
 def test_unsound_schedules_are_refused(text: str, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         from_csv(text)
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\ufeff0F0,0B0\n1F0,1B0\n",
+        '"0F0","0B0"\n"1F0","1B0"',
+        "0F0,0B0\r\n1F0,1B0\r\n",
+        "0F0,0B0,,,\n1F0,1B0,,,\n,,,\n\n",
+        ' 0F0 ,\t0B0\n\n1F0, "1B0" \n',
+        "0f0,0b0\n1f0,1b0",
+    ],
+)
+def test_what_editors_and_spreadsheets_write(text):
+    assert from_csv(text) == from_csv("0F0,0B0\n1F0,1B0\n")
+
+
+def test_overlapped_pairs_in_quotes_and_lower_case():
+    text = to_csv(build("dualpipev", 2, 4))
+    quoted = "\n".join(",".join(f'"{cell}"' for cell in line.split(",")) for line in text.splitlines())
+    assert from_csv(quoted) == from_csv(text) == from_csv(text.lower()) == from_csv(text.replace(";", " ; "))
+
+
+def test_bytes_are_refused():
+    with pytest.raises(ValueError, match=r"type bytes: pass its text"):
+        from_csv(b"0F0,0B0")

@@ -1,0 +1,186 @@
+"""What `value_and_grad` and `forward` are given, checked: functions, schedule, mesh and its axes, dtype."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from jaxpipe.runtime.execute import Axes
+from jaxpipe.runtime.model import Model, Params
+from jaxpipe.runtime.program import Program
+from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.schedule.simulate import Costs
+
+_CALLS = {
+    "stage": ("params", "x", "ctx"),
+    "embed": ("outer", "data", "ctx"),
+    "head": ("outer", "y", "data", "ctx"),
+    "weight": ("data",),
+}
+
+
+def check_model(model: Model) -> None:
+    """Raises ValueError unless the model's functions can be called as they will be."""
+    for name, arguments in _CALLS.items():
+        function = getattr(model, name)
+        call = f"{name}({', '.join(arguments)})"
+        if function is None and name != "stage":
+            continue
+        if not callable(function):
+            raise ValueError(f"{name} is {function!r:.80}: pass a function, to be called as {call}")
+        if not _takes(function, len(arguments)):
+            raise ValueError(
+                f"{name} takes {_signature(function)}, but is called as {call}: give it these arguments, "
+                "whether it uses them or not"
+            )
+
+
+def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
+    try:
+        return inspect.signature(function)
+    except (TypeError, ValueError):
+        return None
+
+
+def _takes(function: Callable[..., Any], count: int) -> bool:
+    """Whether a function takes so many positional arguments, as far as can be known."""
+    signature = _signature(function)
+    if signature is None:
+        return True
+    try:
+        signature.bind(*range(count))
+    except TypeError:
+        return False
+    return True
+
+
+def check_schedule(schedule: Any) -> None:
+    """Raises ValueError unless this is a Schedule."""
+    if isinstance(schedule, Program):
+        raise ValueError("schedule is a Program, which is a schedule lowered: pass its .schedule")
+    if not isinstance(schedule, Schedule):
+        name = schedule if isinstance(schedule, str) else "1f1b"
+        raise ValueError(
+            f"schedule is {schedule!r:.80}: pass a Schedule, such as jaxpipe.schedule.build({name!r}, num_ranks, "
+            "num_microbatches)"
+        )
+
+
+def check_costs(costs: Any) -> Costs:
+    """The costs, or the default; raises ValueError where they are something else."""
+    if costs is not None and not isinstance(costs, Costs):
+        raise ValueError(f"costs={costs!r:.80}: pass jaxpipe.schedule.Costs(forward, backward_input, weight), or None")
+    return costs or Costs()
+
+
+def check_dtype(dtype: Any) -> Any:
+    """The compute dtype, or None; raises ValueError unless it is floating."""
+    if dtype is None:
+        return None
+    try:
+        found = jnp.dtype(dtype)
+    except TypeError:
+        found = None
+    if found is None or not jnp.issubdtype(found, jnp.floating):
+        raise ValueError(f"compute_dtype={dtype!r}: give a floating dtype, such as jnp.bfloat16, or None")
+    return dtype
+
+
+def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replicated_axes: Any) -> Axes:
+    """The axes handled by hand; raises ValueError where mesh, axes and schedule do not fit together."""
+    if not isinstance(mesh, Mesh | AbstractMesh):
+        raise ValueError(
+            f"mesh is {mesh!r:.80}: pass a jax.sharding.Mesh, such as jaxpipe.make_mesh(pp={schedule.num_ranks})"
+        )
+    sizes = dict(mesh.shape)
+    data, replicated = _names("data_axes", data_axes), _names("replicated_axes", replicated_axes)
+    if not isinstance(axis, str):
+        raise ValueError(f"axis={axis!r}: give the name of the mesh axis of the pipeline ranks, one of {list(sizes)}")
+    manual = (axis, *data, *replicated)
+    missing = [name for name in manual if name not in sizes]
+    if missing or len(set(manual)) != len(manual):
+        raise ValueError(f"axes {list(manual)} must be distinct axes of the mesh, which has {sizes}")
+    if sizes[axis] != schedule.num_ranks:
+        raise ValueError(
+            f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but mesh axis {axis!r} has size "
+            f"{sizes[axis]}: build the schedule for {sizes[axis]} ranks, or the mesh with {axis}={schedule.num_ranks}"
+        )
+    if schedule.num_stages % schedule.num_ranks:
+        fewer = schedule.num_stages - schedule.num_stages % schedule.num_ranks
+        raise ValueError(
+            f"schedule {schedule.name!r} has {schedule.num_stages} stages on {schedule.num_ranks} ranks: the rows of "
+            "stage parameters are divided evenly over ranks, so divide the model into a multiple of "
+            f"{schedule.num_ranks} stages, such as {fewer + schedule.num_ranks}; how many each rank runs is free"
+        )
+    not_auto = [str(name) for name, kind in zip(mesh.axis_names, mesh.axis_types, strict=True) if kind != AxisType.Auto]
+    if not_auto:
+        raise ValueError(
+            f"mesh axes {not_auto} are not Auto: make the mesh with axis_types=(AxisType.Auto,) * {len(sizes)}, "
+            "or with jaxpipe.make_mesh"
+        )
+    return Axes(axis, data, replicated, {name: sizes[name] for name in manual})
+
+
+def _names(argument: str, axes: Any) -> tuple[str, ...]:
+    """Names of axes; one may stand alone."""
+    names = (axes,) if isinstance(axes, str) else axes
+    if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
+        raise ValueError(f"{argument}={axes!r}: give names of mesh axes, such as ('dp',)")
+    return tuple(names)
+
+
+def check_specs_given(specs: Any, axis: str) -> Params:
+    """The specs, or the default: stages by rows, the others whole."""
+    default = Params(P(axis), P())
+    if specs is None:
+        return default
+    if not isinstance(specs, Params):
+        raise ValueError(f"specs is {specs!r:.80}: pass jaxpipe.Params(stages=..., outer=...) of PartitionSpecs")
+    return Params(*(given if given is not None else other for given, other in zip(specs, default, strict=True)))
+
+
+def check_batch_spec(batch_spec: Any, axes: Axes, mesh: Any) -> P:
+    """The batch's spec, or the default: the leading dimension over the data axes."""
+    if batch_spec is None:
+        return P(axes.data or None)
+    spec = to_spec(batch_spec, mesh, "batch_spec")
+    check_names(spec, mesh, "batch_spec")
+    for entry in spec:
+        wrong = {name for name in _entry(entry) if name in axes.names and name not in axes.data}
+        if wrong:
+            raise ValueError(
+                f"batch_spec is {spec}, but the batch is the same on all devices of {sorted(wrong)}: "
+                f"it may be divided over data_axes, {list(axes.data)} here, and over the compiler's axes"
+            )
+    return spec
+
+
+def to_spec(given: Any, mesh: Any, name: str) -> P:
+    """A PartitionSpec, of itself or of a NamedSharding on the same mesh."""
+    if isinstance(given, NamedSharding):
+        if dict(given.mesh.shape) != dict(mesh.shape):
+            raise ValueError(
+                f"{name} is sharded over a mesh of {dict(given.mesh.shape)}, the pipeline over one of "
+                f"{dict(mesh.shape)}: pass PartitionSpecs, or shardings on the pipeline's mesh"
+            )
+        return given.spec
+    if not isinstance(given, P):
+        raise ValueError(f"{name} is {given!r:.80}, not a PartitionSpec such as jax.sharding.PartitionSpec('pp')")
+    return given
+
+
+def check_names(spec: P, mesh: Any, name: str) -> None:
+    """Raises ValueError unless a spec names axes of the mesh, each once."""
+    names = [each for entry in spec for each in _entry(entry)]
+    if len(set(names)) < len(names) or not set(names) <= set(mesh.shape):
+        raise ValueError(f"{name} is {spec}: name axes of the mesh, {dict(mesh.shape)}, each at most once")
+
+
+def _entry(entry: Any) -> tuple[str, ...]:
+    """The axes of one entry of a PartitionSpec."""
+    return tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(name, str))
