@@ -195,7 +195,9 @@ def value_and_grad(
       mesh: a mesh with Auto axis types, whose ``axis`` has size ``schedule.num_ranks``.
       embed: makes the first stage's input, or None.
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
-      weight: weight of a microbatch in the mean, or None: all equal.
+      weight: weight of a microbatch in the mean, one real number that is not negative, or None: all equal. A microbatch
+        of weight 0 adds nothing to loss and gradients, even where its own are not finite, as the mean over no tokens is
+        not; metrics count it. Where all weights are 0, so are loss and gradients.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -203,7 +205,7 @@ def value_and_grad(
         parameters are sharded by rows over ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
-        Gradients accumulate in float32 (float64 for float64) and come back in the parameters' dtype.
+        Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
         which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair; "straight", on
@@ -215,8 +217,10 @@ def value_and_grad(
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params``. The batch's leaves are ``[B, ...]``; microbatch m is the m-th
-      contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
+      the structure, sharding and dtypes of ``params``. Integers, bools and keys in ``params`` have gradients of dtype
+      float0, as `jax.grad` with ``allow_int=True`` gives them: no optimizer takes these by mistake, as it would zeros,
+      and `jaxpipe.floating_only` makes any leave such parameters as they are. The batch's leaves are ``[B, ...]``;
+      microbatch m is the m-th contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.
