@@ -197,7 +197,8 @@ def value_and_grad(
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
       weight: weight of a microbatch in the mean, one real number that is not negative, or None: all equal. A microbatch
         of weight 0 adds nothing to loss and gradients, even where its own are not finite, as the mean over no tokens is
-        not; metrics count it. Where all weights are 0, so are loss and gradients.
+        not; metrics count it. (Its activations have to be finite where stages exchange them over ``data_axes``.) Where
+        all weights are 0, so are loss and gradients.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -219,8 +220,8 @@ def value_and_grad(
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
       the structure, sharding and dtypes of ``params``. Integers, bools and keys in ``params`` have gradients of dtype
       float0, as `jax.grad` with ``allow_int=True`` gives them: no optimizer takes these by mistake, as it would zeros,
-      and `jaxpipe.floating_only` makes any leave such parameters as they are. The batch's leaves are ``[B, ...]``;
-      microbatch m is the m-th contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
+      and `jaxpipe.floating_only` makes any leave such parameters as they are. The batch's leaves are ``[B, ...]``, and
+      microbatch m is the m-th contiguous part of each data-parallel shard. Jit it, alone or with an optimizer.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.
