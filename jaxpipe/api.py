@@ -80,7 +80,7 @@ class Pipeline:
         if self.program.forward_only:
             return result
         value, grads = result
-        return value, jax.tree.map(self._gradient, params, grads, specs)
+        return value, jax.tree.map(functools.partial(execute.finish_grad, self._constrain), params, grads, specs)
 
     def _check_params(self, params: Params) -> None:
         if not isinstance(params, Params):
@@ -134,10 +134,6 @@ class Pipeline:
             return micro.reshape(count, size // count, *rest)
 
         return jax.tree.map(lambda leaf: split(jax.numpy.asarray(leaf)), batch)
-
-    def _gradient(self, param: Any, grad: jax.Array | None, spec: P) -> Any:
-        """A gradient where its parameter is; of what is not differentiated, JAX's zeros of dtype float0."""
-        return np.zeros(np.shape(param), jax.dtypes.float0) if grad is None else self._constrain(grad, spec)
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
@@ -195,10 +191,9 @@ def value_and_grad(
       mesh: a mesh with Auto axis types, whose ``axis`` has size ``schedule.num_ranks``.
       embed: makes the first stage's input, or None.
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
-      weight: weight of a microbatch in the mean, one real number that is not negative, or None: all equal. A microbatch
-        of weight 0 adds nothing to loss and gradients, even where its own are not finite, as the mean over no tokens is
-        not; metrics count it. (Its activations have to be finite where stages exchange them over ``data_axes``.) Where
-        all weights are 0, so are loss and gradients.
+      weight: weight of a microbatch in the mean, a number of at least 0; None: all equal. One of weight 0 counts in
+        metrics alone, and its loss and gradients may be NaN, as a mean over no tokens is; but not the activations that
+        stages exchange over ``data_axes``. Where all weights are 0, so are loss and gradients.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -218,10 +213,9 @@ def value_and_grad(
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params``. Integers, bools and keys in ``params`` have gradients of dtype
-      float0, as `jax.grad` with ``allow_int=True`` gives them: no optimizer takes these by mistake, as it would zeros,
-      and `jaxpipe.floating_only` makes any leave such parameters as they are. The batch's leaves are ``[B, ...]``, and
-      microbatch m is the m-th contiguous part of each data-parallel shard. Jit it, alone or with an optimizer.
+      the structure, sharding and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
+      ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
+      contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.
