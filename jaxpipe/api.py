@@ -127,11 +127,8 @@ class Pipeline:
         if self.program.forward_only:
             return result
         value, grads = result
-        return value, jax.tree.map(self._gradient, params, grads, specs)
+        return value, jax.tree.map(functools.partial(execute.finish_grad, self._constrain), params, grads, specs)
 
-    def _gradient(self, param: Any, grad: jax.Array | None, spec: P) -> Any:
-        """A gradient where its parameter is; of what is not differentiated, JAX's zeros of dtype float0."""
-        return np.zeros(np.shape(param), jax.dtypes.float0) if grad is None else self._constrain(grad, spec)
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
@@ -190,7 +187,9 @@ def value_and_grad(
       mesh: a mesh with Auto axis types, whose ``axis`` has size ``schedule.num_ranks``.
       embed: makes the first stage's input, or None.
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
-      weight: weight of a microbatch in the mean, or None: all equal.
+      weight: weight of a microbatch in the mean, a number of at least 0; None: all equal. One of weight 0 counts in
+        metrics alone, and its loss and gradients may be NaN, as a mean over no tokens is; but not the activations that
+        stages exchange over ``data_axes``. Where all weights are 0, so are loss and gradients.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -199,7 +198,7 @@ def value_and_grad(
         ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
-        Gradients accumulate in float32 (float64 for float64) and come back in the parameters' dtype.
+        Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
         which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair; "straight", on
@@ -216,7 +215,8 @@ def value_and_grad(
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params``. The batch's leaves are ``[B, ...]``; microbatch m is the m-th
+      the structure, sharding and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
+      ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
       contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
 
     Raises:

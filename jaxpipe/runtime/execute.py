@@ -148,6 +148,11 @@ def _reduce(
     return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
 
 
+def finish_grad(constrain: Callable[[Any, Any], jax.Array], param: Any, grad: jax.Array | None, spec: Any) -> Any:
+    """One gradient of `train` with its sharding; of what is not differentiated, JAX's zeros of dtype float0."""
+    return np.zeros(np.shape(param), jax.dtypes.float0) if grad is None else constrain(grad, spec)
+
+
 def infer(
     program: Program,
     model: Model,

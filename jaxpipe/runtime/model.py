@@ -25,6 +25,8 @@ class Params(NamedTuple):
       outer: pytree of everything outside the stages: embedding, head, tied or not. One copy a rank, or
         with ``shared_ends`` sharded over ranks as ``specs.outer`` says; ``embed`` and ``head`` both receive all of
         it, so using a leaf in both needs nothing else.
+
+    Leaves may be integers, bools and keys; see `jaxpipe.floating_only` for optimizers.
     """
 
     stages: Any

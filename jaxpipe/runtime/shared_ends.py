@@ -75,12 +75,12 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
 
 
 def sum_exactly(leaf: jax.Array, axis: str) -> jax.Array:
-    """The sum over ranks of which all but one hold zeros, or False."""
+    """The sum over ranks of which all but one hold zeros, False or keys of zeros."""
     if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         bits = lax.psum(jax.random.key_data(leaf), axis)
         return jax.random.wrap_key_data(bits, impl=jax.random.key_impl(leaf))
-    if leaf.dtype == jnp.bool_:
-        return lax.psum(leaf.astype(jnp.int32), axis).astype(jnp.bool_)
+    if leaf.dtype == jnp.bool_ or (jnp.issubdtype(leaf.dtype, jnp.integer) and jnp.iinfo(leaf.dtype).bits < 8):
+        return lax.psum(leaf.astype(jnp.int32), axis).astype(leaf.dtype)  # no network sums these
     return lax.psum(leaf, axis)
 
 

@@ -108,6 +108,46 @@ def test_beside_data_parallelism_and_shared_ends(x64):
     assert float(losses.mean()) * 28 == pytest.approx(float(loss), rel=1e-12)
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_activations_that_are_not_floating(x64, shared):
+    """Keys, bools and small integers travel with the activations, and out of a forward pass."""
+    schedule, mesh = jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2)
+
+    def start(outer, data, ctx):
+        kinds = {
+            "key": jax.random.key(3),
+            "mask": data[0] > 0,
+            "two": jnp.full(WIDTH, 2, jnp.int2 if shared else jnp.int4),
+        }
+        return kinds | {"h": data}
+
+    def noisy(w, x, ctx):
+        factor = jnp.where(x["mask"], x["two"].astype(jnp.int32), 1).astype(w.dtype)
+        return x | {"h": jnp.tanh(x["h"] @ w) * factor + jax.random.normal(x["key"], (WIDTH,), w.dtype)}
+
+    def end(outer, y, data, ctx):
+        return (y["h"] ** 2).mean() + jax.random.normal(y["key"], dtype=y["h"].dtype)
+
+    params, batch = (
+        jaxpipe.Params(jnp.ones((4, WIDTH, WIDTH))),
+        jnp.asarray(np.random.default_rng(1).normal(size=(8, 4))),
+    )
+    step = jaxpipe.value_and_grad(noisy, schedule, mesh, embed=start, head=end, shared_ends=shared)
+    (loss, _), grads = jax.jit(step)(params, batch)
+    (expected, _), expected_grads = plain_value_and_grad(noisy, schedule, embed=start, head=end)(params, batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert_trees_close(grads, expected_grads, rtol=1e-10)
+
+    run = jaxpipe.forward(
+        noisy, schedule, mesh, embed=start, shared_ends=shared,
+        head=lambda outer, y, data, ctx: (jax.random.split(y["key"], 2), y["h"] > 0, y["h"]),
+    )  # fmt: skip
+    (keys, signs, h), _ = jax.jit(run)(params, batch)
+    key_data = jax.random.key_data
+    np.testing.assert_array_equal(key_data(keys).reshape(4, 2, -1), [key_data(jax.random.split(jax.random.key(3)))] * 4)
+    np.testing.assert_array_equal(signs, h > 0)
+
+
 def test_compute_dtype_leaves_them_alone():
     """A byte is 255 and an index past 256 right, whatever the floating leaves are cast to."""
     schedule = jaxpipe.schedule.build("1f1b", 2, 2)
