@@ -53,6 +53,11 @@ class Actions:
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     @functools.cached_property
+    def sizes(self) -> np.ndarray:
+        """``int[groups]``: the actions of each group."""
+        return np.bincount(self.group, minlength=len(self.rank))
+
+    @functools.cached_property
     def direction(self) -> np.ndarray:
         """``int[actions]``: the direction in which the microbatch travels."""
         return self.microbatch * len(self.routes) // self.num_microbatches
@@ -75,15 +80,15 @@ def read_actions(schedule: Schedule) -> Actions:
     """
     groups = list(itertools.chain.from_iterable(schedule.ranks))
     sizes = np.fromiter(map(len, groups), np.int64, len(groups))
-    stages, kinds, microbatches = list(zip(*itertools.chain.from_iterable(groups), strict=True)) or ((), (), ())
+    actions = list(itertools.chain.from_iterable(groups))
     numbers = {kind: number for number, kind in enumerate(Kind)}
     group = np.repeat(np.arange(len(groups)), sizes)
     return Actions(
         group=group,
         place=np.arange(len(group)) - (np.cumsum(sizes) - sizes)[group],
-        kind=np.fromiter(map(numbers.__getitem__, kinds), np.int64, len(kinds)),
-        stage=np.array(stages, np.int64),
-        microbatch=np.array(microbatches, np.int64),
+        kind=np.array([numbers[action[1]] for action in actions], np.int64),
+        stage=np.array([action[0] for action in actions], np.int64),
+        microbatch=np.array([action[2] for action in actions], np.int64),
         lengths=np.array([len(row) for row in schedule.ranks], np.int64),
         routes=np.array(schedule.routes, np.int64).reshape(len(schedule.routes), -1),
         num_microbatches=schedule.num_microbatches,

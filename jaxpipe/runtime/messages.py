@@ -119,7 +119,8 @@ def _lanes(release: np.ndarray, deadline: np.ndarray, source: np.ndarray) -> tup
             for message in messages[begins[now] : begins[now + 1]] if now + 1 < len(begins) else ():
                 heapq.heappush(waiting[sources[message]], message)
             queues = [queue for queue in waiting.values() if queue]
-            for number in range(max(_urgent([deadlines[m] for m in queue], now) for queue in queues)):
+            crowds = [[deadlines[message] for message in queue] for queue in queues if len(queue) > 1]
+            for number in range(max((_urgent(crowd, now) for crowd in crowds), default=1)):
                 for queue in queues:
                     if queue:
                         message = heapq.heappop(queue)
@@ -130,7 +131,5 @@ def _lanes(release: np.ndarray, deadline: np.ndarray, source: np.ndarray) -> tup
 
 def _urgent(deadlines: list[int], tick: int) -> int:
     """How many must leave after this tick if one may leave after each later tick; at least one."""
-    if len(deadlines) == 1:
-        return 1
     late = (place - (deadline - 1 - tick) for place, deadline in enumerate(sorted(deadlines), start=1))
     return max(1, *late)

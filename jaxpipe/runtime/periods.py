@@ -14,7 +14,7 @@ import numpy as np
 from jaxpipe.runtime.actions import Actions, B, F, I, W
 
 _KEPT = 4  # microbatches for each rank, and of each direction, that stay in the shorter schedule at least
-_UNIT = 12  # periods are cut in multiples of this many, so that ticks may repeat every 1, 2, 3, 4, 6 or 12 of them
+_UNIT = 12  # microbatches are cut in multiples of about this many, so that ticks may repeat every 1, 2, 3, 4, 6 or 12
 
 
 class Region(NamedTuple):
@@ -42,10 +42,15 @@ class Steady:
 
 def find_steady(actions: Actions) -> Steady | None:
     """The shorter schedule; None where no steady state is found, or none that is worth it."""
-    kept = _KEPT * len(actions.lengths)
-    for shift in range(1, actions.num_microbatches // len(actions.routes) // kept + 1):
+    kept, length = _KEPT * len(actions.lengths), int(actions.lengths[0])
+    begin = length // 4  # GPipe changes half-way
+    for shift in range(1, actions.num_microbatches // len(actions.routes) // 8 + 1):
+        sample = _steps(actions, shift, begin, min(begin + 2 * kept, length))
+        if not len(sample) or (sample != sample[0]).any() or not sample[0]:
+            continue
         regions, periods = _find_regions(actions, shift)
-        cut = (periods - max(kept // shift, 2)) // _UNIT * _UNIT
+        unit = -(-_UNIT // shift)
+        cut = (periods - max(kept // shift, 2)) // unit * unit
         if regions and 2 * cut > periods:
             shorter = _shorten(actions, regions, cut, shift)
             if shorter is not None:
@@ -91,7 +96,7 @@ def _best_round(region: Region, cut: int, path: np.ndarray, times: np.ndarray) -
 
 def _find_regions(actions: Actions, shift: int) -> tuple[tuple[Region, ...], int]:
     """Where all ranks repeat themselves with microbatches ``shift`` later, and how often at least."""
-    steps, ranks = _steps(actions, shift), len(actions.lengths)
+    steps, ranks = _steps(actions, shift, 0, len(actions.rank)), len(actions.lengths)
     begins = np.flatnonzero(np.diff(steps, prepend=-1) | np.diff(actions.rank, prepend=-1))
     lengths, steps = np.diff(begins, append=len(steps)), steps[begins]
     periods = np.where(steps > 0, lengths // np.maximum(steps, 1), 0)
@@ -105,20 +110,22 @@ def _find_regions(actions: Actions, shift: int) -> tuple[tuple[Region, ...], int
     return tuple(map(Region, *rows)), int(periods[long].min())
 
 
-def _steps(actions: Actions, shift: int) -> np.ndarray:
-    """``int[groups]``: how many groups later a group comes again with microbatches ``shift`` later; 0 if never."""
-    last = (actions.direction + 1) * (actions.num_microbatches // len(actions.routes)) - 1
-    later = np.minimum(actions.microbatch + shift, last)
-    again = np.where(later == actions.microbatch + shift, actions.where[actions.kind, actions.stage, later], -1)
-    sizes = np.bincount(actions.group, minlength=len(actions.rank))
-    size, group = sizes[actions.group], actions.group
-    same = (again >= 0) & (actions.place[again] == actions.place) & (size[again] == size)
-    steps = np.where(same, group[again] - group, 0)
-    least, most = np.zeros(len(sizes), np.int64), np.zeros(len(sizes), np.int64)
-    first = actions.place == 0
-    least[group[first]] = most[group[first]] = steps[first]
-    np.minimum.at(least, group, steps)  # both actions of a pair have to come again together
-    np.maximum.at(most, group, steps)
+def _steps(actions: Actions, shift: int, begin: int, end: int) -> np.ndarray:
+    """How many groups later each of the groups ``begin`` to ``end`` comes again with microbatches ``shift`` later.
+
+    0 if never.
+    """
+    among = slice(*np.searchsorted(actions.group, [begin, end]))
+    group, place, microbatch = actions.group[among], actions.place[among], actions.microbatch[among]
+    last = (actions.direction[among] + 1) * (actions.num_microbatches // len(actions.routes)) - 1
+    later = np.minimum(microbatch + shift, last)
+    again = actions.where[actions.kind[among], actions.stage[among], later]
+    size, size_again = actions.sizes[group], actions.sizes[actions.group[again]]
+    same = (later == microbatch + shift) & (again >= 0) & (actions.place[again] == place) & (size_again == size)
+    steps = np.where(same, actions.group[again] - group, 0)
+    least, most = np.full(end - begin, len(actions.rank)), np.zeros(end - begin, np.int64)
+    np.minimum.at(least, group - begin, steps)  # both actions of a pair have to come again together
+    np.maximum.at(most, group - begin, steps)
     return np.where((least == most) & (least > 0), least, 0)
 
 

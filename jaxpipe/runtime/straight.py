@@ -45,8 +45,8 @@ class Repeat(NamedTuple):
         return [*range(self.start + self.period), *range(stop, num_steps)]
 
 
-def find_repeat(program: Program) -> Repeat:
-    """The repetition in a program of one rank that leaves least code.
+def find_repeat(program: Program, longest: int | None = None) -> Repeat:
+    """The repetition in a program of one rank that leaves least code, its period at most ``longest`` steps.
 
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
@@ -55,16 +55,19 @@ def find_repeat(program: Program) -> Repeat:
     """
     steps = program.num_steps
     fixed = np.delete(program.operands[:, 0], Field.MICROBATCH, axis=-1).reshape(steps, -1)
-    _, kinds = np.unique(np.column_stack([program.branch[:, 0], fixed]), axis=0, return_inverse=True)
+    rows = np.column_stack([program.branch[:, 0], fixed])
+    _, kinds, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
+    once = np.flatnonzero(counts[kinds] == 1)
+    most = int(np.diff(once, prepend=-1, append=steps).max()) - 1  # steps in a row of which each comes again somewhere
     best = Repeat(0, steps, 1)
-    for period in range(1, steps // 2 + 1):
-        if steps - period <= (best.times - 1) * best.period:
+    for period in range(1, min(most // 2, longest or steps) + 1):
+        if most - period <= (best.times - 1) * best.period:
             break  # what is left is shorter than what repeats already
         (others,) = np.nonzero(kinds[:-period] != kinds[period:])
         breaks = np.array([-1, *others, steps - period])
-        longest = np.diff(breaks).argmax()
-        length = int(breaks[longest + 1] - breaks[longest]) - 1
-        found = Repeat(int(breaks[longest]) + 1, period, length // period + 1)
+        widest = np.diff(breaks).argmax()
+        length = int(breaks[widest + 1] - breaks[widest]) - 1
+        found = Repeat(int(breaks[widest]) + 1, period, length // period + 1)
         if (found.times - 1) * period > (best.times - 1) * best.period:
             best = found
     return best
@@ -74,10 +77,10 @@ def is_short(program: Program) -> bool:
     """Whether there is one rank and little code."""
     if program.num_ranks != 1:
         return False
-    steps = find_repeat(program).code(program.num_steps)
+    most = MOST_OPERATIONS * program.schedule.num_stages
+    steps = find_repeat(program, 3 * most).code(program.num_steps)  # beside a forward or backward run two ends at most
     kinds = [op for step in steps for op, _ in program.branches[program.branch[step, 0]]]
-    heavy = sum(op in (Op.F, Op.B, Op.I, Op.W) for op in kinds)
-    return heavy <= MOST_OPERATIONS * program.schedule.num_stages
+    return sum(op in (Op.F, Op.B, Op.I, Op.W) for op in kinds) <= most
 
 
 def run_straight(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
