@@ -171,7 +171,8 @@ def linen_stages(
         try:
             return modules[index].apply({"params": params}, x, *args, rngs=keys, **kwargs)
         except errors.InvalidRngError as error:
-            remedy = "call step(params, batch, rng)" if names else "pass uses_rngs=True, or the streams' names"
+            keyless = names and ctx.rng is None
+            remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
             raise ValueError(
                 f"{type(modules[index]).__name__} draws random numbers without a key: {remedy}; or make it "
                 f"deterministic ({error})"
