@@ -135,16 +135,16 @@ def in_order(modules, x):
     return x
 
 
-def staged(stage, params, x, key=None, microbatch=0, data=None):
+def staged(stage, params, x):
     """The stages one after the other, as a plain program calls them."""
     for index, each in enumerate(params):
-        ctx = jaxpipe.Context.make(index, microbatch, key, data, num_stages=len(params))
-        x = as_output(stage(each, x, ctx)).value
+        ctx = jaxpipe.Context.make(index, 0, None, None, num_stages=len(params))
+        x = stage(each, x, ctx)
     return x
 
 
-def uses_conditional(stage, params, x, key=None):
-    ctx = jaxpipe.Context.make(0, 0, key, None, num_stages=4)
+def uses_conditional(stage, params, x):
+    ctx = jaxpipe.Context.make(0, 0, None, None, num_stages=4)
     return " cond[" in str(jax.make_jaxpr(stage)(params, x, ctx))
 
 
@@ -154,18 +154,18 @@ class Mixed(nnx.Module):
     def __init__(self, rngs, index):
         self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs, kernel_init=nnx.initializers.normal(0.5))
         self.name, self.wide, self.activation = f"layer {index}", index % 2 == 1, [jnp.tanh, jax.nn.relu][index % 2]
-        self.mask = np.asarray(np.arange(WIDTH) != index)
-        self.scale = jnp.full(WIDTH, 1.0 + index)
-        self.table = nnx.Variable(jnp.arange(WIDTH) * 0.1)
-        self.number = nnx.data(0.5 * index)
+        self.mask = np.arange(WIDTH) != index
+        self.scale = jnp.full(WIDTH, 1.0 + 0.1 * index)
+        self.table = nnx.Variable(jnp.linspace(0, 1, WIDTH))
+        self.number = nnx.data(0.5 * (index % 2))
 
     def __call__(self, x):
-        y = self.linear(x) * self.mask * self.scale + self.table[...] + self.number
+        y = jnp.where(self.mask, self.linear(x), 0.0) * self.scale + self.table[...] + self.number
         return x + (self.activation(y) if self.wide else self.activation(y - y.mean(-1, keepdims=True)))
 
 
 @pytest.mark.parametrize("num_layers", [None, 8, 9])
-def test_what_differs_between_modules_stays_theirs(num_layers, x64):
+def test_what_differs_between_modules_stays_theirs(num_layers):
     """Pipeline against the modules in order: functions in turn, constants of each layer."""
     count = num_layers or 4
     numbers = itertools.count()
@@ -259,7 +259,7 @@ def test_further_arguments_of_a_module(kind):
         expected += (-1) ** index * jnp.where(batch() > 0, jnp.tanh(expected @ kernel + bias), 0.0)
     for index, params in enumerate(jaxpipe.unstack_stages(stacked, SCHEDULE)):
         x = jax.jit(stage)(params, x, jaxpipe.Context.make(index, 0, None, batch(), num_stages=4))
-    np.testing.assert_allclose(x, expected, rtol=1e-6)
+    np.testing.assert_allclose(x, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_positional_arguments_and_wrong_ones():
@@ -294,7 +294,7 @@ def test_linen_modules_that_differ():
     for module, params in zip(modules, layers, strict=True):
         expected = module.apply({"params": params}, expected)
     params = jaxpipe.unstack_stages(stacked, SCHEDULE)
-    np.testing.assert_allclose(staged(jax.jit(stage), params, batch()), expected, rtol=1e-6)
+    np.testing.assert_allclose(staged(jax.jit(stage), params, batch()), expected, rtol=1e-5)
     assert not uses_conditional(stage, params[0], batch())
     with pytest.raises(ValueError, match="8 modules for 4 stages"):
         linen_stages(modules, SCHEDULE, jax.random.key(0), batch()[:2])
