@@ -91,10 +91,9 @@ def _same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
 
 
 def _same_params(primitive: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    def ignored(name: str) -> bool:
-        return name == "policy" or (primitive in RULES and callable(a[name]) and not isinstance(a[name], ClosedJaxpr))
-
-    return a.keys() == b.keys() and all(ignored(name) or same(a[name], b[name]) for name in a)
+    if primitive in RULES:
+        return same(a[CALLS[primitive]], b[CALLS[primitive]])
+    return a.keys() == b.keys() and all(name == "policy" or same(a[name], b[name]) for name in a)
 
 
 def same(a: Any, b: Any) -> bool:

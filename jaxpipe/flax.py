@@ -16,7 +16,7 @@ from flax import errors, nnx
 
 from jaxpipe.alike import same
 from jaxpipe.api import stack_stages
-from jaxpipe.layers import Choice, Layer, check_same_structure, spread_layers
+from jaxpipe.layers import Choice, Layer, check_same_structure, shorten, spread_layers
 from jaxpipe.layers import layered_stages as layered_stages
 from jaxpipe.layers import split_layers as split_layers
 from jaxpipe.layers import unstack_layers as unstack_layers
@@ -171,7 +171,8 @@ def linen_stages(
         try:
             return modules[index].apply({"params": params}, x, *args, rngs=keys, **kwargs)
         except errors.InvalidRngError as error:
-            remedy = "call step(params, batch, rng)" if names else "pass uses_rngs=True, or the streams' names"
+            keyless = names and ctx.rng is None
+            remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
             raise ValueError(
                 f"{type(modules[index]).__name__} draws random numbers without a key: {remedy}; or make it "
                 f"deterministic ({error})"
@@ -195,7 +196,7 @@ def _stages(
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:
         ctx = ctx._replace(layer=ctx.stage)
-        return choice.run(range(len(function_of)), params, x, ctx)
+        return shorten(choice.run(range(len(function_of)), params, x, ctx))
 
     return stage, stack_stages(params, schedule)
 
@@ -218,10 +219,7 @@ def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any],
     What is equal in a whole group is closed over once; the rest is rows of one array, from which the layer takes its.
     """
     flat = [jax.tree.flatten(tree) for tree in trees]
-    alike = [
-        (structure, [(type(leaf) is np.ndarray, np.shape(leaf), jnp.asarray(leaf).dtype) for leaf in leaves])
-        for leaves, structure in flat
-    ]
+    alike = [(structure, [_describe(leaf) for leaf in leaves]) for leaves, structure in flat]
     firsts, group_of = _distinct(alike)
 
     def of_group(group: int) -> Callable[[Any], Any]:
@@ -240,6 +238,13 @@ def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any],
         return of_layer
 
     return group_of, [of_group(group) for group in range(len(firsts))]
+
+
+def _describe(leaf: Any) -> Any:
+    """What constants must have in common to be rows of one array; a Python number is like none but its equals."""
+    if not hasattr(leaf, "dtype"):
+        return leaf
+    return type(leaf) is np.ndarray, leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
 
 def _names(uses_rngs: bool | Sequence[str]) -> tuple[str, ...]:

@@ -113,7 +113,7 @@ def spread_layers(
             carry, inputs = (x, x if padded else None), (jnp.arange(slots, dtype=jnp.int32), params)
             (x, _), others = jax.lax.scan(body, carry, inputs)
         aux_loss, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=accumulation_dtype(leaf.dtype)), others)
-        return x if aux_loss is None and not metrics else Output(x, aux_loss, metrics)
+        return shorten(Output(x, aux_loss, metrics))
 
     return stage, stack_stages([rows_of(row) for row in places], schedule)
 
@@ -199,6 +199,11 @@ def check_same_structure(params: Sequence[Any]) -> None:
                 f"parameters {index} have shapes {here or other}, parameters 0 {there or first} (None: not there): all "
                 "stages (or layers) must be alike; put what differs into embed or head, or pad it"
             )
+
+
+def shorten(output: Output) -> Any:
+    """The value alone of an Output that says nothing else."""
+    return output.value if output.aux_loss is None and not output.metrics else output
 
 
 def describe(tree: Any) -> Any:

@@ -107,7 +107,8 @@ class NNXFunction:
             )
         key = None if ctx is None else ctx.rng
         random = nnx.from_flat_state({path: _seed(path, keys, key) for path, keys in self.streams.items()})
-        module = nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), self.constants, random)
+        constants = jax.tree.map(lambda leaf: leaf, self.constants)  # new variables, which the module will own
+        module = nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
         return module if key is not None else _without_key(module, self.name)
 
     def _changed(self, after: Callable[[NNXFunction], Mapping[Any, Any]], before: Mapping[Any, Any]) -> list[Any]:
