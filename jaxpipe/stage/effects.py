@@ -45,10 +45,10 @@ def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
 
     try:
         return discharge_state(closed)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         raise ValueError(
-            f"a stage uses a ref within a primitive that JAX cannot turn into plain values: {error}; pass the array "
-            "through that function as an argument and a result instead"
+            f"a stage uses a ref within a function that JAX cannot turn into one of plain values: {error}; there, pass "
+            "the array as an argument and a result instead"
         ) from error
 
 
@@ -85,11 +85,7 @@ def without_repeated(
 
 
 def silence(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes without effects, but for those of nodes whose results are read.
-
-    Raises:
-      ValueError:
-    """
+    """The nodes without side effects, but for those that make results."""
     return _silence(nodes, lambda _: True)
 
 
