@@ -31,6 +31,7 @@ from jax import lax
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stage import check_effects
 
 
 def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: bool) -> Model:
@@ -64,7 +65,8 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
     """What an end of the model returns, as shapes and dtypes.
 
     Raises:
-      ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others.
+      ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others; or it has side
+        effects that cannot be had on several devices.
     """
     jaxpr, shapes = jax.make_jaxpr(end, return_shape=True)(*args)
     if not program.shared_ends and any(getattr(effect, "name", None) == axis for effect in jaxpr.effects):
@@ -72,6 +74,7 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
             f"{name} uses mesh axis {axis!r}, but one pipeline rank runs it while others do something else: pass "
             "shared_ends=True, and all ranks run it together"
         )
+    check_effects(jaxpr.effects, name)
     return shapes
 
 

@@ -17,7 +17,8 @@ from jaxpipe.stage.flops import subjaxprs
 from jaxpipe.stage.graph import Node, Value, eqn_node, has_effect, has_side_effects
 
 _REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
-_NEW_REF = "InternalMutableArrayEffect"
+NEW_REF = "InternalMutableArrayEffect"
+"""The effect of making and freezing a ref."""
 
 
 def effects_of(nodes: Iterable[Node]) -> tuple[Value, ...]:
@@ -38,7 +39,7 @@ def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
             "decides which stage and microbatch comes first, so what it holds is not defined; make the ref inside the "
             "stage with jax.new_ref, or pass the array as a parameter and return what changes as a metric"
         )
-    if _NEW_REF not in kinds:
+    if NEW_REF not in kinds:
         return closed
     # Public JAX discharges refs only when it lowers.
     from jax._src.state.discharge import discharge_state  # noqa: PLC0415
@@ -75,7 +76,7 @@ def without_repeated(
     Repeated is what runs in a recomputation, depends on no cotangent, and has its like in the forward. What a custom
     derivative does of its own stays.
     """
-    known = frozenset().union(*(_kinds(node.eqn) for node in _flat(forward)))
+    known = frozenset().union(*(_kinds(node.eqn) for node in flat(forward)))
     depends = _dependents(backward, set(cotangents))
 
     def is_repeated(node: Node) -> bool:
@@ -147,11 +148,12 @@ def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:
     return inner or frozenset({(eqn.primitive.name, str(sorted((k, repr(v)) for k, v in eqn.params.items())))})
 
 
-def _flat(nodes: Iterable[Node]) -> Iterable[Node]:
+def flat(nodes: Iterable[Node]) -> Iterable[Node]:
+    """The nodes, and those of scans' bodies."""
     for node in nodes:
         yield node
         if node.scan is not None:
-            yield from _flat(node.scan.nodes)
+            yield from flat(node.scan.nodes)
 
 
 def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
