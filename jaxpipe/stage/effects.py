@@ -117,27 +117,28 @@ def _silent_eqn(eqn: JaxprEqn) -> JaxprEqn:
             return value.replace(jaxpr=_silent_jaxpr(value.jaxpr))
         return _silent_jaxpr(value) if isinstance(value, Jaxpr) else value
 
-    subs = subjaxprs(eqn)
-    if not subs:
-        return eqn
-    params = {name: silent(value) for name, value in eqn.params.items()}
-    quiet = eqn.replace(params=params)
-    return quiet.replace(effects=frozenset().union(*(sub.effects for sub in subjaxprs(quiet))))
+    quiet = eqn.replace(params={name: silent(value) for name, value in eqn.params.items()})
+    inside = frozenset().union(*(sub.effects for sub in subjaxprs(quiet)))
+    return quiet.replace(effects=eqn.effects & inside) if subjaxprs(eqn) else eqn
 
 
 def _silent_jaxpr(jaxpr: Jaxpr) -> Jaxpr:
-    """Without equations whose effects are all that they do."""
+    """Without equations whose side effects are all that they do; what is done to refs stays."""
     used = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
-        if has_side_effects(eqn.effects):
+        if has_side_effects(eqn.effects) and not _of_refs(eqn.effects):
             if used.isdisjoint(eqn.outvars):
                 continue
             eqn = _silent_eqn(eqn)
         used.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
         kept.append(eqn)
-    effects = frozenset().union(*(eqn.effects for eqn in kept))
-    return jaxpr.replace(eqns=kept[::-1], effects=effects)
+    left = frozenset().union(*(eqn.effects for eqn in kept))
+    return jaxpr.replace(eqns=kept[::-1], effects={e for e in jaxpr.effects if e in left or _of_refs([e])})
+
+
+def _of_refs(effects: Iterable[Any]) -> bool:
+    return any(type(effect).__name__ in {*_REFS, NEW_REF} for effect in effects)
 
 
 def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:

@@ -98,7 +98,7 @@ def make_program(seed: int, *, longest: int = 5) -> Program:
 def check(program: Program) -> None:
     """Raises an AssertionError where a divided stage computes anything else than the plain one."""
     args = program.params, program.x, program.context
-    split = split_stage(program.stage, *args, has_aux=program.has_aux)
+    split = split_stage(program.stage, *args, has_aux=program.has_aux, again=program.seed % 4 != 0)
     book = Book()
     numbers = tuple(book.inputs(name, tree) for name, tree in zip(("params", "x", "context"), args, strict=True))
     out_ct = cotangents(program, split.out)
@@ -124,8 +124,16 @@ def check(program: Program) -> None:
     assert_floating_same(program.params, params_ct, cts[0], "W: parameters' cotangent")
     whole, whole_like = expressions(book, split.backward, given[1], given[0])
     assert_floating_same(args[:2], whole, tuple(cts), "whole B")
+    narrow, _ = expressions(book, functools.partial(widened, program, split), given[1], given[0])
+    assert_floating_same(program.params, narrow, cts[0], "whole B, narrow")
     assert whole_like == like[2:] == jax.tree.map(shape_of, args[:2])
     assert (split.residuals, split.crossing) == (residuals_like, crossing_like)
+
+
+def widened(program: Program, split: Any, prepared: Any, residuals: Any, out_ct: Any) -> Any:
+    """The parameters' cotangent as it is added to sums in the parameters' dtypes."""
+    narrow, _ = split.backward(prepared, residuals, out_ct, narrow=True)
+    return jax.tree.map(lambda ct, leaf: ct.astype(leaf.dtype), narrow, program.params)
 
 
 def check_numbers(program: Program) -> None:
