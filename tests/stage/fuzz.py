@@ -3,7 +3,7 @@
     python -m tests.stage.fuzz --seeds 2000 [--start 0]     how many of these programs are wrong or crash, and which
     python -m tests.stage.fuzz --seeds 1 --start 17 --show  one of them: its pieces, its jaxpr, and what went wrong
 
-A program is made of the pieces of `tests.stage.pieces`. Its plain gradient and the divided one are compared as
+A program is made of `tests.stage.pieces`. Its plain gradient and the divided one are compared as
 expressions of the inputs (`tests.stage.expressions`), which holds in every dtype and for any numbers, and with
 ``--numbers`` the float64 programs also by numbers, compiled.
 """
@@ -30,7 +30,8 @@ import numpy as np
 from jaxpipe.stage import split_stage
 from tests.plain import assert_trees_close
 from tests.stage.expressions import Book, expressions
-from tests.stage.pieces import COLUMNS, ROWS, Context, Maker
+from tests.stage.leaves import COLUMNS, ROWS, Context
+from tests.stage.pieces import Maker
 
 DTYPES = ("float64", "float32", "bfloat16")
 
