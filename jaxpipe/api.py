@@ -171,6 +171,8 @@ def value_and_grad(
     computation as ``specs`` and sharding constraints inside the functions say. Each device's loss counts once in
     the mean, so a head returns the mean over its own tokens and does not reduce over axes.
 
+    Side effects (`jax.debug.print`, callbacks) run once for each stage and microbatch, in the schedule's order.
+
     A large vocabulary makes the ranks that run ``embed`` and ``head`` the slowest. With ``shared_ends=True`` all ranks
     of the pipeline call ``embed`` together, for the same microbatch, and ``head`` together, with the same ``y``:
 

@@ -18,7 +18,7 @@ from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
 from jaxpipe.runtime.shares import Shares
-from jaxpipe.stage import SplitStage
+from jaxpipe.stage import SplitStage, vjp_once
 
 
 class Operation(NamedTuple):
@@ -146,7 +146,7 @@ class Step:
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
 
-            return jax.vjp(floating, diff)[1](partition(dx)[0])[0]
+            return vjp_once(floating, diff, ran=True)[1](partition(dx)[0])[0]
 
         def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
             return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", row)))
@@ -172,7 +172,7 @@ class Step:
             def loss_of(outer_diff: Any, y_diff: Any) -> Any:
                 return self.model.run_head(merge(outer_diff, outer_rest), merge(y_diff, y_rest), ctx)
 
-            loss, vjp, metrics = jax.vjp(loss_of, outer_diff, y_diff, has_aux=True)
+            loss, vjp, metrics = vjp_once(loss_of, outer_diff, y_diff, has_aux=True)
             outer_grads, dy = vjp(self._seed(row).astype(loss.dtype))
             dy = select(dy, self._counts("head", row))
             return merge(dy, jax.tree.map(jnp.zeros_like, y_rest)), outer_grads, loss, metrics

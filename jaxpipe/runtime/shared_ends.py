@@ -32,6 +32,7 @@ from jaxpipe.runtime.alone import refuse_axis
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stage import check_effects
 from jaxpipe.stage.axes import axes_of_jaxpr
 
 
@@ -66,11 +67,13 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
     """What an end of the model returns, as shapes and dtypes.
 
     Raises:
-      ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others.
+      ValueError: it uses the pipeline axis where one rank alone runs it, and would wait for the others; or it has side
+        effects that cannot be had on several devices.
     """
     jaxpr, shapes = jax.make_jaxpr(end, return_shape=True)(*args)
     if not program.shared_ends:
         refuse_axis(name, axis, axes_of_jaxpr(jaxpr))
+    check_effects(jaxpr.effects, name)
     return shapes
 
 

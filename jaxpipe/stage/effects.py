@@ -17,7 +17,8 @@ from jaxpipe.stage.flops import subjaxprs
 from jaxpipe.stage.graph import Node, Value, eqn_node, has_effect, has_side_effects
 
 _REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
-_NEW_REF = "InternalMutableArrayEffect"
+NEW_REF = "InternalMutableArrayEffect"
+"""The effect of making and freezing a ref."""
 
 
 def effects_of(nodes: Iterable[Node]) -> tuple[Value, ...]:
@@ -38,17 +39,17 @@ def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
             "decides which stage and microbatch comes first, so what it holds is not defined; make the ref inside the "
             "stage with jax.new_ref, or pass the array as a parameter and return what changes as a metric"
         )
-    if _NEW_REF not in kinds:
+    if NEW_REF not in kinds:
         return closed
     # Public JAX discharges refs only when it lowers.
     from jax._src.state.discharge import discharge_state  # noqa: PLC0415
 
     try:
         return discharge_state(closed)
-    except NotImplementedError as error:
+    except (NotImplementedError, ValueError) as error:
         raise ValueError(
-            f"a stage uses a ref within a primitive that JAX cannot turn into plain values: {error}; pass the array "
-            "through that function as an argument and a result instead"
+            f"a stage uses a ref within a function that JAX cannot turn into one of plain values: {error}; there, pass "
+            "the array as an argument and a result instead"
         ) from error
 
 
@@ -75,7 +76,7 @@ def without_repeated(
     Repeated is what runs in a recomputation, depends on no cotangent, and has its like in the forward. What a custom
     derivative does of its own stays.
     """
-    known = frozenset().union(*(_kinds(node.eqn) for node in _flat(forward)))
+    known = frozenset().union(*(_kinds(node.eqn) for node in flat(forward)))
     depends = _dependents(backward, set(cotangents))
 
     def is_repeated(node: Node) -> bool:
@@ -85,11 +86,7 @@ def without_repeated(
 
 
 def silence(nodes: Sequence[Node]) -> tuple[Node, ...]:
-    """The nodes without effects, but for those of nodes whose results are read.
-
-    Raises:
-      ValueError:
-    """
+    """The nodes without side effects, but for those that make results."""
     return _silence(nodes, lambda _: True)
 
 
@@ -120,27 +117,28 @@ def _silent_eqn(eqn: JaxprEqn) -> JaxprEqn:
             return value.replace(jaxpr=_silent_jaxpr(value.jaxpr))
         return _silent_jaxpr(value) if isinstance(value, Jaxpr) else value
 
-    subs = subjaxprs(eqn)
-    if not subs:
-        return eqn
-    params = {name: silent(value) for name, value in eqn.params.items()}
-    quiet = eqn.replace(params=params)
-    return quiet.replace(effects=frozenset().union(*(sub.effects for sub in subjaxprs(quiet))))
+    quiet = eqn.replace(params={name: silent(value) for name, value in eqn.params.items()})
+    inside = frozenset().union(*(sub.effects for sub in subjaxprs(quiet)))
+    return quiet.replace(effects=eqn.effects & inside) if subjaxprs(eqn) else eqn
 
 
 def _silent_jaxpr(jaxpr: Jaxpr) -> Jaxpr:
-    """Without equations whose effects are all that they do."""
+    """Without equations whose side effects are all that they do; what is done to refs stays."""
     used = {atom for atom in jaxpr.outvars if not isinstance(atom, Literal)}
     kept = []
     for eqn in reversed(jaxpr.eqns):
-        if has_side_effects(eqn.effects):
+        if has_side_effects(eqn.effects) and not _of_refs(eqn.effects):
             if used.isdisjoint(eqn.outvars):
                 continue
             eqn = _silent_eqn(eqn)
         used.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
         kept.append(eqn)
-    effects = frozenset().union(*(eqn.effects for eqn in kept))
-    return jaxpr.replace(eqns=kept[::-1], effects=effects)
+    left = frozenset().union(*(eqn.effects for eqn in kept))
+    return jaxpr.replace(eqns=kept[::-1], effects={e for e in jaxpr.effects if e in left or _of_refs([e])})
+
+
+def _of_refs(effects: Iterable[Any]) -> bool:
+    return any(type(effect).__name__ in {*_REFS, NEW_REF} for effect in effects)
 
 
 def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:
@@ -151,11 +149,12 @@ def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:
     return inner or frozenset({(eqn.primitive.name, str(sorted((k, repr(v)) for k, v in eqn.params.items())))})
 
 
-def _flat(nodes: Iterable[Node]) -> Iterable[Node]:
+def flat(nodes: Iterable[Node]) -> Iterable[Node]:
+    """The nodes, and those of scans' bodies."""
     for node in nodes:
         yield node
         if node.scan is not None:
-            yield from _flat(node.scan.nodes)
+            yield from flat(node.scan.nodes)
 
 
 def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:

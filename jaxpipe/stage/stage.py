@@ -171,8 +171,12 @@ def split_stage(
     operations, moves and sums over axes are done again where they are read, and so is, with ``again``, whatever a
     function does that is jitted under the name ``made_again``.
 
+    Side effects, such as `jax.debug.print`, are part of the forward and of no other function: not of what a backward
+    computes again, nor of `SplitStage.prepare`. Those that a custom derivative has run once, in one of the halves. Refs
+    that the stage makes (`jax.new_ref`) become values.
+
     Args:
-      stage: ``stage(params, x, *args) -> out``, pure; ``(out, aux)`` with ``has_aux``.
+      stage: ``stage(params, x, *args) -> out``; ``(out, aux)`` with ``has_aux``.
       params: pytree of arrays or of anything with shape and dtype; only these are read. Floating and complex leaves
         are differentiated.
       x: like params; where it has no floating leaf, there is no input half.
@@ -181,7 +185,8 @@ def split_stage(
       again: False where memory is there for what ``made_again`` would save.
 
     Raises:
-      ValueError: a leaf that is not an array.
+      ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
+        one of values; an ordered debug callback on a mesh of several devices.
 
     Source: the division is zero-bubble pipelining's, arXiv 2401.10241.
 

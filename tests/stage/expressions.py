@@ -95,6 +95,7 @@ def _follow_eqn(book: Book, eqn: Any, ins: list[int]) -> list[int]:
             return ins
         if ins[0] in book.constants:  # JAX casts some constants when it traces
             return [book.constant(book.constants[ins[0]].astype(params["new_dtype"]))]
+        params = {"new_dtype": params["new_dtype"]}
     text = str(sorted((key, str(value)) for key, value in params.items()))
     avals = tuple((var.aval.shape, str(var.aval.dtype)) for var in eqn.outvars)
     outs = [book.number(name, text, avals, tuple(ins), i) for i in range(len(eqn.outvars))]

@@ -3,7 +3,7 @@
     python -m tests.stage.fuzz --seeds 2000 [--start 0]     how many of these programs are wrong or crash, and which
     python -m tests.stage.fuzz --seeds 1 --start 17 --show  one of them: its pieces, its jaxpr, and what went wrong
 
-A program is made of the pieces of `tests.stage.pieces`. Its plain gradient and the divided one are compared as
+A program is made of `tests.stage.pieces`. Its plain gradient and the divided one are compared as
 expressions of the inputs (`tests.stage.expressions`), which holds in every dtype and for any numbers, and with
 ``--numbers`` the float64 programs also by numbers, compiled.
 """
@@ -30,7 +30,8 @@ import numpy as np
 from jaxpipe.stage import split_stage
 from tests.plain import assert_trees_close
 from tests.stage.expressions import Book, expressions
-from tests.stage.pieces import COLUMNS, ROWS, Context, Maker
+from tests.stage.leaves import COLUMNS, ROWS, Context
+from tests.stage.pieces import Maker
 
 DTYPES = ("float64", "float32", "bfloat16")
 
@@ -98,7 +99,7 @@ def make_program(seed: int, *, longest: int = 5) -> Program:
 def check(program: Program) -> None:
     """Raises an AssertionError where a divided stage computes anything else than the plain one."""
     args = program.params, program.x, program.context
-    split = split_stage(program.stage, *args, has_aux=program.has_aux)
+    split = split_stage(program.stage, *args, has_aux=program.has_aux, again=program.seed % 4 != 0)
     book = Book()
     numbers = tuple(book.inputs(name, tree) for name, tree in zip(("params", "x", "context"), args, strict=True))
     out_ct = cotangents(program, split.out)
@@ -124,8 +125,16 @@ def check(program: Program) -> None:
     assert_floating_same(program.params, params_ct, cts[0], "W: parameters' cotangent")
     whole, whole_like = expressions(book, split.backward, given[1], given[0])
     assert_floating_same(args[:2], whole, tuple(cts), "whole B")
+    narrow, _ = expressions(book, functools.partial(widened, program, split), given[1], given[0])
+    assert_floating_same(program.params, narrow, cts[0], "whole B, narrow")
     assert whole_like == like[2:] == jax.tree.map(shape_of, args[:2])
     assert (split.residuals, split.crossing) == (residuals_like, crossing_like)
+
+
+def widened(program: Program, split: Any, prepared: Any, residuals: Any, out_ct: Any) -> Any:
+    """The parameters' cotangent as it is added to sums in the parameters' dtypes."""
+    narrow, _ = split.backward(prepared, residuals, out_ct, narrow=True)
+    return jax.tree.map(lambda ct, leaf: ct.astype(leaf.dtype), narrow, program.params)
 
 
 def check_numbers(program: Program) -> None:

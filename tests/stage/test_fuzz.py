@@ -11,7 +11,8 @@ from jaxpipe.stage import split_stage
 from tests.plain import assert_trees_close, plain_value_and_grad
 from tests.stage import fuzz, zoo
 from tests.stage.expressions import Book, expressions
-from tests.stage.pieces import LEAVES, NESTED, ROWS, Context
+from tests.stage.leaves import LEAVES, ROWS, Context
+from tests.stage.pieces import NESTED
 
 SEEDS = 150
 
