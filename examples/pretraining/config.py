@@ -85,6 +85,30 @@ class ModelConfig:
         if self.remat not in REMATS or self.moments not in ("float32", "bfloat16"):
             raise ValueError(f"remat={self.remat!r} is one of {REMATS}, moments={self.moments!r} float32 or bfloat16")
 
+    def over_devices(self, devices: int, slots: int | None = None) -> ModelConfig:
+        """The model with so many slots of experts, copies included, on the devices of the experts' axis.
+
+        Args:
+          devices: that experts and slots must divide over.
+          slots: None: experts and redundant slots as they are.
+
+        Raises:
+          ValueError: fewer slots than experts; what does not divide, with the nearest that does.
+        """
+        slots = self.experts + self.redundant if slots is None else slots
+        masters = self.moe.masters or self.experts
+        if masters % devices:
+            raise ValueError(
+                f"{masters} experts do not divide over the {devices} devices of axis ep: take a divisor of {masters}"
+            )
+        if slots < self.experts or slots % devices:
+            least = max(slots, self.experts)
+            raise ValueError(
+                f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
+                f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
+            )
+        return dataclasses.replace(self, redundant=slots - self.experts)
+
     @property
     def width(self) -> int:
         """Width of the activations."""
@@ -175,7 +199,7 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
             rotary=8,
             value=16,
             sequence=64,
-            redundant=2,
+            redundant=4,
         ),
         "moe-1b": ModelConfig(
             moe=MoEConfig(

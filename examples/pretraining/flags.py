@@ -51,6 +51,8 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     model.add_argument("--seed", type=int, default=0)
 
+    model.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
+
     plan = parser.add_argument_group("pipeline")
     plan.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows")
     plan.add_argument("--mesh", type=parse_mesh, default="pp=4,ep=2", help="sizes of pp, ep (experts) and dp (data)")

@@ -147,12 +147,7 @@ def plan(
     sizes = {**mesh, "ep": mesh.get("ep", 1)}
     if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
         raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
-    slots = config.experts + config.redundant
-    if slots % sizes["ep"] or config.experts % sizes["ep"]:
-        raise ValueError(
-            f"{config.experts} experts and {config.redundant} redundant slots do not divide over the "
-            f"{sizes['ep']} devices of axis ep"
-        )
+    config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
     rows, held = [], 0
     for name in schedules:
@@ -187,6 +182,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
     parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
     parser.add_argument("--schedules", nargs="+", default=list(builders), metavar="NAME", help="default: all")
+    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
@@ -210,6 +206,8 @@ def run(args: argparse.Namespace) -> None:
         sizes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
     except ValueError:
         raise ValueError(f"--mesh {args.mesh}: write sizes by axis, as in pp=16,ep=64") from None
+    if args.slots is not None:
+        config = config.over_devices(max(sizes.get("ep", 1), 1), args.slots)
     found = plan(
         config,
         sizes,

@@ -78,6 +78,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     config = model_config(args.config)
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
     config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+    config = config.over_devices(args.mesh.get("ep", 1), args.slots)
     ranks = args.mesh["pp"]
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)

@@ -12,12 +12,14 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from eplb_jax import Placement
 from eplb_jax.experts import ExpertParams
 from eplb_jax.flax import LinenMoE, MoE, PlacementParam, RouterBias
 from eplb_jax.moe import MoEParams
 from jaxpipe.flax import nnx_stages
 from tests.moe import dense
-from tests.moe.test_layer import CONFIG, EXPERTS, FACTOR, WIDTH, random_placement
+from tests.moe.dense import placement_of
+from tests.moe.test_layer import CONFIG, EXPERTS, FACTOR, WIDTH, make_mesh, random_placement
 from tests.plain import assert_trees_close
 
 
@@ -50,19 +52,100 @@ def test_nnx_and_linen_are_the_function(x64, redundant):
     assert jax.tree.map(jnp.shape, linen.init(jax.random.key(0), x)) == jax.tree.map(jnp.shape, variables)
 
 
-def test_optimizers_leave_bias_and_placement_alone():
-    module = MoE(CONFIG, nnx.Rngs(0), placement=random_placement(1, 8, 0))
-    trained = nnx.All(nnx.Param, nnx.Not(RouterBias), nnx.Not(PlacementParam))
-    optimizer = nnx.Optimizer(module, optax.adamw(0.1, weight_decay=0.5), wrt=trained)
-    module.bias[...] = jnp.arange(EXPERTS, dtype=jnp.float32)
-    before = nnx.to_pure_dict(nnx.state(module))
-    grads = nnx.grad(lambda module: module(jnp.ones((4, WIDTH)))[0].sum(), argnums=nnx.DiffState(0, trained))(module)
-    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
-        optimizer.update(module, grads)
-    after = nnx.to_pure_dict(nnx.state(module))
-    same = {name for name in before if np.array_equal(before[name], after[name])}
-    assert {"bias", "phy2log", "log2phy", "logcnt"} <= same
-    assert not {"w_in", "w_out", "shared_in", "router"} & same
+DOCUMENTED = nnx.All(nnx.Param, nnx.Not(RouterBias), nnx.Not(PlacementParam))
+
+
+@pytest.mark.parametrize("trained", [nnx.Param, DOCUMENTED], ids=["Param", "without"])
+def test_the_usual_loop_trains_with_a_placement(trained):
+    """As `nnx.value_and_grad` and AdamW are used everywhere: losses without a placement, which stays, as biases do."""
+    x = jax.random.normal(jax.random.key(1), (16, WIDTH))
+    losses = []
+    for placement in (None, random_placement(1, 8, 0)):
+        module = MoE(CONFIG, nnx.Rngs(0), placement=placement)
+        optimizer = nnx.Optimizer(module, optax.adamw(0.03, weight_decay=0.5), wrt=trained)
+        module.bias[...] = jnp.arange(EXPERTS, dtype=jnp.float32) / 100
+        before = nnx.to_pure_dict(nnx.state(module))
+
+        @nnx.jit
+        def step(module, optimizer):
+            loss, grads = nnx.value_and_grad(lambda module: (module(x)[0] ** 2).mean())(module)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes
+                optimizer.update(module, grads)
+            return loss
+
+        losses.append([float(step(module, optimizer)) for _ in range(3)])
+        after = nnx.to_pure_dict(nnx.state(module))
+        same = {name for name in before if np.array_equal(before[name], after[name])}
+        assert same == {"bias", *(() if placement is None else ("phy2log", "log2phy", "logcnt"))}
+    assert losses[0][0] > losses[0][1] > losses[0][2]
+    np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+
+def test_a_placement_for_a_module_made_without_one(x64):
+    x = jax.random.normal(jax.random.key(1), (16, WIDTH))
+    module = MoE(CONFIG, nnx.Rngs(0), dtype=jnp.float64)
+    expected = module(x)[0]
+    placement = random_placement(1, 8, 0)
+    module.set_placement(placement)
+    np.testing.assert_allclose(module(x)[0], expected, rtol=1e-10, atol=1e-12)
+    assert np.array_equal(module.phy2log[...], placement.phy2log)
+    first = int(placement.phy2log[0])  # another expert in the first slot, which the layer then computes with
+    module.set_placement(placement)
+    module.phy2log[...] = module.phy2log[...].at[0].set((first + 1) % EXPERTS)
+    assert float(jnp.abs(module(x)[0] - expected).max()) > 1e-3
+
+
+@pytest.mark.parametrize("start", [None, random_placement(1, 8, 0)], ids=["without", "with"])
+def test_nonsensical_placements_are_refused(start):
+    """Of other sizes by the call, of values that contradict each other at once."""
+    x = jnp.ones((4, WIDTH))
+    good = random_placement(1, 8, 1)
+    module = MoE(CONFIG, nnx.Rngs(0), placement=start)
+    module.set_placement(Placement(np.zeros(5, np.int32), np.zeros((3, 1), np.int32), np.ones(3, np.int32)))
+    with pytest.raises(ValueError, match=r"phy2log of shape \(5,\) and 3 experts: give one layer of 16 experts"):
+        module(x)
+    nonsense = {
+        "does not list the slots": dataclasses.replace(good, phy2log=good.phy2log[::-1]),
+        "as many slots as logcnt": dataclasses.replace(good, logcnt=good.logcnt + 1),
+        "lists slot 99": dataclasses.replace(good, log2phy=np.where(good.log2phy == 0, 99, good.log2phy)),
+    }
+    for message, placement in nonsense.items():
+        with pytest.raises(ValueError, match=message):
+            module.set_placement(placement)
+        with pytest.raises(ValueError, match=message):
+            MoE(CONFIG, nnx.Rngs(0), placement=jax.tree.map(jnp.asarray, placement))
+
+
+@pytest.mark.parametrize(("experts", "redundant"), [(16, False), (12, True)])
+def test_linen_with_masters_sharded_over_devices(x64, experts, redundant):
+    """Initialised outside of shard_map or inside, the same masters; applied to parts of them, one device's output."""
+    router = dataclasses.replace(CONFIG.router, num_experts=experts)
+    config, ep = dataclasses.replace(CONFIG, router=router), 4
+    slots = np.random.default_rng(0).permutation(np.r_[np.arange(experts), np.arange(24 - experts)])
+    placement = placement_of(slots, experts) if redundant else None
+    x = jax.random.normal(jax.random.key(1), (32, WIDTH))
+    alone, sharded = (LinenMoE(config, axis=axis, param_dtype=jnp.float64) for axis in (None, "ep"))
+    variables, key = alone.init(jax.random.key(0), x), jax.random.key(0)
+    specs = {"params": {name: P("ep") if name in ("w_in", "w_out") else P() for name in variables["params"]}}
+
+    def mapped(function, in_specs, out_specs):
+        return jax.jit(jax.shard_map(function, mesh=make_mesh(ep), in_specs=in_specs, out_specs=out_specs))
+
+    inside = mapped(lambda key, x: sharded.init(key, x, placement), (P(), P("ep")), specs)(key, x)
+    for made in (sharded.init(key, x, placement), inside):
+        assert_trees_close(made, variables, rtol=1e-14)
+
+    def loss(variables, x):
+        y, stats = sharded.apply(variables, x, placement)
+        return jax.lax.psum((y**2).sum(), "ep"), (y, jax.lax.psum(stats.loads, "ep"))
+
+    both = mapped(loss, (specs, P("ep")), (P(), (P("ep"), P())))
+    (value, (y, loads)), grads = jax.value_and_grad(both, has_aux=True)(variables, x)
+    expected, expected_grads = jax.jit(jax.value_and_grad(lambda v: (alone.apply(v, x)[0] ** 2).sum()))(variables)
+    np.testing.assert_allclose(y, alone.apply(variables, x)[0], rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(value, expected, rtol=1e-12)
+    assert int(loads.sum()) == 32 * config.router.top_k
+    assert_trees_close(grads, expected_grads, rtol=1e-10)
 
 
 def test_remat_and_the_compilers_axes(x64):

@@ -194,11 +194,7 @@ class Model:
 
         def move(path: Any, old: Any) -> Any:
             slot, *_, name = names(path)
-            return (
-                jax.vmap(lambda bias, load: update_bias(bias, load, speed))(old, placed[slot])
-                if (name == "bias")
-                else old
-            )
+            return update_bias(old, placed[slot], speed) if name == "bias" else old
 
         return params._replace(stages=jax.tree_util.tree_map_with_path(move, params.stages))
 

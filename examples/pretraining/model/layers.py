@@ -7,6 +7,7 @@ activations, norms, rotations and the router in float32.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -123,7 +124,8 @@ class MoEBlock(nnx.Module):
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.attention = Attention(config, rngs, core)
         placement = first_placement(config.experts, config.redundant) if config.redundant else None
-        self.moe = MoE(config.moe, rngs, axis=axis, placement=placement)
+        moe = dataclasses.replace(config.moe, masters=config.moe.masters or config.experts)
+        self.moe = MoE(moe, rngs, axis=axis, placement=placement)
 
     def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
         """``[B, T, D] -> [B, T, D]`` and the routing's statistics; tokens outside ``mask`` go to no routed expert."""
