@@ -28,6 +28,7 @@ class Peers:
     def __init__(self, index: int, count: int, ended: Ended):
         """One process alone; `serve` and `connect` make it one of many."""
         self._index, self.count, self._ended = index, count, ended
+        self._listener: socket.socket | None = None
         self._links: dict[int, socket.socket] = {}
         self._done: set[int] = set()
         self._change = threading.Condition()
@@ -49,28 +50,25 @@ class Peers:
             listener = socket.create_server(("", 0), family=socket.AF_INET6, dualstack_ipv6=True, backlog=self.count)
         else:
             listener = socket.create_server(("", 0), backlog=self.count)
-        token = secrets.token_hex(16)
-
-        def accept() -> None:
-            with listener:
-                while True:
-                    link, _ = listener.accept()
-                    _probe(link, heartbeat)
-                    threading.Thread(target=self._serve, args=(link, token), daemon=True).start()
-
-        threading.Thread(target=accept, daemon=True).start()
+        self._listener, token = listener, secrets.token_hex(16)
+        threading.Thread(target=self._accept, args=(listener, token, heartbeat), daemon=True).start()
         return f"{listener.getsockname()[1]} {token}"
 
     def wait(self, seconds: float) -> None:
-        """Returns when all have connected to this process, the first.
+        """Returns when all have connected to this process, the first; then nobody can any more.
 
         Raises:
           OSError: some have not within so many seconds.
         """
         with self._change:
-            if not self._change.wait_for(lambda: len(self._links) == self.count - 1, seconds):
-                missing = sorted(set(range(1, self.count)) - set(self._links))
-                raise OSError(f"processes {missing} have not connected in {seconds} seconds")
+            self._change.wait_for(lambda: len(self._links) == self.count - 1, seconds)
+            missing = sorted(set(range(1, self.count)) - set(self._links))
+        if self._listener is not None:
+            with contextlib.suppress(OSError):  # some systems say that nobody is connected to it
+                self._listener.shutdown(socket.SHUT_RDWR)
+            self._listener.close()
+        if missing:
+            raise OSError(f"processes {missing} have not connected in {seconds} seconds")
 
     def connect(self, host: str, served: str, heartbeat: int) -> None:
         """Connects this process to the first.
@@ -104,6 +102,13 @@ class Peers:
         if self._is_first_end():
             self._tell(index=self._index, code=code, message=message)
 
+    def _accept(self, listener: socket.socket, token: str, heartbeat: int) -> None:
+        with contextlib.suppress(OSError):  # `wait` has closed it
+            while True:
+                link, _ = listener.accept()
+                _probe(link, heartbeat)
+                threading.Thread(target=self._serve, args=(link, token), daemon=True).start()
+
     def _serve(self, link: socket.socket, token: str) -> None:
         """Reads what another process says, on the first."""
         with link:
@@ -125,15 +130,16 @@ class Peers:
 
     def _listen(self, link: socket.socket) -> None:
         """Reads what the first process says, on the others."""
-        for message in _messages(link):
-            if "done" in message:
-                with self._change:
-                    self._is_finished = True
-                    self._change.notify_all()
-            else:
-                self._lost(**message)
-        if not self._is_finished:
-            self._lost(0, 1, "")
+        with link:
+            for message in _messages(link):
+                if "done" in message:
+                    with self._change:
+                        self._is_finished = True
+                        self._change.notify_all()
+                else:
+                    self._lost(**message)
+            if not self._is_finished:
+                self._lost(0, 1, "")
 
     def _count_done(self, index: int) -> None:
         with self._change:
@@ -170,7 +176,10 @@ def _messages(link: socket.socket) -> Iterator[dict[str, Any]]:
     """Those that a link brings until it ends."""
     with contextlib.suppress(OSError, ValueError), link.makefile("rb") as lines:
         for line in lines:
-            yield dict(json.loads(line))
+            message = json.loads(line)
+            if not isinstance(message, dict):
+                return  # a stranger's
+            yield message
 
 
 def _probe(link: socket.socket, heartbeat: int) -> None:
