@@ -101,18 +101,24 @@ def wait(processes: Sequence[subprocess.Popen[str]], grace: float = GRACE) -> in
     """Returns when all have ended: 0, or the first error's exit code."""
     first: int | None = None
     end = float("inf")
+    told: set[int] = set()
     while any(process.poll() is None for process in processes):
-        failed = [process for process in processes if process.poll()]
-        if failed and first is None:
-            first, end = failed[0].returncode, time.monotonic() + grace
-            index = processes.index(failed[0])
-            print(f"process {index} has ended with {first}; the others have {grace:.0f} seconds to end", flush=True)
+        for index, process in enumerate(processes):
+            if not process.poll() or index in told:
+                continue
+            told.add(index)
+            print(f"process {index} has ended with {process.returncode}", flush=True)
+            if first is None:
+                first, end = process.returncode, time.monotonic() + grace
+                print(f"the others have {grace:.0f} seconds to end", flush=True)
         if time.monotonic() > end:
-            for process in processes:
+            for index, process in enumerate(processes):
                 if process.poll() is None:
-                    print(f"process {processes.index(process)} has not ended: it is ended", flush=True)
+                    print(f"process {index} has not ended: it is ended", flush=True)
                     process.kill()
         time.sleep(0.1)
+    for index in {index for index, process in enumerate(processes) if process.returncode} - told:
+        print(f"process {index} has ended with {processes[index].returncode}", flush=True)
     codes = [process.returncode for process in processes]
     code = first if first is not None else next((code for code in codes if code), 0)
     # A signal's number is negative here; the shell's way is to add it to 128.
