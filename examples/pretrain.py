@@ -12,15 +12,17 @@ when the run failed: start it again, and it continues from its last checkpoint.
 
 from __future__ import annotations
 
+import argparse
 import math
 import os
 import pathlib
 import sys
+import traceback
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parent))
 
 from pretraining import flags, hosts
-from pretraining.checkpoint import DamagedError, SaveError
+from pretraining.checkpoint import DamagedError, SaveError, last_checkpoint
 from pretraining.optional import MissingPackage
 
 
@@ -41,26 +43,53 @@ def train(arguments: list[str]) -> int:
     # Of a GPU's memory; the rest is for NCCL and code. `jaxpipe.compiler_options` plans with as much.
     os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")
     try:
-        hosts.join(processes, heartbeat=args.heartbeat)
+        peers = hosts.join(
+            processes,
+            heartbeat=args.heartbeat,
+            name="pretrain.py: ",
+            resume=lambda: how_to_resume(args.out),
+        )
     except RuntimeError as error:
         return fail(1, f"the {processes.count} processes do not find each other: {error}")
+    code, message = run_to_its_end(args, processes.count)
+    if code:
+        hosts.fail(peers, code, message)
+        return fail(code, message)
+    hosts.finish(peers)
+    return 0
 
+
+def run_to_its_end(args: argparse.Namespace, count: int) -> tuple[int, str]:
+    """Trains in this process, one of ``count``; returns the exit code and what went wrong."""
     # The number of fake devices is set by now.
     from pretraining import loop, run  # noqa: PLC0415
 
     try:
         run.train(args)
     except (run.BadInput, MissingPackage) as error:
-        return fail(2, str(error))
+        return 2, str(error)
     except (SaveError, DamagedError, loop.TooManySkips, run.CheckFailed) as error:
-        return fail(1, str(error))
+        return 1, str(error)
     except OSError as error:
-        return fail(1, f"{error}: the run ends; checkpoints written before are whole")
+        return 1, f"{error}: the run ends; checkpoints written before are whole"
     except RuntimeError as error:
-        if processes.count == 1:
+        if count == 1:
             raise
-        return fail(1, f"a step failed, perhaps because another process has ended: {error}".splitlines()[0])
-    return 0
+        return 1, f"a step failed, perhaps because another process has ended: {error}".splitlines()[0]
+    except Exception as error:
+        if count == 1:
+            raise
+        # The others would wait for this one.
+        traceback.print_exc()
+        return 1, f"{type(error).__name__}: {error}"
+    return 0, ""
+
+
+def how_to_resume(out: pathlib.Path | None) -> str:
+    """What to do when a run has ended that could have gone on."""
+    if out is None:
+        return ""
+    return f"{last_checkpoint(out / 'checkpoints')}: start the same command again, and it goes on"
 
 
 def plan(arguments: list[str]) -> int:

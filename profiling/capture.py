@@ -90,7 +90,11 @@ def annotate_step(number: int, name: str = "step") -> jax.profiler.StepTraceAnno
 def _facts(flags: str, ranks: Mapping[int, int]) -> dict[str, object]:
     local = jax.local_devices()
     return {
-        "devices": {str(i): device.id for i, device in enumerate(local)},
+        # The profiler numbers a machine's GPUs as the driver does, though a process may use but some of them.
+        "devices": {
+            str(i if device.local_hardware_id is None else device.local_hardware_id): device.id
+            for i, device in enumerate(local)
+        },
         "ranks": {str(device): rank for device, rank in ranks.items()},
         "metadata": {
             "chip": local[0].device_kind,

@@ -240,11 +240,10 @@ class Checkpoints:
         if jax.process_index() == 0:
             for part in self.folder.glob("*.orbax-checkpoint-tmp*"):
                 shutil.rmtree(part, ignore_errors=True)
-        whole = [other for other in _committed(self.folder) if other != step]
-        last = f"the last good one is of step {whole[-1]}" if whole else "there is none yet"
+        last = last_checkpoint(self.folder, besides=step)
         is_full = (isinstance(error, OSError) and error.errno == errno.ENOSPC) or "No space left" in str(error)
         remedy = "the disk is full: make room and start again" if is_full else "start again when that is mended"
-        return SaveError(f"no checkpoint of step {step} in {self.folder}: {short(error)}. {last}; {remedy}")
+        return SaveError(f"no checkpoint of step {step} in {self.folder}: {short(error)}; {last}; {remedy}")
 
 
 def orbax() -> Any:
@@ -266,8 +265,10 @@ class _OtherModel(ValueError):
     """The checkpoint is whole and of another model."""
 
 
-def _committed(folder: pathlib.Path) -> list[int]:
-    return sorted(int(path.name) for path in folder.glob("*") if path.name.isdigit())
+def last_checkpoint(folder: pathlib.Path, besides: int | None = None) -> str:
+    """Which is the last whole checkpoint of a folder, in words, but for one that is being written."""
+    whole = {int(path.name) for path in folder.glob("*") if path.name.isdigit()} - {besides}
+    return f"the last whole checkpoint is of step {max(whole)}" if whole else "there is no whole checkpoint yet"
 
 
 def _shapes(arrays: Mapping[str, Any]) -> Json:

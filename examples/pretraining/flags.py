@@ -85,7 +85,7 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     hosts.add_argument("--coordinator", metavar="HOST:PORT", help="of the first process")
     hosts.add_argument("--num-processes", type=int)
     hosts.add_argument("--process-id", type=int)
-    hosts.add_argument("--heartbeat", type=int, default=30, help="seconds after which a silent process counts as dead")
+    hosts.add_argument("--heartbeat", type=int, default=30, help="seconds after which a silent machine counts as dead")
     return parser
 
 

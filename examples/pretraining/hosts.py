@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
 import os
 import signal
 import sys
 import threading
+import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import TextIO
+from typing import Any, NoReturn, TextIO
 
 import jax
 from jax.experimental import multihost_utils
 
+from pretraining.peers import Peers
+
 HEARTBEAT = 30
-"""Seconds without a sign of life after which a process counts as dead, and all others end."""
+"""Seconds without a sign of life after which a machine counts as dead, and all other processes end."""
+
+NEWS = 2.0
+"""Seconds in which a process whose step fails may hear that another has ended, which is why."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,25 +73,33 @@ def detect(
     return Processes()
 
 
-def join(processes: Processes, *, heartbeat: int = HEARTBEAT) -> None:
+def join(
+    processes: Processes, *, heartbeat: int = HEARTBEAT, name: str = "", resume: Callable[[], str] = lambda: ""
+) -> Peers:
     """Connects this process to the others; before anything asks jax for devices.
 
-    When a process dies, the coordination service ends all others after ``heartbeat`` seconds, wherever they wait.
+    When one of several processes ends before its time, all others say so and end with 1, or with its exit code if it
+    gave one, wherever they wait: at once where it was killed, after ``heartbeat`` seconds where a machine falls silent.
     Warnings of every process then begin with its number.
+
+    Args:
+      processes: from `detect`.
+      heartbeat: seconds after which a silent machine counts as dead.
+      name: of the program, for what is said.
+      resume: what to say of going on when the run has ended so.
 
     Raises:
       RuntimeError: they do not find each other.
     """
     if processes.count == 1:
-        return
+        return Peers(0, 1, lambda *_: None)
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(
         processes.coordinator,
         None if processes.index is None else processes.count,
         processes.index,
-        heartbeat_timeout_seconds=heartbeat,
-        # One that has ended its work waits so long for the others to end theirs.
-        shutdown_timeout_seconds=heartbeat,
+        # Its way of ending the others is to abort them: it comes after ours.
+        heartbeat_timeout_seconds=2 * heartbeat,
     )
 
     def show(
@@ -100,15 +115,90 @@ def join(processes: Processes, *, heartbeat: int = HEARTBEAT) -> None:
 
     warnings.showwarning = show
 
+    service = _service()
+    if service is None:
+        warnings.warn(
+            "this jax does not say where the first process is: one that is killed is missed late", stacklevel=2
+        )
+        return Peers(0, 1, lambda *_: None)
+    index = service.process_id
+
+    def end(code: int, what: str) -> NoReturn:
+        # What XLA says of it from here on is no news.
+        errors = os.dup(2)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+        parts = f"process {index} ends, as {what}", resume()
+        os.write(errors, f"{name}{'; '.join(filter(None, parts))}\n".encode())
+        os._exit(code)
+
+    def ended(other: int, code: int, message: str) -> None:
+        end(code, f"process {other} has ended" + (f": {message}" if message else " or cannot be reached"))
+
+    peers = Peers(index, service.num_processes, ended)
+    _on_abort(lambda: end(1, "XLA has aborted it, see above"))
+    try:
+        key = "pretrain/peers"
+        if index == 0:
+            service.client.key_value_set(key, peers.serve(heartbeat))
+            peers.wait(heartbeat)
+        else:
+            host = service.coordinator_address.rpartition(":")[0].strip("[]")
+            peers.connect(host, service.client.blocking_key_value_get(key, 1000 * heartbeat), heartbeat)
+    except (OSError, RuntimeError) as error:
+        warnings.warn(f"a process that is killed may be missed late: {type(error).__name__}: {error}", stacklevel=2)
+    return peers
+
+
+def _service() -> Any:
+    """What jax knows of the processes, and their common store of texts; None where this jax keeps it elsewhere."""
+    try:
+        from jax._src.distributed import global_state  # noqa: PLC0415
+    except ImportError:
+        return None
+    needed = "process_id", "num_processes", "client", "coordinator_address"
+    return global_state if all(hasattr(global_state, name) for name in needed) else None
+
+
+def _on_abort(end: Callable[[], object]) -> None:
+    """Calls a function that ends the process instead of abort(), by which XLA ends it when it misses another.
+
+    A handler of Python's own would only be noted, and abort() go on.
+    """
+
+    @ctypes.CFUNCTYPE(None, ctypes.c_int)
+    def handle(_: int) -> None:
+        time.sleep(NEWS)  # the cause may be about to be known
+        end()
+
+    ctypes.pythonapi.Py_IncRef(ctypes.py_object(handle))  # C keeps it as long as the process lives
+    ctypes.CDLL(None).signal(signal.SIGABRT, handle)
+
+
+def fail(peers: Peers, code: int, message: str) -> None:
+    """Tells the other processes that this one ends; does not return if it does so because another has ended."""
+    if peers.count > 1:
+        if code == 1:
+            time.sleep(NEWS)
+        peers.fail(code, message)
+
+
+def finish(peers: Peers) -> None:
+    """Returns when all processes have done their work."""
+    peers.finish()
+    if jax.process_count() > 1:
+        jax.distributed.shutdown()
+        signal.signal(signal.SIGABRT, signal.SIG_DFL)
+
 
 def leave(code: int) -> None:
     """Ends the process; after a failure at once, because a dead process would be waited for."""
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:  # whoever read it is gone
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
     if code:
         os._exit(code)
-    if jax.process_count() > 1:
-        jax.distributed.shutdown()
     sys.exit(0)
 
 

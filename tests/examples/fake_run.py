@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from pretraining import hosts
-from pretraining.checkpoint import Checkpoints
+from pretraining.checkpoint import Checkpoints, last_checkpoint
 from pretraining.flags import train_parser as flags_parser
 from pretraining.layout import Layout, describe
 from pretraining.loop import LoopConfig, Program, train
@@ -118,17 +118,21 @@ def run(fake, out, steps, *, save_every=5, keep=3, max_skipped=3, stop=lambda st
 
 def main():
     args, flags = sys.argv[1:3], flags_parser().parse_args(sys.argv[3:])
-    hosts.join(hosts.detect(os.environ, flags.coordinator, flags.num_processes, flags.process_id))
     out, steps = pathlib.Path(args[0]), int(args[1])
+    processes = hosts.detect(os.environ, flags.coordinator, flags.num_processes, flags.process_id)
+    peers = hosts.join(processes, resume=lambda: last_checkpoint(out / "checkpoints"))
     try:
         fake = Fake(pp=jax.device_count())
         result, start = run(fake, out, steps, save_every=1, stop=hosts.stop_signal())
     except RuntimeError as error:
-        print(f"{type(error).__name__}: {error}", file=sys.stderr)
+        message = f"{type(error).__name__}: {error}"
+        hosts.fail(peers, 1, message)
+        print(message, file=sys.stderr)
         hosts.leave(1)
         raise
     if hosts.is_first():
         print(f"began after {start}, ended after {int(result.state.step)}, loss {result.losses[-1]!r}")
+    hosts.finish(peers)
     hosts.leave(0)
 
 

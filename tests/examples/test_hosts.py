@@ -5,6 +5,7 @@ import os
 import pathlib
 import re
 import signal
+import subprocess
 import sys
 import time
 
@@ -45,7 +46,8 @@ def two(monkeypatch, cache):
 
     def start(*script):
         output = io.StringIO()
-        processes = launch_local.launch(list(map(str, script)), 2, 4, output)
+        environments = launch_local.on_fake_devices(2, 4, os.environ)
+        processes = launch_local.launch(list(map(str, script)), environments, output)
         started.extend(processes)
         return processes, output
 
@@ -85,19 +87,24 @@ def test_two_processes_equal_one(two, tmp_path):
 
 
 @pytest.mark.parametrize("killed", [0, 1])
-def test_when_a_process_is_killed_the_other_ends(two, tmp_path, killed):
+def test_when_a_process_is_killed_the_other_says_so_and_the_next_run_goes_on(two, tmp_path, killed):
     processes, output = two("-m", "tests.examples.fake_run", tmp_path, 100_000)
     wait_for(tmp_path / "checkpoints" / "2", processes, output)
     processes[killed].kill()
     start = time.monotonic()
-    code = processes[1 - killed].wait(60)
-    took = time.monotonic() - start
+    assert processes[1 - killed].wait(60) == 1
+    print(f"process {1 - killed} ended after {time.monotonic() - start:.1f} s")
     time.sleep(0.2)
-    lines = [line for line in output.getvalue().splitlines() if line.startswith(f"[{1 - killed}]")]
-    print(f"process {1 - killed} ended with {code} after {took:.1f} s")
-    assert code != 0 and took < 60
-    told = "closed by peer|Connection reset|another task died|heartbeat|Gloo|SaveError"
-    assert re.search(told, "\n".join(lines)), lines
+    said = f"process {1 - killed} ends, as process {killed} has ended or cannot be reached; the last whole checkpoint"
+    assert re.search(rf"^\[{1 - killed}\] {said} is of step \d+$", output.getvalue(), re.MULTILINE), output.getvalue()
+    # Of the first process XLA misses its own service, and may say so too.
+    assert killed == 0 or "stack trace" not in output.getvalue()
+    _, start = run(Fake(pp=8), tmp_path, max(map(int, numbered(tmp_path / "checkpoints"))) + 1)
+    assert start >= 2
+
+
+def numbered(folder):
+    return [path.name for path in folder.iterdir() if path.name.isdigit()]
 
 
 def test_sigterm_stops_both_after_the_same_step(two, tmp_path):
@@ -117,6 +124,63 @@ def test_the_launcher_ends_what_does_not_end(two, capsys):
     assert launch_local.wait(processes, grace=0.5) == 3
     assert time.monotonic() - start < 20
     assert "process 0 has not ended: it is ended" in capsys.readouterr().out
+
+
+def test_each_process_has_its_own_gpus():
+    """What would be started, without a GPU."""
+    plain = {"PATH": "/bin", "XLA_FLAGS": "--mine"}
+    script, environments, grace = launch_local.parse(
+        ["--gpus", "2", "--grace", "5", "--", "run.py", "--gpus", "9"], plain
+    )
+    assert (script, grace) == (["run.py", "--gpus", "9"], 5.0)
+    assert environments == [
+        plain | {"JAX_PLATFORMS": "cuda,cpu", "CUDA_VISIBLE_DEVICES": index} for index in ("0", "1")
+    ]
+    some = plain | {"CUDA_VISIBLE_DEVICES": "GPU-a, GPU-b,GPU-c,GPU-d", "JAX_PLATFORMS": "cuda"}
+    _, environments, _ = launch_local.parse(["--gpus", "4", "--processes", "2", "run.py"], some)
+    assert [found["CUDA_VISIBLE_DEVICES"] for found in environments] == ["GPU-a,GPU-b", "GPU-c,GPU-d"]
+    assert {found["JAX_PLATFORMS"] for found in environments} == {"cuda"}
+
+
+def test_fake_devices_are_the_default():
+    _, environments, grace = launch_local.parse(["run.py"], {"CUDA_VISIBLE_DEVICES": "0"})
+    assert grace == launch_local.GRACE and len(environments) == 2
+    assert all("device_count=4 " in found["XLA_FLAGS"] and found["JAX_PLATFORMS"] == "cpu" for found in environments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "visible", "message"),
+    [
+        (["--gpus", "3", "--processes", "2"], None, "--gpus 3 do not divide over --processes 2"),
+        (["--gpus", "2"], "0", "CUDA_VISIBLE_DEVICES=0 lets 1 be seen"),
+        (["--gpus", "1"], "", "CUDA_VISIBLE_DEVICES= lets 0 be seen"),
+        (["--gpus", "2", "--devices", "2"], None, "give one of them"),
+        (["--gpus", "0"], None, "at least one"),
+    ],
+)
+def test_what_cannot_be_launched(capsys, arguments, visible, message):
+    environment = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
+    with pytest.raises(SystemExit):
+        launch_local.parse([*arguments, "run.py"], environment)
+    assert message in capsys.readouterr().err
+
+
+def test_an_error_of_any_process_is_the_launchers(two):
+    """The first to fail decides, whichever it is; a signal counts as the shell counts it."""
+    for script, code in (("sys.exit(7)", 7), ("import os; os.kill(os.getpid(), 9)", 137)):
+        processes, output = two("-c", f"import sys\nif sys.argv[-1] == '1': {script}\nimport time; time.sleep(60)")
+        assert launch_local.wait(processes, grace=0.1) == code, output.getvalue()
+        assert all(process.poll() is not None for process in processes)
+
+
+def test_an_abort_of_the_runtime_is_an_exit_code(capfd):
+    """As XLA does it, from C, where Python's own handlers would not run."""
+    code = (
+        "import os, sys; sys.path.insert(0, 'examples'); from pretraining import hosts; hosts.NEWS = 0; "
+        "hosts._on_abort(lambda: (print('said', flush=True), os._exit(1))); os.abort()"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, timeout=60, check=False).returncode == 1
+    assert capfd.readouterr().out == "said\n"
 
 
 def test_who_says_how_many_processes_there_are():

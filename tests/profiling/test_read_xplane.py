@@ -1,6 +1,7 @@
 """Profiles of jax: real ones of this machine's devices, and one in the form that a GPU's has."""
 
 import json
+import types
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +11,7 @@ from jax.profiler import ProfileData
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from profiling.capture import annotate_step, capture
+from profiling.capture import _facts, annotate_step, capture
 from profiling.metrics import measure
 from profiling.read_xplane import SIDECAR, read_xplane
 
@@ -175,3 +176,10 @@ def test_a_real_step_with_collectives(tmp_path):
     assert {event.layer for event in trace.events if event.phase == "attn(F)"} == {0}
     found = measure(trace)
     assert found.unclassified_share == 0 and found.unattributed_share < 0.02
+
+
+def test_devices_are_noted_by_the_numbers_that_the_profiler_gives_them(monkeypatch):
+    """A process of many on a machine uses one of its GPUs; the profiler counts them all."""
+    device = types.SimpleNamespace(id=9, local_hardware_id=3, device_kind="NVIDIA H200", platform="gpu")
+    monkeypatch.setattr(jax, "local_devices", lambda: [device])
+    assert _facts("", {9: 1})["devices"] == {"3": 9}
