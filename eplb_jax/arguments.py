@@ -16,7 +16,9 @@ def check_loads(weight: Any, name: str = "weight") -> None:
     """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
     dtype = getattr(weight, "dtype", None) or np.asarray(weight).dtype
     if dtype != np.bool_ and not jnp.issubdtype(dtype, np.integer) and not jnp.issubdtype(dtype, np.floating):
-        raise ValueError(f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)")
+        raise ValueError(
+            f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)"
+        )
     shape = np.shape(weight)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
