@@ -41,7 +41,7 @@ def count_tokens(
     """
     if num_experts < 1:
         raise ValueError(f"num_experts={num_experts}: it must be at least 1")
-    experts = _of_numbers(experts)
+    experts = _as_array(experts)
     if not jnp.issubdtype(experts.dtype, jnp.integer):
         raise ValueError(f"experts has dtype {experts.dtype}: it must hold the numbers of experts")
     limits = jnp.iinfo(experts.dtype)
@@ -49,12 +49,12 @@ def count_tokens(
         experts = experts.clip(max(-1, int(limits.min)), min(num_experts, int(limits.max)))
     experts = jnp.asarray(experts.astype(np.int32))
     if mask is not None:
-        mask = _of_numbers(mask)
-        if mask.shape != experts.shape[:-1]:
-            raise ValueError(f"mask has shape {mask.shape}, the tokens have {experts.shape[:-1]}")
-        if mask.dtype != np.bool_ and not jnp.issubdtype(mask.dtype, jnp.integer):
-            raise ValueError(f"mask has dtype {mask.dtype}: it must be bool, True for tokens that count; compare first")
-        experts = jnp.where(mask.astype(np.bool_)[..., None], experts, -1)
+        kept = _as_array(mask)
+        if kept.shape != experts.shape[:-1]:
+            raise ValueError(f"mask has shape {kept.shape}, the tokens have {experts.shape[:-1]}")
+        if kept.dtype != np.bool_ and not jnp.issubdtype(kept.dtype, jnp.integer):
+            raise ValueError(f"mask has dtype {kept.dtype}: it must be bool, True for tokens that count; compare first")
+        experts = jnp.where(kept.astype(np.bool_)[..., None], experts, -1)
     # Comparing with every expert is what GPUs and CPUs do faster than adding where they must take turns.
     hit = experts.reshape(-1)[:, None] == jnp.arange(num_experts, dtype=jnp.int32)
     counts = hit.sum(0, dtype=jnp.int32)
@@ -169,13 +169,13 @@ class MovingAverage:
         return self.average
 
 
-def _of_numbers(array: Any) -> Any:
+def _as_array(array: Any) -> Any:
     """JAX's arrays as they are, others as NumPy's: made into JAX's, 64 bits might wrap around."""
     return array if isinstance(array, jax.Array) else np.asarray(array)
 
 
 def _as_counts(counts: Any, shape: tuple[int, ...]) -> jax.Array:
-    counts = _of_numbers(counts)
+    counts = _as_array(counts)
     if counts.shape != shape:
         raise ValueError(f"counts have shape {counts.shape}: they must be [layers, experts] = {shape}")
     if not jnp.issubdtype(counts.dtype, jnp.integer) and not jnp.issubdtype(counts.dtype, jnp.floating):

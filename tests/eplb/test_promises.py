@@ -95,7 +95,7 @@ def test_traced_loads_keep_the_promise():
 
 @pytest.mark.parametrize("sizes", [(8, 12, 1, 1, 4), (3, 8, 1, 1, 4), (12, 20, 6, 2, 4)], ids=str)
 def test_layers_without_load_get_an_even_plan(sizes):
-    experts, replicas, groups, nodes, gpus = sizes
+    experts, _, groups, nodes, gpus = sizes
     weight = np.zeros((3, experts))
     weight[1] = np.random.default_rng(0).lognormal(size=experts)
     alive = np.ones(gpus, bool)
