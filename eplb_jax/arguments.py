@@ -48,6 +48,8 @@ def to_float32(weight: Any) -> Any:
     most = weight.max(1, keepdims=True)
     exponent = xp.frexp(most)[1]
     extreme = (most > 0) & (abs(exponent) > 100)
+    if isinstance(extreme, np.ndarray) and not extreme.any():
+        return weight.astype(np.float32)
     return xp.ldexp(weight, xp.where(extreme, -exponent, 0)).astype(np.float32)
 
 
