@@ -14,6 +14,7 @@ from eplb_jax import policies as policies
 from eplb_jax import router as router
 from eplb_jax.files import read_loads as read_loads
 from eplb_jax.files import read_placement as read_placement
+from eplb_jax.files import read_sizes as read_sizes
 from eplb_jax.files import save_loads as save_loads
 from eplb_jax.files import save_placement as save_placement
 from eplb_jax.packing import balanced_packing as balanced_packing

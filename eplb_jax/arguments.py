@@ -16,7 +16,9 @@ def check_loads(weight: Any, name: str = "weight") -> None:
     """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
     dtype = getattr(weight, "dtype", None) or np.asarray(weight).dtype
     if dtype != np.bool_ and not jnp.issubdtype(dtype, np.integer) and not jnp.issubdtype(dtype, np.floating):
-        raise ValueError(f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)")
+        raise ValueError(
+            f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)"
+        )
     shape = np.shape(weight)
     if len(shape) != 2 or 0 in shape:
         raise ValueError(
@@ -46,6 +48,8 @@ def to_float32(weight: Any) -> Any:
     most = weight.max(1, keepdims=True)
     exponent = xp.frexp(most)[1]
     extreme = (most > 0) & (abs(exponent) > 100)
+    if isinstance(extreme, np.ndarray) and not extreme.any():
+        return weight.astype(np.float32)
     return xp.ldexp(weight, xp.where(extreme, -exponent, 0)).astype(np.float32)
 
 

@@ -47,7 +47,8 @@ class Decision(NamedTuple):
     """What `decide` found.
 
     Attributes:
-      placement: for the next step, padded so that a compiled step takes it; the one that was given if nothing changes.
+      placement: for the next step, `Placement.padded`, so of the same shapes at every step; if nothing changes, the one
+        that was given, padded if it was not.
       changed: layers whose placement changed.
       moved: replicas that travel, all layers together.
       before: mean over maximal load of the GPUs, mean of layers, as it was.
@@ -81,14 +82,15 @@ def decide(
     Args:
       step: steps done so far.
       loads: recent load of each expert, of all devices: `eplb_jax.load.SlidingWindow.loads`, say.
-      placement: the one in use.
+      placement: the one in use, from `initial_placement`, any policy, or a file. A step compiled for `Placement.padded`
+        takes all that follow; one compiled for a placement that is not padded is compiled once more.
       config: when and within what sizes.
 
     Returns:
       None between decisions, after every ``interval`` steps a decision.
 
     Raises:
-      ValueError: as `eplb_jax.policies.sticky`.
+      ValueError: as `eplb_jax.policies.sticky`; a placement of another number of replicas than the configuration's.
 
     >>> config = RebalanceConfig(6, 1, 1, 2, interval=10)
     >>> start = initial_placement(1, 4, config)
@@ -99,6 +101,12 @@ def decide(
     """
     if step < 1 or step % config.interval:
         return None
+    if placement.num_replicas != config.num_replicas:
+        raise ValueError(
+            f"the placement has {placement.num_replicas} replicas, the configuration {config.num_replicas}: plan for "
+            "as many, or change num_replicas"
+        )
+    placement = _as_wide_as_any(placement, config)
     host = Placement(*(np.asarray(array) for array in placement))
     found = sticky(loads, host, *_sizes(config)[1:], tolerance=config.tolerance, min_gain=config.min_gain)
     before, after = (float(balancedness(plan, loads, config.num_gpus).mean()) for plan in (host, found))
@@ -107,6 +115,13 @@ def decide(
     changed = (found.phy2log != host.phy2log).any(1)
     moves = moved(host, found, config.num_gpus)
     return Decision(found.padded(host.log2phy.shape[-1]), int(changed.sum()), int(moves.sum()), before, after)
+
+
+def _as_wide_as_any(placement: Placement, config: RebalanceConfig) -> Placement:
+    """Padded, unless log2phy has a column for each replica that an expert could get on its node."""
+    nodes = 1 if config.num_groups % config.num_nodes else config.num_nodes
+    most = (placement.num_replicas - placement.num_experts) // nodes + 1
+    return placement if placement.log2phy.shape[-1] >= most else placement.padded()
 
 
 def _sizes(config: RebalanceConfig) -> tuple[int, int, int, int]:

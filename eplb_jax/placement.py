@@ -114,7 +114,19 @@ class Placement:
     def check(self, num_gpus: int) -> None:
         """Raises ValueError unless the three arrays agree and every expert has a replica."""
         phy2log, log2phy, logcnt = (np.asarray(array) for array in self)
-        replicas = phy2log.shape[1]
+        if (
+            phy2log.ndim != 2
+            or log2phy.ndim != 3
+            or not logcnt.shape == log2phy.shape[:2] == (len(phy2log), logcnt.shape[-1] if logcnt.ndim else 0)
+        ):
+            raise ValueError(
+                f"phy2log, log2phy and logcnt have shapes {phy2log.shape}, {log2phy.shape} and {logcnt.shape}: they "
+                "must be [layers, replicas], [layers, experts, most] and [layers, experts]"
+            )
+        replicas, experts = phy2log.shape[1], logcnt.shape[1]
+        for name, array, most in (("phy2log", phy2log, experts), ("log2phy", log2phy, replicas)):
+            if array.size and not -1 <= array.min() <= array.max() < most:
+                raise ValueError(f"{name} holds {array.min()} to {array.max()}: there are {most}, numbered from 0")
         if num_gpus < 1 or replicas % num_gpus:
             raise ValueError(f"{replicas} replicas do not divide over {num_gpus} GPUs")
         _every_expert_has_a_slot(logcnt)

@@ -60,10 +60,8 @@ def spread_idle(rows: Rows, slots: jax.Array, num_gpus: int) -> jax.Array:
     return jnp.where(rows.weight.max(1, keepdims=True) > 0, slots, even)
 
 
-def lightest_packing(
-    rows: Rows, slots: jax.Array, layers: int, num_gpus: int, *others: jax.Array
-) -> Any:
-    """Rows and slots of each layer's packing whose heaviest GPU is lightest, and the rows of others that belong to it."""
+def lightest_packing(rows: Rows, slots: jax.Array, layers: int, num_gpus: int, *others: jax.Array) -> Any:
+    """Rows and slots of each layer's packing whose heaviest GPU is lightest, and what belongs to it of other arrays."""
     loads = heaviest_of(rows, slots, num_gpus).reshape(-1, layers)
     chosen = jnp.argmin(loads, axis=0), jnp.arange(layers)
 

@@ -27,9 +27,9 @@ def balanced(
     """As `rebalance_experts`, then local search on who gets the spare replicas and which GPU holds what.
 
     No layer's heaviest GPU gets heavier than in DeepSeek's plan: where search finds nothing lighter, the layer has that
-    plan. Search ends within ``tolerance`` of the load that no plan can be below (the mean per GPU of the heaviest node),
-    or where no step helps. A layer or node without load gets an even plan: replica counts that differ by one at most,
-    replicas of an expert on different GPUs; DeepSeek's gives all spares to the first expert.
+    plan. Search ends within ``tolerance`` of the load that no plan can be below (the mean per GPU of the heaviest
+    node), or where no step helps. A layer or node without load gets an even plan: replica counts that differ by one at
+    most, replicas of an expert on different GPUs; DeepSeek's gives all spares to the first expert.
 
     Args:
       weight, num_replicas, num_groups, num_nodes, num_gpus: as in `rebalance_experts`.

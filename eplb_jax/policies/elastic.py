@@ -25,9 +25,9 @@ def elastic(
 
     With a previous placement, few replicas move: experts that died with their GPUs take slots of experts that have
     several, empty slots of GPUs that came back get the experts that need them most, and `sticky` does the rest.
-    Without one, or after it where that needs it, the living GPUs get a fresh `balanced` plan. Experts of a layer without
-    load count as equal. Groups of experts stay on
-    one node while all living nodes have equally many living GPUs and divide the groups; otherwise they are ignored.
+    Without one, or after it where that needs it, the living GPUs get a fresh `balanced` plan. Groups of experts stay on
+    one node while all living nodes have equally many living GPUs and divide the groups; otherwise they are ignored. The
+    experts of a layer without load count as equal.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.

@@ -52,7 +52,7 @@ def sticky(
     True
     """
     check_loads(weight)
-    weight = to_float32(np.asarray(weight))
+    weight = np.asarray(to_float32(np.asarray(weight)))
     check_sizes(weight.shape[1], previous.num_replicas, num_groups, num_nodes, num_gpus)
     if weight.shape != (previous.num_layers, previous.num_experts):
         raise ValueError(

@@ -109,6 +109,28 @@ def test_decisions_wait_for_the_interval_and_a_gain():
     assert decide(5, skewed, start, dataclasses.replace(config, min_gain=0.9)).changed == 0
 
 
+@pytest.mark.parametrize("nodes", [1, 2])
+def test_decisions_start_from_any_plan_and_keep_one_shape(tmp_path, nodes):
+    """Plans are as wide as their busiest expert needs; another expert needs more one day."""
+    config, even = RebalanceConfig(12, nodes, nodes, 4, interval=1), np.ones((1, 8))
+    sizes = (12, nodes, nodes, 4)
+    eplb_jax.save_placement(tmp_path / "plan.npz", eplb_jax.policies.balanced(even, *sizes), num_gpus=4)
+    starts = [policy(even, *sizes) for policy in (eplb_jax.policies.balanced, eplb_jax.rebalance_experts)]
+    starts += [eplb_jax.read_placement(tmp_path / "plan.npz"), starts[0].padded(), initial_placement(1, 8, config)]
+    starts += [eplb_jax.rebalance_experts(jnp.asarray(even), *sizes), jax.tree.map(jnp.asarray, starts[0])]
+    for start in starts:
+        placement, widths = start, []
+        for step, hot in ((1, 1.0), (2, 1.5), (3, 1000.0), (4, 1.0), (5, 1000.0)):
+            found = decide(step, np.array([[hot, 1, 1, 1, 1, 1, 1, 1]]), placement, config)
+            placement = found.placement
+            placement.check(4)
+            widths.append(placement.log2phy.shape)
+        assert len(set(widths)) == 1
+        assert start.log2phy.shape in (widths[0], (1, 8, 2), (1, 8, 5))
+    with pytest.raises(ValueError, match="the placement has 12 replicas, the configuration 16"):
+        decide(1, even, starts[0], dataclasses.replace(config, num_replicas=16))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [({"interval": 0}, "interval=0"), ({"min_gain": -1.0}, "min_gain=-1.0"), ({"tolerance": -0.1}, "tolerance=-0.1")],
