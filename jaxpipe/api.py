@@ -129,7 +129,6 @@ class Pipeline:
         value, grads = result
         return value, jax.tree.map(functools.partial(execute.finish_grad, self._constrain), params, grads, specs)
 
-
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
 
