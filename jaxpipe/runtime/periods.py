@@ -144,7 +144,7 @@ def _shorten(actions: Actions, regions: tuple[Region, ...], cut: int, shift: int
     kind_of = np.array([0, 1, 1, 2])[actions.kind]
     for row, kinds in enumerate(((F,), (B, I), (B, W))):
         gone = ~stays & np.isin(actions.kind, kinds)
-        np.minimum.at(missing, (row, actions.stage[gone], actions.direction[gone]), number[gone])
+        np.minimum.at(missing[row], (actions.stage[gone], actions.direction[gone]), number[gone])
     number = number - fewer * (number >= missing[kind_of, actions.stage, actions.direction])
     if (number[stays] < 0).any() or (number[stays] >= half - fewer).any():
         return None
