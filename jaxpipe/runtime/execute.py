@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_gradients_of_ends, check_weight, refuse_axis
+from jaxpipe.runtime.alone import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
@@ -23,7 +23,7 @@ from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.straight import run_straight
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
-from jaxpipe.stage.axes import axes_of_jaxpr
+from jaxpipe.stage.axes import collectives_of_jaxpr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -73,7 +73,7 @@ def train(
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     apart = dispatch == "straight"  # what is stashed is not copied: to make it again costs more
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
-    refuse_axis("stage", axes.pipeline, split.axes)
+    check_alone("stage", program, axes.pipeline, split.collectives)
     _check_boundary(x, split.out[0], split.out[1])
     check_weight(model.weight, axes.pipeline, batch)
     with jax.named_scope("prepare"):
@@ -144,7 +144,7 @@ def infer(
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     jaxpr, ((y, aux_loss), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(chunks[0], x, ctx)
-    refuse_axis("stage", axes.pipeline, axes_of_jaxpr(jaxpr))
+    check_alone("stage", program, axes.pipeline, collectives_of_jaxpr(jaxpr))
     _check_boundary(x, y, aux_loss)
     outputs = shape_of_end(program, axes.pipeline, "head", functools.partial(run_outputs, model), outer, y, ctx)
     rows = jax.tree.leaves(batch)[0].shape[1]
