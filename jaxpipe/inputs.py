@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
-from jax.sharding import Sharding
 
 from jaxpipe.arguments import check_names, to_spec
 from jaxpipe.runtime.execute import Axes
@@ -232,7 +233,15 @@ def check_surroundings(mesh: Any, arrays: Any) -> None:
             f"sizes {dict(mesh.shape)} and Auto axes: call it outside of jax.set_mesh and jax.shard_map, or under "
             "jax.set_mesh of its own mesh"
         )
+    concrete = isinstance(mesh, Mesh)
     for path, leaf in jax.tree_util.tree_leaves_with_path(arrays):
+        if concrete and isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer) and leaf.committed:
+            found, wanted = leaf.sharding.device_set, set(mesh.devices.flat)
+            if found != wanted:
+                raise ValueError(
+                    f"{jax.tree_util.keystr(path)} is on devices {sorted(d.id for d in found)}, and the pipeline runs "
+                    f"on {sorted(d.id for d in wanted)}: place it with jax.device_put(array, NamedSharding(mesh, spec))"
+                )
         there = getattr(getattr(jax.typeof(leaf), "sharding", None), "mesh", None)
         if there is not None and there.shape and dict(there.shape) != dict(mesh.shape):
             raise ValueError(

@@ -1,4 +1,4 @@
-"""Mesh axes over which a function communicates, read from its jaxpr."""
+"""The collectives of a function and the mesh axes that they run over, read from its jaxpr."""
 
 from __future__ import annotations
 
@@ -14,36 +14,39 @@ _NAMING = ("axes", "axis_name", "axis_names")
 _SILENT = ("axis_index", "pvary", "pcast")
 """Primitives that name an axis and wait for no other device."""
 
+Collectives = frozenset[tuple[str, str]]
+"""(primitive, mesh axis) of each collective."""
 
-def axes_of_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> frozenset[str]:
-    """The axes of all collectives in a jaxpr, however deep.
+
+def collectives_of_jaxpr(jaxpr: Jaxpr | ClosedJaxpr) -> Collectives:
+    """All collectives in a jaxpr, however deep.
 
     >>> import jax, jax.numpy as jnp
     >>> function = lambda x: jax.lax.cond(x.sum() > 0, lambda x: jax.lax.psum(x, "dp"), lambda x: x, x)
-    >>> sorted(axes_of_jaxpr(jax.make_jaxpr(function, axis_env=[("dp", 2), ("pp", 2)])(jnp.ones(3))))
-    ['dp']
+    >>> sorted(collectives_of_jaxpr(jax.make_jaxpr(function, axis_env=[("dp", 2), ("pp", 2)])(jnp.ones(3))))
+    [('psum', 'dp')]
     """
     inner = jaxpr.jaxpr if isinstance(jaxpr, ClosedJaxpr) else jaxpr
-    return frozenset().union(*map(_axes_of_eqn, inner.eqns))
+    return frozenset().union(*map(_of_eqn, inner.eqns))
 
 
-def axes_of_nodes(nodes: Iterable[Node]) -> frozenset[str]:
-    """The axes of all collectives in a graph."""
-    found: frozenset[str] = frozenset()
+def collectives_of_nodes(nodes: Iterable[Node]) -> Collectives:
+    """All collectives in a graph."""
+    found: Collectives = frozenset()
     for node in nodes:
         if node.scan is not None:
-            found |= axes_of_nodes(node.scan.nodes)
+            found |= collectives_of_nodes(node.scan.nodes)
         elif node.eqn is not None:
-            found |= _axes_of_eqn(node.eqn)
+            found |= _of_eqn(node.eqn)
     return found
 
 
-def _axes_of_eqn(eqn: JaxprEqn) -> frozenset[str]:
-    found: frozenset[str] = frozenset()
+def _of_eqn(eqn: JaxprEqn) -> Collectives:
+    found: Collectives = frozenset()
     for name, value in eqn.params.items():
         for part in value if isinstance(value, (tuple, list, frozenset, set)) else (value,):
             if isinstance(part, Jaxpr | ClosedJaxpr):
-                found |= axes_of_jaxpr(part)
+                found |= collectives_of_jaxpr(part)
             elif name in _NAMING and isinstance(part, str) and eqn.primitive.name not in _SILENT:
-                found |= {part}
+                found |= {(eqn.primitive.name, part)}
     return found

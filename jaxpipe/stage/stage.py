@@ -11,10 +11,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+<<<<<<< HEAD
 from jaxpipe.stage.axes import axes_of_nodes
 from jaxpipe.stage.divide import closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value, evaluate, read
+=======
+from jaxpipe.stage.axes import Collectives, collectives_of_nodes
+from jaxpipe.stage.divide import closure, divide, hoist
+from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
+>>>>>>> wip/front
 from jaxpipe.stage.keep import fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.rewrite import before_casts, without_twins
@@ -111,9 +117,9 @@ class SplitStage:
         return self._params_ct(env, narrow), self._x_ct(env)
 
     @property
-    def axes(self) -> frozenset[str]:
-        """The mesh axes over which any of the parts communicates."""
-        return axes_of_nodes((*self._parts.once, *self._parts.forward, *self._parts.whole))
+    def collectives(self) -> Collectives:
+        """The collectives in any of the parts, each with its mesh axis."""
+        return collectives_of_nodes((*self._parts.once, *self._parts.forward, *self._parts.whole))
 
     def _restore(self, prepared: Any, input_residuals: Any, weight_residuals: Any) -> dict[Value, Any]:
         parts = self._parts

@@ -4,6 +4,7 @@ import functools
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 from jax import lax
 
@@ -114,3 +115,39 @@ def test_what_waits_for_nobody_is_allowed():
 
     trace(stage, head=last)
     trace(stage, jaxpipe.forward)
+
+
+def swapped(w, x, ctx):
+    """Half of a ring over another axis, as in ring attention."""
+    return plain(w, x, ctx) + ring(x, "dp")
+
+
+def test_permutes_over_other_axes_need_all_ranks_too():
+    """XLA pairs them with the messages between stages: the numbers were others on CPU."""
+    recipe = r"uses ppermute over mesh axis 'dp'.*all 2 ranks of 'pp'.*all_gather\(x, 'dp'\)\[source\]"
+    with pytest.raises(ValueError, match="stage " + recipe):
+        trace(swapped, head=head)
+    with pytest.raises(ValueError, match="stage " + recipe):
+        trace(swapped, jaxpipe.forward)
+
+    def last(outer, y, data, ctx):
+        return head(outer, ring(y, "dp"), data, ctx)
+
+    with pytest.raises(ValueError, match="head " + recipe):
+        trace(head=last)
+    trace(head=last, shared_ends=True)
+
+
+def test_what_the_message_says_instead_of_a_permute(x64):
+    """A gather and the source's part, on two ranks; a permute, on one."""
+
+    def gathered(w, x, ctx):
+        return plain(w, x, ctx) + lax.all_gather(x, "dp")[1 - lax.axis_index("dp")]
+
+    x = jax.random.normal(jax.random.key(0), (16, 4), jnp.float64)
+    losses = []
+    for stage, ranks in ((gathered, 2), (swapped, 1)):
+        schedule = jaxpipe.schedule.build("interleaved" if ranks == 1 else "zb1p", ranks, 4)
+        step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks, dp=2), data_axes="dp", head=head)
+        losses.append(jax.jit(step)(jaxpipe.Params(W.astype(x.dtype) / 4), x)[0][0])
+    np.testing.assert_allclose(*losses, rtol=1e-12)

@@ -113,6 +113,10 @@ MISTAKES = {
     "a shard_map around": (inside_a_shard_map, r"mesh is \{'pp': '.*Manual'\}.*outside of"),
     "an array of an Explicit mesh": (lambda: trace(batch=on(explicit(dp=2), P("dp"), X)),
                                      r"\['batch'\] is on a mesh of \{'dp': 2\} with Explicit axes.*device_put"),
+    "an array on one device": (
+        lambda: make()(Params(jax.device_put(W, jax.devices()[7])), X),
+        r"\['params'\]\.stages is on devices \[7\], and the pipeline runs on \[0, 1\].*device_put",
+    ),
     "a mesh of fractions": (lambda: jaxpipe.make_mesh(pp=2.0), r"pp=2\.0: it must be an integer of at least 1"),
     "a mesh of nothing": (jaxpipe.make_mesh, "needs an axis"),
     "a fraction of microbatches": (lambda: jaxpipe.schedule.build("1f1b", 2, 4.0), r"num_microbatches=4\.0.*integer"),
