@@ -172,7 +172,7 @@ class Choice:
     def _compare(self, tree: Any, shapes: tuple[tuple[Any, Any], ...]) -> tuple[int, ...]:
         """For each function the first that computes the same."""
         arguments = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-        returns = [jax.eval_shape(functools.partial(_call, function), *arguments) for function in self._functions]
+        programs, returns = zip(*(_program(function, arguments) for function in self._functions), strict=True)
         for index, other in enumerate(returns):
             if describe(other) != describe(returns[0]):
                 layer, first = (self._function_of.index(function) for function in (index, 0))
@@ -180,7 +180,6 @@ class Choice:
                     f"layer {layer} returns {describe(other)}, but layer {first} returns {describe(returns[0])}: all "
                     "must return the same structure, shapes and dtypes"
                 )
-        programs = [_program(function, arguments) for function in self._functions]
         firsts: list[int] = []
         for index, program in enumerate(programs):
             same = (i for i in sorted(set(firsts)) if program and programs[i] and same_program(program, programs[i]))
@@ -240,8 +239,8 @@ def _call(layer: Layer, params: Any, x: Any, ctx: Context) -> Output:
     return output._replace(metrics=dict(output.metrics))
 
 
-def _program(layer: Layer, arguments: Any) -> Any:
-    """The jaxpr of a layer and its gradient, in which no custom rule is left to run; None where there is none."""
+def _program(layer: Layer, arguments: Any) -> tuple[Any, Output]:
+    """(jaxpr of a layer and its gradient, in which no custom rule is left to run, or None; shapes of its Output)."""
 
     def run(params: Any, x: Any, ctx: Context) -> Any:
         diff, rest = partition((params, x))
@@ -251,12 +250,14 @@ def _program(layer: Layer, arguments: Any) -> Any:
             return partition(_call(layer, params, x, ctx))
 
         outs, pull, others = jax.vjp(of, diff, has_aux=True)
-        return outs, others, pull(jax.tree.map(jnp.ones_like, outs))
+        return merge(outs, others), pull(jax.tree.map(jnp.ones_like, outs))
 
     try:
-        return jax.make_jaxpr(run)(*arguments)
+        program, (shapes, _) = jax.make_jaxpr(run, return_shape=True)(*arguments)
+        return program, shapes
     except (NotImplementedError, TypeError, ValueError):
-        return None  # no gradient, as a callback's in a program of inference: then each function counts by itself
+        # No gradient, as a callback's in a program of inference: then each function counts by itself.
+        return None, jax.eval_shape(functools.partial(_call, layer), *arguments)
 
 
 def _where(condition: jax.Array, left: Any, right: Any) -> Any:

@@ -200,13 +200,15 @@ def microbatch_loss(model: Model) -> Callable[..., Any]:
     rows = {stage: row for row, stage in enumerate(shape.storage_order)}
 
     def weighted(params: jaxpipe.Params, data: Any, index: jax.Array, rng: jax.Array | None) -> Any:
-        ctx = jaxpipe.Context(jnp.int32(-1), index, rng, data)
-        x, aux_loss, metrics = model.embed(params.outer, data, ctx), jnp.zeros((), jnp.float32), []
+        def ctx(stage: int) -> jaxpipe.Context:
+            return jaxpipe.Context.make(stage, index, rng, data, num_stages=shape.stages)
+
+        x, aux_loss, metrics = model.embed(params.outer, data, ctx(-1)), jnp.zeros((), jnp.float32), []
         for stage in range(shape.stages):
             own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
-            x, extra, counted = model.stage(own, x, ctx._replace(stage=jnp.int32(stage)))
+            x, extra, counted = model.stage(own, x, ctx(stage))
             aux_loss, metrics = aux_loss + extra, [*metrics, counted]
-        loss, weight = model.head(params.outer, x, data, ctx), model.weight(data)
+        loss, weight = model.head(params.outer, x, data, ctx(shape.stages)), model.weight(data)
         if isinstance(loss, jaxpipe.Output):
             loss = loss.value + loss.aux_loss
         total = jax.tree.map(lambda *leaves: sum(leaves), *metrics)

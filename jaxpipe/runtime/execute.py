@@ -75,17 +75,12 @@ def train(
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     apart = dispatch == "straight"  # what is stashed is not copied: to make it again costs more
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
-<<<<<<< HEAD
-    refuse_axis("stage", axes.pipeline, split.axes)
+    check_alone("stage", program, axes.pipeline, split.collectives)
     _check_boundary(x, split.out[0])
     loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
     if loss is None and split.out[1] is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
     check_gradients_of_ends(program, axes.pipeline, model, outer, x, ctx)
-=======
-    check_alone("stage", program, axes.pipeline, split.collectives)
-    _check_boundary(x, split.out[0], split.out[1])
->>>>>>> wip/front
     check_weight(model.weight, axes.pipeline, batch)
     shares = mean_shares(
         model,
@@ -176,15 +171,9 @@ def infer(
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-<<<<<<< HEAD
     jaxpr, ((y, _), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(chunks[0], x, ctx)
-    refuse_axis("stage", axes.pipeline, axes_of_jaxpr(jaxpr))
-    _check_boundary(x, y)
-=======
-    jaxpr, ((y, aux_loss), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(chunks[0], x, ctx)
     check_alone("stage", program, axes.pipeline, collectives_of_jaxpr(jaxpr))
-    _check_boundary(x, y, aux_loss)
->>>>>>> wip/front
+    _check_boundary(x, y)
     outputs = shape_of_end(program, axes.pipeline, "head", functools.partial(run_outputs, model), outer, y, ctx)
     rows = jax.tree.leaves(batch)[0].shape[1]
     for leaf in jax.tree.leaves(outputs):

@@ -32,12 +32,8 @@ from jaxpipe.runtime.alone import check_alone
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
-<<<<<<< HEAD
 from jaxpipe.stage import check_effects
-from jaxpipe.stage.axes import axes_of_jaxpr
-=======
 from jaxpipe.stage.axes import collectives_of_jaxpr
->>>>>>> wip/front
 
 
 def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: bool) -> Model:
@@ -76,12 +72,8 @@ def shape_of_end(program: Program, axis: str, name: str, end: Callable[..., Any]
     """
     jaxpr, shapes = jax.make_jaxpr(end, return_shape=True)(*args)
     if not program.shared_ends:
-<<<<<<< HEAD
-        refuse_axis(name, axis, axes_of_jaxpr(jaxpr))
-    check_effects(jaxpr.effects, name)
-=======
         check_alone(name, program, axis, collectives_of_jaxpr(jaxpr))
->>>>>>> wip/front
+    check_effects(jaxpr.effects, name)
     return shapes
 
 

@@ -11,16 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-<<<<<<< HEAD
-from jaxpipe.stage.axes import axes_of_nodes
+from jaxpipe.stage.axes import Collectives, collectives_of_nodes
 from jaxpipe.stage.divide import closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value, evaluate, read
-=======
-from jaxpipe.stage.axes import Collectives, collectives_of_nodes
-from jaxpipe.stage.divide import closure, divide, hoist
-from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, read
->>>>>>> wip/front
 from jaxpipe.stage.keep import fewest_bytes
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.rewrite import before_casts, without_twins
