@@ -1,6 +1,6 @@
 """Side effects of a stage: what runs once for each microbatch, what is repeated by JAX, and what cannot be supported.
 
-A node with an effect has one more result, an empty array that nothing reads: what must run is what makes these. So
+A node with an effect has one more result, a flag that nothing reads: what must run is what makes these flags. So
 effects are divided, and stacked by loops, like any other value.
 """
 

@@ -37,7 +37,8 @@ CALLS = {
 HARMLESS = frozenset({"NamedAxisEffect"})
 """Effects of equations that do nothing but to compute their results."""
 
-_EMPTY = np.zeros(0, np.bool_)
+_DONE = np.zeros((), np.bool_)
+"""Stands for a side effect. Not an array without elements: XLA 0.11 crashes where a loop on CPUs stacks these."""
 
 AGAIN = "made_again"
 """Name of a jitted function whose work is so light that it may be done again rather than its result kept."""
@@ -47,7 +48,7 @@ AGAIN = "made_again"
 class Value:
     """An array of a graph, by identity; ``const`` holds it where it is known.
 
-    With ``effect`` it is an empty array that stands for a side effect of the node that makes it.
+    With ``effect`` it is a flag that stands for a side effect of the node that makes it.
     """
 
     aval: Any
@@ -219,8 +220,8 @@ def eqn_node(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context
     run = functools.partial(_bind, eqn, context)
     if not has_side_effects(eqn.effects):
         return Node(eqn.primitive.name, tuple(ins), tuple(outs), run, eqn, context=context)
-    outs = (*outs, Value(jax.typeof(_EMPTY), effect=True))
-    return Node(eqn.primitive.name, tuple(ins), outs, lambda *arrays: [*run(*arrays), _EMPTY], eqn, context=context)
+    outs = (*outs, Value(jax.typeof(_DONE), effect=True))
+    return Node(eqn.primitive.name, tuple(ins), outs, lambda *arrays: [*run(*arrays), _DONE], eqn, context=context)
 
 
 def _scan(
