@@ -91,6 +91,23 @@ def test_unknown_model_and_bad_sizes():
     assert isinstance(MODELS["tiny"], ModelConfig)
 
 
+def test_slots_divide_over_the_devices_or_say_which_would():
+    """`tiny` as it is on one to four devices, the flag for others."""
+    tiny = MODELS["tiny"]
+    assert [tiny.over_devices(devices).redundant for devices in (1, 2, 4)] == [tiny.redundant] * 3
+    assert tiny.over_devices(8, 16).redundant == 8 and tiny.over_devices(4, 8).redundant == 0
+    for devices, slots, message in (
+        (8, None, r"8 experts in 12 slots on the 8 devices of axis ep: .* take --slots 16"),
+        (4, 6, r"8 experts in 6 slots .* take --slots 8"),
+        (4, 10, r"8 experts in 10 slots .* take --slots 12"),
+        (3, 9, r"8 experts do not divide over the 3 devices of axis ep: take a divisor of 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.over_devices(devices, slots)
+    spread = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, masters=9))
+    assert spread.over_devices(3, 12).redundant == 4
+
+
 def test_the_future_does_not_change_the_past():
     _, run = one_stage()
     tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (1, 8)), jnp.int32)
