@@ -66,7 +66,7 @@ def _plan(args: argparse.Namespace) -> None:
     previous: Placement | None = None
     gpus_before: int = args.gpus
     if args.previous is not None:
-        gpus_before = read_sizes(args.previous).get("num_gpus") or args.gpus
+        gpus_before = read_sizes(args.previous).get("num_gpus", gpus_before)
         previous = read_placement(args.previous, num_gpus=gpus_before)
     plan = _make(args, loads, previous, gpus_before)
     plans = _before(loads.shape, args.gpus)
