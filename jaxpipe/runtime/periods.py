@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpipe.runtime.actions import Actions, B, F, I, W
 
-_KEPT = 4  # microbatches for each rank, and of each direction, that stay in the shorter schedule at least
+_KEPT = 4  # about how many microbatches of each direction for each rank stay in the shorter schedule
 _UNIT = 12  # microbatches are cut in multiples of about this many, so that ticks may repeat every 1, 2, 3, 4, 6 or 12
 
 
@@ -66,8 +66,8 @@ def extend(steady: Steady, path: np.ndarray, durations: np.ndarray) -> np.ndarra
     """
     times = np.concatenate([[0.0], np.cumsum(durations)])
     rounded = np.round(times / max(times[-1], 1e-300) * 1e9)
-    for region in reversed(steady.regions):
-        found = _best_round(region, steady.cut, path, rounded[: len(path)])
+    for region in reversed(steady.regions):  # so that what comes before, and its times, stays as it is
+        found = _best_round(region, steady.cut, path, rounded)
         if found is None:
             return None
         begin, end, periods = found
@@ -142,9 +142,9 @@ def _shorten(actions: Actions, regions: tuple[Region, ...], cut: int, shift: int
     # F, backward of the input and of the weights each miss a run of microbatches; those after it take their numbers.
     missing = np.full((3, actions.num_stages, len(actions.routes)), half)
     kind_of = np.array([0, 1, 1, 2])[actions.kind]
-    for row, kinds in enumerate(((F,), (B, I), (B, W))):
+    for first, kinds in zip(missing, ((F,), (B, I), (B, W)), strict=True):
         gone = ~stays & np.isin(actions.kind, kinds)
-        np.minimum.at(missing[row], (actions.stage[gone], actions.direction[gone]), number[gone])
+        np.minimum.at(first, (actions.stage[gone], actions.direction[gone]), number[gone])
     number = number - fewer * (number >= missing[kind_of, actions.stage, actions.direction])
     if (number[stays] < 0).any() or (number[stays] >= half - fewer).any():
         return None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
 
 from jaxpipe.schedule.action import Action, Group, Kind
@@ -10,6 +11,9 @@ from jaxpipe.schedule.schedule import Schedule
 
 Cell = tuple[int, int]
 """(rank, position of a group in the rank's order)."""
+
+Positions = Mapping[Action, int]
+"""The position of each action's group in the order of its rank."""
 
 
 def check(schedule: Schedule) -> None:
@@ -21,11 +25,11 @@ def check(schedule: Schedule) -> None:
     >>> from jaxpipe.schedule.gpipe import gpipe
     >>> check(gpipe(2, 2))
     """
-    cells = _check_groups(schedule)
-    _check_complete(schedule, cells)
+    where = _check_groups(schedule)
+    _check_complete(schedule, where)
     positions = _run(schedule)
     if any(position < len(groups) for position, groups in zip(positions, schedule.ranks, strict=True)):
-        _check_order(schedule, cells)
+        _check_order(schedule, where)
         _fail_deadlock(schedule, positions)
 
 
@@ -37,8 +41,8 @@ def _fail(schedule: Schedule, message: str, *cells: Cell) -> None:
     raise ValueError(f"schedule {schedule.name!r}: {message}\n{schedule.grid(cells)}")
 
 
-def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
-    """Each action's cell; fails on malformed groups, unknown stages or microbatches, wrong ranks, duplicates."""
+def _check_groups(schedule: Schedule) -> Positions:
+    """Where each action is; fails on malformed groups, unknown stages or microbatches, wrong ranks, duplicates."""
     directions = len(schedule.routes)
     if not directions or schedule.num_microbatches < 1 or schedule.num_microbatches % directions:
         _fail(schedule, f"{schedule.num_microbatches} microbatches do not divide into {directions} directions")
@@ -48,54 +52,57 @@ def _check_groups(schedule: Schedule) -> dict[Action, Cell]:
     alone = {(kind,) for kind in Kind}
     pairs = {(Kind.F, Kind.B), (Kind.F, Kind.I)}
     ranks_of = [schedule.routes[schedule.direction(m)] for m in range(schedule.num_microbatches)]
-    cells: dict[Action, Cell] = {}
+    where: dict[Action, int] = {}
     for rank, groups in enumerate(schedule.ranks):
         for position, group in enumerate(groups):
-            cell = (rank, position)
             kinds = tuple([action[1] for action in group])
             if kinds not in alone and kinds not in pairs:
-                _fail(schedule, f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I", cell)
+                _fail(
+                    schedule,
+                    f"group {_text(group)!r} of rank {rank} is not one action, nor F with B or I",
+                    (rank, position),
+                )
             for action in group:
                 stage, _, microbatch = action
                 if not (0 <= stage < schedule.num_stages and 0 <= microbatch < schedule.num_microbatches):
                     sizes = f"{schedule.num_stages} stages and {schedule.num_microbatches} microbatches"
-                    _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", cell)
+                    _fail(schedule, f"{action} on rank {rank} is outside the {sizes}", (rank, position))
                 at = ranks_of[microbatch][stage]
                 if at != rank:
-                    _fail(schedule, f"{action} is on rank {rank}, but its stage is on rank {at}", cell)
-                if action in cells:
-                    _fail(schedule, f"{action} is twice on rank {rank}", cells[action], cell)
-                cells[action] = cell
-    return cells
+                    _fail(schedule, f"{action} is on rank {rank}, but its stage is on rank {at}", (rank, position))
+                if action in where:
+                    _fail(schedule, f"{action} is twice on rank {rank}", (rank, where[action]), (rank, position))
+                where[action] = position
+    return where
 
 
-def _check_complete(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
+def _check_complete(schedule: Schedule, where: Positions) -> None:
     bits = {kind: 1 << number for number, kind in enumerate(Kind)}
     whole, divided = bits[Kind.F] + bits[Kind.B], bits[Kind.F] + bits[Kind.I] + bits[Kind.W]
     runs = [[0] * schedule.num_microbatches for _ in range(schedule.num_stages)]
-    for stage, kind, m in cells:
+    for stage, kind, m in where:
         runs[stage][m] |= bits[kind]
     for stage, row in enumerate(runs):
         if row.count(whole) + row.count(divided) == len(row):
             continue
         m = next(m for m, found in enumerate(row) if found not in (whole, divided))
-        kinds = [kind for kind in Kind if Action(stage, kind, m) in cells]
+        rank, kinds = schedule.rank_of(stage, m), [kind for kind in Kind if Action(stage, kind, m) in where]
         _fail(
             schedule,
             f"stage {stage} runs {', '.join(kind.value for kind in kinds) or 'nothing'} for microbatch {m} on rank "
-            f"{schedule.rank_of(stage, m)}; it needs F and B, or F, I and W",
-            *(cells[Action(stage, kind, m)] for kind in kinds),
+            f"{rank}; it needs F and B, or F, I and W",
+            *((rank, where[Action(stage, kind, m)]) for kind in kinds),
         )
 
 
-def _check_order(schedule: Schedule, cells: Mapping[Action, Cell]) -> None:
+def _check_order(schedule: Schedule, where: Positions) -> None:
     """F before B or I before W on the rank; a group does not wait for itself."""
-    for action, (rank, position) in cells.items():
-        for options in inputs(schedule, action):
-            for option in options:
-                other = cells.get(option)
-                if other is not None and other[0] == rank and other[1] >= position:
-                    _fail(schedule, f"{action} on rank {rank} needs {option}, which is not before it", (rank, position))
+    for action, position in where.items():
+        rank = schedule.rank_of(action.stage, action.microbatch)
+        for option in itertools.chain.from_iterable(inputs(schedule, action)):
+            here = option in where and schedule.rank_of(option.stage, option.microbatch) == rank
+            if here and where[option] >= position:
+                _fail(schedule, f"{action} on rank {rank} needs {option}, which is not before it", (rank, position))
 
 
 def _run(schedule: Schedule) -> list[int]:

@@ -1,5 +1,8 @@
 """One rank's program as straight code: the same steps, the same results, and no copies into slots."""
 
+import dataclasses
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -40,6 +43,30 @@ def test_code_does_not_grow_with_the_microbatches(name, microbatches, times):
     repeat, longer = (find_repeat(lower(jaxpipe.schedule.build(name, 1, count))) for count in (microbatches, 128))
     assert repeat.times == times
     assert (repeat.start, repeat.period) == (longer.start, longer.period)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_no_other_repetition_leaves_less_code(seed):
+    """Against every start and period, on tables of random steps that partly repeat."""
+    rng = np.random.default_rng(seed)
+    program = lower(jaxpipe.schedule.build("1f1b", 1, 8))
+    steps = [*rng.integers(1, 9, 6), *np.tile(rng.integers(1, 5, rng.integers(1, 6)), 4), *rng.integers(1, 9, 9)]
+    operands = np.zeros((len(steps), 1, 2, len(Field)), np.int32)
+    operands[:, 0, 0, Field.STASH] = steps
+    operands[:, 0, 0, Field.MICROBATCH] = rng.integers(0, 9, len(steps))
+    program = dataclasses.replace(program, branch=np.zeros((len(steps), 1), np.int32), operands=operands)
+    saved = 0
+    for period in range(1, len(steps) // 2 + 1):
+        for start in range(len(steps) - period):
+            pairs = zip(steps[start:], steps[start + period :], strict=False)
+            same = len(list(itertools.takewhile(lambda pair: pair[0] == pair[1], pairs)))
+            saved = max(saved, same // period * period)
+    repeat = find_repeat(program)
+    assert (repeat.times - 1) * repeat.period == saved
+    stop = repeat.start + repeat.period * repeat.times
+    rounds = np.reshape(steps[repeat.start : stop], (repeat.times, repeat.period))
+    assert (rounds == rounds[0]).all()
+    assert find_repeat(program, longest=2).period in (1, 2, len(steps))
 
 
 def test_only_short_code_of_one_rank_is_straight():

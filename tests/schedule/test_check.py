@@ -1,6 +1,7 @@
 """Every way to spoil a schedule is found, and the message marks the cell."""
 
 import dataclasses
+import random
 import re
 
 import pytest
@@ -289,3 +290,23 @@ def test_swapped_groups_are_sound_or_marked(place, data):
         assert cells
     else:
         check(swapped)
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_any_order_can_run_or_not_as_simulated(seed):
+    """Groups of each rank in random order: those that check lets pass are those that the simulator can run."""
+    rng = random.Random(seed)
+    schedule = build(rng.choice(["1f1b", "zb1p", "dualpipev", "interleaved"]), 2, 4)
+    ranks = [list(groups) for groups in schedule.ranks]
+    for _ in range(rng.randint(1, 3)):
+        row = rng.choice(ranks)
+        at = rng.randrange(len(row) - 1)
+        row[at], row[at + 1] = row[at + 1], row[at]
+    schedule = dataclasses.replace(schedule, ranks=tuple(map(tuple, ranks)))
+    try:
+        simulate(schedule)
+    except ValueError:
+        with pytest.raises(ValueError, match=r"which is not before it|deadlock"):
+            check(schedule)
+    else:
+        check(schedule)
