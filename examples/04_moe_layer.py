@@ -38,7 +38,7 @@ def make_layer():
         return y, jax.lax.psum(stats.loads, "ep")
 
     specs = param_specs(CONFIG, "ep")
-    mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P(), P("ep")), out_specs=(P("ep"), P()), check_vma=False)
+    mapped = jax.shard_map(body, mesh=mesh, in_specs=(specs, P(), P("ep")), out_specs=(P("ep"), P()))
     return jax.jit(mapped)
 
 

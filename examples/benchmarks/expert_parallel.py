@@ -52,7 +52,7 @@ def random_rows(mesh: Mesh, seed: int, *shape: int) -> jax.Array:
 
 def sharded(mesh: Mesh, body: Callable[..., Any], *specs: Any) -> Any:
     """A function of one device's part, for all; results are put side by side."""
-    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=ROWS, check_vma=False))
+    return jax.jit(jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=ROWS))
 
 
 def attempt(call: Callable[..., Any], *arguments: Any) -> Any:

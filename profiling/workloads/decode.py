@@ -48,7 +48,6 @@ def make_decode(sizes: Sizes, mesh: Mesh) -> Callable[..., Any]:
         mesh=mesh,
         in_specs=(layer_specs(sizes), P(AXIS), P(AXIS), P(AXIS)),
         out_specs=(P(AXIS), P(AXIS), P()),
-        check_vma=False,
     )
     return jax.jit(body, donate_argnums=2)
 

@@ -61,7 +61,6 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
         mesh=mesh,
         in_specs=(layer_specs(sizes), P(AXIS)),
         out_specs=(P(AXIS), P(AXIS), P()),
-        check_vma=False,
     )
     return jax.jit(body)
 

@@ -106,7 +106,7 @@ def test_a_program_is_compiled_for_eight_gpus(name):
         return jax.lax.all_to_all(x, "ep", 0, 0, tiled=True), w @ w
 
     sharded = P(("pp", "ep"))
-    f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(sharded, P()), out_specs=(sharded, P()), check_vma=False))
+    f = jax.jit(jax.shard_map(body, mesh=mesh, in_specs=(sharded, P()), out_specs=(sharded, P())))
 
     def given(rows, spec):
         return jax.ShapeDtypeStruct((rows, 2048), jnp.bfloat16, sharding=NamedSharding(mesh, spec))
