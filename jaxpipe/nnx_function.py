@@ -130,6 +130,8 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
 
     Parameters are `nnx.Param` and its subclasses, and variables whose class says ``pipeline_parameter = True``: arrays
     that nothing trains but that change between steps, such as a placement. Other arrays and variables are constants.
+    Random streams that the module holds are seeded in each call: an embedding with dropout is called as
+    ``function(outer, tokens, ctx=ctx)``.
 
     Raises:
       ValueError: if the module holds state that a call would change (batch statistics, caches): a pipeline runs
@@ -210,6 +212,8 @@ def _seed(path: tuple[Any, ...], keys: Keys, key: jax.Array | None) -> jax.Array
     """New values for a variable of a random stream: counts of 0, and keys made of one key and the stream's path."""
     if keys.distinct is None:
         return jnp.zeros(keys.shape, jnp.uint32)
+    if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
     key = jax.random.key(0) if key is None else fold_name(key, _dotted(path))
     if not keys.shape:
         return key

@@ -82,6 +82,22 @@ def test_keys_depend_on_no_schedule(name, expected_with_dropout, x64):
     assert_trees_close((unstack_layers(grads.stages, LAYERS, schedule), grads.outer), expected_grads, rtol=1e-10)
 
 
+def test_keys_of_a_plain_program():
+    """`Context.make` gives the documented keys; no two of embed, head and layers of two microbatches are the same."""
+    key, keys = jax.random.key(1), set()
+    for m in (0, 1):
+        for stage in range(-1, 9):
+            ctx = jaxpipe.Context.make(stage, m, key, None, num_stages=8)
+            layer = -2 if stage == 8 else stage
+            assert (int(ctx.stage), int(ctx.layer), int(ctx.microbatch)) == (stage, stage, m)
+            np.testing.assert_array_equal(jax.random.key_data(ctx.rng), jax.random.key_data(fold(key, layer, m)))
+            inside = jaxpipe.Context.make(0, m, key, None, num_stages=2).at_layer(stage)
+            assert bool((inside.rng == ctx.rng) == (stage < 8)) and int(inside.layer) == stage
+            keys.add(tuple(map(int, jax.random.key_data(ctx.rng))))
+    assert len(keys) == 20
+    assert jaxpipe.Context.make(3, 0, None, None, num_stages=8).at_layer(4).rng is None
+
+
 DUALPIPEV = jaxpipe.schedule.build("dualpipev", 2, 4)
 
 

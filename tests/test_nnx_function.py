@@ -135,6 +135,16 @@ class Layers(nnx.Module):
         return nnx.scan(lambda x, layer: layer(x), in_axes=(nnx.Carry, 0), out_axes=nnx.Carry)(x, self.layers)
 
 
+def test_old_keys_give_the_same_bits():
+    function = nnx_function(Layers(nnx.Rngs(0)))
+    typed, raw = (
+        jaxpipe.Context.make(2, 1, key, None, num_stages=4) for key in (jax.random.key(7), jax.random.PRNGKey(7))
+    )
+    np.testing.assert_array_equal(
+        function(function.params, batch(), ctx=typed), function(function.params, batch(), ctx=raw)
+    )
+
+
 def test_layers_made_by_vmap_draw_their_own_bits():
     function = nnx_function(Layers(nnx.Rngs(0)))
     merged = function.merge(function.params, jaxpipe.Context.make(1, 0, jax.random.key(0), None, num_stages=2))
