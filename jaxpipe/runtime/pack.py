@@ -79,11 +79,16 @@ def _repeated(actions: Actions, costs: Costs, shared_ends: bool, table: Table) -
         return []
     graph = make_graph(steady.actions, costs, shared_ends)
     shorter = make_table(graph)
-    paths = [extend(steady, path, shorter.durations(path)) for path in search(graph)]
-    if paths[-1] is None:
-        paths[-1] = one_each(table)
-    paths = [path for path in paths if path is not None and table.allows(path)]
-    return paths if len(paths) > 1 else []
+    try:
+        *paths, naive = (extend(steady, path, shorter.durations(path)) for path in search(graph))
+    except ValueError:  # what remains waits for something that was cut: its ranks repeat themselves, but not together
+        return []
+    fitting = [path for path in paths if path is not None and table.allows(path)]
+    if not fitting:
+        return []
+    if naive is None or not table.allows(naive):
+        naive = one_each(table)
+    return [*fitting, naive]
 
 
 def pack_naive(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -> Packing:

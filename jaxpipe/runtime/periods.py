@@ -43,7 +43,7 @@ class Steady:
 def find_steady(actions: Actions) -> Steady | None:
     """The shorter schedule; None where no steady state is found, or none that is worth it."""
     kept, length = _KEPT * len(actions.lengths), int(actions.lengths[0])
-    begin = length // 4  # GPipe changes half-way
+    begin = length // 5  # past the beginning, and before GPipe changes half-way
     for shift in range(1, actions.num_microbatches // len(actions.routes) // 8 + 1):
         sample = _steps(actions, shift, begin, min(begin + 2 * kept, length))
         if not len(sample) or (sample != sample[0]).any() or not sample[0]:

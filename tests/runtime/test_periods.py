@@ -149,6 +149,16 @@ def test_what_does_not_repeat_is_searched_whole(rank: int) -> None:
     assert packed.makespan == searched_whole(schedule, UNIT).makespan
 
 
+def test_a_long_deadlock_is_an_error() -> None:
+    """The last rank runs every backward before its forward."""
+    schedule = build("1f1b", 2, 80)
+    first, last = schedule.ranks
+    swapped = tuple(group for pair in zip(last[1::2], last[::2], strict=True) for group in pair)
+    for packer in (pack, pack_naive):
+        with pytest.raises(ValueError, match="wait for each other"):
+            packer(dataclasses.replace(schedule, ranks=(first, swapped)), UNIT)
+
+
 @pytest.mark.parametrize("name", builders)
 def test_the_shorter_schedule_is_the_builders(name: str) -> None:
     """Cutting periods out of a schedule gives what the builder makes for fewer microbatches."""
