@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax.core import Tracer
 
 from eplb_jax.experts import ExpertParams, working_copies
 from eplb_jax.mesh_axis import is_bound
@@ -157,7 +158,7 @@ class LinenMoE(nn.Module):
 def _check_values(placement: Placement, experts: int) -> None:
     """Raises ValueError if a layer's placement of as many experts contradicts itself; traced arrays tell nothing."""
     arrays = list(placement)
-    known = all(not isinstance(a, jax.core.Tracer) and getattr(a, "is_fully_addressable", True) for a in arrays)
+    known = all(not isinstance(a, Tracer) and getattr(a, "is_fully_addressable", True) for a in arrays)
     if not known or arrays[0].ndim != 1 or arrays[2].shape != (experts,):
         return
     phy2log, log2phy, logcnt = (np.asarray(array)[None] for array in arrays)
