@@ -172,7 +172,7 @@ def test_gradients_are_separate_equations(backend):
     closed = jax.make_jaxpr(lambda *a: jax.vjp(lambda *p: grouped_matmul(*p, sizes, backend="xla"), *a[:2])[1](a[2]))(
         lhs, rhs, dout
     )
-    assert sum(e.primitive.name == "ragged_dot_general" for e in closed.jaxpr.eqns) >= 2
+    assert [str(e).count("ragged_dot_general[") for e in closed.jaxpr.eqns if "ragged_dot" in str(e)] == [1, 1, 1]
 
 
 @pytest.mark.parametrize("rows, k, n", [(64, 128, 128), (72, 128, 192), (1024, 256, 320), (32768, 7168, 4096)])

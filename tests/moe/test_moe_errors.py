@@ -19,7 +19,7 @@ from tests.moe.dense import placement_of
 from tests.moe.test_layer import make_mesh
 
 ROUTER = RouterConfig(12, 2, 4, 2)
-CONFIG = MoEConfig(width=8, hidden=4, router=ROUTER, num_shared=0, backend="xla")
+CONFIG = MoEConfig(width=8, hidden=4, router=ROUTER, num_shared=0, masters=12, backend="xla")
 PARAMS = jax.eval_shape(lambda: init_moe(jax.random.key(0), CONFIG))
 X = jax.ShapeDtypeStruct((16, 8), jnp.float32)
 LOGITS = jax.ShapeDtypeStruct((16, 12), jnp.float32)
