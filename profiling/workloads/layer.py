@@ -49,7 +49,8 @@ def init_layers(
         )
     experts = sizes.moe.router.num_experts
     held = experts // spread if devices == 1 else experts
-    routed = dataclasses.replace(sizes.moe, router=RouterConfig(held, 1, 1, 1))
+    masters = held if devices == 1 else sizes.moe.masters
+    routed = dataclasses.replace(sizes.moe, router=RouterConfig(held, 1, 1, 1), masters=masters)
 
     def layer(key: jax.Array) -> LayerParams:
         keys = jax.random.split(key, 3)

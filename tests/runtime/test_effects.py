@@ -62,8 +62,7 @@ def inputs(schedule):
 
 
 def plain_seen(stage, schedule, params, batch):
-    """What the plain forward shows: a loop over microbatches and one over stages, in storage order."""
-    rows = {s: row for row, s in enumerate(schedule.storage_order)}
+    """What the plain forward shows: a loop over microbatches and one over stages."""
 
     def run(params, batch):
         for m, data in enumerate(batch.reshape(MICROBATCHES, ROWS, WIDTH)):
@@ -73,7 +72,7 @@ def plain_seen(stage, schedule, params, batch):
 
             x = embed(params.outer, data, ctx(-1))
             for s in range(schedule.num_stages):
-                x = stage(params.stages[rows[s]], x, ctx(s))
+                x = stage(params.stages[s], x, ctx(s))
             head(params.outer, x, data, ctx(schedule.num_stages))
 
     return counted(run, params, batch)[1]

@@ -180,7 +180,10 @@ def count_reductions(jaxpr, in_scan):
 def test_parameters_sharded_over_the_batch_axis_by_the_compiler_are_refused():
     """FSDP by specs alone: the message has the recipe of the next test, for the parameter at hand."""
     schedule = jaxpipe.schedule.build("zb1p", 2, 4)
-    params, batch = models.deepseek_params(schedule, 16, 32), models.deepseek_batch(schedule, 16, sequence=4)
+    params, batch = (
+        models.deepseek_params(schedule, 16, 32),
+        models.deepseek_batch(schedule, 16, microbatch=4, sequence=4),
+    )
     functions = {"embed": lambda outer, data, ctx: data["x"] * outer["scale"], "head": models.deepseek_head}
     params = params._replace(outer={"scale": jnp.ones(16)})
     stages, mesh = {"up": P("pp"), "down": P("pp", None, ("tp", "dp"))}, jaxpipe.make_mesh(pp=2, dp=2, tp=2)
