@@ -91,10 +91,10 @@ class Pipeline:
         schedule, shared_ends = self.program.schedule, self.program.shared_ends
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
-        specs = inputs.broadcast_specs(self.specs, params, self.axes.pipeline, self.mesh)
+        specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
         inputs.check_specs(specs, self.axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, self.axes, self.mesh, shared_ends=shared_ends)
-        inputs.check_batch(batch, schedule.num_microbatches, self.axes, self.batch_spec, self.mesh)
+        inputs.check_batch(batch, schedule.num_microbatches, self.axes, self.batch_spec)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, self.axes)
         result = self._run(params, microbatches, rng, specs)

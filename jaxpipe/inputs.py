@@ -72,14 +72,14 @@ def _describe(tree: Any) -> dict[str, str]:
     }
 
 
-def broadcast_specs(specs: Params, params: Params, axis: str, mesh: Any) -> Params:
+def broadcast_specs(specs: Params, params: Params, axes: Axes, mesh: Any) -> Params:
     """A PartitionSpec for every leaf of params.
 
     Args:
       specs: a prefix of params with PartitionSpecs or NamedShardings; None stands for the default, rows of stages over
         the pipeline axis and other parameters whole.
       params: the parameters.
-      axis: the pipeline axis.
+      axes: those handled by hand.
       mesh: the pipeline's mesh.
 
     Raises:
@@ -92,7 +92,7 @@ def broadcast_specs(specs: Params, params: Params, axis: str, mesh: Any) -> Para
     given = {}
     for path, spec in jax.tree_util.tree_leaves_with_path(specs, is_leaf=is_leaf):
         name = f"specs{jax.tree_util.keystr(path)}"
-        default = P(axis) if path[:1] == (jax.tree_util.GetAttrKey("stages"),) else P()
+        default = P(axes.pipeline) if path[:1] == (jax.tree_util.GetAttrKey("stages"),) else P()
         given[tuple(map(str, path))] = default if spec is None else to_spec(spec, mesh, name)
         check_names(given[tuple(map(str, path))], mesh, name)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
@@ -109,7 +109,7 @@ def broadcast_specs(specs: Params, params: Params, axis: str, mesh: Any) -> Para
                 f"params{jax.tree_util.keystr(path)} has no PartitionSpec: specs must be a tree like params, or a "
                 f"prefix of it, and has {[''.join(path) for path in given]}"
             )
-        _check_fits(spec, np.shape(leaf), mesh, f"params{jax.tree_util.keystr(path)}")
+        _check_fits(spec, np.shape(leaf), axes, f"params{jax.tree_util.keystr(path)}")
         found.append(spec)
     return jax.tree.unflatten(tree, found)
 
@@ -120,16 +120,16 @@ def _names(leaves: Sequence[tuple[Any, Any]]) -> str:
     return ", ".join(paths[:8]) + (f" and {len(paths) - 8} more" if len(paths) > 8 else "")
 
 
-def _check_fits(spec: P, shape: tuple[int, ...], mesh: Any, name: str) -> None:
-    """Raises ValueError unless an array can be divided evenly as a spec says."""
+def _check_fits(spec: P, shape: tuple[int, ...], axes: Axes, name: str) -> None:
+    """Raises ValueError unless an array can be divided as a spec says, evenly over axes handled by hand."""
     if len(spec) > len(shape):
         raise ValueError(f"{name} has shape {shape}, but its PartitionSpec {spec} is for {len(spec)} dimensions")
     for size, entry in zip(shape, spec, strict=False):
-        parts = math.prod(mesh.shape[axis] for axis in axes_of(P(entry)))
-        if size % parts:
+        sizes = {axis: axes.sizes[axis] for axis in axes_of(P(entry)) & axes.names}
+        if size % math.prod(sizes.values()):
             raise ValueError(
-                f"{name} has shape {shape}, of which {spec} divides {size} into {parts} parts: pad the parameter or "
-                f"batch to a multiple, or choose other axes of the mesh {dict(mesh.shape)}"
+                f"{name} has shape {shape}, of which {spec} divides {size} over {sizes}: make it a multiple of "
+                f"{math.prod(sizes.values())}, padded if need be, or divide another dimension"
             )
 
 
@@ -172,7 +172,7 @@ def refuse_sharded_by_compiler(specs: Params, batch_spec: P, axes: Axes, mesh: A
                 )
 
 
-def check_batch(batch: Any, count: int, axes: Axes, spec: P, mesh: Any) -> None:
+def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
     """Raises ValueError unless all leaves are ``[B, ...]`` and divide into microbatches and shards."""
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
@@ -199,7 +199,7 @@ def check_batch(batch: Any, count: int, axes: Axes, spec: P, mesh: Any) -> None:
         )
     for path, leaf in leaves:
         shape = (size // count, *np.shape(leaf)[1:])
-        _check_fits(spec, shape, mesh, f"a microbatch of batch{jax.tree_util.keystr(path)}")
+        _check_fits(spec, shape, axes, f"a microbatch of batch{jax.tree_util.keystr(path)}")
 
 
 def split_batch(batch: Any, count: int, axes: Axes) -> Any:

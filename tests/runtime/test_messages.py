@@ -91,14 +91,18 @@ MISTAKES = {
     "a spec of no axis": (with_specs(P("pp", "tp")), r"specs\.stages is P.*'tp'.*axes of the mesh, \{'pp': 2\}"),
     "a spec with an axis twice": (with_specs(P("pp", "pp")), "each at most once"),
     "a long spec": (with_specs(P("pp", None, None, None)), r"params\.stages has shape \(2, 4, 4\).*4 dimensions"),
-    "a spec that does not divide": (lambda: with_specs(P("pp", "tp"), mesh=jaxpipe.make_mesh(pp=2, tp=3))(),
-                                    r"shape \(2, 4, 4\).*divides 4 into 3 parts"),
+    "a spec that does not divide": (
+        lambda: with_specs(P("pp", "tp"), mesh=jaxpipe.make_mesh(pp=2, tp=3), replicated_axes="tp")(),
+        r"shape \(2, 4, 4\).*divides 4 over \{'tp': 3\}.*multiple of 3"),
     "batch over ranks": (lambda: make(batch_spec=P("pp")), r"batch_spec is P.*same on all devices of \['pp'\]"),
     "batch spec as text": (lambda: make(batch_spec="dp"), "batch_spec is 'dp', not a PartitionSpec"),
     "batch spec of no axis": (lambda: make(batch_spec=P("dp")), r"batch_spec is P.*\{'pp': 2\}"),
     "a long batch spec": (lambda: trace(batch_spec=P(None, None, None)), r"microbatch of batch has shape \(2, 4\)"),
-    "a microbatch that does not divide": (lambda: trace(mesh=jaxpipe.make_mesh(pp=2, dp=4), batch_spec=P("dp")),
-                                          r"microbatch of batch has shape \(2, 4\).*2 into 4 parts"),
+    "a batch that does not divide": (
+        lambda: trace(
+            mesh=jaxpipe.make_mesh(pp=2, sp=4), data_axes="sp", batch_spec=P(None, "sp"), batch=jnp.ones((16, 6))
+        ),
+        r"microbatch of batch has shape \(4, 6\).*6 over \{'sp': 4\}"),
     "text in the batch": (lambda: trace(batch={"x": X, "name": "train"}), r"batch\['name'\] is 'train', a str"),
     "objects": (lambda: trace(batch=np.array([None] * 8)), r"batch is array\(\[None.*ndarray of object"),
     "lists of numbers": (lambda: trace(batch=[[1.0, 2.0]] * 8), r"batch\[0\]\[0\] is 1\.0.*np\.asarray"),
