@@ -81,6 +81,13 @@ def pytest_sessionstart(session):
         session.config.addinivalue_line("filterwarnings", line)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs are parts of memory of their own, of which the kernel gives a process only so many."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64():
     """float64 within a test."""

@@ -207,13 +207,15 @@ def is_first() -> bool:
     return jax.process_index() == 0
 
 
-def stop_signal() -> Callable[[int], bool]:
+def stop_signal(start: int) -> Callable[[int], bool]:
     """A function of the step just done: whether SIGTERM has asked the run to end after it; the same on all processes.
 
-    Of several processes jax catches the signal, and chooses a step that all of them reach.
+    Of several processes jax catches the signal, and chooses the step after the latest that any has told it of, or step
+    1 where none has yet. So steps are told from ``start``, those done before this run: a signal that comes while the
+    run is restored or compiled would otherwise never be heard.
     """
     if jax.process_count() > 1:
-        return multihost_utils.reached_preemption_sync_point
+        return lambda step: multihost_utils.reached_preemption_sync_point(step - start)
     asked = threading.Event()
     signal.signal(signal.SIGTERM, lambda *_: asked.set())
     return lambda _: asked.is_set()

@@ -169,7 +169,7 @@ def train(args: argparse.Namespace) -> None:
             checkpoints=checkpoints,
             facts=facts,
             rebalancer=rebalancer,
-            stop=hosts.stop_signal(),
+            stop=hosts.stop_signal(start),
         )
     checkpoints.close()
     if result.interrupted:

@@ -123,7 +123,7 @@ def main():
     peers = hosts.join(processes, resume=lambda: last_checkpoint(out / "checkpoints"))
     try:
         fake = Fake(pp=jax.device_count())
-        result, start = run(fake, out, steps, save_every=1, stop=hosts.stop_signal())
+        result, start = run(fake, out, steps, save_every=1, stop=hosts.stop_signal(0))
     except RuntimeError as error:
         message = f"{type(error).__name__}: {error}"
         hosts.fail(peers, 1, message)

@@ -86,12 +86,20 @@ def test_a_run_that_is_asked_to_stop_saves_first(fake, tmp_path, straight):
 def test_a_signal_asks_to_stop():
     before = signal.getsignal(signal.SIGTERM)
     try:
-        stop = hosts.stop_signal()
+        stop = hosts.stop_signal(0)
         assert not stop(0)
         signal.raise_signal(signal.SIGTERM)
         assert stop(1)
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+def test_processes_tell_steps_from_where_the_run_began(monkeypatch):
+    """A signal that comes before the first step is for the first one: jax then chooses step 1."""
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hosts.multihost_utils, "reached_preemption_sync_point", lambda step: step == 1)
+    stop = hosts.stop_signal(10)
+    assert stop(11) and not stop(12)
 
 
 class Watch:

@@ -36,7 +36,7 @@ def test_a_pause_changes_nothing_and_another_mesh_almost_nothing(pretrain, tmp_p
 
     def run(out, steps, *flags):
         # A run of fewer steps would have other learning rates: this one is asked to stop.
-        monkeypatch.setattr("pretraining.hosts.stop_signal", lambda: lambda step: step == steps)
+        monkeypatch.setattr("pretraining.hosts.stop_signal", lambda start: lambda step: step == steps)
         common = ["--eval-every", "0", "--save-every", "100", "--rebalance-every", "5", "--warmup", "3"]
         assert pretrain(["--out", str(tmp_path / out), "--steps", "20", *common, *flags]) == 0
 

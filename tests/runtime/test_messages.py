@@ -42,6 +42,12 @@ def explicit(**sizes):
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=kinds, devices=jax.devices()[:count])
 
 
+def device(index):
+    if jax.device_count() <= index:
+        pytest.skip(f"needs {index + 1} devices, there are {jax.device_count()}")
+    return jax.devices()[index]
+
+
 def on(mesh, spec, array):
     return jax.device_put(array, NamedSharding(mesh, spec))
 
@@ -118,7 +124,7 @@ MISTAKES = {
     "an array of an Explicit mesh": (lambda: trace(batch=on(explicit(dp=2), P("dp"), X)),
                                      r"\['batch'\] is on a mesh of \{'dp': 2\} with Explicit axes.*device_put"),
     "an array on one device": (
-        lambda: make()(Params(jax.device_put(W, jax.devices()[7])), X),
+        lambda: make()(Params(jax.device_put(W, device(7))), X),
         r"\['params'\]\.stages is on devices \[7\], and the pipeline runs on \[0, 1\].*device_put",
     ),
     "a mesh of fractions": (lambda: jaxpipe.make_mesh(pp=2.0), r"pp=2\.0: it must be an integer of at least 1"),
@@ -211,9 +217,9 @@ def test_integers_of_any_kind(kind):
 
 
 def test_reprs_are_one_line_and_modules_have_names():
-    step = make(schedule=jaxpipe.schedule.build("dualpipev", 2, 64))
+    step = make(schedule=jaxpipe.schedule.build("dualpipev", 2, 64), dispatch="loops")
     run = jaxpipe.forward(stage, jaxpipe.schedule.build("gpipe", 2, 4), jaxpipe.make_mesh(pp=2))
-    assert repr(step) == "<jaxpipe.Pipeline dualpipev_2x64 on {'pp': 2}, dispatch='one by one'>"
+    assert repr(step) == "<jaxpipe.Pipeline dualpipev_2x64 on {'pp': 2}, dispatch='loops'>"
     assert repr(step.program.schedule) == "<Schedule 'dualpipev': 4 stages on 2 ranks, 64 microbatches>"
     assert repr(step.program).startswith("<Program of <Schedule 'dualpipev'") and len(repr(step.program)) < 120
     assert repr(run).startswith("<jaxpipe.Pipeline gpipe_2x4_forward on")

@@ -184,9 +184,9 @@ def test_effects_that_read_weight_gradients_are_in_the_weight_half(x64):
     def shown(w):
         return w
 
-    shown.defvjp(lambda w: (w, None), lambda _, ct: (tap((ct * ct).sum()), ct)[1:])
+    shown.defvjp(lambda w: (w, None), lambda _, ct: (tap(ct.max()), ct)[1:])
     seen, (params_ct, _), _ = parts(lambda w, x: jnp.tanh(x @ shown(w)), zoo.normal(4, 4), zoo.normal(2, 4))
-    expected = [float((params_ct**2).sum())]
+    expected = [float(params_ct.max())]
     assert (seen["F"], seen["I"]) == ([], [])
     assert seen["W"] == pytest.approx(expected) and seen["B"] == pytest.approx(expected)
 
