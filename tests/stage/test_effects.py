@@ -180,6 +180,11 @@ def test_effects_of_a_custom_derivative_run_once_in_the_backward(x64, wrap):
 
 
 def test_effects_that_read_weight_gradients_are_in_the_weight_half(x64):
+    try:
+        jax.jit(lambda x, ct: (tap((x.T @ ct).max()), x.T @ ct)[1])(zoo.normal(2, 4), zoo.normal(2, 4))
+    except jax.errors.JaxRuntimeError as error:  # XLA of jax 0.11.2 on GPUs
+        pytest.skip(f"plain JAX cannot compile a callback that reads a product: {str(error)[:80]}")
+
     @jax.custom_vjp
     def shown(w):
         return w
