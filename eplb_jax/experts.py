@@ -49,11 +49,12 @@ def init_experts(key: jax.Array, num_experts: int, width: int, hidden: int, dtyp
 def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: str | None = None) -> Any:
     """Each of this device's slots gets a copy of its expert; the transpose sums the gradients of an expert's copies.
 
-    Within `jax.shard_map` over ``axis`` each device has E / ep masters, in order. They are gathered in parts, so that
-    no device holds more than about twice its own at a time; the transpose is a reduce-scatter of each part.
+    Within `jax.shard_map` over ``axis`` each device has as many masters, in order, padding included. They are gathered
+    in parts, so that no device holds more than about twice its own at a time; the transpose is a reduce-scatter of each
+    part.
 
     Args:
-      masters: a tree of arrays by logical expert, [E, ...], or this device's part of them.
+      masters: a tree of arrays by logical expert, [E or more, ...], or this device's part of them.
       phy2log: the logical expert of each slot of all devices; slots of dead ones (-1) get zeros.
       axis: the mesh axis of the experts, or None: all are here.
 

@@ -209,9 +209,9 @@ def value_and_grad(
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
-        it runs; in model order, under schedules that give ranks other stages than those, the working copies of such
-        rows travel once a step, in ``compute_dtype``, and their gradients return. What long runs keep is best in
-        storage order; see `stack_stages`.
+        it runs, where all run as many; in model order, under schedules that give ranks other stages than those, the
+        working copies of such rows travel once a step, in ``compute_dtype``, and their gradients return. What long runs
+        keep is best in storage order; see `stack_stages`.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the

@@ -151,7 +151,7 @@ def check_batch_spec(batch_spec: Any, axes: Axes, mesh: Any) -> P:
     spec = to_spec(batch_spec, mesh, "batch_spec")
     check_names(spec, mesh, "batch_spec")
     for entry in spec:
-        wrong = {name for name in _entry(entry) if name in axes.names and name not in axes.data}
+        wrong = {name for name in entry_axes(entry) if name in axes.names and name not in axes.data}
         if wrong:
             raise ValueError(
                 f"batch_spec is {spec}, but the batch is the same on all devices of {sorted(wrong)}: "
@@ -176,11 +176,11 @@ def to_spec(given: Any, mesh: Any, name: str) -> P:
 
 def check_names(spec: P, mesh: Any, name: str) -> None:
     """Raises ValueError unless a spec names axes of the mesh, each once."""
-    names = [each for entry in spec for each in _entry(entry)]
+    names = [each for entry in spec for each in entry_axes(entry)]
     if len(set(names)) < len(names) or not set(names) <= set(mesh.shape):
         raise ValueError(f"{name} is {spec}: name axes of the mesh, {dict(mesh.shape)}, each at most once")
 
 
-def _entry(entry: Any) -> tuple[str, ...]:
-    """The axes of one entry of a PartitionSpec."""
+def entry_axes(entry: Any) -> tuple[str, ...]:
+    """The mesh axes that one entry of a PartitionSpec names."""
     return tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if isinstance(name, str))

@@ -16,11 +16,12 @@ from flax import errors, nnx
 
 from jaxpipe.alike import same
 from jaxpipe.api import stack_stages
-from jaxpipe.layers import Choice, Layer, check_same_structure, shorten, spread_layers
+from jaxpipe.inputs import check_same_structure
+from jaxpipe.layers import Choice, Layer, shorten, spread_layers
 from jaxpipe.layers import layered_stages as layered_stages
 from jaxpipe.layers import split_layers as split_layers
 from jaxpipe.layers import unstack_layers as unstack_layers
-from jaxpipe.nnx_function import NNXFunction, fold_name, make_rngs, nnx_function
+from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 
@@ -51,7 +52,8 @@ def nnx_stages(
 
     What a module holds:
 
-    * `nnx.Param` and its subclasses are parameters. They must be alike in all stages and belong to one of them.
+    * `nnx.Param` and its subclasses are parameters, and so are variables whose class says ``pipeline_parameter = True``
+      (see `nnx_function`). They must be alike in all stages and belong to one of them.
     * Other arrays and variables are constants: a causal mask, a rotary table. They may differ between stages, each of
       which then gets its own. State that a call changes is refused.
     * Random streams (``nnx.Dropout(rate, rngs=rngs)``) are seeded anew for each layer and microbatch, each stream from
@@ -291,7 +293,7 @@ def _check_not_shared(modules: Sequence[nnx.Module]) -> None:
         for path, node in nnx.iter_graph(module):
             if not isinstance(node, nnx.Param):
                 continue
-            name = ".".join(map(str, path))
+            name = dotted(path)
             first, place = owners.setdefault(id(node), (index, name))
             if first != index:
                 raise ValueError(

@@ -13,7 +13,7 @@ from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.arguments import check_names, to_spec
+from jaxpipe.arguments import check_names, entry_axes, to_spec
 from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.model import Params
 from jaxpipe.schedule.schedule import Schedule
@@ -52,15 +52,19 @@ def check_alike(stages: Sequence[Any], schedule: Schedule) -> None:
     """Raises ValueError unless there is one tree for each stage, all of the same structure, shapes and dtypes."""
     if len(stages) != schedule.num_stages:
         raise ValueError(f"{len(stages)} stages for schedule {schedule.name!r}, which has {schedule.num_stages}")
-    first = _describe(stages[0])
-    for index, stage in enumerate(stages):
-        other = _describe(stage)
-        if other != first:
-            differing = {path: other.get(path) for path in {**first, **other} if first.get(path) != other.get(path)}
+    check_same_structure(stages)
+
+
+def check_same_structure(params: Sequence[Any]) -> None:
+    """Raises ValueError where parameters of a stage or layer differ from the first one's, naming the leaves."""
+    first = _describe(params[0])
+    for index, other in enumerate(map(_describe, params)):
+        paths = [path for path in {**first, **other} if first.get(path) != other.get(path)]
+        if paths or jax.tree.structure(params[index]) != jax.tree.structure(params[0]):
+            here, there = ({path or "all": leaves.get(path) for path in paths} for leaves in (other, first))
             raise ValueError(
-                f"the parameters of stage {index} have {differing}, those of stage 0 "
-                f"{ {path: first.get(path) for path in differing} }: all stages must be alike; put what differs into "
-                "embed or head"
+                f"parameters {index} have shapes {here or other}, parameters 0 {there or first} (None: not there): all "
+                "stages (or layers) must be alike; put what differs into embed or head, or pad it"
             )
 
 
@@ -259,7 +263,7 @@ def manual_part(manual: frozenset[str], spec: P) -> P:
     """A PartitionSpec with the compiler's axes left out."""
 
     def keep(entry: Any) -> Any:
-        names = tuple(name for name in (entry if isinstance(entry, tuple) else (entry,)) if name in manual)
+        names = tuple(name for name in entry_axes(entry) if name in manual)
         return names if len(names) > 1 else (names[0] if names else None)
 
     return P(*(keep(entry) for entry in spec))
@@ -267,5 +271,4 @@ def manual_part(manual: frozenset[str], spec: P) -> P:
 
 def axes_of(spec: P) -> frozenset[str]:
     """The mesh axes that a PartitionSpec names."""
-    entries = (entry if isinstance(entry, tuple) else (entry,) for entry in spec)
-    return frozenset(name for entry in entries for name in entry if name is not None)
+    return frozenset(name for entry in spec for name in entry_axes(entry))

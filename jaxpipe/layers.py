@@ -13,6 +13,7 @@ import numpy as np
 
 from jaxpipe.alike import same_program
 from jaxpipe.api import stack_stages, unstack_stages
+from jaxpipe.inputs import check_same_structure
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition
@@ -118,8 +119,10 @@ def spread_layers(
     return stage, stack_stages([rows_of(row) for row in places], schedule)
 
 
-def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule) -> list[Any]:
+def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule, order: str = "model") -> list[Any]:
     """The parameters (or gradients) of layers 0, 1, ... of the stages that `layered_stages` stacked, without padding.
+
+    ``order`` is that of the rows, as in `jaxpipe.unstack_stages`.
 
     >>> import jaxpipe
     >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
@@ -127,7 +130,7 @@ def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule) -> list[An
     >>> [float(w) for w in unstack_layers(stages, 5, schedule)]
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    stages, counts = unstack_stages(stacked, schedule), split_layers(num_layers, schedule.num_stages)
+    stages, counts = unstack_stages(stacked, schedule, order), split_layers(num_layers, schedule.num_stages)
     places = [(stage, slot) for stage, count in zip(stages, counts, strict=True) for slot in range(count)]
     return [jax.tree.map(lambda leaf, slot=slot: leaf[slot], stage) for stage, slot in places]
 
@@ -187,19 +190,6 @@ class Choice:
         return tuple(firsts)
 
 
-def check_same_structure(params: Sequence[Any]) -> None:
-    """Raises a ValueError that names where parameters of stages or layers differ from the first ones'."""
-    first = _leaves(params[0])
-    for index, other in enumerate(map(_leaves, params)):
-        paths = [path for path in {**first, **other} if first.get(path) != other.get(path)]
-        if paths or jax.tree.structure(params[index]) != jax.tree.structure(params[0]):
-            here, there = ({path or "all": leaves.get(path) for path in paths} for leaves in (other, first))
-            raise ValueError(
-                f"parameters {index} have shapes {here or other}, parameters 0 {there or first} (None: not there): all "
-                "stages (or layers) must be alike; put what differs into embed or head, or pad it"
-            )
-
-
 def shorten(output: Output) -> Any:
     """The value alone of an Output that says nothing else."""
     return output.value if output.aux_loss is None and not output.metrics else output
@@ -226,12 +216,6 @@ def _rows(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
             "or give a list with one pytree a layer"
         )
     return lengths.pop()[0], lambda row: jax.tree.map(lambda leaf: leaf[np.asarray(row)], layers)
-
-
-def _leaves(tree: Any) -> dict[str, str]:
-    """Shape and dtype of each leaf by its path."""
-    paths = jax.tree_util.tree_leaves_with_path(tree)
-    return {jax.tree_util.keystr(path): describe(jnp.asarray(leaf)) for path, leaf in paths}
 
 
 def _call(layer: Layer, params: Any, x: Any, ctx: Context) -> Output:

@@ -92,7 +92,7 @@ class NNXFunction:
             changed = self._changed(lambda function: call(function)[2], before)
         if changed:
             raise ValueError(
-                f"{self.name} changes or makes variables {sorted(map(_dotted, changed))} when it is called: a pipeline "
+                f"{self.name} changes or makes variables {sorted(map(dotted, changed))} when it is called: a pipeline "
                 "stage is a pure function, so return what it records as metrics of a jaxpipe.Output"
             )
         return result
@@ -214,7 +214,7 @@ def _seed(path: tuple[Any, ...], keys: Keys, key: jax.Array | None) -> jax.Array
         return jnp.zeros(keys.shape, jnp.uint32)
     if key is not None and not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.wrap_key_data(key)  # of jax.random.PRNGKey
-    key = jax.random.key(0) if key is None else fold_name(key, _dotted(path))
+    key = jax.random.key(0) if key is None else fold_name(key, dotted(path))
     if not keys.shape:
         return key
     return jax.random.split(key, len(keys.distinct))[np.asarray(keys.distinct)].reshape(keys.shape)
@@ -227,5 +227,6 @@ def _values(module: Any) -> dict[tuple[Any, ...], Any]:
     return {path: leaf.get_raw_value() for path, leaf in found if isinstance(leaf, nnx.Variable)}
 
 
-def _dotted(path: Iterable[Any]) -> str:
+def dotted(path: Iterable[Any]) -> str:
+    """A variable's path as one writes it."""
     return ".".join(map(str, path))

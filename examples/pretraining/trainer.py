@@ -82,9 +82,6 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-StepFunction = Callable[[TrainState, Any, jax.Array], tuple[TrainState, dict[str, jax.Array]]]
-
-
 def make_optimizer(config: TrainConfig, model: Model) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains."""
     adam = optax.scale_by_adam(config.b1, config.b2)

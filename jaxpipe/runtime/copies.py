@@ -53,7 +53,7 @@ def stage_of_rows(schedule: Schedule, order: str) -> tuple[int, ...]:
 def plan_moves(schedule: Schedule, order: str) -> tuple[tuple[Move, ...], ...]:
     """For each local chunk, the moves that bring its stage's parameters to the ranks that have such a chunk.
 
-    In storage order every rank owns what it holds, but for DualPipe's second direction:
+    Where ranks run equally many stages, in storage order each owns what it holds, but for DualPipe's second direction:
 
     >>> from jaxpipe.schedule import build
     >>> plan_moves(build("dualpipev", 2, 4), "storage")

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 
 HEAD = -2
-"""What the head folds into a microbatch's key, where a layer folds its index and embed -1: the largest as uint32."""
+"""What the head folds into a microbatch's key, where a layer folds its index and embed -1: as uint32 no layer's."""
 
 
 class Params(NamedTuple):
@@ -37,9 +37,9 @@ class Context(NamedTuple):
     """Where a piece of the model runs.
 
     Keys depend on what draws and on the microbatch, and on nothing else: not on the schedule, on the number of stages,
-    or on how layers are divided over stages. With one more key for each device where data-parallel devices share the
-    batch, ``rng`` is ``fold_in(fold_in(step_rng, microbatch), index)``: index is the layer's, -1 for embed and -2 for
-    head. A stage that is not divided into layers counts as the layer of its index.
+    or on how layers are divided over stages. ``rng`` is ``fold_in(fold_in(step_rng, microbatch), index)``: index is the
+    layer's, -1 for embed and -2 for head. Where several devices share the batch, each has first folded its index on the
+    data axes into ``step_rng``. A stage that is not divided into layers counts as the layer of its index.
 
     `make` gives a plain program the same contexts. This is the plain program of a pipeline without a head, for a
     microbatch ``m``, and of any `jaxpipe.flax.layered_stages` with ``stages`` the layers::

@@ -11,6 +11,7 @@ from jax import lax
 
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.outputs import as_arrays, describe
+from jaxpipe.stage.axes import collectives_of_jaxpr
 
 
 class Counts(NamedTuple):
@@ -82,7 +83,7 @@ def mean_shares(
 
 def _counts(counts: jax.Array, axes: Sequence[str], calls: Mapping[str, tuple[Callable[..., Any], Any]]) -> Counts:
     def reach(function: Callable[..., Any], args: Any) -> jax.Array:
-        used = {getattr(effect, "name", None) for effect in jax.make_jaxpr(function)(*args).effects} if axes else set()
+        used = {over for _, over in collectives_of_jaxpr(jax.make_jaxpr(function)(*args))} if axes else set()
         shared = tuple(axis for axis in axes if axis in used)
         return lax.pmax(counts.astype(jnp.int32), shared) > 0 if shared else counts
 

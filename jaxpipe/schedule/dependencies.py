@@ -1,4 +1,4 @@
-"""Which action waits for which: shared by the checker, the simulator and the packing."""
+"""Which action waits for which, for checker and simulator; `runtime.graph` has the same rules for columns."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ class Schedule:
     def storage_order(self) -> tuple[int, ...]:
         """``[num_stages]``: the stage in each row of parameters stacked rank by rank.
 
-        Row i of a stacked parameter belongs to stage ``storage_order[i]``, so that sharding the rows
-        evenly over the pipeline axis gives each rank the stages it owns (those of direction 0).
+        With ``order="storage"`` row i of a stacked parameter belongs to stage ``storage_order[i]``. Sharded evenly over
+        the pipeline axis, each rank then has the stages that it runs in direction 0, where all ranks run as many.
         """
         return tuple(stage for rank in range(self.num_ranks) for stage, at in enumerate(self.routes[0]) if at == rank)

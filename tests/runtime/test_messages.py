@@ -131,7 +131,7 @@ MISTAKES = {
     "a mesh of nothing": (jaxpipe.make_mesh, "needs an axis"),
     "a fraction of microbatches": (lambda: jaxpipe.schedule.build("1f1b", 2, 4.0), r"num_microbatches=4\.0.*integer"),
     "stages that differ": (lambda: jaxpipe.stack_stages([{"w": W[0]}, {"w": W[1, :2]}], SCHEDULE),
-                           r"stage 1 have .*float32\[2, 4\].*stage 0 .*float32\[4, 4\].*alike"),
+                           r"parameters 1 have .*float32\[2, 4\].*parameters 0 .*float32\[4, 4\].*alike"),
     "a stack of too many": (lambda: jaxpipe.stack_stages(jnp.ones((3, 4)), SCHEDULE), r"shape \(3, 4\).*2 stages"),
 }  # fmt: skip
 

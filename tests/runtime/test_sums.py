@@ -83,12 +83,17 @@ def test_a_microbatch_without_tokens_means_nothing(x64, name, ranks, dp, shared)
     assert all(not leaf.any() for leaf in jax.tree.leaves(grads))
 
 
-def test_devices_that_exchange_activations_get_no_cotangents_without_weight(x64):
+def swapped_mean(x):
+    return (x + jax.lax.ppermute(x, "dp", [(0, 1), (1, 0)])) / 2
+
+
+@pytest.mark.parametrize("name, ranks, mean", [("zb1p", 2, lambda x: jax.lax.pmean(x, "dp")), ("zbv", 1, swapped_mean)])
+def test_devices_that_exchange_activations_get_no_cotangents_without_weight(x64, name, ranks, mean):
     """Stages sum over dp; the head of a device's microbatch without tokens has cotangents that are NaN."""
     count = 4
     _, step = make_step(
-        lambda outer, y, data, ctx: masked_mean((y**2).mean(-1), data["mask"]), "zb1p", 2, count,
-        lambda w, x, ctx: jnp.tanh(x @ w) + jax.lax.pmean(x, "dp") @ w, jaxpipe.make_mesh(pp=2, dp=2),
+        lambda outer, y, data, ctx: masked_mean((y**2).mean(-1), data["mask"]), name, ranks, count,
+        lambda w, x, ctx: jnp.tanh(x @ w) + mean(x) @ w, jaxpipe.make_mesh(pp=ranks, dp=2),
         embed=lambda outer, data, ctx: data["x"], weight=lambda data: data["mask"].sum(), data_axes=("dp",),
     )  # fmt: skip
     mask = np.ones((2, count, 2))
