@@ -57,8 +57,8 @@ def check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes:
     """Raises ValueError unless experts, replicas, nodes and GPUs fit each other."""
     sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
     for name, value in sizes.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or value < 1:
-            raise ValueError(f"{name}={value!r}: it must be a positive int")
+        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
+            raise ValueError(f"{name}={value!r}: it must be a positive int below 2**31")
     if num_replicas < num_experts:
         raise ValueError(
             f"num_replicas={num_replicas} is less than the {num_experts} experts: each needs one, "

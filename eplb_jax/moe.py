@@ -232,7 +232,7 @@ def moe_layer(
                 choice=config.replicas,
                 device=device,
                 num_devices=devices,
-                devices_per_node=config.devices_per_node,
+                devices_per_node=None if axis is None else config.devices_per_node,
             )
     rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
     if axis is None or devices == 1:
@@ -374,7 +374,8 @@ def _check(
         found = getattr(params.shared, name).shape
         if found != shape:
             raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
-    node_size(devices, config.devices_per_node)
+    if axis is not None:
+        node_size(devices, config.devices_per_node)
     if params.router.shape != (width, experts):
         raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
     return slots

@@ -10,10 +10,11 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Hashable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.dtypes import wide
@@ -294,7 +295,8 @@ def update_bias(
     >>> update_bias(jnp.zeros((2, 3)), jnp.array([[4, 1, 1], [1, 2, 3]]), rate=0.5).tolist()
     [[-0.5, 0.5, 0.5], [0.5, 0.0, -0.5]]
     """
-    bias, loads = jnp.asarray(bias), jnp.asarray(loads)
+    bias = jnp.asarray(bias)
+    loads = loads if isinstance(loads, jax.Array) else np.asarray(loads)  # JAX would wrap 64 bits into 32
     if bias.shape != loads.shape or not bias.ndim:
         raise ValueError(
             f"bias has shape {bias.shape}, loads have {loads.shape}: both must be [experts], or [layers, experts]"
@@ -305,24 +307,27 @@ def update_bias(
             f"bias is {bias.dtype} and loads are {loads.dtype}: a bias is floating, loads are integers or floating"
         )
     dtype = wide(bias.dtype)
-    sign = (_compare_counts if counted else _compare_shares)(loads).astype(dtype)
+    sign = jnp.asarray((_compare_counts if counted else _compare_shares)(loads), dtype)
     return (bias.astype(dtype) + jnp.asarray(rate, dtype) * sign).astype(bias.dtype)
 
 
-def _compare_counts(loads: jax.Array) -> jax.Array:
+def _compare_counts(loads: Any) -> Any:
     """The sign of mean minus load, exactly: the mean is a whole number of tokens and a rest, which no sum overflows."""
+    xp: Any = jnp if isinstance(loads, jax.Array) else np
     experts = loads.shape[-1]
-    loads = loads if loads.dtype.itemsize >= 4 else loads.astype(jnp.int32)
-    whole, rest = (part.sum(-1, keepdims=True, dtype=loads.dtype) for part in jnp.divmod(loads, experts))
+    loads = loads if loads.dtype.itemsize >= 4 else loads.astype(np.int32)
+    whole, rest = (part.sum(-1, keepdims=True, dtype=loads.dtype) for part in xp.divmod(loads, experts))
     whole, rest = whole + rest // experts, rest % experts
-    return jnp.where(loads == whole, jnp.sign(rest).astype(jnp.int32), jnp.where(loads < whole, 1, -1))
+    return xp.where(loads == whole, xp.sign(rest).astype(np.int32), xp.where(loads < whole, 1, -1))
 
 
-def _compare_shares(loads: jax.Array) -> jax.Array:
-    """The sign of mean minus load; equal loads are equal to their mean. Zeros where not all are finite."""
-    loads = loads.astype(wide(loads.dtype))
+def _compare_shares(loads: Any) -> jax.Array:
+    """The sign of mean minus load, exact where sums of loads are. Zeros where not all are finite."""
+    loads = jnp.asarray(loads, jax.dtypes.canonicalize_dtype(wide(loads.dtype)))
     more = loads - loads.min(-1, keepdims=True)
-    sign = jnp.sign(more.mean(-1, keepdims=True) - more)
+    # Times a power of two, so that no sum overflows; a quotient would round.
+    more = jnp.ldexp(more, -jnp.frexp(more.max(-1, keepdims=True))[1])
+    sign = jnp.sign(more.sum(-1, keepdims=True) - more.shape[-1] * more)
     return jnp.where(jnp.isfinite(loads).all(-1, keepdims=True), sign, 0)
 
 

@@ -103,8 +103,10 @@ def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replica
         raise ValueError(f"axis={axis!r}: give the name of the mesh axis of the pipeline ranks, one of {list(sizes)}")
     manual = (axis, *data, *replicated)
     missing = [name for name in manual if name not in sizes]
-    if missing or len(set(manual)) != len(manual):
-        raise ValueError(f"axes {list(manual)} must be distinct axes of the mesh, which has {sizes}")
+    if missing:
+        raise ValueError(f"the mesh has axes {sizes} and not {missing}: name its axes, or make it with these")
+    if len(set(manual)) != len(manual):
+        raise ValueError(f"axes {list(manual)} of pipeline, data_axes and replicated_axes must be distinct")
     if sizes[axis] != schedule.num_ranks:
         raise ValueError(
             f"schedule {schedule.name!r} is for {schedule.num_ranks} ranks, but mesh axis {axis!r} has size "

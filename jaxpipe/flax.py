@@ -91,10 +91,16 @@ def nnx_stages(
     (2, 3, 4, 4)
     """
     count = schedule.num_stages if num_layers is None else num_layers
+    if isinstance(make_stage, nnx.Module) or not isinstance(rngs, nnx.Rngs):
+        raise ValueError(
+            f"nnx_stages got a {type(make_stage).__name__} and a {type(rngs).__name__}: pass a function of nnx.Rngs "
+            "that makes one stage's module, such as its class, and nnx.Rngs(seed)"
+        )
     modules = [make_stage(rngs) for _ in range(count)]
+    for module in modules:
+        if not isinstance(module, nnx.Module):
+            raise ValueError(f"make_stage returned a {type(module).__name__}: return an nnx.Module, one for each call")
     _check_not_shared(modules)
-    if uses_rngs:
-        _check_takes_rngs(modules[0])
     functions = [nnx_function(module) for module in modules]
     params = [function.params for function in functions]
     check_same_structure(params)
@@ -107,6 +113,7 @@ def nnx_stages(
         function = dataclasses.replace(functions[index], constants=constants[group_of[index]](ctx.layer))
         args, kwargs = _arguments(arguments, ctx)
         if uses_rngs:
+            _check_takes_rngs(modules[0])
             kwargs["rngs"] = make_rngs(ctx, ("default", *_names(uses_rngs)), function.name)
         return function.run(params, ctx, (x, *args), kwargs)
 
@@ -144,7 +151,17 @@ def linen_stages(
       ValueError: variable collections besides "params"; when the step is traced, random numbers without a key.
     """
     count = schedule.num_stages if num_layers is None else num_layers
-    modules = [module] * count if isinstance(module, nn.Module) else list(module)
+    modules = list(module) if isinstance(module, Sequence) else [module] * count
+    for each in modules:
+        if not isinstance(each, nn.Module):
+            name = each.__name__ if isinstance(each, type) else type(each).__name__
+            raise ValueError(f"linen_stages got {name}, not an instance of a Linen module: pass {name}(...), say")
+    for path, leaf in jax.tree_util.tree_leaves_with_path({"x": x, "data": data}):
+        if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
+            raise ValueError(
+                f"{jax.tree_util.keystr(path)} is {leaf!r:.60}: give an example as arrays or ShapeDtypeStructs, such "
+                "as jax.ShapeDtypeStruct((2, 8), jnp.float32)"
+            )
     if len(modules) != count:
         raise ValueError(f"{len(modules)} modules for {count} stages or layers: give one for each, or one for all")
     names = _names(uses_rngs)

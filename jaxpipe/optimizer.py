@@ -45,7 +45,8 @@ def floating_only(transformation: optax.GradientTransformation) -> optax.Gradien
     take zeros, and then `optax.adamw` decays the integers and `optax.apply_updates` truncates what is left of them.
 
     Put it outermost, round clipping, accumulation and masks: what it returns has `Unchanged` in place of the updates of
-    those leaves. Keys have to be updated inside of `jax.jit`: eagerly, `optax.apply_updates` cannot cast them.
+    those leaves. To log the norm of gradients, take the floating leaves'. Keys have to be updated inside of `jax.jit`:
+    eagerly, `optax.apply_updates` cannot cast them.
 
     Args:
       transformation: of optax; it sees no other leaves, and has no state for them.

@@ -326,3 +326,15 @@ def test_dropout_that_holds_its_stream():
     np.testing.assert_allclose(loss, expected, rtol=1e-6)
     assert_trees_close(grads, expected_grads, rtol=1e-5)
     assert step(params, batch(), jax.random.key(5))[0][0] != loss
+
+
+@pytest.mark.parametrize(("attempt", "message"), [
+    (lambda: nnx_stages(Dense(nnx.Rngs(0)), SCHEDULE, nnx.Rngs(0)), r"got a Dense and a Rngs: pass a function"),
+    (lambda: nnx_stages(Dense, SCHEDULE, jax.random.key(0)), r"and nnx\.Rngs\(seed\)"),
+    (lambda: nnx_stages(lambda rngs: None, SCHEDULE, nnx.Rngs(0)), r"make_stage returned a NoneType"),
+    (lambda: linen_stages(LinenDense, SCHEDULE, jax.random.key(0), jnp.ones((2, WIDTH))), r"pass LinenDense\(\.\.\.\)"),
+    (lambda: linen_stages(LinenDense(), SCHEDULE, jax.random.key(0), (2, WIDTH)), r"\['x'\]\[0\] is 2: give"),
+])  # fmt: skip
+def test_what_is_no_module_is_refused(attempt, message):
+    with pytest.raises(ValueError, match=message):
+        attempt()

@@ -326,10 +326,10 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
     """Stage and head metrics summed over pipeline ranks and data-parallel devices."""
     head_metrics = buffers.head_metrics or {}
     both = set(buffers.stage_metrics) & set(head_metrics)
-    if both or "aux_loss" in {*buffers.stage_metrics, *head_metrics}:
-        raise ValueError(
-            f"metrics {sorted(both) or ['aux_loss']} are reported by both the stage and the head, or reserved; rename"
-        )
+    if both:
+        raise ValueError(f"metrics {sorted(both)} are reported by both the stage and the head: rename one")
+    if "aux_loss" in {*buffers.stage_metrics, *head_metrics}:
+        raise ValueError("a metric is named 'aux_loss', as the sum of auxiliary losses is: rename it")
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
 
 

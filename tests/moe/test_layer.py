@@ -139,3 +139,14 @@ def test_kinds_of_routers(x64, scoring, normalise):
     config = dataclasses.replace(CONFIG, router=router)
     params, (x, target) = make_params(config), make_tokens()
     check(config, 4, random_placement(4, 8, 5), params, x, target)
+
+
+def test_nodes_of_the_cluster_do_not_matter_on_one_device(x64):
+    params, (x, _) = make_params(), make_tokens()
+    expected = moe_layer(params, x, CONFIG)[0]
+    clustered = dataclasses.replace(CONFIG, replicas="nearest", devices_per_node=4)
+    placement = random_placement(1, 2, 0)
+    np.testing.assert_array_equal(moe_layer(params, x, clustered)[0], expected)
+    copied = params._replace(experts=working_copies(params.experts, placement.phy2log))
+    found = moe_layer(copied, x, clustered, placement=placement)[0]
+    np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-14)

@@ -43,6 +43,24 @@ def test_update_bias_of_stacked_layers_in_any_dtype(kind, dtype):
         np.testing.assert_array_equal(found.astype("float32"), expected)
 
 
+@pytest.mark.parametrize("experts", range(2, 70))
+def test_an_expert_with_exactly_the_mean_load_keeps_its_bias(experts):
+    loads = np.random.default_rng(experts).integers(0, 2000, experts)
+    loads[-1] = 0
+    loads[0] += -loads.sum() % (experts - 1)
+    loads[-1] = loads.sum() // (experts - 1)  # the mean of all
+    expected = np.sign(loads[-1] - loads)
+    np.testing.assert_array_equal(update_bias(jnp.zeros(experts), loads.astype(np.float32), 1.0), expected)
+    np.testing.assert_array_equal(jax.jit(update_bias)(jnp.zeros(experts), loads.astype(np.float32), 1.0), expected)
+
+
+def test_loads_beyond_32_bits():
+    for dtype in (np.int64, np.uint64):
+        loads = np.array([[3 * 2**31, 1, 1], [2**32, 2**32, 2**32]], dtype)
+        assert update_bias(jnp.zeros((2, 3)), loads, 1.0).tolist() == [[-1, 1, 1], [0, 0, 0]]
+    assert update_bias(jnp.zeros(3), jnp.array([3.4e38, 0, 3.4e38]), 1.0).tolist() == [-1, 1, -1]
+
+
 def test_a_layer_whose_loads_are_not_finite_keeps_its_bias():
     loads = jnp.array([[1.0, jnp.nan, 2.0], [jnp.inf, 1.0, 2.0], [3.0, 1.0, 2.0]])
     found = update_bias(jnp.ones((3, 3)), loads, 0.5)
