@@ -271,7 +271,7 @@ def balance_loss(
 
 def update_bias(
     bias: Float[Array, "*layers experts"],
-    loads: Int[Array, "*layers experts"] | Float[Array, "*layers experts"],
+    loads: Int[Array | np.ndarray, "*layers experts"] | Float[Array | np.ndarray, "*layers experts"],
     rate: float | Float[Array, ""] = 1e-3,
 ) -> Float[Array, "*layers experts"]:
     """The selection bias after a step: more for experts with less than their layer's mean load, less for the others.
@@ -296,18 +296,18 @@ def update_bias(
     [[-0.5, 0.5, 0.5], [0.5, 0.0, -0.5]]
     """
     bias = jnp.asarray(bias)
-    loads = loads if isinstance(loads, jax.Array) else np.asarray(loads)  # JAX would wrap 64 bits into 32
-    if bias.shape != loads.shape or not bias.ndim:
+    found: Any = loads if isinstance(loads, jax.Array) else np.asarray(loads)  # JAX would wrap 64 bits into 32
+    if bias.shape != found.shape or not bias.ndim:
         raise ValueError(
-            f"bias has shape {bias.shape}, loads have {loads.shape}: both must be [experts], or [layers, experts]"
+            f"bias has shape {bias.shape}, loads have {found.shape}: both must be [experts], or [layers, experts]"
         )
-    counted = jnp.issubdtype(loads.dtype, jnp.integer)
-    if not jnp.issubdtype(bias.dtype, jnp.floating) or not (counted or jnp.issubdtype(loads.dtype, jnp.floating)):
+    counted = jnp.issubdtype(found.dtype, jnp.integer)
+    if not jnp.issubdtype(bias.dtype, jnp.floating) or not (counted or jnp.issubdtype(found.dtype, jnp.floating)):
         raise ValueError(
-            f"bias is {bias.dtype} and loads are {loads.dtype}: a bias is floating, loads are integers or floating"
+            f"bias is {bias.dtype} and loads are {found.dtype}: a bias is floating, loads are integers or floating"
         )
     dtype = wide(bias.dtype)
-    sign = jnp.asarray((_compare_counts if counted else _compare_shares)(loads), dtype)
+    sign = jnp.asarray((_compare_counts if counted else _compare_shares)(found), dtype)
     return (bias.astype(dtype) + jnp.asarray(rate, dtype) * sign).astype(bias.dtype)
 
 
