@@ -244,6 +244,7 @@ def test_nnx(name, ranks, x64, standard_promotion):
     assert abs(without - expected[0]) > 1e-4  # dropout is on
 
 
+@pytest.mark.slow
 def test_nnx_without_dropout_is_the_model_itself(x64, standard_promotion):
     model = Llama(nnx.Rngs(0))
     model.eval()
