@@ -249,8 +249,10 @@ def test_what_stages_may_not_share_or_change():
     widths = itertools.count(5)
     with pytest.raises(ValueError, match=r"parameters 1 have shapes .*kernel.*float32\[6, 6\].*float32\[6, 5\].*alike"):
         nnx_stages(lambda rngs: nnx.Linear(WIDTH, next(widths), rngs=rngs), SCHEDULE, nnx.Rngs(0))
+    stage, stages = nnx_stages(Block, SCHEDULE, nnx.Rngs(0), uses_rngs=True)
+    ctx = jaxpipe.Context.make(0, 0, jax.random.key(0), None, num_stages=4)
     with pytest.raises(ValueError, match=r"Block.__call__\('self', 'x'\) takes no rngs"):
-        nnx_stages(Block, SCHEDULE, nnx.Rngs(0), uses_rngs=True)
+        stage(jax.tree.map(lambda leaf: leaf[0], stages), batch(), ctx)
     function = nnx_function(kept)
     with pytest.raises(ValueError, match=r"parameters of structure .* for Linear, whose parameters have structure"):
         function({"kernel": jnp.ones((6, 6))}, batch())
