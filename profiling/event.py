@@ -13,6 +13,30 @@ time counts nowhere; all else that a device does is compute, copies within the d
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
+class Collective:
+    """What a profiler says of the communication that an event is part of; None or "" where it does not say.
+
+    Attributes:
+      kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "reduce", "send", "receive" ...
+      group: name of the process group.
+      ranks: of the group, in the order of the group; None where the list is missing or was cut by the profiler.
+      size: number of ranks in the group.
+      sent, received: bytes of the input and of the output on this rank.
+      dtype: of the elements, as the profiler names it.
+      sequence: number of the collective within its group.
+    """
+
+    kind: str
+    group: str = ""
+    ranks: tuple[int, ...] | None = None
+    size: int | None = None
+    sent: int | None = None
+    received: int | None = None
+    dtype: str = ""
+    sequence: int | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
 class Event:
     """Something that one lane of one device did, from start to end.
 
@@ -29,6 +53,8 @@ class Event:
         as "attn(F)"; "" if unattributed.
       layer, microbatch: indices, None if unknown.
       blocks: thread blocks that a kernel was launched with, None if unknown.
+      step: number of the step of the host that launched it, None if unknown.
+      collective: what the profiler says of it where it communicates, None if nothing.
     """
 
     device: int
@@ -44,6 +70,8 @@ class Event:
     layer: int | None = None
     microbatch: int | None = None
     blocks: int | None = None
+    step: int | None = None
+    collective: Collective | None = None
 
     @property
     def duration(self) -> float:
