@@ -16,31 +16,14 @@ F, B, I, W = range(4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Actions:
-    """The actions of a schedule, rank by rank in order; its groups are numbered in the same way.
+class Rows:
+    """Groups of actions, numbered rank by rank in each rank's order.
 
     Attributes:
-      group: ``int[actions]``, the action's group.
-      place: ``int[actions]``, 0 or 1: the place in it.
-      kind, stage, microbatch: ``int[actions]``.
       lengths: ``int[ranks]``, the groups of each rank.
-      routes: ``int[directions, stages]``, the rank of each stage.
-      num_microbatches: of both directions together.
     """
 
-    group: np.ndarray
-    place: np.ndarray
-    kind: np.ndarray
-    stage: np.ndarray
-    microbatch: np.ndarray
     lengths: np.ndarray
-    routes: np.ndarray
-    num_microbatches: int
-
-    @property
-    def num_stages(self) -> int:
-        """Stages of the model."""
-        return self.routes.shape[1]
 
     @functools.cached_property
     def offsets(self) -> np.ndarray:
@@ -51,6 +34,33 @@ class Actions:
     def rank(self) -> np.ndarray:
         """``int[groups]``: the rank of each group."""
         return np.repeat(np.arange(len(self.lengths)), self.lengths)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Actions(Rows):
+    """The actions of a schedule, numbered as its groups are.
+
+    Attributes:
+      lengths: see `Rows`.
+      group: ``int[actions]``, the action's group.
+      place: ``int[actions]``, 0 or 1: the place in it.
+      kind, stage, microbatch: ``int[actions]``.
+      routes: ``int[directions, stages]``, the rank of each stage.
+      num_microbatches: of both directions together.
+    """
+
+    group: np.ndarray
+    place: np.ndarray
+    kind: np.ndarray
+    stage: np.ndarray
+    microbatch: np.ndarray
+    routes: np.ndarray
+    num_microbatches: int
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the model."""
+        return self.routes.shape[1]
 
     @functools.cached_property
     def sizes(self) -> np.ndarray:

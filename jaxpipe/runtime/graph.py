@@ -11,35 +11,24 @@ import functools
 
 import numpy as np
 
-from jaxpipe.runtime.actions import Actions, B, F, I, W
+from jaxpipe.runtime.actions import Actions, B, F, I, Rows, W
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulate import Costs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Graph:
-    """Groups, numbered rank by rank in order, and the messages between them.
+class Graph(Rows):
+    """Groups and the messages between them.
 
     Attributes:
-      lengths: ``int[ranks]``, the groups of each rank.
+      lengths: see `Rows`.
       cost: ``float[groups]``.
       needs: ``int[edges]``, the group that needs something that another makes; ``makes``: the other.
     """
 
-    lengths: np.ndarray
     cost: np.ndarray
     needs: np.ndarray
     makes: np.ndarray
-
-    @functools.cached_property
-    def offsets(self) -> np.ndarray:
-        """``int[ranks]``: the number of each rank's first group."""
-        return np.cumsum(self.lengths) - self.lengths
-
-    @functools.cached_property
-    def rank(self) -> np.ndarray:
-        """``int[groups]``: the rank of each group."""
-        return np.repeat(np.arange(len(self.lengths)), self.lengths)
 
     def reversed(self) -> Graph:
         """The graph read backwards, each rank's order too."""
