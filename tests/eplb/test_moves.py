@@ -18,7 +18,11 @@ def drift(weight, seed, share=0.05):
 
 @pytest.mark.parametrize(
     ("kind", "sizes"),
-    [("lognormal", (72, 4, 4, 8)), ("zipf", (80, 8, 2, 16)), ("lognormal", (80, 8, 5, 40))],
+    [
+        ("lognormal", (72, 4, 4, 8)),
+        pytest.param("zipf", (80, 8, 2, 16), marks=pytest.mark.slow),
+        ("lognormal", (80, 8, 5, 40)),
+    ],
     ids=str,
 )
 def test_sticky_is_nearly_as_even_and_moves_little(kind, sizes):

@@ -208,6 +208,7 @@ def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, 
     assert trained == SMALL.total - SMALL.moe_layers * SMALL.experts  # all but the routers' biases
 
 
+@pytest.mark.slow
 def test_places_without_a_layer_change_nothing():
     """Four layers over three stages are four layers: output, loads and gradients; the padding's gradients are zero."""
     model = build_model(SMALL, jaxpipe.schedule.build("gpipe", 3, 1), 0)

@@ -194,7 +194,7 @@ def test_remat_and_the_compilers_axes(x64):
     assert_trees_close(grads, expected_grads, rtol=1e-10)
 
 
-@pytest.mark.parametrize("redundant", [False, True])
+@pytest.mark.parametrize("redundant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_inside_a_dualpipev_stage(x64, redundant):
     """pp=4, ep=2, two microbatches' routing losses included: gradients are the plain program's."""
     if jax.device_count() < 8:

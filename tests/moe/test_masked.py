@@ -94,7 +94,10 @@ def test_gradients_that_are_nan_where_tokens_are_masked(x64):
     assert not np.any(clean[1][~mask])
 
 
-@pytest.mark.parametrize(("ep", "microbatches"), [(1, 2), (1, 4), (2, 1), (2, 4), (4, 2)])
+@pytest.mark.parametrize(
+    ("ep", "microbatches"),
+    [(1, 2), pytest.param(1, 4, marks=pytest.mark.slow), (2, 1), (2, 4), pytest.param(4, 2, marks=pytest.mark.slow)],
+)
 def test_a_masked_batch_divided_into_microbatches_and_over_devices(x64, ep, microbatches):
     """A pipeline that weighs microbatches by their real tokens, some of which have none on some devices."""
     params, x, mask, expected, _, grads_plain = make_all()

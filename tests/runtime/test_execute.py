@@ -35,12 +35,14 @@ GRID = [
     ("dualpipev", 1, 2),
     ("dualpipev", 2, 4),
     ("dualpipev", 3, 6),
-    ("dualpipev", 3, 10),
     ("dualpipev", 4, 10),
-    ("dualpipev", 8, 18),
+    pytest.param("dualpipev", 3, 10, marks=pytest.mark.slow),
+    pytest.param("dualpipev", 8, 18, marks=pytest.mark.slow),
 ]
 DEEPSEEK = [("dualpipe", ranks, 20) for ranks in (2, 4, 8)] + [("dualpipev", ranks, 20) for ranks in (1, 2, 3, 4, 8)]
 OTHERS = [(name, ranks, 20) for name in ("gpipe", "1f1b", "interleaved", "zb1p", "zbv") for ranks in (2, 4)]
+QUICK = [("dualpipe", 4, 20), ("dualpipev", 2, 20), ("dualpipev", 4, 20), *OTHERS[1::2]]
+REDUCED = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in DEEPSEEK + OTHERS]
 
 
 def compare(schedule, params, batch, rng=None, *, rtol=1e-10, mesh=None, **functions):
@@ -88,13 +90,15 @@ def deepseek_example(name, ranks, microbatches, width, hidden, sequence):
     )
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", DEEPSEEK + OTHERS)
+@pytest.mark.parametrize("name, ranks, microbatches", REDUCED)
 def test_deepseek_example_reduced(x64, name, ranks, microbatches):
     """The example of DeepSeek's repository with 16-wide layers and 8 positions."""
     deepseek_example(name, ranks, microbatches, 16, 64, 8)
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", [("dualpipe", 2, 20), ("dualpipev", 1, 20)])
+@pytest.mark.parametrize(
+    "name, ranks, microbatches", [("dualpipe", 2, 20), pytest.param("dualpipev", 1, 20, marks=pytest.mark.slow)]
+)
 def test_deepseek_example(x64, name, ranks, microbatches):
     """MLP 512-2048-512, microbatches of 3 x 256, as in DeepSeek's repository."""
     deepseek_example(name, ranks, microbatches, 512, 2048, 256)
