@@ -12,9 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 
 
-def check_loads(weight: Any, name: str = "weight") -> None:
-    """Raises ValueError unless weight is [layers, items] of finite loads of at least zero (values: where known)."""
-    dtype = getattr(weight, "dtype", None) or np.asarray(weight).dtype
+def check_loads(weight: Any, name: str = "weight") -> Any:
+    """The loads as an array of JAX or NumPy, lists and what else NumPy reads included.
+
+    Raises ValueError unless they are [layers, items], finite and at least zero (values: where known).
+    """
+    if not isinstance(weight, jax.Array | np.ndarray):
+        try:
+            weight = np.asarray(weight)
+        except (TypeError, ValueError, RuntimeError) as error:
+            raise ValueError(f"{name} is no array of loads: {error}") from error
+    dtype = weight.dtype
     if dtype != np.bool_ and not jnp.issubdtype(dtype, np.integer) and not jnp.issubdtype(dtype, np.floating):
         raise ValueError(
             f"{name} has dtype {dtype}: loads are integers or floats, so convert them, as by astype(float)"
@@ -25,7 +33,7 @@ def check_loads(weight: Any, name: str = "weight") -> None:
             f"{name} has shape {shape}: it must be [layers, experts], neither empty; add or select an axis"
         )
     if isinstance(weight, jax.core.Tracer):
-        return
+        return weight
     host = np.asarray(weight)
     bad = ~np.isfinite(host) | (host < 0)
     if bad.any():
@@ -34,6 +42,7 @@ def check_loads(weight: Any, name: str = "weight") -> None:
             f"{name} has {bad.sum()} values that are negative or not finite, the first is {host[layer, expert]} at "
             f"[layer, expert] [{layer}, {expert}]: loads are counts of tokens"
         )
+    return weight
 
 
 def to_float32(weight: Any) -> Any:

@@ -41,7 +41,7 @@ def lower_bound(
     >>> lower_bound(np.array([[8, 1, 1, 0]]), 6, 1, 1, 2)
     array([5.])
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     weight = np.asarray(weight, np.float64)
     check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     if num_groups % num_nodes:

@@ -18,7 +18,7 @@ def gpu_loads(
     array([[3., 5.]])
     """
     phy2log, _, logcnt = (np.asarray(array) for array in placement)
-    check_loads(weight)
+    weight = check_loads(weight)
     if np.shape(weight) != logcnt.shape:
         raise ValueError(f"weight has shape {np.shape(weight)}, the placement is of {logcnt.shape} layers and experts")
     if num_gpus < 1 or placement.num_replicas % num_gpus:

@@ -46,7 +46,7 @@ def balanced_packing(
     >>> balanced_packing(np.array([[9, 1, 5, 4]]), 2)
     (array([[0, 0, 1, 1]], dtype=int32), array([[0, 1, 0, 1]], dtype=int32))
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     items = weight.shape[1]
     if num_packs < 1 or items % num_packs:
         raise ValueError(f"{items} items do not divide over num_packs={num_packs}: every pack holds equally many")
@@ -75,7 +75,7 @@ def replicate_experts(
     >>> replicate_experts(np.array([[9, 1, 5]]), 5)[2]
     array([[2, 1, 2]], dtype=int32)
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     if num_replicas < weight.shape[1]:
         raise ValueError(f"num_replicas={num_replicas} is less than the {weight.shape[1]} experts: each needs one")
     return call(_replicate_jit, weight, num_replicas=int(num_replicas))

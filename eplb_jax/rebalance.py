@@ -52,7 +52,7 @@ def rebalance_experts(
     array([[ 5,  6,  5,  7,  8,  4,  3,  4, 10,  9, 10,  2,  0,  1, 11,  1]],
           dtype=int32)
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     num_experts = weight.shape[1]
     check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
     if num_groups % num_nodes:

@@ -45,7 +45,7 @@ def balanced(
     >>> [gpu_loads(policy(weight, 9, 1, 1, 3), weight, 3).tolist() for policy in (rebalance_experts, balanced)]
     [[[11.0, 10.0, 9.0]], [[10.0, 10.0, 10.0]]]
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     if not tolerance >= 0:
         raise ValueError(f"tolerance={tolerance}: it must be at least 0")

@@ -44,7 +44,7 @@ def elastic(
     >>> elastic(weight, np.array([True, False, True]), 6, 1, 1).phy2log
     array([[ 0,  3, -1, -1,  1,  2]], dtype=int32)
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     weight = to_float32(np.asarray(weight))
     alive = np.asarray(alive)
     if alive.ndim != 1 or alive.dtype != np.bool_:

@@ -41,7 +41,7 @@ def no_duplicate(
     >>> no_duplicate(np.array([[8, 3, 2, 0]]), 6, 1, 1, 2).phy2log
     array([[0, 2, 1, 0, 1, 3]], dtype=int32)
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     num_experts = weight.shape[1]
     check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
     if not tolerance >= 0:

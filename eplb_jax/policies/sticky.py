@@ -51,7 +51,7 @@ def sticky(
     >>> sticky(np.array([[9, 9, 1, 1]]), previous, 1, 1, 2, min_gain=0.5) is previous
     True
     """
-    check_loads(weight)
+    weight = check_loads(weight)
     weight = np.asarray(to_float32(np.asarray(weight)))
     check_sizes(weight.shape[1], previous.num_replicas, num_groups, num_nodes, num_gpus)
     if weight.shape != (previous.num_layers, previous.num_experts):

@@ -169,3 +169,21 @@ def test_placements_of_sticky_start_from_any_plan():
     new = sticky(weight, previous, 6, 2, 6)
     check(new, weight, 24, 6, 2, 6)
     assert (heaviest(new, weight, 6) <= heaviest(balanced(weight, 24, 6, 2, 6), weight, 6) * 1.01 * (1 + 1e-6)).all()
+
+
+@pytest.mark.parametrize("policy", [eplb_jax.rebalance_experts, balanced, no_duplicate])
+def test_lists_and_what_numpy_reads_are_loads(policy):
+    """DeepSeek's users have tensors of PyTorch: no array of NumPy or JAX, but one that NumPy reads."""
+
+    class Tensor:
+        dtype, shape = "torch.int64", (2, 4)
+
+        def __array__(self, dtype=None, copy=None):
+            return np.array([[4, 3, 2, 1], [1, 2, 3, 4]], dtype)
+
+    expected = policy(np.asarray(Tensor()), 6, 2, 1, 2)
+    for weight in (Tensor(), [[4, 3, 2, 1], [1, 2, 3, 4]]):
+        for found, wanted in zip(policy(weight, 6, 2, 1, 2), expected, strict=True):
+            np.testing.assert_array_equal(found, wanted)
+    with pytest.raises(ValueError, match="weight is no array of loads"):
+        policy([[1, 2], [3]], 6, 2, 1, 2)
