@@ -2,13 +2,15 @@
 
 A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
 runs its branches in the order of that table: the n-th time that a rank runs an operation of a branch is the n-th time
-that the branch stands in the rank's column.
+that the branch stands in the rank's column. Straight code of one rank has operations of their own for each step, or for
+each step of its loop's body; a scope says which.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 from collections.abc import Iterator, Mapping
 from typing import NamedTuple
 
@@ -159,14 +161,18 @@ class _Run(NamedTuple):
 
 
 def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_Run]:
-    operations: dict[tuple[int, str, int], list[int]] = collections.defaultdict(list)
+    operations: dict[tuple[int, str, int, range | None], list[int]] = collections.defaultdict(list)
+    place_once = functools.cache(place)
     for i, event in enumerate(trace.events):
-        branch = place(event.scope).branch
-        if branch is not None and event.hlo_op and event.device in ranks:
-            operations[event.device, event.hlo_op, branch].append(i)
+        at = place_once(event.scope)
+        if at.branch is not None and event.hlo_op and event.device in ranks:
+            operations[event.device, event.hlo_op, at.branch, at.steps].append(i)
     total = unplaced = 0.0
-    for (device, _, branch), indices in operations.items():
-        rows = np.flatnonzero(program.branch[:, ranks[device]] == branch) if branch < len(program.branches) else []
+    for (device, _, branch, own), indices in operations.items():
+        column = program.branch[:, ranks[device]]
+        rows = np.flatnonzero(column == branch) if branch < len(program.branches) else np.empty(0, np.int64)
+        if own is not None:
+            rows = np.intersect1d(rows, np.asarray(own))
         time = sum(trace.events[i].duration for i in indices)
         total += time
         if not len(rows) or len(indices) % (len(rows) * steps):

@@ -28,6 +28,7 @@ _COMPONENT = re.compile(r"(?:[^/()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+")
 _LAYER = re.compile(r"(?:layer|layers|block|blocks)_?(\d+)")
 _MICROBATCH = re.compile(r"microbatch_(\d+)")
 _BRANCH = re.compile(r"branch_(\d+)")
+_STEPS = re.compile(r"steps_(\d+)_(\d+)_(\d+)")
 
 
 class Place(NamedTuple):
@@ -38,12 +39,15 @@ class Place(NamedTuple):
       layer: its index; None outside of layers.
       microbatch: its index, where a scope names it; None elsewhere.
       branch: of jaxpipe's program; None outside.
+      steps: of that program that the operation is of, where each has code of its own; None where any step of the
+        branch runs it.
     """
 
     phase: str
     layer: int | None
     microbatch: int | None
     branch: int | None
+    steps: range | None = None
 
 
 def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
@@ -53,7 +57,9 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     `jax.grad` are F or B by how jax marks them.
 
     >>> place("jit(step)/shard_map/while/body/branch_2/W/transpose(jvp(layer_3))/attention/dot_general")
-    Place(phase='attn(W)', layer=3, microbatch=None, branch=2)
+    Place(phase='attn(W)', layer=3, microbatch=None, branch=2, steps=None)
+    >>> place("jit(step)/while/body/branch_2/steps_5_4_3/F/dot_general").steps  # in a loop: every fourth, thrice
+    range(5, 17, 4)
     >>> place("jit(step)/transpose(jvp(layer_0))/mlp/add").phase, place("jit(step)/broadcast").phase, place("").phase
     ('mlp(B)', 'other', '')
     """
@@ -62,7 +68,7 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     before, merged, rest = scope.partition("/(")
     if merged:
         scope = f"{before}/{rest.partition(':')[0]}"
-    action = part = None
+    action = part = steps = None
     indices: dict[re.Pattern[str], int] = {}
     for component in _COMPONENT.findall(scope):
         name = component
@@ -70,6 +76,9 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
             name = inner[2]
         if action is None and name in ACTIONS:
             action = name
+        if steps is None and (found := _STEPS.fullmatch(name)):
+            first, period, times = map(int, found.groups())
+            steps = range(first, first + period * times, period)
         for pattern in (_LAYER, _MICROBATCH, _BRANCH):
             if found := pattern.fullmatch(name):
                 indices.setdefault(pattern, int(found[1]))
@@ -77,7 +86,7 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     if action is None and "jvp(" in scope:
         action = "B" if "transpose(" in scope else "F"
     phase = f"{part}({action})" if part and action else action or part or "other"
-    return Place(phase, indices.get(_LAYER), indices.get(_MICROBATCH), indices.get(_BRANCH))
+    return Place(phase, indices.get(_LAYER), indices.get(_MICROBATCH), indices.get(_BRANCH), steps)
 
 
 def action_of(phase: str) -> str:

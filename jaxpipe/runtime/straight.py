@@ -84,18 +84,21 @@ def is_short(program: Program) -> bool:
 
 
 def run_straight(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
-    """All steps of a program of one rank; the pools of buffers are `Apart`."""
+    """All steps of a program of one rank; the pools of buffers are `Apart`.
+
+    The scope ``steps_FIRST_PERIOD_TIMES`` tells a profile's reader which steps an operation is of.
+    """
     repeat = find_repeat(program)
     microbatches = program.operands[:, 0, :, Field.MICROBATCH]
 
-    def run(buffers: Buffers, step: int, microbatches: Any) -> Buffers:
+    def run(buffers: Buffers, step: int, microbatches: Any, scope: str) -> Buffers:
         index = int(program.branch[step, 0])
         branch = program.branches[index]
         rows = [
             [microbatches[i], *map(int, program.operands[step, 0, i, Field.MICROBATCH + 1 :])]
             for i in range(len(branch))
         ]
-        with jax.named_scope(f"branch_{index}"):
+        with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, rows)
         # Nothing moves from step to step, so that the compiler holds what the schedule holds.
         return lax.optimization_barrier(_free(buffers, branch, rows))
@@ -103,16 +106,17 @@ def run_straight(program: Program, operation: Callable[[Op, int], Operation], bu
     def body(buffers: Buffers, microbatches: jax.Array) -> tuple[Buffers, None]:
         before = buffers
         for i in range(repeat.period):
-            buffers = run(buffers, repeat.start + i, microbatches[i])
+            step = repeat.start + i
+            buffers = run(buffers, step, microbatches[i], f"steps_{step}_{repeat.period}_{repeat.times}")
         return _like(before, buffers), None
 
     stop = repeat.start + repeat.period * repeat.times
     for step in range(repeat.start):
-        buffers = run(buffers, step, microbatches[step])
+        buffers = run(buffers, step, microbatches[step], f"steps_{step}_1_1")
     rounds = jnp.asarray(microbatches[repeat.start : stop].reshape(repeat.times, repeat.period, -1))
     buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, buffers, rounds)[0]
     for step in range(stop, program.num_steps):
-        buffers = run(buffers, step, microbatches[step])
+        buffers = run(buffers, step, microbatches[step], f"steps_{step}_1_1")
     return buffers
 
 

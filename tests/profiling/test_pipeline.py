@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxpipe
+from jaxpipe.runtime.straight import find_repeat
 from jaxpipe.schedule import build, simulate
 from profiling.capture import capture
 from profiling.event import Event, Trace
@@ -36,16 +37,19 @@ def captured(tmp_path_factory):
     """A DualPipeV step on 4 ranks x 2 data-parallel devices, captured twice."""
     if jax.device_count() < 8:
         pytest.skip("needs 8 devices")
-    folder = tmp_path_factory.mktemp("profile")
-    mesh, schedule = jaxpipe.make_mesh(pp=RANKS, dp=2), build("dualpipev", RANKS, MICROBATCHES)
+    return capture_steps(tmp_path_factory.mktemp("profile"), RANKS, 2)
+
+
+def capture_steps(folder, num_ranks, dp):
+    mesh, schedule = jaxpipe.make_mesh(pp=num_ranks, dp=dp), build("dualpipev", num_ranks, MICROBATCHES)
     keys = jax.random.split(jax.random.key(0), 2)
     stages = {
-        "up": jax.random.normal(keys[0], (2 * RANKS, 2, WIDTH, 2 * WIDTH)) * 0.1,
-        "down": jax.random.normal(keys[1], (2 * RANKS, 2, 2 * WIDTH, WIDTH)) * 0.1,
+        "up": jax.random.normal(keys[0], (2 * num_ranks, 2, WIDTH, 2 * WIDTH)) * 0.1,
+        "down": jax.random.normal(keys[1], (2 * num_ranks, 2, 2 * WIDTH, WIDTH)) * 0.1,
     }
     pipeline = jaxpipe.value_and_grad(stage, schedule, mesh, head=head, data_axes=("dp",))
     step, params = jax.jit(pipeline), jaxpipe.Params(stages)
-    batch = jnp.ones((MICROBATCHES * 2 * 16, WIDTH))
+    batch = jnp.ones((MICROBATCHES * dp * 16, WIDTH))
     jax.block_until_ready(step(params, batch))
     ranks = pipeline_ranks(mesh)
     with capture(folder, ranks=ranks):
@@ -75,7 +79,18 @@ def test_every_operation_is_attributed(captured):
 
 
 def test_microbatches_are_the_schedules(captured):
-    trace, program, schedule, ranks = captured
+    check_microbatches(*captured)
+
+
+def test_one_rank_runs_straight_code(tmp_path):
+    """Some of its steps have operations of their own, others come round in a loop."""
+    trace, program, schedule, ranks = capture_steps(tmp_path, 1, 1)
+    repeat = find_repeat(program)
+    assert repeat.times > 1 and repeat.period * repeat.times < program.num_steps
+    check_microbatches(trace, program, schedule, ranks)
+
+
+def check_microbatches(trace, program, schedule, ranks):
     actions = group_actions(trace, program, ranks, STEPS)
     seen = collections.defaultdict(list)
     for event in actions.events:
