@@ -1,23 +1,99 @@
 """Expert-parallel load balancing, and the mixture-of-experts layer that it feeds.
 
-`rebalance_experts` is DeepSeek's balancer, bit for bit; `eplb_jax.policies` go beyond it; `eplb_jax.load` counts the
-tokens that they plan for, `eplb_jax.metrics` say what a plan is worth, ``python -m eplb_jax plan`` does it from files.
-`eplb_jax.moe` is the layer, `eplb_jax.flax` has it as modules, `eplb_jax.live` changes placements while it trains.
+What stands here is public; all modules below are internal and may change without a word.
+
+Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, of `balanced_packing` and `replicate_experts`;
+`balanced`, `no_duplicate`, `sticky` and `elastic` go beyond it. All return a `Placement`. `gpu_loads`, `balancedness`,
+`moved`, `moved_bytes`, `duplicates` and `lower_bound` say what a plan is worth, `draw_loads` shows it, ``save_`` and
+``read_`` keep it in files, and ``python -m eplb_jax plan`` does all of that from the command line.
+
+The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`.
+
+While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
+`update_bias` moves a router's bias.
 """
 
-from eplb_jax import bounds as bounds
-from eplb_jax import live as live
-from eplb_jax import load as load
-from eplb_jax import metrics as metrics
-from eplb_jax import moe as moe
-from eplb_jax import policies as policies
-from eplb_jax import router as router
-from eplb_jax.files import read_loads as read_loads
-from eplb_jax.files import read_placement as read_placement
-from eplb_jax.files import read_sizes as read_sizes
-from eplb_jax.files import save_loads as save_loads
-from eplb_jax.files import save_placement as save_placement
-from eplb_jax.packing import balanced_packing as balanced_packing
-from eplb_jax.packing import replicate_experts as replicate_experts
-from eplb_jax.placement import Placement as Placement
-from eplb_jax.rebalance import rebalance_experts as rebalance_experts
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
+from eplb_jax.moe.experts import ExpertParams, working_copies
+from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, local_experts, moe_layer, param_specs
+from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
+from eplb_jax.plan.bounds import lower_bound
+from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
+from eplb_jax.plan.live import Decision, RebalanceConfig, decide, initial_placement
+from eplb_jax.plan.load import MovingAverage, SlidingWindow, count_tokens
+from eplb_jax.plan.metrics import balancedness, duplicates, gpu_loads, moved, moved_bytes
+from eplb_jax.plan.packing import balanced_packing, replicate_experts
+from eplb_jax.plan.placement import Placement
+from eplb_jax.plan.plot import draw_loads
+from eplb_jax.plan.policies.balanced import balanced
+from eplb_jax.plan.policies.elastic import elastic
+from eplb_jax.plan.policies.no_duplicate import no_duplicate
+from eplb_jax.plan.policies.sticky import sticky
+from eplb_jax.plan.rebalance import rebalance_experts
+
+if TYPE_CHECKING:
+    from eplb_jax.moe.flax import LinenMoE, MoE, PlacementParam, RouterBias
+
+__all__ = [
+    "Decision",
+    "ExpertParams",
+    "LinenMoE",
+    "MoE",
+    "MoEConfig",
+    "MoEParams",
+    "MoEStats",
+    "MovingAverage",
+    "Placement",
+    "PlacementParam",
+    "RebalanceConfig",
+    "RouterBias",
+    "RouterConfig",
+    "Routing",
+    "SlidingWindow",
+    "balance_loss",
+    "balanced",
+    "balanced_packing",
+    "balancedness",
+    "count_tokens",
+    "decide",
+    "draw_loads",
+    "duplicates",
+    "elastic",
+    "gpu_loads",
+    "grouped_matmul",
+    "init_moe",
+    "initial_placement",
+    "local_experts",
+    "lower_bound",
+    "moe_layer",
+    "moved",
+    "moved_bytes",
+    "no_duplicate",
+    "param_specs",
+    "read_loads",
+    "read_placement",
+    "read_sizes",
+    "rebalance_experts",
+    "replicate_experts",
+    "route",
+    "router_logits",
+    "save_loads",
+    "save_placement",
+    "sticky",
+    "update_bias",
+    "working_copies",
+]
+
+_FLAX = ("LinenMoE", "MoE", "PlacementParam", "RouterBias")
+
+
+def __getattr__(name: str) -> Any:
+    """The Flax modules, imported when they are asked for: all else works without Flax."""
+    if name in _FLAX:
+        return getattr(importlib.import_module("eplb_jax.moe.flax"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -15,13 +15,16 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from eplb_jax.bounds import lower_bound
-from eplb_jax.files import read_loads, read_placement, read_sizes, save_placement
-from eplb_jax.metrics import balancedness, duplicates, gpu_loads, moved
-from eplb_jax.placement import Placement
-from eplb_jax.plot import draw_loads
-from eplb_jax.policies import balanced, elastic, no_duplicate, sticky
-from eplb_jax.rebalance import rebalance_experts
+from eplb_jax.plan.bounds import lower_bound
+from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_placement
+from eplb_jax.plan.metrics import balancedness, duplicates, gpu_loads, moved
+from eplb_jax.plan.placement import Placement
+from eplb_jax.plan.plot import draw_loads
+from eplb_jax.plan.policies.balanced import balanced
+from eplb_jax.plan.policies.elastic import elastic
+from eplb_jax.plan.policies.no_duplicate import no_duplicate
+from eplb_jax.plan.policies.sticky import sticky
+from eplb_jax.plan.rebalance import rebalance_experts
 
 POLICIES = ("deepseek", "balanced", "no-duplicate", "sticky", "elastic")
 

@@ -16,10 +16,8 @@ import optax
 from pretraining.data import load_corpus, make_batch
 
 import eplb_jax
-import eplb_jax.plot
-from eplb_jax.load import count_tokens
-from eplb_jax.metrics import balancedness, duplicates, moved
-from eplb_jax.policies import balanced, no_duplicate, sticky
+import eplb_jax.plan.plot
+from eplb_jax import balanced, balancedness, count_tokens, duplicates, moved, no_duplicate, sticky
 
 LAYERS, EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 256, 8, 64, 16
 BATCH, SEQUENCE = 8, 128
@@ -135,7 +133,7 @@ def main() -> None:
         cells = name, *(f"{share:.4f}" for share in figures[name]), duplicates(plan, gpus).sum(), moves
         print("| " + " | ".join(map(str, cells)) + " |")
     if arguments.plot:
-        eplb_jax.plot.draw_loads(now, {name: plans[name] for name in ("24 steps old", "deepseek", "balanced")}, gpus,
+        eplb_jax.draw_loads(now, {name: plans[name] for name in ("24 steps old", "deepseek", "balanced")}, gpus,
                                  arguments.plot)  # fmt: skip
 
     assert figures["balanced"][0] >= figures["deepseek"][0] > figures["in order, 256 slots"][0]

@@ -16,12 +16,19 @@ import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-import eplb_jax.plot
-from eplb_jax.experts import working_copies
-from eplb_jax.live import RebalanceConfig, decide, initial_placement
-from eplb_jax.metrics import gpu_loads
-from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
-from eplb_jax.router import RouterConfig
+import eplb_jax.plan.plot
+from eplb_jax import (
+    MoEConfig,
+    RebalanceConfig,
+    RouterConfig,
+    decide,
+    gpu_loads,
+    init_moe,
+    initial_placement,
+    moe_layer,
+    param_specs,
+    working_copies,
+)
 
 DEVICES, TOKENS, EXPERTS = 8, 512, 64
 CONFIG = MoEConfig(width=128, hidden=64, router=RouterConfig(EXPERTS, top_k=6, num_groups=8, top_groups=4))
@@ -67,7 +74,7 @@ def main() -> None:
         print(f"| {name} | {' '.join(f'{count:.0f}' for count in counts)} | {share:.3f} |")
     if arguments.plot:
         plans = {"first": start, "rebalanced": decision.placement}
-        eplb_jax.plot.draw_loads(np.asarray(loads)[None], plans, DEVICES, arguments.plot)
+        eplb_jax.draw_loads(np.asarray(loads)[None], plans, DEVICES, arguments.plot)
 
     np.testing.assert_allclose(again, y, rtol=1e-4, atol=1e-5)
     assert np.array_equal(loads, same_loads)

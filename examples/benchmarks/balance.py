@@ -19,9 +19,7 @@ import jax
 import numpy as np
 
 import eplb_jax
-from eplb_jax.bounds import lower_bound
-from eplb_jax.metrics import duplicates, gpu_loads, moved
-from eplb_jax.policies import balanced, no_duplicate, sticky
+from eplb_jax import balanced, duplicates, gpu_loads, lower_bound, moved, no_duplicate, sticky
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 EXPERTS = 256

@@ -33,10 +33,22 @@ from jax.sharding import PartitionSpec as P
 from moe_layer import products, with_gradient
 from scipy import optimize, special
 
-from eplb_jax import Placement, dispatch, exchange, metrics, policies, rebalance_experts
-from eplb_jax.experts import working_copies
-from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer, param_specs
-from eplb_jax.router import RouterConfig, route, router_logits
+from eplb_jax import (
+    MoEConfig,
+    MoEParams,
+    Placement,
+    RouterConfig,
+    balanced,
+    balancedness,
+    init_moe,
+    moe_layer,
+    param_specs,
+    rebalance_experts,
+    route,
+    router_logits,
+    working_copies,
+)
+from eplb_jax.moe import dispatch, exchange
 from profiling.chips import chip_of
 
 CHAIN = 8  # exchanges in a row, so that starting a program weighs little
@@ -168,7 +180,7 @@ def placement_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams,
         case = params._replace(bias=jax.device_put(zipf_bias(config.router, zipf), whole))
         loads = np.asarray(count(case.bias))[None]
         plans: dict[str, Any] = {"in order": lambda: Placement.from_phy2log(np.arange(experts)[None], experts)}
-        for policy in (rebalance_experts, policies.balanced) if zipf and args.redundant else ():
+        for policy in (rebalance_experts, balanced) if zipf and args.redundant else ():
             plans[policy.__name__] = functools.partial(policy, loads, replicas, 1, 1, ep)
         for name, plan in plans.items():
             placement = plan().padded()
@@ -180,7 +192,7 @@ def placement_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams,
             run[zipf, name, "products"] = alone, slots, rows, hidden, rows, double, sizes
             run[zipf, name, "copies"] = back, slots, params.experts, where.phy2log
             row = {"zipf": zipf, "placed": name, "slots": len(sizes), "expert": loads.max() / loads.mean()}
-            device = 1 / metrics.balancedness(placement, loads, ep).item()
+            device = 1 / balancedness(placement, loads, ep).item()
             table.append(row | {"device": device, "plan": medians_ms([plan], 3)[0]})
     found = measure(run, args.repeats)
     for row in table:

@@ -16,10 +16,10 @@ import jax
 import jax.numpy as jnp
 from row_moves import KIB, medians_us
 
-from eplb_jax import gated_rows
-from eplb_jax.experts import gated_backward_by_xla
-from eplb_jax.grouped_gemm.target import current_target
-from eplb_jax.row_moves import Plan
+from eplb_jax.kernels import swiglu as gated_rows
+from eplb_jax.kernels.backend import current_target
+from eplb_jax.kernels.permute import Plan
+from eplb_jax.moe.experts import gated_backward_by_xla
 
 HEADER = "rows", "by", "difference", "ms", "TB/s"
 PLANS = [

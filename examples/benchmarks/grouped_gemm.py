@@ -9,7 +9,8 @@ than starting a program, so there the calls are four products in one program, or
 
     python examples/benchmarks/grouped_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--no-ragged-dot]
 
-``--sweep`` tries divisions of the work instead and prints the best ones; eplb_jax/grouped_gemm/tiles.py holds them.
+``--sweep`` tries divisions of the work instead and prints the best ones;
+eplb_jax/kernels/grouped_gemm/tiles.py holds them.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eplb_jax.grouped_gemm import ALIGN, group_starts, mosaic, xla
-from eplb_jax.grouped_gemm.ring import Tile
+from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts, mosaic, xla
+from eplb_jax.kernels.grouped_gemm.ring import Tile
 
 try:
     torch: Any = importlib.import_module("torch")

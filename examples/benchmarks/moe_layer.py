@@ -20,12 +20,20 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eplb_jax import exchange
-from eplb_jax.dispatch import make_rooms, sort_by_slot
-from eplb_jax.experts import ExpertParams, gated_backward, shared_in, shared_out, swiglu
-from eplb_jax.grouped_gemm import grouped_matmul
-from eplb_jax.moe import MoEConfig, MoEParams, init_moe, moe_layer
-from eplb_jax.router import RouterConfig, route, router_logits
+from eplb_jax import (
+    ExpertParams,
+    MoEConfig,
+    MoEParams,
+    RouterConfig,
+    grouped_matmul,
+    init_moe,
+    moe_layer,
+    route,
+    router_logits,
+)
+from eplb_jax.moe import exchange
+from eplb_jax.moe.dispatch import make_rooms, sort_by_slot
+from eplb_jax.moe.experts import gated_backward, shared_in, shared_out, swiglu
 
 HEADER = (
     "tokens", "rows", "products", "TFLOP/s", "without shared expert", "ratio", "layer", "ratio",

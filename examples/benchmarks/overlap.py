@@ -33,8 +33,7 @@ import numpy as np
 from jax.sharding import AxisType, Mesh
 from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
 
-from eplb_jax.moe import MoEConfig
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.runtime.program import Program
 from profiling.chips import Achieved, Chip, chip
 from profiling.hlo_overlap import Overlap, overlap

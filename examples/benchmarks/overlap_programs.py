@@ -20,7 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax.moe import init_moe, moe_layer, param_specs
+from eplb_jax import init_moe, moe_layer, param_specs
 from jaxpipe.runtime import execute
 from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.execute import run_steps

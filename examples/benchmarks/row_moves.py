@@ -18,10 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from eplb_jax import exchange, row_moves
-from eplb_jax.dispatch import make_rooms, sort_by_slot
-from eplb_jax.grouped_gemm.target import current_target
-from eplb_jax.row_moves import Plan
+from eplb_jax.kernels import permute as row_moves
+from eplb_jax.kernels.backend import current_target
+from eplb_jax.kernels.permute import Plan
+from eplb_jax.moe import exchange
+from eplb_jax.moe.dispatch import make_rooms, sort_by_slot
 
 HEADER = "tokens", "rows", "move", "by", "equal", "µs", "TB/s"
 EXPERTS, CHOICES = 32, 8

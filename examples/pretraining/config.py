@@ -6,8 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from eplb_jax.moe import MoEConfig
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig
 
 REMATS = ("none", "attention", "layer")
 

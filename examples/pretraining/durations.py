@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from eplb_jax.dispatch import make_rooms
+from eplb_jax.moe.dispatch import make_rooms
 from jaxpipe.schedule.simulate import Costs
 from pretraining.config import ModelConfig
 from profiling.chips import Achieved, Chip

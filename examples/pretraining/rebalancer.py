@@ -7,8 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from eplb_jax.live import Decision, RebalanceConfig, decide
-from eplb_jax.load import MovingAverage
+from eplb_jax import Decision, MovingAverage, RebalanceConfig, decide
 from pretraining.model import Model
 
 

@@ -17,8 +17,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax.metrics import balancedness
-from eplb_jax.placement import Placement
+from eplb_jax import Placement, balancedness
 from pretraining import data, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.dtypes import wide
+from eplb_jax.kernels.dtypes import wide
 from jaxpipe.attention import causal_attention, expand_latents
 from profiling.workloads.sizes import Sizes
 

@@ -15,10 +15,9 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.dispatch import make_rooms
-from eplb_jax.experts import shared_in, shared_out
-from eplb_jax.moe import MoEParams, init_moe, local_experts, moe_layer, param_specs
-from eplb_jax.router import RouterConfig, route, router_logits
+from eplb_jax import MoEParams, RouterConfig, init_moe, local_experts, moe_layer, param_specs, route, router_logits
+from eplb_jax.moe.dispatch import make_rooms
+from eplb_jax.moe.experts import shared_in, shared_out
 from profiling.workloads.attention import AttentionParams, init_attention, rms_norm
 from profiling.workloads.sizes import Sizes
 

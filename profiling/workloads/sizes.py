@@ -5,8 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from eplb_jax.moe import MoEConfig
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig
 
 
 @dataclasses.dataclass(frozen=True)

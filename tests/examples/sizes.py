@@ -10,8 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 
 from pretraining.config import ModelConfig
 
-from eplb_jax.moe import MoEConfig
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig
 
 SMALL = ModelConfig(
     moe=MoEConfig(

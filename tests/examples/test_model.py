@@ -18,7 +18,7 @@ from pretraining.model.arrange import Arrangement
 from pretraining.model.layers import rotate
 
 import jaxpipe
-from eplb_jax.placement import Placement
+from eplb_jax import Placement
 from tests.plain import assert_trees_close
 
 CTX = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)

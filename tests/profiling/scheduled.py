@@ -21,8 +21,7 @@ from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.moe import MoEConfig, init_moe, moe_layer, param_specs
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs
 from jaxpipe.stage import split_stage
 from profiling.topology import topology
 

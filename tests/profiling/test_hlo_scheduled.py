@@ -6,8 +6,7 @@ import pathlib
 import jax
 import pytest
 
-from eplb_jax.moe import MoEConfig
-from eplb_jax.router import RouterConfig
+from eplb_jax import MoEConfig, RouterConfig
 from profiling import metrics
 from profiling.chips import chip
 from profiling.hlo_overlap import overlap

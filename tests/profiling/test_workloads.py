@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eplb_jax.moe import moe_layer
+from eplb_jax import moe_layer
 from profiling.__main__ import main
 from profiling.metrics import measure
 from profiling.workloads import SIZES, Sizes

@@ -12,8 +12,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax.placement import Placement
-from eplb_jax.router import update_bias
+from eplb_jax import Placement, update_bias
 from jaxpipe.attention import causal_attention
 from jaxpipe.flax import NNXFunction, nnx_function
 from pretraining.config import ModelConfig

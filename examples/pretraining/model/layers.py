@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from eplb_jax.dtypes import wide
-from eplb_jax.flax import MoE
-from eplb_jax.moe import MoEStats
-from eplb_jax.placement import Placement
+from eplb_jax import MoE, MoEStats, Placement
+from eplb_jax.kernels.dtypes import wide
 from jaxpipe.attention import expand_latents
 from pretraining.config import ModelConfig
 

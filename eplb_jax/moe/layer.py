@@ -1,0 +1,395 @@
+"""The mixture-of-experts layer: route, dispatch, experts, combine.
+
+One function of one device's tokens, to be called within `jax.shard_map` over the experts' axis (other axes may be the
+compiler's), or with all experts on one device and no axis.
+
+Shapes: T tokens of this device, D width, k choices, E logical experts, S slots of this device, F hidden width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.grouped_gemm import Backend
+from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
+from eplb_jax.moe import exchange
+from eplb_jax.moe.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sends, sort_by_slot
+from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
+from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
+from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
+from eplb_jax.plan.placement import Placement
+
+EXCHANGES = ("dense", "ragged")
+ROWS = 8
+"""Masters have a multiple of so many rows unless told otherwise, and so divide over the devices of a host."""
+
+
+@dataclasses.dataclass(frozen=True)
+class MoEConfig:
+    """Sizes and choices of a layer; static.
+
+    Attributes:
+      width: of the activations, D.
+      hidden: of an expert, F.
+      router: how tokens choose experts.
+      num_shared: shared experts, which every token goes to.
+      masters: rows of the routed experts' masters. Rows behind the last expert are zeros that nothing reads, so that
+        masters divide over devices whose number does not divide the experts. None: a multiple of `ROWS`.
+      capacity_factor: room for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
+        that nothing is ever dropped.
+      replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.moe.replica`.
+      devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
+      exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
+      fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
+      backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
+        its kernel where that can make it, but for "xla".
+
+    Raises:
+      ValueError: sizes below 1 or that do not fit, unknown choices.
+    """
+
+    width: int = 7168
+    hidden: int = 2048
+    router: RouterConfig = dataclasses.field(default_factory=RouterConfig)
+    num_shared: int = 1
+    masters: int | None = None
+    capacity_factor: float | None = None
+    replicas: str = "hash"
+    devices_per_node: int | None = None
+    exchange: str = "dense"
+    fp8: bool = False
+    backend: Backend = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks sizes and choices."""
+        if min(self.width, self.hidden) < 1 or self.num_shared < 0:
+            raise ValueError(f"width={self.width}, hidden={self.hidden}, num_shared={self.num_shared}: sizes below 1")
+        if self.masters is not None and self.masters < self.router.num_experts:
+            raise ValueError(
+                f"masters={self.masters}: {self.router.num_experts} experts need as many rows or more, or None"
+            )
+        check_capacity_factor(self.capacity_factor)
+        if self.replicas not in CHOICES:
+            raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
+        if self.exchange not in EXCHANGES:
+            raise ValueError(f"exchange={self.exchange!r}: it must be one of {EXCHANGES}")
+        if self.fp8 and self.width % exchange.BLOCK:
+            raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
+        if self.fp8 and self.exchange == "ragged":
+            raise ValueError("fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False")
+
+    @property
+    def num_masters(self) -> int:
+        """Rows of the routed experts' masters.
+
+        >>> [MoEConfig(router=RouterConfig(experts, 2, 1, 1)).num_masters for experts in (12, 64)]
+        [16, 64]
+        """
+        experts = self.router.num_experts
+        return experts + -experts % ROWS if self.masters is None else self.masters
+
+
+class MoEParams(NamedTuple):
+    """Parameters of a layer as it computes.
+
+    Attributes:
+      router: float32 whatever the compute dtype.
+      bias: for selection only, changed by `eplb_jax.moe.router.update_bias`, not by gradients; or None.
+      experts: by slot; see `eplb_jax.moe.experts.working_copies`. This device's part.
+      shared: the shared experts side by side, [1, ...], or None.
+    """
+
+    router: Float[Array, "D E"]
+    bias: Float[Array, " E"] | None
+    experts: ExpertParams
+    shared: ExpertParams | None
+
+
+class MoEStats(NamedTuple):
+    """What a layer tells besides its output; of this device's tokens, so sums over devices are global.
+
+    Attributes:
+      loads: tokens that chose each logical expert; int32.
+      dropped: choices that found no room, counted where that was found out; int32.
+      balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
+        devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
+    """
+
+    loads: Int[Array, " E"]
+    dropped: Int[Array, ""]
+    balance_loss: Float[Array, ""]
+
+
+def init_moe(
+    key: jax.Array, config: MoEConfig, dtype: jax.typing.DTypeLike = jnp.float32, *, axis: str | None = None
+) -> MoEParams:
+    """Parameters by logical expert: masters, which are working copies too while no expert has several replicas.
+
+    Args:
+      key: the same on all devices.
+      config: sizes. Experts have ``config.num_masters`` rows, those behind the last expert zeros.
+      dtype: of the parameters; the router has float32, or float64.
+      axis: the mesh axis of the experts. Where a `jax.shard_map` binds it, experts are this device's rows of them.
+
+    Raises:
+      ValueError: rows that do not divide over the devices.
+
+    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(12, 2, 1, 1))
+    >>> jax.tree.map(jnp.shape, init_moe(jax.random.key(0), config)).experts.w_out
+    (16, 4, 8)
+    """
+    keys = jax.random.split(key, 3)
+    experts = config.router.num_experts
+    router = jax.random.normal(keys[0], (config.width, experts), wide(dtype))
+    shared = None
+    if config.num_shared:
+        shared = init_experts(keys[1], 1, config.width, config.hidden * config.num_shared, dtype)
+    bias = jnp.zeros(experts, wide(dtype))
+    routed = init_experts(keys[2], experts, config.width, config.hidden, dtype)
+    padding = (0, config.num_masters - experts), (0, 0), (0, 0)
+    routed = jax.tree.map(lambda leaf: jnp.pad(leaf, padding), routed)
+    if axis is not None and is_bound(axis):
+        devices, device = size_and_index(axis)
+        _check_masters(config, devices, axis)
+        rows = config.num_masters // devices
+        routed = jax.tree.map(lambda leaf: jax.lax.dynamic_slice_in_dim(leaf, device * rows, rows), routed)
+    return MoEParams(router * config.width**-0.5, bias, routed, shared)
+
+
+def param_specs(config: MoEConfig, axis: str) -> MoEParams:
+    """How `jax.shard_map` shards parameters over the mesh axis of the experts: experts by rows, all else whole.
+
+    Raises:
+      ValueError: masters that do not divide over the axis, where a mesh with it is in scope (`jax.set_mesh`).
+
+    >>> tuple(param_specs(MoEConfig(), "ep").experts.w_in)
+    ('ep',)
+    """
+    _check_masters(config, dict(jax.sharding.get_abstract_mesh().shape).get(axis, 1), axis)
+    whole: Any = PartitionSpec()
+    rows: Any = PartitionSpec(axis)
+    shared = ExpertParams(whole, whole) if config.num_shared else None
+    return MoEParams(whole, whole, ExpertParams(rows, rows), shared)
+
+
+def moe_layer(
+    params: MoEParams,
+    x: Float[Array, "T D"],
+    config: MoEConfig,
+    *,
+    placement: Placement | None = None,
+    axis: str | None = None,
+    sequences: int = 1,
+    mask: Bool[Array, " T"] | None = None,
+) -> tuple[Float[Array, "T D"], MoEStats]:
+    """Each token through its experts and the shared ones.
+
+    Args:
+      params: experts by slot, this device's slots.
+      x: this device's tokens.
+      config: sizes and choices.
+      placement: of this layer, `Placement.of_layer`; its values may change from call to call without compiling again.
+        None: slot i holds expert i.
+      axis: the mesh axis that experts are sharded over, bound by `jax.shard_map`; None: all slots are here.
+      sequences: how many sequences of equal length the tokens are, for the balance loss.
+      mask: which tokens are real. The others may hold anything, even NaN: they go to no expert, routed or shared, come
+        out as zeros, give and get no gradient, and count nowhere.
+
+    Returns:
+      The output, in x's dtype, and statistics.
+
+    Raises:
+      ValueError: sizes that do not fit, an axis that is not bound.
+
+    Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.1.2 and 3.2.2.
+
+    >>> config = MoEConfig(width=8, hidden=4, router=RouterConfig(4, 2, 1, 1))
+    >>> y, stats = moe_layer(init_moe(jax.random.key(0), config), jnp.ones((6, 8)), config)
+    >>> y.shape, int(stats.loads.sum()), int(stats.dropped)
+    ((6, 8), 12, 0)
+    """
+    devices, device = size_and_index(axis)
+    slots = _check(params, x, config, placement, devices, axis)
+    x = of_real_tokens(x, mask)
+    with jax.named_scope("router"):
+        routing = route(router_logits(x, params.router), config.router, bias=params.bias, mask=mask)
+        # Without a mask all devices have as many tokens, and nothing needs to travel.
+        everyone = None if mask is None else axis
+        loss = balance_loss(routing, config.router, sequences=sequences, axis_name=everyone)
+        chosen = routing.experts
+        if placement is not None:
+            chosen = choose_replicas(
+                chosen,
+                placement,
+                first_token=device * x.shape[0],
+                choice=config.replicas,
+                device=device,
+                num_devices=devices,
+                devices_per_node=None if axis is None else config.devices_per_node,
+            )
+    rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
+    if axis is None or devices == 1:
+        y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, rooms, config)
+        if params.shared is not None:
+            with jax.named_scope("shared_expert"):
+                y = y + shared_out(params.shared, shared_in(params.shared, x))
+    else:
+        y, dropped = _remote(params, x, chosen, routing.weights, slots, rooms, config, axis)
+    return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss)
+
+
+def local_experts(
+    experts: ExpertParams,
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    num_slots: int,
+    rooms: Rooms,
+    config: MoEConfig,
+) -> tuple[jax.Array, jax.Array]:
+    """Tokens [N, D] with slots and weights [N, k] through this device's experts, and how many choices found no room.
+
+    The part of the layer behind the dispatch and before the combine; slots outside of 0 to num_slots - 1 are nobody's.
+    """
+    with jax.named_scope("permute"):
+        found = sort_by_slot(slots, num_slots, rooms.rows)
+        rows = exchange.spread(x, found.moves, backend=config.backend)
+        weight = exchange.spread_each(weights, found.assignment, found.moves.rows)
+    with jax.named_scope("experts"):
+        rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
+    with jax.named_scope("unpermute"):
+        return exchange.gather_sum(rows, found.moves, backend=config.backend), found.dropped
+
+
+def _remote(
+    params: MoEParams,
+    x: jax.Array,
+    slots: jax.Array,
+    weights: jax.Array,
+    num_slots: int,
+    rooms: Rooms,
+    config: MoEConfig,
+    axis: str,
+) -> tuple[jax.Array, jax.Array]:
+    """The layer for slots of all devices of the axis: tokens travel there and back.
+
+    The shared experts' first product is made while tokens travel there, the second while they travel back. Barriers say
+    so, because a scheduler that sees forward and backward at once finds other places; transposed they say the same.
+    """
+    devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    hidden: Any = None
+    with jax.named_scope("dispatch"):
+        sends = plan_sends(slots, devices, num_slots, rooms.exchange)
+        sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
+        rows = exchange.spread(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
+        rows, sent = _return_after(_travel(rows, sends.counts, config, axis), sent)
+        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
+    if shared is not None:
+        with jax.named_scope("shared_expert"):
+            rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
+    shape = rows.shape
+    listed, heard = (array.reshape(-1, top_k) for array in message)
+    y, dropped = local_experts(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    if shared is not None:
+        y, hidden = jax.lax.optimization_barrier((y, hidden))
+    with jax.named_scope("combine"):
+        back = _travel(y.reshape(shape), sends.counts, config, axis, back=True)
+    if shared is not None:
+        with jax.named_scope("shared_expert"):
+            back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
+    with jax.named_scope("combine"):
+        y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
+    return y if shared is None else y + hidden, dropped + sends.dropped
+
+
+@jax.custom_vjp
+def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both; the cotangent of rows sets out when that of what was sent has arrived, which then travels beside products.
+
+    Without an order, XLA's scheduler finds nothing to do while the small one travels.
+    """
+    return rows, sent
+
+
+_return_after.defvjp(lambda *both: (both, None), lambda _, cts: jax.lax.optimization_barrier(cts))
+
+
+def _travel(rows: jax.Array, counts: jax.Array, config: MoEConfig, axis: str, *, back: bool = False) -> Any:
+    """Rows [ep, C, D] to the devices that they are for, of which counts [ep] are used, or back again."""
+    if config.exchange == "ragged":
+        return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis) if back else counts, axis)
+    if config.fp8:
+        return exchange.all_to_all_fp8_back(rows, axis) if back else exchange.all_to_all_fp8(rows, axis)
+    return exchange.all_to_all(rows, axis)
+
+
+def _check(
+    params: MoEParams,
+    x: jax.Array,
+    config: MoEConfig,
+    placement: Placement | None,
+    devices: int,
+    axis: str | None,
+) -> int:
+    """Slots of this device, after checking that all sizes fit."""
+    experts, width, hidden = config.router.num_experts, config.width, config.hidden
+    if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
+        raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
+    rows = params.experts.w_in.shape[0] * devices
+    total = rows if placement is None and rows == config.num_masters else experts
+    if placement is not None:
+        if placement.phy2log.ndim != 1 or placement.num_experts != experts:
+            raise ValueError(
+                f"the placement has phy2log of shape {placement.phy2log.shape} and {placement.num_experts} experts: "
+                f"give one layer of {experts} experts, placement.of_layer(i)"
+            )
+        total = placement.phy2log.shape[0]
+    if total % devices:
+        remedy = f"plan for {total - total % devices} or {total + -total % devices} slots"
+        remedy = _nearest(config, devices) if placement is None else remedy
+        raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}: {remedy}")
+    slots = total // devices
+    wanted = {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)}
+    for name, shape in wanted.items():
+        found = getattr(params.experts, name).shape
+        if found != shape:
+            raise ValueError(
+                f"experts.{name} has shape {found}: {total} slots on {devices} devices need {shape} on each; "
+                "working_copies makes slots of logical experts"
+            )
+    shared = config.num_shared * hidden
+    wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)} if shared else {}
+    if (params.shared is None) != (not wanted):
+        raise ValueError(
+            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
+        )
+    for name, shape in wanted.items():
+        found = getattr(params.shared, name).shape
+        if found != shape:
+            raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
+    if axis is not None:
+        node_size(devices, config.devices_per_node)
+    if params.router.shape != (width, experts):
+        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
+    return slots
+
+
+def _check_masters(config: MoEConfig, devices: int, axis: str) -> None:
+    if config.num_masters % devices:
+        raise ValueError(
+            f"{config.num_masters} masters of {config.router.num_experts} experts do not divide over the {devices} "
+            f"devices of axis {axis!r}: {_nearest(config, devices)}"
+        )
+
+
+def _nearest(config: MoEConfig, devices: int) -> str:
+    """How to make masters divide over so many devices."""
+    experts = config.router.num_experts
+    return f"take MoEConfig(masters={experts + -experts % devices}), whose last rows nothing reads"

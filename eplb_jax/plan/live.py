@@ -1,0 +1,129 @@
+"""When to change the placement while a model trains."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import NamedTuple
+
+import numpy as np
+from jaxtyping import Num
+
+from eplb_jax.plan.metrics import balancedness, moved
+from eplb_jax.plan.placement import Array, Placement
+from eplb_jax.plan.policies.balanced import balanced
+from eplb_jax.plan.policies.sticky import sticky
+
+
+@dataclasses.dataclass(frozen=True)
+class RebalanceConfig:
+    """When placements change, and within what sizes; static.
+
+    Attributes:
+      num_replicas, num_groups, num_nodes, num_gpus: as in `eplb_jax.rebalance_experts`.
+      interval: steps between decisions.
+      min_gain: how much lighter the heaviest GPU must get, as a share of its load, or a layer stays as it is.
+      tolerance: how much heavier than with a fresh plan the heaviest GPU may be, to move less; as in `sticky`.
+
+    Raises:
+      ValueError: an interval below 1, negative shares.
+    """
+
+    num_replicas: int
+    num_groups: int
+    num_nodes: int
+    num_gpus: int
+    interval: int = 100
+    min_gain: float = 0.05
+    tolerance: float = 0.01
+
+    def __post_init__(self) -> None:
+        """Checks interval and shares."""
+        if self.interval < 1:
+            raise ValueError(f"interval={self.interval}: it must be at least 1 step")
+        if not (self.min_gain >= 0 and self.tolerance >= 0):
+            raise ValueError(f"min_gain={self.min_gain}, tolerance={self.tolerance}: both are shares of at least 0")
+
+
+class Decision(NamedTuple):
+    """What `decide` found.
+
+    Attributes:
+      placement: for the next step, `Placement.padded`, so of the same shapes at every step; if nothing changes, the one
+        that was given, padded if it was not.
+      changed: layers whose placement changed.
+      moved: replicas that travel, all layers together.
+      before: mean over maximal load of the GPUs, mean of layers, as it was.
+      after: as it will be for the same loads.
+    """
+
+    placement: Placement
+    changed: int
+    moved: int
+    before: float
+    after: float
+
+
+def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig) -> Placement:
+    """A placement for the start of training, when all experts are expected to have the same load.
+
+    Raises:
+      ValueError: as `eplb_jax.rebalance_experts`.
+
+    >>> initial_placement(1, 4, RebalanceConfig(6, 1, 1, 2)).logcnt.sum().tolist()
+    6
+    """
+    return balanced(np.ones((num_layers, num_experts)), *_sizes(config)).padded()
+
+
+def decide(
+    step: int, loads: Num[Array, "layers experts"], placement: Placement, config: RebalanceConfig
+) -> Decision | None:
+    """Whether to change the placement after a step, and to what; runs on the host.
+
+    Args:
+      step: steps done so far.
+      loads: recent load of each expert, of all devices: `eplb_jax.plan.load.SlidingWindow.loads`, say.
+      placement: the one in use, from `initial_placement`, any policy, or a file. A step compiled for `Placement.padded`
+        takes all that follow; one compiled for a placement that is not padded is compiled once more.
+      config: when and within what sizes.
+
+    Returns:
+      None between decisions, after every ``interval`` steps a decision.
+
+    Raises:
+      ValueError: as `eplb_jax.sticky`; a placement of another number of replicas than the configuration's.
+
+    >>> config = RebalanceConfig(6, 1, 1, 2, interval=10)
+    >>> start = initial_placement(1, 4, config)
+    >>> decide(9, np.array([[9, 1, 1, 1]]), start, config) is None
+    True
+    >>> decide(10, np.array([[90, 1, 1, 1]]), start, config).changed
+    1
+    """
+    if step < 1 or step % config.interval:
+        return None
+    if placement.num_replicas != config.num_replicas:
+        raise ValueError(
+            f"the placement has {placement.num_replicas} replicas, the configuration {config.num_replicas}: plan for "
+            "as many, or change num_replicas"
+        )
+    placement = _as_wide_as_any(placement, config)
+    host = Placement(*(np.asarray(array) for array in placement))
+    found = sticky(loads, host, *_sizes(config)[1:], tolerance=config.tolerance, min_gain=config.min_gain)
+    before, after = (float(balancedness(plan, loads, config.num_gpus).mean()) for plan in (host, found))
+    if found is host:
+        return Decision(placement, 0, 0, before, after)
+    changed = (found.phy2log != host.phy2log).any(1)
+    moves = moved(host, found, config.num_gpus)
+    return Decision(found.padded(host.log2phy.shape[-1]), int(changed.sum()), int(moves.sum()), before, after)
+
+
+def _as_wide_as_any(placement: Placement, config: RebalanceConfig) -> Placement:
+    """Padded, unless log2phy has a column for each replica that an expert could get on its node."""
+    nodes = 1 if config.num_groups % config.num_nodes else config.num_nodes
+    most = (placement.num_replicas - placement.num_experts) // nodes + 1
+    return placement if placement.log2phy.shape[-1] >= most else placement.padded()
+
+
+def _sizes(config: RebalanceConfig) -> tuple[int, int, int, int]:
+    return config.num_replicas, config.num_groups, config.num_nodes, config.num_gpus

@@ -1,0 +1,109 @@
+"""Plans for the GPUs that are alive."""
+
+from __future__ import annotations
+
+import numpy as np
+from jaxtyping import Bool, Num
+
+from eplb_jax.plan.arguments import check_loads, check_sizes, to_float32
+from eplb_jax.plan.placement import Array, Placement
+from eplb_jax.plan.policies.balanced import balanced
+from eplb_jax.plan.policies.sticky import sticky
+
+
+def elastic(
+    weight: Num[Array, "layers experts"],
+    alive: Bool[Array, " gpus"],
+    num_replicas: int,
+    num_groups: int,
+    num_nodes: int,
+    *,
+    previous: Placement | None = None,
+    tolerance: float = 0.01,
+) -> Placement:
+    """A plan that leaves the slots of dead GPUs empty (-1), and every expert a replica on a living one.
+
+    With a previous placement, few replicas move: experts that died with their GPUs take slots of experts that have
+    several, empty slots of GPUs that came back get the experts that need them most, and `sticky` does the rest.
+    Without one, or after it where that needs it, the living GPUs get a fresh `balanced` plan. Groups of experts stay on
+    one node while all living nodes have equally many living GPUs and divide the groups; otherwise they are ignored. The
+    experts of a layer without load count as equal.
+
+    Args:
+      weight: as in `rebalance_experts`; this runs on the host, so not traced.
+      alive: whether each GPU is.
+      num_replicas: slots of a layer on all GPUs, dead ones included.
+      num_groups, num_nodes: as in `rebalance_experts`.
+      previous: the placement so far, of any mask.
+      tolerance: as in `sticky`.
+
+    Raises:
+      ValueError: as `rebalance_experts`; a mask of another type; living GPUs with fewer slots than experts.
+
+    >>> weight = np.array([[4, 3, 2, 1]])
+    >>> elastic(weight, np.array([True, False, True]), 6, 1, 1).phy2log
+    array([[ 0,  3, -1, -1,  1,  2]], dtype=int32)
+    """
+    weight = check_loads(weight)
+    weight = to_float32(np.asarray(weight))
+    alive = np.asarray(alive)
+    if alive.ndim != 1 or alive.dtype != np.bool_:
+        raise ValueError(f"alive is {alive.dtype} of shape {alive.shape}: it must be a bool for each GPU")
+    num_experts, num_gpus = weight.shape[1], alive.size
+    check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    room = num_replicas // num_gpus
+    if alive.sum() * room < num_experts:
+        raise ValueError(
+            f"{alive.sum()} of {num_gpus} GPUs are alive and hold {alive.sum() * room} replicas: too few for the "
+            f"{num_experts} experts; add GPUs, or plan with more replicas than num_replicas={num_replicas}"
+        )
+    groups, nodes = _living_nodes(alive, num_groups, num_nodes)
+    living = np.repeat(alive, room)
+    phy2log = np.full((len(weight), num_replicas), -1, np.int32)
+    if previous is None:
+        plan = balanced(weight, int(living.sum()), groups, nodes, int(alive.sum()))
+    else:
+        if (previous.num_layers, previous.num_replicas, previous.num_experts) != (*phy2log.shape, num_experts):
+            raise ValueError(
+                f"the previous placement is of {previous.num_layers} layers, {previous.num_replicas} replicas and "
+                f"{previous.num_experts} experts, not of {len(weight)}, {num_replicas} and {num_experts}"
+            )
+        kept = np.asarray(previous.phy2log)[:, living]
+        loads = np.where(weight.max(1, keepdims=True) > 0, weight, 1).astype(np.float64)  # no load: all alike
+        filled = [_fill(w, slots, room) for w, slots in zip(loads, kept, strict=True)]
+        start = Placement.from_phy2log(np.stack(filled), num_experts)
+        plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
+    phy2log[:, living] = plan.phy2log
+    return Placement.from_phy2log(phy2log, num_experts)
+
+
+def _living_nodes(alive: np.ndarray, num_groups: int, num_nodes: int) -> tuple[int, int]:
+    """Groups and nodes that a plan for the living GPUs can have; 1, 1 is the global policy."""
+    per_node = alive.reshape(num_nodes, -1).sum(1)
+    per_node = per_node[per_node > 0]
+    if len(set(per_node.tolist())) == 1 and num_groups % len(per_node) == 0:
+        return num_groups, len(per_node)
+    return 1, 1
+
+
+def _fill(weight: np.ndarray, slots: np.ndarray, room: int) -> np.ndarray:
+    """Slots [R] of which none is empty (-1) and each expert has one."""
+    slots = slots.copy()
+    counts = np.bincount(slots[slots >= 0], minlength=len(weight))
+    for expert in np.lexsort((-weight, counts > 0))[: (counts == 0).sum()]:
+        places = np.nonzero(slots < 0)[0]
+        if not len(places):
+            donor = np.argmin(np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf))
+            places = np.nonzero(slots == donor)[0]
+            counts[donor] -= 1
+        each = np.append(weight / np.maximum(counts, 1), 0.0)  # an empty slot has no load
+        totals = each[slots].reshape(-1, room).sum(1)
+        slots[places[np.argmin(totals[places // room] - each[slots[places]])]] = expert
+        counts[expert] = 1
+    for place in np.nonzero(slots < 0)[0]:
+        # The expert whose replicas have the most load each, of those that the GPU lacks, where it lacks any.
+        held = slots[place // room * room : (place // room + 1) * room]
+        new = ~np.isin(np.arange(len(weight)), held)
+        slots[place] = np.argmax(np.where(new | ~new.any(), weight / counts, -1.0))
+        counts[slots[place]] += 1
+    return slots

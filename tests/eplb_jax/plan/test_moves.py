@@ -1,0 +1,135 @@
+"""Policies that start from a placement: `sticky` moves little, `elastic` copes with GPUs that die and return."""
+
+import jax
+import numpy as np
+import pytest
+
+import eplb_jax
+from eplb_jax import Placement, balanced, elastic, gpu_loads, moved, sticky
+from tests.eplb_jax.plan.test_balance import heaviest, loads_of
+
+
+def drift(weight, seed, share=0.05):
+    noise = np.random.default_rng(seed).normal(size=weight.shape)
+    return (weight * np.exp(share * noise)).astype(np.float32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "sizes"),
+    [
+        ("lognormal", (72, 4, 4, 8)),
+        pytest.param("zipf", (80, 8, 2, 16), marks=pytest.mark.slow),
+        ("lognormal", (80, 8, 5, 40)),
+    ],
+    ids=str,
+)
+def test_sticky_is_nearly_as_even_and_moves_little(kind, sizes):
+    weight, gpus = loads_of(kind, 8, 64), sizes[3]
+    plan, ours, fresh = balanced(weight, *sizes), 0, 0
+    for step in range(3):
+        weight = drift(weight, step)
+        new, best = sticky(weight, plan, *sizes[1:]), balanced(weight, *sizes)
+        new.check(gpus)
+        assert (heaviest(new, weight, gpus) <= heaviest(best, weight, gpus) * 1.01 * (1 + 1e-6)).all()
+        ours, fresh = ours + moved(plan, new, gpus).sum(), fresh + moved(plan, best, gpus).sum()
+        plan = new
+    assert ours < fresh / 2  # of few experts; examples/benchmarks/balance.py has the figures of real sizes
+
+
+def test_sticky_leaves_what_is_good_enough():
+    weight = loads_of("lognormal", 3, 64)
+    plan = balanced(weight, 72, 1, 1, 8)
+    assert sticky(weight, plan, 1, 1, 8) is plan
+    worse = weight.copy()
+    worse[1, plan.phy2log[1, 0]] *= 3
+    assert sticky(worse, plan, 1, 1, 8, min_gain=0.9) is plan
+    new = sticky(worse, plan, 1, 1, 8)
+    assert (moved(plan, new, 8) > 0).tolist() == [False, True, False]
+    assert np.array_equal(new.phy2log[[0, 2]], plan.phy2log[[0, 2]])
+
+
+def test_sticky_keeps_the_slots_of_what_stays():
+    weight = loads_of("zipf", 4, 64)
+    plan = balanced(weight, 72, 8, 2, 8)
+    new = sticky(drift(weight, 1, 0.3), plan, 8, 2, 8)
+    for old, now in zip(plan.phy2log.reshape(32, 9), new.phy2log.reshape(32, 9), strict=True):
+        for slot, expert in enumerate(now):
+            assert old[slot] == expert or expert not in old or (now == expert).sum() > 1
+
+
+def test_sticky_keeps_groups_on_nodes():
+    weight = loads_of("lognormal", 3, 64)
+    plan = balanced(weight, 80, 8, 4, 8)
+    new = sticky(drift(weight, 2, 0.5), plan, 8, 4, 8)
+    groups = new.phy2log.reshape(3, 4, 20) // 8
+    assert all(len(np.unique(node)) == 2 for layer in groups for node in layer)
+
+
+def test_sticky_makes_whole_groups_of_a_placement_that_had_none():
+    weight = loads_of("lognormal", 3, 64)
+    plan = sticky(weight, balanced(weight, 80, 1, 1, 8), 8, 4, 8, tolerance=0.0)
+    assert all(len(np.unique(node // 8)) == 2 for node in plan.phy2log.reshape(12, 20))
+
+
+def test_elastic_uses_living_gpus_only():
+    weight = loads_of("lognormal", 3, 32)
+    alive = np.array([True, True, False, True])
+    plan = elastic(weight, alive, 48, 4, 2)
+    plan.check(4)
+    assert (plan.phy2log.reshape(3, 4, 12) == -1).all(-1).tolist() == [[False, False, True, False]] * 3
+    assert (gpu_loads(plan, weight, 4)[:, 2] == 0).all()
+    same = balanced(weight, 36, 1, 1, 3)
+    assert np.allclose(heaviest(plan, weight, 4), heaviest(same, weight, 3))
+
+
+def test_elastic_keeps_nodes_that_lost_equally_many():
+    weight = loads_of("lognormal", 3, 32)
+    groups = elastic(weight, np.array([False, True, True, False]), 96, 4, 2).phy2log.reshape(3, 2, 48) // 8
+    assert all(len(np.unique(node[node >= 0])) == 2 for layer in groups for node in layer)
+
+
+def test_elastic_restores_the_lost_and_leaves_the_rest():
+    weight = loads_of("lognormal", 4, 64)
+    before = balanced(weight, 96, 1, 1, 8)
+    alive = np.arange(8) != 5
+    after = elastic(weight, alive, 96, 1, 1, previous=before)
+    after.check(8)
+    fresh = elastic(weight, alive, 96, 1, 1)
+    assert (heaviest(after, weight, 8) <= heaviest(fresh, weight, 8) * 1.01 * (1 + 1e-6)).all()
+    assert moved(before, after, 8).sum() < moved(before, fresh, 8).sum() / 3
+
+    back = elastic(weight, np.ones(8, bool), 96, 1, 1, previous=after)
+    back.check(8)
+    assert (back.phy2log >= 0).all()
+    assert (heaviest(back, weight, 8) <= heaviest(before, weight, 8) * 1.01 * (1 + 1e-6)).all()
+
+
+def test_elastic_with_no_spare_but_enough():
+    """As many living slots as experts: each has one."""
+    plan = elastic(np.array([[4, 3, 2, 1]]), np.array([True, False, True]), 6, 1, 1)
+    assert sorted(plan.phy2log[0].tolist()) == [-1, -1, 0, 1, 2, 3]
+
+
+def test_placements_that_are_none():
+    for phy2log, message in [
+        ([[0, 1, 1]], "1 experts have no slot, the first is expert 2 of layer 0"),
+        ([[0, 1, 3]], "holds experts 0 to 3: there are 3"),
+        ([0, 1, 2], r"shape \(3,\)"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            Placement.from_phy2log(np.array(phy2log), 3)
+    good = Placement.from_phy2log(np.array([[0, 1, 0, 2]]), 3)
+    with pytest.raises(ValueError, match="4 replicas do not divide over 3 GPUs"):
+        good.check(3)
+    with pytest.raises(ValueError, match="as many slots as logcnt says"):
+        Placement(good.phy2log, good.log2phy, np.array([[1, 2, 1]])).check(2)
+    with pytest.raises(ValueError, match=r"does not list the slots of phy2log; first at \[layer, slot\] \[\[0, 1\]\]"):
+        Placement(np.array([[0, 2, 0, 1]]), good.log2phy, good.logcnt).check(2)
+    assert (good.num_layers, good.num_replicas, good.num_experts) == (1, 4, 3)
+    assert [array.shape for array in good] == [(1, 4), (1, 3, 2), (1, 3)]
+
+
+def test_a_placement_is_a_pytree():
+    plan = eplb_jax.rebalance_experts(np.ones((1, 4)), 6, 1, 1, 2)
+    assert isinstance(jax.tree.map(np.negative, plan), Placement)
+    assert len(jax.tree.leaves(plan)) == 3
