@@ -30,13 +30,13 @@ from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model, Params
 from jaxpipe.runtime.program import Program
-from jaxpipe.runtime.straight import is_short
+from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule.check import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulate import Costs
 
-DISPATCHERS = ("straight", "switch", "loops", "one by one")
+DISPATCHERS = ("unrolled", "switch", "loops", "sequential")
 
 
 _NO_GRADIENT = (
@@ -202,10 +202,10 @@ def value_and_grad(
         Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
-        which XLA copies no buffers; "one by one", such loops also for the halves of an overlapped pair; "straight", on
+        which XLA copies no buffers; "sequential", such loops also for the halves of an overlapped pair; "unrolled", on
         one rank, as code that needs no choice and copies nothing into slots, so that it stashes what functions named
-        ``made_again`` made. That is two to three times as much code. Default: "straight" on one rank where a few rounds
-        of the schedule repeat, else "one by one" on CPU, which overlaps nothing, and "loops" on others.
+        ``made_again`` made. That is two to three times as much code. Default: "unrolled" on one rank where a few rounds
+        of the schedule repeat, else "sequential" on CPU, which overlaps nothing, and "loops" on others.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
@@ -362,7 +362,7 @@ def _pipeline(
     stage_of_rows(schedule, order)
     if dispatch is not None and dispatch not in DISPATCHERS:
         raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
-    if dispatch == "straight" and schedule.num_ranks != 1:
+    if dispatch == "unrolled" and schedule.num_ranks != 1:
         raise ValueError(
             f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
         )
@@ -372,7 +372,7 @@ def _pipeline(
     )  # fmt: skip
     if dispatch is None:
         on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-        dispatch = "straight" if is_short(program) else "one by one" if on_cpu else "loops"
+        dispatch = "unrolled" if is_short(program) else "sequential" if on_cpu else "loops"
     return Pipeline(
         program=program,
         model=model,

@@ -2,7 +2,7 @@
 
 A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
 runs its branches in the order of that table: the n-th time that a rank runs an operation of a branch is the n-th time
-that the branch stands in the rank's column. Straight code of one rank has operations of their own for each step, or for
+that the branch stands in the rank's column. Unrolled code of one rank has operations of their own for each step, or for
 each step of its loop's body; a scope says which.
 """
 

@@ -5,7 +5,7 @@
 Both hold float32 masters, compute in bfloat16 and add up gradients in float32. One rank runs both stages of DualPipeV,
 so that every action, slot and loop of the executor is there and no waiting is. "stash" is what the schedule says is
 held at once: slots times their size, gradients and working copies; "temp" is what the compiler allocates. Slots in
-pools (``--dispatch loops``) are one more in each pool than are alive; straight code frees what a backward has read
+pools (``--dispatch loops``) are one more in each pool than are alive; unrolled code frees what a backward has read
 while the forward beside it writes.
 """
 
@@ -66,7 +66,7 @@ def plain_step(chunk: Chunk, stages: int, mesh: Any) -> Any:
 
 def stash_bytes(chunk: Chunk, step: jaxpipe.Pipeline, masters: Any, mesh: Any) -> int:
     """What the schedule holds at once: all slots, the gradients, and the working copies."""
-    program, pools = step.program, step.dispatch != "straight"
+    program, pools = step.program, step.dispatch != "unrolled"
     one = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], jnp.bfloat16), masters)
     x = jax.ShapeDtypeStruct((1, chunk.tokens, chunk.width), jnp.bfloat16)
     found: list[Any] = []
@@ -83,7 +83,7 @@ def stash_bytes(chunk: Chunk, step: jaxpipe.Pipeline, masters: Any, mesh: Any) -
         (program.num_stash_slots + pools) * nbytes(split.residuals.input)
         + (program.num_weight_stash_slots + pools) * nbytes(split.residuals.weight)
         + (program.num_cross_slots + pools) * nbytes(split.crossing)
-        + (program.num_mail_slots + pools) * nbytes(x)
+        + (program.num_message_slots + pools) * nbytes(x)
     )
     return slots + 3 * nbytes(masters) // 2  # float32 sums and bfloat16 copies
 
@@ -141,7 +141,7 @@ def main() -> None:
     parser.add_argument("--microbatches", default="8,16,32,64")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--model", choices=["moe", "dense", "both"], default="both")
-    parser.add_argument("--dispatch", choices=["straight", "loops"], help="default: straight")
+    parser.add_argument("--dispatch", choices=["unrolled", "loops"], help="default: unrolled")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     print(f"{machine()}, bfloat16, one microbatch is one sequence\n")

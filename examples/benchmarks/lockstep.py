@@ -48,7 +48,7 @@ def row(name: str, ranks: int, microbatches: int, label: str) -> str:
     cells = (
         name, f"{ranks}, {microbatches}", label, f"{ideal:.1f}", f"{packed.makespan / ideal:.3f}", packed.num_ticks,
         program.num_steps, int(program.communicate.sum()), f"{naive.makespan / ideal:.3f}", naive.num_ticks,
-        f"{seconds:.2f}", program.num_mail_slots, program.num_stash_slots, program.num_weight_stash_slots,
+        f"{seconds:.2f}", program.num_message_slots, program.num_stash_slots, program.num_weight_stash_slots,
     )  # fmt: skip
     return "| " + " | ".join(map(str, cells)) + " |"
 
@@ -62,7 +62,7 @@ def main() -> None:
     print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, simulated\n")
     header = (
         "schedule", "ranks, microbatches", "costs", "asynchronous", "packed", "ticks", "steps", "permutes", "naive",
-        "naive ticks", "search s", "mail", "stash", "weight stash",
+        "naive ticks", "search s", "in flight", "stash", "weight stash",
     )  # fmt: skip
     print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
     for name in [arguments.schedule] if arguments.schedule else SIZES:

@@ -22,7 +22,7 @@ from jaxpipe.runtime.execute import make_tables
 from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import pack
 from jaxpipe.runtime.periods import find_steady
-from jaxpipe.runtime.straight import is_short
+from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule import Costs, build, builders, check, simulate
 
 HEADER = (

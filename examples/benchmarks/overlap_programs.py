@@ -242,18 +242,18 @@ def steady_state(program: Program) -> Program:
     )
 
 
-def send_messages(program: Program, channels: list[int], axis: str, mail: Any, row: Any) -> list[Any]:
+def send_messages(program: Program, channels: list[int], axis: str, in_flight: Any, row: Any) -> list[Any]:
     """What arrives on these channels."""
     with jax.named_scope("send"):
-        return [lax.ppermute(take(mail, row["send"][i]), axis, program.channels[i]) for i in channels]
+        return [lax.ppermute(take(in_flight, row["send"][i]), axis, program.channels[i]) for i in channels]
 
 
 def receive_messages(channels: list[int], buffers: Buffers, row: Any, arrived: list[Any]) -> Buffers:
     """Puts them into their slots."""
-    mail = buffers.mail
+    in_flight = buffers.in_flight
     for i, message in zip(channels, arrived, strict=True):
-        mail = put(mail, row["receive"][i], message)
-    return buffers._replace(mail=mail)
+        in_flight = put(in_flight, row["receive"][i], message)
+    return buffers._replace(in_flight=in_flight)
 
 
 def without_switch(program: Program, operation: Any, axis: str, dispatch: str, buffers: Any, tables: Any) -> Any:
@@ -281,7 +281,7 @@ def without_switch(program: Program, operation: Any, axis: str, dispatch: str, b
             row = {name: value[tick] for name, value in rows.items()}
             channels = np.flatnonzero(program.communicate[tick]).tolist()
             buffers = run_branch(program.branches[program.branch[tick, 0]], operation)(buffers, row["operands"])
-            arrived = send_messages(program, channels, axis, buffers.mail, row)
+            arrived = send_messages(program, channels, axis, buffers.in_flight, row)
             buffers = receive_messages(channels, buffers, row, arrived)
         return buffers, None
 
@@ -303,7 +303,7 @@ def w_beside_sends(program: Program, operation: Any, axis: str, dispatch: str, b
 
     def iteration(buffers: Any, row: Any) -> tuple[Any, None]:
         buffers = execute._dispatch("loops", row["branch"], before, buffers, row["operands"])
-        arrived = send_messages(program, channels, axis, buffers.mail, row)
+        arrived = send_messages(program, channels, axis, buffers.in_flight, row)
         buffers = execute._dispatch("loops", row["branch"], beside, buffers, row["operands"][1:])
         return receive_messages(channels, buffers, row, arrived), None
 

@@ -145,7 +145,7 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     calls.append(functools.partial(send, jax.device_put(x, NamedSharding(model.mesh, P()))))
     costs = Costs(*medians_ms(calls, repeats))
     slots = [nbytes(each) for each in (kept.input, kept.weight, crossing, x)]
-    print(f"{layers} layers: {costs} ms; a stash, weight stash, cross and mail slot: {slots} bytes\n", flush=True)
+    print(f"{layers} layers: {costs} ms; a stash, weight stash, cross and message slot: {slots} bytes\n", flush=True)
     return costs, nbytes(totals) // 4, slots
 
 
@@ -182,7 +182,12 @@ def measure(model: Layers, plan: Any, stage: Any, whole: Costs, repeats: int, lo
     busy, ideal = (count * (times.forward + times.backward_input + times.weight) for times in (costs, whole))
     timeline = simulate(schedule, costs)
     form = closed_form_bubble(schedule.name, schedule.num_ranks, costs) if schedule.name in FORMS else float("nan")
-    pools = (program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots, program.num_mail_slots)
+    pools = (
+        program.num_stash_slots,
+        program.num_weight_stash_slots,
+        program.num_cross_slots,
+        program.num_message_slots,
+    )
     slots = sum((number + 1) * size for number, size in zip(pools, sizes, strict=True))
     values = (
         step_ms, step_ms / ideal, timeline.makespan, step_ms / timeline.makespan, program.makespan / timeline.makespan,

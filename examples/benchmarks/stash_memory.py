@@ -74,7 +74,7 @@ def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int)
         "stash": (program.num_stash_slots, split.residuals.input),
         "weight stash": (program.num_weight_stash_slots, split.residuals.weight),
         "cross": (program.num_cross_slots, split.crossing),
-        "mail": (program.num_mail_slots, x),
+        "in_flight": (program.num_message_slots, x),
     }
     slots = sum((count + 1) * nbytes(value) for count, value in pools.values())
     chunks = len(schedule.rank_stages[0])

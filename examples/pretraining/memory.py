@@ -22,7 +22,7 @@ class Memory:
       working: copies of them in the compute dtype or by slot, made once a step.
       gradients: their sums over microbatches.
       stash: of microbatches between forward and backward.
-      mail: activations and cotangents between stages.
+      in_flight: activations and cotangents between stages.
       transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
       optimizer: moments.
       batch: a step's tokens.
@@ -34,7 +34,7 @@ class Memory:
     working: int
     gradients: int
     stash: int
-    mail: int
+    in_flight: int
     transient: int
     optimizer: int = 0
     batch: int = 0
@@ -49,7 +49,7 @@ class Memory:
     @property
     def temporary(self) -> int:
         """What the compiled step allocates besides."""
-        return self.working + self.gradients + self.stash + self.mail + self.transient
+        return self.working + self.gradients + self.stash + self.in_flight + self.transient
 
     @property
     def total(self) -> int:
@@ -69,12 +69,12 @@ def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu:
     outer = jax.make_jaxpr(pipeline)(params, batch)
     (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
     body = mapped.params["jaxpr"]
-    # The order is that of jaxpipe.runtime.buffers.Buffers: mail first, at the end gradients and a few sums.
+    # The order is that of jaxpipe.runtime.buffers.Buffers: messages first, at the end gradients and a few sums.
     chunks = len(pipeline.program.schedule.rank_stages[0])
     num_grads = chunks * len(jax.tree.leaves(params.stages)) + len(jax.tree.leaves(params.outer))
     sums = len(jax.tree.leaves(jax.eval_shape(pipeline, params, batch)[0]))
     pools, buffers = _buffers(body, pipeline.dispatch, num_grads + sums)
-    mail, stash, grads = buffers[:pools], buffers[pools : -num_grads - sums], buffers[-num_grads - sums : -sums]
+    in_flight, stash, grads = buffers[:pools], buffers[pools : -num_grads - sums], buffers[-num_grads - sums : -sums]
     working = _working(body)
     total = peak(body, cpu=cpu)
     return Memory(
@@ -82,18 +82,18 @@ def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu:
         working=working,
         gradients=nbytes(grads),
         stash=nbytes(stash),
-        mail=nbytes(mail),
-        transient=total - working - nbytes((*grads, *stash, *mail)),
+        in_flight=nbytes(in_flight),
+        transient=total - working - nbytes((*grads, *stash, *in_flight)),
     )
 
 
 def _buffers(body: Jaxpr, dispatch: str, after: int) -> tuple[int, list[Any]]:
-    """(how many buffers are of mail, all buffers); of code without pools, those of the step that leaves most bytes.
+    """(how many buffers hold messages, all buffers); of code without pools, those of the step that leaves most bytes.
 
-    ``after``: how many buffers there are besides mail and stash. Of code without pools, mail counts as stash.
+    ``after``: how many buffers there are besides messages and stash. Of code without pools, messages count as stash.
     """
     loops = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
-    if dispatch != "straight":
+    if dispatch != "unrolled":
         loop = max(loops, key=lambda eqn: scan_counts(eqn)[1])
         consts, carried = scan_counts(loop)
         return 1, [var.aval for var in loop.invars[consts : consts + carried]]

@@ -104,7 +104,7 @@ class Plan:
                 lines.append(f"| {row.name} | {row.reason}" + " |" * 12)
                 continue
             m = row.memory
-            parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.mail, m.transient, m.total)
+            parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.in_flight, m.transient, m.total)
             sizes = " | ".join(_short(part / GIGA) for part in parts)
             fits = "" if m.total <= self.chip.memory else " (too much)"
             lines.append(
@@ -251,7 +251,7 @@ def _memory(
     kept = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) for leaf in jax.tree.leaves(state.params)]
     pipeline = trainer.pipelined(model, schedule, mesh)
     if cpu and pipeline.dispatch == "loops":
-        pipeline = dataclasses.replace(pipeline, dispatch="one by one")
+        pipeline = dataclasses.replace(pipeline, dispatch="sequential")
     found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
     moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
     rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]

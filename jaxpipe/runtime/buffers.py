@@ -13,7 +13,7 @@ class Buffers(NamedTuple):
     """Everything the scan over steps carries on one rank.
 
     Attributes:
-      mail: activations and cotangents in transit, leaves ``[mail slots + 1, ...]``.
+      in_flight: activations and cotangents in transit, leaves ``[message slots + 1, ...]``.
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
@@ -25,7 +25,7 @@ class Buffers(NamedTuple):
       outputs: leaves ``[num_microbatches, ...]``, in forward-only programs.
     """
 
-    mail: Any
+    in_flight: Any
     stash: Any = ()
     weight_stash: Any = ()
     cross: Any = ()

@@ -17,7 +17,7 @@ from jaxpipe.runtime.program import Op
 _OPS = tuple(Op)
 EMBED, HEAD, EMBED_GRAD = (_OPS.index(op) for op in (Op.EMBED, Op.HEAD, Op.EMBED_GRAD))
 
-# What operations read from their mail slots and write to them, in the order of Op: how many boundaries after that at
+# What operations read from their message slots and write to them, in the order of Op: how many boundaries after that at
 # the stage's input, and whether its cotangent. Nothing is -1.
 _READS = np.array([[0, 0], [1, 1], [1, 1], [-1, 0], [-1, 0], [1, 0], [0, 1]])
 _WRITES = np.array([[1, 0], [0, 1], [0, 1], [-1, 0], [0, 0], [1, 1], [-1, 0]])
@@ -54,12 +54,12 @@ class Operations:
 
     @property
     def reads(self) -> np.ndarray:
-        """The number of the boundary that an operation reads from its mail slot; -1 for none."""
+        """The number of the boundary that an operation reads from its message slot; -1 for none."""
         return self._boundary(_READS)
 
     @property
     def writes(self) -> np.ndarray:
-        """The number of the boundary that an operation writes to its mail slot; -1 for none."""
+        """The number of the boundary that an operation writes to its message slot; -1 for none."""
         return self._boundary(_WRITES)
 
     def _boundary(self, table: np.ndarray) -> np.ndarray:

@@ -17,11 +17,11 @@ from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, al
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
-from jaxpipe.runtime.operations import Operation, Step, make_context, partition, run_branch, run_one_by_one
+from jaxpipe.runtime.operations import Operation, Step, make_context, partition, run_branch, run_sequential
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.shares import Shares, mean_shares
-from jaxpipe.runtime.straight import run_straight
+from jaxpipe.runtime.unrolled import run_unrolled
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -73,7 +73,7 @@ def train(
     model = _prepare_model(program, model, axes, compute_dtype)
     ctx = make_context(batch, rng, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    apart = dispatch == "straight"  # what is stashed is not copied: to make it again costs more
+    apart = dispatch == "unrolled"  # what is stashed is not copied: to make it again costs more
     split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
     check_alone("stage", program, axes.pipeline, split.collectives)
     _check_boundary(x, split.out[0])
@@ -108,7 +108,7 @@ def train(
     )
     pool = functools.partial(allocate, apart=apart)
     buffers = Buffers(
-        mail=pool(x, program.num_mail_slots + 1),
+        in_flight=pool(x, program.num_message_slots + 1),
         stash=pool(split.residuals.input, program.num_stash_slots + 1),
         weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
         cross=pool(split.crossing, program.num_cross_slots + 1),
@@ -183,7 +183,7 @@ def infer(
                 f"program returns per-example outputs, so make its leading dimension {rows}"
             )
     buffers = Buffers(
-        mail=allocate(x, program.num_mail_slots + 1, apart=dispatch == "straight"),
+        in_flight=allocate(x, program.num_message_slots + 1, apart=dispatch == "unrolled"),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -216,12 +216,12 @@ def run_steps(
     tables: Any,
 ) -> Buffers:
     """The scan over all steps: run a branch, then move messages where the step says so."""
-    if dispatch == "straight":
-        return run_straight(program, operation, buffers)
+    if dispatch == "unrolled":
+        return run_unrolled(program, operation, buffers)
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
-    if dispatch == "one by one":
-        branches = [run_one_by_one(branch, operation) for branch in program.branches]
+    if dispatch == "sequential":
+        branches = [run_sequential(branch, operation) for branch in program.branches]
     else:
         branches = [(run_branch(branch, operation),) for branch in program.branches]
     branches = [tuple(map(jax.named_scope(f"branch_{i}"), functions)) for i, functions in enumerate(branches)]
@@ -231,8 +231,8 @@ def run_steps(
     def body(buffers: Buffers, row: Any) -> tuple[Buffers, None]:
         mine, pattern = row
         buffers = _dispatch(dispatch, mine["branch"], branches, buffers, mine["operands"])
-        mail = _dispatch(dispatch, pattern, exchanges, buffers.mail, mine["send"], mine["receive"])
-        return buffers._replace(mail=mail), None
+        in_flight = _dispatch(dispatch, pattern, exchanges, buffers.in_flight, mine["send"], mine["receive"])
+        return buffers._replace(in_flight=in_flight), None
 
     return lax.scan(body, buffers, (per_rank, patterns))[0]
 
@@ -245,14 +245,16 @@ def _patterns(program: Program) -> tuple[list[tuple[bool, ...]], np.ndarray]:
 
 
 def _exchange(
-    channels: Sequence[Any], pattern: tuple[bool, ...], axis: str, mail: Any, send: jax.Array, receive: jax.Array
+    channels: Sequence[Any], pattern: tuple[bool, ...], axis: str, in_flight: Any, send: jax.Array, receive: jax.Array
 ) -> Any:
     """Moves one message on each channel of a pattern: all sends are read before any arrival is written."""
     with jax.named_scope("send"):
-        arrived = [(i, lax.ppermute(take(mail, send[i]), axis, channels[i])) for i, flag in enumerate(pattern) if flag]
+        arrived = [
+            (i, lax.ppermute(take(in_flight, send[i]), axis, channels[i])) for i, flag in enumerate(pattern) if flag
+        ]
     for i, message in arrived:
-        mail = put(mail, receive[i], message)
-    return mail
+        in_flight = put(in_flight, receive[i], message)
+    return in_flight
 
 
 def _dispatch(

@@ -43,7 +43,8 @@ class ForwardStep:
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             y, metrics = result
             return buffers._replace(
-                mail=put(buffers.mail, row[Field.TARGET], y), stage_metrics=add(buffers.stage_metrics, metrics)
+                in_flight=put(buffers.in_flight, row[Field.TARGET], y),
+                stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
         return Operation(_read_source, compute, write)
@@ -67,4 +68,4 @@ def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
 
 
 def _read_source(buffers: Buffers, row: jax.Array) -> Any:
-    return take(buffers.mail, row[Field.SOURCE])
+    return take(buffers.in_flight, row[Field.SOURCE])

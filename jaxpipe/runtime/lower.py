@@ -96,7 +96,7 @@ def _stash_slots(
     return slots, count
 
 
-def _mail_slots(operations: Operations, values: Values, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
+def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
     """The slots that each value is written to and read from, one for both within a rank; how many a rank uses.
 
     ``sent`` is the step after which a value moves; -1 within a rank.
@@ -148,7 +148,7 @@ def _fill(
     moved = last_step[moves.tick]
     sent = np.full(len(values.boundary), -1)
     sent[moves.value] = moved
-    mail_from, mail_to, num_mail = _mail_slots(operations, values, sent)
+    sent_from, kept_in, num_messages = _message_slots(operations, values, sent)
     stash, num_stash = _stash_slots(actions, operations, F, (B, I))
     weight, num_weight = _stash_slots(actions, operations, F, (B, W))
     cross, num_cross = _stash_slots(actions, operations, I, (W,))
@@ -156,7 +156,7 @@ def _fill(
     branches, which = _branches(operations)
     branch = np.zeros((num_steps, ranks), np.int32)
     operands = np.zeros((num_steps, ranks, 2, len(Field)), np.int32)
-    dummies = (num_mail, num_mail, num_stash, num_weight, num_cross)
+    dummies = (num_messages, num_messages, num_stash, num_weight, num_cross)
     operands[..., Field.SOURCE :] = dummies
     everywhere = operations.shared
     branch[step[everywhere]] = which[everywhere, None]
@@ -164,7 +164,7 @@ def _fill(
     operands[step[everywhere], :, 0, Field.STAGE] = operations.stage[everywhere, None]
     branch[step, operations.rank] = which
     slots = np.full((len(step), 5), -1)
-    slots[values.reader, 0], slots[values.writer, 1] = mail_to, mail_from
+    slots[values.reader, 0], slots[values.writer, 1] = kept_in, sent_from
     for column, pool, kinds in ((2, stash, (F, B, I)), (3, weight, (F, B, I, W)), (4, cross, (I, W))):
         mine = np.isin(operations.op, kinds)
         slots[mine, column] = pool[operations.stage[mine], operations.microbatch[mine]]
@@ -173,10 +173,10 @@ def _fill(
 
     shape = num_steps, ranks, len(moves.channels)
     communicate = np.zeros((num_steps, len(moves.channels)), np.bool_)
-    send, receive = np.full(shape, num_mail, np.int32), np.full(shape, num_mail, np.int32)
+    send, receive = np.full(shape, num_messages, np.int32), np.full(shape, num_messages, np.int32)
     communicate[moved, moves.channel] = True
-    send[moved, values.source[moves.value], moves.channel] = mail_from[moves.value]
-    receive[moved, values.target[moves.value], moves.channel] = mail_to[moves.value]
+    send[moved, values.source[moves.value], moves.channel] = sent_from[moves.value]
+    receive[moved, values.target[moves.value], moves.channel] = kept_in[moves.value]
     return Program(
         schedule=schedule,
         forward_only=forward_only,
@@ -189,7 +189,7 @@ def _fill(
         send=send,
         receive=receive,
         ticks=operations.ticks,
-        num_mail_slots=num_mail,
+        num_message_slots=num_messages,
         num_stash_slots=num_stash,
         num_weight_stash_slots=num_weight,
         num_cross_slots=num_cross,

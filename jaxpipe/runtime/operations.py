@@ -70,7 +70,7 @@ class Step:
         """X -> y, and the residuals into the stash."""
 
         def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.mail, row[Field.SOURCE])
+            return take(buffers.in_flight, row[Field.SOURCE])
 
         def compute(x: Any, row: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])
@@ -79,7 +79,7 @@ class Step:
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
             return buffers._replace(
-                mail=put(buffers.mail, row[Field.TARGET], y),
+                in_flight=put(buffers.in_flight, row[Field.TARGET], y),
                 stash=put(buffers.stash, row[Field.STASH], residuals.input),
                 weight_stash=put(buffers.weight_stash, row[Field.WEIGHT_STASH], residuals.weight),
                 aux_loss=self._add_loss(buffers.aux_loss, aux_loss, row),
@@ -98,7 +98,9 @@ class Step:
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             grads, dx = result
-            return self._accumulate(buffers, chunk, grads, row)._replace(mail=put(buffers.mail, row[Field.TARGET], dx))
+            return self._accumulate(buffers, chunk, grads, row)._replace(
+                in_flight=put(buffers.in_flight, row[Field.TARGET], dx)
+            )
 
         return Operation(self._read_backward, compute, write)
 
@@ -113,7 +115,7 @@ class Step:
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             dx, crossing = result
             return buffers._replace(
-                mail=put(buffers.mail, row[Field.TARGET], dx),
+                in_flight=put(buffers.in_flight, row[Field.TARGET], dx),
                 cross=put(buffers.cross, row[Field.CROSS], crossing),
             )
 
@@ -137,7 +139,7 @@ class Step:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
 
         def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.mail, row[Field.SOURCE])
+            return take(buffers.in_flight, row[Field.SOURCE])
 
         def compute(dx: Any, row: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, -1, row[Field.MICROBATCH])
@@ -160,7 +162,7 @@ class Step:
         """
 
         def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.mail, row[Field.SOURCE])
+            return take(buffers.in_flight, row[Field.SOURCE])
 
         def compute(y: Any, row: jax.Array) -> Any:
             if self.model.head is None:
@@ -179,7 +181,7 @@ class Step:
 
         def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
             dy, outer_grads, loss, metrics = result
-            buffers = buffers._replace(mail=put(buffers.mail, row[Field.TARGET], dy))
+            buffers = buffers._replace(in_flight=put(buffers.in_flight, row[Field.TARGET], dy))
             if loss is None:
                 return buffers
             return buffers._replace(
@@ -193,7 +195,7 @@ class Step:
     def _read_backward(self, buffers: Buffers, row: jax.Array) -> Any:
         stash = take(buffers.stash, row[Field.STASH])
         weight_stash = take(buffers.weight_stash, row[Field.WEIGHT_STASH])
-        return type(self.split.residuals)(stash, weight_stash), take(buffers.mail, row[Field.SOURCE])
+        return type(self.split.residuals)(stash, weight_stash), take(buffers.in_flight, row[Field.SOURCE])
 
     def _seed(self, row: jax.Array) -> jax.Array:
         return self.shares.seeds[row[Field.MICROBATCH]]
@@ -227,7 +229,7 @@ def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None)
         return model.run_embed(outer, make_context(batch, rng, -1, row[Field.MICROBATCH]))
 
     def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
-        return buffers._replace(mail=put(buffers.mail, row[Field.TARGET], x))
+        return buffers._replace(in_flight=put(buffers.in_flight, row[Field.TARGET], x))
 
     return Operation(read, compute, write)
 
@@ -268,7 +270,7 @@ def run_branch(
     return run
 
 
-def run_one_by_one(
+def run_sequential(
     branch: Branch, operation: Callable[[Op, int], Operation]
 ) -> tuple[Callable[[Buffers, jax.Array], Buffers], ...]:
     """The code of each operation of a branch by itself, for backends that overlap nothing."""

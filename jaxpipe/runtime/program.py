@@ -35,8 +35,8 @@ class Field(enum.IntEnum):
     ==============  ===================================================================================
     MICROBATCH      the microbatch worked on; 0 for an idle rank
     STAGE           the stage worked on; 0 for an idle rank
-    SOURCE          mail slot read: x of F, dy of B and I, y of HEAD, dx of EMBED_GRAD
-    TARGET          mail slot written: y of F, dx of B and I, x of EMBED, dy of HEAD; may be SOURCE
+    SOURCE          message slot read: x of F, dy of B and I, y of HEAD, dx of EMBED_GRAD
+    TARGET          message slot written: y of F, dx of B and I, x of EMBED, dy of HEAD; may be SOURCE
     STASH           written by F, read and freed by B or I
     WEIGHT_STASH    written by F, read and freed by B or W, read and kept by I
     CROSS           written by I, read and freed by W
@@ -62,7 +62,7 @@ class Program:
 
     A step has two moments. First every rank runs its branch, in which neither operation of a pair writes a
     slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Where these are shared, all
-    ranks run the same one in the same step, and of their mail slots all are the dummy but those of the rank with
+    ranks run the same one in the same step, and of their message slots all are the dummy but those of the rank with
     the stage beside it. Then, on the channels flagged for the step, every rank sends and receives; all sends read
     before any receive writes. A message between two stages of the same rank stays in its slot.
 
@@ -77,10 +77,10 @@ class Program:
       channels: the (source rank, destination rank) pairs of each channel, each fit for one ``ppermute``. Two
         channels may be the same permutation: they carry two messages of a rank after one step.
       communicate: ``bool[steps, channels]``, whether messages move after the step; equal on all ranks.
-      send: ``int32[steps, ranks, channels]``, the mail slot that leaves; the dummy if none does.
-      receive: ``int32[steps, ranks, channels]``, the mail slot written; the dummy if nothing arrives.
+      send: ``int32[steps, ranks, channels]``, the message slot that leaves; the dummy if none does.
+      receive: ``int32[steps, ranks, channels]``, the message slot written; the dummy if nothing arrives.
       ticks: ``int32[steps]``, the tick that each step belongs to; ticks end with communication.
-      num_mail_slots: mail slots of a rank, each one message between stages, without the dummy.
+      num_message_slots: message slots of a rank, each one message between stages, without the dummy.
       num_stash_slots: slots for what the input gradient needs, from F to B or I; without the dummy.
       num_weight_stash_slots: slots for what the weight gradient needs, from F to B or W; likewise.
       num_cross_slots: slots for what crosses from I to W; likewise.
@@ -98,7 +98,7 @@ class Program:
     send: np.ndarray
     receive: np.ndarray
     ticks: np.ndarray
-    num_mail_slots: int
+    num_message_slots: int
     num_stash_slots: int
     num_weight_stash_slots: int
     num_cross_slots: int

@@ -76,7 +76,7 @@ def compiled(stage, dispatch, specs=None, make=jaxpipe.value_and_grad, name="1f1
     return jax.jit(step).lower(params, batch).compile().as_text(), mesh
 
 
-@pytest.mark.parametrize("dispatch", ["one by one", "loops", "switch"])
+@pytest.mark.parametrize("dispatch", ["sequential", "loops", "switch"])
 def test_a_split_of_sharded_columns_is_found(dispatch):
     hlo, mesh = compiled(gated, dispatch, COLUMNS)
     with pytest.raises(

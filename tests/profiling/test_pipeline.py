@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import pytest
 
 import jaxpipe
-from jaxpipe.runtime.straight import find_repeat
+from jaxpipe.runtime.unrolled import find_repeat
 from jaxpipe.schedule import build, simulate
 from profiling.capture import capture
 from profiling.event import Event, Trace
@@ -82,7 +82,7 @@ def test_microbatches_are_the_schedules(captured):
     check_microbatches(*captured)
 
 
-def test_one_rank_runs_straight_code(tmp_path):
+def test_one_rank_runs_unrolled_code(tmp_path):
     """Some of its steps have operations of their own, others come round in a loop."""
     trace, program, schedule, ranks = capture_steps(tmp_path, 1, 1)
     repeat = find_repeat(program)

@@ -81,9 +81,9 @@ def plain_seen(stage, schedule, params, batch):
 PLACES = {
     "1f1b, switch": ("1f1b", 2, "switch", layer),
     "1f1b, loops": ("1f1b", 2, "loops", layer),
-    "zb1p, one by one": ("zb1p", 2, "one by one", in_loop),
+    "zb1p, sequential": ("zb1p", 2, "sequential", in_loop),
     "dualpipev, loops": ("dualpipev", 2, "loops", layer),
-    "one rank, straight": ("1f1b", 1, "straight", in_loop),
+    "one rank, unrolled": ("1f1b", 1, "unrolled", in_loop),
 }
 
 
@@ -174,7 +174,7 @@ def doubled(x):
     return jax.freeze(y)
 
 
-@pytest.mark.parametrize("ranks, dispatch", [(2, "loops"), (1, "straight")])
+@pytest.mark.parametrize("ranks, dispatch", [(2, "loops"), (1, "unrolled")])
 def test_refs_everywhere(ranks, dispatch):
     schedule = jaxpipe.schedule.build("zb1p" if ranks == 2 else "1f1b", ranks, MICROBATCHES)
     params, batch = inputs(schedule)

@@ -60,7 +60,7 @@ def make_params(schedule, dtype=np.float64):
 @pytest.mark.parametrize(
     "name, ranks, dispatch",
     [
-        ("1f1b", 1, "straight"),
+        ("1f1b", 1, "unrolled"),
         ("dualpipe", 2, "loops"),
         ("zbv", 2, "switch"),
     ],

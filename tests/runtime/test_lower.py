@@ -51,7 +51,7 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
     """Runs the tables, asserting that every operation finds what it needs; returns what each rank ran, in order."""
     ranks, last = program.num_ranks, program.schedule.num_stages - 1
     embed_grad = any(op is Op.EMBED_GRAD for branch in program.branches for op, _ in branch)
-    mail = [Pool(program.num_mail_slots) for _ in range(ranks)]
+    in_flight = [Pool(program.num_message_slots) for _ in range(ranks)]
     stash = [Pool(program.num_stash_slots) for _ in range(ranks)]
     weight = [Pool(program.num_weight_stash_slots) for _ in range(ranks)]
     cross = [Pool(program.num_cross_slots) for _ in range(ranks)]
@@ -76,17 +76,17 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
                 assert chunk == 0 if shared else program.schedule.rank_stages[rank][chunk] == stage
             if shared and holder != rank:
                 assert set(list(rows[0].values())[Field.SOURCE :]) <= dummies(program)
-                assert rows[0][Field.SOURCE] == rows[0][Field.TARGET] == mail[rank].dummy
+                assert rows[0][Field.SOURCE] == rows[0][Field.TARGET] == in_flight[rank].dummy
                 continue
-            for (op, s, m), row in zip(work, rows, strict=False):  # all reads of mail come before any write
+            for (op, s, m), row in zip(work, rows, strict=False):  # all reads of in_flight come before any write
                 reads = {
                     Op.F: ("act", s, m), Op.HEAD: ("act", s + 1, m), Op.B: ("grad", s + 1, m),
                     Op.I: ("grad", s + 1, m), Op.EMBED_GRAD: ("grad", s, m),
                 }  # fmt: skip
                 if op in reads:
-                    mail[rank].read(row[Field.SOURCE], reads[op])
+                    in_flight[rank].read(row[Field.SOURCE], reads[op])
                 else:
-                    assert row[Field.SOURCE] == mail[rank].dummy
+                    assert row[Field.SOURCE] == in_flight[rank].dummy
             for (op, s, m), row in zip(work, rows, strict=False):
                 writes = {
                     Op.F: ("act", s + 1, m), Op.HEAD: ("grad", s + 1, m), Op.B: ("grad", s, m),
@@ -94,9 +94,9 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
                 }  # fmt: skip
                 to_nobody = (op is Op.HEAD and program.forward_only) or (op in (Op.B, Op.I) and s == 0)
                 if op not in writes or (to_nobody and not (s == 0 and embed_grad and op is not Op.HEAD)):
-                    assert row[Field.TARGET] == mail[rank].dummy
+                    assert row[Field.TARGET] == in_flight[rank].dummy
                 else:
-                    mail[rank].write(row[Field.TARGET], writes[op])
+                    in_flight[rank].write(row[Field.TARGET], writes[op])
                 assert (op is Op.EMBED) <= (s == 0) and (op is Op.HEAD) <= (s == last)
                 assert (op is Op.EMBED_GRAD) <= (s == 0)
                 if op is Op.F and not program.forward_only:
@@ -118,34 +118,34 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
                 if op in (Op.EMBED, Op.HEAD, Op.EMBED_GRAD):
                     assert row[Field.WEIGHT_STASH] == weight[rank].dummy
             ran[rank] += [work] if work else []
-        exchange(program, step, mail)
-    assert all(value is None for pool in mail + stash + weight + cross for value in pool.held)
+        exchange(program, step, in_flight)
+    assert all(value is None for pool in in_flight + stash + weight + cross for value in pool.held)
     return ran
 
 
 def dummies(program: Program) -> set[int]:
     return {
-        program.num_mail_slots, program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots,
+        program.num_message_slots, program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots,
     }  # fmt: skip
 
 
-def exchange(program: Program, step: int, mail: list[Pool]) -> None:
+def exchange(program: Program, step: int, in_flight: list[Pool]) -> None:
     """Moves the messages of a step: every channel reads before any writes, and no message is lost on the way."""
-    arriving: list[dict[int, object]] = [{} for _ in mail]
+    arriving: list[dict[int, object]] = [{} for _ in in_flight]
     for channel, permutation in enumerate(program.channels):
         assert len({s for s, _ in permutation}) == len({d for _, d in permutation}) == len(permutation)
-        senders = {r for r in range(len(mail)) if program.send[step, r, channel] != mail[r].dummy}
-        receivers = {r for r in range(len(mail)) if program.receive[step, r, channel] != mail[r].dummy}
+        senders = {r for r in range(len(in_flight)) if program.send[step, r, channel] != in_flight[r].dummy}
+        receivers = {r for r in range(len(in_flight)) if program.receive[step, r, channel] != in_flight[r].dummy}
         assert program.communicate[step, channel] == bool(senders)
         assert {d for s, d in permutation if s in senders} == receivers and senders <= {s for s, _ in permutation}
         for source, destination in permutation:
             if source in senders:
                 slot = int(program.send[step, source, channel])
-                value = mail[source].held[slot]
+                value = in_flight[source].held[slot]
                 assert value is not None
-                mail[source].held[slot] = None
+                in_flight[source].held[slot] = None
                 arriving[destination][int(program.receive[step, destination, channel])] = value
-    for pool, messages in zip(mail, arriving, strict=True):
+    for pool, messages in zip(in_flight, arriving, strict=True):
         for slot, value in messages.items():
             pool.write(slot, value)
 
@@ -275,7 +275,7 @@ def test_one_group_a_tick_lowers_rightly(name: str) -> None:
 def test_dualpipe_needs_few_buffers_and_messages(name: str, ranks: int, microbatches: int) -> None:
     program = lower(build(name, ranks, microbatches))
     assert program.num_stash_slots == (ranks + 1 if name == "dualpipe" else 2 * ranks + 1)
-    assert program.num_mail_slots <= 4
+    assert program.num_message_slots <= 4
     assert len(program.channels) == 4  # two messages each way between neighbours
     assert program.communicate.any(axis=1).sum() < program.ticks[-1] + 1  # one exchange a tick at most
     assert program.communicate.sum() < 2 * (program.ticks[-1] + 1)  # of two permutes on average

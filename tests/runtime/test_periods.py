@@ -33,7 +33,7 @@ def slots(schedule: Schedule, packing: Packing, **options: bool) -> tuple[int, .
     """How many of each kind a program needs."""
     program = lower(schedule, packing=packing, **options)
     return (
-        program.num_mail_slots, program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots,
+        program.num_message_slots, program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots,
         len(program.channels), int(program.communicate.sum()),
     )  # fmt: skip
 

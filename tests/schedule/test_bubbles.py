@@ -96,7 +96,7 @@ def test_peaks_of_split_backwards_count_until_their_own_half():
     timeline = simulate(Schedule("three", 1, 3, (order,), ((0,),)))
     assert (timeline.peak_live, timeline.peak_activations, timeline.peak_pending_weight) == ((3,), (3,), (3,))
     order = tuple((Action(0, kind, m),) for m in range(3) for kind in (Kind.F, Kind.I, Kind.W))
-    timeline = simulate(Schedule("one by one", 1, 3, (order,), ((0,),)))
+    timeline = simulate(Schedule("sequential", 1, 3, (order,), ((0,),)))
     assert (timeline.peak_live, timeline.peak_activations, timeline.peak_pending_weight) == ((1,), (1,), (1,))
 
 

@@ -56,7 +56,7 @@ def test_other_expressions_are_seen(x64):
 PLACES = {
     "1f1b": (jaxpipe.schedule.build("1f1b", 2, 3), None),
     "zb1p": (jaxpipe.schedule.build("zb1p", 2, 3), None),
-    "one rank": (jaxpipe.schedule.build("1f1b", 1, 3), "straight"),
+    "one rank": (jaxpipe.schedule.build("1f1b", 1, 3), "unrolled"),
 }
 
 

@@ -1,4 +1,4 @@
-"""One rank's program as straight code: the same steps, the same results, and no copies into slots."""
+"""One rank's program as unrolled code: the same steps, the same results, and no copies into slots."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import pytest
 import jaxpipe
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.program import Field
-from jaxpipe.runtime.straight import find_repeat, is_short
+from jaxpipe.runtime.unrolled import find_repeat, is_short
 from tests.plain import assert_trees_close
 from tests.runtime import models
 from tests.runtime.test_execute import compare
@@ -69,18 +69,18 @@ def test_no_other_repetition_leaves_less_code(seed):
     assert find_repeat(program, longest=2).period in (1, 2, len(steps))
 
 
-def test_only_short_code_of_one_rank_is_straight():
+def test_only_short_code_of_one_rank_is_unrolled():
     def made(name, ranks, microbatches, **options):
         schedule = jaxpipe.schedule.build(name, ranks, microbatches)
         return jaxpipe.value_and_grad(mesh=jaxpipe.make_mesh(pp=ranks), schedule=schedule, **TOKENS, **options)
 
-    assert made("dualpipev", 1, 64).dispatch == "straight"
-    assert made("gpipe", 1, 4).dispatch == "straight"
-    assert made("gpipe", 1, 64).dispatch != "straight"  # every microbatch has a slot of its own
-    assert made("dualpipev", 2, 8).dispatch != "straight"
+    assert made("dualpipev", 1, 64).dispatch == "unrolled"
+    assert made("gpipe", 1, 4).dispatch == "unrolled"
+    assert made("gpipe", 1, 64).dispatch != "unrolled"  # every microbatch has a slot of its own
+    assert made("dualpipev", 2, 8).dispatch != "unrolled"
     assert not is_short(lower(jaxpipe.schedule.build("dualpipev", 2, 8)))
-    with pytest.raises(ValueError, match="dispatch='straight' is for one rank; for 2, choose of"):
-        made("dualpipev", 2, 8, dispatch="straight")
+    with pytest.raises(ValueError, match="dispatch='unrolled' is for one rank; for 2, choose of"):
+        made("dualpipev", 2, 8, dispatch="unrolled")
 
 
 @pytest.mark.parametrize("name, microbatches", [("gpipe", 9), ("interleaved", 9), ("zb1p", 4), ("zbv", 7),
@@ -90,7 +90,7 @@ def test_equals_the_plain_program(x64, name, microbatches):
     schedule = jaxpipe.schedule.build(name, 1, microbatches)
     batch = models.token_batch(2 * microbatches)
     params = models.token_params(schedule)
-    compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, dispatch="straight", **TOKENS)
+    compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, dispatch="unrolled", **TOKENS)
 
 
 @pytest.mark.parametrize("name, microbatches", [("interleaved", 7), ("dualpipev", 4)])
@@ -100,7 +100,7 @@ def test_forward_only(x64, name, microbatches):
     functions = dict(stage=models.deepseek_stage, embed=models.deepseek_embed)
     results = [
         jax.jit(jaxpipe.forward(schedule=schedule, mesh=mesh, dispatch=dispatch, **functions))(params, batch)
-        for dispatch in ("straight", "loops")
+        for dispatch in ("unrolled", "loops")
     ]
     assert_trees_close(*results, rtol=1e-12)
 
@@ -108,7 +108,7 @@ def test_forward_only(x64, name, microbatches):
 def test_ends_that_all_ranks_share(x64):
     schedule = jaxpipe.schedule.build("dualpipev", 1, 6)
     compare(schedule, models.token_params(schedule), models.token_batch(12), jax.random.key(3), shared_ends=True,
-            dispatch="straight", **TOKENS)  # fmt: skip
+            dispatch="unrolled", **TOKENS)  # fmt: skip
 
 
 def test_without_embed_and_head(x64):
@@ -121,7 +121,7 @@ def test_without_embed_and_head(x64):
         return jaxpipe.Output(y, aux_loss=jnp.mean(y**2))
 
     batch = jax.random.normal(jax.random.key(1), (18, 8))
-    compare(schedule, jaxpipe.Params(weights), batch, stage=stage, dispatch="straight")
+    compare(schedule, jaxpipe.Params(weights), batch, stage=stage, dispatch="unrolled")
 
 
 def test_slots_are_neither_copied_nor_held_when_free():
@@ -138,7 +138,7 @@ def test_slots_are_neither_copied_nor_held_when_free():
     carried = [var.aval.shape for var in loop.outvars]
     # Between rounds one microbatch is past both forwards and another is about to begin.
     stashed = sum(shape == microbatch for shape in carried)
-    assert stashed <= 5 < step.program.num_stash_slots * 2 + step.program.num_mail_slots
+    assert stashed <= 5 < step.program.num_stash_slots * 2 + step.program.num_message_slots
 
 
 def test_less_memory_than_pools():
@@ -149,6 +149,6 @@ def test_less_memory_than_pools():
         jax.jit(jaxpipe.value_and_grad(models.deepseek_stage, schedule, jaxpipe.make_mesh(pp=1),
                                        embed=models.deepseek_embed, head=models.deepseek_head, dispatch=dispatch))
         .lower(params, batch).compile().memory_analysis().temp_size_in_bytes
-        for dispatch in ("straight", "loops")
+        for dispatch in ("unrolled", "loops")
     ]  # fmt: skip
     assert sizes[0] < sizes[1]

@@ -1,4 +1,4 @@
-"""Runs a Program of one rank as straight code: what each step does, and on which slots, is known when it is traced.
+"""Runs a Program of one rank as unrolled code: what each step does, and on which slots, is known when it is traced.
 
 No step chooses among branches, and no value is copied into its slot or out of it: a slot is a name. Steps that come
 again with other microbatches are one loop, whose body is as many steps as it takes until every slot comes round.
@@ -22,13 +22,13 @@ MOST_OPERATIONS = 12
 """Forwards and backwards of each local chunk in the code; a longer program takes too long to compile."""
 
 _FREED: dict[Op, tuple[tuple[str, Field], ...]] = {
-    Op.F: (("mail", Field.SOURCE),),
-    Op.B: (("mail", Field.SOURCE), ("stash", Field.STASH), ("weight_stash", Field.WEIGHT_STASH)),
-    Op.I: (("mail", Field.SOURCE), ("stash", Field.STASH)),
+    Op.F: (("in_flight", Field.SOURCE),),
+    Op.B: (("in_flight", Field.SOURCE), ("stash", Field.STASH), ("weight_stash", Field.WEIGHT_STASH)),
+    Op.I: (("in_flight", Field.SOURCE), ("stash", Field.STASH)),
     Op.W: (("weight_stash", Field.WEIGHT_STASH), ("cross", Field.CROSS)),
     Op.EMBED: (),
-    Op.HEAD: (("mail", Field.SOURCE),),
-    Op.EMBED_GRAD: (("mail", Field.SOURCE),),
+    Op.HEAD: (("in_flight", Field.SOURCE),),
+    Op.EMBED_GRAD: (("in_flight", Field.SOURCE),),
 }
 
 
@@ -83,7 +83,7 @@ def is_short(program: Program) -> bool:
     return sum(op in (Op.F, Op.B, Op.I, Op.W) for op in kinds) <= most
 
 
-def run_straight(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
+def run_unrolled(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
     """All steps of a program of one rank; the pools of buffers are `Apart`.
 
     The scope ``steps_FIRST_PERIOD_TIMES`` tells a profile's reader which steps an operation is of.
@@ -124,7 +124,7 @@ def _free(buffers: Buffers, branch: Branch, rows: Sequence[Sequence[Any]]) -> Bu
     """Without the values that a step was the last to read, and without those written to dummy slots."""
     for (op, _), row in zip(branch, rows, strict=True):
         for name, field in _FREED[op]:
-            if name != "mail" or row[Field.SOURCE] != row[Field.TARGET]:
+            if name != "in_flight" or row[Field.SOURCE] != row[Field.TARGET]:
                 buffers = buffers._replace(**{name: put(getattr(buffers, name), row[field], None)})
     return jax.tree.map(
         lambda pool: put(pool, len(pool.slots) - 1, None) if isinstance(pool, Apart) else pool,
