@@ -71,7 +71,7 @@ def why_not(array: Any, source: Any, rows: Any) -> str | None:
 def copy_rows(
     x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"], cores: int, plan: Plan = COPIES
 ) -> Float[Array, "R D"]:
-    """`eplb_jax.moe.exchange.spread`: reads each token once and stores it to each of its rows, zeros to the others.
+    """`eplb_jax.moe.exchange.permute`: reads each token once and stores it to each of its rows, zeros to the others.
 
     Args:
       x: the tokens, for which `why_not` has no reason.
@@ -161,7 +161,7 @@ def copy_rows(
 
 
 def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, plan: Plan = SUMS) -> Float[Array, "N D"]:
-    """`eplb_jax.moe.exchange.gather_sum`: loads a part of all rows of a token, adds them in float32, stores the sum.
+    """`eplb_jax.moe.exchange.unpermute`: loads a part of all rows of a token, adds them in float32, stores the sum.
 
     Args:
       rows, index: for which `why_not` has no reason.

@@ -1,7 +1,7 @@
 """Tokens to experts and back: who sends what to whom, and how received tokens are sorted by expert.
 
 A token travels once to each device that holds experts of it, with the list of them and their weights, and one row
-comes back from each: the sum over the experts there. Where rooms are limited, later tokens find none; what is
+comes back from each: the sum over the experts there. Where capacity is limited, later tokens find none; what is
 dropped is counted.
 
 Shapes: T tokens of this device, k choices, ep devices, S slots of a device, C tokens from one device to another,
@@ -21,7 +21,7 @@ from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
 from eplb_jax.moe.exchange import Moves
 
 
-class Rooms(NamedTuple):
+class Capacities(NamedTuple):
     """Sizes that do not depend on values.
 
     Attributes:
@@ -69,8 +69,10 @@ class Sorted(NamedTuple):
     dropped: Int[Array, ""]
 
 
-def make_rooms(tokens: int, top_k: int, num_devices: int, num_slots: int, capacity_factor: float | None) -> Rooms:
-    """Rooms for the worst case, or for a factor times what evenly spread choices need.
+def make_capacities(
+    tokens: int, top_k: int, num_devices: int, num_slots: int, capacity_factor: float | None
+) -> Capacities:
+    """Capacities for the worst case, or for a factor times what evenly spread choices need.
 
     Args:
       tokens: of each device.
@@ -82,10 +84,10 @@ def make_rooms(tokens: int, top_k: int, num_devices: int, num_slots: int, capaci
     Raises:
       ValueError: a factor below 1, sizes below 1.
 
-    >>> make_rooms(1024, 8, 8, 32, None)
-    Rooms(exchange=1024, rows=65760)
-    >>> make_rooms(1024, 8, 8, 32, 1.25)
-    Rooms(exchange=848, rows=10464)
+    >>> make_capacities(1024, 8, 8, 32, None)
+    Capacities(exchange=1024, rows=65760)
+    >>> make_capacities(1024, 8, 8, 32, 1.25)
+    Capacities(exchange=848, rows=10464)
     """
     if min(tokens, top_k, num_devices, num_slots) < 1:
         raise ValueError(
@@ -95,11 +97,11 @@ def make_rooms(tokens: int, top_k: int, num_devices: int, num_slots: int, capaci
     gaps = (ALIGN - 1) * num_slots
     most = num_devices * tokens * min(top_k, num_slots)
     if capacity_factor is None:
-        return Rooms(tokens, _round_up(most + gaps))
+        return Capacities(tokens, _round_up(most + gaps))
     visited = num_devices * (1 - (1 - 1 / num_devices) ** top_k)  # devices that a token has experts on, on average
     exchange = min(tokens, _round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
     rows = min(num_devices * exchange * min(top_k, num_slots), math.ceil(capacity_factor * tokens * top_k))
-    return Rooms(exchange, _round_up(rows + gaps))
+    return Capacities(exchange, _round_up(rows + gaps))
 
 
 def check_capacity_factor(factor: float | None) -> None:
@@ -108,28 +110,28 @@ def check_capacity_factor(factor: float | None) -> None:
         raise ValueError(f"capacity_factor={factor}: it must be at least 1, or None to drop nothing")
 
 
-def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, room: int) -> Sends:
+def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capacity: int) -> Sends:
     """Gives each token a row for each device that it has choices on, as long as there is room.
 
     Args:
       slots: the slot of each choice among all devices' slots, -1 for none.
       num_devices: devices, ep.
       num_slots: slots of each, S.
-      room: rows for each device, C.
+      capacity: rows for each device, C.
     """
     tokens, top_k = slots.shape
     devices = jnp.arange(num_devices, dtype=jnp.int32)
     target = jnp.where(slots >= 0, slots // num_slots, -1)
     goes = (target[:, :, None] == devices).any(1)
     place = jnp.cumsum(goes.astype(jnp.int32), axis=0, dtype=jnp.int32) - 1
-    fits = goes & (place < room)
-    row = jnp.where(fits, devices * room + place, num_devices * room)
+    fits = goes & (place < capacity)
+    row = jnp.where(fits, devices * capacity + place, num_devices * capacity)
     token = jnp.arange(tokens, dtype=jnp.int32)
-    source = jnp.full(num_devices * room, tokens, jnp.int32)
+    source = jnp.full(num_devices * capacity, tokens, jnp.int32)
     source = source.at[row].set(jnp.broadcast_to(token[:, None], row.shape), mode="drop")
 
     # A token's rows by its choices: the first choice on a device stands for the device.
-    nowhere = num_devices * room
+    nowhere = num_devices * capacity
     order = jnp.arange(top_k, dtype=jnp.int32)
     first = ~((target[:, :, None] == target[:, None, :]) & (order[:, None] > order)).any(-1)
     of_choice = jnp.where(target >= 0, jnp.take_along_axis(row, jnp.maximum(target, 0), axis=1), nowhere)
@@ -137,8 +139,8 @@ def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, room:
     entries = jnp.where(of_choice < nowhere, of_choice * top_k + order, nowhere * top_k)
 
     known = jnp.minimum(source, tokens - 1)
-    there = (source < tokens)[:, None] & (target[known] == jnp.repeat(devices, room)[:, None])
-    shape = num_devices, room, top_k
+    there = (source < tokens)[:, None] & (target[known] == jnp.repeat(devices, capacity)[:, None])
+    shape = num_devices, capacity, top_k
     local = jnp.where(there, slots[known] % num_slots, -1).reshape(shape)
     choices = jnp.where(there, known[:, None] * top_k + order, tokens * top_k).reshape(shape)
     dropped = ((target >= 0) & (of_choice == nowhere)).sum(dtype=jnp.int32)
@@ -182,12 +184,12 @@ def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sor
 
 def _limit(wanted: jax.Array, num_rows: int) -> jax.Array:
     """Sizes of at most those wanted whose groups, each a multiple of `ALIGN`, fit into the rows."""
-    blocks, room = -(-wanted // ALIGN), num_rows // ALIGN
+    blocks, capacity = -(-wanted // ALIGN), num_rows // ALIGN
     # Slots that want at most as much as this one get that, the others as much as this one: does it fit?
     needed = jnp.minimum(blocks, blocks[:, None]).sum(1, dtype=jnp.int32)
-    level = jnp.where(needed <= room, blocks, 0).max()
+    level = jnp.where(needed <= capacity, blocks, 0).max()
     more = blocks > level
-    left = room - jnp.minimum(blocks, level).sum(dtype=jnp.int32)
+    left = capacity - jnp.minimum(blocks, level).sum(dtype=jnp.int32)
     level = level + jnp.where(more.any(), left // jnp.maximum(more.sum(dtype=jnp.int32), 1), 0)
     return jnp.minimum(wanted, level * ALIGN)
 

@@ -39,7 +39,7 @@ class Moves(NamedTuple):
     rows: Int[Array, "N k"]
 
 
-def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
+def permute(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
     """A copy of its token in each row, zeros in rows that hold none.
 
     Args:
@@ -53,43 +53,43 @@ def spread(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -
       ValueError: "mosaic" for what it cannot do.
 
     >>> moves = Moves(jnp.array([1, 0, 1, 2]), jnp.array([[1, 4], [0, 2]]))
-    >>> spread(jnp.array([[1.0], [5.0]]), moves)[:, 0].tolist()
+    >>> permute(jnp.array([[1.0], [5.0]]), moves)[:, 0].tolist()
     [5.0, 1.0, 5.0, 0.0]
-    >>> gather_sum(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
+    >>> unpermute(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
     [2.0, 4.0]
     """
     x, *indices = same_axes(x, *moves)
-    return _spread(x, Moves(*indices), _choose(x, moves, backend))
+    return _permute(x, Moves(*indices), _choose(x, moves, backend))
 
 
-def gather_sum(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "N D"]:
-    """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `spread`.
+def unpermute(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "N D"]:
+    """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `permute`.
 
     Args:
       rows: what is added; rows that hold no token are not looked at.
       moves, backend: as there.
     """
     rows, *indices = same_axes(rows, *moves)
-    return _gather_sum(rows, Moves(*indices), _choose(rows, moves, backend))
+    return _unpermute(rows, Moves(*indices), _choose(rows, moves, backend))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _spread(x: jax.Array, moves: Moves, chosen: str) -> jax.Array:
+def _permute(x: jax.Array, moves: Moves, chosen: str) -> jax.Array:
     return _dispatch(chosen, row_moves.copy_rows, copy_rows_by_xla, x, moves.source, moves.rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _gather_sum(rows: jax.Array, moves: Moves, chosen: str) -> jax.Array:
+def _unpermute(rows: jax.Array, moves: Moves, chosen: str) -> jax.Array:
     return _dispatch(chosen, row_moves.add_rows, add_rows_by_xla, rows, moves.rows)
 
 
-_spread.defvjp(
-    lambda x, moves, chosen: (_spread(x, moves, chosen), moves),
-    lambda chosen, moves, ct: (_gather_sum(ct, moves, chosen), None),
+_permute.defvjp(
+    lambda x, moves, chosen: (_permute(x, moves, chosen), moves),
+    lambda chosen, moves, ct: (_unpermute(ct, moves, chosen), None),
 )
-_gather_sum.defvjp(
-    lambda rows, moves, chosen: (_gather_sum(rows, moves, chosen), moves),
-    lambda chosen, moves, ct: (_spread(ct, moves, chosen), None),
+_unpermute.defvjp(
+    lambda rows, moves, chosen: (_unpermute(rows, moves, chosen), moves),
+    lambda chosen, moves, ct: (_permute(ct, moves, chosen), None),
 )
 
 
@@ -135,20 +135,20 @@ def add_rows_by_xla(rows: Float[Array, "R D"], index: Int[Array, "N k"]) -> Floa
     return functools.reduce(jnp.add, parts).astype(rows.dtype)
 
 
-def spread_each(
+def permute_each(
     values: Float[Array, "N k"], assignment: Int[Array, " R"], rows: Int[Array, "N k"]
 ) -> Float[Array, " R"]:
     """The value of each row's assignment (token * k + choice), zero for N * k; ``rows`` is the inverse, R for none."""
-    return _spread_each(*same_axes(values, assignment, rows))
+    return _permute_each(*same_axes(values, assignment, rows))
 
 
 @jax.custom_vjp
-def _spread_each(values: jax.Array, assignment: jax.Array, rows: jax.Array) -> jax.Array:
+def _permute_each(values: jax.Array, assignment: jax.Array, rows: jax.Array) -> jax.Array:
     return _take_or_zero(values.reshape(-1), assignment)
 
 
-_spread_each.defvjp(
-    lambda values, assignment, rows: (_spread_each(values, assignment, rows), rows),
+_permute_each.defvjp(
+    lambda values, assignment, rows: (_permute_each(values, assignment, rows), rows),
     lambda rows, ct: (_take_or_zero(ct, rows), None, None),
 )
 

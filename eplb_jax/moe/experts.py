@@ -73,8 +73,8 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
         raise ValueError(f"{slots} slots do not divide over the {devices} devices of axis {axis!r}")
     if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(masters)}) != 1:
         raise ValueError(f"masters have shapes {jax.tree.map(jnp.shape, masters)}: all must hold as many experts")
-    room = slots // devices
-    mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * room, room)
+    capacity = slots // devices
+    mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * capacity, capacity)
 
     def fetch(owned: jax.Array) -> jax.Array:
         if axis is None:
@@ -185,7 +185,7 @@ def gated_backward(
       hidden, weight: its arguments.
       ct: the gradient of its result.
       backend: "auto" takes our own kernel for Hopper GPUs, `eplb_jax.kernels.swiglu`, where it can, and else "xla", as
-        in `eplb_jax.moe.exchange.spread`.
+        in `eplb_jax.moe.exchange.permute`.
 
     Raises:
       ValueError: "mosaic" for what it cannot do.

@@ -20,7 +20,7 @@ from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.grouped_gemm import Backend
 from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
 from eplb_jax.moe import exchange
-from eplb_jax.moe.dispatch import Rooms, check_capacity_factor, make_rooms, plan_sends, sort_by_slot
+from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
@@ -234,14 +234,14 @@ def moe_layer(
                 num_devices=devices,
                 devices_per_node=None if axis is None else config.devices_per_node,
             )
-    rooms = make_rooms(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
+    capacities = make_capacities(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
     if axis is None or devices == 1:
-        y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, rooms, config)
+        y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, capacities, config)
         if params.shared is not None:
             with jax.named_scope("shared_expert"):
                 y = y + shared_out(params.shared, shared_in(params.shared, x))
     else:
-        y, dropped = _remote(params, x, chosen, routing.weights, slots, rooms, config, axis)
+        y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
     return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss)
 
 
@@ -251,7 +251,7 @@ def local_experts(
     slots: jax.Array,
     weights: jax.Array,
     num_slots: int,
-    rooms: Rooms,
+    capacities: Capacities,
     config: MoEConfig,
 ) -> tuple[jax.Array, jax.Array]:
     """Tokens [N, D] with slots and weights [N, k] through this device's experts, and how many choices found no room.
@@ -259,13 +259,13 @@ def local_experts(
     The part of the layer behind the dispatch and before the combine; slots outside of 0 to num_slots - 1 are nobody's.
     """
     with jax.named_scope("permute"):
-        found = sort_by_slot(slots, num_slots, rooms.rows)
-        rows = exchange.spread(x, found.moves, backend=config.backend)
-        weight = exchange.spread_each(weights, found.assignment, found.moves.rows)
+        found = sort_by_slot(slots, num_slots, capacities.rows)
+        rows = exchange.permute(x, found.moves, backend=config.backend)
+        weight = exchange.permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
         rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
     with jax.named_scope("unpermute"):
-        return exchange.gather_sum(rows, found.moves, backend=config.backend), found.dropped
+        return exchange.unpermute(rows, found.moves, backend=config.backend), found.dropped
 
 
 def _remote(
@@ -274,7 +274,7 @@ def _remote(
     slots: jax.Array,
     weights: jax.Array,
     num_slots: int,
-    rooms: Rooms,
+    capacities: Capacities,
     config: MoEConfig,
     axis: str,
 ) -> tuple[jax.Array, jax.Array]:
@@ -286,9 +286,9 @@ def _remote(
     devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
     hidden: Any = None
     with jax.named_scope("dispatch"):
-        sends = plan_sends(slots, devices, num_slots, rooms.exchange)
-        sent = exchange.spread_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
-        rows = exchange.spread(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
+        sends = plan_sends(slots, devices, num_slots, capacities.exchange)
+        sent = exchange.permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
+        rows = exchange.permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
         rows, sent = _return_after(_travel(rows, sends.counts, config, axis), sent)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
     if shared is not None:
@@ -296,7 +296,9 @@ def _remote(
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
     listed, heard = (array.reshape(-1, top_k) for array in message)
-    y, dropped = local_experts(params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, rooms, config)
+    y, dropped = local_experts(
+        params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, capacities, config
+    )
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
@@ -305,7 +307,7 @@ def _remote(
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
     with jax.named_scope("combine"):
-        y = exchange.gather_sum(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
+        y = exchange.unpermute(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
     return y if shared is None else y + hidden, dropped + sends.dropped
 
 

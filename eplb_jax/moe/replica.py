@@ -82,9 +82,11 @@ def node_size(num_devices: int, devices_per_node: int | None) -> int:
     return per_node
 
 
-def _nearest_first(table: jax.Array, device: jax.Array | int, room: int, per_node: int) -> tuple[jax.Array, jax.Array]:
+def _nearest_first(
+    table: jax.Array, device: jax.Array | int, capacity: int, per_node: int
+) -> tuple[jax.Array, jax.Array]:
     """Each expert's slots [E, X] with the nearest ones first, and how many those are [E]."""
-    holder = table // room
+    holder = table // capacity
     distance = jnp.where(holder == device, 0, jnp.where(holder // per_node == device // per_node, 1, 2))
     distance = jnp.where(table >= 0, distance, 3).astype(jnp.int32)
     order = jnp.argsort(distance, axis=1, stable=True)

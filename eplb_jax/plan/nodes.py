@@ -11,7 +11,7 @@ import numpy as np
 from eplb_jax.plan.packing import take
 from eplb_jax.plan.placement import Array, Placement, list_slots
 from eplb_jax.plan.rebalance import experts_of_nodes, group_loads
-from eplb_jax.plan.search import figures_of, refine
+from eplb_jax.plan.search import largest_loads, refine
 
 
 class Rows(NamedTuple):
@@ -74,7 +74,7 @@ def lightest_packing(rows: Rows, slots: jax.Array, layers: int, num_gpus: int, *
 
 def heaviest_of(rows: Rows, slots: jax.Array, num_gpus: int) -> jax.Array:
     """Load of the heaviest GPU [P * layers], of all nodes."""
-    return figures_of(rows.weight, slots, num_gpus).reshape(len(rows.experts), -1).max(1)
+    return largest_loads(rows.weight, slots, num_gpus).reshape(len(rows.experts), -1).max(1)
 
 
 def join_rows(rows: Rows, slots: jax.Array) -> jax.Array:

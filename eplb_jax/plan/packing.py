@@ -92,26 +92,26 @@ def call(function: Any, weight: Array, **arguments: float) -> Any:
 def pack(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
     """`balanced_packing` of float32 [L, N] without checks."""
     items = weight.shape[1]
-    room = items // num_packs
-    if room == 1:
+    capacity = items // num_packs
+    if capacity == 1:
         each = jnp.broadcast_to(jnp.arange(items, dtype=jnp.int32), weight.shape)
         return each, jnp.zeros_like(each)
     place = places(bits(weight))
     if num_packs == 1:
         return jnp.zeros_like(place), place
     weight = take(weight, inverse(place))
-    chosen, rank = _pack_pairs(weight) if room == 2 else _pack_sorted(weight, num_packs)
+    chosen, rank = _pack_pairs(weight) if capacity == 2 else _pack_sorted(weight, num_packs)
     return take(chosen, place), take(rank, place)
 
 
 def _pack_sorted(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
     """Pack and position of each of [L, N] items that come in descending order."""
-    room = weight.shape[1] // num_packs
+    capacity = weight.shape[1] // num_packs
     ids = jnp.arange(num_packs, dtype=jnp.int32)[:, None]
 
     def step(state, item):
         loads, counts = state
-        open_loads = jnp.where(counts < room, loads, jnp.inf)
+        open_loads = jnp.where(counts < capacity, loads, jnp.inf)
         lightest = jnp.where(open_loads == open_loads.min(0), ids, num_packs).min(0)
         hit = ids == lightest
         rank = jnp.where(hit, counts, 0).max(0)

@@ -17,9 +17,9 @@ def repack(weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: floa
     GPUs that are too heavy or lose a replica are opened, and others, in one of two orders, until what the open ones
     hold can be packed greedily. None if that fails even with all of them open.
     """
-    room = len(old) // num_gpus
+    capacity = len(old) // num_gpus
     each = weight / np.maximum(counts, 1)
-    slots = old.reshape(num_gpus, room).copy()
+    slots = old.reshape(num_gpus, capacity).copy()
     totals = each[slots].sum(1)
     heaviest_first = np.argsort(-totals, kind="stable")
     surplus = np.bincount(old, minlength=len(weight)) - counts
@@ -65,9 +65,9 @@ def _open_fewest(
     return plan
 
 
-def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, room: int, target: float) -> np.ndarray | None:
+def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, capacity: int, target: float) -> np.ndarray | None:
     """Experts [packs, room], heaviest first onto the lightest pack with room; None if one gets above target."""
-    out = np.full((packs, room), -1, np.int32)
+    out = np.full((packs, capacity), -1, np.int32)
     lightest = [(0.0, pack, 0) for pack in range(packs)]
     for expert in items[np.argsort(-each[items], kind="stable")]:
         load, pack, held = heapq.heappop(lightest)
@@ -75,7 +75,7 @@ def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, room: int, t
         if load > target:
             return None
         out[pack, held] = expert
-        if held + 1 < room:
+        if held + 1 < capacity:
             heapq.heappush(lightest, (load, pack, held + 1))
     return out
 

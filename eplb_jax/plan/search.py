@@ -36,7 +36,7 @@ def slot_loads(weight: jax.Array, slots: jax.Array) -> jax.Array:
     return take(divide(weight, jnp.maximum(counts_of(slots, weight.shape[1]), 1)), slots)
 
 
-def figures_of(weight: jax.Array, slots: jax.Array, num_gpus: int) -> jax.Array:
+def largest_loads(weight: jax.Array, slots: jax.Array, num_gpus: int) -> jax.Array:
     """Load of the heaviest GPU [rows]."""
     return slot_loads(weight, slots).reshape(slots.shape[0], num_gpus, -1).sum(-1).max(1)
 
@@ -142,14 +142,14 @@ def refine(
     A step either swaps one of its replicas with another GPU's, or gives another copy of one of its experts a slot of an
     expert that has several. Without ``duplicates`` no step brings two replicas of an expert onto one GPU.
     """
-    room = slots.shape[1] // num_gpus
+    capacity = slots.shape[1] // num_gpus
 
     def step(state):
         slots, _, done = state
-        after, better = jax.vmap(functools.partial(_relieve, duplicates))(weight, slots, target)
+        after, better = jax.vmap(functools.partial(_improve, duplicates))(weight, slots, target)
         return after, better.any(), done + 1
 
-    state = slots.reshape(-1, num_gpus, room), jnp.array(True), jnp.int32(0)
+    state = slots.reshape(-1, num_gpus, capacity), jnp.array(True), jnp.int32(0)
     state = jax.lax.while_loop(lambda state: state[1] & (state[2] < steps), step, state)
     return state[0].reshape(slots.shape)
 
@@ -164,9 +164,9 @@ class _Row(NamedTuple):
     held: jax.Array  # [R, G]: replicas of the slot's expert on each GPU; a float, because loads are multiplied by it
 
 
-def _relieve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
+def _improve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
     """One step of one row: slots [G, K] after it, and whether it was worth taking."""
-    room = slots.shape[1]
+    capacity = slots.shape[1]
     flat = slots.reshape(-1)
     counts = counts_of(flat[None], weight.shape[0])[0]
     loads = divide(weight, jnp.maximum(counts, 1))[slots]
@@ -176,40 +176,40 @@ def _relieve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.
     row = _Row(slots, loads, totals, heaviest, held)
 
     swaps = _try_swaps(row, duplicates)
-    gifts = _try_gifts(row, weight, counts, duplicates)
-    swap, gift = jnp.argmin(swaps), jnp.argmin(gifts)
+    moves = _try_moves(row, weight, counts, duplicates)
+    swap, move = jnp.argmin(swaps), jnp.argmin(moves)
     mine, other = jnp.divmod(swap, flat.size)
-    mine = heaviest * room + mine
+    mine = heaviest * capacity + mine
     swapped = flat.at[mine].set(flat[other]).at[other].set(flat[mine])
-    receiver, given = jnp.divmod(gift, flat.size)
-    after = jnp.where(gifts.min() <= swaps.min(), flat.at[given].set(slots[heaviest, receiver]), swapped)
-    best = jnp.minimum(gifts.min(), swaps.min())
+    receiver, given = jnp.divmod(move, flat.size)
+    after = jnp.where(moves.min() <= swaps.min(), flat.at[given].set(slots[heaviest, receiver]), swapped)
+    best = jnp.minimum(moves.min(), swaps.min())
     better = (totals[heaviest] > target) & (best < totals[heaviest] * (1 - GAIN))
     return jnp.where(better, after, flat).reshape(slots.shape), better
 
 
 def _try_swaps(row: _Row, duplicates: bool) -> jax.Array:
     """[K, R]: the heavier of the two GPUs after a slot of the heaviest GPU and another one change places."""
-    gpus, room = row.slots.shape
-    gpu = jnp.repeat(jnp.arange(gpus), room)
+    gpus, capacity = row.slots.shape
+    gpu = jnp.repeat(jnp.arange(gpus), capacity)
     drop = row.loads[row.heaviest][:, None] - row.loads.reshape(-1)
     figures = jnp.maximum(row.totals[row.heaviest] - drop, row.totals[gpu] + drop)
     possible = drop > 0
     if not duplicates:
-        mine = row.heaviest * room + jnp.arange(room)
+        mine = row.heaviest * capacity + jnp.arange(capacity)
         possible &= (row.held[:, row.heaviest] == 0) & (row.held[mine][:, gpu] == 0)
     return jnp.where(possible, figures, jnp.inf)
 
 
-def _try_gifts(row: _Row, weight: jax.Array, counts: jax.Array, duplicates: bool) -> jax.Array:
+def _try_moves(row: _Row, weight: jax.Array, counts: jax.Array, duplicates: bool) -> jax.Array:
     """[K, R]: the heaviest GPU that changes when a slot is given to an expert of the heaviest GPU."""
-    gpus, room = row.slots.shape
+    gpus, capacity = row.slots.shape
     flat = row.slots.reshape(-1)
-    gpu = jnp.repeat(jnp.arange(gpus), room)
+    gpu = jnp.repeat(jnp.arange(gpus), capacity)
     receivers = row.slots[row.heaviest]
     richer = divide(weight[receivers], counts[receivers] + 1)
     poorer = divide(weight[flat], jnp.maximum(counts[flat] - 1, 1))
-    held_by = row.held[row.heaviest * room + jnp.arange(room)]  # [K, G]
+    held_by = row.held[row.heaviest * capacity + jnp.arange(capacity)]  # [K, G]
     relief = (row.loads[row.heaviest] - richer)[:, None] * held_by
     burden = (poorer - row.loads.reshape(-1))[:, None] * row.held
     own = gpu[:, None] == jnp.arange(gpus)

@@ -150,8 +150,13 @@ def layer_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, x: 
     found, table, dense = measure(run, args.repeats), [], {}
     for kind, factor in cases:
         (forward, call, error), (both, program, other) = (found[kind, factor, backward] for backward in (False, True))
-        rooms = dispatch.make_rooms(len(x) // ep, router.top_k, ep, router.num_experts // ep, factor)
-        row = {"exchange": kind, "room": factor or "worst case", "to each": rooms.exchange, "rows": rooms.rows}
+        capacities = dispatch.make_capacities(len(x) // ep, router.top_k, ep, router.num_experts // ep, factor)
+        row = {
+            "exchange": kind,
+            "room": factor or "worst case",
+            "to each": capacities.exchange,
+            "rows": capacities.rows,
+        }
         temp = gib(program.func.memory_analysis().temp_size_in_bytes) if program else "-"
         row |= {"forward": forward, "both": both, "temp GiB": temp, "dropped": "-", "difference": "-"}
         if call:
@@ -173,7 +178,7 @@ def placement_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams,
     step, gather = layer(mesh, config, True), sharded(mesh, fetch, ROWS, WHOLE)
     back = sharded(mesh, lambda ct, m, where: with_gradient(lambda m: fetch(m, where))(ct, m), ROWS, ROWS, WHOLE)
     alone = sharded(mesh, functools.partial(products, backend=config.backend), *(ROWS,) * 6)
-    most = ep * dispatch.make_rooms(len(x) // ep, config.router.top_k, ep, replicas // ep, None).rows
+    most = ep * dispatch.make_capacities(len(x) // ep, config.router.top_k, ep, replicas // ep, None).rows
     rows, hidden, double = (random_rows(mesh, n, most, n) for n in (config.width, config.hidden, 2 * config.hidden))
     run, table = {}, []
     for zipf in (0.0, *map(float, args.zipf.split(","))):

@@ -32,7 +32,7 @@ from eplb_jax import (
     router_logits,
 )
 from eplb_jax.moe import exchange
-from eplb_jax.moe.dispatch import make_rooms, sort_by_slot
+from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 from eplb_jax.moe.experts import gated_backward, shared_in, shared_out, swiglu
 
 HEADER = (
@@ -94,11 +94,11 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
     without = with_gradient(lambda params, x: _output(params, x, part_config))
 
     routing = jax.jit(lambda x: route(router_logits(x, params.router), router, bias=params.bias))(x)
-    rooms = make_rooms(tokens, router.top_k, 1, experts, config.capacity_factor)
-    found = jax.jit(functools.partial(sort_by_slot, num_slots=experts, num_rows=rooms.rows))(routing.experts)
-    rows, ct_rows = (jax.random.normal(key, (rooms.rows, config.width), jnp.bfloat16) for key in keys[2:4])
-    ct_hidden = jax.random.normal(keys[4], (rooms.rows, 2 * config.hidden), jnp.bfloat16)
-    weight = jnp.ones(rooms.rows, jnp.float32)
+    capacities = make_capacities(tokens, router.top_k, 1, experts, config.capacity_factor)
+    found = jax.jit(functools.partial(sort_by_slot, num_slots=experts, num_rows=capacities.rows))(routing.experts)
+    rows, ct_rows = (jax.random.normal(key, (capacities.rows, config.width), jnp.bfloat16) for key in keys[2:4])
+    ct_hidden = jax.random.normal(keys[4], (capacities.rows, 2 * config.hidden), jnp.bfloat16)
+    weight = jnp.ones(capacities.rows, jnp.float32)
     gemms = functools.partial(products, backend=config.backend)
     operands = params.experts, rows, ct_hidden[:, : config.hidden], ct_rows, ct_hidden, found.sizes
     alone, routed, whole = medians_ms([(gemms, operands), (without, (ct, part, x)), (layer, (ct, params, x))], repeats)
@@ -115,9 +115,9 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
     shared = with_gradient(lambda shared, x: shared_out(shared, shared_in(shared, x)))
     parts = [
         time_of(chosen, routing.weights, x, params.router),
-        time_of(lambda slots: sort_by_slot(slots, experts, rooms.rows), routing.experts),
-        time_of(with_gradient(lambda x: exchange.spread(x, found.moves)), ct_rows, x),
-        time_of(with_gradient(lambda rows: exchange.gather_sum(rows, found.moves)), ct, rows),
+        time_of(lambda slots: sort_by_slot(slots, experts, capacities.rows), routing.experts),
+        time_of(with_gradient(lambda x: exchange.permute(x, found.moves)), ct_rows, x),
+        time_of(with_gradient(lambda rows: exchange.unpermute(rows, found.moves)), ct, rows),
         time_of(gate, ct_hidden[:, : config.hidden], ct_hidden, weight),
         time_of(shared, ct, params.shared, x),
     ]

@@ -1,7 +1,7 @@
 """Rows moved by our kernels for Hopper GPUs beside XLA's fusions, values compared and timed: a Markdown table.
 
-Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `spread` copies each token to its rows,
-`gather_sum` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once.
+Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `permute` copies each token to its rows,
+`unpermute` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once.
 
     python examples/benchmarks/row_moves.py [--tokens 128,4096,16384] [--plans] [--tiny]
 """
@@ -22,7 +22,7 @@ from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Plan
 from eplb_jax.moe import exchange
-from eplb_jax.moe.dispatch import make_rooms, sort_by_slot
+from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 
 HEADER = "tokens", "rows", "move", "by", "equal", "µs", "TB/s"
 EXPERTS, CHOICES = 32, 8
@@ -74,7 +74,7 @@ def equal(a: jax.Array, b: jax.Array) -> jax.Array:
 
 def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> None:
     """Prints the rows of the table for a number of tokens."""
-    num_rows = make_rooms(tokens, CHOICES, 1, EXPERTS, None).rows
+    num_rows = make_capacities(tokens, CHOICES, 1, EXPERTS, None).rows
     keys = jax.random.split(jax.random.key(tokens), 3)
     _, slots = jax.lax.top_k(jax.random.uniform(keys[0], (tokens, EXPERTS)), CHOICES)
     sort = functools.partial(sort_by_slot, num_slots=EXPERTS, num_rows=num_rows)
@@ -84,11 +84,11 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> None:
     rows = jnp.where((source < tokens)[:, None], rows, jnp.nan)  # rows of no token reach nothing
     plans = len(COPIES) + len(SUMS) if all_plans else 1
     moves = {
-        "spread": (
+        "permute": (
             num_rows + tokens,
             (exchange.copy_rows_by_xla, row_moves.copy_rows, COPIES[:plans], x, source, index),
         ),
-        "gather_sum": (
+        "unpermute": (
             tokens * (CHOICES + 1),
             (exchange.add_rows_by_xla, row_moves.add_rows, SUMS[:plans], rows, index),
         ),

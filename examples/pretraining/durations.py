@@ -8,7 +8,7 @@ from typing import Any
 
 import jax.numpy as jnp
 
-from eplb_jax.moe.dispatch import make_rooms
+from eplb_jax.moe.dispatch import make_capacities
 from jaxpipe.schedule.simulate import Costs
 from pretraining.config import ModelConfig
 from profiling.chips import Achieved, Chip
@@ -117,7 +117,7 @@ def _exchange(
     if devices == 1:
         return 0.0
     slots = (config.experts + config.redundant) // devices
-    room = make_rooms(tokens, config.moe.router.top_k, devices, slots, config.moe.capacity_factor).exchange
+    room = make_capacities(tokens, config.moe.router.top_k, devices, slots, config.moe.capacity_factor).exchange
     each = room * config.width * itemsize
     inside = min(devices, node) - 1
     outside = devices - 1 - inside

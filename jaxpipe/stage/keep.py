@@ -38,7 +38,7 @@ _SINK: _Place = ("sink", None)
 _ENDLESS = 1 << 62
 
 
-def fewest_bytes(
+def minimum_cut(
     needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value], *, again: bool = True
 ) -> set[Value]:
     """Values to keep, of which light nodes make the needed ones, together with given values and constants.
@@ -55,7 +55,7 @@ def fewest_bytes(
     >>> from jaxpipe.stage.graph import make_graph
     >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
     >>> graph = make_graph(jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x) * 2, x.sum(0)))(x))
-    >>> fewest_bytes(graph.outputs, graph.nodes, ()) == set(graph.inputs)
+    >>> minimum_cut(graph.outputs, graph.nodes, ()) == set(graph.inputs)
     True
     """
     made = producers(nodes)

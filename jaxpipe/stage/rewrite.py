@@ -10,7 +10,7 @@ from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.keep import LIGHT
 
 
-def without_twins(
+def eliminate_common_subexpressions(
     nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
 ) -> list[Node]:
     """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.

@@ -15,9 +15,9 @@ from jaxpipe.stage.axes import Collectives, collectives_of_nodes
 from jaxpipe.stage.divide import closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value, evaluate, read
-from jaxpipe.stage.keep import fewest_bytes
+from jaxpipe.stage.keep import minimum_cut
 from jaxpipe.stage.order import as_soon_as_possible, in_time
-from jaxpipe.stage.rewrite import before_casts, without_twins
+from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.trace import inexact, shape_of, trace
 
 
@@ -212,7 +212,7 @@ def split_stage(
     cts = backward.inputs[len(residuals) :]
     # Backward reads the forward's own values: what parameters or constants give is made there, the rest is kept.
     alias = dict(zip(backward.inputs, residuals, strict=False))
-    nodes = without_twins(without_repeated(backward.nodes, forward.nodes, cts), once, known, alias)
+    nodes = eliminate_common_subexpressions(without_repeated(backward.nodes, forward.nodes, cts), once, known, alias)
     params_ct, x_ct = (
         tuple(alias.get(value, value) for value in values)
         for values in _cut(backward.outputs, [traced.num_params, traced.num_x])
@@ -224,7 +224,7 @@ def split_stage(
     # rest the first cut keeps as few bytes as make all of it.
     shared = [value for value in dict.fromkeys(residuals) if value in needed and value not in known]
     free = light_results(rest, known)
-    chosen = fewest_bytes([value for value in shared if closure([value], rest, known) is None], rest, free, again=again)
+    chosen = minimum_cut([value for value in shared if closure([value], rest, known) is None], rest, free, again=again)
     kept = [value for value in dict.fromkeys((*arguments, *_results(rest))) if value in chosen]
     remade = [value for value in shared if value not in chosen]
     first, second = (
@@ -239,7 +239,7 @@ def split_stage(
     reads = _reads(second, params_ct) - {*_results(second)}
     between = [value for value in order if value in reads]
     at_hand = known | (chosen & reads)
-    handed = fewest_bytes(between, first, at_hand | light_results(first, known), again=again)
+    handed = minimum_cut(between, first, at_hand | light_results(first, known), again=again)
     second = in_time(_made_again([value for value in between if value not in handed], first, at_hand | handed), second)
     for_first, for_second = _reads(first, x_ct), _reads(second, params_ct)
     weight = tuple(value for value in kept if value in for_second)

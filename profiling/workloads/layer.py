@@ -16,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
 from eplb_jax import MoEParams, RouterConfig, init_moe, local_experts, moe_layer, param_specs, route, router_logits
-from eplb_jax.moe.dispatch import make_rooms
+from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.experts import shared_in, shared_out
 from profiling.workloads.attention import AttentionParams, init_attention, rms_norm
 from profiling.workloads.sizes import Sizes
@@ -112,9 +112,9 @@ def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Arr
     held = params.experts.w_in.shape[0]
     with jax.named_scope("router"):
         routing = route(router_logits(x, params.router), config.router, bias=params.bias)
-    rooms = make_rooms(x.shape[0], config.router.top_k, 1, held, None)
-    rooms = rooms._replace(rows=_rows(x.shape[0], sizes, held))
-    y, dropped = local_experts(params.experts, x, routing.experts % held, routing.weights, held, rooms, config)
+    capacities = make_capacities(x.shape[0], config.router.top_k, 1, held, None)
+    capacities = capacities._replace(rows=_rows(x.shape[0], sizes, held))
+    y, dropped = local_experts(params.experts, x, routing.experts % held, routing.weights, held, capacities, config)
     if params.shared is None:
         return y, dropped
     with jax.named_scope("shared_expert"):
@@ -123,4 +123,4 @@ def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Arr
 
 def _rows(tokens: int, sizes: Sizes, held: int) -> int:
     """Rows for choices of experts that may repeat a device's expert: all of them, and gaps."""
-    return make_rooms(tokens * sizes.moe.router.top_k, 1, 1, held, None).rows
+    return make_capacities(tokens * sizes.moe.router.top_k, 1, 1, held, None).rows

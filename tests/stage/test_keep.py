@@ -12,7 +12,7 @@ import pytest
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import LIGHT, fewest_bytes
+from jaxpipe.stage.keep import LIGHT, minimum_cut
 from tests.plain import assert_trees_close
 from tests.stage import zoo
 
@@ -36,7 +36,7 @@ def random_graph(seed, size=9):
 @pytest.mark.parametrize("seed", range(20))
 def test_no_choice_takes_fewer_bytes(seed):
     nodes, values, needed, given = random_graph(seed)
-    chosen = fewest_bytes(needed, nodes, given)
+    chosen = minimum_cut(needed, nodes, given)
 
     def enough(kept):
         return closure([value for value in needed if value not in kept], nodes, given | kept) is not None

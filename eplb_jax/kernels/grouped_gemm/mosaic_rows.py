@@ -17,7 +17,7 @@ from eplb_jax.kernels.grouped_gemm.layout import ALIGN
 from eplb_jax.kernels.grouped_gemm.ring import CHUNK, CONSUMERS, Tile
 
 
-def deal(
+def assign_tiles(
     size_of: Any, groups: int, column_tiles: int, worker: jax.Array, workers: int, tile: Tile, work: Callable[..., None]
 ) -> jax.Array:
     """Goes through a worker's share of the output tiles, group after group, which keeps the workers near each other.
@@ -89,7 +89,7 @@ def rows_times_matrices(
         def scoped(**refs):
             warpgroup = lax.axis_index("warpgroup")
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
-            go_through = functools.partial(deal, size_of, groups, column_tiles, worker, workers, tile)
+            go_through = functools.partial(assign_tiles, size_of, groups, column_tiles, worker, workers, tile)
 
             def first_column(column_tile):
                 return (column_tile * tile.cluster + pair) * tile.n

@@ -12,7 +12,7 @@ from eplb_jax.plan.arguments import check_loads, check_sizes
 from eplb_jax.plan.nodes import heaviest_of, join_rows, lightest_packing, make_rows, place_slots, spread_idle
 from eplb_jax.plan.packing import call, replicate
 from eplb_jax.plan.placement import Array, Placement
-from eplb_jax.plan.search import figures_of, pack_slots, recount, refine
+from eplb_jax.plan.search import largest_loads, pack_slots, recount, refine
 
 
 def balanced(
@@ -76,10 +76,10 @@ def _plan(
     refined = refine(rows.weight, start, rows.target * (1 + tolerance), num_gpus=gpus)
     rows, refined, start = lightest_packing(rows, refined, layers, gpus, start)
     target = rows.target * (1 + tolerance)
-    figures = figures_of(rows.weight, refined, gpus)
+    figures = largest_loads(rows.weight, refined, gpus)
     recounted = recount(rows.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
     recounted = refine(rows.weight, recounted, target, num_gpus=gpus)
-    better = figures_of(rows.weight, recounted, gpus) < figures
+    better = largest_loads(rows.weight, recounted, gpus) < figures
     slots = jnp.where(better[:, None], recounted, refined)
     ours = join_rows(rows, spread_idle(rows, slots, gpus))
 

@@ -51,14 +51,14 @@ def elastic(
         raise ValueError(f"alive is {alive.dtype} of shape {alive.shape}: it must be a bool for each GPU")
     num_experts, num_gpus = weight.shape[1], alive.size
     check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
-    room = num_replicas // num_gpus
-    if alive.sum() * room < num_experts:
+    capacity = num_replicas // num_gpus
+    if alive.sum() * capacity < num_experts:
         raise ValueError(
-            f"{alive.sum()} of {num_gpus} GPUs are alive and hold {alive.sum() * room} replicas: too few for the "
+            f"{alive.sum()} of {num_gpus} GPUs are alive and hold {alive.sum() * capacity} replicas: too few for the "
             f"{num_experts} experts; add GPUs, or plan with more replicas than num_replicas={num_replicas}"
         )
     groups, nodes = _living_nodes(alive, num_groups, num_nodes)
-    living = np.repeat(alive, room)
+    living = np.repeat(alive, capacity)
     phy2log = np.full((len(weight), num_replicas), -1, np.int32)
     if previous is None:
         plan = balanced(weight, int(living.sum()), groups, nodes, int(alive.sum()))
@@ -70,7 +70,7 @@ def elastic(
             )
         kept = np.asarray(previous.phy2log)[:, living]
         loads = np.where(weight.max(1, keepdims=True) > 0, weight, 1).astype(np.float64)  # no load: all alike
-        filled = [_fill(w, slots, room) for w, slots in zip(loads, kept, strict=True)]
+        filled = [_fill(w, slots, capacity) for w, slots in zip(loads, kept, strict=True)]
         start = Placement.from_phy2log(np.stack(filled), num_experts)
         plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
     phy2log[:, living] = plan.phy2log
@@ -86,7 +86,7 @@ def _living_nodes(alive: np.ndarray, num_groups: int, num_nodes: int) -> tuple[i
     return 1, 1
 
 
-def _fill(weight: np.ndarray, slots: np.ndarray, room: int) -> np.ndarray:
+def _fill(weight: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:
     """Slots [R] of which none is empty (-1) and each expert has one."""
     slots = slots.copy()
     counts = np.bincount(slots[slots >= 0], minlength=len(weight))
@@ -97,12 +97,12 @@ def _fill(weight: np.ndarray, slots: np.ndarray, room: int) -> np.ndarray:
             places = np.nonzero(slots == donor)[0]
             counts[donor] -= 1
         each = np.append(weight / np.maximum(counts, 1), 0.0)  # an empty slot has no load
-        totals = each[slots].reshape(-1, room).sum(1)
-        slots[places[np.argmin(totals[places // room] - each[slots[places]])]] = expert
+        totals = each[slots].reshape(-1, capacity).sum(1)
+        slots[places[np.argmin(totals[places // capacity] - each[slots[places]])]] = expert
         counts[expert] = 1
     for place in np.nonzero(slots < 0)[0]:
         # The expert whose replicas have the most load each, of those that the GPU lacks, where it lacks any.
-        held = slots[place // room * room : (place // room + 1) * room]
+        held = slots[place // capacity * capacity : (place // capacity + 1) * capacity]
         new = ~np.isin(np.arange(len(weight)), held)
         slots[place] = np.argmax(np.where(new | ~new.any(), weight / counts, -1.0))
         counts[slots[place]] += 1

@@ -12,7 +12,7 @@ from eplb_jax.plan.arguments import check_loads, check_sizes
 from eplb_jax.plan.nodes import Rows, join_rows, lightest_packing, make_rows, place_slots, spread_idle
 from eplb_jax.plan.packing import bits, call, inverse, places, replicate, take
 from eplb_jax.plan.placement import Array, Placement
-from eplb_jax.plan.search import figures_of, recount, refine, slot_loads
+from eplb_jax.plan.search import largest_loads, recount, refine, slot_loads
 
 
 def no_duplicate(
@@ -78,7 +78,7 @@ def _plan(
     # Search gives slots to experts of the heaviest GPU only: others may need them more, packed anew.
     recounted = recount(rows.weight, greedy, rows.target * (1 + tolerance), num_gpus=gpus, most=gpus)
     recounted = _search(rows, recounted, tolerance, gpus)
-    better = figures_of(rows.weight, recounted, gpus) < figures_of(rows.weight, greedy, gpus)
+    better = largest_loads(rows.weight, recounted, gpus) < largest_loads(rows.weight, greedy, gpus)
     return join_rows(rows, spread_idle(rows, jnp.where(better[:, None], recounted, greedy), gpus))
 
 
@@ -96,25 +96,25 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
     If all with room have it, one of them takes another GPU's replica, which makes room there. That is always possible:
     of the replicas on a full GPU, all of different experts, one is new to a GPU that holds fewer.
     """
-    room = loads.size // gpus
-    gpu_ids, positions = jnp.arange(gpus, dtype=jnp.int32), jnp.arange(room, dtype=jnp.int32)
+    capacity = loads.size // gpus
+    gpu_ids, positions = jnp.arange(gpus, dtype=jnp.int32), jnp.arange(capacity, dtype=jnp.int32)
 
     def step(state, item):
         slots, held, counts = state  # [G, K], [G, K], [G]
         load, expert = item
         totals = held.sum(1)
         has = (slots == expert).any(1)
-        is_open = counts < room
+        is_open = counts < capacity
         lightest = jnp.argmin(jnp.where(is_open & ~has, totals, jnp.inf)).astype(jnp.int32)
 
-        refuge = jnp.argmin(jnp.where(is_open, totals, jnp.inf)).astype(jnp.int32)
-        new_there = ~(slots[:, :, None] == slots[refuge]).any(-1)
-        after = jnp.maximum(totals[refuge] + held, (totals + load)[:, None] - held)
+        fallback = jnp.argmin(jnp.where(is_open, totals, jnp.inf)).astype(jnp.int32)
+        new_there = ~(slots[:, :, None] == slots[fallback]).any(-1)
+        after = jnp.maximum(totals[fallback] + held, (totals + load)[:, None] - held)
         after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
-        gpu, position = jnp.divmod(jnp.argmin(after).astype(jnp.int32), room)
+        gpu, position = jnp.divmod(jnp.argmin(after).astype(jnp.int32), capacity)
 
         direct = (is_open & ~has).any()
-        target_gpu = jnp.where(direct, lightest, refuge)
+        target_gpu = jnp.where(direct, lightest, fallback)
         into = (gpu_ids == target_gpu)[:, None] & (positions == counts[target_gpu])
         swap = ((gpu_ids == gpu)[:, None] & (positions == position)) & ~direct
         mover, mover_load = slots[gpu, position], held[gpu, position]
@@ -122,6 +122,10 @@ def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
         held = jnp.where(into, jnp.where(direct, load, mover_load), jnp.where(swap, load, held))
         return (slots, held, counts + into.any(1).astype(jnp.int32)), None
 
-    empty = jnp.full((gpus, room), -1, jnp.int32), jnp.zeros((gpus, room), loads.dtype), jnp.zeros(gpus, jnp.int32)
+    empty = (
+        jnp.full((gpus, capacity), -1, jnp.int32),
+        jnp.zeros((gpus, capacity), loads.dtype),
+        jnp.zeros(gpus, jnp.int32),
+    )
     (slots, _, _), _ = jax.lax.scan(step, empty, (loads, experts))
     return slots.reshape(-1)

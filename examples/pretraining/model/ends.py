@@ -31,7 +31,7 @@ class Ends(nnx.Module):
         # Small logits: a new model guesses almost uniformly.
         self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
         if config.mtp:
-            self.mtp = NextNext(config, rngs, core)
+            self.mtp = MTPHead(config, rngs, core)
 
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """``int[B, T] -> [B, T, D]``, through the dense layers."""
@@ -78,7 +78,7 @@ class Ends(nnx.Module):
         return (jax.nn.logsumexp(logits, -1) - picked) * mask
 
 
-class NextNext(nnx.Module):
+class MTPHead(nnx.Module):
     """Multi-token prediction's second head: features for the token after the next one.
 
     Its block is dense, so that the head does not communicate; DeepSeek's has experts.

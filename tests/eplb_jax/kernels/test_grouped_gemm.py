@@ -13,7 +13,7 @@ from eplb_jax import grouped_matmul
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts, interface, mosaic
 from eplb_jax.kernels.grouped_gemm.mosaic_outer import outer_products
-from eplb_jax.kernels.grouped_gemm.mosaic_rows import deal, rows_times_matrices
+from eplb_jax.kernels.grouped_gemm.mosaic_rows import assign_tiles, rows_times_matrices
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.grouped_gemm.tiles import TABLE, tile_for
 
@@ -248,7 +248,7 @@ def test_tiles_are_dealt_out_once_and_evenly(tile):
     for worker in range(workers):
         tiles = []
         with jax.disable_jit():
-            turns = deal(jnp.array(sizes, jnp.int32), len(sizes), columns, jnp.int32(worker), workers, tile,
+            turns = assign_tiles(jnp.array(sizes, jnp.int32), len(sizes), columns, jnp.int32(worker), workers, tile,
                          lambda *tile, tiles=tiles: tiles.append(tuple(map(int, tile))))  # fmt: skip
         assert [turn for turn, *_ in tiles] == list(range(turns))
         for _, group, row, valid, column in tiles:

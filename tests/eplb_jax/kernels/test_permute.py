@@ -11,7 +11,7 @@ from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.permute import Plan, add_rows, copy_rows
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import sort_by_slot
-from eplb_jax.moe.exchange import Moves, gather_sum, spread
+from eplb_jax.moe.exchange import Moves, permute, unpermute
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
@@ -31,8 +31,8 @@ def forced_to(backend):
     """Both moves and both gradients."""
 
     def step(x, rows, moves):
-        spread_x, back = jax.vjp(lambda x: spread(x, moves, backend=backend), x)
-        summed, forth = jax.vjp(lambda rows: gather_sum(rows, moves, backend=backend), rows)
+        spread_x, back = jax.vjp(lambda x: permute(x, moves, backend=backend), x)
+        summed, forth = jax.vjp(lambda rows: unpermute(rows, moves, backend=backend), rows)
         return spread_x, back(rows)[0], summed, forth(x)[0]
 
     return jax.jit(step)
@@ -52,8 +52,8 @@ def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
         copied = copy_rows(x, moves.source, moves.rows, 2, copies)
         added = add_rows(rows, moves.rows, 2, sums)
     assert copied.dtype == added.dtype == x.dtype
-    np.testing.assert_array_equal(copied, spread(x, moves))
-    np.testing.assert_array_equal(added, gather_sum(rows, moves))
+    np.testing.assert_array_equal(copied, permute(x, moves))
+    np.testing.assert_array_equal(added, unpermute(rows, moves))
 
 
 @needs_hopper
@@ -114,9 +114,9 @@ def test_auto_runs_everywhere_and_mosaic_says_what_it_cannot_do():
     for got, want in zip(forced_to("auto")(x, rows, moves), forced_to("xla")(x, rows, moves), strict=True):
         np.testing.assert_array_equal(got, want)
     with pytest.raises(ValueError, match=r'backend="mosaic" cannot move these rows: .*; take backend="auto"'):
-        spread(x, moves, backend="mosaic")
+        permute(x, moves, backend="mosaic")
     with pytest.raises(ValueError, match="backend='fast'"):
-        gather_sum(rows, moves, backend="fast")
+        unpermute(rows, moves, backend="fast")
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
@@ -124,7 +124,7 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     exchange._log_fallback.cache_clear()
     x, _, moves = operands(9, 3, 4, 48, 128, "float32")
     for _ in range(2):
-        spread(x, moves, backend="auto")
+        permute(x, moves, backend="auto")
     assert [record.getMessage() for record in caplog.records if record.name == exchange.logger.name] == [
         "rows are moved by XLA's fusions, not by our kernels: the device is 'NVIDIA A100', no Hopper GPU"
     ]

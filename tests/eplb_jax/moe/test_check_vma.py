@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, init_moe, moe_layer, param_specs, router_logits, working_copies
 from eplb_jax.moe import exchange
-from eplb_jax.moe.exchange import Moves, gather_sum, spread, spread_each
+from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
 from eplb_jax.moe.experts import apply_experts, swiglu
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import (
@@ -70,9 +70,9 @@ PARTS = {
     "router_logits": (router_logits, (4, 6), (6, 3)),
     "swiglu": (swiglu, (4, 6), (4,)),
     "swiglu without weights": (swiglu, (4, 6)),
-    "spread": (lambda x: spread(x, MOVES), (4, 3)),
-    "gather_sum": (lambda rows: gather_sum(rows, MOVES), (6, 3)),
-    "spread_each": (lambda x: spread_each(x, ASSIGNMENT, ROWS), (4, 2)),
+    "permute": (lambda x: permute(x, MOVES), (4, 3)),
+    "unpermute": (lambda rows: unpermute(rows, MOVES), (6, 3)),
+    "permute_each": (lambda x: permute_each(x, ASSIGNMENT, ROWS), (4, 2)),
     "experts": (
         lambda w_in, w_out, rows, weight: apply_experts(ExpertParams(w_in, w_out), rows, weight, SIZES),
         (2, 4, 6), (2, 3, 4), (16, 4), (16,),

@@ -13,8 +13,8 @@ from jax.test_util import check_grads
 
 from eplb_jax import working_copies
 from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
-from eplb_jax.moe.dispatch import make_rooms, plan_sends, sort_by_slot
-from eplb_jax.moe.exchange import Moves, gather_sum, spread, spread_each
+from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
+from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
@@ -141,18 +141,18 @@ def test_many_assignments_are_sorted_too():
 def test_rooms_without_a_factor_drop_nothing(shape):
     """Whatever is chosen; all tokens on one device too."""
     tokens, top_k, devices, num_slots = shape
-    rooms = make_rooms(*shape, None)
-    assert rooms.exchange == tokens and rooms.rows % ALIGN == 0
+    capacities = make_capacities(*shape, None)
+    assert capacities.exchange == tokens and capacities.rows % ALIGN == 0
     rng = np.random.default_rng(0)
     total, most = devices * num_slots, min(top_k, num_slots)
     for skew in (0, 0, 100, 100):
         noise = rng.gumbel(size=(devices * tokens, total)) - skew * (np.arange(total) // num_slots)
         slots = np.argsort(-noise, axis=1)[:, :top_k].astype(np.int32)
-        sends = [send(jnp.asarray(part), devices, num_slots, rooms.exchange) for part in np.split(slots, devices)]
+        sends = [send(jnp.asarray(part), devices, num_slots, capacities.exchange) for part in np.split(slots, devices)]
         assert [int(s.dropped) for s in sends] == [0] * devices
         for device in range(devices):
             received = jnp.concatenate([s.slots[device] for s in sends])
-            found = sort(received, num_slots, rooms.rows)
+            found = sort(received, num_slots, capacities.rows)
             assert int(found.dropped) == 0
             assert int(found.sizes.sum()) == (slots // num_slots == device).sum()
         if skew:
@@ -162,15 +162,15 @@ def test_rooms_without_a_factor_drop_nothing(shape):
 def test_rooms_of_a_factor():
     """What evenly spread choices need: T * (1 - (1 - 1/ep)**k) tokens to a device, T * k rows and gaps."""
     for factor in (1, 1.25, 2):
-        rooms = make_rooms(4096, 8, 8, 32, factor)
+        capacities = make_capacities(4096, 8, 8, 32, factor)
         fewest = factor * 4096 * (1 - (7 / 8) ** 8)
-        assert min(fewest, 4096) <= rooms.exchange <= min(fewest + ALIGN, 4096)
-        assert factor * 4096 * 8 <= rooms.rows - 7 * 32 < factor * 4096 * 8 + ALIGN
-    assert make_rooms(64, 4, 4, 4, 100.0) == make_rooms(64, 4, 4, 4, None)
-    assert make_rooms(64, 4, 1, 16, 1.0) == make_rooms(64, 4, 1, 16, None)
+        assert min(fewest, 4096) <= capacities.exchange <= min(fewest + ALIGN, 4096)
+        assert factor * 4096 * 8 <= capacities.rows - 7 * 32 < factor * 4096 * 8 + ALIGN
+    assert make_capacities(64, 4, 4, 4, 100.0) == make_capacities(64, 4, 4, 4, None)
+    assert make_capacities(64, 4, 1, 16, 1.0) == make_capacities(64, 4, 1, 16, None)
 
 
-def naive_spread(x, moves):
+def naive_permute(x, moves):
     return np.array([x[source] if source < len(x) else 0 * x[0] for source in moves.source])
 
 
@@ -184,9 +184,9 @@ def naive_gather(rows, moves):
 
 @jax.jit
 def transposes(x, rows, values, ct, found):
-    moved, back = jax.vjp(lambda x: spread(x, found.moves), x)
-    summed, forth = jax.vjp(lambda rows: gather_sum(rows, found.moves), rows)
-    each, pull = jax.vjp(lambda values: spread_each(values, found.assignment, found.moves.rows), values)
+    moved, back = jax.vjp(lambda x: permute(x, found.moves), x)
+    summed, forth = jax.vjp(lambda rows: unpermute(rows, found.moves), rows)
+    each, pull = jax.vjp(lambda values: permute_each(values, found.assignment, found.moves.rows), values)
     return moved, back(rows)[0], summed, forth(x)[0], each, pull(ct)[0]
 
 
@@ -204,7 +204,7 @@ def test_moves_and_their_transposes(case, seed):
         rows[moves.source == tokens], ct[moves.source == tokens] = np.nan, np.nan
         results = transposes(*(jnp.asarray(a) for a in (x, rows, values, ct)), found)
     moved, back, summed, forth, each, pull = (np.asarray(a) for a in results)
-    assert np.array_equal(moved, naive_spread(x, moves)) and np.array_equal(forth, moved)
+    assert np.array_equal(moved, naive_permute(x, moves)) and np.array_equal(forth, moved)
     np.testing.assert_allclose(summed, naive_gather(rows, moves), rtol=1e-13, atol=1e-13)
     assert np.array_equal(back, summed)
     known = np.asarray(found.assignment) < values.size
@@ -221,11 +221,11 @@ def test_moves_of_sends(x64):
     slots = np.random.default_rng(0).permuted(np.tile(np.arange(8), (12, 1)), axis=1)[:, :3].astype(np.int32)
     sends = send(jnp.asarray(slots), 4, 2, 5)
     x, rows = (jax.random.normal(jax.random.key(i), (n, 2)) for i, n in enumerate((12, 20)))
-    np.testing.assert_allclose(gather_sum(rows, sends.moves), naive_gather(np.asarray(rows), sends.moves), rtol=1e-14)
+    np.testing.assert_allclose(unpermute(rows, sends.moves), naive_gather(np.asarray(rows), sends.moves), rtol=1e-14)
     for function, argument in (
-        (lambda x: spread(x, sends.moves), x),
-        (lambda rows: gather_sum(rows, sends.moves), rows),
-        (lambda x: spread_each(x, sends.choices.reshape(-1), sends.entries), jnp.tile(x[:, :1], (1, 3))),
+        (lambda x: permute(x, sends.moves), x),
+        (lambda rows: unpermute(rows, sends.moves), rows),
+        (lambda x: permute_each(x, sends.choices.reshape(-1), sends.entries), jnp.tile(x[:, :1], (1, 3))),
     ):
         check_grads(jax.jit(function), (argument,), order=1, modes=["rev"])
 
@@ -234,8 +234,8 @@ def test_sums_are_wide():
     """bfloat16 rows are added in float32, in either direction."""
     moves = Moves(jnp.zeros(3, jnp.int32), jnp.array([[0, 1, 2]]))
     rows = jnp.array([[1.0], [2.0**-8], [2.0**-8]], jnp.bfloat16)
-    assert gather_sum(rows, moves).tolist() == [[1 + 2**-7]]
-    (back,) = jax.vjp(lambda x: spread(x, moves), jnp.ones((1, 1), jnp.bfloat16))[1](rows)
+    assert unpermute(rows, moves).tolist() == [[1 + 2**-7]]
+    (back,) = jax.vjp(lambda x: permute(x, moves), jnp.ones((1, 1), jnp.bfloat16))[1](rows)
     assert back.tolist() == [[1 + 2**-7]] and back.dtype == jnp.bfloat16
 
 

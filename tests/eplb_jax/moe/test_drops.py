@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from eplb_jax import RouterConfig
-from eplb_jax.moe.dispatch import make_rooms
+from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_dispatch import sizes_of
@@ -23,19 +23,19 @@ SKEWS = [0.0, 0.3, 10.0]
 CASES = [(1, 1.0, False), (2, 1.0, False), (2, 1.25, False), (4, 1.0, False), (4, 1.25, False), (4, 1.0, True)]
 
 
-def keep(slots, ep, num_slots, rooms):
+def keep(slots, ep, num_slots, capacities):
     """Which choices [T, k] of all devices' tokens find room; how many were dropped when sent, and when received."""
     kept, target = np.ones(slots.shape, bool), slots // num_slots
     for source in np.split(np.arange(len(slots)), ep):
         for device in range(ep):
             visitors = [token for token in source if device in target[token]]
-            for token in visitors[rooms.exchange :]:
+            for token in visitors[capacities.exchange :]:
                 kept[token, target[token] == device] = False
     unsent = int((~kept).sum())
     for device in range(ep):
         # Tokens of all devices are numbered in the order in which they are received.
         waiting = [np.argwhere(kept & (slots == device * num_slots + slot)).tolist() for slot in range(num_slots)]
-        for places, size in zip(waiting, sizes_of([len(w) for w in waiting], rooms.rows), strict=True):
+        for places, size in zip(waiting, sizes_of([len(w) for w in waiting], capacities.rows), strict=True):
             for token, j in places[size:]:
                 kept[token, j] = False
     return kept, unsent, int((~kept).sum()) - unsent
@@ -60,7 +60,7 @@ def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
         slots = np.random.default_rng(1).permutation([*range(EXPERTS), *[0] * 2, *range(2, EXPERTS)])
         placement = dense.placement_of(slots, EXPERTS)
     num_slots = (16 if spare else EXPERTS) // ep
-    rooms = make_rooms(TOKENS // ep, config.router.top_k, ep, num_slots, factor)
+    capacities = make_capacities(TOKENS // ep, config.router.top_k, ep, num_slots, factor)
     run, dropped = sharded(config, ep, placement, SEQUENCES), []
     for seed, skew in enumerate(SKEWS):
         params, (x, target) = make_params(config, seed, bias_scale=0.05), make_tokens(seed + 2, TOKENS)
@@ -68,7 +68,7 @@ def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
         params = params._replace(bias=params.bias - skew * np.arange(EXPERTS))
         chosen = dense.choose(np.asarray(x @ params.router), np.asarray(params.bias), config.router)
         slots = chosen if placement is None else np.asarray(choose_replicas(jnp.asarray(chosen), placement))
-        kept, unsent, unplaced = keep(slots, ep, num_slots, rooms)
+        kept, unsent, unplaced = keep(slots, ep, num_slots, capacities)
 
         (loss, (loads, count, y)), grads = run(params, x, target)
         (expected, y_plain), grads_plain = plain(params, x, target, jnp.asarray(chosen), jnp.asarray(kept, x.dtype))
@@ -80,4 +80,4 @@ def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
         dropped.append((unsent, unplaced))
     assert ep > 1 or not np.any(dropped)  # one device has room for all its choices
     assert ep == 1 or dropped[-1][1] > 0
-    assert (dropped[-1][0] > 0) == (rooms.exchange < TOKENS // ep)
+    assert (dropped[-1][0] > 0) == (capacities.exchange < TOKENS // ep)

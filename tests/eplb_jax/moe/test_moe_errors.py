@@ -20,7 +20,7 @@ from eplb_jax import (
     route,
     working_copies,
 )
-from eplb_jax.moe.dispatch import make_rooms
+from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh
@@ -94,10 +94,13 @@ CASES = {
     # Sizes and choices of the layer.
     "capacity": (call(MoEConfig, capacity_factor=0.99), "capacity_factor=0.99: it must be at least 1, or None"),
     "capacity nan": (call(MoEConfig, capacity_factor=WRONG), "capacity_factor=nan: it must be at least 1, or None"),
-    "capacity inf": (call(make_rooms, 8, 2, 2, 4, float("inf")), "capacity_factor=inf: .* or None"),
-    "capacity of rooms": (call(make_rooms, 8, 2, 2, 4, 0.5), "capacity_factor=0.5: it must be at least 1, or None"),
+    "capacity inf": (call(make_capacities, 8, 2, 2, 4, float("inf")), "capacity_factor=inf: .* or None"),
+    "capacity of rooms": (
+        call(make_capacities, 8, 2, 2, 4, 0.5),
+        "capacity_factor=0.5: it must be at least 1, or None",
+    ),
     "rooms": (
-        call(make_rooms, 8, 2, 0, 4, None),
+        call(make_capacities, 8, 2, 0, 4, None),
         "tokens=8, top_k=2, num_devices=0, num_slots=4: all must be at least",
     ),
     "width": (call(MoEConfig, width=0), "width=0, hidden=2048, num_shared=1: sizes below 1"),
