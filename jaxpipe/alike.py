@@ -8,13 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
-from jax.extend.core import ClosedJaxpr, Jaxpr, Literal
 
-from jaxpipe.stage.graph import CALLS
-
-RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
-"""Primitives whose derivative rules are new functions in each trace; a jaxpr that has been differentiated ran them."""
+from jaxpipe._jax import CALLS, CUSTOM_RULES, ClosedJaxpr, Jaxpr, Literal, Tracer
 
 
 def same_program(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
@@ -91,7 +86,7 @@ def _same_jaxpr(a: Jaxpr, b: Jaxpr) -> bool:
 
 
 def _same_params(primitive: str, a: Mapping[str, Any], b: Mapping[str, Any]) -> bool:
-    if primitive in RULES:
+    if primitive in CUSTOM_RULES:
         return same(a[CALLS[primitive]], b[CALLS[primitive]])
     return a.keys() == b.keys() and all(name == "policy" or same(a[name], b[name]) for name in a)
 

@@ -13,7 +13,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
+
+from jaxpipe._jax import causal_attention_of_cudnn
+from jaxpipe.stage.graph import RECOMPUTE
 
 logger = logging.getLogger(__name__)
 
@@ -71,7 +75,7 @@ def causal_attention(
 def expand_latents(
     latent: Float[Array, "B S L"], key_up: Float[Array, "L H N"], value_up: Float[Array, "L H V"]
 ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H V"]]:
-    """Keys and values of all heads: so cheap beside their size that a pipeline makes them again rather than stash them.
+    """Keys and values of all heads: so cheap beside their size that a pipeline computes them again.
 
     Source: DeepSeek-V3, arXiv 2412.19437, 3.2.3.
 
@@ -79,12 +83,8 @@ def expand_latents(
     >>> keys.shape, values.shape
     ((1, 5, 2, 3), (1, 5, 2, 1))
     """
-
-    def made_again(*arrays: jax.Array) -> tuple[jax.Array, jax.Array]:
-        latent, key_up, value_up = arrays
-        return jnp.einsum("btl,lhn->bthn", latent, key_up), jnp.einsum("btl,lhv->bthv", latent, value_up)
-
-    return jax.jit(made_again)(latent, key_up, value_up)
+    keys, values = jnp.einsum("btl,lhn->bthn", latent, key_up), jnp.einsum("btl,lhv->bthv", latent, value_up)
+    return checkpoint_name(keys, RECOMPUTE), checkpoint_name(values, RECOMPUTE)
 
 
 def _refusal(queries: int, keys: int, width: int) -> str | None:
@@ -109,11 +109,10 @@ def _latent_kernel(narrow: int) -> Callable[..., Any] | None:
         _log_once(PADDING, f"values of width {narrow}; multiples of 8 will do")
         return None
     try:
-        from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
+        return causal_attention_of_cudnn()
     except ImportError as error:  # JAX has moved it
         _log_once(PADDING, str(error))
         return None
-    return functools.partial(dot_product_attention, mask_type=MaskType.CAUSAL)
 
 
 @functools.cache

@@ -6,8 +6,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.extend.core import Primitive
-from jax.interpreters import ad, batching, mlir
+
+from jaxpipe._jax import Primitive, ad, batching, mlir
 
 
 def not_transposed(tree: Any, message: str) -> Any:

@@ -9,10 +9,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.core import Tracer
 from jax.sharding import Mesh, Sharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpipe._jax import Tracer
 from jaxpipe.arguments import check_names, entry_axes, to_spec
 from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.model import Params

@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
+from jaxpipe._jax import Tracer
 from jaxpipe.alike import returns_input
 from jaxpipe.runtime.model import Context
 

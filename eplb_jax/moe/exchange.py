@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels import permute as row_moves
@@ -24,6 +25,8 @@ from eplb_jax.kernels.mesh_axis import same_axes
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
 """Channels that share a scale when rows travel in 8 bits."""
+RECOMPUTE = "recompute"
+"""By agreement with `jaxpipe`: a value of this name is cheaper to compute again than to keep."""
 logger = logging.getLogger(__name__)
 
 
@@ -111,15 +114,13 @@ def _log_fallback(reason: str) -> None:
 def _dispatch(
     chosen: str, kernel: Callable[..., jax.Array], xla: Callable[..., jax.Array], *arguments: jax.Array
 ) -> jax.Array:
-    """The result on the chosen backend.
+    """The result on the chosen backend, under a name that tells `jaxpipe` to compute it again rather than to stash it."""
 
-    The name of the jitted function tells `jaxpipe` that its result need not be stashed.
-    """
+    def move_rows(*arguments: jax.Array) -> jax.Array:
+        rows = interface.dispatch(chosen, xla, functools.partial(kernel, cores=current_target().cores), *arguments)
+        return checkpoint_name(rows, RECOMPUTE)
 
-    def made_again(*arguments: jax.Array) -> jax.Array:
-        return interface.dispatch(chosen, xla, functools.partial(kernel, cores=current_target().cores), *arguments)
-
-    return jax.jit(made_again)(*arguments)
+    return jax.jit(move_rows)(*arguments)
 
 
 def copy_rows_by_xla(x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"]) -> Float[Array, "R D"]:

@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.core import Tracer
 
+from eplb_jax._jax import Tracer
 from eplb_jax.kernels.mesh_axis import is_bound
 from eplb_jax.moe.experts import ExpertParams, working_copies
 from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, moe_layer

@@ -7,9 +7,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+
+from eplb_jax._jax import Tracer
 
 
 def check_loads(weight: Any, name: str = "weight") -> Any:
@@ -32,7 +33,7 @@ def check_loads(weight: Any, name: str = "weight") -> Any:
         raise ValueError(
             f"{name} has shape {shape}: it must be [layers, experts], neither empty; add or select an axis"
         )
-    if isinstance(weight, jax.core.Tracer):
+    if isinstance(weight, Tracer):
         return weight
     host = np.asarray(weight)
     bad = ~np.isfinite(host) | (host < 0)

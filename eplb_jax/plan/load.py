@@ -8,10 +8,11 @@ from collections.abc import Hashable
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Int, Num
+
+from eplb_jax._jax import Tracer
 
 
 def count_tokens(
@@ -143,7 +144,7 @@ class MovingAverage:
         """
         if min(layers, experts) < 1:
             raise ValueError(f"layers={layers}, experts={experts}: both must be at least 1")
-        if isinstance(decay, jax.core.Tracer):
+        if isinstance(decay, Tracer):
             raise ValueError(f"decay={decay} is traced: it is static, so make the average outside of jit, with a float")
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: it must be at least 0 and less than 1; 1 - 1/n remembers about n steps")

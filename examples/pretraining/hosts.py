@@ -11,11 +11,12 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Mapping
-from typing import Any, NoReturn, TextIO
+from typing import NoReturn, TextIO
 
 import jax
 from jax.experimental import multihost_utils
 
+from jaxpipe._jax import distributed_state
 from pretraining.peers import Peers
 
 HEARTBEAT = 30
@@ -115,7 +116,7 @@ def join(
 
     warnings.showwarning = show
 
-    service = _service()
+    service = distributed_state()
     if service is None:
         warnings.warn(
             "this jax does not say where the first process is: one that is killed is missed late", stacklevel=2
@@ -147,16 +148,6 @@ def join(
     except (OSError, RuntimeError) as error:
         warnings.warn(f"a process that is killed may be missed late: {type(error).__name__}: {error}", stacklevel=2)
     return peers
-
-
-def _service() -> Any:
-    """What jax knows of the processes, and their common store of texts; None where this jax keeps it elsewhere."""
-    try:
-        from jax._src.distributed import global_state  # noqa: PLC0415
-    except ImportError:
-        return None
-    needed = "process_id", "num_processes", "client", "coordinator_address"
-    return global_state if all(hasattr(global_state, name) for name in needed) else None
 
 
 def _on_abort(end: Callable[[], object]) -> None:

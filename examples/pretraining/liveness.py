@@ -13,8 +13,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
-
+from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 from jaxpipe.stage.graph import scan_counts
 
 VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p", "stop_gradient", "sharding_constraint"}

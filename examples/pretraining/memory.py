@@ -6,9 +6,9 @@ import dataclasses
 from typing import Any
 
 import jax
-from jax.extend.core import Jaxpr, Literal
 
 import jaxpipe
+from jaxpipe._jax import Jaxpr, Literal
 from jaxpipe.stage.graph import scan_counts
 from pretraining.liveness import nbytes, peak
 

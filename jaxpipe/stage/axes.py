@@ -4,15 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
-
+from jaxpipe._jax import SILENT, ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxpipe.stage.graph import Node
 
 _NAMING = ("axes", "axis_name", "axis_names")
 """Parameters in which primitives name mesh axes; jaxprs' effects leave out those of ``ppermute`` and of inner calls."""
-
-_SILENT = ("axis_index", "pvary", "pcast")
-"""Primitives that name an axis and wait for no other device."""
 
 Collectives = frozenset[tuple[str, str]]
 """(primitive, mesh axis) of each collective."""
@@ -47,6 +43,6 @@ def _of_eqn(eqn: JaxprEqn) -> Collectives:
         for part in value if isinstance(value, (tuple, list, frozenset, set)) else (value,):
             if isinstance(part, Jaxpr | ClosedJaxpr):
                 found |= collectives_of_jaxpr(part)
-            elif name in _NAMING and isinstance(part, str) and eqn.primitive.name not in _SILENT:
+            elif name in _NAMING and isinstance(part, str) and eqn.primitive.name not in SILENT:
                 found |= {(eqn.primitive.name, part)}
     return found

@@ -10,13 +10,8 @@ import dataclasses
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from jaxpipe._jax import OPAQUE, is_heavy
 from jaxpipe.stage.graph import Node, Scan, Value, has_effect, producers, stack_of
-
-OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback", "pallas_call"})
-"""Primitives with computations inside that are never divided."""
-
-HEAVY = frozenset({"dot_general", "conv_general_dilated", "ragged_dot", "ragged_dot_general", "scan", *OPAQUE})
-"""Primitives that are never computed a second time."""
 
 
 class Parts(NamedTuple):
@@ -142,7 +137,7 @@ def _cut_down(node: Node, values: set[Value]) -> Node:
 def _light(node: Node) -> bool:
     if node.scan is not None:
         return all(map(_light, node.scan.nodes))
-    return (node.again or node.name not in HEAVY) and not has_effect(node)
+    return (node.again or not is_heavy(node.name)) and not has_effect(node)
 
 
 def _divide_node(
@@ -214,7 +209,7 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
         if value.const is not None:
             return True
         node = made.get(value)
-        if node is None or node.name in HEAVY or has_effect(node):
+        if node is None or is_heavy(node.name) or has_effect(node):
             return False
         if node.name == "optimization_barrier" and node.eqn is None:
             return node.ins[0] not in made or free(node.ins[0])

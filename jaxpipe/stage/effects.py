@@ -11,14 +11,10 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
+from jaxpipe._jax import NEW_REF_EFFECT, REF_EFFECTS, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, discharge_refs
 from jaxpipe.stage.flops import subjaxprs
 from jaxpipe.stage.graph import Node, Value, eqn_node, has_effect, has_side_effects
-
-_REFS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
-NEW_REF = "InternalMutableArrayEffect"
-"""The effect of making and freezing a ref."""
 
 
 def effects_of(nodes: Iterable[Node]) -> tuple[Value, ...]:
@@ -33,19 +29,16 @@ def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
       ValueError: it uses refs that are made elsewhere, or in a way that JAX cannot turn into values.
     """
     kinds = {type(effect).__name__ for effect in closed.jaxpr.effects}
-    if kinds & _REFS:
+    if kinds & REF_EFFECTS:
         raise ValueError(
-            f"a stage uses a ref that was made outside of it ({', '.join(sorted(kinds & _REFS))}): the schedule "
+            f"a stage uses a ref that was made outside of it ({', '.join(sorted(kinds & REF_EFFECTS))}): the schedule "
             "decides which stage and microbatch comes first, so what it holds is not defined; make the ref inside the "
             "stage with jax.new_ref, or pass the array as a parameter and return what changes as a metric"
         )
-    if NEW_REF not in kinds:
+    if NEW_REF_EFFECT not in kinds:
         return closed
-    # Public JAX discharges refs only when it lowers.
-    from jax._src.state.discharge import discharge_state  # noqa: PLC0415
-
     try:
-        return discharge_state(closed)
+        return discharge_refs(closed)
     except (NotImplementedError, ValueError) as error:
         raise ValueError(
             f"a stage uses a ref within a function that JAX cannot turn into one of plain values: {error}; there, pass "
@@ -138,7 +131,7 @@ def _silent_jaxpr(jaxpr: Jaxpr) -> Jaxpr:
 
 
 def _of_refs(effects: Iterable[Any]) -> bool:
-    return any(type(effect).__name__ in {*_REFS, NEW_REF} for effect in effects)
+    return any(type(effect).__name__ in {*REF_EFFECTS, NEW_REF_EFFECT} for effect in effects)
 
 
 def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:

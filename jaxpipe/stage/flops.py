@@ -7,7 +7,8 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn
+
+from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn
 
 
 def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:

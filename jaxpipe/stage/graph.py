@@ -16,32 +16,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jax.extend import source_info_util
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
 
-CALLS = {
-    "jit": "jaxpr",
-    "pjit": "jaxpr",
-    "closed_call": "call_jaxpr",
-    "core_call": "call_jaxpr",
-    "custom_jvp_call": "call_jaxpr",
-    "custom_vjp_call": "call_jaxpr",
-    "custom_vjp_call_jaxpr": "fun_jaxpr",
-    "custom_vmap_call": "call",
-    "checkpoint": "jaxpr",
-    "remat": "jaxpr",
-    "remat2": "jaxpr",
-}
-"""Primitives that are inlined, and the parameter that holds their jaxpr."""
-
-HARMLESS = frozenset({"NamedAxisEffect"})
-"""Effects of equations that do nothing but to compute their results."""
+from jaxpipe._jax import CALLS, HARMLESS_EFFECTS, LIGHT, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, source_info_util
 
 _DONE = np.zeros((), np.bool_)
 """Stands for a side effect. Not an array without elements: XLA 0.11 crashes where a loop on CPUs stacks these."""
 
-AGAIN = "made_again"
-"""Name of a jitted function whose work is so light that it may be done again rather than its result kept."""
+RECOMPUTE = "recompute"
+"""Name for `jax.ad_checkpoint.checkpoint_name`: a value that is cheaper to compute again than to keep."""
 
 
 @dataclasses.dataclass(eq=False)
@@ -69,7 +51,7 @@ class Node:
     """Outputs computed from inputs.
 
     ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``again``
-    within a function named `AGAIN`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
+    if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
     """
 
     name: str
@@ -154,6 +136,7 @@ def make_graph(closed: ClosedJaxpr) -> Graph:
     inputs = tuple(Value(var.aval) for var in closed.jaxpr.invars)
     nodes: list[Node] = []
     outputs = _emit(closed.jaxpr, closed.consts, inputs, nodes, ())
+    _mark_recomputed(nodes)
     return Graph(tuple(nodes), inputs, tuple(outputs))
 
 
@@ -190,7 +173,6 @@ def _emit(
     """Appends the nodes of a jaxpr, inlined; returns its outputs."""
     env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
     env.update({var: Value(var.aval, const) for var, const in zip(jaxpr.constvars, consts, strict=True)})
-    again = any(outer.params.get("name") == AGAIN for outer in context)
     recomputed = recomputed or any(outer.params.get("differentiated") for outer in context)
 
     def lookup(atom: Any) -> Value:
@@ -209,10 +191,22 @@ def _emit(
             if name == "scan":
                 nodes.append(_scan(eqn, ins, outs, context, recomputed=recomputed).node())
             else:
-                node = eqn_node(eqn, ins, outs, context)
-                nodes.append(dataclasses.replace(node, again=again, recomputed=recomputed))
+                nodes.append(dataclasses.replace(eqn_node(eqn, ins, outs, context), recomputed=recomputed))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [lookup(atom) for atom in jaxpr.outvars]
+
+
+def _mark_recomputed(nodes: Sequence[Node]) -> None:
+    """Marks what makes a value named `RECOMPUTE`, back to its last work that is more than light."""
+    made = producers(nodes)
+    named = [node for node in nodes if node.name == "name" and node.eqn and node.eqn.params["name"] == RECOMPUTE]
+    pending = [value for node in named for value in node.ins]
+    while pending:
+        node = made.get(pending.pop())
+        if node is not None and not node.again:
+            node.again = True
+            if node.name in LIGHT:
+                pending += node.ins
 
 
 def eqn_node(eqn: JaxprEqn, ins: Sequence[Value], outs: Sequence[Value], context: tuple[JaxprEqn, ...]) -> Node:
@@ -237,6 +231,7 @@ def _scan(
     inner_ins = [Value(var.aval) for var in jaxpr.invars]
     nodes: list[Node] = []
     inner_outs = _emit(jaxpr, consts, inner_ins, nodes, (), recomputed=recomputed)
+    _mark_recomputed(nodes)
     effects = [value for node in nodes for value in node.outs if value.effect]
     stop = num_consts + num_carry
     return Scan(
@@ -267,7 +262,7 @@ def has_side_effects(effects: Iterable[Any]) -> bool:
 
     What an unknown effect does cannot be told: it counts.
     """
-    return any(type(effect).__name__ not in HARMLESS for effect in effects)
+    return any(type(effect).__name__ not in HARMLESS_EFFECTS for effect in effects)
 
 
 def scan_counts(eqn: JaxprEqn) -> tuple[int, int]:

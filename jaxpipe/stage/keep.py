@@ -8,23 +8,8 @@ from __future__ import annotations
 import collections
 from collections.abc import Collection, Iterable, Sequence
 
+from jaxpipe._jax import LIGHT
 from jaxpipe.stage.graph import Node, Value, has_effect, producers
-
-ELEMENTWISE = frozenset({
-    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp",
-    "convert_element_type", "copy", "cos", "cosh", "div", "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor",
-    "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
-    "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
-    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
-    "sub", "tan", "tanh", "xor",
-})  # fmt: skip
-MOVING = frozenset({
-    "broadcast_in_dim", "concatenate", "expand_dims", "iota", "pad", "reshape", "rev", "slice", "split", "squeeze",
-    "tile", "transpose", "pcast", "pvary",
-})  # fmt: skip
-REDUCING = frozenset({"reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"})
-LIGHT = ELEMENTWISE | MOVING | REDUCING
-"""Primitives that a compiler fuses into what reads them."""
 
 
 def is_light(node: Node, *, again: bool) -> bool:
@@ -52,7 +37,8 @@ def minimum_cut(
       again: whether what the user says is made again counts as light.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxpipe.stage.graph import make_graph
+    >>> from jaxpipe._jax import LIGHT
+    from jaxpipe.stage.graph import make_graph
     >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
     >>> graph = make_graph(jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x) * 2, x.sum(0)))(x))
     >>> minimum_cut(graph.outputs, graph.nodes, ()) == set(graph.inputs)

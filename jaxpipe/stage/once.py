@@ -7,8 +7,9 @@ from typing import Any
 
 import jax
 
+from jaxpipe._jax import NEW_REF_EFFECT
 from jaxpipe.stage.divide import divide
-from jaxpipe.stage.effects import NEW_REF, effects_of, flat, silence, without_repeated
+from jaxpipe.stage.effects import effects_of, flat, silence, without_repeated
 from jaxpipe.stage.graph import Node, evaluate, has_side_effects, read
 from jaxpipe.stage.trace import inexact, trace
 
@@ -34,7 +35,7 @@ def vjp_once(function: Callable[..., Any], *primals: Any, has_aux: bool = False,
     6.0
     """
     effects = jax.make_jaxpr(function)(*primals).effects
-    if not has_side_effects(effect for effect in effects if type(effect).__name__ != NEW_REF):
+    if not has_side_effects(effect for effect in effects if type(effect).__name__ != NEW_REF_EFFECT):
         return jax.vjp(function, *primals, has_aux=has_aux)
     traced = trace(lambda primals, _: function(*primals), primals, (), (), has_aux)
     nodes = traced.forward.nodes

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+from jaxpipe._jax import LIGHT
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import LIGHT
 
 
 def eliminate_common_subexpressions(

@@ -168,8 +168,8 @@ def split_stage(
     this is called where they are bound, inside `jax.shard_map`.
 
     As few bytes are kept between the parts as light work can make the rest from (`jaxpipe.stage.keep`): elementwise
-    operations, moves and sums over axes are done again where they are read, and so is, with ``again``, whatever a
-    function does that is jitted under the name ``made_again``.
+    operations, moves and sums over axes are done again where they are read, and so is, with ``again``, what makes a
+    value that `jax.ad_checkpoint.checkpoint_name` names "recompute", back to its last operation that is not light.
 
     Side effects, such as `jax.debug.print`, are part of the forward and of no other function: not of what a backward
     computes again, nor of `SplitStage.prepare`. Those that a custom derivative has run once, in one of the halves. Refs
@@ -182,7 +182,7 @@ def split_stage(
       x: like params; where it has no floating leaf, there is no input half.
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
-      again: False where memory is there for what ``made_again`` would save.
+      again: False where memory is there for what is named "recompute".
 
     Raises:
       ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
@@ -228,7 +228,7 @@ def split_stage(
     kept = [value for value in dict.fromkeys((*arguments, *_results(rest))) if value in chosen]
     remade = [value for value in shared if value not in chosen]
     first, second = (
-        in_time(_made_again([value for value in remade if value in reads], rest, known | chosen), part)
+        in_time(_recompute([value for value in remade if value in reads], rest, known | chosen), part)
         for part, reads in ((parts.first, _reads(parts.first, x_ct)), (parts.second, _reads(parts.second, params_ct)))
     )
 
@@ -240,7 +240,7 @@ def split_stage(
     between = [value for value in order if value in reads]
     at_hand = known | (chosen & reads)
     handed = minimum_cut(between, first, at_hand | light_results(first, known), again=again)
-    second = in_time(_made_again([value for value in between if value not in handed], first, at_hand | handed), second)
+    second = in_time(_recompute([value for value in between if value not in handed], first, at_hand | handed), second)
     for_first, for_second = _reads(first, x_ct), _reads(second, params_ct)
     weight = tuple(value for value in kept if value in for_second)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
@@ -298,7 +298,7 @@ def _results(nodes: Sequence[Node]) -> list[Value]:
     return [value for node in nodes for value in node.outs]
 
 
-def _made_again(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
+def _recompute(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
     """The nodes that make values again from given ones; a cut has seen to it that light ones do."""
     found = closure(values, nodes, given)
     assert found is not None

@@ -7,10 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
 from jax.extend.core import Primitive
 
 from jaxpipe.stage import split_stage
+from jaxpipe.stage.graph import RECOMPUTE
 from tests.plain import assert_trees_close
 from tests.stage import zoo
 
@@ -85,8 +87,8 @@ def with_host(w, x):
     return jnp.tanh(x @ w) * scale
 
 
-def made_again(w, x):
-    return with_host(w, x) + layer(w, x)
+def named(w, x):
+    return checkpoint_name(with_host(w, x) + layer(w, x), RECOMPUTE)
 
 
 def of_params(w, x):
@@ -125,7 +127,7 @@ STAGES = {
     ),
     "custom jvp": (lambda w, x: bent(x @ w), 1),
     "a value of the host": (with_host, 1),
-    "a value of the host, by name light": (jax.jit(made_again), 2),
+    "a value of the host, by name light": (named, 2),
     "parameters alone": (of_params, 1),
     "nothing": (of_nothing, 1),
     "ordered": (ordered, 3),

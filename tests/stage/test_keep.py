@@ -8,11 +8,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.ad_checkpoint import checkpoint_name
 
+from jaxpipe._jax import LIGHT
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
-from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import LIGHT, minimum_cut
+from jaxpipe.stage.graph import RECOMPUTE, Node, Value
+from jaxpipe.stage.keep import minimum_cut
 from tests.plain import assert_trees_close
 from tests.stage import zoo
 
@@ -80,17 +82,20 @@ def test_what_collectives_and_sorts_made_is_kept(x64):
 
 
 def test_what_the_user_calls_light_is_made_again(x64):
-    """A gather is not light, but within a function of that name it is."""
+    """A gather is not light, but where its result is named so it is; the name of a function means nothing."""
 
     def made_again(table, rows):
         return table[rows]
+
+    def named(table, rows):
+        return checkpoint_name(table[rows], RECOMPUTE) + 0.0
 
     def stage(take, w, x, rows):
         return jnp.sin(take(x, rows) @ w)
 
     params, x, rows = zoo.normal(4, 4), zoo.normal(3, 4), jnp.arange(24) % 3
     kept = []
-    for take in (made_again, jax.jit(made_again)):
+    for take in (jax.jit(made_again), named, jax.jit(named)):
         split = split_stage(functools.partial(stage, take), params, x, rows)
         kept.append({leaf.shape for leaf in split.residuals.weight if leaf.dtype == jnp.float64})
         _, residuals = split.forward(split.prepare(params), x, rows)
@@ -98,7 +103,7 @@ def test_what_the_user_calls_light_is_made_again(x64):
         found = split.backward_weight(split.prepare(params), residuals.weight, crossing), x_ct
         expected = jax.vjp(lambda w, x: stage(made_again, w, x, rows), params, x)[1](jnp.ones((24, 4)))
         assert_trees_close(found, expected, rtol=1e-12)
-    assert kept == [{(24, 4)}, {(3, 4)}]
+    assert kept == [{(24, 4)}, {(3, 4)}, {(3, 4)}]
 
 
 def test_narrow_cotangents_are_those_before_the_last_cast():

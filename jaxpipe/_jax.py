@@ -1,0 +1,147 @@
+"""Every use of JAX beside its documented interface, and what is known of its primitives: for jax 0.10 to 0.12."""
+
+from __future__ import annotations
+
+import functools
+import logging
+from collections.abc import Callable
+from typing import Any
+
+from jax.core import Tracer as Tracer
+from jax.extend import source_info_util as source_info_util
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Jaxpr as Jaxpr
+from jax.extend.core import JaxprEqn as JaxprEqn
+from jax.extend.core import Literal as Literal
+from jax.extend.core import Primitive as Primitive
+from jax.interpreters import ad as ad
+from jax.interpreters import batching as batching
+from jax.interpreters import mlir as mlir
+
+logger = logging.getLogger(__name__)
+
+CALLS = {
+    "jit": "jaxpr",
+    "pjit": "jaxpr",
+    "closed_call": "call_jaxpr",
+    "core_call": "call_jaxpr",
+    "custom_jvp_call": "call_jaxpr",
+    "custom_vjp_call": "call_jaxpr",
+    "custom_vjp_call_jaxpr": "fun_jaxpr",
+    "custom_vmap_call": "call",
+    "checkpoint": "jaxpr",
+    "remat": "jaxpr",
+    "remat2": "jaxpr",
+}
+"""Primitives that are inlined, and the parameter that holds their jaxpr."""
+
+CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
+"""Primitives whose derivative rules are new functions in each trace; a jaxpr that has been differentiated ran them."""
+
+ELEMENTWISE = frozenset({
+    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp",
+    "convert_element_type", "copy", "cos", "cosh", "div", "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor",
+    "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "logistic", "lt", "max", "min", "mul", "ne",
+    "neg", "nextafter", "not", "or", "pow", "reduce_precision", "rem", "round", "rsqrt", "select_n", "shift_left",
+    "shift_right_arithmetic", "shift_right_logical", "sign", "sin", "sinh", "sqrt", "square", "stop_gradient",
+    "sub", "tan", "tanh", "xor",
+})  # fmt: skip
+MOVING = frozenset({
+    "broadcast_in_dim", "concatenate", "expand_dims", "iota", "name", "pad", "reshape", "rev", "slice", "split",
+    "squeeze", "tile", "transpose", "pcast", "pvary",
+})  # fmt: skip
+REDUCING = frozenset({"reduce_and", "reduce_max", "reduce_min", "reduce_or", "reduce_sum"})
+LIGHT = ELEMENTWISE | MOVING | REDUCING
+"""Primitives that a compiler fuses into what reads them."""
+
+CHEAP = frozenset({
+    "acosh", "all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "approx_top_k", "argmax",
+    "argmin", "asinh", "atanh", "axis_index", "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "broadcast_to",
+    "clz", "complex", "conj", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "device_put",
+    "digamma", "dynamic_slice", "dynamic_update_slice", "empty", "empty2", "eq_to", "erf_inv", "from_edtype",
+    "gather", "igamma", "igamma_grad_a", "igammac", "imag", "iota_2x32_shape", "layout_constraint", "le_to", "lgamma",
+    "lt_to", "mulhi", "optimization_barrier", "pbroadcast", "philox2x32", "philox4x32", "platform_index", "pmax",
+    "pmin", "polygamma", "population_count", "ppermute", "preduced", "psum", "psum_invariant", "ragged_all_to_all",
+    "random_bits", "random_clone", "random_fold_in", "random_gamma", "random_seed", "random_split", "random_unwrap",
+    "random_wrap", "real", "reciprocal", "reduce", "reduce_prod", "reduce_scatter", "reduce_window",
+    "reduce_window_max", "reduce_window_min", "reduce_window_sum", "reduce_xor", "reduced_vary_cast_p",
+    "regularized_incomplete_beta", "reshard", "rng_bit_generator", "rng_uniform", "scatter", "scatter-add",
+    "scatter-max", "scatter-min", "scatter-mul", "scatter-sub", "scatter_add", "scatter_max", "scatter_min",
+    "scatter_mul", "scatter_sub", "select_and_gather_add", "select_and_scatter", "select_and_scatter_add",
+    "shard_alike", "sharding_constraint", "sort", "stack", "threefry2x32", "threefry4x32", "to_edtype", "top_k",
+    "unreduced_psum", "unreduced_reduce_scatter", "unstack", "vary_unreduced_cast_p", "with_memory_space_constraint",
+    "zeros_like", "zeta",
+})  # fmt: skip
+"""Primitives that are not fused, but may be run once more for each microbatch where only parameters go in."""
+
+OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback", "pallas_call"})
+"""Primitives with computations inside that are never divided."""
+
+HEAVY = frozenset({
+    "cholesky", "conv_general_dilated", "cudnn_fusion", "custom_linear_solve", "dot_general",
+    "dot_product_attention_bwd_wrapper", "dot_product_attention_fwd_wrapper", "eig", "eigh", "ffi_call", "fft",
+    "geqrf", "householder_product", "lu", "mpmd_map", "qr", "ragged_dot", "ragged_dot_general", "scaled_dot",
+    "scaled_matmul_wrapper", "scan", "svd", "triangular_solve", "tridiagonal_solve", *OPAQUE,
+})  # fmt: skip
+"""Primitives that are never computed a second time."""
+
+SILENT = ("axis_index", "pvary", "pcast")
+"""Primitives that name a mesh axis and wait for no other device."""
+
+HARMLESS_EFFECTS = frozenset({"NamedAxisEffect"})
+"""Effects of equations that do nothing but to compute their results."""
+
+REF_EFFECTS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
+NEW_REF_EFFECT = "InternalMutableArrayEffect"
+"""The effect of making and freezing a ref."""
+
+
+def is_heavy(name: str) -> bool:
+    """Whether a primitive is never computed a second time; one that no table knows is not, and is named in the log.
+
+    >>> is_heavy("dot_general"), is_heavy("sort"), is_heavy("a_primitive_of_tomorrow")
+    (True, False, True)
+    """
+    if name in LIGHT or name in CHEAP:
+        return False
+    if name not in HEAVY:
+        _log_unknown(name)
+    return True
+
+
+@functools.cache
+def _log_unknown(name: str) -> None:
+    """Once for each."""
+    logger.warning("the primitive %r is not known here: what it computes is kept, never computed a second time", name)
+
+
+def discharge_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
+    """A jaxpr that makes refs, as one of plain values; public JAX does so only when it lowers.
+
+    Raises:
+      NotImplementedError, ValueError: JAX cannot.
+    """
+    from jax._src.state.discharge import discharge_state  # noqa: PLC0415
+
+    return discharge_state(closed)
+
+
+def causal_attention_of_cudnn() -> Callable[..., Any]:
+    """Attention of cuDNN below `jax.nn.dot_product_attention`, which checks widths.
+
+    Raises:
+      ImportError: JAX has moved it.
+    """
+    from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
+
+    return functools.partial(dot_product_attention, mask_type=MaskType.CAUSAL)
+
+
+def distributed_state() -> Any:
+    """What `jax.distributed` knows of the processes, and their common store of texts; None where it is kept elsewhere."""
+    try:
+        from jax._src.distributed import global_state  # noqa: PLC0415
+    except ImportError:
+        return None
+    needed = "process_id", "num_processes", "client", "coordinator_address"
+    return global_state if all(hasattr(global_state, name) for name in needed) else None
