@@ -230,7 +230,7 @@ def test_ranks_are_devices_on_one_clock(document, write, three_layers, tmp_path)
         (b"\x0a\xff\x00\x80", "not text but binary"),
         (b"hello", "no JSON, or cut short"),
         (b'{"a": 1}', "no Chrome trace: there is no list of traceEvents"),
-        (b"3", "no Chrome trace"),
+        (b"3", "no JSON, or cut short"),
         (b'{"traceEvents": []}', "no GPU events .categories: none"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "ts": 1, "dur": 1}]}', "no GPU events .categories: cpu_op"),
         (
