@@ -144,7 +144,7 @@ class _Collected:
     def __init__(self) -> None:
         self.categories: collections.Counter[str] = collections.Counter()
         self.left_out: collections.Counter[str] = collections.Counter()
-        self.repaired: collections.Counter[str] = collections.Counter()
+        self.damaged: collections.Counter[str] = collections.Counter()
         self.example: dict[str, str] = {}
         self.processes: set[str] = set()
         self._codes: dict[Any, tuple[str, int]] = {}
@@ -173,6 +173,8 @@ class _Collected:
                 self._end(item)
             elif phase == "M":
                 self._metadata(item)
+            elif phase is None:
+                self.damaged["entries without a ph, which are no events, left out"] += 1
             return
         category = item.get("cat", "")
         try:
@@ -187,7 +189,7 @@ class _Collected:
         elif code == _USER:
             start, duration = _time(item.get("ts")), _time(item.get("dur"))
             if start is None or duration is None or duration < 0:
-                self.left_out["annotations without a start or a duration"] += 1
+                self.damaged["annotations without a start or a duration, left out"] += 1
             else:
                 self._annotations.append(
                     Annotation(self._text(item.get("name", "")), start, start + duration, self._thread_id(item))
@@ -212,7 +214,7 @@ class _Collected:
         """Of a pair of events, of which the second may say less than the first."""
         begun = self._open.get(_thread(item))
         if not begun:
-            self.left_out["ends without a beginning"] += 1
+            self.damaged["ends without a beginning, left out"] += 1
             return
         whole = begun.pop()
         start, end = _time(whole.get("ts")), _time(item.get("ts"))
@@ -245,7 +247,7 @@ class _Collected:
         if type(correlation) is not int and correlation is not None:
             number = integer(correlation)
             if number is None:
-                self.repaired["GPU events have a correlation that is no number, so that their launch is unknown"] += 1
+                self.damaged["GPU events whose correlation is no number, so that their launch is unknown"] += 1
             correlation = number
         known = correlation is not None and -(2**63) < correlation < 2**63
         self._correlation.append(correlation if known else _NO_CORRELATION)
@@ -262,13 +264,17 @@ class _Collected:
 
     def _grid(self, grid: Any) -> int:
         """Thread blocks in all, -1 if unknown."""
+        if type(grid) is list and len(grid) == 3:
+            x, y, z = grid
+            if type(x) is type(y) is type(z) is int and 0 < x < 1 << 32 and 0 < y < 1 << 16 and 0 < z < 1 << 14:
+                return x * y * z
         if isinstance(grid, str):
             grid = re.findall(r"[^\s,\[\]()]+", grid)
         sizes = [integer(size) for size in grid] if isinstance(grid, list) else []
         blocks = math.prod(size for size in sizes if size is not None)
         if sizes and None not in sizes and min(size or 0 for size in sizes) > 0 and blocks < 2**63:
             return blocks
-        self.repaired["GPU events have a grid that is none, so that their number of blocks is unknown"] += 1
+        self.damaged["GPU events whose grid is none, so that their number of blocks is unknown"] += 1
         return -1
 
     def _lane_id(self, item: dict[str, Any], args: Mapping[str, Any]) -> int:
@@ -293,7 +299,7 @@ class _Collected:
             return
         time = _time(item.get("ts"))
         if time is None:
-            self.left_out["launches without a start"] += 1
+            self.damaged["launches without a start, left out"] += 1
             return
         self._launch_correlation.append(correlation)
         self._launch_time.append(time)
@@ -320,7 +326,7 @@ class _Collected:
         text = "" if name is None else str(name)
         clean = re.sub(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]", "\ufffd", text)
         if clean != text:
-            self.repaired["names have characters that cannot be printed, which were replaced"] += 1
+            self.damaged["names with characters that cannot be printed, which were replaced"] += 1
         clean = self._names.setdefault(clean, clean)
         if isinstance(name, str):
             self._names[name] = clean
@@ -341,8 +347,7 @@ class _Collected:
         if not len(self._start):
             if self.left_out and any(category in GPU_CATEGORIES for category in self.categories):
                 raise ValueError(f"{source.name}: no GPU event can be used: {self._reasons()}; export the trace again")
-            raise NoGpuTrace(f"{source.name}: {self._refusal(header, scan.has_events)}")
-        notes = [f"{count:,} {what}" for what, count in scan.damage.items() if count]
+            raise NoGpuTrace(f"{source.name}: {self._refusal(header, scan)}")
         columns = _Columns(
             *(np.frombuffer(column, dtype) for column, dtype in (
                 (self._start, np.float64), (self._duration, np.float64), (self._lane, np.int32),
@@ -355,10 +360,10 @@ class _Collected:
         launched, thread = self._launches(columns.correlation)
         distributed = header.get("distributedInfo")
         if distributed is not None and not isinstance(distributed, dict):
-            self.repaired["distributedInfo is no object, so that the rank is unknown"] += 1
+            self.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
         base = header.get("baseTimeNanoseconds")
         if base is not None and integer(base) is None:
-            self.repaired["baseTimeNanoseconds is no number and counts as 0"] += 1
+            self.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
         groups = process_groups(distributed) if isinstance(distributed, dict) else {}
         collectives = self._collectives(columns.external, launched, thread, groups)
         names = self._name
@@ -367,10 +372,9 @@ class _Collected:
             names = [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
             collectives = {int(places[i]): found for i, found in collectives.items() if kept[i]}
         annotations = sorted(self._annotations, key=lambda a: (a.start, -a.end))
-        if self.left_out:
-            notes.append(f"left out: {self._reasons()}")
-        notes += [f"{count:,} times, {what}" for what, count in self.repaired.items()]
         start, duration = columns.start[kept], columns.duration[kept]
+        notes = [f"left out: {self._reasons()}"] if self.left_out else []
+        notes += [f"{what}: {count:,}" for what, count in (scan.damage + self.damaged).items()]
         notes += _lonely(start, duration, names)
         return KinetoFile(
             source=source,
@@ -391,16 +395,14 @@ class _Collected:
         )
 
     def _reasons(self) -> str:
-        found = []
-        for reason, count in self.left_out.items():
-            example = self.example.get(reason)
-            events = f"{count:,} {reason}" if example is None else f"{count:,} GPU event{'s' * (count != 1)} {reason}"
-            found.append(f"{events} ({_short(example)})" if example else events)
-        return "; ".join(found)
+        return "; ".join(
+            f"{count:,} GPU event{'s' * (count != 1)} {reason} ({_short(self.example[reason])})"
+            for reason, count in self.left_out.items()
+        )
 
-    def _refusal(self, header: Mapping[str, Any], has_events: bool) -> str:
+    def _refusal(self, header: Mapping[str, Any], scan: Scan) -> str:
         """Why there is no GPU event, and what to do."""
-        if not has_events:
+        if not scan.has_events:
             if "rocprofiler-sdk-tool" in header:
                 return "the JSON of rocprofv3, no Chrome trace; profile with torch.profiler or jax.profiler instead"
             if "nodes" in header and "schema" in header:
@@ -411,6 +413,8 @@ class _Collected:
             if "traceEvents" in header:
                 return "JSON, but no Chrome trace: its traceEvents are no list; export the trace again"
             return "JSON, but no Chrome trace: there is no list of traceEvents; name the profiler's trace"
+        if not self.categories and sum(scan.damage.values()) + sum(self.damaged.values()):
+            return "JSON, but no Chrome trace: its entries are no events; name the profiler's trace"
         seen = ", ".join(sorted(filter(None, self.categories))) or "none"
         if any(process.startswith(("/host:", "/device:")) for process in self.processes):
             return (
@@ -476,12 +480,12 @@ class _Collected:
         """Which events can have happened when they say; the others are counted with their reasons."""
         kept = np.ones(len(columns.start), bool)
         far = _far_away(columns.start, columns.duration)
-        self._drop(kept, far, "with a start more than an hour from the others, as where CUPTI could note no time")
+        self._drop(kept, far, "more than an hour from all others, or at 0, as where CUPTI could note no time")
         for _ in range(3):
             overrun = _overrunning(columns, np.flatnonzero(kept))
             if not len(overrun):
                 break
-            self._drop(kept, overrun, "that last beyond what follows on their own stream, which runs one after another")
+            self._drop(kept, overrun, "with an end beyond later events of the same stream, which runs one after another")
         return kept
 
     def _drop(self, kept: np.ndarray, which: np.ndarray, reason: str) -> None:

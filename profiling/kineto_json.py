@@ -144,7 +144,10 @@ class Scan:
                 return
             self._at = at
             try:
-                item = self._value()
+                try:
+                    item, self._at = _decode(self._text, at)
+                except json.JSONDecodeError:
+                    item = self._value()
             except (ValueError, RecursionError):
                 self._recover(first)
                 continue

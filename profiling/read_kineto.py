@@ -8,6 +8,8 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
+import numpy as np
+
 from profiling.classify import DEEPSEEK, Rule, classify
 from profiling.event import Event, Step, Trace
 from profiling.kineto_collective import integer
@@ -262,7 +264,11 @@ def _attributed(file: KinetoFile, devices: Sequence[int], origin: float) -> tupl
         )
     notes = list(phases.notes)
     lost = int((phases.innermost < 0).sum())
-    if lost:
+    if np.isnan(file.launched).all():
+        notes.append("no launch of a GPU event is in the file: events have no phase and no step")
+    elif lost == len(events):
+        notes.append("no annotation but those of steps was open at any launch: events have no phase")
+    elif lost:
         notes.append(f"{lost} of {len(events)} GPU events were launched outside every annotation: they have no phase")
     steps = [Step(step.name, step.number, step.start - origin, step.end - origin) for step in phases.steps]
     return events, steps, notes
