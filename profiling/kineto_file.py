@@ -173,7 +173,7 @@ class _Collected:
                 self._end(item)
             elif phase == "M":
                 self._metadata(item)
-            elif phase is None:
+            elif phase is None and item:
                 self.damaged["entries without a ph, which are no events, left out"] += 1
             return
         category = item.get("cat", "")

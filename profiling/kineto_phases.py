@@ -22,7 +22,8 @@ _LAYER = re.compile(
 )
 _MICROBATCH = re.compile(r"[^()]*\((\d{1,18})\)|.*(?:^|[^a-z])(?:micro[-_ ]?batch|mb)[-_ #:]*(\d{1,18})\W*", re.IGNORECASE)
 _PART_OF_STEP = re.compile(
-    r"forward|backward|optimi[sz]er|zero_grad|loss|step|iter|batch|data|wait|all2all|clip|metric|compiledfxgraph",
+    r"forward|backward|optimi[sz]er|zero_grad|loss|step|iter|batch|data|wait|all2all|clip|metric|compiledfxgraph"
+    r"|^\W*(?:fwd|bwd|[fbwi]|fb)\W*$",
     re.IGNORECASE,
 )
 """What a step does once or a few times and what pipelines wait for: no part of a layer, however often it occurs."""

@@ -297,8 +297,9 @@ def _metadata(files: Sequence[KinetoFile], clock: str | None) -> dict[str, Any]:
 
 def _chip(properties: Any, gpu: int) -> Mapping[str, Any]:
     """What a file says of a GPU: a list of objects with ids, or whatever re-exporting left of it."""
-    listed = [properties] if isinstance(properties, (dict, str)) else properties
-    chips = [{"name": each} if isinstance(each, str) else each for each in listed or () if isinstance(each, (dict, str))]
+    listed = properties if isinstance(properties, list) else [properties]
+    chips = [{"name": each} if isinstance(each, str) else each for each in listed]
+    chips = [chip for chip in chips if isinstance(chip, dict)]
     return next((chip for chip in chips if chip.get("id") == gpu), chips[0] if chips else {})
 
 
