@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Mapping
 from typing import Any
@@ -84,10 +83,11 @@ def integer(value: Any) -> int | None:
                 value = float(text)
             except ValueError:
                 return None
-    if isinstance(value, float) and math.isfinite(value) and value == int(value):
+    if isinstance(value, float) and value.is_integer():
         value = int(value)
-    whole = isinstance(value, int) and not isinstance(value, bool) and -(2**63) <= value < 2**63
-    return value if whole else None
+    if isinstance(value, bool) or not isinstance(value, int):
+        return None
+    return value if -(2**63) <= value < 2**63 else None
 
 
 def described(args: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -108,8 +108,9 @@ def collective(args: Mapping[str, Any], groups: Mapping[str, tuple[int, ...]]) -
 
     >>> args = {"Collective name": "_allgather_base", "In msg nelems": 512, "Out msg nelems": 4096, "Group size": 8,
     ...     "dtype": "BFloat16", "Process Group Name": "3", "Process Group Ranks": "[0, 1, ..., 7]"}
-    >>> collective(args, {})
-    Collective(kind='all-gather', group='3', ranks=None, size=8, sent=1024, received=8192, dtype='BFloat16', sequence=None)
+    >>> found = collective(args, {})
+    >>> found.kind, found.group, found.ranks, found.size, found.sent, found.received
+    ('all-gather', '3', None, 8, 1024, 8192)
     >>> collective(args | {"Global rank start": 0, "Global rank stride": 2}, {}).ranks
     (0, 2, 4, 6, 8, 10, 12, 14)
     """
@@ -146,9 +147,9 @@ def process_groups(distributed: Mapping[str, Any]) -> dict[str, tuple[int, ...]]
     listed = distributed.get("pg_config")
     found = {}
     for config in listed if isinstance(listed, list) else ():
-        if isinstance(config, dict) and "pg_name" in config and (ranks := _listed(config.get("ranks"))):
-            if config.get("pg_size") in (None, len(ranks)):
-                found[str(config["pg_name"])] = ranks
+        ranks = _listed(config.get("ranks")) if isinstance(config, dict) else None
+        if ranks and "pg_name" in config and config.get("pg_size") in (None, len(ranks)):
+            found[str(config["pg_name"])] = ranks
     return found
 
 

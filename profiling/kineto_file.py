@@ -15,7 +15,7 @@ import numpy as np
 from profiling.event import Collective
 from profiling.kineto_collective import NAME, collective, described, integer, process_groups
 from profiling.kineto_json import CutShort, NoJson, Scan
-from profiling.trace_files import DAMAGE, Source, is_xspace, kind
+from profiling.trace_files import DAMAGE, HEAD, Source, is_xspace, kind
 
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset")
 ANNOTATION = "user_annotation"
@@ -114,9 +114,11 @@ def read_file(source: Source) -> KinetoFile:
       ValueError: no such file, damaged or cut short; or no GPU event of it can be used.
     """
     head = source.head()
-    if what := kind(head, source.name):
-        error = ValueError if not head.strip(b"\0 \t\r\n") else NoGpuTrace
-        raise error(f"{source.name}: {what}")
+    is_empty = not head.strip(b"\0 \t\r\n")
+    if is_empty and source.path.stat().st_size < HEAD and not source.is_packed:
+        raise ValueError(f"{source.name}: the file is empty; profile again")
+    if what := "" if is_empty else kind(head, source.name):
+        raise NoGpuTrace(f"{source.name}: {what}")
     if is_xspace(head, source.name):
         raise NoGpuTrace(f"{source.name}: not text but binary, of jax.profiler; read_xplane reads it")
     collected = _Collected()
@@ -124,6 +126,8 @@ def read_file(source: Source) -> KinetoFile:
         try:
             scan = Scan(stream, collected.take)
         except NoJson as error:
+            if is_empty:
+                raise ValueError(f"{source.name}: the file is damaged or cut short ({error}); copy it again") from error
             binary = any(byte < 9 for byte in head[:256]) or b"\xff" in head[:256]
             what = "not text but binary, and no format that is known here" if binary else f"{error}, or cut short"
             raise NoGpuTrace(
@@ -249,8 +253,9 @@ class _Collected:
             if number is None:
                 self.damaged["GPU events whose correlation is no number, so that their launch is unknown"] += 1
             correlation = number
-        known = correlation is not None and -(2**63) < correlation < 2**63
-        self._correlation.append(correlation if known else _NO_CORRELATION)
+        if correlation is None or not -(2**63) < correlation < 2**63:
+            correlation = _NO_CORRELATION
+        self._correlation.append(correlation)
         grid = args.get("grid")
         self._blocks.append(-1 if grid is None else self._grid(grid))
         if NAME in args:
@@ -318,7 +323,7 @@ class _Collected:
         return self._threads.setdefault(_thread(item), len(self._threads))
 
     def _text(self, name: Any) -> str:
-        """A name that can be printed and stored: one object for equal ones, no control characters, no halves of pairs."""
+        """A name that can be printed, without control characters and halves of pairs; one object for equal ones."""
         try:
             return self._names[name]
         except (KeyError, TypeError):
@@ -485,7 +490,9 @@ class _Collected:
             overrun = _overrunning(columns, np.flatnonzero(kept))
             if not len(overrun):
                 break
-            self._drop(kept, overrun, "with an end beyond later events of the same stream, which runs one after another")
+            self._drop(
+                kept, overrun, "with an end beyond later events of the same stream, which runs one after another"
+            )
         return kept
 
     def _drop(self, kept: np.ndarray, which: np.ndarray, reason: str) -> None:

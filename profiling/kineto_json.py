@@ -19,9 +19,10 @@ _SKIP = re.compile(r"[\s,]*")
 _SPACE = re.compile(r"\s*")
 _BETWEEN = re.compile(r"\}\s*,?\s*(?=\{\s*" + _KEYS + ")")
 _EVENT = re.compile(r"\{\s*" + _KEYS)
+_NAME = re.compile(r'"(?:[^"\\]|\\.)*"\s*:')
 _CLOSE = re.compile(r'\]\s*(?:,\s*"|\}|$)')
 _NEXT_KEY = re.compile(r',\s*"[A-Za-z_][\w ]*"\s*:')
-_EVENTS_KEY = re.compile(r'"traceEvents"\s*:\s*\[')
+_EVENTS_BEGIN = re.compile(r'"traceEvents"\s*:\s*\[|\[\s*(?=\{\s*"(?:ph|cat|ts|pid)"\s*:)')
 _BACKSLASH = re.compile(r'\\(?:(["\\/bfnrt]|u[0-9a-fA-F]{4})|)')
 _LAST_BACKSLASH = re.compile(r'\\"(?=\s*[,}\]])')
 _VALUES = re.compile(
@@ -55,7 +56,8 @@ class Scan:
 
     >>> import io
     >>> found = []
-    >>> scan = Scan(io.BytesIO(b'{"a": 1, "traceEvents": [{"ph": "X", "name": "torch\\\\cuda"}, {"ph": 3 4}, ]}'), found.append)
+    >>> text = b'{"a": 1, "traceEvents": [{"ph": "X", "name": "torch\\\\cuda"}, {"ph": 3 4}, ]}'
+    >>> scan = Scan(io.BytesIO(text), found.append)
     >>> found, scan.header
     ([{'ph': 'X', 'name': 'torch\\\\cuda'}], {'a': 1})
     >>> scan.damage["events whose text is no JSON, left out"], len(scan.damage)
@@ -78,9 +80,13 @@ class Scan:
             self._events()
         elif first == "{":
             self._at += 1
-            self._object()
+            self._object({})
+            if not self.has_events and self._seek(_EVENTS_BEGIN):
+                self.damage["braces too many before the events"] += 1
+                self._events()
+                self._object(self.header or {})
         else:
-            raise NoJson("no JSON" if first else "the file is empty")
+            raise NoJson("no JSON" if first else "nothing in it")
         self._trailer()
 
     def _more(self) -> bool:
@@ -143,6 +149,13 @@ class Scan:
                 self._at = at + 1
                 return
             self._at = at
+            if first == "}" or (first == '"' and self._matches(_NAME)):
+                # The rest of an event, or if no event follows, what stands behind the list.
+                if not self._seek(_EVENT, stay=True):
+                    self.damage["lists of events without an end"] += 1
+                    return
+                self.damage["stretches of text between events, left out"] += 1
+                continue
             try:
                 try:
                     item, self._at = _decode(self._text, at)
@@ -153,8 +166,12 @@ class Scan:
                 continue
             if isinstance(item, dict):
                 self._take(item)
-            else:
-                self.damage["entries of the list that are no events, left out"] += 1
+                continue
+            inner = [each for each in item if isinstance(each, dict)] if isinstance(item, list) else []
+            for each in inner:
+                self._take(each)
+            what = "brackets too many among the events" if inner else "entries of the list that are no events, left out"
+            self.damage[what] += 1
 
     def _recover(self, first: str) -> None:
         """Goes on behind what cannot be decoded: at the next event, or at the end of the list."""
@@ -180,18 +197,21 @@ class Scan:
             self.damage["events whose text is no JSON, repaired"] += 1
             self._take(item)
 
-    def _object(self) -> None:
-        header: dict[str, Any] = {}
+    def _object(self, header: dict[str, Any]) -> None:
         self.header = header
         while (first := self._peek(_SKIP)) != "}":
             if not first:
                 raise CutShort("it ends before its last brace")
+            if first == "{" and self.has_events and self._matches(_EVENT):
+                self.damage["brackets too many among the events"] += 1
+                self._events()
+                continue
             try:
                 key = self._value()
                 if not isinstance(key, str) or self._peek() != ":":
                     raise ValueError("no key")
                 self._at += 1
-                if self._peek() == "[" and key == "traceEvents":
+                if self._peek() == "[" and (key == "traceEvents" or self._unnamed_events()):
                     self._at += 1
                     self._events()
                     continue
@@ -202,17 +222,36 @@ class Scan:
                 self._skip_entry()
         self._at += 1
 
+    def _matches(self, pattern: re.Pattern[str]) -> bool:
+        """Whether what is next is of a pattern, which the next few hundred characters decide."""
+        while len(self._text) - self._at < 512 and self._more():
+            pass
+        return bool(pattern.match(self._text, self._at))
+
+    def _unnamed_events(self) -> bool:
+        """Whether the list that begins here holds events, under a name that is not theirs."""
+        return not self.has_events and self._matches(_EVENTS_BEGIN)
+
     def _skip_entry(self) -> None:
         """Goes on behind an entry of the header that cannot be decoded, at the events if they are still to come."""
-        while self._more():
-            if not self.has_events and _EVENTS_KEY.search(self._text, self._at):
-                break
-        pattern = _NEXT_KEY if self.has_events else _EVENTS_KEY
-        match = pattern.search(self._text, self._at) or _NEXT_KEY.search(self._text, self._at)
-        if match is None:
-            raise CutShort("it ends within an entry beside its events")
-        self._at = match.start()
         self.damage["entries beside the events whose text is no JSON, left out"] += 1
+        if not self.has_events and self._seek(_EVENTS_BEGIN):
+            self._events()
+            return
+        if self._seek(_NEXT_KEY, stay=True):
+            return
+        end = self._text.rstrip("\0 \t\r\n")
+        if not self.has_events or not end.endswith("}"):
+            raise CutShort("it ends within an entry beside its events")
+        self._at = len(end) - 1
+
+    def _seek(self, pattern: re.Pattern[str], stay: bool = False) -> bool:
+        """Goes behind what is next of a pattern, or before it, and reads on for it as far as it takes."""
+        while not (match := pattern.search(self._text, self._at)):
+            if not self._more():
+                return False
+        self._at = match.start() if stay else match.end()
+        return True
 
     def _trailer(self) -> None:
         behind = False

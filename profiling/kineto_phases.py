@@ -17,10 +17,13 @@ _PROFILER_STEP = re.compile(r"ProfilerStep#(\d{1,18})")
 _NUMBERED = re.compile(r"(\w[^#]*?)\s*#\s*(\d{1,18})")
 _USER_STEP = re.compile(r"\W*((?:\w+[\W_])?(?:step|iter|iteration))[\W_]*(\d{1,18})\W*", re.IGNORECASE)
 _LAYER = re.compile(
-    r"(?:^|[^a-z])(?:(?:(?:encoder|decoder|transformer|dense|moe)[._ -]?)?(?:layers?|blocks?)|h(?=[._]))[._ #:\[(-]*(\d{1,6})(?!\d)",
+    r"(?:^|[^a-z])(?:(?:(?:encoder|decoder|transformer|dense|moe)[._ -]?)?(?:layers?|blocks?)|h(?=[._]))"
+    r"[._ #:\[(-]*(\d{1,6})(?!\d)",
     re.IGNORECASE,
 )
-_MICROBATCH = re.compile(r"[^()]*\((\d{1,18})\)|.*(?:^|[^a-z])(?:micro[-_ ]?batch|mb)[-_ #:]*(\d{1,18})\W*", re.IGNORECASE)
+_MICROBATCH = re.compile(
+    r"[^()]*\((\d{1,18})\)|.*(?:^|[^a-z])(?:micro[-_ ]?batch|mb)[-_ #:]*(\d{1,18})\W*", re.IGNORECASE
+)
 _PART_OF_STEP = re.compile(
     r"forward|backward|optimi[sz]er|zero_grad|loss|step|iter|batch|data|wait|all2all|clip|metric|compiledfxgraph"
     r"|^\W*(?:fwd|bwd|[fbwi]|fb)\W*$",
@@ -83,7 +86,8 @@ def layer(name: str) -> int | None:
 def _step(annotation: Annotation) -> Step:
     """With its number apart only where the name is one and a number: "## backward ##" is a name.
 
-    >>> [_step(Annotation(name, 0.0, 1.0, 0)).name for name in ("ProfilerStep#5", "## backward ##", "Optimizer.step#SGD.step")]
+    >>> names = "ProfilerStep#5", "## backward ##", "Optimizer.step#SGD.step"
+    >>> [_step(Annotation(name, 0.0, 1.0, 0)).name for name in names]
     ['ProfilerStep', '## backward ##', 'Optimizer.step#SGD.step']
     """
     found = _NUMBERED.fullmatch(annotation.name) or _USER_STEP.fullmatch(annotation.name)
@@ -217,12 +221,10 @@ def _repeated(
     They must hold half of the step's GPU time at least: that a few communications or waits repeat makes no layers.
     """
     starts = [annotations[i].start for i in steps]
-    holds = {
-        parent for i, parent in enumerate(parents) if parent >= 0 and not ANNOTATION.match(annotations[i].name)
-    }
+    holds = {parent for i, parent in enumerate(parents) if parent >= 0 and not ANNOTATION.match(annotations[i].name)}
     names = {annotations[i].name for i in used}
     regions: dict[int, dict[str, list[int]]] = {}
-    times: collections.Counter[int] = collections.Counter()
+    times: collections.defaultdict[int, float] = collections.defaultdict(float)
     for i, annotation in enumerate(annotations):
         region = bisect.bisect_right(starts, annotation.start)
         times[region] += float(busy[i])

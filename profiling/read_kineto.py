@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import collections
+import itertools
 import os
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -149,15 +150,14 @@ def _newest(files: list[KinetoFile], is_folder: bool) -> tuple[list[KinetoFile],
     left: list[KinetoFile] = []
     for same in by_rank.values():
         same = sorted(same, key=lambda file: file.window[0])
-        overlap = any(one.window[1] > two.window[0] for one, two in zip(same, same[1:], strict=False))
+        overlap = any(one.window[1] > two.window[0] for one, two in itertools.pairwise(same))
         if len(same) > 1 and (overlap or not is_folder):
             names = [file.source.label for file in files]
             ranks = [file.rank for file in files]
             raise ValueError(f"{names} are of ranks {ranks}: read one file of each rank")
         left += same[:-1]
     notes = [
-        f"left out: {file.source.label}, an earlier session of rank {file.rank}; name files to read it"
-        for file in left
+        f"left out: {file.source.label}, an earlier session of rank {file.rank}; name files to read it" for file in left
     ]
     return [file for file in files if not any(file is other for other in left)], notes
 

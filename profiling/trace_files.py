@@ -12,11 +12,13 @@ import pathlib
 import re
 import zipfile
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 HEAD = 1 << 16
 """Bytes by which the kind of a file is told."""
+
+_ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
 """What unpacking raises for a file that is damaged or cut short."""
@@ -40,6 +42,11 @@ class Source(NamedTuple):
         """The last part of the name."""
         return pathlib.PurePath(self.member or self.path).name
 
+    @property
+    def is_packed(self) -> bool:
+        """Whether its bytes are those of a packed file."""
+        return bool(self.member) or _begins(self.path, tuple(_PACKED))
+
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
         """What is inside, unpacked.
@@ -54,7 +61,11 @@ class Source(NamedTuple):
                     stream: Any = stack.enter_context(archive.open(self.member))
                 else:
                     stream = stack.enter_context(self.path.open("rb"))
-                unpacked = _unpacked(stream, self.name, stack)
+                unpacked = _unpacked(stream, stack)
+            except ImportError as error:
+                raise ValueError(
+                    f"{self.name}: packed with Zstandard; `pip install zstandard`, or unpack it with `zstd -d`"
+                ) from error
             except (RuntimeError, NotImplementedError) as error:
                 raise ValueError(f"{self.name}: the archive cannot be unpacked ({error}); unpack it first") from error
             except DAMAGE as error:
@@ -81,7 +92,7 @@ def sources(path: pathlib.Path) -> list[Source]:
     Raises:
       ValueError: an archive that is damaged or holds nothing of the kind.
     """
-    if not path.is_file() or not _begins(path, b"PK\x03\x04"):
+    if not path.is_file() or not _begins(path, _ARCHIVE):
         return [Source(path, str(path))]
     try:
         with zipfile.ZipFile(path) as archive:
@@ -95,39 +106,53 @@ def sources(path: pathlib.Path) -> list[Source]:
     return [Source(path, f"{path}/{name}", name) for name in sorted(found)]
 
 
-def _begins(path: pathlib.Path, magic: bytes) -> bool:
+def _begins(path: pathlib.Path, magic: tuple[bytes, ...]) -> bool:
     try:
         with path.open("rb") as stream:
-            return stream.read(len(magic)) == magic
+            return stream.read(8).startswith(magic)
     except OSError:
         return False
 
 
-def _zstd(stream: Any, name: str) -> Any:
-    """Python has Zstandard from 3.14 on; before, a package does."""
-    for module, reader in (("compression.zstd", "ZstdFile"), ("zstandard", "open")):
+class _Zstandard(io.RawIOBase):
+    """Python has it from 3.14 on; before, a package does. Its errors become those of the other packings."""
+
+    def __init__(self, stream: Any) -> None:
         try:
-            return getattr(importlib.import_module(module), reader)(stream, "rb")
+            module = importlib.import_module("compression.zstd")
+            self._stream = module.ZstdFile(stream, "rb")
         except ImportError:
-            continue
-    raise ValueError(f"{name}: packed with Zstandard; `pip install zstandard`, or unpack it with `zstd -d`")
+            module = importlib.import_module("zstandard")
+            self._stream = module.ZstdDecompressor().stream_reader(stream, read_across_frames=True)
+        self._error = module.ZstdError
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        try:
+            return self._stream.readinto(buffer)
+        except self._error as error:
+            raise zlib.error(str(error)) from error
 
 
-def _unpacked(stream: Any, name: str, stack: contextlib.ExitStack) -> Any:
+_PACKED: dict[bytes, Callable[[Any], Any]] = {
+    b"\x1f\x8b": lambda stream: gzip.GzipFile(fileobj=stream, mode="rb"),
+    b"\x28\xb5\x2f\xfd": _Zstandard,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"BZh": bz2.BZ2File,
+}
+
+
+def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
     """By its first bytes, not its name: browsers unpack downloads and keep the name. Some pack what is packed."""
     for _ in range(3):
         stream = stack.enter_context(io.BufferedReader(stream, HEAD))
-        magic = stream.peek(8)[:8]
-        if magic.startswith(b"\x1f\x8b"):
-            stream = stack.enter_context(gzip.GzipFile(fileobj=stream))
-        elif magic.startswith(b"\x28\xb5\x2f\xfd"):
-            stream = stack.enter_context(_zstd(stream, name))
-        elif magic.startswith(b"\xfd7zXZ\x00"):
-            stream = stack.enter_context(lzma.LZMAFile(stream))
-        elif magic.startswith(b"BZh"):
-            stream = stack.enter_context(bz2.BZ2File(stream))
-        else:
+        first = stream.peek(8)[:8]
+        unpack = next((unpack for magic, unpack in _PACKED.items() if first.startswith(magic)), None)
+        if unpack is None:
             break
+        stream = stack.enter_context(unpack(stream))
     return stream
 
 
@@ -164,17 +189,22 @@ def kind(head: bytes, name: str) -> str:
 
 def _kinds(head: bytes, text: bytes, name: str) -> Iterator[tuple[bool, str]]:
     again = "profile with torch.profiler or jax.profiler instead"
-    yield not head.strip(b"\0 \t\r\n"), "the file is empty; profile again"
     yield text.startswith(b"version https://git-lfs"), "a pointer of Git LFS, not the file; run `git lfs pull`"
     yield head.startswith(b"SQLite format 3"), f"an SQLite database, as Nsight Systems and rocprof export; {again}"
     yield name.endswith((".nsys-rep", ".qdrep")), f"a report of Nsight Systems; {again}"
     yield name.endswith(".ncu-rep") or head.startswith(b"NVR\0"), f"a report of Nsight Compute; {again}"
-    yield text.startswith((b"<!doctype html", b"<html")), "a web page; save the trace itself, not the page that shows it"
+    yield (
+        text.startswith((b"<!doctype html", b"<html")),
+        "a web page; save the trace itself, not the page that shows it",
+    )
     yield text.startswith(b"<?xml"), f"XML; {again}"
     yield head[257:262] == b"ustar", "a tar archive; unpack it and name the folder"
     yield (
         name.endswith((".pftrace", ".perfetto-trace")) or (head[:1] == b"\n" and b"\0" in head),
         f"a protocol buffer, such as Perfetto's trace, which only its own viewer reads; {again}",
     )
-    yield head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05", "a pickle, such as PyTorch's memory snapshot; export the trace with export_chrome_trace"  # noqa: E501
+    yield (
+        head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05",
+        "a pickle, such as PyTorch's memory snapshot; export the trace with export_chrome_trace",
+    )
     yield head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"%PDF")), "a picture or a document; name the trace itself"

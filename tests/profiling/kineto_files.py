@@ -3,18 +3,20 @@
 import gzip
 import json
 import random
+from collections.abc import Iterable
+from typing import Any
 
 GEMM = "nvjet_hsh_128x256_64x4_2x1_v_bz_TNT"
 ALL_REDUCE = "ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)"
 
 
-def gpu(name, ts, dur, stream=7, device=0, cat="kernel", **args):
+def gpu(name, ts, dur, stream=7, device=0, cat="kernel", **args: Any) -> dict[str, Any]:
     """An event of a GPU."""
     args = {"device": device, "stream": stream, "grid": [8, 2, 1], **args}
     return {"ph": "X", "cat": cat, "name": name, "pid": device, "tid": stream, "ts": ts, "dur": dur, "args": args}
 
 
-def host(name, ts, dur, cat="user_annotation", tid=1, **args):
+def host(name, ts, dur, cat="user_annotation", tid=1, **args: Any) -> dict[str, Any]:
     """An event of a thread of the host."""
     return {"ph": "X", "cat": cat, "name": name, "pid": 1, "tid": tid, "ts": ts, "dur": dur, "args": args}
 
@@ -41,11 +43,12 @@ def half_covered():
     return [gpu(GEMM, 1000, 100), gpu(ALL_REDUCE, 1050, 100, 20)]
 
 
-def described(rank=0, ranks=(0, 1), **args):
+def described(ranks: Iterable[int] = (0, 1), **args: Any) -> dict[str, Any]:
     """What PyTorch says of an all-reduce of 1,024 elements."""
+    ranks = list(ranks)
     return {
         "Collective name": "allreduce", "In msg nelems": 1024, "Out msg nelems": 1024, "Group size": len(ranks),
-        "dtype": "BFloat16", "Process Group Name": "0", "Process Group Ranks": str(list(ranks)), "Seq": 3, **args,
+        "dtype": "BFloat16", "Process Group Name": "0", "Process Group Ranks": str(ranks), "Seq": 3, **args,
     }  # fmt: skip
 
 
@@ -79,17 +82,35 @@ def step_of_training():
                 {"ph": "s", "id": number, "pid": 1, "tid": 1, "ts": at + 2, "cat": "ac2g", "name": "ac2g"},
                 gpu(GEMM, 1000 + t + i * 20, 15.5, correlation=number, **{"External id": number}),
             ]
-        facts = {"External id": 40 + step}
+        facts: dict[str, Any] = {"External id": 40 + step}
         events += [
-            host("record_param_comms", t + 95, 10, "cpu_op", 2, **facts, **described()),
+            host("record_param_comms", t + 95, 10, "cpu_op", 2, **(facts | described())),
             launch(t + 97, 30 + step, 2),
-            gpu(ALL_REDUCE, 1080 + t, 60, 20, correlation=30 + step, **facts, **(described() if step else {})),
+            gpu(ALL_REDUCE, 1080 + t, 60, 20, correlation=30 + step, **(facts | (described() if step else {}))),
             gpu("Memcpy DtoH (Device -> Pinned)", 1150 + t, 3, 21, cat="gpu_memcpy", correlation=99),
         ]
     return document(events, traceName="runs/a.json", baseTimeNanoseconds=1_700_000_000_000_000_000)
 
 
-VALUES = (None, True, -1, 0, 1e308, 10**30, -(10**19), 1.5, "", "x", "0x1f", "\ud800", "a\x00b", [], [None], {}, {"a": []})
+VALUES = (
+    None,
+    True,
+    -1,
+    0,
+    1e308,
+    10**30,
+    -(10**19),
+    1.5,
+    "",
+    "x",
+    "0x1f",
+    "\ud800",
+    "a\x00b",
+    [],
+    [None],
+    {},
+    {"a": []},
+)
 
 
 def damaged(seed):

@@ -97,7 +97,10 @@ class TestText:
     @pytest.mark.parametrize("value", [r'"C:\users"', "[1, 2", "[" * 100_000])
     def test_an_entry_beside_the_events(self, read_bytes, value):
         events = json.dumps(half_covered())
-        for text in (f'{{"INFO": {value}, "traceEvents": {events}}}', f'{{"traceEvents": {events}, "INFO": {value}, "a": 1}}'):
+        for text in (
+            f'{{"INFO": {value}, "traceEvents": {events}}}',
+            f'{{"traceEvents": {events}, "INFO": {value}, "a": 1}}',
+        ):
             trace = read_bytes(text.encode())
             assert times(trace) == UNHARMED
             assert any("entries beside the events whose text is no JSON" in note for note in trace.notes)
@@ -122,6 +125,15 @@ class TestText:
         text = json.dumps(document(half_covered(), traceName="t")).encode()
         with pytest.raises(ValueError, match=r"bytes\.json: .*cut short"):
             read_bytes(text[:-cut])
+
+
+@pytest.mark.parametrize("fault", [b'"', b"{", b"}", b"[", b"]", b",", b":", b"\\", b"\0", b"\xff", b""])
+def test_one_bad_byte_costs_two_events_at_most(read_bytes, fault):
+    """Put at every 131st place from the first event to the last."""
+    text = json.dumps(document([gpu(GEMM, 20 * i, 10, correlation=i) for i in range(40)])).encode()
+    for at in range(text.index(b'"ph"'), text.rindex(b'{"ph"'), 131):
+        for broken in (text[:at] + fault + text[at + 1 :], text[:at] + fault + text[at:]):
+            assert len(read_bytes(broken).events) >= 38, at
 
 
 class TestEvents:
@@ -217,7 +229,9 @@ class TestEvents:
         trace = read(host("phase", 0, 20), launch(5, 31), gpu("k", 1200, 5, correlation=correlation))
         assert trace.events[2].phase == "phase"
 
-    @pytest.mark.parametrize("args", [None, [], "x", {"device": None}, {"device": [1], "stream": {}, "correlation": []}])
+    @pytest.mark.parametrize(
+        "args", [None, [], "x", {"device": None}, {"device": [1], "stream": {}, "correlation": []}]
+    )
     def test_arguments(self, read, args):
         assert len(read(gpu("k", 1200, 5) | {"args": args}).events) == 3
 
@@ -227,13 +241,16 @@ class TestEvents:
 
 
 class TestHeaders:
-    @pytest.mark.parametrize("value", [[], None, "x", 3, {"rank": "one"}, {"rank": -1}, {"pg_config": 3}, {"pg_config": [3]}])
+    @pytest.mark.parametrize(
+        "value", [[], None, "x", 3, {"rank": "one"}, {"rank": -1}, {"pg_config": 3}, {"pg_config": [3]}]
+    )
     def test_distributed(self, read, value):
         assert read(distributedInfo=value).devices == (0,)
 
     @pytest.mark.parametrize(
         ("value", "chip"),
-        [({}, None), (["H100"], "H100"), ([{"id": 0, "name": "H100"}], "H100"), ("H100", "H100"), (3, None), ([3, None], None),
+        [({}, None), (["H100"], "H100"), ([{"id": 0, "name": "H100"}], "H100"), ("H100", "H100"), (3, None),
+         ([3, None], None),
          ([{"id": 1, "name": "B"}, {"id": 0, "name": "A"}], "A"), ([{"name": ""}], None)],
     )  # fmt: skip
     def test_properties(self, read, value, chip):
@@ -258,7 +275,10 @@ class TestOtherFiles:
             (b'[{"file": "a.json.gz", "mode": "FULL"}]', "its entries are no events"),
             (b'{"traceEvents": {}}', "its traceEvents are no list"),
             (b'{"traceEvents": [{"ph": "X", "cat": "mtia_ccp_events", "ts": 1, "dur": 1}]}', "MTIA devices"),
-            (b'{"traceEvents": [{"ph": "X", "cat": "cuda_profiler_range", "ts": 1, "dur": 1}]}', "CUPTI counted ranges"),
+            (
+                b'{"traceEvents": [{"ph": "X", "cat": "cuda_profiler_range", "ts": 1, "dur": 1}]}',
+                "CUPTI counted ranges",
+            ),
             (
                 b'{"traceEvents": [{"ph": "M", "name": "process_name", "args": {"name": "/device:GPU:0"}}, {}]}',
                 r"a Chrome trace of jax.profiler .* name that, or its folder",

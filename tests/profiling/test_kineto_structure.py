@@ -1,6 +1,7 @@
 """What Kineto's annotations and arguments say of an event: phase, step, layer, microbatch, collective."""
 
 import collections
+from typing import Any
 
 import pytest
 
@@ -15,7 +16,7 @@ def read(write_trace):
 
 
 class TestLayers:
-    def layers(self, read, names, step="ProfilerStep#5"):
+    def layers(self, read, names, step: str | None = "ProfilerStep#5"):
         around = [host(step, -1, 10_000)] if step else []
         trace = read([*around, *launched(names)])
         return [event.layer for event in trace.events], trace.notes
@@ -153,7 +154,10 @@ class TestCollectives:
         ("args", "ranks"),
         [
             ({"Process Group Ranks": "[0, 2, ..., 14]"}, None),
-            ({"Process Group Ranks": "[0, 2, ..., 14]", "Global rank start": 0, "Global rank stride": 2}, range(0, 16, 2)),
+            (
+                {"Process Group Ranks": "[0, 2, ..., 14]", "Global rank start": 0, "Global rank stride": 2},
+                range(0, 16, 2),
+            ),
             ({"Process Group Ranks": "[0, 2, ..., 14]", "Global rank start": 0, "Global rank stride": -1}, None),
             ({"Process Group Ranks": "[0, 1]"}, None),
             ({"Process Group Ranks": [7, 6, 5, 4, 3, 2, 1, 0]}, range(7, -1, -1)),
@@ -171,15 +175,16 @@ class TestCollectives:
         assert self.one(read, gpu("nccl", 0, 9, **args), distributedInfo=job).ranks == (0, 1, 2, 3)
 
     def test_from_the_operator_with_the_same_external_id(self, read):
-        facts = {"External id": 40}
+        facts: dict[str, Any] = {"External id": 40}
         operator = host("record_param_comms", 0, 9, "cpu_op", **facts, **described())
         assert self.one(read, operator, gpu(ALL_REDUCE, 50, 9, **facts)).sent == 2048
 
     def test_from_the_operator_round_the_launch(self, read):
         """Waiting for a collective is an operator of the same name, and no collective."""
+        waiting = described() | {"Collective name": "wait"}
         events = [
             host("record_param_comms", 0, 9, "cpu_op", **described()),
-            host("record_param_comms", 20, 9, "cpu_op", **described(**{"Collective name": "wait"})),
+            host("record_param_comms", 20, 9, "cpu_op", **waiting),
             launch(5, 1),
             launch(25, 2),
             gpu(ALL_REDUCE, 50, 9, 20, correlation=1),
