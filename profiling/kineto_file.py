@@ -87,12 +87,16 @@ class KinetoFile:
         return found if isinstance(found, dict) else {}
 
     @property
-    def rank(self) -> int | None:
-        """The rank that the file names, or failing that, its own name, as in "rank-3.trace.json"."""
+    def own_rank(self) -> int | None:
+        """The rank that the profiler noted in the file."""
         rank = integer(self.distributed.get("rank"))
-        if rank is None and (named := re.search(r"(?:^|[^a-z])rank[-_ ]?(\d{1,6})", self.source.label, re.IGNORECASE)):
-            rank = int(named[1])
         return rank if rank is not None and rank >= 0 else None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that stands in the file, or failing that, in its name, as in "rank-3.trace.json"."""
+        named = re.search(r"(?:^|[^a-z])rank[-_ ]?(\d{1,6})", self.source.label, re.IGNORECASE)
+        return int(named[1]) if self.own_rank is None and named else self.own_rank
 
     @property
     def gpus(self) -> list[int]:
@@ -554,7 +558,7 @@ def _overrunning(columns: _Columns, kept: np.ndarray) -> np.ndarray:
     for at, inside in containing:
         length = end[at] - start[at]
         launches = np.unique(columns.correlation[order[np.append(inside, at)]])
-        apart = len(launches[launches != _NO_CORRELATION]) > 2
+        apart = len(launches[launches != _NO_CORRELATION]) > 1
         if (last > start[at] and length >= _FAR * (last - start[at])) or (
             apart and length >= _FAR * (start[inside[0]] - start[at])
         ):

@@ -32,11 +32,11 @@ _PART_OF_STEP = re.compile(
 """What a step does once or a few times and what pipelines wait for: no part of a layer, however often it occurs."""
 
 _BULK = 0.5
-"""Share of a step's GPU time that the phases of its layers must hold at least."""
+"""Share of a step's work that the phases of its layers must hold at least."""
 
 
 class Phases:
-    """The annotations of one file, by the launches of N GPU events.
+    """The annotations of one file, by the launches of N GPU events; `work` is the time of each that evidence counts.
 
     Attributes:
       innermost: int[N], the annotation that each event belongs to; -1 for none.
@@ -48,14 +48,14 @@ class Phases:
     """
 
     def __init__(
-        self, annotations: Sequence[Annotation], launched: np.ndarray, thread: np.ndarray, duration: np.ndarray
+        self, annotations: Sequence[Annotation], launched: np.ndarray, thread: np.ndarray, work: np.ndarray
     ) -> None:
         steps = _step_numbers(annotations)
         parents = _parents(annotations)
         self.innermost = _innermost(annotations, steps, launched, thread)
         self.step = _steps_open(annotations, steps, launched)
         self.scopes = _scopes(annotations, parents, steps)
-        busy = np.bincount(self.innermost + 1, duration, len(annotations) + 1)[1:]
+        busy = np.bincount(self.innermost + 1, work, len(annotations) + 1)[1:]
         used = set(np.unique(self.innermost).tolist()) - {-1}
         self.layers, self.notes = _layers(annotations, parents, steps, used, busy)
         holds = {parent for parent in parents if parent >= 0}
@@ -218,7 +218,7 @@ def _repeated(
 ) -> tuple[dict[int, int], list[str]]:
     """Layers by count: within a step, two phases or more that repeat equally often, always in the same order.
 
-    They must hold half of the step's GPU time at least: that a few communications or waits repeat makes no layers.
+    They must hold half of the step's work at least: that a few communications or waits repeat makes no layers.
     """
     starts = [annotations[i].start for i in steps]
     holds = {parent for i, parent in enumerate(parents) if parent >= 0 and not ANNOTATION.match(annotations[i].name)}

@@ -68,12 +68,17 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
     notes += clocks
     events: list[Event] = []
     steps: list[Step] = []
+    of_files: dict[str, list[str]] = {}
     for i, file in enumerate(files):
         devices = [numbers[i, device] for device, _, _ in file.lanes]
         made, made_steps, doubts = _attributed(file, devices, origins[i])
         events += made
         steps += made_steps
-        notes += [f"{file.source.label}: {note}" for note in (*file.notes, *doubts)]
+        for note in (*file.notes, *doubts):
+            of_files.setdefault(note, []).append(file.source.label)
+    for note, labels in of_files.items():
+        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        notes.append(f"{labels[0]}{others}: {note}")
     events.sort(key=lambda event: (event.start, event.end))
     first = files[0].source.label
     trace = Trace(
@@ -145,20 +150,28 @@ def _newest(files: list[KinetoFile], is_folder: bool) -> tuple[list[KinetoFile],
     """
     by_rank: dict[int, list[KinetoFile]] = {}
     for file in files:
-        if file.rank is not None and (integer(file.distributed.get("world_size")) or 2) > 1:
-            by_rank.setdefault(file.rank, []).append(file)
+        if file.own_rank is not None and (integer(file.distributed.get("world_size")) or 2) > 1:
+            by_rank.setdefault(file.own_rank, []).append(file)
     left: list[KinetoFile] = []
-    for same in by_rank.values():
-        same = sorted(same, key=lambda file: file.window[0])
+    notes: list[str] = []
+    for of_rank in by_rank.values():
+        same: list[KinetoFile] = []
+        for file in sorted(of_rank, key=lambda file: file.window[0]):
+            if is_folder and same and file.window == same[-1].window and len(file.start) == len(same[-1].start):
+                left.append(file)
+                notes.append(f"left out: {file.source.label}, the same as {same[-1].source.label}")
+            else:
+                same.append(file)
         overlap = any(one.window[1] > two.window[0] for one, two in itertools.pairwise(same))
         if len(same) > 1 and (overlap or not is_folder):
             names = [file.source.label for file in files]
             ranks = [file.rank for file in files]
             raise ValueError(f"{names} are of ranks {ranks}: read one file of each rank")
         left += same[:-1]
-    notes = [
-        f"left out: {file.source.label}, an earlier session of rank {file.rank}; name files to read it" for file in left
-    ]
+        notes += [
+            f"left out: {file.source.label}, an earlier session of rank {file.rank}; name files to read it"
+            for file in same[:-1]
+        ]
     return [file for file in files if not any(file is other for other in left)], notes
 
 
@@ -178,7 +191,7 @@ def _devices(files: Sequence[KinetoFile]) -> tuple[dict[tuple[int, int], int], l
         if missing
         else "a file has several GPUs"
         if any(len(found) > 1 for found in gpus)
-        else "the files are of jobs of their own, with the same rank"
+        else "several files have the same rank"
     )
     which = [f"{number} is GPU {gpu} of {files[i].source.label}" for number, (i, gpu) in enumerate(pairs)]
     more = f"; and {len(which) - 8} more" if len(which) > 8 else ""
@@ -224,7 +237,10 @@ def _long(microseconds: float) -> str:
 
 def _attributed(file: KinetoFile, devices: Sequence[int], origin: float) -> tuple[list[Event], list[Step], list[str]]:
     """Events of one file with phase, step, layer and microbatch; its steps; what is doubtful."""
-    phases = Phases(file.annotations, file.launched, file.thread, file.duration)
+    communicates = {name: "nccl" in name.lower() or "rccl" in name.lower() for name in set(file.name)}
+    # Kernels that wait for peers last as long as that takes, which says nothing of what a step consists of.
+    work = np.where([communicates[name] for name in file.name], 0.0, file.duration)
+    phases = Phases(file.annotations, file.launched, file.thread, work)
     of_annotation = [
         (phases.scopes[i], annotation.name, phases.layers.get(i), microbatch(annotation.name))
         for i, annotation in enumerate(file.annotations)

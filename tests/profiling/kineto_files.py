@@ -77,10 +77,10 @@ def step_of_training():
             number = step * 10 + i
             at = t + 5 + i * 15 + 60 * (i > 4)
             events += [
-                host("aten::mm", at, 9, "cpu_op", **{"External id": number, "Input Dims": [[8, 16], [16, 4]]}),
+                host("aten::mm", at, 9, "cpu_op", 1, **{"External id": number, "Input Dims": [[8, 16], [16, 4]]}),
                 launch(at + 2, number),
                 {"ph": "s", "id": number, "pid": 1, "tid": 1, "ts": at + 2, "cat": "ac2g", "name": "ac2g"},
-                gpu(GEMM, 1000 + t + i * 20, 15.5, correlation=number, **{"External id": number}),
+                gpu(GEMM, 1000 + t + i * 20, 15.5, 7, 0, "kernel", correlation=number, **{"External id": number}),
             ]
         facts: dict[str, Any] = {"External id": 40 + step}
         events += [

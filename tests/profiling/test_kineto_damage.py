@@ -190,6 +190,8 @@ class TestEvents:
             [gpu("a", 0, 100, correlation=1), gpu("b", 90, 100, correlation=2), gpu("c", 185, 20, correlation=3)],
             # One graph: a long branch beside a short one, on one stream, of one launch.
             [gpu("long", 0, 500, correlation=1), *(gpu("b", 10 * i, 5, correlation=1) for i in range(1, 40))],
+            # The second depends on nothing, was let in near the first's end and ended before it.
+            [gpu("a", 0, 100, correlation=1), gpu("b", 95, 3, correlation=2)],
             # Whole microseconds.
             [gpu("a", 0, 10, correlation=1), gpu("b", 9, 0, correlation=2), gpu("c", 10, 0, correlation=3)],
         ],

@@ -78,13 +78,31 @@ class TestRanks:
         files = [write_trace(document(half_covered(), 0, 1), name) for name in ("a.json", "b.json")]
         trace = read_kineto(files)
         assert trace.devices == (0, 1)
-        assert "the files are of jobs of their own" in trace.notes[0]
+        assert "as several files have the same rank" in trace.notes[0]
 
     def test_the_same_rank_at_the_same_time(self, rank, tmp_path):
-        files = [rank(1, "a.json"), rank(1, "b.json")]
+        files = [rank(1, "a.json"), rank(1, "b.json", late=50)]
         for path in (files, tmp_path):
             with pytest.raises(ValueError, match=r"a\.json.*b\.json.* are of ranks \[1, 1\]: read one file of each"):
                 read_kineto(path)
+
+    def test_a_file_and_its_packed_copy(self, rank, tmp_path):
+        rank(1, "a.json")
+        rank(1, "a.json.gz")
+        trace = read_kineto(tmp_path)
+        assert len(trace.events) == 2
+        assert "left out: a.json.gz, the same as a.json" in trace.notes
+
+    def test_equal_ranks_in_the_names_of_files_alone(self, rank, tmp_path):
+        """Two nodes that each count from 0."""
+        rank(None, "node0/rank0.json")
+        rank(None, "node1/rank0.json", late=3)
+        assert starts(read_kineto(tmp_path)) == {0: 0.0, 1: 3.0}
+
+    def test_what_is_true_of_several_files_is_said_once(self, rank):
+        trace = read_kineto([rank(n) for n in range(3)])
+        assert sum("no launch of a GPU event" in note for note in trace.notes) == 1
+        assert any(note.startswith("host0_7.1700.pt.trace.json and 2 more: no launch") for note in trace.notes)
 
     def test_of_several_sessions_in_a_folder_the_newest_counts(self, rank, tmp_path):
         files = [rank(n, f"host{n}_7.{session}.json", 1e7 * session) for n in (0, 1) for session in (0, 1)]

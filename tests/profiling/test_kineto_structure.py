@@ -48,6 +48,13 @@ class TestLayers:
         events += [host("model", 100, 50), launch(120, 77), gpu(GEMM, 2000, 500, correlation=77)]
         assert {event.layer for event in read(events).events} == {None}
 
+    def test_communication_is_no_evidence(self, read):
+        """Sharded parameters are gathered in two phases, of which waiting for peers takes most of the time."""
+        events = [host("ProfilerStep#5", -1, 9000), *launched(["FSDP::copy_in", "FSDP::all_gather"] * 2)]
+        events += [launch(32, 77), gpu(ALL_REDUCE, 2000, 900, 20, correlation=77)]
+        events += [host("model", 100, 50), launch(120, 78), gpu(GEMM, 3000, 100, correlation=78)]
+        assert {event.layer for event in read(events).events} == {None}
+
     def test_numbers_in_names(self, read):
         events = [host("layer_3", 0, 29), host("model.layers.11.mlp", 30, 9), *launched(["attn", "mlp", "norm", "moe"])]
         assert [event.layer for event in read(events).events] == [3, 3, 3, 11]
@@ -184,7 +191,7 @@ class TestCollectives:
         waiting = described() | {"Collective name": "wait"}
         events = [
             host("record_param_comms", 0, 9, "cpu_op", **described()),
-            host("record_param_comms", 20, 9, "cpu_op", **waiting),
+            host("record_param_comms", 20, 9, "cpu_op", 1, **waiting),
             launch(5, 1),
             launch(25, 2),
             gpu(ALL_REDUCE, 50, 9, 20, correlation=1),
