@@ -15,13 +15,11 @@ import jax.numpy as jnp
 from profiling.capture import COMMAND_BUFFERS
 from profiling.chips import chip
 from profiling.compare import changes
-from profiling.event import Trace
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
 from profiling.metrics import phase_durations
-from profiling.read_kineto import read_kineto
-from profiling.read_xplane import read_xplane
+from profiling.read_trace import read_trace
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
 from profiling.workloads import SIZES, Sizes
@@ -48,7 +46,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("report", help="what a trace amounts to")
-    show.add_argument("trace", help="a folder or .xplane.pb of jax.profiler, or a .json(.gz) of PyTorch's profiler")
+    show.add_argument(
+        "trace", nargs="+", help="a folder or .xplane.pb of jax.profiler, or a folder or .json of PyTorch's, one a rank"
+    )
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
@@ -173,11 +173,6 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
         moe = dataclasses.replace(sizes.moe, router=router)
         sizes = dataclasses.replace(sizes, moe=moe, expert_parallel=spread)
     return sizes
-
-
-def read_trace(path: str) -> Trace:
-    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler."""
-    return read_kineto(path) if path.endswith((".json", ".json.gz")) else read_xplane(path)
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:
