@@ -65,7 +65,7 @@ class Classifier:
         return found
 
     def _look_up(self, key: tuple[str, ...]) -> tuple[str, str]:
-        texts = dict(zip(("name", "hlo_op", "scope", "phase", "lane"), key, strict=True))
+        texts: dict[str, str] = dict(zip(("name", "hlo_op", "scope", "phase", "lane"), key, strict=True))
         if self._parses:
             parsed = parse_kernel(key[0])
             texts |= {"function": parsed.function, "kernel": parsed.kernel}

@@ -85,7 +85,9 @@ def _rule(where: str, entry: Any) -> Rule:
     if not isinstance(entry, dict):
         raise ValueError(f"{where}: holds {_what(entry)} and not a rule, as in {_EXAMPLE}")
     if missing := [name for name in _REQUIRED if name not in entry]:
-        raise ValueError(f"{where}: {' and '.join(missing)} missing; a rule has {', '.join(_REQUIRED)} and may have field")
+        raise ValueError(
+            f"{where}: {' and '.join(missing)} missing; a rule has {', '.join(_REQUIRED)} and may have field"
+        )
     if unknown := [name for name in entry if name not in (*_REQUIRED, "field")]:
         raise ValueError(f"{where}: {unknown[0]!r} is unknown; a rule has {', '.join(_REQUIRED)} and may have field")
     if wrong := [name for name, value in entry.items() if not isinstance(value, str)]:

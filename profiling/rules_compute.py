@@ -33,7 +33,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
      "memory"),
     # ATen says what it does in the names of its functions.
     (rf"elementwise_kernel|{_ATEN}.*elementwise", "elementwise"),
-    (r"multi_tensor_apply\w*<.*(adam|lamb|sgd|adagrad|lion|novograd|radam|adamax|rprop|asgd)|optimizer|adam(w)?_|adagrad"
+    (r"multi_tensor_apply\w*<.*(adam|lamb|sgd|adagrad|lion|novograd|radam|adamax|rprop|asgd)|optimizer|adam(w)?_"
+     r"|adagrad"
      r"(?!_unweighted|_weighted)|(^|[:_])(lamb|lars|sgd)_", "optimizer"),
     (r"multi_tensor_apply|l2norm_?(kernel|cleanup)?$|multi_tensor", "multi-tensor update"),
     # Caches, tables and indices of serving; before attention, whose name they carry.
@@ -42,37 +43,48 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"kv_indices|page_(indices|table)|block_table|slot_mapping|(compute|clamp)_position|position_kernel|future_token"
      r"|seq_?lens?_|req_to_token|token_to_kv|prepare_\w*(input|spec|pos|index)|get_mla_metadata|attn\w*metadata"
      r"|metadata_kernel|buildDecoderInfo|PaddingOffset|advance_step|increment", "indices and positions"),
-    (r"rotary|(?<![a-z])rope|mrope", "rope"),
-    (r"flash(?!infer)|fmha|sdpa|attention|(?<!h)attn|(?<![a-z])m[hql]a_|mmha|xqa|kn_mla|sage_?(fwd|quant|attn)|paged_kv"
+    (r"rotary|(?<![a-z])rope|mrope|kn_entry_\dc_(sbhd|thd|2d)", "rope"),
+    (r"flash(?!infer)|fmha|sdpa|attention|(?<!h)attn|(?<![a-z])m[hql]a_|mmha|xqa|kn_mla|(^|[_:])(fwd|bwd)_hd\d|(^"
+     r"|[_:])(gqa|pa)_|kernel_mha|PrefillWith|thd_(lse|out|grad|read)|sage_?(fwd|quant|attn)|paged_kv"
      r"|(Batch|Single)_?(Prefill|Decode)|PagedKV|splitkv|Merge_?States?|ComputeLSE|lse_combine|cudnn::fusion|nsa_"
-     r"|^_(fwd|bwd)(_grouped)?_?(kernel|preprocess|dq|dkdv)|tree_verify|decode_softmax_reducev|dot_do_o", "attention"),
+     r"|^_(fwd|bwd)(_grouped)?_?(kernel|preprocess|dq|dkdv)|^(fwd|bwd)_kernel|(?<![a-z])(la|pod)_persistent"
+     r"|tree_verify|decode_softmax_reducev|dot_do_o", "attention"),
     # Grouped products of mixtures of experts, their routing and permutations.
-    (r"grouped_?conv|conv(?!ert)(?!ex)|winograd|xmma_(w|d)grad|xmma_fprop|s\d+(w|d)grad|s\d+fprop|(w|d)grad_(alg|engine)"
+    (r"grouped_?conv|conv(?!ert)(?!ex)|winograd|xmma_(w|d)grad|xmma_fprop|s\d+(w|d)grad|s\d+fprop|(w|d)grad_(alg"
+     r"|engine)"
      r"|implicit_(gemm|convolve)|im2(d2)?col|col2im|igemm_(fwd|bwd|wrw)|scudnn|cudnn::cnn|cask_cudnn\w*::compute|naive_"
      r"conv|Sp3Asm|gridwise_convolution|cudnn_(infer|train)\w*|fft2d_", "convolution"),
-    (r"group(ed)?_?gemm|m_grouped|moe_?gemm|gemm_?moe|fused_?moe(?!\w*(rout|sort|align|quant|topk))|matmul_ogs|ragged_?dot"
-     r"|moe\w*(stage|mfma|wna16|marlin|_fwd|ck2|kernel_gptq)|mfma_moe|opus_moe_stage|bmm_\w*dynBatch|w8a8_moe|flatmm_moe"
+    (r"group(ed)?_?gemm|m_grouped|moe_?gemm|gemm_?moe|fused_?moe(?!\w*(rout|sort|align|quant|topk))|matmul_ogs"
+     r"|(?<![a-z])t?gmm|e2e_moe|ragged_?dot"
+     r"|moe\w*(stage|mfma|wna16|marlin|_fwd|ck2|kernel_gptq)|mfma_moe|(?<![a-z])fmoe|opus_moe_stage|bmm_\w*dynBatch"
+     r"|w8a8_moe|flatmm_moe"
      r"|Moe(FlatMm|Gemm)|cutlass_moe", "grouped GEMM"),
     (r"moe\w*(rout|sort|align)|rout(er|ing)|expert\w*(count|offset|sort|bias)|grouped_topk|biased_topk|topk_?(softmax"
-     r"|sigmoid|gating|forward|idx)|gating|bitmatrix|moe_?sort|count_and_sort|sum_and_topk|topk_sum|aux_loss|tokens_per_"
+     r"|sigmoid|gating|forward|idx)|gating|bitmatrix|moe_?sort|count_and_sort|sum_and_topk|topk_sum|aux_loss"
+     r"|tokens_per_"
      r"|_topk_forward", "router"),
     (r"permut|expandInput|expand_to|finalize(Moe|Kernel|_matmul)|moe_?(sum|reduce|finalize|combine)|finalizeMoe"
      r"|moe::dev::(finalize|permute)|scatter_rows|gather_rows|token_?(dispatch|combine)|row_map|pack_seq|ep_scatter"
-     r"|ep_gather|(pre|post)_reorder|shuffle|reorder", "permute"),
+     r"|ep_gather|(pre|post)_reorder|(row|token|weight)_?shuffle|(?<![a-z])shuffle_?(row|token|weight)"
+     r"|reorder", "permute"),
     (r"bitonic|radix_?sort|merge_?sort|(?<![a-z])sort|onesweep|block_?sort|DeviceSegmentedSort", "sort"),
     (r"split_embedding|embedding|(?<![a-z])tbe_|EmbeddingBag|linearize_index|bounds_check_indices|recat_copy|bucketize"
      r"|offsets_range|complete_cumsum|jagged|pooled_embs|krn_partial|sum_and_scatter|compute_grad_weight|lookup|prune_"
      r"|pruning|lxu_|lru_|lfu_|uvm_", "embedding"),
-    (r"batch_?norm|(?<![a-z])bn_(fw|bw|fwd|bwd)|layer_?norm|(?<![a-z])ln_|rms_?norm|group_?norm|instance_?norm|norm_?fwd"
+    (r"batch_?norm|(?<![a-z])bn_(fw|bw|fwd|bwd)|layer_?norm|(?<![a-z])ln_|rms_?norm|group_?norm|instance_?norm"
+     r"|norm_?fwd"
      r"|norm_?bwd|RowwiseMoments|GammaBeta|ComputeInternalGradients|GradInput|welford|qk_?norm|renorm|(?<![a-z])norm_"
      r"|_norm(_|$)|bnorm|bn(Fwd|Bwd)|(gemma|fused)\w*norm|NormFwd|NormBwd", "normalization"),
     # Products; after what is named after the product that it is part of.
     (r"gemm|gemv|gevm|matmul|(?<![a-z])b?mm_|_mm_|nvjet|cublas|xmma|Cijk_|tensorop|split_?k(?!v)|wv_?split|splitKreduce"
-     r"|marlin|machete|wgmma|hipblas|rocblas|wmma|tinygemm|gptq|(?<![a-z])awq|exllama|mul_mat|matvec|scaled_mm|dot_kernel"
-     r"|scal_kernel|epilogue::impl|reduce_1Block|(?<![a-z])ger_|trsm|fpA_intB|gemmk1|w4a16|w8a8|w8a16|a8w8|a4w4|a16w|llmm1"
+     r"|marlin|machete|wgmma|hipblas|rocblas|wmma|tinygemm|gptq|(?<![a-z])awq|exllama|mul_mat|matvec|scaled_mm"
+     r"|dot_kernel"
+     r"|scal_kernel|epilogue::impl|reduce_1Block|(?<![a-z])ger_|trsm|fpA_intB|gemmk1|w4a16|w8a8|w8a16|a8w8|a4w4|a16w"
+     r"|llmm1"
      r"|magma_|dequant_mm|outer_prod|bgmv|sgmv|lora_(shrink|expand)|_lora|streamk|persistent_dense|hgemm|tgemm|bf16gemm"
      r"|flatmm|fp8_mqa_logits|mqa_logits|axpy_kernel|nrm2|asum|copy_kernel<.*cublas", "GEMM"),
-    (r"potrf|getrf|geqrf|syev|gesvd|cusolver|rocsolver|(?<![a-z])lu_|cholesky|householder|triangular|orgqr|larf|jacobi",
+    (r"potrf|getrf|geqrf|syev|gesvd|cusolver|rocsolver|(?<![a-z])lu_|cholesky|householder|triangular|orgqr|larf"
+     r"|jacobi|tridiagonal|sytd2",
      "linear algebra"),
     (r"selective_scan|chunk_(scan|state|fwd|bwd|kda|gated|kkt|o_)|(?<![a-z])ssd_|mamba|selective_state|gated_delta"
      r"|delta_rule|linear_attn|retention|rwkv|wkv|recurrent|(?<![a-z])kda|_gla_|bmm_chunk|state_passing|causal_scan"
@@ -80,13 +92,15 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"softmax|log_?sum_?exp|softcap", "softmax"),
     (r"cross_?entropy|nll_?loss|(?<![a-z])loss|_loss|kl_div|ctc_|mse_|focal", "loss"),
     (r"quant|(?<![a-z])fp[48]_|_fp[48](_|$)|FP8|nvfp4|mxfp|hfp8|amax|(?<![a-z])cast|_cast|cast_kernel|cvt_|convert_fp"
-     r"|compute_scale|scale_(inv|from)|e4m3|e5m2|int8_", "quantization"),
-    (r"swiglu|silu|gelu|geglu|relu|act_and_mul|and_mul|activation|(?<![a-z])act_|sigmoid|(?<![a-z])tanh|swish|mish|glu_"
+     r"|compute_scale|swizzle|hadamard|scale_(inv|from)|e4m3|e5m2|int8_", "quantization"),
+    (r"swiglu|silu|gelu|geglu|relu|act_and_mul|and_mul|activation|(?<![a-z])act_|sigmoid|softplus|(?<![a-z])tanh"
+     r"|swish|mish|glu_"
      r"|_glu", "activation"),
     (r"pool|upsampl|interp|resize|grid_?sampl|bilinear|bicubic|roi_?align|(?<![a-z])nms|col_?pad|reflection_pad"
      r"|replication_pad|pixel_?shuffle", "pooling and resampling"),
     (r"sampl(e|ing)|multinomial|top_?[kp]|gatherTopK|radixFindKth|radixSelect|kthvalue|bincount|argmax|argmin|rejection"
-     r"|penalt|logits?_|logprob|beam_?search|spec(ulative)?_|eagle|verify|ngram|vocab_mask|bitmask", "top-k and sampling"),
+     r"|penalt|radix_kernel|last_filter|logits?_|logprob|beam_?search|spec(ulative)?_|eagle|verify|ngram|vocab_mask"
+     r"|bitmask", "top-k and sampling"),
     (r"random|distribution|philox|dropout|bernoulli|curand|rocrand|hiprand|normal_and|uniform_and|(?<![a-z])rng|seed",
      "random numbers"),
     (r"(?<![a-z])fft|r2c|c2r|bluestein|vector_fft|stft|(?<![a-z])dft", "FFT"),
@@ -94,7 +108,8 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"spmm|spmv|sddmm|cusparse|(?<![a-z])csr|(?<![a-z])coo_|to_dense|sparse|bsr", "sparse"),
     (r"scan|cumsum|cumprod|prefix_?sum|CompactInit", "scan"),
     (r"nchw|nhwc|transpos|(?<![a-z])tensor_?transform|layout_?transform|NCHW2|CNHW", "transpose"),
-    (r"gather|scatter|index|(?<![a-z])take|masked|nonzero|unique|where|select|segment|repeat_interleave|compute_cuda_kernel"
+    (r"gather|scatter|index|(?<![a-z])take|masked|nonzero|unique|where|select|segment|repeat_interleave"
+     r"|compute_cuda_kernel"
      r"|partition|compact|lookback|bag", "gather and scatter"),
     (r"reduc|(?<![a-z])sum_|_sum(_|$)|sum_kernel|(?<![a-z])mean|histogram|count|(?<![a-z])dot_|norm|variance|_max(_|$)"
      r"|minmax|argm", "reduction"),
@@ -104,7 +119,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     (r"fusion|^wrapped_|^fused_|_fused|fused_", "fusion"),
     (rf"elementwise|element_wise|pointwise|{_WORD}add|_add|{_WORD}mul|_mul|{_WORD}sub|{_WORD}div|scale|clamp|bias|residual"
      r"|Op\dd?Tensor|OpTensor|SubTensorOp|TensorOp|(?<![a-z])exp|bcast|unary|binary|compare|convert|round|mask|multiply"
-     r"|parallel_for|transform_kernel|for_each|operator_|loops", "elementwise"),
+     r"|parallel_for|transform_kernel|for_each|operator_|loops|(?<![a-z])mhc_|finite", "elementwise"),
     (r"^(at|c10|thrust|cub|hipcub|rocprim|at_cuda_detail|internal|cudnn|miopen|MIOpen)\w*(::|$)|^MIOpen|^miopen",
      "library kernel"),
 )  # fmt: skip

@@ -53,8 +53,9 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^(collective[-_]permute|ppermute)", "collective-permute", "transfer", "hlo_op"),
     Rule(r"^(collective[-_]broadcast|pbroadcast)", "collective-broadcast", "transfer", "hlo_op"),
     Rule(r"^(send|recv)(-start)?(\.|$)", "send and receive", "transfer", "hlo_op"),
-    *COMMUNICATION,
     Rule(r"Rendezvous|^Wait\b", "rendezvous", "wait"),
+    *INDUCTOR,
+    *COMMUNICATION,
     # Before loops and branches: a GPU copies their conditions to the host under their names.
     Rule(r"^Mem(cpy|set)", "memory", "compute"),
     Rule(r"^(while|conditional|cond|call)([.\d]|$|\.clone)", "control flow", "control", "hlo_op"),
