@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Sequence
 
@@ -72,6 +73,13 @@ class Classifier:
         return next((found for search, field, found in self._rules if search(texts[field])), (OTHER, "compute"))
 
 
+_FIELDS = [field.name for field in dataclasses.fields(Event)]
+_BEFORE = operator.attrgetter(*_FIELDS[: _FIELDS.index("kind")])
+_AFTER = operator.attrgetter(*_FIELDS[_FIELDS.index("group") + 1 :])
+"""An event's fields round kind and group, which follow one another: a copy by `dataclasses.replace` takes four times
+as long, and a trace has millions of them."""
+
+
 def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
     """The trace with the kind and group of every event, from the first rule that matches it.
 
@@ -88,7 +96,7 @@ def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
         kind, group = classifier(event.name, event.hlo_op, event.scope, event.phase, event.lane)
         if kind == event.kind and group == event.group:
             return event
-        return dataclasses.replace(event, kind=kind, group=group)
+        return Event(*_BEFORE(event), kind, group, *_AFTER(event))
 
     return dataclasses.replace(trace, events=tuple(map(classified, trace.events)))
 

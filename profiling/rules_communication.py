@@ -36,7 +36,8 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     # Notifications and waits, in which nothing but flags and counts travels.
     (r"clean_?low_?latency_?buffer|notify|exchange_?split", "barrier", "wait"),
     (r"(put|wait|send|recv)_?signal|signal_?(op|wait)|wait_(until|acks|flag|prefix|combine|lse)|fetch_wait|async_?wait"
-     r"|a2av?_wait|combine_wait|increment_epoch|(^|::)(ack|bump_tag|publish_abort)_kernel|(write|wait)_value(32|64)"
+     r"|a2av?_wait|combine_wait|increment_epoch|fence_?(flag)?_?wait|(^|::)(ack|bump_tag|publish_abort)_kernel"
+     r"|(write|wait)_value(32|64)"
      r"|kuserbuffers_(inc|dummy|pullsend|pushrecv)\b",
      "notification", "wait"),
     # Expert parallelism.

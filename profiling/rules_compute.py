@@ -42,13 +42,13 @@ _TABLE: tuple[tuple[str, str], ...] = (
      r"|store_?kv|append_?paged|(copy|swap)_blocks|UpdateKVCache", "KV cache"),
     (r"kv_indices|page_(indices|table)|block_table|slot_mapping|(compute|clamp)_position|position_kernel|future_token"
      r"|seq_?lens?_|req_to_token|token_to_kv|prepare_\w*(input|spec|pos|index)|get_mla_metadata|attn\w*metadata"
-     r"|metadata_kernel|buildDecoderInfo|PaddingOffset|advance_step|increment", "indices and positions"),
+     r"|metadata_kernel|buildDecoderInfo|PaddingOffset|indptr|advance_step|increment", "indices and positions"),
     (r"rotary|(?<![a-z])rope|mrope|kn_entry_\dc_(sbhd|thd|2d)", "rope"),
     (r"flash(?!infer)|fmha|sdpa|attention|(?<!h)attn|(?<![a-z])m[hql]a_|mmha|xqa|kn_mla|(^|[_:])(fwd|bwd)_hd\d|(^"
      r"|[_:])(gqa|pa)_|kernel_mha|PrefillWith|thd_(lse|out|grad|read)|sage_?(fwd|quant|attn)|paged_kv"
      r"|(Batch|Single)_?(Prefill|Decode)|PagedKV|splitkv|Merge_?States?|ComputeLSE|lse_combine|cudnn::fusion|nsa_"
-     r"|^_(fwd|bwd)(_grouped)?_?(kernel|preprocess|dq|dkdv)|^(fwd|bwd)_kernel|(?<![a-z])(la|pod)_persistent"
-     r"|tree_verify|decode_softmax_reducev|dot_do_o", "attention"),
+     r"|^_(fwd|bwd)(_grouped)?_?(kernel(?!_ep)|preprocess|dq|dkdv)|^(fwd|bwd)_kernel|(?<![a-z])(la|pod)_persistent"
+     r"|(mla|kv)_?decode|split_kv|tree_verify|decode_softmax_reducev|dot_do_o", "attention"),
     # Grouped products of mixtures of experts, their routing and permutations.
     (r"grouped_?conv|conv(?!ert)(?!ex)|winograd|xmma_(w|d)grad|xmma_fprop|s\d+(w|d)grad|s\d+fprop|(w|d)grad_(alg"
      r"|engine)"
@@ -56,7 +56,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      r"conv|Sp3Asm|gridwise_convolution|cudnn_(infer|train)\w*|fft2d_", "convolution"),
     (r"group(ed)?_?gemm|m_grouped|moe_?gemm|gemm_?moe|fused_?moe(?!\w*(rout|sort|align|quant|topk))|matmul_ogs"
      r"|(?<![a-z])t?gmm|e2e_moe|ragged_?dot"
-     r"|moe\w*(stage|mfma|wna16|marlin|_fwd|ck2|kernel_gptq)|mfma_moe|(?<![a-z])fmoe|opus_moe_stage|bmm_\w*dynBatch"
+     r"|moe\w*(stage|mfma|wna16|marlin|_fwd|ck2|kernel_gptq)|mfma_moe|(?<![a-z])fmoe|opus_moe_stage|bmm_\w*dynB"
      r"|w8a8_moe|flatmm_moe"
      r"|Moe(FlatMm|Gemm)|cutlass_moe", "grouped GEMM"),
     (r"moe\w*(rout|sort|align)|rout(er|ing)|expert\w*(count|offset|sort|bias)|grouped_topk|biased_topk|topk_?(softmax"
