@@ -52,7 +52,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
     # Grouped products of mixtures of experts, their routing and permutations.
     (r"grouped_?conv|conv(?!ert)(?!ex)|winograd|xmma_(w|d)grad|xmma_fprop|s\d+(w|d)grad|s\d+fprop|(w|d)grad_(alg"
      r"|engine)"
-     r"|implicit_(gemm|convolve)|im2(d2)?col|col2im|igemm_(fwd|bwd|wrw)|scudnn|cudnn::cnn|cask_cudnn\w*::compute|naive_"
+     r"|implicit_(gemm|convolve)|im(\dd)?2col|im2d2col|col2im|igemm_(fwd|bwd|wrw)|scudnn|cudnn::cnn|cask_cudnn\w*::compute|naive_"
      r"conv|Sp3Asm|gridwise_convolution|cudnn_(infer|train)\w*|fft2d_", "convolution"),
     (r"group(ed)?_?gemm|m_grouped|moe_?gemm|gemm_?moe|fused_?moe(?!\w*(rout|sort|align|quant|topk))|matmul_ogs"
      r"|(?<![a-z])t?gmm|e2e_moe|ragged_?dot"

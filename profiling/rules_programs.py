@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from collections.abc import Iterable
 
@@ -86,6 +87,8 @@ XLA: tuple[Rule, ...] = (
         "hlo_op",
     ),
     *COMPUTE,
+    # Calls that a library registered are instructions with names of their own.
+    *(dataclasses.replace(rule, field="hlo_op") for rule in COMPUTE),
     Rule(r"^custom[-_]call|callback|pallas|triton|mosaic", "custom call", "compute", "hlo_op"),
 )
 """Programs that XLA compiled, on GPUs and CPUs: the instruction decides before the kernel's name, which often says
