@@ -6,6 +6,7 @@ import dataclasses
 import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
 from profiling.event import Event, Trace
 from profiling.kernel_names import parse_kernel
@@ -96,7 +97,8 @@ def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
         kind, group = classifier(event.name, event.hlo_op, event.scope, event.phase, event.lane)
         if kind == event.kind and group == event.group:
             return event
-        return Event(*_BEFORE(event), kind, group, *_AFTER(event))
+        values: tuple[Any, ...] = (*_BEFORE(event), kind, group, *_AFTER(event))
+        return Event(*values)
 
     return dataclasses.replace(trace, events=tuple(map(classified, trace.events)))
 

@@ -37,7 +37,7 @@ def random_trace(seed, kernels, events=120, length=600):
                 "ts": start,
                 "dur": duration,
                 "args": {"device": 0, "stream": stream},
-            }  # fmt: skip
+            }
         )
     return found, busy
 
