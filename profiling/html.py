@@ -172,7 +172,7 @@ def _card(figure: Figure) -> str:
     return (
         f'<li id="figure-{figure.name}" data-value="{html.escape(value)}">'
         f'<span class="label">{html.escape(figure.label)}</span>'
-        f'<span class="value">{html.escape(figure.written.removesuffix(" us"))}'
+        f'<span class="value{" range" if figure.shown else ""}">{html.escape(figure.written.removesuffix(" us"))}'
         f"{'<small> us</small>' if figure.written.endswith(' us') else ''}</span>"
         f'<span class="note">{html.escape(figure.note)}</span></li>'
     )

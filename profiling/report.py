@@ -231,16 +231,21 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
 
 
 def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
-    """The same with the range first that a figure may lie in, where kernels that no rule knows could move it."""
+    """The same as ranges, where kernels that no rule knows could move them."""
     if bounds is None or not bounds.matter:
         return figures
-    ranges = {"overlap": (bounds.overlap, "%"), "exposed": (bounds.exposed, "us"), "compute": (bounds.compute, "%")}
-    return [
-        dataclasses.replace(figure, note="; ".join(filter(None, [_between(*ranges[figure.name]), figure.note])))
-        if figure.name in ranges
-        else figure
-        for figure in figures
-    ]
+    ranges = {"overlap": bounds.overlap, "exposed": bounds.exposed, "compute": bounds.compute}
+
+    def bounded(figure: Figure) -> Figure:
+        low, high = (dataclasses.replace(figure, value=end).written for end in ranges[figure.name])
+        if low == high:
+            return figure
+        unit = " us" if high.endswith(" us") else "%"
+        counted = f"{figure.written} if what no rule knows computes" if figure.written in (low, high) else ""
+        note = "; ".join(filter(None, [counted, figure.note]))
+        return dataclasses.replace(figure, shown=f"{low.removesuffix(unit)} to {high}", note=note)
+
+    return [bounded(figure) if figure.name in ranges else figure for figure in figures]
 
 
 def _between(ends: tuple[float | None, float | None], unit: str) -> str:

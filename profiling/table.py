@@ -80,6 +80,7 @@ class Figure:
       label: what it is.
       value, unit: as in a table.
       note: what puts it in proportion.
+      shown: what is written instead of the value, such as a range; "" for the value.
     """
 
     name: str
@@ -87,10 +88,13 @@ class Figure:
     value: Value
     unit: str
     note: str = ""
+    shown: str = ""
 
     @property
     def written(self) -> str:
         """The value with its unit, None as "none"."""
+        if self.shown:
+            return self.shown
         if self.value is None:
             return "none"
         return written(self.value, self.unit) + (" us" if self.unit == "us" else "")
