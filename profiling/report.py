@@ -39,6 +39,11 @@ EXPLAINED = (
         "Communication and compute one after the other, divided by the window; and which share of the gain that "
         "hiding the shorter side entirely would bring was had.",
     ),
+    (
+        "a range",
+        "What no rule knows counts as compute, and might communicate: the figure with all of it computing and with all "
+        "of it communicating.",
+    ),
     ("over several devices", "Times are added up, and ratios are those of the sums."),
     ("steady state", "From the start of the second layer to that of the last, where layers follow one another."),
 )
