@@ -245,7 +245,7 @@ def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
         low, high = (dataclasses.replace(figure, value=end).written for end in ranges[figure.name])
         if low == high:
             return figure
-        unit = " us" if high.endswith(" us") else "%"
+        unit = "%" if high.endswith("%") else high[high.rfind(" ") :]
         counted = f"{figure.written} if what no rule knows computes" if figure.written in (low, high) else ""
         note = "; ".join(filter(None, [counted, figure.note]))
         return dataclasses.replace(figure, shown=f"{low.removesuffix(unit)} to {high}", note=note)
