@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -182,7 +183,7 @@ def read_trace(path: str) -> Trace:
 
 def _write(found: Report, args: argparse.Namespace) -> None:
     """Prints the report and writes the files that were asked for."""
-    print(found.text())
+    print(found.text(width=shutil.get_terminal_size((120, 24)).columns))
     if args.html:
         write_html(args.html, found)
     if args.markdown:

@@ -9,7 +9,7 @@ from profiling.event import Trace
 from profiling.hlo_overlap import Overlap as Schedule
 from profiling.metrics import DEFINITIONS, Measurement, measure
 from profiling.report_tables import report_tables
-from profiling.table import Figure, Table, as_markdown, as_text, escape_markdown
+from profiling.table import Figure, Table, as_markdown, as_text, counted, duration, escape_markdown, written
 
 EXPLAINED = (
     (
@@ -73,26 +73,29 @@ class Report:
             raise KeyError(f"no table {name!r}; there are {', '.join(found)}")
         return found[name]
 
-    def text(self, most: int | None = 30) -> str:
-        """For a terminal; tables of more rows are cut short after ``most`` and say so."""
-        wide = max(len(figure.label) for figure in self.figures)
-        high = max(len(figure.written) for figure in self.figures)
-        figures = [
-            f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip()
-            for figure in self.figures
-        ]
+    def text(self, most: int | None = 30, width: int | None = 120) -> str:
+        """For a terminal.
+
+        Args:
+          most: rows of a table at most; how many are left out is said. None for all.
+          width: characters of a line, to which texts in tables are cut. None for no limit.
+        """
+        shown = self.shown
+        wide = max(len(figure.label) for figure in shown)
+        high = max(len(figure.written) for figure in shown)
+        figures = [f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip() for figure in shown]
         return "\n\n".join(
             [
                 "\n".join([self.trace.title, " · ".join(self.facts), "", *figures]),
-                *(as_text(table, most) for table in self.tables),
-                "\n".join(["Notes", *(f"- {note}" for note in self.notes)]),
+                *(as_text(table, most, width) for table in self.tables),
                 "\n".join(["Definitions", *(f"- {name}: {meaning}" for name, meaning in EXPLAINED)]),
+                "\n".join(["Notes", *(f"- {note}" for note in self.notes)]),
             ]
         )
 
     def markdown(self, most: int | None = 100) -> str:
         """For a document; see `text`."""
-        figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.figures]
+        figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.shown]
         return "\n\n".join(
             [
                 f"## {escape_markdown(self.trace.title)}",
@@ -105,14 +108,18 @@ class Report:
         )
 
     @property
+    def shown(self) -> tuple[Figure, ...]:
+        """The figures that say something: a value, or why there is none."""
+        return tuple(figure for figure in self.figures if figure.value is not None or figure.note)
+
+    @property
     def facts(self) -> tuple[str, ...]:
         """Where the trace comes from, in a few words each."""
         devices, events = len(self.trace.devices), len(self.trace.events)
         return (
             f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
-            f"{devices} device{'s' * (devices != 1)}",
-            f"{events:,} event{'s' * (events != 1)}",
-            f"window {self.measurement.makespan:,.1f} us",
+            counted(devices, "device"),
+            counted(events, "event"),
             *(f"{name} {value}" for name, value in self.trace.metadata.items() if _is_short(name, value)),
         )
 
@@ -132,7 +139,7 @@ def report(trace: Trace, predicted: Trace | None = None, schedule: Schedule | No
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
     >>> dispatch = Event(0, "27", 5.0, 9.0, "dispatch", kind="all-to-all", group="transfer")
     >>> found = report(Trace("a step", "kineto", (gemm, dispatch)))
-    >>> print(found.text().splitlines()[3])
+    >>> print(found.text().splitlines()[6])
     overlap ratio          75.00%  of 4.0 us in transfers; with waits 75.00%, by lanes 75.00%
     """
     measured = measure(trace)
@@ -153,18 +160,24 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
 
     def percent(share: float | None) -> str:
-        return "none" if share is None else f"{100 * share:.2f}%"
+        return "none" if share is None else written(share, "%")
 
     devices = len(measured.devices)
     the_window = "the window" if devices == 1 else f"the windows of {devices} devices"
     moved = transfers.communication or waits.communication
+    gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
     found = [
+        Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
+        Figure(
+            "compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"
+        ),
+        Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
         Figure(
             "overlap",
             "overlap ratio",
             transfers.ratio,
             "%",
-            f"of {transfers.communication:,.1f} us in transfers; with waits {percent(waits.ratio)}, "
+            f"of {duration(transfers.communication)} in transfers; with waits {percent(waits.ratio)}, "
             f"by lanes {percent(lanes.ratio)}"
             if moved
             else "no communication in this trace",
@@ -174,23 +187,15 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
             "exposed communication",
             waits.exposed if moved else None,
             "us",
-            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {transfers.exposed:,.1f} us"
+            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {duration(transfers.exposed)}"
             if moved
             else "",
         ),
-        Figure(
-            "compute",
-            "compute",
-            whole.compute / whole.window if whole.window else None,
-            "%",
-            f"of {the_window}; idle {percent(whole.device_idle)}, in {whole.gaps:,} gaps, the longest "
-            f"{whole.longest_gap:,.1f} us",
-        ),
-        Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
     ]
-    if steady := measured.summary.steady.get("transfer+wait"):
+    steady = measured.summary.steady.get("transfer+wait")
+    if steady and steady.ratio is not None:
         found.append(
-            Figure("steady", "steady-state overlap", steady.ratio, "%", f"with waits; {steady.exposed:,.1f} us exposed")
+            Figure("steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed")
         )
     if bubbles := measured.summary.bubbles:
         mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
@@ -198,9 +203,10 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
         beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
         note = "mean over ranks" + ("" if beside is None else f"; simulated {percent(beside)}")
         found.append(Figure("bubble", "bubble", mean, "%", note))
+    unattributed = measured.unattributed_share
     if comparison:
         error = comparison.makespan_error
-        note = "" if error is None else f"{100 * error:+.2f}% off the measured"
+        note = "" if error is None else f"{100 * error:+,.2f}% off the measured"
         found.append(Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note))
     found.append(
         Figure(
@@ -208,7 +214,8 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
             "unclassified",
             measured.unclassified_share,
             "%",
-            f"of the events' time; {percent(measured.unattributed_share)} of it belongs to no phase",
+            "of the events' time; "
+            + ("no phase is known" if unattributed == 1 else f"{percent(unattributed)} of it belongs to no phase"),
         )
     )
     return found
@@ -230,5 +237,5 @@ def _notes(
 
 
 def _is_short(name: str, value: object) -> bool:
-    """Whether a fact stands at the top: those named like identifiers are for programs, and long ones for the table."""
-    return "_" not in name and isinstance(value, str | int) and len(str(value)) <= 40
+    """Whether a fact stands at the top: those named like identifiers are for programs, long ones and paths for the table."""
+    return "_" not in name and isinstance(value, str | int) and 0 < len(str(value)) <= 40 and "/" not in str(value)

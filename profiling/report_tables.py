@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_names
 from profiling.compare import Comparison, TaskRow
@@ -11,7 +11,8 @@ from profiling.event import GROUPS, Trace
 from profiling.exposure import exposed_segments
 from profiling.hlo_overlap import Overlap as Schedule
 from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
-from profiling.table import Column, Table, Value
+from profiling.report_kernels import kernels
+from profiling.table import Column, Table, Value, duration
 
 NAMES = {"transfer": "A transfers", "transfer+wait": "B transfers and waits", "lanes": "C communication lanes"}
 """The definitions of `profiling.metrics.DEFINITIONS` for people."""
@@ -42,13 +43,14 @@ def report_tables(
     """
     tables = [
         _overlap(measured),
+        kernels(trace),
+        _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
         _segments(trace),
         _bubbles(measured, expected),
         _predicted_phases(comparison),
         _predicted_tasks(comparison),
         _predicted_order(comparison),
-        _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
-        _times("phases", "Time by phase", "Parts of the step.", [metrics.phases for metrics in measured.devices]),
+        _phases(measured),
         _actions(measured),
         _layers(measured),
         _devices(measured),
@@ -75,7 +77,8 @@ def _overlap(measured: Measurement) -> Table:
     return Table(
         "overlap",
         "Communication and what hides it",
-        "By what counts as communication.",
+        "By what counts as communication. Speed-up is over one after the other; no efficiency where neither side runs for "
+        "longer than hiding could save.",
         (
             Column("communication"), Column("time", "us"), Column("overlapped", "us"), Column("overlap ratio", "%"),
             Column("exposed", "us"), Column("of window", "%"), Column("of compute under it", "%"),
@@ -112,6 +115,8 @@ def _sensitivity(measured: Measurement) -> Table:
 
 
 def _devices(measured: Measurement) -> Table:
+    """Left out for one device, of which the figures tell the same."""
+
     def row(metrics: Metrics) -> tuple[Value, ...]:
         of, whole = metrics.overlaps, metrics.breakdown
         return (
@@ -128,7 +133,7 @@ def _devices(measured: Measurement) -> Table:
             Column("overlap ratio", "%"), Column("with waits", "%"), Column("exposed with waits", "us"),
             Column("longest gap", "us"),
         ),
-        tuple(map(row, measured.devices)),
+        tuple(map(row, measured.devices)) if len(measured.devices) > 1 else (),
     )  # fmt: skip
 
 
@@ -240,6 +245,13 @@ def _times(name: str, title: str, caption: str, per_device: Sequence[Sequence[Ti
     )  # fmt: skip
 
 
+def _phases(measured: Measurement) -> Table:
+    """Left out where no event has a phase."""
+    phases = [metrics.phases for metrics in measured.devices]
+    known = any(row.name for rows in phases for row in rows)
+    return _times("phases", "Time by phase", "Parts of the step.", phases if known else [])
+
+
 def _actions(measured: Measurement) -> Table:
     """Left out where it would only repeat the phases, or where no phase names an action."""
     actions = [metrics.actions for metrics in measured.devices]
@@ -271,7 +283,7 @@ def _layers(measured: Measurement) -> Table:
     return Table(
         "layers",
         "Busy time by layer and phase",
-        "In microseconds, the mean over devices.",
+        "The mean over devices.",
         (Column("layer"), *(Column(phase or "(none)", "us") for phase in phases)),
         tuple(rows),
     )
@@ -298,9 +310,9 @@ def _lanes(measured: Measurement) -> Table:
 def _skew(measured: Measurement) -> Table:
     found = measured.skew
     caption = found and (
-        f"Seen in {found.matched:,} collectives of all devices: starts lie {found.start_spread:,.1f} us apart on "
-        f"average and {found.max_start_spread:,.1f} us at most, ends {found.end_spread:,.1f} and "
-        f"{found.max_end_spread:,.1f} us. Device {found.straggler} joins latest."
+        f"Seen in {found.matched:,} collectives of all devices: starts lie {duration(found.start_spread)} apart on "
+        f"average and {duration(found.max_start_spread)} at most, ends {duration(found.end_spread)} and "
+        f"{duration(found.max_end_spread)}. Device {found.straggler} joins latest."
     )
     return Table(
         "skew",
@@ -343,7 +355,7 @@ def _unclassified(trace: Trace) -> Table:
         "unclassified",
         "Unclassified events",
         "They count as neither compute nor communication: write rules for them.",
-        (Column("name"), Column("time", "us")),
+        (Column("name", "name"), Column("time", "us")),
         unclassified_names(trace),
     )
 
@@ -354,8 +366,17 @@ def _metadata(trace: Trace) -> Table:
         "Where the trace comes from",
         "As its reader noted it.",
         (Column("fact"), Column("value")),
-        tuple((name, str(value)) for name, value in trace.metadata.items()),
+        tuple((name, text) for name, value in trace.metadata.items() if (text := _fact(value))),
     )
+
+
+def _fact(value: object) -> str:
+    """A fact for people: lists and mappings without their brackets, "" where nothing is known."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {text}" for name, of in value.items() if (text := _fact(of)))
+    if isinstance(value, list | tuple | set):
+        return ", ".join(text for of in value if (text := _fact(of)))
+    return "" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _range(values: Sequence[int]) -> str | None:

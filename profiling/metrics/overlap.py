@@ -92,12 +92,17 @@ class Overlap:
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the possible gain that was had, None where one side is missing.
+        """Share of the possible gain that was had; None where one side is missing, or where the window holds more time
+        without either than there is to gain: its ratio to so little would tell of that time, not of overlap.
 
-        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still.
+        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still; never below -1.
+
+        >>> Overlap("transfer", 0.0, window=4000.0, communication=1.0, compute=200.0, overlapped=0.0).efficiency is None
+        True
         """
         gain = min(self.communication, self.compute)
-        return (self.serial - self.window) / gain if gain else None
+        neither = self.window - (self.serial - self.overlapped)
+        return (self.serial - self.window) / gain if gain and neither <= gain else None
 
 
 @dataclasses.dataclass(frozen=True)
