@@ -189,7 +189,7 @@ def counted(count: int, what: str) -> str:
 
 
 def written(value: Value, unit: str) -> str:
-    """A value as all reports write it; what is not 0 is never written as 0.
+    """A value as all reports write it; what is not 0, rounding errors aside, is never written as 0.
 
     >>> written(0.96342, "%"), written(1234.56, "us"), written(1.8511, "x"), written(12, "n"), written(None, "us")
     ('96.34%', '1,234.6', '1.851', '12', '-')
@@ -209,9 +209,9 @@ def written(value: Value, unit: str) -> str:
 
 def _rounded(value: float, digits: int) -> str:
     least = 10.0**-digits
-    if value and abs(value) < least / 2:
+    if 1e-9 < abs(value) < least / 2:
         return f"<{least:.{digits}f}" if value > 0 else f">-{least:.{digits}f}"
-    return f"{value:,.{digits}f}"
+    return f"{value if abs(value) > 1e-9 else 0.0:,.{digits}f}"
 
 
 def cut(text: str, most: int) -> str:
@@ -247,7 +247,7 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
     needed = [max((len(row[i]) for row in body), default=0) for i in range(len(heads))]
     widths = [max(len(head[0]), cells) for head, cells in zip(heads, needed, strict=True)]
     if width is not None and _line(widths) > width:
-        heads = [textwrap.wrap(head[0], max(cells, 9)) for head, cells in zip(heads, needed, strict=True)]
+        heads = [textwrap.wrap(head[0], max(cells, 9), break_long_words=False) for head, cells in zip(heads, needed, strict=True)]
         least = [max(map(len, head), default=0) for head in heads]
         widths = _narrowed(list(map(max, least, needed)), least, table.columns, width)
         names = [wide for wide, column in zip(widths, table.columns, strict=True) if column.unit == "name"]
