@@ -227,7 +227,7 @@ def _card(figure: Figure) -> str:
 def _table(table: Table) -> str:
     table = table.filled()
     heads = "".join(
-        f'<th scope="col"{_class(column.is_text)}>{html.escape(heading)}</th>'
+        f'<th scope="col"{_class(column.is_text)}{_whole(column.title, heading)}>{html.escape(heading)}</th>'
         for column, heading in zip(table.columns, table.headings, strict=True)
     )
     body = []
@@ -260,8 +260,13 @@ def _cell(column: Column, value: Value, written: str) -> str:
     kind = "text" if column.is_text else "share" if column.is_share else ""
     name = f' class="{kind}"' if kind else ""
     shown = cut(written, LONGEST_TEXT)
-    whole = f' title="{html.escape(str(value))}"' if column.is_text and value and shown != value else ""
+    whole = _whole(str(value), shown) if column.is_text and value else ""
     return f'<td{name} data-value="{html.escape(key)}"{whole}>{html.escape(shown)}</td>'
+
+
+def _whole(text: str, shown: str) -> str:
+    """What the pointer tells where less is shown."""
+    return "" if shown.startswith(text) else f' title="{html.escape(text)}"'
 
 
 def _class(is_text: bool) -> str:

@@ -35,7 +35,8 @@ EXPLAINED = (
     (
         "speed-up, efficiency",
         "Communication and compute one after the other, divided by the window; and which share of the gain that "
-        "hiding the shorter side entirely would bring was had.",
+        "hiding the shorter side entirely would bring was had. None where the device is without either for longer than "
+        "that gain: the figures would tell of idle time.",
     ),
     ("over several devices", "Times are added up, and ratios are those of the sums."),
     ("steady state", "From the start of the second layer to that of the last, where layers follow one another."),
@@ -214,8 +215,7 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
             "unclassified",
             measured.unclassified_share,
             "%",
-            "of the events' time; "
-            + ("no phase is known" if unattributed == 1 else f"{percent(unattributed)} of it belongs to no phase"),
+            "of the events' time" + (f"; {percent(unattributed)} of it belongs to no phase" if unattributed else ""),
         )
     )
     return found

@@ -13,6 +13,7 @@ from profiling.hlo_overlap import Overlap as Schedule
 from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
 from profiling.report_kernels import kernels
 from profiling.table import Column, Table, Value, duration
+from profiling.tracks import lane_label
 
 NAMES = {"transfer": "A transfers", "transfer+wait": "B transfers and waits", "lanes": "C communication lanes"}
 """The definitions of `profiling.metrics.DEFINITIONS` for people."""
@@ -23,6 +24,8 @@ SEGMENTS = 20
 
 TASKS = 100
 """How many tasks a report lists, those furthest off the prediction."""
+ACTIONS = frozenset(("F", "B", "I", "W", "FB"))
+"""What a schedule's actions are called."""
 MOST_PHASES = 12
 """How many phases the table of layers has columns for."""
 
@@ -77,8 +80,7 @@ def _overlap(measured: Measurement) -> Table:
     return Table(
         "overlap",
         "Communication and what hides it",
-        "By what counts as communication. Speed-up is over one after the other; no efficiency where neither side runs for "
-        "longer than hiding could save.",
+        "By what counts as communication. No speed-up where the device is without either for longer than hiding could save.",
         (
             Column("communication"), Column("time", "us"), Column("overlapped", "us"), Column("overlap ratio", "%"),
             Column("exposed", "us"), Column("of window", "%"), Column("of compute under it", "%"),
@@ -253,10 +255,10 @@ def _phases(measured: Measurement) -> Table:
 
 
 def _actions(measured: Measurement) -> Table:
-    """Left out where it would only repeat the phases, or where no phase names an action."""
+    """Left out where it would only repeat the phases, or where no phase names an action of a schedule."""
     actions = [metrics.actions for metrics in measured.devices]
     names = {row.name for rows in actions for row in rows}
-    if names <= {""} or names == {row.name for metrics in measured.devices for row in metrics.phases}:
+    if not names & ACTIONS or names == {row.name for metrics in measured.devices for row in metrics.phases}:
         actions = []
     return _times("actions", "Time by action", "Forward F, backward B, its halves I and W, pairs FB.", actions)
 
@@ -299,7 +301,7 @@ def _lanes(measured: Measurement) -> Table:
             Column("of window", "%", is_share=True), Column("alone", "us"),
         ),
         tuple(
-            (metrics.device, lane.lane, lane.count, lane.busy,
+            (metrics.device, lane_label(lane.lane), lane.count, lane.busy,
              lane.busy / measured.makespan if measured.makespan else None, lane.alone)
             for metrics in measured.devices
             for lane in metrics.lanes

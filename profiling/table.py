@@ -18,6 +18,8 @@ LONGEST_NAME = 72
 """Characters that a kernel's label has at most."""
 LONGEST_TEXT = 160
 """Characters that any other text has at most, in a document and on a page."""
+LONGEST_HEADING = 28
+"""Characters that a heading has at most, its unit aside."""
 NARROWEST_TEXT = 12
 """Characters that a column of texts keeps in a terminal, however narrow that is."""
 
@@ -84,14 +86,15 @@ class Table:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        """Titles, with the unit where the numbers themselves do not show it.
+        """Titles, cut where they are long, with the unit where the numbers themselves do not show it.
 
         >>> Table("t", "T", "", (Column("busy", "us"), Column("share", "%")), ((12.5, 0.5),)).headings
         ('busy us', 'share')
         """
+        titles = [cut(column.title, LONGEST_HEADING) for column in self.columns]
         return tuple(
-            f"{column.title} {unit}" if column.unit == "us" and column.title != unit else column.title
-            for column, unit in zip(self.columns, self.units, strict=True)
+            f"{title} {unit}" if column.unit == "us" and title != unit else title
+            for title, column, unit in zip(titles, self.columns, self.units, strict=True)
         )
 
     def cells(self, most: int = LONGEST_NAME) -> list[list[str]]:
@@ -232,8 +235,8 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
     Args:
       table: what to write.
       most: rows at most; how many are left out is said. None for all.
-      width: characters of a line, to which headings are broken and then texts are cut; numbers never are. None for no
-        limit.
+      width: characters of a line: headings are broken, then texts are cut, then the last columns are left out, which
+        is said; numbers are never cut. None for no limit.
 
     >>> print(as_text(Table("t", "Kinds", "", (Column("kind"), Column("time", "us")), (("GEMM", 5.0), ("copy", 12.5)))))
     Kinds
@@ -242,6 +245,10 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
     copy     12.5
     """
     table = table.filled()
+    if width is not None and len(table.columns) > 2 and (fitting := _fitting(table, most, width)) < len(table.columns):
+        rows = tuple(row[:fitting] for row in table.rows)
+        narrow = dataclasses.replace(table, columns=table.columns[:fitting], rows=rows)
+        return f"{as_text(narrow, most, width)}\n... and {counted(len(table.columns) - fitting, 'more column')}"
     body = _body(table, most)
     heads = [[heading] for heading in table.headings]
     needed = [max((len(row[i]) for row in body), default=0) for i in range(len(heads))]
@@ -264,6 +271,20 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
     ]
     caption = textwrap.wrap(table.caption, width) if width else [table.caption]
     return "\n".join([table.title, *(caption if table.caption else []), *lines, *_left_out(table, most)])
+
+
+def _fitting(table: Table, most: int | None, width: int) -> int:
+    """How many columns fit into a line where headings are broken and texts are cut as far as they may be."""
+    body = _body(table, most)
+    widths = [
+        max(
+            min(cells, NARROWEST_TEXT) if column.is_text else cells,
+            *map(len, textwrap.wrap(heading, max(cells, 9), break_long_words=False)),
+        )
+        for i, (column, heading) in enumerate(zip(table.columns, table.headings, strict=True))
+        for cells in [max((len(row[i]) for row in body), default=0)]
+    ]
+    return max((n for n in range(2, len(widths) + 1) if _line(widths[:n]) <= width), default=2)
 
 
 def _body(table: Table, most: int | None, names: int = LONGEST_NAME) -> list[list[str]]:

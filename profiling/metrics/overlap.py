@@ -82,8 +82,8 @@ class Overlap:
 
     @property
     def speedup(self) -> float | None:
-        """One after the other, against the window; None where there is no communication."""
-        return self.serial / self.window if self.communication else None
+        """One after the other, against the window; None where `efficiency` is."""
+        return None if self.efficiency is None else self.serial / self.window
 
     @property
     def ideal_speedup(self) -> float | None:

@@ -1,5 +1,7 @@
 /* What the reader does: pointer, keys, search, legend, tables, and the address that keeps the view. */
 
+const LEGEND = 40;  // entries before the rest is asked for
+
 const element = (id) => document.getElementById(id);
 
 function make(tag, text, properties = {}) {
@@ -87,9 +89,10 @@ function start() {
     keep();
   }
 
-  function legend() {
-    const { categories, colours } = timeline.colouring;
-    element("legend").replaceChildren(...categories.map(([name, time]) => {
+  function legend(all = false) {
+    const { categories, colours } = timeline.colouring, more = categories.length - LEGEND;
+    const shown = all || more < 2 ? categories : categories.slice(0, LEGEND);
+    element("legend").replaceChildren(...shown.map(([name, time]) => {
       const label = { kind: name, group: name, phase: name }[timeline.colouring.field] ?? `${timeline.colouring.field} ${name}`;
       const button = make("button", undefined, { type: "button" }), swatch = make("i");
       swatch.style.background = colours.get(name);
@@ -103,6 +106,10 @@ function start() {
       });
       return button;
     }));
+    if (shown === categories) return;
+    const rest = make("button", `and ${more} more`, { type: "button" });
+    rest.addEventListener("click", () => legend(true));
+    element("legend").append(rest);
   }
 
   function step(direction) {
@@ -158,6 +165,10 @@ function start() {
   const different = (field) => new Set(model.whats.filter((what) => what.group !== "step").map((what) => what[field])).size;
   const predicted = model.rows.some((row) => row.trace > 0);
   const usual = different("phase") > 1 && (predicted || different("kind") < 2) ? "phase" : "kind";
+
+  for (const option of element("colour").options) {
+    option.disabled = !model.whats.some((what) => what.group !== "step" && what[option.value] !== null && what[option.value] !== "");
+  }
 
   function restore() {
     const state = new URLSearchParams(location.hash.slice(1));
@@ -283,6 +294,7 @@ function start() {
   /* A button in a row's last cell, which brings what the row tells of into the timeline. */
   function shows(row, title, show) {
     const button = make("button", "show", { type: "button", className: "go", title });
+    button.setAttribute("aria-label", `show ${row.cells[0].textContent}`);
     button.addEventListener("click", () => {
       show();
       canvas.scrollIntoView({ block: "nearest" });
