@@ -257,7 +257,7 @@ def _cell(column: Column, value: Value, written: str) -> str:
     key = "" if value is None else value if isinstance(value, str) else repr(value)
     if column.unit == "range":
         key = key.rpartition("-")[2]
-    kind = "text" if column.is_text else "share" if column.is_share else ""
+    kind = "text name" if column.unit == "name" else "text" if column.is_text else "share" if column.is_share else ""
     name = f' class="{kind}"' if kind else ""
     shown = cut(written, LONGEST_TEXT)
     whole = _whole(str(value), shown) if column.is_text and value else ""

@@ -17,7 +17,7 @@ def kernels(trace: Trace, top: int = KERNELS) -> Table:
     >>> from profiling.event import Event
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 3.0, "gemm", kind="GEMM", group="compute") for i in range(3)]
     >>> kernels(Trace("", "kineto", tuple(events))).rows
-    (('gemm', 'GEMM', 'compute', 3, 9.0, 1.0, 3.0, 3.0),)
+    (('gemm', 9.0, 1.0, 3, 3.0, 3.0, 'GEMM', 'compute'),)
     """
     found: dict[tuple[str, str, str], list[float]] = {}
     for event in trace.events:
@@ -38,11 +38,12 @@ def kernels(trace: Trace, top: int = KERNELS) -> Table:
         "Kernels with most time",
         caption,
         (
-            Column("kernel", "" if trace.source == "simulated" else "name"), Column("kind"), Column("group"), Column("events", "n"), Column("total", "us"),
-            Column("share", "%", is_share=True), Column("mean", "us"), Column("longest", "us"),
+            Column("kernel", "" if trace.source == "simulated" else "name"), Column("total", "us"),
+            Column("share", "%", is_share=True), Column("events", "n"), Column("mean", "us"), Column("longest", "us"),
+            Column("kind"), Column("group"),
         ),
         tuple(
-            (name, kind, group, int(count), total, total / everything if everything else None, total / count, most)
+            (name, total, total / everything if everything else None, int(count), total / count, most, kind, group)
             for (name, kind, group), (count, total, most) in longest[:top]
         ),
         events=tuple((name, kind) for (name, kind, _), _ in longest[:top]),

@@ -20,7 +20,7 @@ LONGEST_TEXT = 160
 """Characters that any other text has at most, in a document and on a page."""
 LONGEST_HEADING = 28
 """Characters that a heading has at most, its unit aside."""
-NARROWEST_TEXT = 12
+NARROWEST = {"name": 28, "": 12}
 """Characters that a column of texts keeps in a terminal, however narrow that is."""
 
 
@@ -278,7 +278,7 @@ def _fitting(table: Table, most: int | None, width: int) -> int:
     body = _body(table, most)
     widths = [
         max(
-            min(cells, NARROWEST_TEXT) if column.is_text else cells,
+            min(cells, NARROWEST.get(column.unit, cells)),
             *map(len, textwrap.wrap(heading, max(cells, 9), break_long_words=False)),
         )
         for i, (column, heading) in enumerate(zip(table.columns, table.headings, strict=True))
@@ -295,7 +295,7 @@ def _narrowed(widths: list[int], least: list[int], columns: Sequence[Column], wi
     """Takes from the widest of the texts until a line fits, or until every text is narrow."""
     texts = [i for i, column in enumerate(columns) if column.is_text]
     while _line(widths) > width:
-        open_to_it = [i for i in texts if widths[i] > max(NARROWEST_TEXT, least[i])]
+        open_to_it = [i for i in texts if widths[i] > max(NARROWEST[columns[i].unit], least[i])]
         if not open_to_it:
             break
         widths[max(open_to_it, key=lambda i: widths[i])] -= 1

@@ -53,7 +53,7 @@ def model_run(events: int, devices: int = 8, layers: int = 32, seed: int = 0) ->
     steps: list[Step] = []
     clocks = {device: 40.0 * device for device in range(devices)}
     while len(found) < events:
-        begin = min(clocks.values())
+        begin = steps[-1].end if steps else min(clocks.values())
         for layer in range(layers):
             together = max(clocks.values())
             for device, clock in clocks.items():

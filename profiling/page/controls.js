@@ -19,7 +19,8 @@ function start() {
 
   let found = "";
   function status() {
-    const parts = [`${formatTime(timeline.from)} \u2013 ${formatTime(timeline.to)}`, `${model.count.toLocaleString("en")} ${model.count < model.events ? `longest of ${model.events.toLocaleString("en")} ` : ""}event${model.events === 1 ? "" : "s"}`];
+    const { from, to } = timeline, step = to - from < to / 50 ? (to - from) / 100 : 0;  // ends that are close need more digits
+    const parts = [`${formatTime(from, step, step ? to : from)} \u2013 ${formatTime(to, step)}`, `${model.count.toLocaleString("en")} ${model.count < model.events ? `longest of ${model.events.toLocaleString("en")} ` : ""}event${model.events === 1 ? "" : "s"}`];
     element("status").textContent = [...parts, found].filter(Boolean).join(" \u00b7 ");
   }
 
@@ -291,7 +292,7 @@ function start() {
     const most = Math.max(...shares.map(([, share]) => share));
     for (const [cell, share] of shares) cell.style.setProperty("--share", `${Math.max(0, 100 * share / most)}%`);
   }
-  /* A button in a row's last cell, which brings what the row tells of into the timeline. */
+  /* A button in a cell of its own at a row's end, which brings what the row tells of into the timeline. */
   function shows(row, title, show) {
     const button = make("button", "show", { type: "button", className: "go", title });
     button.setAttribute("aria-label", `show ${row.cells[0].textContent}`);
@@ -300,7 +301,9 @@ function start() {
       canvas.scrollIntoView({ block: "nearest" });
       canvas.focus({ preventScroll: true });
     });
-    row.lastElementChild.append(" ", button);
+    const cell = make("td");
+    cell.append(button);
+    row.append(cell);
   }
   for (const row of document.querySelectorAll("tr[data-from]")) {
     shows(row, "Show it in the timeline", () => zoomTo(Number(row.dataset.from), Number(row.dataset.to)));
@@ -321,6 +324,11 @@ function start() {
     });
   }
   document.querySelectorAll("table").forEach(sortable);
+  for (const table of document.querySelectorAll("table:has(.go)")) {
+    const head = make("th");
+    head.append(make("span", "show", { className: "unseen" }));
+    table.tHead.rows[0].append(head);
+  }
 
   timeline.changed = () => { status(); keep(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { timeline.theme(); legend(); });

@@ -1,6 +1,5 @@
 /* Draws what is visible of the rows, and finds the event under the pointer. What a frame costs depends on its pixels, not
-   on the trace: events within a pixel that is covered are jumped over, and the pointer's mark is laid over a picture that
-   is kept. */
+   on the trace: events that share a pixel are drawn as one, and the pointer's mark is laid over a picture that is kept. */
 
 const ROW = 22, HEADER = 22, AXIS = 26, GAP = 6;
 
@@ -204,7 +203,7 @@ class Timeline {
     c.rect(gutter, AXIS, width - gutter, height - AXIS);
     c.clip();
     c.lineWidth = 2;
-    for (const [event, colour] of [[this.hovered, css.soft], [this.selected, css.accent]]) {
+    for (const [event, colour] of [[this.hovered, css.soft], [this.selected, css.ink]]) {
       if (!event) continue;
       const y = this.lineOf.get(event.row).y - this.scroller.scrollTop;
       const left = Math.max(gutter - 4, this.xOf(event.row.start[event.i])), right = Math.min(width + 4, this.xOf(event.row.end[event.i]));
@@ -219,32 +218,46 @@ class Timeline {
     this.paintEvents(c, line, this.lit(line), true);
   }
 
-  paintEvents(c, { y, row }, { start, end, what }, lit) {
-    const { css, width, gutter, from, to } = this, { whats } = this.model;
-    const scale = (width - gutter) / (to - from), colours = this.colouring.ofWhat, count = start.length;
+  paintEvents(c, { y, row }, columns, lit) {
+    const { css } = this, { whats } = this.model, colours = this.colouring.ofWhat;
     const alpha = lit ? row.trace > 0 ? 0.62 : 1 : 0.13;
-    let reach = -1;  // the last pixel that is covered
-    for (let i = firstAbove(end, from); i < count && start[i] < to; i++) {
-      let right = Math.min(width, gutter + (end[i] - from) * scale);
-      if (right <= reach) {
-        i = firstAbove(end, from + (reach - gutter) / scale, i + 1);
-        if (i >= count || start[i] >= to) break;
-        right = Math.min(width, gutter + (end[i] - from) * scale);
-      }
-      const left = Math.max(gutter, gutter + (start[i] - from) * scale);
-      const wide = Math.max(right - left - (right - left > 3 ? 0.75 : 0), 1);
-      c.globalAlpha = alpha;
-      c.fillStyle = row.host ? css.line : colours[what[i]];
-      c.fillRect(left, y + 2, wide, ROW - 4);
-      reach = Math.max(reach, Math.floor(left) + 1, right);
-      if (right - left > 12) {
-        c.globalAlpha = lit ? 1 : 0.4;
-        c.fillStyle = row.host ? css.ink : css["bar-ink"];
-        const { short, microbatch } = whats[what[i]];
-        this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch));
-      }
-    }
+    this.eachRun(columns, this.from, this.to, (left, right, what, cover) => {
+      c.globalAlpha = alpha * (this.matches && lit ? 1 : cover);
+      c.fillStyle = row.host ? css.line : colours[what];
+      c.fillRect(left, y + 2, Math.max(right - left - (right - left > 3 ? 0.75 : 0), 1), ROW - 4);
+      if (right - left <= 12) return;
+      c.globalAlpha = lit ? 1 : 0.4;
+      c.fillStyle = row.host ? css.ink : css["bar-ink"];
+      const { short, microbatch } = whats[what];
+      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch));
+    });
     c.globalAlpha = 1;
+  }
+
+  /* Calls draw(left, right, what, cover) for each event of at least a pixel, and once for all that begin in the pixel of a
+     narrower one: with what takes most of it, as strong as the share of it that they take. Of many, some are looked at. */
+  eachRun({ start, end, what }, from, to, draw) {
+    const { gutter, width } = this, scale = (width - gutter) / (to - from), count = start.length;
+    const x = (time) => gutter + (time - from) * scale;
+    for (let i = firstAbove(end, from); i < count && start[i] < to;) {
+      const left = Math.max(gutter, x(start[i])), right = Math.min(width, x(end[i]));
+      if (right - left >= 1) {
+        draw(left, right, what[i++], 1);
+        continue;
+      }
+      const until = firstAbove(start, from + (Math.floor(left) + 1 - gutter) / scale, i + 1);
+      const stride = Math.ceil((until - i) / 32);
+      let time = 0, most = -1, longest = 0;
+      for (let k = i; k < until; k += stride) {
+        const length = Math.min(end[k] - start[k], 1 / scale);
+        time += length;
+        if (length > longest || most < 0) [most, longest] = [k, length];
+      }
+      // The last of them may be the one that reaches far beyond.
+      const last = until - 1, far = last > i && x(end[last]) - x(start[last]) >= 1;
+      draw(Math.floor(left), Math.floor(left) + 1, what[most], Math.min(1, 0.2 + 0.8 * time * stride * scale));
+      i = far ? last : until;
+    }
   }
 
   /* Time in which data travels or is waited for and nothing is computed: a tint behind the device's measured rows where
@@ -269,14 +282,14 @@ class Timeline {
     const { gutter, width } = this, scale = (width - gutter) / (to - from), density = new Float32Array(Math.ceil(width) + 1);
     for (let i = firstAbove(end, from); i < start.length && start[i] < to; i++) {
       const left = Math.max(gutter, gutter + (start[i] - from) * scale);
-      const right = Math.min(width, Math.max(left + 0.3, gutter + (end[i] - from) * scale));
+      const right = Math.min(width, gutter + (end[i] - from) * scale);
       for (let x = Math.floor(left); x < right; x++) density[x] += Math.min(right, x + 1) - Math.max(left, x);
     }
     for (let x = Math.floor(gutter); x < density.length; x++) {
       if (!density[x]) continue;
       let until = x + 1;
       while (until < density.length && density[until] === density[x]) until++;
-      c.globalAlpha = Math.min(1, density[x]);
+      c.globalAlpha = Math.min(1, 0.12 + 0.88 * density[x]);
       c.fillRect(x, y, until - x, 3);
       x = until - 1;
     }
@@ -346,16 +359,12 @@ class Timeline {
       m.fillStyle = css.panel;
       m.fillRect(0, 0, width, high);
       this.lines.forEach((line, n) => {
-        const { start, end, what } = this.lit(line);
-        let reach = -1;
-        for (let i = 0; i < start.length; i++) {
-          if (x(end[i]) <= reach) i = firstAbove(end, model.first + (reach - gutter) / scale, i + 1);
-          if (i >= start.length) break;
-          const left = x(start[i]), right = x(end[i]);
-          m.fillStyle = line.row.host ? css.line : this.colouring.ofWhat[what[i]];
+        this.eachRun(this.lit(line), model.first, model.last, (left, right, what, cover) => {
+          m.globalAlpha = cover;
+          m.fillStyle = line.row.host ? css.line : this.colouring.ofWhat[what];
           m.fillRect(left, 4 + n * each, Math.max(1, right - left), Math.max(0.6, each - (each > 3 ? 1 : 0)));
-          reach = Math.max(left + 1, right);
-        }
+        });
+        m.globalAlpha = 1;
       });
       m.fillStyle = css.exposed;
       for (const { start, end } of model.exposed) this.paintDensity(m, start, end, model.first, model.last, high - 4);
