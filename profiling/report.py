@@ -35,8 +35,8 @@ EXPLAINED = (
     (
         "speed-up, efficiency",
         "Communication and compute one after the other, divided by the window; and which share of the gain that "
-        "hiding the shorter side entirely would bring was had. None where the device is without either for longer than "
-        "that gain: the figures would tell of idle time.",
+        "hiding the shorter side entirely would bring was had; none where the window is longer than both together, as "
+        "idle time then decides.",
     ),
     ("over several devices", "Times are added up, and ratios are those of the sums."),
     ("steady state", "From the start of the second layer to that of the last, where layers follow one another."),

@@ -72,7 +72,8 @@ def _overlap(measured: Measurement) -> Table:
         steady = measured.summary.steady.get(name)
         return (
             NAMES[name], of.communication, of.overlapped, of.ratio, of.exposed, of.exposed_share,
-            of.compute_under_communication, of.speedup, of.ideal_speedup, of.efficiency,
+            of.compute_under_communication, None if of.efficiency is None else of.speedup, of.ideal_speedup,
+            of.efficiency,
             steady.ratio if steady else None, steady.exposed if steady else None,
         )  # fmt: skip
 
@@ -80,7 +81,7 @@ def _overlap(measured: Measurement) -> Table:
     return Table(
         "overlap",
         "Communication and what hides it",
-        "By what counts as communication. No speed-up where the device is without either for longer than hiding could save.",
+        "By what counts as communication. No speed-up where the window is longer than both one after the other.",
         (
             Column("communication"), Column("time", "us"), Column("overlapped", "us"), Column("overlap ratio", "%"),
             Column("exposed", "us"), Column("of window", "%"), Column("of compute under it", "%"),

@@ -47,34 +47,32 @@ LAYER = (
 
 
 def model_run(events: int, devices: int = 8, layers: int = 32, seed: int = 0) -> Trace:
-    """Steps of a model until there are so many events, on each device the same but for its own jitter."""
+    """Steps of a model until there are so many events; devices differ by jitter, and wait for each other in all-reduces."""
     chance = random.Random(seed)
     found: list[Event] = []
     steps: list[Step] = []
-    clocks = {device: 40.0 * device for device in range(devices)}
+    clocks = [30.0 * device for device in range(devices)]
     while len(found) < events:
-        begin = steps[-1].end if steps else min(clocks.values())
+        begin = steps[-1].end if steps else min(clocks)
         for layer in range(layers):
-            together = max(clocks.values())
-            for device, clock in clocks.items():
-                moved = clock
-                for name, kind, group, length in LAYER:
-                    length *= chance.uniform(0.93, 1.07)
-                    facts = {"kind": kind, "phase": "forward", "layer": layer, "step": len(steps)}
-                    if group == "transfer":
-                        start = max(clock, moved, together)
-                        moved = start + length
-                        found.append(Event(device, "13", start, moved, name, group=group, **facts))
-                        clock += 0.55 * length
-                    else:
-                        lane = "21" if kind == "copy" else "7"
-                        found.append(Event(device, lane, clock, clock + length, name, group=group, **facts))
-                        clock += length + chance.expovariate(1 / 1.5)
-                clocks[device] = clock
-        steps.append(Step("ProfilerStep", len(steps), begin, max(clocks.values())))
-        clocks = {device: clock + 120.0 for device, clock in clocks.items()}
-    found = sorted(found[:events], key=lambda event: event.start)
-    return Trace("A language model on eight devices", "kineto", tuple(found), tuple(steps),
+            for name, kind, group, length in LAYER:
+                facts = {"kind": kind, "group": group, "phase": "forward", "layer": layer, "step": len(steps)}
+                taken = [length * chance.uniform(0.9, 1.1) for _ in clocks]
+                if group == "transfer":
+                    end = max(clocks) + taken[0]
+                    found += [Event(device, "13", clock, end, name, **facts) for device, clock in enumerate(clocks)]
+                    clocks = [end - 0.6 * taken[0]] * devices  # what does not need the sum goes on
+                    continue
+                lane = "21" if kind == "copy" else "7"
+                found += [
+                    Event(device, lane, clock, clock + own, name, **facts)
+                    for device, (clock, own) in enumerate(zip(clocks, taken, strict=True))
+                ]
+                clocks = [clock + own + chance.expovariate(0.6) for clock, own in zip(clocks, taken, strict=True)]
+        steps.append(Step("ProfilerStep", len(steps), begin, max(clocks)))
+        clocks = [clock + 400.0 for clock in clocks]
+    return Trace(f"A language model on {devices} devices", "kineto",
+                 tuple(sorted(found[:events], key=lambda event: event.start)), tuple(steps),
                  metadata={"chip": "AMD Instinct MI300X", "SMs": 304, "backend": "nccl"})  # fmt: skip
 
 

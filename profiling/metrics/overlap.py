@@ -82,8 +82,8 @@ class Overlap:
 
     @property
     def speedup(self) -> float | None:
-        """One after the other, against the window; None where `efficiency` is."""
-        return None if self.efficiency is None else self.serial / self.window
+        """One after the other, against the window; None where there is no communication."""
+        return self.serial / self.window if self.communication else None
 
     @property
     def ideal_speedup(self) -> float | None:
@@ -92,17 +92,14 @@ class Overlap:
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the possible gain that was had; None where one side is missing, or where the window holds more time
-        without either than there is to gain: its ratio to so little would tell of that time, not of overlap.
+        """Share of the possible gain that was had: 1 is as fast as the longer side alone, 0 as one after the other.
 
-        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still; never below -1.
-
-        >>> Overlap("transfer", 0.0, window=4000.0, communication=1.0, compute=200.0, overlapped=0.0).efficiency is None
-        True
+        None where one side is missing, or where the window is longer than both one after the other: it is then idle
+        time or other work that decides how long the window is, and not what is hidden.
         """
         gain = min(self.communication, self.compute)
-        neither = self.window - (self.serial - self.overlapped)
-        return (self.serial - self.window) / gain if gain and neither <= gain else None
+        had = self.serial - self.window
+        return had / gain if gain and had >= 0 else None
 
 
 @dataclasses.dataclass(frozen=True)

@@ -3,7 +3,7 @@
 function readModel(data) {
   const text = data.strings;
   const whats = data.whats.map(([name, kind, group, phase, layer, microbatch, scope, hloOp, blocks]) => ({
-    name: text[name], short: data.labels[name] ?? text[name], kind: text[kind], group: text[group], phase: text[phase],
+    name: text[name], short: (data.labels[name] ?? text[name]).replace(/^(?:\w+::)+(?=\w)/, ""), kind: text[kind], group: text[group], phase: text[phase],
     layer, microbatch, scope: text[scope], hloOp: text[hloOp], blocks,
   }));
   const rows = data.rows.map((row, index) => {
@@ -48,7 +48,7 @@ function readSpans(edges, band) {
 /* What is searched in: made when it is asked for first, as most pages are never searched. */
 function searched(what) {
   what.searched ??= [
-    what.name, what.short, what.kind, what.group, what.phase, what.scope, what.hloOp,
+    what.name, what.kind, what.group, what.phase, what.scope, what.hloOp,
     what.layer === null ? "" : `layer:${what.layer}`, what.microbatch === null ? "" : `microbatch:${what.microbatch}`,
   ].join("\n").toLowerCase();
   return what.searched;

@@ -229,7 +229,7 @@ class Timeline {
       c.globalAlpha = lit ? 1 : 0.4;
       c.fillStyle = row.host ? css.ink : css["bar-ink"];
       const { short, microbatch } = whats[what];
-      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch));
+      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch), row.trace === 0);
     });
     c.globalAlpha = 1;
   }
@@ -377,7 +377,7 @@ class Timeline {
     c.drawImage(this.minimap, 0, 0);
     c.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     const left = x(this.from), right = Math.max(left + 2, x(this.to));
-    c.globalAlpha = 0.72;
+    c.globalAlpha = 0.6;
     c.fillStyle = css.panel;
     c.fillRect(gutter, 0, left - gutter, high);
     c.fillRect(right, 0, width - right, high);
@@ -389,7 +389,7 @@ class Timeline {
 
   /* A text if it fits into a width, or else another one in the middle, or else as much of the first as fits, found by
      halving. Widths are kept, as measuring is what takes time. */
-  fitText(c, text, left, y, room, margin = 0, instead = "") {
+  fitText(c, text, left, y, room, margin = 0, instead = "", isKernel = false) {
     this.widths ??= new Map();
     const width = (part) => {
       const key = `${c.font}|${part}`;
@@ -405,14 +405,19 @@ class Timeline {
       text = instead;
       x = left + (room - width(text)) / 2;
     } else if (!fits(text)) {
+      // Their ends often tell kernels apart: a third of what is left of a name is its end.
+      const part = (length) => {
+        const tail = isKernel && length > 8 ? Math.floor(length / 3) : 0;
+        return `${text.slice(0, length - tail)}\u2026${text.slice(text.length - tail)}`;
+      };
       let low = 0, high = text.length;
       while (low < high) {
         const middle = (low + high + 1) >>> 1;
-        if (fits(`${text.slice(0, middle)}\u2026`)) low = middle;
+        if (fits(part(middle))) low = middle;
         else high = middle - 1;
       }
       if (low < 3) return;
-      text = `${text.slice(0, low)}\u2026`;
+      text = part(low);
     }
     c.fillText(text, x, y);
   }
