@@ -84,7 +84,9 @@ class Report:
         shown = self.shown
         wide = max(len(figure.label) for figure in shown)
         high = max(len(figure.written) for figure in shown)
-        figures = [f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip() for figure in shown]
+        figures = [
+            f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip() for figure in shown
+        ]
         return "\n\n".join(
             [
                 "\n".join([self.trace.title, " · ".join(self.facts), "", *figures]),
@@ -169,9 +171,7 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
     found = [
         Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
-        Figure(
-            "compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"
-        ),
+        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"),
         Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
         Figure(
             "overlap",
@@ -196,7 +196,9 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     steady = measured.summary.steady.get("transfer+wait")
     if steady and steady.ratio is not None:
         found.append(
-            Figure("steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed")
+            Figure(
+                "steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed"
+            )
         )
     if bubbles := measured.summary.bubbles:
         mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
@@ -237,5 +239,5 @@ def _notes(
 
 
 def _is_short(name: str, value: object) -> bool:
-    """Whether a fact stands at the top: those named like identifiers are for programs, long ones and paths for the table."""
+    """Whether a fact stands at the top: names like identifiers' are for programs, long ones and paths for the table."""
     return "_" not in name and isinstance(value, str | int) and 0 < len(str(value)) <= 40 and "/" not in str(value)

@@ -98,7 +98,7 @@ class Table:
         )
 
     def cells(self, most: int = LONGEST_NAME) -> list[list[str]]:
-        """``[rows][columns]``: the values as they are written, names of kernels as labels of at most so many characters.
+        """``[rows][columns]``: the values as they are written, names of kernels as labels of at most ``most`` letters.
 
         >>> Table("t", "T", "", (Column("kind"), Column("time", "us")), (("GEMM", 1234.5),)).cells()
         [['GEMM', '1,234.5']]
@@ -254,7 +254,10 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
     needed = [max((len(row[i]) for row in body), default=0) for i in range(len(heads))]
     widths = [max(len(head[0]), cells) for head, cells in zip(heads, needed, strict=True)]
     if width is not None and _line(widths) > width:
-        heads = [textwrap.wrap(head[0], max(cells, 9), break_long_words=False) for head, cells in zip(heads, needed, strict=True)]
+        heads = [
+            textwrap.wrap(head[0], max(cells, 9), break_long_words=False)
+            for head, cells in zip(heads, needed, strict=True)
+        ]
         least = [max(map(len, head), default=0) for head in heads]
         widths = _narrowed(list(map(max, least, needed)), least, table.columns, width)
         names = [wide for wide, column in zip(widths, table.columns, strict=True) if column.unit == "name"]

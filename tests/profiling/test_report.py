@@ -63,6 +63,62 @@ def test_tables_are_the_metrics():
     assert made["skew"].caption.startswith("Seen in 4 collectives of all devices: starts lie 0.0 us apart")
 
 
+def test_kernels_with_most_time_are_counted_over_all_devices():
+    """By hand: of each kernel, 2 devices times 2 layers."""
+    table = report(layer_trace())["kernels"]
+    assert column(table, "kernel") == ["attention_kernel", "grouped_gemm", "dispatch", "notify_dispatch", "shared"]
+    assert column(table, "total") == [160.0, 122.0, 80.0, 20.0, 20.0]
+    assert column(table, "events") == [4] * 5
+    assert column(table, "mean")[:2] == [40.0, 30.5] and column(table, "longest")[:2] == [40.0, 31.0]
+    assert sum(column(table, "share")) == pytest.approx(1.0)
+    assert table.events[1] == ("grouped_gemm", "grouped GEMM")
+
+
+def test_kernels_that_are_not_listed_are_counted():
+    events = tuple(Event(0, "7", 9.0 * i, 9.0 * i + 1 + i % 2, f"kernel_{i}", group="compute") for i in range(40))
+    loop = Event(0, "7", 0.0, 400.0, "while", group="control")
+    table = report(Trace("many", "xplane", (loop, *events)))["kernels"]
+    assert len(table.rows) == 30 and column(table, "longest") == [2.0] * 20 + [1.0] * 10
+    assert table.caption.endswith("The 30 longest of 40: the other 10 take 16.67%.")
+    assert "while" not in column(table, "kernel")
+
+
+def test_one_kernel_that_runs_as_several_kinds_has_a_row_for_each():
+    kinds = enumerate(("all-reduce", "all-gather"))
+    events = tuple(
+        Event(0, "13", i, i + 1.0, "ncclDevKernel_Generic", kind=kind, group="transfer") for i, kind in kinds
+    )
+    assert sorted(column(report(Trace("", "kineto", events))["kernels"], "kind")) == ["all-gather", "all-reduce"]
+
+
+def test_a_window_that_is_mostly_idle_has_no_speedup():
+    """2 us of communication beside 100 us of compute in 10 ms: what is between decides, not what is hidden."""
+    gemm = Event(0, "7", 0.0, 100.0, "gemm", kind="GEMM", group="compute")
+    reduce = Event(0, "13", 9_998.0, 10_000.0, "nccl", kind="all-reduce", group="transfer")
+    made = report(Trace("idle", "kineto", (gemm, reduce)))
+    assert column(made["overlap"], "efficiency") == column(made["overlap"], "speed-up") == [None] * 3
+    assert "efficiency" not in made.text().partition("Definitions")[0]
+    assert column(made["overlap"], "overlap ratio") == [0.0] * 3
+
+
+def test_what_tells_nothing_is_left_out():
+    """One device, no phases, no communication: no table repeats the figures or has one row "(none)"."""
+    names = [
+        table.name for table in report(Trace("", "xplane", (Event(0, "gpu", 0.0, 4.0, "a", group="compute"),))).tables
+    ]
+    assert names == ["kernels", "kinds", "lanes"]
+    phased = Event(0, "gpu", 0.0, 4.0, "a", group="compute", phase="execute(1)_context(0)")
+    names = [table.name for table in report(Trace("", "xplane", (phased,))).tables]
+    assert "phases" in names and "actions" not in names
+
+
+def test_paths_do_not_stand_at_the_top():
+    trace = dataclasses.replace(layer_trace(), metadata={"chip": "H800", "trace name": "/tmp/a.json", "ranks": [None]})
+    made = report(trace)
+    assert made.facts == ("read from kineto", "2 devices", "20 events", "chip H800")
+    assert made["metadata"].rows == (("chip", "H800"), ("trace name", "/tmp/a.json"))
+
+
 def test_longest_exposed_stretches():
     table = report(layer_trace())["exposed-segments"]
     assert column(table, "length") == [15.0] * 4 + [5.0] * 4
