@@ -25,6 +25,7 @@ from profiling.read_kineto import read_kineto
 from profiling.read_xplane import read_xplane
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
+from profiling.rules import Rule, load
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
@@ -53,6 +54,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
+    _rules(show)
     _chip(show)
     _outputs(show)
     show.set_defaults(run=_report)
@@ -60,6 +62,7 @@ def _parser() -> argparse.ArgumentParser:
     versus = commands.add_parser("compare", help="one trace against another")
     versus.add_argument("a")
     versus.add_argument("b")
+    _rules(versus)
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
@@ -88,6 +91,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("--intranode", type=float, metavar="GB/s")
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
+    _rules(cluster)
     _outputs(cluster)
     cluster.set_defaults(run=_predict)
     return parser
@@ -99,13 +103,23 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
 
 
+def _rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        type=pathlib.Path,
+        help='what kernels of your own do: [{"pattern": "^my_exchange", "kind": "all-to-all", "group": "transfer"}]',
+    )
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
 
 def _report(args: argparse.Namespace) -> None:
-    trace = read_trace(args.trace)
-    predicted = read_trace(args.predicted) if args.predicted else None
+    rules = _own(args)
+    trace = read_trace(args.trace, rules)
+    predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
         predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
     schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
@@ -113,7 +127,8 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _compare(args: argparse.Namespace) -> None:
-    print(changes(read_trace(args.a), read_trace(args.b)).table())
+    rules = _own(args)
+    print(changes(read_trace(args.a, rules), read_trace(args.b, rules)).table())
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -160,7 +175,7 @@ def _predict(args: argparse.Namespace) -> None:
         "sms": args.sms,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
-    trace = read_trace(args.trace)
+    trace = read_trace(args.trace, _own(args))
     _write(report(predict(trace, args.workload, _sizes(args.size), network)), args)
 
 
@@ -176,9 +191,14 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
     return sizes
 
 
-def read_trace(path: str) -> Trace:
-    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler."""
-    return read_kineto(path) if path.endswith((".json", ".json.gz")) else read_xplane(path)
+def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
+    return load(args.rules) if args.rules else ()
+
+
+def read_trace(path: str, rules: Sequence[Rule] = ()) -> Trace:
+    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler; see `profiling.rules`."""
+    read = read_kineto if path.endswith((".json", ".json.gz")) else read_xplane
+    return read(path, rules=rules)
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:

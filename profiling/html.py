@@ -61,6 +61,7 @@ def page(report: Report) -> str:
     return string.Template(_resource("page.html")).substitute(
         policy=f"default-src 'none'; script-src {_hash(script)}; style-src {_hash(style)}; img-src data:",
         title=html.escape(report.trace.title or "Trace"),
+        doubt=f'<p id="doubt" role="note">{html.escape(report.doubt)}</p>' if report.doubt else "",
         facts="".join(f"<span>{html.escape(fact)}</span>" for fact in report.facts),
         cards="\n".join(map(_card, report.shown)),
         tables="\n".join(map(_table, report.tables)),

@@ -25,6 +25,17 @@ class KernelName:
     function: str
     arguments: str = ""
 
+    @property
+    def kernel(self) -> str:
+        """The function, followed by its template's arguments where it does nothing but run them."""
+        runs = self.arguments and (_NAMELESS.match(self.base) or self.base == "multi_tensor_apply_kernel")
+        return f"{self.function}<{self.arguments}>" if runs else self.function
+
+    @property
+    def base(self) -> str:
+        """The function without its namespaces."""
+        return self.function.rpartition("::")[2]
+
 
 _ANONYMOUS = re.compile(r"(\(anonymous namespace\)|\{anonymous\}|<unnamed>|`anonymous namespace')(::)?")
 _CLONE = re.compile(r"( \[(clone|with) [^]]*\])+$|\.kd$")
@@ -265,14 +276,13 @@ def kernel_label(name: str, most: int = 60) -> str:
     if most < 8:
         raise ValueError(f"kernel_label(most={most}): a label of fewer than 8 characters tells nothing")
     parsed = parse_kernel(name)
-    base = parsed.function.rpartition("::")[2]
     telling = next(_telling(parsed.arguments), "")
     if tensile := _TENSILE.match(parsed.function):
         text = f"{tensile[1]} {tensile[2]}"
-    elif telling and _NAMELESS.match(base):
+    elif telling and _NAMELESS.match(parsed.base):
         text = telling + _details(telling, parsed.arguments)
-    elif telling and _WRAPPER.search(base):
-        text = f"{base}<{telling}>"
+    elif telling and _WRAPPER.search(parsed.base):
+        text = f"{parsed.base}<{telling}>"
     else:
         text = _NOISE.sub("", parsed.function + "::").removesuffix("::") or parsed.function
         arguments = _NOISE.sub("", parsed.arguments).strip()

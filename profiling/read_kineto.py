@@ -16,7 +16,7 @@ import zlib
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
-from profiling.classify import DEEPSEEK, Rule, classify
+from profiling.classify import Rule, classify, rules_for
 from profiling.event import Event, Step, Trace
 
 Path: TypeAlias = str | os.PathLike[str]
@@ -66,7 +66,7 @@ class _File:
         return (self.header.get("distributedInfo") or {}).get("rank")
 
 
-def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -> Trace:
+def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = ()) -> Trace:
     """Reads profiles of `torch.profiler` as one trace.
 
     A GPU event belongs to the innermost ``user_annotation`` that was open, on any thread, when the host launched it:
@@ -77,7 +77,7 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
     Args:
       path: a ``.json`` or ``.json.gz`` file, several, or a folder of them: one a rank. The device is the rank where
         every file names its own and has one GPU; otherwise GPUs are numbered in the order of the files.
-      rules: the classification.
+      rules: of your own, tried before the tables of this package, those of DeepSeek's kernels where they ran.
 
     Raises:
       ValueError: no such file, damaged or cut short, no Chrome trace, no GPU events; the file is named.
@@ -112,7 +112,7 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
         metadata=_metadata(files),
         notes=tuple(notes),
     )
-    return classify(trace, rules)
+    return classify(trace, (*rules, *rules_for(event.name for event in events)))
 
 
 def _paths(path: Path | Sequence[Path]) -> list[pathlib.Path]:

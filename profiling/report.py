@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
+from profiling.classify import OTHER, unclassified_names
 from profiling.compare import Comparison, compare
 from profiling.event import Trace
 from profiling.hlo_overlap import Overlap as Schedule
-from profiling.metrics import DEFINITIONS, Measurement, measure
+from profiling.kernel_names import kernel_label
+from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure
 from profiling.report_tables import report_tables
 from profiling.table import Figure, Table, as_markdown, as_text, counted, duration, escape_markdown, written
 
@@ -89,7 +91,7 @@ class Report:
         ]
         return "\n\n".join(
             [
-                "\n".join([self.trace.title, " · ".join(self.facts), "", *figures]),
+                "\n".join([self.trace.title, " · ".join(self.facts), *filter(None, [self.doubt]), "", *figures]),
                 *(as_text(table, most, width) for table in self.tables),
                 "\n".join(["Definitions", *(f"- {name}: {meaning}" for name, meaning in EXPLAINED)]),
                 "\n".join(["Notes", *(f"- {note}" for note in self.notes)]),
@@ -103,6 +105,7 @@ class Report:
             [
                 f"## {escape_markdown(self.trace.title)}",
                 escape_markdown(" · ".join(self.facts)),
+                *([f"**{escape_markdown(self.doubt)}**"] if self.doubt else []),
                 "\n".join(["| | | |", "|---|--:|---|", *figures]),
                 *(as_markdown(table, most) for table in self.tables),
                 "\n".join(["### Notes", "", *(f"* {escape_markdown(note)}" for note in self.notes)]),
@@ -114,6 +117,19 @@ class Report:
     def shown(self) -> tuple[Figure, ...]:
         """The figures that say something: a value, or why there is none."""
         return tuple(figure for figure in self.figures if figure.value is not None or figure.note)
+
+    @property
+    def doubt(self) -> str:
+        """What could be wrong with the figures, in a sentence or two; "" where nothing could that would matter."""
+        bounds = self.measurement.bounds
+        if bounds is None or not bounds.matter:
+            return ""
+        return (
+            f"{100 * bounds.share:.1f}% of the time is in kernels that no rule knows. Whether they compute or "
+            f"communicate, the overlap ratio is {_between(bounds.overlap, '%')}, exposed communication "
+            f"{_between(bounds.exposed, 'us')} and compute {_between(bounds.compute, '%')}: say what they are in a "
+            "file of rules, --rules FILE."
+        )
 
     @property
     def facts(self) -> tuple[str, ...]:
@@ -152,9 +168,9 @@ def report(trace: Trace, predicted: Trace | None = None, schedule: Schedule | No
         trace=trace,
         predicted=predicted,
         measurement=measured,
-        figures=tuple(_figures(measured, expected, comparison)),
+        figures=tuple(_bounded(_figures(measured, expected, comparison), measured.bounds)),
         tables=report_tables(trace, measured, expected, comparison, schedule),
-        notes=tuple(_notes(trace, predicted, comparison, schedule)),
+        notes=tuple(_notes(trace, measured, predicted, comparison, schedule)),
     )
 
 
@@ -223,11 +239,48 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     return found
 
 
+def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
+    """The same with the range first that a figure may lie in, where kernels that no rule knows could move it."""
+    if bounds is None or not bounds.matter:
+        return figures
+    ranges = {"overlap": (bounds.overlap, "%"), "exposed": (bounds.exposed, "us"), "compute": (bounds.compute, "%")}
+    return [
+        dataclasses.replace(figure, note="; ".join(filter(None, [_between(*ranges[figure.name]), figure.note])))
+        if figure.name in ranges
+        else figure
+        for figure in figures
+    ]
+
+
+def _between(ends: tuple[float | None, float | None], unit: str) -> str:
+    """A range in words, and one number where both ends are written the same."""
+    low, high = (Figure("", "", end, unit).written for end in ends)
+    return low if low == high else f"between {low} and {high}"
+
+
+def _unknown(trace: Trace, measured: Measurement) -> list[str]:
+    """What no rule knows, how much of the time it has, and what to do about it."""
+    if measured.bounds is None:
+        return []
+    names = unclassified_names(trace, len(trace.events))
+    longest = "; ".join(f"{kernel_label(name)} {duration(time)}" for name, time in names[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    group = "compute" if any(event.kind == OTHER for event in trace.events) else "neither compute nor communication"
+    return [
+        f"{100 * measured.bounds.share:.2g}% of the time is in kernels that no rule knows, counted as {group}: "
+        f"{longest}{more}; if they communicate, say so in a file of rules, --rules FILE"
+    ]
+
+
 def _notes(
-    trace: Trace, predicted: Trace | None, comparison: Comparison | None, schedule: Schedule | None
+    trace: Trace,
+    measured: Measurement,
+    predicted: Trace | None,
+    comparison: Comparison | None,
+    schedule: Schedule | None,
 ) -> list[str]:
     """Those of all sources, each once."""
-    found = dict.fromkeys(trace.notes)
+    found = dict.fromkeys([*_unknown(trace, measured), *trace.notes])
     found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
     found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
     if comparison:

@@ -356,8 +356,8 @@ def _schedule(schedule: Schedule | None) -> list[Table]:
 def _unclassified(trace: Trace) -> Table:
     return Table(
         "unclassified",
-        "Unclassified events",
-        "They count as neither compute nor communication: write rules for them.",
+        "Kernels that no rule knows",
+        "They count as compute: say in a file of rules what they are.",
         (Column("name", "name"), Column("time", "us")),
         unclassified_names(trace),
     )

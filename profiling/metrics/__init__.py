@@ -1,5 +1,6 @@
 """What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
 
+from profiling.metrics.bounds import Bounds, bounds
 from profiling.metrics.measure import Bubble, Measurement, Metrics, Summary, measure
 from profiling.metrics.overlap import (
     DEFINITIONS,
@@ -29,6 +30,7 @@ from profiling.metrics.times import (
 
 __all__ = [
     "DEFINITIONS",
+    "Bounds",
     "Breakdown",
     "Bubble",
     "DeviceSkew",
@@ -42,6 +44,7 @@ __all__ = [
     "Skew",
     "Summary",
     "TimeRow",
+    "bounds",
     "breakdown",
     "communication_lanes",
     "concurrency",

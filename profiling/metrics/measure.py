@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_share
 from profiling.event import Event, Trace
+from profiling.metrics.bounds import Bounds, bounds
 from profiling.metrics.overlap import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
 from profiling.metrics.skew import Skew, skew
 from profiling.metrics.times import (
@@ -99,8 +100,9 @@ class Measurement:
       devices: one for each.
       summary: all devices together.
       skew: how they drift apart; None if they have no collective in common.
-      unclassified_share: of the time, what no rule of the classification knows; neither compute nor communication.
+      unclassified_share: of the time, what no rule of the classification knows; it counts as compute.
       unattributed_share: of the time, what belongs to no phase.
+      bounds: of the figures, as what no rule knows might communicate as well; None where all is known.
     """
 
     title: str
@@ -110,6 +112,7 @@ class Measurement:
     skew: Skew | None
     unclassified_share: float
     unattributed_share: float
+    bounds: Bounds | None = None
 
     @property
     def makespan(self) -> float:
@@ -154,6 +157,7 @@ def measure(
         skew=skew(trace),
         unclassified_share=unclassified_share(trace),
         unattributed_share=unattributed_share(trace),
+        bounds=bounds(by_device.values(), window),
     )
 
 
