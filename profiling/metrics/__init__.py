@@ -1,5 +1,6 @@
 """What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
 
+from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.measure import Bubble, Measurement, Metrics, Summary, measure
 from profiling.metrics.overlap import (
     DEFINITIONS,
@@ -7,6 +8,7 @@ from profiling.metrics.overlap import (
     Overlap,
     Sides,
     breakdown,
+    chosen,
     communication_lanes,
     members,
     overlap,
@@ -23,6 +25,7 @@ from profiling.metrics.times import (
     layer_spans,
     layers,
     phase_durations,
+    steady_window,
     time_by,
     unattributed_share,
 )
@@ -31,6 +34,7 @@ __all__ = [
     "DEFINITIONS",
     "Breakdown",
     "Bubble",
+    "Columns",
     "DeviceSkew",
     "LaneRow",
     "LayerRow",
@@ -43,6 +47,8 @@ __all__ = [
     "Summary",
     "TimeRow",
     "breakdown",
+    "by_device",
+    "chosen",
     "communication_lanes",
     "concurrency",
     "lanes",
@@ -54,6 +60,7 @@ __all__ = [
     "phase_durations",
     "sides",
     "skew",
+    "steady_window",
     "time_by",
     "unattributed_share",
 ]

@@ -6,7 +6,8 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_share
-from profiling.event import Event, Trace
+from profiling.event import Trace
+from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.overlap import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
 from profiling.metrics.skew import Skew, skew
 from profiling.metrics.times import (
@@ -18,10 +19,12 @@ from profiling.metrics.times import (
     lanes,
     layer_spans,
     layers,
-    time_by,
+    steady_window,
+    time_by_action,
+    time_by_kind,
+    time_by_phase,
     unattributed_share,
 )
-from profiling.scopes import action_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +37,7 @@ class Metrics:
       overlaps: ``{definition: Overlap}`` for each of `DEFINITIONS`.
       sensitivity: ``{definition: overlaps}``, one for each of the gaps asked for.
       steady_window: from the start of the second layer to that of the last, where neither cold queues nor the lack of
-        anything to hide behind count; None with fewer than three layers or without a pass over them in order.
+        anything to hide behind count; None without evidence of layers, see `steady_window`.
       steady: ``{definition: Overlap}`` within it; empty if it is None.
       kinds, phases, actions: time by each, the longest first.
       layers: phases of each layer; layer_spans: when each begins.
@@ -130,6 +133,7 @@ def measure(
     Raises:
       ValueError: a trace without events (in the window), a window that ends before it starts.
 
+    >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
     >>> found = measure(Trace("", "kineto", (gemm, Event(0, "27", 5.0, 9.0, "dispatch", group="transfer"))))
     >>> found.devices[0].overlaps["transfer"].ratio, found.devices[0].breakdown.idle
@@ -140,11 +144,9 @@ def measure(
     if not trace.events:
         raise ValueError(f"trace {trace.title!r} has no events in the window {window}: there is nothing to measure")
     window = window or trace.window
-    by_device: dict[int, list[Event]] = {device: [] for device in trace.devices}
-    for event in trace.events:
-        by_device[event.device].append(event)
+    parts = by_device(trace)
     devices = tuple(
-        _device(device, trace.ranks.get(device), events, window, gaps_us) for device, events in by_device.items()
+        _device(device, trace.ranks.get(device), events, window, gaps_us) for device, events in parts.items()
     )
     return Measurement(
         title=trace.title,
@@ -158,24 +160,23 @@ def measure(
 
 
 def _device(
-    device: int, rank: int | None, events: list[Event], window: tuple[float, float], gaps_us: Sequence[float]
+    device: int, rank: int | None, events: Columns, window: tuple[float, float], gaps_us: Sequence[float]
 ) -> Metrics:
     weighed = {definition: sides(events, definition, window) for definition in DEFINITIONS}
-    spans = layer_spans(events)
-    steady_window = (spans[1].start, spans[-1].start) if len(spans) > 2 else None
+    steady = steady_window(events)
     return Metrics(
         device=device,
         rank=rank,
         breakdown=breakdown(events, window),
         overlaps={name: overlap_of(of, name) for name, of in weighed.items()},
         sensitivity={name: tuple(overlap_of(of, name, gap) for gap in gaps_us) for name, of in weighed.items()},
-        steady_window=steady_window,
-        steady={name: overlap(events, name, window=steady_window) for name in DEFINITIONS} if steady_window else {},
-        kinds=time_by(events, lambda event: event.kind),
-        phases=time_by(events, lambda event: event.phase),
-        actions=time_by(events, lambda event: action_of(event.phase)),
+        steady_window=steady,
+        steady={name: overlap(events, name, window=steady) for name in DEFINITIONS} if steady else {},
+        kinds=time_by_kind(events),
+        phases=time_by_phase(events),
+        actions=time_by_action(events),
         layers=layers(events),
-        layer_spans=spans,
+        layer_spans=layer_spans(events),
         lanes=lanes(events),
         concurrency=concurrency(events),
     )

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from profiling.event import Event
-from profiling.intervals import Spans, difference, intersection, length, spans_of, union
+from profiling.intervals import Spans, difference, intersection, length, union, within
+from profiling.metrics.columns import Columns, columns
 
 DEFINITIONS = ("transfer", "transfer+wait", "lanes")
 """What counts as communication. "transfer": what moves data. "transfer+wait": barriers and notifications too. "lanes":
@@ -137,14 +138,15 @@ def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
     >>> communication_lanes([Event(0, "7", 0, 9, "gemm", group="compute"), Event(0, "27", 0, 9, "a", group="wait")])
     ('27',)
     """
-    busy: dict[str, float] = {}
-    communicating: dict[str, float] = {}
-    for event in events:
-        if event.group != "control":
-            busy[event.lane] = busy.get(event.lane, 0.0) + event.duration
-        if event.group in ("transfer", "wait"):
-            communicating[event.lane] = communicating.get(event.lane, 0.0) + event.duration
-    return tuple(sorted(lane for lane, time in communicating.items() if 2 * time > busy[lane]))
+    of = columns(events)
+    communicates = of.of_groups("transfer", "wait")
+    count = len(of.lanes.values)
+
+    def times(chosen: np.ndarray) -> np.ndarray:
+        return np.bincount(of.lanes.index[chosen], weights=of.durations[chosen], minlength=count)
+
+    chosen = 2 * times(communicates) > times(~of.of_groups("control"))
+    return tuple(sorted(lane for lane, is_chosen in zip(of.lanes.values, chosen, strict=True) if is_chosen))
 
 
 def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list[Event], list[Event]]:
@@ -153,14 +155,21 @@ def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list
     Raises:
       ValueError: an unknown definition.
     """
+    of = columns(events)
+    communication, compute = chosen(of, definition)
+    return list(of.take(np.flatnonzero(communication))), list(of.take(np.flatnonzero(compute)))
+
+
+def chosen(of: Columns, definition: str = "transfer") -> tuple[np.ndarray, np.ndarray]:
+    """``[n]`` bool twice: which events of one device count as communication, and which as compute; see `members`."""
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r}: choose one of {', '.join(DEFINITIONS)}")
     if definition == "lanes":
-        chosen = communication_lanes(events)
-        counted = [event for event in events if event.group != "control"]
-        return [e for e in counted if e.lane in chosen], [e for e in counted if e.lane not in chosen]
-    groups = definition.split("+")
-    return [e for e in events if e.group in groups], [e for e in events if e.group == "compute"]
+        lanes = communication_lanes(of)
+        on_them = np.array([lane in lanes for lane in of.lanes.values], bool)[of.lanes.index]
+        counted = ~of.of_groups("control")
+        return counted & on_them, counted & ~on_them
+    return of.of_groups(*definition.split("+")), of.of_groups("compute")
 
 
 def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[float, float] | None = None) -> Sides:
@@ -174,10 +183,10 @@ def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[f
     Raises:
       ValueError: an unknown definition.
     """
-    communication, compute = members(events, definition)
-    window = _window(events, window)
-    frame = np.array([window])
-    return Sides(window, intersection(spans_of(communication), frame), intersection(spans_of(compute), frame))
+    of = columns(events)
+    communication, compute = chosen(of, definition)
+    window = _window(of, window)
+    return Sides(window, within(of.spans[communication], *window), within(of.spans[compute], *window))
 
 
 def overlap(
@@ -215,11 +224,11 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
     >>> breakdown(events, window=(0.0, 10.0))
     Breakdown(window=10.0, compute=6.0, noncompute=2.0, idle=2.0, gaps=1, longest_gap=2.0)
     """
-    window = _window(events, window)
-    frame = np.array([window])
-    busy = intersection(spans_of(event for event in events if event.group != "control"), frame)
-    compute = length(intersection(spans_of(event for event in events if event.group == "compute"), frame))
-    idle = difference(frame, busy)
+    of = columns(events)
+    window = _window(of, window)
+    busy = within(of.spans[~of.of_groups("control")], *window)
+    compute = length(within(of.spans[of.of_groups("compute")], *window))
+    idle = difference(np.array([window]), busy)
     lengths = idle[:, 1] - idle[:, 0]
     return Breakdown(
         window=window[1] - window[0],
@@ -231,7 +240,7 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
     )
 
 
-def _window(events: Sequence[Event], window: tuple[float, float] | None) -> tuple[float, float]:
+def _window(of: Columns, window: tuple[float, float] | None) -> tuple[float, float]:
     if window is not None:
         return window
-    return min((event.start for event in events), default=0.0), max((event.end for event in events), default=0.0)
+    return (float(of.starts.min()), float(of.ends.max())) if len(of) else (0.0, 0.0)
