@@ -82,6 +82,24 @@ def length(spans: Spans) -> float:
     return float(np.sum(spans[:, 1] - spans[:, 0]))
 
 
+def covered(of: Spans, spans: Spans) -> np.ndarray:
+    """``[n]``: how many microseconds of each interval a set that `union` made covers.
+
+    >>> covered(np.array([[0, 4], [6, 9]]), np.array([[3, 7], [4, 6]]))
+    array([2., 0.])
+    """
+    if not len(of):
+        return np.zeros(len(spans))
+    before = np.concatenate([[0.0], np.cumsum(of[:, 1] - of[:, 0])])
+
+    def until(times: np.ndarray) -> np.ndarray:
+        last = np.searchsorted(of[:, 0], times, "right") - 1
+        inside = np.minimum(times, of[last, 1]) - of[last, 0]
+        return np.where(last < 0, 0.0, before[last] + inside)
+
+    return until(spans[:, 1]) - until(spans[:, 0])
+
+
 def gaps(spans: Spans) -> Spans:
     """What lies between the first start and the last end and is not covered.
 
