@@ -19,7 +19,7 @@ from profiling.event import Trace
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
-from profiling.metrics import phase_durations
+from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
 from profiling.read_kineto import read_kineto
 from profiling.read_xplane import read_xplane
 from profiling.replay import overlapped_pair_tasks, replay
@@ -52,6 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
+    _window(show)
     _chip(show)
     _outputs(show)
     show.set_defaults(run=_report)
@@ -59,6 +60,7 @@ def _parser() -> argparse.ArgumentParser:
     versus = commands.add_parser("compare", help="one trace against another")
     versus.add_argument("a")
     versus.add_argument("b")
+    _window(versus)
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
@@ -98,6 +100,12 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
 
 
+def _window(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--step", metavar="N", type=int, help="only the step of this number")
+    part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
@@ -106,13 +114,21 @@ def _report(args: argparse.Namespace) -> None:
     trace = read_trace(args.trace)
     predicted = read_trace(args.predicted) if args.predicted else None
     if args.pair:
-        predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
+        predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
     schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
-    _write(report(trace, predicted, schedule), args)
+    window = parse_window(args.window) if args.window else None
+    _write(report(trace, predicted, schedule, window=window, step=args.step), args)
+
+
+def _part(trace: Trace, args: argparse.Namespace) -> Trace:
+    """The trace, or what of it lies in the window that was asked for."""
+    if args.step is not None:
+        return trace.clip(*window_in(trace, *window_of_step(trace, args.step)))
+    return trace.clip(*window_in(trace, *parse_window(args.window))) if args.window else trace
 
 
 def _compare(args: argparse.Namespace) -> None:
-    print(changes(read_trace(args.a), read_trace(args.b)).table())
+    print(changes(_part(read_trace(args.a), args), _part(read_trace(args.b), args)).table())
 
 
 def _overlap(args: argparse.Namespace) -> None:

@@ -1,5 +1,6 @@
 """What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
 
+from profiling.metrics.collectives import CollectiveRow, bus_factor, collectives
 from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.measure import Bubble, Measurement, Metrics, Summary, measure
 from profiling.metrics.overlap import (
@@ -14,7 +15,8 @@ from profiling.metrics.overlap import (
     overlap,
     sides,
 )
-from profiling.metrics.skew import DeviceSkew, Skew, skew
+from profiling.metrics.skew import DeviceSkew, GroupSkew, Skew, skew
+from profiling.metrics.steps import StepRow, parse_window, step_windows, steps, window_in, window_of_step
 from profiling.metrics.times import (
     LaneRow,
     LayerRow,
@@ -34,8 +36,10 @@ __all__ = [
     "DEFINITIONS",
     "Breakdown",
     "Bubble",
+    "CollectiveRow",
     "Columns",
     "DeviceSkew",
+    "GroupSkew",
     "LaneRow",
     "LayerRow",
     "LayerSpan",
@@ -44,11 +48,14 @@ __all__ = [
     "Overlap",
     "Sides",
     "Skew",
+    "StepRow",
     "Summary",
     "TimeRow",
     "breakdown",
+    "bus_factor",
     "by_device",
     "chosen",
+    "collectives",
     "communication_lanes",
     "concurrency",
     "lanes",
@@ -57,10 +64,15 @@ __all__ = [
     "measure",
     "members",
     "overlap",
+    "parse_window",
     "phase_durations",
     "sides",
     "skew",
     "steady_window",
+    "step_windows",
+    "steps",
     "time_by",
     "unattributed_share",
+    "window_in",
+    "window_of_step",
 ]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
@@ -53,7 +54,7 @@ def ranges(numbers: Sequence[int]) -> str:
     >>> ranges((0, 1, 2, 3)), ranges((0, 2)), ranges((5,)), ranges((1, 5, 9)), ranges((0, 1, 4))
     ('0-3', '0, 2', '5', '1-9 by 4', '0, 1, 4')
     """
-    strides = {b - a for a, b in zip(numbers, numbers[1:], strict=False)}
+    strides = {b - a for a, b in itertools.pairwise(numbers)}
     if len(numbers) > 2 and len(strides) == 1:
         (stride,) = strides
         return f"{numbers[0]}-{numbers[-1]}" + (f" by {stride}" if stride != 1 else "")

@@ -7,9 +7,12 @@ from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_share
 from profiling.event import Trace
+from profiling.metrics.calls import Call, calls, meetings
+from profiling.metrics.collectives import CollectiveRow, rows
 from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.overlap import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
-from profiling.metrics.skew import Skew, skew
+from profiling.metrics.skew import Skew, skew_and_notes
+from profiling.metrics.steps import StepRow, steps
 from profiling.metrics.times import (
     LaneRow,
     LayerRow,
@@ -102,8 +105,11 @@ class Measurement:
       devices: one for each.
       summary: all devices together.
       skew: how they drift apart; None if they have no collective in common.
+      collectives: by kind, process group and size; empty where the profiler says nothing of them.
+      steps: one row for each step that has a number and lies in the window.
       unclassified_share: of the time, what no rule of the classification knows; neither compute nor communication.
       unattributed_share: of the time, what belongs to no phase.
+      notes: what could not be measured, and why.
     """
 
     title: str
@@ -111,8 +117,11 @@ class Measurement:
     devices: tuple[Metrics, ...]
     summary: Summary
     skew: Skew | None
+    collectives: tuple[CollectiveRow, ...]
+    steps: tuple[StepRow, ...]
     unclassified_share: float
     unattributed_share: float
+    notes: tuple[str, ...] = ()
 
     @property
     def makespan(self) -> float:
@@ -128,7 +137,8 @@ def measure(
     Args:
       trace: from any reader.
       gaps_us: for the sensitivity to launch gaps, see `Overlap.merge_gap`.
-      window: start and end to look at, events across an edge being cut there; by default everything.
+      window: start and end to look at, events across an edge being cut there; by default everything. Collectives and
+        steps count only if they lie in it as a whole.
 
     Raises:
       ValueError: a trace without events (in the window), a window that ends before it starts.
@@ -139,24 +149,41 @@ def measure(
     >>> found.devices[0].overlaps["transfer"].ratio, found.devices[0].breakdown.idle
     (0.75, 0.0)
     """
+    whole, looked_at = trace, window
     if window is not None:
         trace = trace.clip(*window)
     if not trace.events:
         raise ValueError(f"trace {trace.title!r} has no events in the window {window}: there is nothing to measure")
     window = window or trace.window
     parts = by_device(trace)
+    # Which collectives belong together, how long each takes, and what a step is, no edge of a window may change.
+    all_parts = parts if looked_at is None else by_device(whole)
+    nothing = Columns(())  # a device that does nothing in the window is idle for all of it
     devices = tuple(
-        _device(device, trace.ranks.get(device), events, window, gaps_us) for device, events in parts.items()
+        _device(device, trace.ranks.get(device), parts.get(device, nothing), window, gaps_us) for device in all_parts
     )
+    called = calls(whole.events)
+    met = meetings(called)
+    found_skew, notes = skew_and_notes(whole, looked_at, met)
+    cut = sum(_is_cut(call, window) for call in called)
+    if cut:
+        notes += (f"{cut:,} collectives lie across an edge of the window: the table of collectives leaves them out",)
     return Measurement(
         title=trace.title,
         window=window,
         devices=devices,
         summary=_summary(devices),
-        skew=skew(trace),
+        skew=found_skew,
+        collectives=rows(called, met[0], all_parts, looked_at),
+        steps=steps(whole, looked_at, all_parts),
         unclassified_share=unclassified_share(trace),
         unattributed_share=unattributed_share(trace),
+        notes=notes,
     )
+
+
+def _is_cut(call: Call, window: tuple[float, float]) -> bool:
+    return call.start < window[1] and call.end > window[0] and not (window[0] <= call.start and call.end <= window[1])
 
 
 def _device(
@@ -191,14 +218,7 @@ def _summary(devices: Sequence[Metrics]) -> Summary:
     return Summary(
         overlaps=_pooled([metrics.overlaps for metrics in devices]),
         steady=_pooled([metrics.steady for metrics in devices if metrics.steady]),
-        breakdown=Breakdown(
-            window=sum(part.window for part in parts),
-            compute=sum(part.compute for part in parts),
-            noncompute=sum(part.noncompute for part in parts),
-            idle=sum(part.idle for part in parts),
-            gaps=sum(part.gaps for part in parts),
-            longest_gap=max(part.longest_gap for part in parts),
-        ),
+        breakdown=Breakdown.added(parts),
         bubbles=tuple(
             Bubble(
                 rank,
@@ -212,16 +232,4 @@ def _summary(devices: Sequence[Metrics]) -> Summary:
 
 
 def _pooled(overlaps: Sequence[Mapping[str, Overlap]]) -> dict[str, Overlap]:
-    if not overlaps:
-        return {}
-    return {
-        name: Overlap(
-            definition=name,
-            merge_gap=0.0,
-            window=sum(each[name].window for each in overlaps),
-            communication=sum(each[name].communication for each in overlaps),
-            compute=sum(each[name].compute for each in overlaps),
-            overlapped=sum(each[name].overlapped for each in overlaps),
-        )
-        for name in DEFINITIONS
-    }
+    return {name: Overlap.added([each[name] for each in overlaps]) for name in DEFINITIONS} if overlaps else {}

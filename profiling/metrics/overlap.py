@@ -93,12 +93,33 @@ class Overlap:
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the possible gain that was had, None where one side is missing.
+        """Share of the possible gain that was had: 1 is as fast as the longer side alone, 0 as one after the other.
 
-        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still.
+        None where one side is missing, or where the window is longer than both one after the other: it is then idle
+        time or other work that decides how long the window is, and not what is hidden.
         """
         gain = min(self.communication, self.compute)
-        return (self.serial - self.window) / gain if gain else None
+        had = self.serial - self.window
+        return had / gain if gain and had >= 0 else None
+
+    @classmethod
+    def added(cls, parts: Sequence[Overlap]) -> Overlap:
+        """Several devices together: times added up, so that ratios weigh them by their time.
+
+        Raises:
+          ValueError: no parts, or parts of different definitions.
+        """
+        same = {(part.definition, part.merge_gap) for part in parts}
+        if len(same) != 1:
+            raise ValueError(f"overlaps of definitions and gaps {sorted(same)}: only those of one can be added up")
+        return cls(
+            definition=parts[0].definition,
+            merge_gap=parts[0].merge_gap,
+            window=sum(part.window for part in parts),
+            communication=sum(part.communication for part in parts),
+            compute=sum(part.compute for part in parts),
+            overlapped=sum(part.overlapped for part in parts),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +151,18 @@ class Breakdown:
     def device_idle(self) -> float | None:
         """Share of the window in which the device does nothing at all; None without a window."""
         return self.idle / self.window if self.window else None
+
+    @classmethod
+    def added(cls, parts: Sequence[Breakdown]) -> Breakdown:
+        """Several devices together: times added up, and the longest gap of any."""
+        return cls(
+            window=sum(part.window for part in parts),
+            compute=sum(part.compute for part in parts),
+            noncompute=sum(part.noncompute for part in parts),
+            idle=sum(part.idle for part in parts),
+            gaps=sum(part.gaps for part in parts),
+            longest_gap=max((part.longest_gap for part in parts), default=0.0),
+        )
 
 
 def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
@@ -227,13 +260,18 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
     of = columns(events)
     window = _window(of, window)
     busy = within(of.spans[~of.of_groups("control")], *window)
-    compute = length(within(of.spans[of.of_groups("compute")], *window))
+    return breakdown_of(busy, within(of.spans[of.of_groups("compute")], *window), window)
+
+
+def breakdown_of(busy: Spans, compute: Spans, window: tuple[float, float]) -> Breakdown:
+    """The same from when the device does anything and when it computes, both sets within the window."""
     idle = difference(np.array([window]), busy)
     lengths = idle[:, 1] - idle[:, 0]
+    computing = length(compute)
     return Breakdown(
         window=window[1] - window[0],
-        compute=compute,
-        noncompute=length(busy) - compute,
+        compute=computing,
+        noncompute=length(busy) - computing,
         idle=length(idle),
         gaps=len(idle),
         longest_gap=float(lengths.max(initial=0.0)),
