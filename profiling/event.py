@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
@@ -96,6 +97,7 @@ class Step:
 
 
 T = TypeVar("T", Event, Step)
+_START, _END, _DEVICE = map(operator.attrgetter, ("start", "end", "device"))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +130,12 @@ class Trace:
         """First start and last end over all devices, in microseconds; (0, 0) without events."""
         if not self.events:
             return 0.0, 0.0
-        return min(event.start for event in self.events), max(event.end for event in self.events)
+        return min(map(_START, self.events)), max(map(_END, self.events))
 
     @property
     def devices(self) -> tuple[int, ...]:
         """The devices that have events, in order."""
-        return tuple(sorted({event.device for event in self.events}))
+        return tuple(sorted(set(map(_DEVICE, self.events))))
 
     def clip(self, start: float, end: float) -> Trace:
         """The same trace between two times: events and steps outside are left out, those across an edge are cut there.

@@ -124,11 +124,17 @@ def calls(events: Iterable[Event]) -> list[Call]:
     >>> [(call.start, call.end, call.time, call.bytes) for call in calls([*halves, other])]
     [(0.0, 6.0, 6.0, 1048576), (8.0, 9.0, 1.0, 1048576)]
     """
-    lists: dict[_Described, list[Event]] = {}
+    # Long lists of ranks are slow to look up: first by which list it is, then by what is in it.
+    same: dict[tuple[int, str, int, int | None], list[Event]] = {}
     for event in events:
         of = event.collective
         if of is not None and event.group not in ("compute", "control"):
-            lists.setdefault((event.device, of.group, of.ranks, of.size), []).append(event)
+            same.setdefault((event.device, of.group, id(of.ranks), of.size), []).append(event)
+    lists: dict[_Described, list[Event]] = {}
+    for members in same.values():
+        of = members[0].collective
+        assert of is not None
+        lists.setdefault((members[0].device, of.group, of.ranks, of.size), []).extend(members)
     groups = _groups(lists)
     found: list[Call] = []
     for what, members in lists.items():
@@ -173,17 +179,17 @@ def _groups(described: Collection[_Described]) -> dict[_Described, Group]:
 def _call(device: int, group: Group, events: Sequence[Event], numbered: bool) -> Call:
     first = events[0].collective
     assert first is not None
-    facts = {(of.sent, of.received): None for event in events if (of := event.collective)}
     single = len(events) == 1
+    facts = {(of.sent, of.received): None for event in events if (of := event.collective)}
     return Call(
         device=device,
         kind=first.kind,
         group=group,
         start=events[0].start,
         end=events[0].end if single else max(event.end for event in events),
-        time=events[0].duration if single else length(spans_of(events)),
-        sent=_added(sent for sent, _ in facts),
-        received=_added(received for _, received in facts),
+        time=events[0].end - events[0].start if single else length(spans_of(events)),
+        sent=first.sent if single else _added(sent for sent, _ in facts),
+        received=first.received if single else _added(received for _, received in facts),
         sequence=first.sequence if numbered else None,
         group_of_time=events[0].group,
     )

@@ -45,9 +45,9 @@ def coded(values: Iterable[Any], count: int) -> Codes:
     >>> coded("aba", 3)
     Codes(values=('a', 'b'), index=array([0, 1, 0], dtype=int32))
     """
-    known: dict[Any, int] = {}
-    index = np.fromiter((known.setdefault(value, len(known)) for value in values), np.int32, count)
-    return Codes(tuple(known), index)
+    found = list(values)
+    known = {value: place for place, value in enumerate(dict.fromkeys(found))}
+    return Codes(tuple(known), np.fromiter(map(known.__getitem__, found), np.int32, count))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -105,14 +105,13 @@ class Columns(Sequence[Event]):
     @functools.cached_property
     def groups(self) -> np.ndarray:
         """``[n]`` int8: places in `profiling.event.GROUPS`; what is none of them has the number of all of them."""
-        other = len(GROUPS)
-        return np.fromiter((_GROUP.get(event.group, other) for event in self.events), np.int8, len(self))
+        found = self._coded("group")
+        return np.array([_GROUP.get(group, len(GROUPS)) for group in found.values], np.int8)[found.index]
 
     @functools.cached_property
     def blocks(self) -> np.ndarray:
         """``[n]`` float64: thread blocks, NaN where unknown."""
-        found = (np.nan if event.blocks is None else event.blocks for event in self.events)
-        return np.fromiter(found, np.float64, len(self))
+        return np.array(list(map(operator.attrgetter("blocks"), self.events)), np.float64)  # of None it makes NaN
 
     @functools.cached_property
     def lanes(self) -> Codes:
@@ -168,6 +167,9 @@ def by_device(trace: Trace) -> Mapping[int, Columns]:
     {0: ['b'], 1: ['a']}
     """
     found: dict[int, list[Event]] = {}
+    devices = trace.devices
+    if len(devices) == 1:
+        return {devices[0]: Columns(trace.events)}
     for event in trace.events:
         of = found.get(event.device)
         if of is None:
