@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import Hashable, Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
@@ -56,7 +56,9 @@ class GroupSkew:
       resolution: how closely starts can be compared: what the ends of collectives that synchronise lie apart, the
         median of them, but at least `CLOCK_TOLERANCE`. Such collectives end together, so that this is how far the
         clocks agree and how evenly the last data arrives.
-      impossible: number of collectives that ended on one device before another one began them.
+      impossible: number of collectives that ended on one device before another one began them, though they synchronise.
+      clocks_agree: whether starts can be compared: nothing was impossible, and where no collective of this group
+        synchronises, neither was it in another group that has two of these devices.
       offsets: ``{device: by how much its clock is ahead}`` of the median of the devices, estimated from the ends; empty
         where the clocks agree.
       straggler: the device that joins latest, None where that is not above the resolution or the clocks differ.
@@ -71,13 +73,9 @@ class GroupSkew:
     max_end_spread: float | None
     resolution: float
     impossible: int
-    offsets: dict[int, float]
+    clocks_agree: bool
+    offsets: Mapping[int, float]
     straggler: int | None
-
-    @property
-    def clocks_agree(self) -> bool:
-        """Whether starts on different devices can be compared."""
-        return not self.impossible
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,42 +160,49 @@ def skew_and_notes(
     for row in rows:
         by_group.setdefault(row.group, []).append(row)
     parts = [_Part(group, members) for group, members in by_group.items()]
-    for part in parts:
-        if part.skew.impossible:
-            notes.append(_clocks(part.skew))
-    return _skew(trace, window, parts), tuple(notes)
+    apart = [set(part.devices) for part in parts if part.impossible]
+    groups = [
+        part.found(part.synchronises or all(len(devices & set(part.devices)) < 2 for devices in apart))
+        for part in parts
+    ]
+    notes += [_clocks(of) for of in groups if of.impossible]
+    return _skew(trace, window, parts, groups), tuple(notes)
 
 
 class _Part:
     """The collectives of one group as arrays ``[collectives, devices]``."""
 
     def __init__(self, group: Group, members: Sequence[Meeting]) -> None:
+        self.group = group
         self.devices = tuple(call.device for call in members[0].calls)
         self.starts = np.array([[call.start for call in row.calls] for row in members])
         self.ends = np.array([[call.end for call in row.calls] for row in members])
         self.times = np.array([[call.time for call in row.calls] for row in members])
         self.moves = np.array([row.calls[0].group_of_time == "transfer" for row in members])
-        meet = np.array([row.kind in SYNCHRONISING for row in members])
-        early = self.starts.max(axis=1) - self.ends.min(axis=1) > CLOCK_TOLERANCE
-        impossible = int(np.sum(meet & early))
-        ends = self.ends[meet] if meet.any() else self.ends
-        apart = ends - np.median(ends, axis=1, keepdims=True)
-        resolution = max(float(np.median(np.ptp(ends, axis=1))), CLOCK_TOLERANCE)
         self.late = self.starts - self.starts.min(axis=1, keepdims=True)
+        meets = np.array([row.kind in SYNCHRONISING for row in members])
+        early = self.starts.max(axis=1) - self.ends.min(axis=1) > CLOCK_TOLERANCE
+        self.synchronises = bool(meets.any())
+        self.impossible = int(np.sum(meets & early))
+        self.together = self.ends[meets] if self.synchronises else self.ends
+        self.spread = np.ptp(self.starts, axis=1), np.ptp(self.ends, axis=1)
+
+    def found(self, clocks_agree: bool) -> GroupSkew:
+        agree = clocks_agree and not self.impossible
+        resolution = max(float(np.median(np.ptp(self.together, axis=1))), CLOCK_TOLERANCE)
+        ahead = np.median(self.together - np.median(self.together, axis=1, keepdims=True), axis=0)
         lateness = self.late.mean(axis=0)
         latest = int(np.argmax(lateness))
-        spread = np.ptp(self.starts, axis=1), np.ptp(self.ends, axis=1)
-        offsets = zip(self.devices, np.median(apart, axis=0).tolist(), strict=True) if impossible else ()
-        self.spreads = None if impossible else spread
-        self.skew = GroupSkew(
-            group=group,
+        return GroupSkew(
+            group=self.group,
             devices=self.devices,
-            matched=len(members),
-            **_spreads([] if impossible else [spread]),
+            matched=len(self.starts),
+            **_spreads([self.spread] if agree else []),
             resolution=resolution,
-            impossible=impossible,
-            offsets=dict(offsets),
-            straggler=self.devices[latest] if lateness[latest] > resolution and not impossible else None,
+            impossible=self.impossible,
+            clocks_agree=agree,
+            offsets=dict(zip(self.devices, ahead.tolist(), strict=True)) if self.impossible else {},
+            straggler=self.devices[latest] if agree and lateness[latest] > resolution else None,
         )
 
 
@@ -214,7 +219,9 @@ def _spreads(spreads: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, floa
     }
 
 
-def _skew(trace: Trace, window: tuple[float, float] | None, parts: Sequence[_Part]) -> Skew:
+def _skew(
+    trace: Trace, window: tuple[float, float] | None, parts: Sequence[_Part], groups: Sequence[GroupSkew]
+) -> Skew:
     waits: dict[int, float] = {}
     start, end = window or (-np.inf, np.inf)
     for event in trace.events:
@@ -224,19 +231,18 @@ def _skew(trace: Trace, window: tuple[float, float] | None, parts: Sequence[_Par
     peer_waits: dict[int, float] = {}
     late: dict[int, list[np.ndarray]] = {}
     last: dict[int, list[np.ndarray]] = {}
-    for part in parts:
+    for part, of in zip(parts, groups, strict=True):
         longer = part.times[part.moves] - part.times[part.moves].min(axis=1, keepdims=True)
         latest = np.where(part.late.any(axis=1), np.argmax(part.starts, axis=1), -1)  # nobody, if all start together
         for i, device in enumerate(part.devices):
             peer_waits[device] = peer_waits.get(device, 0.0) + float(longer[:, i].sum())
-            if part.skew.clocks_agree:
+            if of.clocks_agree:
                 late.setdefault(device, []).append(part.late[:, i])
                 last.setdefault(device, []).append(latest == i)
-    agreeing = [part.skew.resolution for part in parts if part.skew.clocks_agree]
     return Skew(
-        matched=sum(part.skew.matched for part in parts),
-        **_spreads(part.spreads for part in parts if part.spreads),
-        resolution=max(agreeing, default=None),
+        matched=sum(of.matched for of in groups),
+        **_spreads(part.spread for part, of in zip(parts, groups, strict=True) if of.clocks_agree),
+        resolution=max((of.resolution for of in groups if of.clocks_agree), default=None),
         devices=tuple(
             DeviceSkew(
                 device=device,
@@ -247,7 +253,7 @@ def _skew(trace: Trace, window: tuple[float, float] | None, parts: Sequence[_Par
             )
             for device in sorted(peer_waits)
         ),
-        groups=tuple(part.skew for part in parts),
+        groups=tuple(groups),
     )
 
 
