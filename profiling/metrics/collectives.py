@@ -81,7 +81,7 @@ def bus_factor(kind: str, ranks: int | None) -> float | None:
     """
     if ranks == 1:
         return None
-    if kind in ("broadcast", "reduce", "send", "receive"):
+    if kind in ("broadcast", "reduce") or kind.startswith(("send", "receive")):
         return 1.0
     if ranks is None:
         return None

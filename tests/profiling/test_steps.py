@@ -99,7 +99,7 @@ def test_every_table_obeys_the_window():
     trace = Trace("run", "kineto", tuple(sorted([*inside, *outside], key=lambda e: e.start)), metadata={"chip": "H100"})
     made = report(trace, window=(90.0, 200.0))
     assert "outer" not in made.text() and "outer" not in made.markdown()
-    assert made["collectives"].rows[0][4] == made.measurement.skew.matched + 1 == 2
+    assert made["collectives"].rows[0][4] == 2 and made.measurement.skew is not None
     assert "outer" in report(trace).text()
     assert made.measurement.makespan == 110
     assert made.trace.title == "run, 90.0 to 200.0 us" in made.text()
@@ -167,7 +167,7 @@ def test_command_line(tmp_path, capsys):
         ) + "]}"
     )  # fmt: skip
     assert main(["report", str(path), "--window", "0.1ms:0.15ms"]) == 0
-    assert "window 50.0 us" in capsys.readouterr().out
+    assert "100.0 to 150.0 us" in capsys.readouterr().out
     assert main(["report", str(path), "--window", "9s:10s"]) == 2
     assert "goes from 0.0 to 260.0 us" in capsys.readouterr().err
     assert main(["report", str(path), "--step", "3"]) == 2
