@@ -9,9 +9,9 @@ from profiling.compare import Comparison, compare
 from profiling.event import Trace
 from profiling.hlo_overlap import Overlap as Schedule
 from profiling.kernel_names import kernel_label
-from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure
+from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure, window_in, window_of_step
 from profiling.report_tables import report_tables
-from profiling.table import Figure, Table, as_markdown, as_text, counted, duration, escape_markdown, written
+from profiling.table import Figure, Table, as_markdown, as_text, counted, duration, escape_markdown, time_unit, written
 
 EXPLAINED = (
     (
@@ -31,7 +31,11 @@ EXPLAINED = (
     ),
     ("exposed", "Time with communication and without compute, launch gaps between compute kernels included."),
     ("compute share, idle share", "Time with compute, and with nothing at all, divided by the window."),
-    ("window", "From the first start to the last end over all devices, the same for each device."),
+    (
+        "window",
+        "From the first start to the last end over all devices, or the step or times asked for; the same for each "
+        "device.",
+    ),
     ("bubble", "Share of the window in which a rank does not compute; the mean over its devices."),
     ("total, busy", "The sum of durations, and the time with any of them: less where they run beside each other."),
     (
@@ -41,7 +45,16 @@ EXPLAINED = (
         "idle time then decides.",
     ),
     ("over several devices", "Times are added up, and ratios are those of the sums."),
-    ("steady state", "From the start of the second layer to that of the last, where layers follow one another."),
+    (
+        "steady state",
+        "From the start of the second layer to that of the last, where at least three layers that compute and have a "
+        "phase in common follow one another.",
+    ),
+    (
+        "algorithm and bus bandwidth",
+        "The bytes of a collective by its time; and times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an "
+        "all-gather, reduce-scatter or all-to-all, 1 for the rest: what each link carries, as in NCCL's tests.",
+    ),
 )
 """What every number means."""
 
@@ -51,11 +64,12 @@ class Report:
     """Made by `report`.
 
     Attributes:
-      trace: what was measured; predicted: what was expected, None if nothing was.
+      trace: what was measured, cut to the window if one was asked for; predicted: what was expected, None if nothing.
       measurement: the metrics of the trace.
       figures: the numbers at the top.
       tables: all others.
       notes: what is missing or doubtful.
+      window: which part of the trace was asked for, "step 3" for instance; "" for all of it.
     """
 
     trace: Trace
@@ -64,6 +78,7 @@ class Report:
     figures: tuple[Figure, ...]
     tables: tuple[Table, ...]
     notes: tuple[str, ...]
+    window: str = ""
 
     def __getitem__(self, name: str) -> Table:
         """The table of a name.
@@ -134,25 +149,36 @@ class Report:
     @property
     def facts(self) -> tuple[str, ...]:
         """Where the trace comes from, in a few words each."""
-        devices, events = len(self.trace.devices), len(self.trace.events)
+        devices, events = len(self.measurement.devices), len(self.trace.events)
         return (
             f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
             counted(devices, "device"),
             counted(events, "event"),
+            *([self.window] if self.window else []),
             *(f"{name} {value}" for name, value in self.trace.metadata.items() if _is_short(name, value)),
         )
 
 
-def report(trace: Trace, predicted: Trace | None = None, schedule: Schedule | None = None) -> Report:
+def report(
+    trace: Trace,
+    predicted: Trace | None = None,
+    schedule: Schedule | None = None,
+    *,
+    window: tuple[float | None, float | None] | None = None,
+    step: int | None = None,
+) -> Report:
     """All metrics of a classified trace, ready to be read.
 
     Args:
       trace: from any reader.
       predicted: the same step simulated or predicted; its devices or ranks are compared with the trace's.
       schedule: what `profiling.hlo_overlap.overlap` found in the compiled program.
+      window: start and end in microseconds to look at, None for a side that is the trace's; by default everything.
+      step: number of the step to look at instead, see `profiling.metrics.step_windows`.
 
     Raises:
-      ValueError: a trace without events, or a prediction of other devices.
+      ValueError: a trace without events, a prediction of other devices, a window in which nothing runs or a step that
+        does not exist, or both a window and a step.
 
     >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
@@ -161,20 +187,42 @@ def report(trace: Trace, predicted: Trace | None = None, schedule: Schedule | No
     >>> print(found.text().splitlines()[6])
     overlap ratio          75.00%  of 4.0 us in transfers; with waits 75.00%, by lanes 75.00%
     """
-    measured = measure(trace)
+    chosen, asked = _chosen(trace, window, step)
+    measured = measure(trace, window=chosen)
+    if chosen is not None:
+        cut = trace.clip(*chosen)
+        trace = dataclasses.replace(cut, title=f"{trace.title}, {asked}" if trace.title else asked)
     expected = measure(predicted) if predicted else None
     comparison = compare(predicted, trace) if predicted else None
     return Report(
         trace=trace,
         predicted=predicted,
         measurement=measured,
-        figures=tuple(_bounded(_figures(measured, expected, comparison), measured.bounds)),
+        figures=tuple(_bounded(_figures(measured, expected, comparison, asked), measured.bounds)),
         tables=report_tables(trace, measured, expected, comparison, schedule),
         notes=tuple(_notes(trace, measured, predicted, comparison, schedule)),
+        window=asked,
     )
 
 
-def _figures(measured: Measurement, expected: Measurement | None, comparison: Comparison | None) -> list[Figure]:
+def _chosen(
+    trace: Trace, window: tuple[float | None, float | None] | None, step: int | None
+) -> tuple[tuple[float, float] | None, str]:
+    """The window that is looked at, None for all, and what it is in words."""
+    if step is not None:
+        if window is not None:
+            raise ValueError(f"step {step} and window {window}: ask for one of them")
+        return window_in(trace, *window_of_step(trace, step)), f"step {step}"
+    if window is None:
+        return None, ""
+    start, end = window_in(trace, *window)
+    unit = time_unit((start, end))
+    return (start, end), f"{written(start, unit)} to {written(end, unit)} {unit}"
+
+
+def _figures(
+    measured: Measurement, expected: Measurement | None, comparison: Comparison | None, asked: str
+) -> list[Figure]:
     overlaps, whole = measured.summary.overlaps, measured.summary.breakdown
     transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
 
@@ -186,7 +234,7 @@ def _figures(measured: Measurement, expected: Measurement | None, comparison: Co
     moved = transfers.communication or waits.communication
     gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
     found = [
-        Figure("makespan", "makespan", measured.makespan, "us", "from the first start to the last end"),
+        Figure("makespan", "makespan", measured.makespan, "us", asked or "from the first start to the last end"),
         Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"),
         Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
         Figure(
@@ -280,7 +328,7 @@ def _notes(
     schedule: Schedule | None,
 ) -> list[str]:
     """Those of all sources, each once."""
-    found = dict.fromkeys([*_unknown(trace, measured), *trace.notes])
+    found = dict.fromkeys([*_unknown(trace, measured), *trace.notes, *measured.notes])
     found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
     found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
     if comparison:

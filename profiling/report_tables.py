@@ -10,9 +10,10 @@ from profiling.compare import Comparison, TaskRow
 from profiling.event import GROUPS, Trace
 from profiling.exposure import exposed_segments
 from profiling.hlo_overlap import Overlap as Schedule
-from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
+from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, StepRow, TimeRow
+from profiling.report_collectives import collectives_table, skew_tables
 from profiling.report_kernels import kernels
-from profiling.table import Column, Table, Value, duration
+from profiling.table import Column, Table, Value
 from profiling.tracks import lane_label
 
 NAMES = {"transfer": "A transfers", "transfer+wait": "B transfers and waits", "lanes": "C communication lanes"}
@@ -48,6 +49,8 @@ def report_tables(
         _overlap(measured),
         kernels(trace),
         _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
+        collectives_table(measured),
+        _steps(measured),
         _segments(trace),
         _bubbles(measured, expected),
         _predicted_phases(comparison),
@@ -58,7 +61,7 @@ def report_tables(
         _layers(measured),
         _devices(measured),
         _lanes(measured),
-        _skew(measured),
+        *skew_tables(measured),
         _sensitivity(measured),
         *_schedule(schedule),
         _unclassified(trace),
@@ -310,22 +313,30 @@ def _lanes(measured: Measurement) -> Table:
     )  # fmt: skip
 
 
-def _skew(measured: Measurement) -> Table:
-    found = measured.skew
-    caption = found and (
-        f"Seen in {found.matched:,} collectives of all devices: starts lie {duration(found.start_spread)} apart on "
-        f"average and {duration(found.max_start_spread)} at most, ends {duration(found.end_spread)} and "
-        f"{duration(found.max_end_spread)}. Device {found.straggler} joins latest."
-    )
+def _steps(measured: Measurement) -> Table:
+    """Left out with fewer than two steps."""
+    rows = measured.steps if len(measured.steps) > 1 else ()
+
+    def cells(place: int, row: StepRow) -> tuple[Value, ...]:
+        of, parts = row.overlap, row.breakdown
+        return (
+            f"{row.number}, the first" if place == 0 else str(row.number), row.start, row.end - row.start,
+            row.share_of_median, parts.compute, of.communication, of.ratio, of.exposed, parts.idle,
+        )  # fmt: skip
+
+    several = "; times are added up over the devices" if len(measured.devices) > 1 else ""
     return Table(
-        "skew",
-        "Stragglers",
-        caption or "",
+        "steps",
+        "Steps",
+        "From the first start to the last end of what a step launched, on all devices; communication with waits"
+        f"{several}. The first one may be cold: the others are compared without it.",
         (
-            Column("device", "n"), Column("joins late by", "us"), Column("is last", "%", is_share=True),
-            Column("waits in barriers", "us"), Column("waits in transfers", "us"),
+            Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
+            Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),
+            Column("exposed", "us"), Column("idle", "us"),
         ),
-        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in found.devices) if found else (),
+        tuple(cells(place, row) for place, row in enumerate(rows)),
+        tuple((row.start, row.end) for row in rows),
     )  # fmt: skip
 
 

@@ -155,11 +155,9 @@ class Figure:
         >>> Figure("makespan", "makespan", 129012.0, "us").written
         '129.012 ms'
         """
-        if self.value is None:
-            return "none"
         if self.unit == "us" and not isinstance(self.value, str):
             return duration(self.value)
-        return written(self.value, self.unit)
+        return "none" if self.value is None else written(self.value, self.unit)
 
 
 def time_unit(times: Iterable[Value]) -> str:
@@ -172,12 +170,14 @@ def time_unit(times: Iterable[Value]) -> str:
     return "us" if largest < 1e4 else "ms" if largest < 1e7 else "s"
 
 
-def duration(microseconds: float) -> str:
+def duration(microseconds: float | None) -> str:
     """A time with its unit, as all reports write it in a sentence.
 
-    >>> duration(4149.0), duration(129012.0), duration(61_500_000.0)
-    ('4,149.0 us', '129.012 ms', '61.500 s')
+    >>> duration(4149.0), duration(129012.0), duration(61_500_000.0), duration(None)
+    ('4,149.0 us', '129.012 ms', '61.500 s', 'none')
     """
+    if microseconds is None:
+        return "none"
     unit = time_unit([microseconds])
     return f"{written(microseconds, unit)} {unit}"
 

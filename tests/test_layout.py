@@ -87,6 +87,7 @@ LAYERS = [
     "profiling.write_chrome",
     "profiling.write_perfetto",
     "profiling.compare",
+    "profiling.report_collectives",
     "profiling.report_kernels",
     "profiling.report_tables",
     "profiling.report",

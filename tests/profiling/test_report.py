@@ -60,7 +60,8 @@ def test_tables_are_the_metrics():
     assert column(made["overlap"], "exposed") == [60.0, 80.0, 80.0]
     assert column(made["gaps"], "gap") == [0.0, 2.0, 5.0, 20.0, 50.0]
     assert column(made["lanes"], "alone") == [140.0, 40.0, 142.0, 40.0]
-    assert made["skew"].caption.startswith("Seen in 4 collectives of all devices: starts lie 0.0 us apart")
+    assert made["skew"].caption.startswith("Seen in 4 collectives that several devices have in common: starts lie 0.0")
+    assert column(made["skew"], "is last") == [0.0, 0.0]
 
 
 def test_kernels_with_most_time_are_counted_over_all_devices():
