@@ -33,8 +33,13 @@ MOST_EVENTS = 2_000_000
 """Events that a page draws: some 40 MB, which a browser opens in a few seconds."""
 
 
-def write_html(path: str | os.PathLike[str], report: Report) -> None:
+def write_html(path: str | os.PathLike[str], report: Report, most: int = MOST_EVENTS) -> None:
     """Writes the page.
+
+    Args:
+      path: of the file.
+      report: what is shown.
+      most: events that the timeline holds; of more it holds the longest, and the notes say so.
 
     Raises:
       ValueError: an event whose times are out of order.
@@ -47,11 +52,11 @@ def write_html(path: str | os.PathLike[str], report: Report) -> None:
     >>> "<title>a step</title>" in path.read_text(encoding="utf-8")
     True
     """
-    pathlib.Path(path).write_text(page(report), encoding="utf-8")
+    pathlib.Path(path).write_text(page(report, most), encoding="utf-8")
 
 
-def page(report: Report) -> str:
-    """The page as a text.
+def page(report: Report, most: int = MOST_EVENTS) -> str:
+    """The page as a text; the arguments are those of `write_html`.
 
     The browser is told to run and load nothing but what stands in it, whatever the names in a trace contain.
     """
@@ -65,21 +70,21 @@ def page(report: Report) -> str:
         facts="".join(f"<span>{html.escape(fact)}</span>" for fact in report.facts),
         cards="\n".join(map(_card, report.shown)),
         tables="\n".join(map(_table, report.tables)),
-        notes="\n".join(f"<li>{html.escape(note)}</li>" for note in (*_thinned(traces), *report.notes)),
+        notes="\n".join(f"<li>{html.escape(note)}</li>" for note in (*_thinned(traces, most), *report.notes)),
         definitions="\n".join(
             f"<dt>{html.escape(name)}</dt><dd>{html.escape(meaning)}</dd>" for name, meaning in EXPLAINED
         ),
-        data=embedded(traces),
+        data=embedded(traces, most),
         style=style,
         script=script,
     )
 
 
-def _thinned(traces: Iterable[Trace]) -> list[str]:
+def _thinned(traces: Iterable[Trace], most: int) -> list[str]:
     return [
-        f"the timeline shows the {MOST_EVENTS:,} longest of {len(trace.events):,} events; figures and tables are of all"
+        f"the timeline shows the {most:,} longest of {len(trace.events):,} events; figures and tables are of all"
         for trace in traces
-        if len(trace.events) > MOST_EVENTS
+        if len(trace.events) > most
     ]
 
 

@@ -81,11 +81,14 @@ def test_exposed_stretches_are_those_of_the_metrics():
 
 
 def test_the_longest_events_are_kept_of_more_than_a_page_holds():
-    """And it is said: on the timeline by its count of all, which the script compares with those it has."""
+    """And it is said: in the notes, and below the timeline, where the script compares what it has with all."""
     events = tuple(Event(0, "7", 10.0 * i, 10.0 * i + 1 + i % 5, f"kernel {i}", group="compute") for i in range(50))
     data = json.loads(embedded([Trace("", "xplane", events)], most=10))
     assert data["rows"][0]["duration"] == [5000] * 10 and data["events"] == 50
     assert len(json.loads(embedded([Trace("", "xplane", events)]))["rows"][0]["start"]) == 50
+    made = report(Trace("", "xplane", events))
+    assert "<li>the timeline shows the 10 longest of 50 events; figures and tables are of all</li>" in page(made, 10)
+    assert "longest of 50 events" not in page(made)
 
 
 def test_names_are_short_on_the_timeline_and_whole_in_its_data():
