@@ -33,6 +33,10 @@ OTHER = "other kernel"
 """The kind of what no rule knows; it counts as compute."""
 
 
+_MOST = 2000
+"""Characters of a name that are searched: what follows are arguments of arguments, and a trace may hold anything."""
+
+
 class Classifier:
     """Kind and group by rules, each combination of names looked up once: a trace has few of them and many events.
 
@@ -70,7 +74,7 @@ class Classifier:
         texts: dict[str, str] = dict(zip(("name", "hlo_op", "scope", "phase", "lane"), key, strict=True))
         if self._parses:
             parsed = parse_kernel(key[0])
-            texts |= {"function": parsed.function, "kernel": parsed.kernel}
+            texts |= {"function": parsed.function[:_MOST], "kernel": parsed.kernel[:_MOST]}
         return next((found for search, field, found in self._rules if search(texts[field])), (OTHER, "compute"))
 
 
@@ -85,7 +89,8 @@ def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
     """The trace with the kind and group of every event, from the first rule that matches it.
 
     Your own rules go in front: ``classify(trace, (Rule(r"^my_kernel", "dispatch", "transfer"), *KERNELS))``. What no
-    rule matches is an `OTHER` kernel and counts as compute, so look at `unclassified_share` before you believe a ratio.
+    rule matches is a transfer if the profiler says that it is part of a collective; all else is an `OTHER` kernel and
+    counts as compute, so look at `unclassified_share` before you believe a ratio.
 
     >>> trace = Trace("", "xplane", (Event(0, "s", 0.0, 2.0, "nvjet_hsh"), Event(0, "s", 3.0, 4.0, "mystery")))
     >>> [(event.kind, event.group) for event in classify(trace, XLA).events]
@@ -95,6 +100,8 @@ def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
 
     def classified(event: Event) -> Event:
         kind, group = classifier(event.name, event.hlo_op, event.scope, event.phase, event.lane)
+        if kind == OTHER and event.collective is not None:
+            kind, group = event.collective.kind, "transfer"
         if kind == event.kind and group == event.group:
             return event
         values: tuple[Any, ...] = (*_BEFORE(event), kind, group, *_AFTER(event))

@@ -20,7 +20,7 @@ from profiling.event import Event, Trace
 from profiling.kernel_names import kernel_label
 from profiling.metrics import sides
 from profiling.report import EXPLAINED, Report
-from profiling.table import LONGEST_TEXT, Column, Figure, Table, Value, cut
+from profiling.table import LONGEST_TEXT, TIMES, Column, Figure, Table, Value, cut
 from profiling.tracks import Row, device_label, offsets, row_label, rows, step_rows
 
 SCRIPTS = ("model.js", "timeline.js", "controls.js")
@@ -221,11 +221,14 @@ def _differences(times: np.ndarray) -> list[int]:
 
 def _card(figure: Figure) -> str:
     value = "" if figure.value is None else repr(figure.value)
-    number, _, unit = figure.written.partition(" ")
+    number, _, unit = figure.written.rpartition(" ")
+    if unit not in TIMES:
+        number, unit = figure.written, ""
     return (
         f'<li id="figure-{figure.name}" data-value="{html.escape(value)}">'
         f'<span class="label">{html.escape(figure.label)}</span>'
-        f'<span class="value">{html.escape(number)}{f"<small> {html.escape(unit)}</small>" if unit else ""}</span>'
+        f'<span class="value{" range" if figure.shown else ""}">{html.escape(number)}'
+        f"{f'<small> {html.escape(unit)}</small>' if unit else ''}</span>"
         f'<span class="note">{html.escape(figure.note)}</span></li>'
     )
 

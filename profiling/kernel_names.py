@@ -92,12 +92,17 @@ def parse_kernel(name: str) -> KernelName:
 def _matching(text: str, start: int) -> int:
     """Where the bracket that opens at the start closes; the length of the text where it was cut before."""
     around: list[str] = []
+    expected = dict.fromkeys(_CLOSES.values(), 0)
     for i in range(start, len(text)):
         if text[i] in _CLOSES:
             around.append(_CLOSES[text[i]])
-        elif text[i] in around and not (text[i] == ">" and (around[-1] != ">" or text[i - 1] == "-")):
-            while around.pop() != text[i]:
-                pass
+            expected[around[-1]] += 1
+        elif expected.get(text[i]) and not (text[i] == ">" and (around[-1] != ">" or text[i - 1] == "-")):
+            while around:
+                closed = around.pop()
+                expected[closed] -= 1
+                if closed == text[i]:
+                    break
             if not around:
                 return i
     return len(text)
@@ -122,7 +127,7 @@ class _Mangled:
                     self.i += 2
                 self._unqualified(self.names)
                 self._arguments()
-        except (IndexError, ValueError):
+        except (IndexError, ValueError, RecursionError):
             pass  # cut short, or a part of the grammar that kernels do not have: what was read until here stands
         function = "::".join(name for name in self.names if not name.startswith("_GLOBAL_"))
         return KernelName(function, ", ".join(self.inside)) if function else None

@@ -11,7 +11,18 @@ from profiling.hlo_overlap import Overlap as Schedule
 from profiling.kernel_names import kernel_label
 from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure, window_in, window_of_step
 from profiling.report_tables import report_tables
-from profiling.table import Figure, Table, as_markdown, as_text, counted, duration, escape_markdown, time_unit, written
+from profiling.table import (
+    TIMES,
+    Figure,
+    Table,
+    as_markdown,
+    as_text,
+    counted,
+    duration,
+    escape_markdown,
+    time_unit,
+    written,
+)
 
 EXPLAINED = (
     (
@@ -43,6 +54,11 @@ EXPLAINED = (
         "Communication and compute one after the other, divided by the window; and which share of the gain that "
         "hiding the shorter side entirely would bring was had; none where the window is longer than both together, as "
         "idle time then decides.",
+    ),
+    (
+        "a range",
+        "What no rule knows counts as compute, and might communicate: the figure with all of it computing and with all "
+        "of it communicating.",
     ),
     ("over several devices", "Times are added up, and ratios are those of the sums."),
     (
@@ -288,16 +304,22 @@ def _figures(
 
 
 def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
-    """The same with the range first that a figure may lie in, where kernels that no rule knows could move it."""
+    """The same as ranges, where kernels that no rule knows could move them."""
     if bounds is None or not bounds.matter:
         return figures
-    ranges = {"overlap": (bounds.overlap, "%"), "exposed": (bounds.exposed, "us"), "compute": (bounds.compute, "%")}
-    return [
-        dataclasses.replace(figure, note="; ".join(filter(None, [_between(*ranges[figure.name]), figure.note])))
-        if figure.name in ranges
-        else figure
-        for figure in figures
-    ]
+    ranges = {"overlap": bounds.overlap, "exposed": bounds.exposed, "compute": bounds.compute}
+
+    def bounded(figure: Figure) -> Figure:
+        ends = ranges[figure.name]
+        unit = time_unit(ends) if figure.unit == "us" else figure.unit
+        low, high = ("none" if end is None else written(end, unit) for end in ends)
+        if low == high:
+            return figure
+        reading = f"{figure.written} if what no rule knows computes" if figure.value in ends else ""
+        range_of = f"{low.removesuffix('%')} to {high}" + (f" {unit}" if unit in TIMES else "")
+        return dataclasses.replace(figure, shown=range_of, note="; ".join(filter(None, [reading, figure.note])))
+
+    return [bounded(figure) if figure.name in ranges else figure for figure in figures]
 
 
 def _between(ends: tuple[float | None, float | None], unit: str) -> str:

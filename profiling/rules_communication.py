@@ -14,10 +14,10 @@ from profiling.rules import Rule
 _ALL_REDUCE = r"(?<!sm)all_?reduce"  # not "smallReduce"
 _ALL_GATHER = r"((?<!sm)all_?gather|fcollect)"
 _REDUCE_SCATTER = r"reduce_?scatter"
-_ALL_TO_ALL = r"(all_?(to|2)_?all|(?<![a-z])a2av?(?![a-z]))"
+_ALL_TO_ALL = r"(all_?(to|2)_?all|(?<![a-z0-9])a2av?(?![a-z0-9]))"
 _COLLECTIVE = rf"({_ALL_REDUCE}|{_ALL_GATHER}|{_REDUCE_SCATTER}|{_ALL_TO_ALL})"
 _PRODUCT = r"(gemm|matmul|flash_?att)"
-_LIBRARY = r"(?-i:(^|::)_*(nccl|rccl|msccl|hccl|hcom|oneccl|xccl|mccl|bkcl|cncl|ccl)(_|::|[A-Z]|pp\b))"
+_LIBRARY = r"(?-i:(^|::)_*(nccl|rccl|msccl|hccl|hcom|oneccl|xccl|mccl|bkcl|cncl)(_|::|[A-Z]|pp\b)|(^|::)ccl::)"
 _SHMEM = r"(nv|roc|i|open|mx|mori_?)shmem"
 _EXPERT_PARALLEL = r"(^|::)((\w+_)?ep|uccl|pplx|mori|moe_all_?to_?all|internode(_ll)?|intranode|elastic)::"
 
@@ -53,9 +53,9 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (r"kuserbuffers_", "send and receive", "transfer"),
     (r"userbuffers_", "all-reduce", "transfer"),
     # By what they say of themselves, whosever they are.
-    (rf"{_ALL_TO_ALL}[^:]*$|ulysses|computeCountAndIndice", "all-to-all", "transfer"),
+    (rf"{_ALL_TO_ALL}[^:]*$|computeCountAndIndice", "all-to-all", "transfer"),
     (rf"{_REDUCE_SCATTER}[^:]*$|gather_rs_", "reduce-scatter", "transfer"),
-    (rf"{_ALL_GATHER}[^:]*$|gather_multimem|_forward_(push|pull)|ring\w*gather[^:]*$|(^"
+    (rf"{_ALL_GATHER}[^:]*$|gather_multimem|^_forward_(push|pull)_|ring\w*gather[^:]*$|(^"
      rf"|::)ag_gfx", "all-gather", "transfer"),
     (rf"{_ALL_REDUCE}[^:]*$|cross_device_reduce|lamport[^:]*$|(^|::)ar_(gfx|ll_gfx)|quick_?reduce::|pcie_ipc::|rdxn"
      r"|(one|two)_?shot\w*(reduce|sum)|multimem\w*reduce", "all-reduce", "transfer"),
@@ -66,7 +66,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
      r"|EpCombineSync", "barrier", "wait"),
     (rf"{_SHMEM}\w*(::\w+)*(sync|quiet|fence|wait)", "barrier", "wait"),
     (r"(?-i:nccl\w*Reduce)|nvshmemi_reduce", "reduce", "transfer"),
-    (rf"{_LIBRARY}|(^|::)ubx_kernel|reshardkernel|(^|::)mscclpp::|^executionKernel$", "collective", "transfer"),
+    (rf"{_LIBRARY}|(^|::)ubx_kernel|reshardkernel|(^|::)mscclpp::", "collective", "transfer"),
     (_SHMEM, "put and get", "transfer"),
     (r"^Memcpy ?(P2P|PtoP|Peer)|^(cuda|hip)?(Memcpy|Copy)_?Peer", "peer copy", "transfer"),
 )  # fmt: skip

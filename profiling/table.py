@@ -140,6 +140,7 @@ class Figure:
       label: what it is.
       value, unit: as in a table: a time in microseconds, whatever is written.
       note: what puts it in proportion.
+      shown: what is written instead of the value, such as a range; "" for the value.
     """
 
     name: str
@@ -147,6 +148,7 @@ class Figure:
     value: Value
     unit: str
     note: str = ""
+    shown: str = ""
 
     @property
     def written(self) -> str:
@@ -155,6 +157,8 @@ class Figure:
         >>> Figure("makespan", "makespan", 129012.0, "us").written
         '129.012 ms'
         """
+        if self.shown:
+            return self.shown
         if self.unit == "us" and not isinstance(self.value, str):
             return duration(self.value)
         return "none" if self.value is None else written(self.value, self.unit)

@@ -19,7 +19,7 @@ from profiling.classify import (
     unclassified_names,
     unclassified_share,
 )
-from profiling.event import Event, Trace
+from profiling.event import Collective, Event, Trace
 
 KNOWN = [
     line.split("\t")
@@ -158,6 +158,16 @@ def test_every_instruction_of_a_compiled_step_is_known():
     kinds = {event.kind for event in trace.events}
     assert {"all-to-all", "all-gather", "all-reduce", "reduce-scatter", "collective-permute", "control flow"} <= kinds
     assert unclassified_names(trace) == ()
+
+
+def test_the_profiler_knows_a_collective_whose_kernel_nobody_does():
+    told = Collective("all-reduce", ranks=(0, 1))
+    names = ("a_vendors_kernel", "ampere_sgemm_128x64_tn")
+    trace = Trace("", "kineto", tuple(Event(0, "s", 0.0, 1.0, name, collective=told) for name in names))
+    assert [(event.kind, event.group) for event in classify(trace, KERNELS).events] == [
+        ("all-reduce", "transfer"),
+        ("GEMM", "compute"),
+    ]
 
 
 def test_own_rules_go_in_front():

@@ -1,7 +1,10 @@
 """A kernel's name is its function's; labels tell kernels apart and stay short."""
 
+import random
+
 import pytest
 
+from profiling.classify import KERNELS, Classifier
 from profiling.kernel_names import KernelName, kernel_label, kernel_labels, parse_kernel
 
 COPY = "at::native::direct_copy_kernel_cuda(at::TensorIterator&)::{lambda()#3}::operator()() const::{lambda(float)#1}"
@@ -95,3 +98,30 @@ def test_labels_of_several_kernels_differ():
     assert all(len(label) <= 60 for label in labels.values())
     assert labels["y"] == "y"
     assert labels[names[0]].endswith("<Add> 2 a")
+
+
+def test_any_text_is_a_name():
+    """Names in a damaged trace are whatever they are: parsed, labelled and classified, never an error."""
+    pieces = ["<", ">", "(", ")", "{", "}", "[", "]", "::", "operator", "_ZN", "I", "E", "L", "S_", "T_", "12", "99999"]
+    pieces += [
+        "(anonymous namespace)",
+        "nccl",
+        "void ",
+        " ",
+        "~",
+        "->",
+        "decltype",
+        "\u00e9",
+        "\ud800",
+        "\0",
+        "gemm",
+        "X",
+    ]
+    chosen = random.Random(0)
+    names = ["".join(chosen.choices(pieces, k=chosen.randrange(30))) for _ in range(3000)]
+    names += ["_ZN" + "1aINS_" * 5000, "f<" * 20_000, "gemm" * 20_000, "{" * 20_000, "operator" * 5000]
+    classifier = Classifier(KERNELS)
+    for name in names:
+        assert len(kernel_label(name)) <= 60
+        assert classifier(name)[1] in ("compute", "transfer", "wait")
+    assert len(set(kernel_labels(names[:500]).values())) == len(set(names[:500]))
