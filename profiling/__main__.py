@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -19,7 +20,7 @@ from profiling.event import Trace
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
-from profiling.metrics import phase_durations
+from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
 from profiling.read_kineto import read_kineto
 from profiling.read_xplane import read_xplane
 from profiling.replay import overlapped_pair_tasks, replay
@@ -54,6 +55,7 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
     _rules(show)
+    _window(show)
     _chip(show)
     _outputs(show)
     show.set_defaults(run=_report)
@@ -62,6 +64,7 @@ def _parser() -> argparse.ArgumentParser:
     versus.add_argument("a")
     versus.add_argument("b")
     _rules(versus)
+    _window(versus)
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
@@ -111,6 +114,12 @@ def _rules(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _window(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--step", metavar="N", type=int, help="only the step of this number")
+    part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
@@ -120,14 +129,22 @@ def _report(args: argparse.Namespace) -> None:
     trace = read_trace(args.trace, rules)
     predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
-        predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
+        predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
     schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
-    _write(report(trace, predicted, schedule), args)
+    window = parse_window(args.window) if args.window else None
+    _write(report(trace, predicted, schedule, window=window, step=args.step), args)
+
+
+def _part(trace: Trace, args: argparse.Namespace) -> Trace:
+    """The trace, or what of it lies in the window that was asked for."""
+    if args.step is not None:
+        return trace.clip(*window_in(trace, *window_of_step(trace, args.step)))
+    return trace.clip(*window_in(trace, *parse_window(args.window))) if args.window else trace
 
 
 def _compare(args: argparse.Namespace) -> None:
     rules = _own(args)
-    print(changes(read_trace(args.a, rules), read_trace(args.b, rules)).table())
+    print(changes(_part(read_trace(args.a, rules), args), _part(read_trace(args.b, rules), args)).table())
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -202,7 +219,7 @@ def read_trace(path: str, rules: Sequence[Rule] = ()) -> Trace:
 
 def _write(found: Report, args: argparse.Namespace) -> None:
     """Prints the report and writes the files that were asked for."""
-    print(found.text())
+    print(found.text(width=shutil.get_terminal_size((120, 24)).columns))
     if args.html:
         write_html(args.html, found)
     if args.markdown:
