@@ -21,8 +21,7 @@ from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
 from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
-from profiling.read_kineto import read_kineto
-from profiling.read_xplane import read_xplane
+from profiling.read_trace import read_trace
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
 from profiling.rules import Rule, load
@@ -50,7 +49,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("report", help="what a trace amounts to")
-    show.add_argument("trace", help="a folder or .xplane.pb of jax.profiler, or a .json(.gz) of PyTorch's profiler")
+    show.add_argument(
+        "trace", nargs="+", help="a folder or .xplane.pb of jax.profiler, or a folder or .json of PyTorch's, one a rank"
+    )
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
@@ -209,12 +210,6 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
 
 def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
     return load(args.rules) if args.rules else ()
-
-
-def read_trace(path: str, rules: Sequence[Rule] = ()) -> Trace:
-    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler; see `profiling.rules`."""
-    read = read_kineto if path.endswith((".json", ".json.gz")) else read_xplane
-    return read(path, rules=rules)
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:
