@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
 
@@ -15,13 +16,15 @@ import jax.numpy as jnp
 from profiling.capture import COMMAND_BUFFERS
 from profiling.chips import chip
 from profiling.compare import changes
+from profiling.event import Trace
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
-from profiling.metrics import phase_durations
+from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
 from profiling.read_trace import read_trace
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
+from profiling.rules import Rule, load
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
@@ -52,6 +55,8 @@ def _parser() -> argparse.ArgumentParser:
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
+    _rules(show)
+    _window(show)
     _chip(show)
     _outputs(show)
     show.set_defaults(run=_report)
@@ -59,6 +64,8 @@ def _parser() -> argparse.ArgumentParser:
     versus = commands.add_parser("compare", help="one trace against another")
     versus.add_argument("a")
     versus.add_argument("b")
+    _rules(versus)
+    _window(versus)
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
@@ -87,6 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("--intranode", type=float, metavar="GB/s")
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
+    _rules(cluster)
     _outputs(cluster)
     cluster.set_defaults(run=_predict)
     return parser
@@ -98,21 +106,46 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
 
 
+def _rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        type=pathlib.Path,
+        help='what kernels of your own do: [{"pattern": "^my_exchange", "kind": "all-to-all", "group": "transfer"}]',
+    )
+
+
+def _window(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--step", metavar="N", type=int, help="only the step of this number")
+    part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
 
 def _report(args: argparse.Namespace) -> None:
-    trace = read_trace(args.trace)
-    predicted = read_trace(args.predicted) if args.predicted else None
+    rules = _own(args)
+    trace = read_trace(args.trace, rules)
+    predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
-        predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
+        predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
     schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
-    _write(report(trace, predicted, schedule), args)
+    window = parse_window(args.window) if args.window else None
+    _write(report(trace, predicted, schedule, window=window, step=args.step), args)
+
+
+def _part(trace: Trace, args: argparse.Namespace) -> Trace:
+    """The trace, or what of it lies in the window that was asked for."""
+    if args.step is not None:
+        return trace.clip(*window_in(trace, *window_of_step(trace, args.step)))
+    return trace.clip(*window_in(trace, *parse_window(args.window))) if args.window else trace
 
 
 def _compare(args: argparse.Namespace) -> None:
-    print(changes(read_trace(args.a), read_trace(args.b)).table())
+    rules = _own(args)
+    print(changes(_part(read_trace(args.a, rules), args), _part(read_trace(args.b, rules), args)).table())
 
 
 def _overlap(args: argparse.Namespace) -> None:
@@ -159,7 +192,7 @@ def _predict(args: argparse.Namespace) -> None:
         "sms": args.sms,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
-    trace = read_trace(args.trace)
+    trace = read_trace(args.trace, _own(args))
     _write(report(predict(trace, args.workload, _sizes(args.size), network)), args)
 
 
@@ -175,9 +208,13 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
     return sizes
 
 
+def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
+    return load(args.rules) if args.rules else ()
+
+
 def _write(found: Report, args: argparse.Namespace) -> None:
     """Prints the report and writes the files that were asked for."""
-    print(found.text())
+    print(found.text(width=shutil.get_terminal_size((120, 24)).columns))
     if args.html:
         write_html(args.html, found)
     if args.markdown:

@@ -11,7 +11,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
-from profiling.classify import DEEPSEEK, Rule, classify
+from profiling.classify import Rule, classify, rules_for
 from profiling.event import Event, Step, Trace
 from profiling.kineto_collective import integer
 from profiling.kineto_file import KinetoFile, NoGpuTrace, read_file
@@ -21,7 +21,7 @@ from profiling.trace_files import Source, is_json, sources
 Path: TypeAlias = str | os.PathLike[str]
 
 
-def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -> Trace:
+def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = ()) -> Trace:
     """Reads profiles of `torch.profiler` as one trace.
 
     A GPU event belongs to the innermost ``user_annotation`` that was open when the host launched it, on the launching
@@ -41,7 +41,7 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
       path: a file, several, or a folder of them: one a rank. JSON, plain or packed as .gz, .zip, .zst, .xz or .bz2,
         whatever its name. Of several, those that are no trace of a GPU are left out and noted. Of several sessions of
         the same ranks in a folder, the newest counts.
-      rules: the classification.
+      rules: of your own, tried before the tables of this package, those of DeepSeek's kernels where they ran.
 
     Returns:
       The trace. What is damaged in a file is left out or repaired, counted and noted.
@@ -90,7 +90,7 @@ def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = DEEPSEEK) -
         notes=tuple(dict.fromkeys(notes)),
     )
     del events
-    return classify(trace, rules)
+    return classify(trace, (*rules, *rules_for(event.name for event in trace.events)))
 
 
 def _described(path: Path | Sequence[Path]) -> str:

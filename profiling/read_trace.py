@@ -9,15 +9,17 @@ from collections.abc import Sequence
 from profiling.event import Trace
 from profiling.read_kineto import folder, read_kineto
 from profiling.read_xplane import read_xplane
+from profiling.rules import Rule
 from profiling.trace_files import Source, is_xspace, sources
 
 
-def read_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) -> Trace:
+def read_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]], rules: Sequence[Rule] = ()) -> Trace:
     """A trace, whatever wrote it and whatever its name: content decides.
 
     Args:
       path: a file of PyTorch's or several, one a rank; an ``.xplane.pb`` file; or a folder of either. See `read_kineto`
         and `read_xplane`.
+      rules: of your own, tried before the tables of this package; see `profiling.rules`.
 
     Raises:
       ValueError: no such file or folder, none that can be read, or both kinds at once; the file is named.
@@ -36,13 +38,13 @@ def read_trace(path: str | os.PathLike[str] | Sequence[str | os.PathLike[str]]) 
     if profiles:
         if len(paths) > 1:
             raise ValueError(f"{paths[0]} and {len(paths) - 1} more: of jax.profiler; name one folder with all of them")
-        return read_xplane(paths[0])
+        return read_xplane(paths[0], rules=rules)
     if not traces and paths and all(each.is_dir() for each in paths):
         raise ValueError(
             f"{paths[0]}: there is neither a PyTorch trace (.json, packed or not) nor a profile of jax.profiler "
             "(.xplane.pb) in it; name the folder that was profiled into"
         )
-    return read_kineto(paths)
+    return read_kineto(paths, rules)
 
 
 def _profile(path: pathlib.Path) -> str | None:

@@ -35,7 +35,7 @@ _COLLECTIVE = re.compile(r"all-|reduce-scatter|collective-|ragged-|send|recv")
 def read_xplane(
     path: str | pathlib.Path,
     *,
-    rules: Sequence[Rule] = XLA,
+    rules: Sequence[Rule] = (),
     parts: Mapping[str, str] = PARTS,
     ranks: Mapping[int, int] | None = None,
 ) -> Trace:
@@ -43,7 +43,7 @@ def read_xplane(
 
     Args:
       path: an ``.xplane.pb`` file or a folder that `jax.profiler.start_trace` or `profiling.capture` wrote.
-      rules: of the classification.
+      rules: of your own, tried before the tables of this package.
       parts: names of a layer's parts; see `profiling.scopes.place`.
       ranks: pipeline rank of each device; None: as the capture noted it.
 
@@ -88,7 +88,7 @@ def read_xplane(
         metadata={**profiles[0].metadata, "processes": len(profiles)},
         notes=tuple(notes),
     )
-    return classify(trace, rules)
+    return classify(trace, (*rules, *XLA))
 
 
 def _find(path: pathlib.Path) -> list[pathlib.Path]:

@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import random
 
 import pytest
 from hypothesis import given
@@ -24,6 +25,7 @@ from profiling.metrics import (
     time_by,
     unattributed_share,
 )
+from profiling.metrics.columns import columns
 
 BUSY = {
     "attn(F)": (4311, 4263, 4438, 4467),
@@ -296,6 +298,53 @@ def test_layers_that_alternate_have_no_spans():
     assert layer_spans([event(0, 1)]) == ()
     backward = [event(10 * n, 10 * n + 9, layer=layer) for n, layer in enumerate((2, 1, 0))]
     assert [span.layer for span in layer_spans(backward)] == [2, 1, 0]
+
+
+def test_layers_without_evidence_have_no_steady_state():
+    """Three all-reduces that were counted are no layers, nor are three parts that have nothing in common."""
+
+    def steady(groups, phases=("attn",) * 3):
+        events = [event(10 * n, 10 * n + 9, group, layer=n, phase=phases[n]) for n, group in enumerate(groups)]
+        return measure(Trace("", "kineto", tuple(events))).devices[0].steady_window
+
+    assert steady(["transfer"] * 3) is None
+    assert steady(["compute", "transfer", "compute"]) is None
+    assert steady(["compute"] * 3, ("embed", "attn", "head")) is None
+    assert steady(["compute"] * 2) is None
+    assert steady(["compute"] * 3) == (10, 20)
+
+
+def test_efficiency_is_left_out_where_idle_time_decides():
+    """4 us of each in a window of 8 or less tell what overlap gained; in 100 us they do not."""
+    events = [event(0, 4), event(4, 8, "transfer")]
+    assert overlap(events).efficiency == 0
+    assert overlap(events, window=(0.0, 100.0)).efficiency is None
+    assert overlap([event(0, 4), event(0, 4, "transfer")]).efficiency == 1
+
+
+def test_columns_are_the_events_and_are_made_once():
+    events = [event(3, 4, "wait", "a", blocks=7), event(0, 2, "control", "b"), event(1, 9, lane="a")]
+    found = columns(events)
+    assert columns(found) is found and list(found) == events and found[1] is events[1] and len(found) == 3
+    assert found.spans.tolist() == [[3, 4], [0, 2], [1, 9]] and found.spans is found.spans
+    assert found.of_groups("wait", "compute").tolist() == [True, False, True]
+    assert found.lanes.values == ("a", "b") and found.lanes.index.tolist() == [0, 1, 0]
+    assert list(found.counted) == [events[0], events[2]]
+    assert found.counted.counted is found.counted
+    with pytest.raises(ValueError, match="an end is a time that is not before its start"):
+        overlap([event(5, 3)])
+
+
+def test_the_sum_of_a_kind_is_never_less_than_its_union():
+    """Of times that are no whole numbers, too: rounding must not make a part larger than the whole."""
+    rng = random.Random(0)
+    events = []
+    for _ in range(500):
+        start = rng.random() * 1e6
+        events.append(event(start, start + rng.random() * 1e-3))
+    (row,) = time_by(events, lambda event: event.kind)
+    assert row.busy <= row.total
+    assert row.busy == pytest.approx(length(spans_of(events)))
 
 
 def test_skew():
