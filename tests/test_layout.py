@@ -82,6 +82,8 @@ LAYERS = [
     "profiling.write_chrome",
     "profiling.write_perfetto",
     "profiling.compare",
+    "profiling.report_collectives",
+    "profiling.report_steps",
     "profiling.report_tables",
     "profiling.report",
     "profiling.html",
