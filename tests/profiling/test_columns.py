@@ -2,6 +2,7 @@
 
 import random
 
+import numpy as np
 import pytest
 
 from profiling.event import Event, Trace
@@ -52,9 +53,9 @@ def test_what_a_set_covers_of_an_interval_is_their_intersection(seed):
     rng = random.Random(seed)
 
     def some(count):
-        return [(start, start + rng.randrange(9)) for start in (rng.randrange(100) for _ in range(count))]
+        return np.array([(start, start + rng.randrange(9)) for start in (rng.randrange(100) for _ in range(count))])
 
     of, spans = union(some(12)), union(some(12))
     assert covered(of, spans).tolist() == [length(intersection(of, span[None])) for span in spans]
-    assert within(of, 20, 60).tolist() == intersection(of, [[20, 60]]).tolist()
-    assert covered(union([]), spans).tolist() == [0] * len(spans)
+    assert within(of, 20, 60).tolist() == intersection(of, np.array([[20, 60]])).tolist()
+    assert covered(union(np.empty((0, 2))), spans).tolist() == [0] * len(spans)
