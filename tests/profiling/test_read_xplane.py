@@ -13,7 +13,8 @@ from jax.sharding import PartitionSpec as P
 
 from profiling.capture import _facts, annotate_step, capture
 from profiling.metrics import measure
-from profiling.read_xplane import SIDECAR, read_xplane
+from profiling.read_xplane import read_xplane
+from profiling.xplane_files import SIDECAR
 
 STATS = (
     "correlation_id",
