@@ -17,7 +17,7 @@ from profiling.chips import chip
 from profiling.compare import changes
 from profiling.event import Trace
 from profiling.hlo_overlap import overlap
-from profiling.hlo_text import read
+from profiling.hlo_text import find, read
 from profiling.html import write_html
 from profiling.metrics import phase_durations
 from profiling.read_kineto import read_kineto
@@ -62,8 +62,9 @@ def _parser() -> argparse.ArgumentParser:
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
-    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz")
+    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz, or a folder of XLA's dumps")
     _chip(hidden)
+    _links(hidden)
     hidden.set_defaults(run=_overlap)
 
     execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
@@ -83,8 +84,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("workload", choices=WORKLOADS)
     cluster.add_argument("trace", help="the folder that `run` wrote on one device")
     cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
-    cluster.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
-    cluster.add_argument("--intranode", type=float, metavar="GB/s")
+    _links(cluster)
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
     _outputs(cluster)
@@ -96,6 +96,12 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page for a browser")
     parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path)
     parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
+
+
+def _links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
+    parser.add_argument("--intranode", type=float, metavar="GB/s", help="likewise within a node")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node; default: 8")
 
 
 def _chip(parser: argparse.ArgumentParser) -> None:
@@ -116,7 +122,16 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    print(overlap(read(args.hlo), chip(args.chip)).table())
+    file, why = find(args.hlo)
+    module = read(file)
+    rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
+    try:
+        found = overlap(module, chip(args.chip), node_size=args.per_node, **rates)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    print(found.table())
+    if why:
+        print(why)
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -157,6 +172,7 @@ def _predict(args: argparse.Namespace) -> None:
         "intranode": args.intranode and args.intranode * 1e9,
         "latency_us": args.latency,
         "sms": args.sms,
+        "node_size": args.per_node,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
     trace = read_trace(args.trace)

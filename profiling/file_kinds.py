@@ -39,7 +39,7 @@ def file_kind(data: bytes) -> str:
         return "a page of HTML"
     if head.startswith(b"<"):
         return "XML"
-    if re.search(rb"^HloModule ", head, re.MULTILINE):
+    if re.search(rb"^\s*HloModule ", head, re.MULTILINE):
         return "the text of an HLO module"
     if re.search(rb"^(builtin\.)?module(\s+@\S+)?(\s+attributes\s)?\s*\{|^#loc", head, re.MULTILINE):
         return "MLIR text, StableHLO for instance"

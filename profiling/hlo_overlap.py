@@ -7,10 +7,11 @@ No device is needed: the program may be compiled ahead of time for GPUs that are
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
-from profiling.chips import Achieved, Chip
+from profiling.chips import CHIPS, Achieved, Chip
 from profiling.event import Event, Trace
 from profiling.hlo_cost import Times
 from profiling.hlo_text import Computation, Module, parse
@@ -37,6 +38,7 @@ class Collective:
       devices: how many take part.
       bytes: that each device sends.
       remote_bytes: of them, to other nodes.
+      group: devices that take part together, as an example; see `hlo_collective.Exchange`.
       us: estimated or measured microseconds of one run.
       hidden_us: of them, how many the device computes meanwhile.
       between_us, between_flops: compute that the schedule has between its start and the wait for it.
@@ -63,6 +65,7 @@ class Collective:
     products: tuple[str, ...]
     could_hide_us: float
     place: str
+    group: tuple[int, ...] = ()
 
     @property
     def exposed_us(self) -> float:
@@ -78,6 +81,39 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
+class Link:
+    """What the collectives of one kind travel over.
+
+    Attributes:
+      kind: of the collectives.
+      places: how many there are in the program.
+      group: devices of one of them that take part together.
+      nodes: that these devices are on; several if their bytes have to cross between nodes.
+      local, remote: bytes that a device sends within its node, and to other nodes, in all of them once.
+      local_rate, remote_rate: bytes/s that the estimate takes for either.
+      source: where the rate that decides comes from.
+
+    >>> Link("all-gather", 1, tuple(range(16)), (0, 1), 7e6, 8e6, 360e9, 40e9, "the chip table").decides
+    'between nodes'
+    """
+
+    kind: str
+    places: int
+    group: tuple[int, ...]
+    nodes: tuple[int, ...]
+    local: float
+    remote: float
+    local_rate: float
+    remote_rate: float
+    source: str
+
+    @property
+    def decides(self) -> str:
+        """The slower of the two ways: "within nodes" or "between nodes"."""
+        return "between nodes" if self.remote / self.remote_rate > self.local / self.local_rate else "within nodes"
+
+
+@dataclasses.dataclass(frozen=True)
 class Overlap:
     """The communication of a program, and how much of it is hidden.
 
@@ -90,6 +126,7 @@ class Overlap:
       compute_us: of them, how many the device computes.
       events: the timeline that the estimate is read from.
       notes: what had to be assumed.
+      links: what collectives of each kind travel over, and where the rate comes from.
     """
 
     module: str
@@ -100,6 +137,7 @@ class Overlap:
     compute_us: float
     events: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
+    links: tuple[Link, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -139,8 +177,8 @@ class Overlap:
     def _of(self, kind: str) -> list[Collective]:
         return [one for one in (*self.collectives, *self.synchronous) if kind in ("", one.kind)]
 
-    def tables(self) -> tuple[Table, Table]:
-        """Every collective in a row, and the totals of each kind, for any report."""
+    def tables(self) -> tuple[Table, ...]:
+        """Every collective in a row, the totals of each kind, and the links that they travel over, for any report."""
         every = (*self.collectives, *self.synchronous)
         collectives = Table(
             name="collectives",
@@ -161,7 +199,14 @@ class Overlap:
                 for kind in (*self.kinds, "")
             ),
         )  # fmt: skip
-        return collectives, kinds
+        links = Table(
+            name="links",
+            title="Links that the estimates take",
+            caption="Which devices take part decides what is sent between nodes; the slower way decides the time.",
+            columns=_LINK_COLUMNS,
+            rows=tuple(map(_link_row, self.links)),
+        )
+        return (collectives, kinds, links) if self.links else (collectives, kinds)
 
     def table(self) -> str:
         """The tables as text, and what had to be assumed."""
@@ -182,6 +227,8 @@ def overlap(
     trips: Sequence[tuple[str, float]] = (),
     lanes: Sequence[tuple[str, str]] = LANES,
     node_size: int = 8,
+    internode: float | None = None,
+    intranode: float | None = None,
 ) -> Overlap:
     """What a scheduled program hides of its communication on a chip.
 
@@ -199,9 +246,11 @@ def overlap(
       lanes: ``[(pattern, lane), ...]`` on kinds of collectives. Those of one lane queue; by default all but sends and
         receives share one, as on a GPU.
       node_size: devices of a node. Device ``i`` of the program is on node ``i // node_size``.
+      internode, intranode: bytes/s that a device really gets to devices of other nodes, and of its own, in each
+        direction; None: the chip's, times the share of them that `achieved` says.
 
     Raises:
-      ValueError: the text is no HLO module, or its module is not scheduled.
+      ValueError: the text is no HLO module, its module is not scheduled, or a rate is not positive.
 
     Sources: the classes are those of xprof's analysis of asynchronous operations.
 
@@ -220,7 +269,22 @@ def overlap(
     [('all-to-all', 2.0, 2.0, 'hidden')]
     """
     module = parse(hlo) if isinstance(hlo, str) else hlo
-    timeline = play(module, Settings(chip, achieved or Achieved(), times, trips, lanes, node_size))
+    achieved = achieved or Achieved()
+    sources = {}
+    for way, given, field in (("within", intranode, "interconnect"), ("between", internode, "internode")):
+        if given is None:
+            known = "its data sheet" if CHIPS.get(chip.name) == chip else "the chip given"
+            share = getattr(achieved, field)
+            sources[way] = (
+                f"{getattr(chip, field) / 1e9:,.4g} GB/s of {chip.name} by {known}, {share:.0%} of it reached"
+            )
+            continue
+        if not 0 < given < math.inf:
+            raise ValueError(f"{given!r} bytes/s {way} nodes: give a positive rate")
+        chip = dataclasses.replace(chip, **{field: given})
+        achieved = dataclasses.replace(achieved, **{field: 1.0})
+        sources[way] = f"{given / 1e9:,.4g} GB/s as given"
+    timeline = play(module, Settings(chip, achieved, times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
     return Overlap(
         module=module.name,
@@ -231,7 +295,33 @@ def overlap(
         compute_us=timeline.compute_us,
         events=timeline.events,
         notes=timeline.notes,
+        links=_links(found, chip, achieved, node_size, sources),
     )
+
+
+def _links(
+    found: Sequence[Collective], chip: Chip, achieved: Achieved, node_size: int, sources: Mapping[str, str]
+) -> tuple[Link, ...]:
+    kinds: dict[tuple[str, bool], list[Collective]] = {}
+    for one in found:
+        kinds.setdefault((one.kind, one.remote_bytes > 0), []).append(one)
+    links = []
+    for (kind, is_remote), ones in kinds.items():
+        example = max(ones, key=lambda one: one.bytes)
+        link = Link(
+            kind=kind,
+            places=len(ones),
+            group=example.group,
+            nodes=tuple(sorted({device // node_size for device in example.group})),
+            local=sum(one.bytes - one.remote_bytes for one in ones),
+            remote=sum(one.remote_bytes for one in ones) if is_remote else 0.0,
+            local_rate=chip.interconnect * achieved.interconnect,
+            remote_rate=chip.internode * achieved.internode,
+            source="",
+        )
+        source = sources["between" if link.decides == "between nodes" else "within"]
+        links.append(dataclasses.replace(link, source=source))
+    return tuple(links)
 
 
 def _collectives(run: Run) -> list[Collective]:
@@ -248,9 +338,15 @@ def _needs(computation: Computation) -> list[int]:
     needs: list[int] = []
     for i, instruction in enumerate(computation.instructions):
         sources = instruction.operands
-        if instruction.opcode == "get-tuple-element" and computation[sources[0]].opcode == "tuple":
-            element = int(instruction.attributes["index"])
-            sources = (computation[sources[0]].operands[element],)
+        if instruction.opcode == "get-tuple-element" and sources and computation[sources[0]].opcode == "tuple":
+            elements = computation[sources[0]].operands
+            element = instruction.attributes.get("index", "")
+            if not element.isdecimal() or int(element) >= len(elements):
+                raise ValueError(
+                    f"{instruction.name!r} in computation {computation.name!r} takes element index={element!r} of "
+                    f"{len(elements)}: the text is damaged"
+                )
+            sources = (elements[int(element)],)
         bits = 1 << i
         for name in sources:
             bits |= needs[computation.index[name]]
@@ -285,6 +381,7 @@ def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collectiv
         products=tuple(instructions[i].op_name or instructions[i].name for i in between if run.is_product[i]),
         could_hide_us=sum(independent),
         place=place[needs_product, feeds_product],
+        group=transfer.exchange.example,
     )
 
 
@@ -302,6 +399,28 @@ _COLUMNS = (
     Column("between", "us"), Column("GFLOP", "n"), Column("products", "n"), Column("hidden", "%", is_share=True),
     Column("could hide", "us"), Column("place"), Column("in"), Column("label"),
 )  # fmt: skip
+
+
+_LINK_COLUMNS = (
+    Column("kind"), Column("places", "n"), Column("devices together"), Column("nodes"), Column("MB in node", "n"),
+    Column("MB between", "n"), Column("decides"), Column("GB/s", "n"), Column("from"),
+)  # fmt: skip
+
+
+def _link_row(link: Link) -> tuple[Value, ...]:
+    is_pair = link.kind in ("collective-permute", "send", "recv")
+    rate = link.remote_rate if link.decides == "between nodes" else link.local_rate
+    return (
+        link.kind,
+        link.places,
+        (" to " if is_pair else ", ").join(map(str, link.group[:8])) + (", ..." if len(link.group) > 8 else ""),
+        ", ".join(map(str, link.nodes[:8])) + (", ..." if len(link.nodes) > 8 else ""),
+        round(link.local / 1e6, 2),
+        round(link.remote / 1e6, 2),
+        link.decides,
+        round(rate / 1e9, 2),
+        link.source,
+    )
 
 
 def _row(one: Collective) -> tuple[Value, ...]:

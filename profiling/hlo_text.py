@@ -7,23 +7,41 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import graphlib
 import gzip
 import json
 import math
 import os
 import pathlib
 import re
-from collections.abc import Iterator, Mapping
+import textwrap
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-_TOKEN = re.compile(r'"(?:[^"\\]+|\\.)*"|[()\[\]{},]')
-_INDEX = re.compile(r"/\*index=\d+\*/")
+from profiling.file_kinds import file_kind
+
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[()\[\]{},]', re.DOTALL)
+_MARK = re.compile(r'\\.|["()\[\]{}]')
+_PAIRS = ("()", "[]", "{}")
+_PAIR_OF = {closing: opening for opening, closing in _PAIRS}
+_COMMENT = re.compile(r'("(?:[^"\\]++|\\.)*+")|/\*.*?\*/', re.DOTALL)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$")
+_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
+_HEADER = re.compile(r"(ENTRY )?%?[^\s(=,]+ ?(\(|\{\s*$)")
+_END = re.compile(r"\}(, [a-z_]+=.*)?\s*$")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _BITS = re.compile(r"(?:bf|[sufc])(\d+)")
+_DUMPED = "after_optimizations.txt"
+_REMEDY = "give what compiled.as_text() returns, or *after_optimizations.txt of XLA's dumps"
+_REMEDIES = {
+    "MLIR text, StableHLO for instance": "that is what lowered.as_text() returns, which no schedule is made of yet: "
+    "give compiled.as_text(), as in jax.jit(f).lower(...).compile().as_text()",
+    "binary data": "if it is a dump such as *.hlo.pb, " + _REMEDY,
+    "a Chrome trace in JSON": "traces are for `python -m profiling report`; " + _REMEDY,
+}
 _CALLED = ("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation",
            "called_computations")  # fmt: skip
 
@@ -255,7 +273,7 @@ def _shape(text: str) -> Shape:
 
 def _instruction(line: str, match: re.Match[str]) -> Instruction:
     start = match.end()
-    if line[start] == "(":
+    if line.startswith("(", start):
         end = _close(line, start) + 1
     else:
         found = _ARRAY.match(line, start)
@@ -278,21 +296,78 @@ def _instruction(line: str, match: re.Match[str]) -> Instruction:
     )
 
 
-def _computations(lines: Iterator[str]) -> Iterator[tuple[bool, Computation]]:
+def _statements(lines: Iterable[str]) -> Iterator[str]:
+    """Headers, instructions and ends of computations, each as one text, however many lines the printer gave it.
+
+    Raises:
+      ValueError: a statement does not end, or a bracket closes another.
+    """
+    pending: list[str] = []
+    opened = ""
     for line in lines:
-        header = _COMPUTATION.match(line)
+        if not line.strip() or (line.lstrip().startswith("//") and not opened.endswith('"')):
+            continue
+        if not opened:
+            if _END.match(line):
+                yield from _joined(pending)
+                yield line
+                pending = []
+                continue
+            if _INSTRUCTION.match(line) or _HEADER.match(line):
+                yield from _joined(pending)
+                pending = []
+            elif not pending:
+                continue  # tables of file names and stack frames
+        pending.append(line)
+        opened = _opened(line, opened)
+        if opened == "{" and _COMPUTATION.match("\n".join(pending)):
+            yield from _joined(pending)
+            pending, opened = [], ""
+    if opened:
+        raise ValueError(f"no {opened[-1]!r} closes in {pending[0].strip()[:80]!r}: the text is cut off or damaged")
+    yield from _joined(pending)
+
+
+def _joined(lines: Sequence[str]) -> Iterator[str]:
+    if lines:
+        yield "\n".join(lines)
+
+
+def _opened(line: str, opened: str) -> str:
+    """The brackets, and perhaps the quote, that are open behind a line, given those that were open before it."""
+    if not opened.endswith('"') and '"' not in line and all(line.count(a) == line.count(b) for a, b in _PAIRS):
+        return opened
+    for match in _MARK.finditer(line):
+        mark = match[0]
+        if opened.endswith('"'):
+            opened = opened[:-1] if mark == '"' else opened
+        elif mark in '"([{':
+            opened += mark
+        elif mark in _PAIR_OF:
+            if not opened.endswith(_PAIR_OF[mark]):
+                raise ValueError(f"no bracket closes before {mark!r} in {line.strip()[:80]!r}: the text is damaged")
+            opened = opened[:-1]
+    return opened
+
+
+def _computations(statements: Iterator[str]) -> Iterator[tuple[bool, Computation]]:
+    for statement in statements:
+        header = _COMPUTATION.match(statement)
         if not header:
             continue
         found: list[Instruction] = []
-        for line in lines:
-            if line.startswith("}"):
+        for statement in statements:
+            if _END.match(statement):
                 break
-            line = _INDEX.sub("", line)
-            if match := _INSTRUCTION.match(line):
-                found.append(_instruction(line, match))
+            if "/*" in statement:
+                statement = _COMMENT.sub(lambda match: match[1] or "", statement)
+            if match := _INSTRUCTION.match(statement):
+                found.append(_instruction(statement, match))
         else:
             raise ValueError(f"computation {header[2]!r} has no end: the text is cut off")
-        if found and not any(instruction.is_root for instruction in found):
+        if not found:
+            raise ValueError(f"computation {header[2]!r} has no instruction: the text is damaged")
+        if not any(instruction.is_root for instruction in found):
             found[-1] = dataclasses.replace(found[-1], is_root=True)  # old printers leave ROOT out
         yield bool(header[1]), Computation(header[2], tuple(found))
 
@@ -314,35 +389,110 @@ def parse(text: str) -> Module:
     >>> module.devices, module["main"].root.opcode, module["main"].root.operands
     (2, 'all-reduce', ('p',))
     """
-    start = re.search(r"^HloModule ", text, re.MULTILINE)
-    if not start:
+    if re.match(r"\s+HloModule ", text):
+        text = textwrap.dedent(text)
+    starts = [match.start() for match in re.finditer(r"^HloModule ", text, re.MULTILINE)]
+    if not starts:
         raise ValueError(f"no HLO module in the text {text[:60]!r}...: give what compiled.as_text() returns")
-    lines = iter(text[start.start() :].split("\n"))
-    name, *rest = split(next(lines)[len("HloModule ") :])
+    if len(starts) > 1:
+        raise ValueError(f"{len(starts)} HLO modules in one text: give the text of one of them")
+    lines = iter(text[starts[0] :].split("\n"))
+    header, opened = "", ""
+    for line in lines:
+        header, opened = f"{header}{line}\n", _opened(line, opened)
+        if not opened and not line.rstrip().endswith(","):
+            break
+    name, *rest = split(header[len("HloModule ") :])
     facts = {key: value for key, _, value in (part.strip().partition("=") for part in rest)}
     entry, computations = "", {}
-    for is_entry, computation in _computations(lines):
+    for is_entry, computation in _computations(_statements(lines)):
+        if computation.name in computations:
+            raise ValueError(f"computation {computation.name!r} stands there twice: the text is damaged")
         computations[computation.name] = computation
         entry = computation.name if is_entry else entry
     if not entry:
         raise ValueError(f"module {name!r} has no ENTRY computation: the text is cut off")
+    is_scheduled = facts.get("is_scheduled") == "true"
+    _check(computations, is_scheduled)
     return Module(
         name=name.strip(),
-        is_scheduled=facts.get("is_scheduled") == "true",
-        devices=int(facts.get("num_partitions", 1)) * int(facts.get("replica_count", 1)),
+        is_scheduled=is_scheduled,
+        devices=_count(facts, "num_partitions") * _count(facts, "replica_count"),
         entry=entry,
         computations=computations,
     )
 
 
-def read(path: str | os.PathLike[str]) -> Module:
-    """The module in a file, which may be compressed with gzip (named *.gz).
+def _count(facts: Mapping[str, str], key: str) -> int:
+    text = facts.get(key, "1")
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise ValueError(f"{key}={text!r} in the module's first line is no number of devices: the text is damaged")
+    return int(text)
+
+
+def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
+    """Raises ValueError where instructions take or call what is not there, or not yet, or call each other in a ring."""
+    calls: dict[str, set[str]] = {}
+    for name, computation in computations.items():
+        calls[name] = set()
+        for i, instruction in enumerate(computation.instructions):
+            last = i if is_scheduled else len(computation.instructions)
+            missing = [operand for operand in instruction.operands if computation.index.get(operand, last) >= last]
+            missing += [called for called in instruction.called if called not in computations]
+            if missing:
+                raise ValueError(
+                    f"{instruction.name!r} in computation {name!r} needs {missing[0]!r}, which is not there before: the "
+                    "text is damaged or cut off"
+                )
+            calls[name].update(instruction.called)
+        if len(computation.index) < len(computation.instructions):
+            raise ValueError(f"computation {name!r} has two instructions of one name: the text is damaged")
+    try:
+        tuple(graphlib.TopologicalSorter(calls).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"computations call each other in a ring, {error.args[1]}: the text is damaged") from None
+
+
+def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
+    """The file that `read` reads, and why that one: of a folder of XLA's dumps the largest compiled program.
+
+    XLA_FLAGS=--xla_dump_to=FOLDER makes one; programs are the files ``*after_optimizations.txt``, or .gz of these.
 
     Raises:
-      ValueError: the file holds no HLO module; the message names it.
+      ValueError: there is no such file, or none in the folder.
     """
-    data = pathlib.Path(path).read_bytes()
+    path = pathlib.Path(path)
+    if not path.exists():
+        raise ValueError(f"{path}: there is no such file or folder")
+    if not path.is_dir():
+        return path, ""
+    found = [file for file in path.iterdir() if file.name.lower().removesuffix(".gz").endswith(_DUMPED)]
+    if not found:
+        raise ValueError(
+            f"{path}: the folder has no *{_DUMPED}: dump the compiled program with "
+            "XLA_FLAGS='--xla_dump_to=FOLDER --xla_dump_hlo_as_text', or give a file with compiled.as_text()"
+        )
+    largest = max(found, key=lambda file: (file.stat().st_size, file.name))
+    return largest, f"{largest.name} was read, the largest of {len(found)} compiled programs in {path}"
+
+
+def read(path: str | os.PathLike[str]) -> Module:
+    """The module in a file, which may be compressed with gzip, or in a folder of XLA's dumps; see `find`.
+
+    Raises:
+      ValueError: the file holds no HLO module, or a damaged one; the message names it and says what it is.
+    """
+    file, _ = find(path)
     try:
-        return parse((gzip.decompress(data) if str(path).endswith(".gz") else data).decode())
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        data = file.read_bytes()
+        if data[:2] == b"\x1f\x8b":
+            data = gzip.decompress(data)
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None
+    kind = file_kind(data)
+    if kind != "the text of an HLO module":
+        raise ValueError(f"{file}: this is no text of an HLO module but {kind}; {_REMEDIES.get(kind, _REMEDY)}")
+    try:
+        return parse(data.decode("utf-8", "replace"))
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error

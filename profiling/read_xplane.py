@@ -117,9 +117,7 @@ def _open(path: pathlib.Path) -> _File:
     data = read_bytes(path)
     doubts: collections.Counter[str] = collections.Counter()
     try:
-        planes = tuple(
-            read_plane(plane, doubts) for plane in messages(data, 1) if plane_name(plane) not in (PLANE, "")
-        )
+        planes = tuple(read_plane(plane, doubts) for plane in messages(data, 1) if plane_name(plane) not in (PLANE, ""))
         return _File(
             path=path,
             planes=planes,

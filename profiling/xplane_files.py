@@ -51,7 +51,8 @@ def find_profile(path: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
     if path.is_file():
-        others = [file for file in _profiles(path.parent.iterdir()) if file != path] if _is_profile(path) else []
+        is_session = path.parent.parent.name == "profile"
+        others = [file for file in _profiles(path.parent.iterdir()) if file != path] if is_session else []
         return [path], [f"{path.name} alone was read; its session has {_count(others, 'more file')}"] if others else []
     files = _profiles(path.rglob("*"))
     if not files:
@@ -100,7 +101,9 @@ def read_bytes(file: pathlib.Path) -> bytes:
         return data
     kind = file_kind(data)
     if kind == "empty":
-        raise ValueError(f"{file}: this is no profile, the file is empty: let the program end its trace, and copy again")
+        raise ValueError(
+            f"{file}: this is no profile, the file is empty: let the program end its trace, and copy again"
+        )
     if kind == "a Chrome trace in JSON":
         raise ValueError(
             f"{file}: this is no profile of jax.profiler but {kind}: PyTorch's is read by profiling.read_kineto; beside "

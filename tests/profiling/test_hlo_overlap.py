@@ -315,7 +315,7 @@ def test_the_trace_says_the_same():
         ("c", "communication", "transfer", 2.0, 4.0),
     ]
     assert trace.events[0].scope == "jit(f)/shard_map/dispatch/all_to_all"
-    collectives, kinds = result.tables()
+    collectives, kinds, links = result.tables()
     assert [row[:3] for row in collectives.rows] == [
         ("partial", "async", "all-to-all"),
         ("exposed", "sync", "all-to-all"),

@@ -100,6 +100,7 @@ one {
 ENTRY e {
   i = s32[] parameter(0)
   x = f32[<=8,2] parameter(1)
+  t = token[] after-all()
   c = f32[<=8,2] conditional(i, x, x), branch_computations={one, one}
   s = (f32[<=8,2], u32[], token[]) send(c, t), frontend_attributes={_xla_send_recv_source_target_pairs={{0,1},{1,2}}}
 }""")
