@@ -25,7 +25,7 @@ _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[()\[\]{},]', re.DOTALL)
 _MARK = re.compile(r'\\.|["()\[\]{}]')
 _PAIRS = ("()", "[]", "{}")
 _PAIR_OF = {closing: opening for opening, closing in _PAIRS}
-_COMMENT = re.compile(r'("(?:[^"\\]++|\\.)*+")|/\*.*?\*/', re.DOTALL)
+_COMMENT = re.compile(r'("(?:[^"\\]++|\\.)*+")|/\*.*?\*/|//[^\n]*', re.DOTALL)
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 _COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
 _HEADER = re.compile(r"(ENTRY )?%?[^\s(=,]+ ?(\(|\{\s*$)")
@@ -359,7 +359,7 @@ def _computations(statements: Iterator[str]) -> Iterator[tuple[bool, Computation
         for statement in statements:
             if _END.match(statement):
                 break
-            if "/*" in statement:
+            if "/*" in statement or "//" in statement:
                 statement = _COMMENT.sub(lambda match: match[1] or "", statement)
             if match := _INSTRUCTION.match(statement):
                 found.append(_instruction(statement, match))
@@ -402,7 +402,7 @@ def parse(text: str) -> Module:
         header, opened = f"{header}{line}\n", _opened(line, opened)
         if not opened and not line.rstrip().endswith(","):
             break
-    name, *rest = split(header[len("HloModule ") :])
+    name, *rest = split(header[len("HloModule ") :].strip())
     facts = {key: value for key, _, value in (part.strip().partition("=") for part in rest)}
     entry, computations = "", {}
     for is_entry, computation in _computations(_statements(lines)):
@@ -431,7 +431,7 @@ def _count(facts: Mapping[str, str], key: str) -> int:
 
 
 def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
-    """Raises ValueError where instructions take or call what is not there, or not yet, or call each other in a ring."""
+    """Raises ValueError where instructions take or call what is not there, or call each other in a ring."""
     calls: dict[str, set[str]] = {}
     for name, computation in computations.items():
         calls[name] = set()

@@ -1,7 +1,7 @@
 """Events of devices from the planes of a profile, on GPU, TPU and CPU.
 
-They differ: a GPU has a plane for every device and a line for every stream, and its events carry their scopes; a TPU has
-a plane for every device, a line of operations in which loops enclose what they run, and a line of those that run
+They differ: a GPU has a plane for every device and a line for every stream, and its events carry their scopes; a TPU
+has a plane for every device, a line of operations in which loops enclose what they run, and a line of those that run
 beside them; on CPU there is one plane of host threads, a device's operations hop between them, an asynchronous
 operation ends with a second event, and scopes stand in the compiled modules.
 """
@@ -12,7 +12,7 @@ import collections
 import dataclasses
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 from profiling.event import Event, Step
 from profiling.scopes import Place, place
@@ -59,6 +59,17 @@ class Window:
     high: float
 
 
+class _Beside(NamedTuple):
+    """What runs beside a TPU's operations; its start and its end may be two events of one flow."""
+
+    start: float
+    end: float
+    name: str
+    op: str
+    scope: str
+    flow: Value | None
+
+
 class Reader:
     """Makes events of one profile's planes.
 
@@ -96,7 +107,7 @@ class Reader:
     def tpu(self, plane: Plane, device: int) -> Iterator[Event]:
         """Operations of a TPU's core but loops, branches and calls, and the collectives that run beside them."""
         shared: dict[int, tuple[str, str, str, dict[str, Value]]] = {}
-        beside: list[tuple[Any, float, float, str, str, str]] = []
+        beside: list[_Beside] = []
         for line in plane.lines:
             if line.name not in (_OPERATIONS, _BESIDE):
                 continue
@@ -112,11 +123,11 @@ class Reader:
                     if opcode not in CONTAINERS:
                         yield self._event(device, _OPERATIONS, start, end, name, op, scope, None)
                 elif any(_COLLECTIVE.match(text) for text in (op, opcode, str(stats.get("hlo_category", "")))):
-                    beside.append((stats.get("flow"), start, end, name, op, scope))
+                    beside.append(_Beside(start, end, name, op, scope, stats.get("flow")))
                 else:
                     self._doubts[COPIES] += 1
-        for start, end, name, op, scope in _joined(beside):
-            yield self._event(device, _BESIDE, start, end, name, op, scope, None)
+        for one in _joined(beside):
+            yield self._event(device, _BESIDE, one.start, one.end, one.name, one.op, one.scope, None)
 
     def cpu(self, plane: Plane, number: Callable[[Iterable[int]], Mapping[int, int]]) -> Iterator[Event]:
         """Operations of all CPU devices, without those that only run others.
@@ -257,13 +268,11 @@ def _is_launch(name: str, stats: Mapping[str, Value]) -> bool:
     return "correlation_id" in stats or bool(_LAUNCH.match(name))
 
 
-def _joined(
-    beside: Sequence[tuple[Any, float, float, str, str, str]],
-) -> Iterator[tuple[float, float, str, str, str]]:
+def _joined(beside: Sequence[_Beside]) -> Iterator[_Beside]:
     """What runs beside a TPU's operations, from its start to its end: one event, or two that share a flow."""
-    flows: dict[Any, list[tuple[float, float, str, str, str]]] = collections.defaultdict(list)
-    for i, (flow, *event) in enumerate(beside):
-        flows[("alone", i) if flow is None else flow].append((event[0], event[1], event[2], event[3], event[4]))
-    for events in flows.values():
-        start, _, name, op, scope = min(events)
-        yield start, max(end for _, end, *_ in events), name, op, scope
+    flows: dict[Any, list[_Beside]] = collections.defaultdict(list)
+    for i, one in enumerate(beside):
+        flows[("alone", i) if one.flow is None else one.flow].append(one)
+    for together in flows.values():
+        first = min(together, key=lambda one: one.start)
+        yield first._replace(end=max(one.end for one in together))

@@ -106,8 +106,8 @@ def read_bytes(file: pathlib.Path) -> bytes:
         )
     if kind == "a Chrome trace in JSON":
         raise ValueError(
-            f"{file}: this is no profile of jax.profiler but {kind}: PyTorch's is read by profiling.read_kineto; beside "
-            "one of JAX stands the *.xplane.pb to give"
+            f"{file}: this is no profile of jax.profiler but {kind}: PyTorch's is read by profiling.read_kineto; "
+            "beside one of JAX stands the *.xplane.pb to give"
         )
     if kind != "binary data":
         raise ValueError(f"{file}: this is no profile of jax.profiler but {kind}: give a *.xplane.pb or its folder")

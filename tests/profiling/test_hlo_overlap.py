@@ -2,7 +2,7 @@
 
 import pytest
 
-from profiling.chips import Achieved, Chip
+from profiling.chips import Achieved, Chip, chip
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import parse
 
@@ -322,4 +322,38 @@ def test_the_trace_says_the_same():
     ]
     assert [row[-1] for row in collectives.rows] == ["dispatch/all_to_all", "c"]
     assert kinds.rows == (("all-to-all", 2, 4.0, 3.0, 0.25), ("all", 2, 4.0, 3.0, 0.25))
+    assert links.rows == (
+        ("all-to-all", 2, "0, 1", "0", 0.0, 0.0, "within nodes", 1.0, "1 GB/s of toy by the chip given, 100% of it reached"),
+    )  # fmt: skip
     assert "Collectives of m on toy\n4 us from start to end, 1 us of them compute" in result.table()
+
+
+def test_links_between_nodes_and_where_their_rates_come_from():
+    """On nodes of two, an exchange of four devices sends 1000 of 3000 bytes within the node; a permute's pair crosses."""
+    lines = """
+        a = f32[1000] all-to-all(p), replica_groups={{0,1,2,3}}
+        b = f32[1000] collective-permute(a), source_target_pairs={{0,1},{1,2}}
+        c = f32[1000] all-to-all(b), replica_groups={{0,1},{2,3}}"""
+    one_node = found(lines)
+    assert [(link.kind, link.nodes, link.decides) for link in one_node.links] == [
+        ("all-to-all", (0,), "within nodes"),
+        ("collective-permute", (0,), "within nodes"),
+    ]
+    result = found(lines, node_size=2, internode=0.5e9)
+    assert [(link.kind, link.places, link.group, link.nodes, link.local, link.remote) for link in result.links] == [
+        ("all-to-all", 1, (0, 1, 2, 3), (0, 1), 1000.0, 2000.0),
+        ("collective-permute", 1, (1, 2), (0, 1), 0.0, 4000.0),
+        ("all-to-all", 1, (0, 1), (0,), 2000.0, 0.0),
+    ]
+    given = "0.5 GB/s as given"
+    assert [link.source for link in result.links] == [
+        given, given, "1 GB/s of toy by the chip given, 100% of it reached"
+    ]  # fmt: skip
+    assert [one.us for one in result.synchronous] == [4.0, 8.0, 2.0]
+    with pytest.raises(ValueError, match="-1 bytes/s between nodes: give a positive rate"):
+        found(lines, internode=-1)
+
+
+def test_the_chip_table_and_the_share_of_it_are_named():
+    result = overlap(program("a = f32[1000] all-to-all(p), replica_groups={{0,1}}"), chip("H100"))
+    assert [link.source for link in result.links] == ["450 GB/s of H100 by its data sheet, 80% of it reached"]

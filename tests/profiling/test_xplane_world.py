@@ -127,7 +127,7 @@ def test_launches_on_the_host_are_no_kernels(tmp_path):
         (0, "fusion.kd", 5.0), (1, "fusion.kd", 5.0)
     ]  # fmt: skip
     assert trace.notes == () and trace.metadata["sms"] == 304
-    with pytest.raises(ValueError, match="launches of kernels on the host .* no device reports"):
+    with pytest.raises(ValueError, match=r"launches of kernels on the host .* no device reports"):
         read_xplane(written(tmp_path / "no kernels", serialized(host)))
 
 
