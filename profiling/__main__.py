@@ -16,8 +16,9 @@ from profiling.capture import COMMAND_BUFFERS
 from profiling.chips import chip
 from profiling.compare import changes
 from profiling.event import Trace
+from profiling.hlo_lines import find_text
 from profiling.hlo_overlap import overlap
-from profiling.hlo_text import find, read
+from profiling.hlo_text import read
 from profiling.html import write_html
 from profiling.metrics import phase_durations
 from profiling.read_kineto import read_kineto
@@ -122,7 +123,7 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    file, why = find(args.hlo)
+    file, why = find_text(args.hlo)
     module = read(file)
     rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
     try:

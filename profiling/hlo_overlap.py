@@ -7,13 +7,13 @@ No device is needed: the program may be compiled ahead of time for GPUs that are
 from __future__ import annotations
 
 import dataclasses
-import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
-from profiling.chips import CHIPS, Achieved, Chip
+from profiling.chips import Achieved, Chip
 from profiling.event import Event, Trace
 from profiling.hlo_cost import Times
+from profiling.hlo_links import Link, find_links, links_table, take_rates
 from profiling.hlo_text import Computation, Module, parse
 from profiling.hlo_timeline import LANES, Run, Settings, Transfer, play
 from profiling.table import Column, Table, Value, as_text
@@ -78,39 +78,6 @@ class Collective:
         if self.hidden_us >= HIDDEN * self.us:
             return "hidden"
         return "exposed" if self.hidden_us <= EXPOSED * self.us else "partial"
-
-
-@dataclasses.dataclass(frozen=True)
-class Link:
-    """What the collectives of one kind travel over.
-
-    Attributes:
-      kind: of the collectives.
-      places: how many there are in the program.
-      group: devices of one of them that take part together.
-      nodes: that these devices are on; several if their bytes have to cross between nodes.
-      local, remote: bytes that a device sends within its node, and to other nodes, in all of them once.
-      local_rate, remote_rate: bytes/s that the estimate takes for either.
-      source: where the rate that decides comes from.
-
-    >>> Link("all-gather", 1, tuple(range(16)), (0, 1), 7e6, 8e6, 360e9, 40e9, "the chip table").decides
-    'between nodes'
-    """
-
-    kind: str
-    places: int
-    group: tuple[int, ...]
-    nodes: tuple[int, ...]
-    local: float
-    remote: float
-    local_rate: float
-    remote_rate: float
-    source: str
-
-    @property
-    def decides(self) -> str:
-        """The slower of the two ways: "within nodes" or "between nodes"."""
-        return "between nodes" if self.remote / self.remote_rate > self.local / self.local_rate else "within nodes"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,14 +166,7 @@ class Overlap:
                 for kind in (*self.kinds, "")
             ),
         )  # fmt: skip
-        links = Table(
-            name="links",
-            title="Links that the estimates take",
-            caption="Which devices take part decides what is sent between nodes; the slower way decides the time.",
-            columns=_LINK_COLUMNS,
-            rows=tuple(map(_link_row, self.links)),
-        )
-        return (collectives, kinds, links) if self.links else (collectives, kinds)
+        return (collectives, kinds, links_table(self.links)) if self.links else (collectives, kinds)
 
     def table(self) -> str:
         """The tables as text, and what had to be assumed."""
@@ -269,23 +229,10 @@ def overlap(
     [('all-to-all', 2.0, 2.0, 'hidden')]
     """
     module = parse(hlo) if isinstance(hlo, str) else hlo
-    achieved = achieved or Achieved()
-    sources = {}
-    for way, given, field in (("within", intranode, "interconnect"), ("between", internode, "internode")):
-        if given is None:
-            known = "its data sheet" if CHIPS.get(chip.name) == chip else "the chip given"
-            share = getattr(achieved, field)
-            sources[way] = (
-                f"{getattr(chip, field) / 1e9:,.4g} GB/s of {chip.name} by {known}, {share:.0%} of it reached"
-            )
-            continue
-        if not 0 < given < math.inf:
-            raise ValueError(f"{given!r} bytes/s {way} nodes: give a positive rate")
-        chip = dataclasses.replace(chip, **{field: given})
-        achieved = dataclasses.replace(achieved, **{field: 1.0})
-        sources[way] = f"{given / 1e9:,.4g} GB/s as given"
+    chip, achieved, sources = take_rates(chip, achieved or Achieved(), internode, intranode)
     timeline = play(module, Settings(chip, achieved, times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
+    sent = [transfer.exchange for run in timeline.runs for transfer in run.transfers]
     return Overlap(
         module=module.name,
         chip=chip.name,
@@ -295,33 +242,8 @@ def overlap(
         compute_us=timeline.compute_us,
         events=timeline.events,
         notes=timeline.notes,
-        links=_links(found, chip, achieved, node_size, sources),
+        links=find_links(sent, chip, achieved, node_size, sources),
     )
-
-
-def _links(
-    found: Sequence[Collective], chip: Chip, achieved: Achieved, node_size: int, sources: Mapping[str, str]
-) -> tuple[Link, ...]:
-    kinds: dict[tuple[str, bool], list[Collective]] = {}
-    for one in found:
-        kinds.setdefault((one.kind, one.remote_bytes > 0), []).append(one)
-    links = []
-    for (kind, is_remote), ones in kinds.items():
-        example = max(ones, key=lambda one: one.bytes)
-        link = Link(
-            kind=kind,
-            places=len(ones),
-            group=example.group,
-            nodes=tuple(sorted({device // node_size for device in example.group})),
-            local=sum(one.bytes - one.remote_bytes for one in ones),
-            remote=sum(one.remote_bytes for one in ones) if is_remote else 0.0,
-            local_rate=chip.interconnect * achieved.interconnect,
-            remote_rate=chip.internode * achieved.internode,
-            source="",
-        )
-        source = sources["between" if link.decides == "between nodes" else "within"]
-        links.append(dataclasses.replace(link, source=source))
-    return tuple(links)
 
 
 def _collectives(run: Run) -> list[Collective]:
@@ -399,28 +321,6 @@ _COLUMNS = (
     Column("between", "us"), Column("GFLOP", "n"), Column("products", "n"), Column("hidden", "%", is_share=True),
     Column("could hide", "us"), Column("place"), Column("in"), Column("label"),
 )  # fmt: skip
-
-
-_LINK_COLUMNS = (
-    Column("kind"), Column("places", "n"), Column("devices together"), Column("nodes"), Column("MB in node", "n"),
-    Column("MB between", "n"), Column("decides"), Column("GB/s", "n"), Column("from"),
-)  # fmt: skip
-
-
-def _link_row(link: Link) -> tuple[Value, ...]:
-    is_pair = link.kind in ("collective-permute", "send", "recv")
-    rate = link.remote_rate if link.decides == "between nodes" else link.local_rate
-    return (
-        link.kind,
-        link.places,
-        (" to " if is_pair else ", ").join(map(str, link.group[:8])) + (", ..." if len(link.group) > 8 else ""),
-        ", ".join(map(str, link.nodes[:8])) + (", ..." if len(link.nodes) > 8 else ""),
-        round(link.local / 1e6, 2),
-        round(link.remote / 1e6, 2),
-        link.decides,
-        round(rate / 1e9, 2),
-        link.source,
-    )
 
 
 def _row(one: Collective) -> tuple[Value, ...]:

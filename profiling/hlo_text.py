@@ -8,40 +8,22 @@ from __future__ import annotations
 import dataclasses
 import functools
 import graphlib
-import gzip
 import json
 import math
 import os
-import pathlib
 import re
 import textwrap
-import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
-from profiling.file_kinds import file_kind
+from profiling.hlo_lines import COMPUTATION, END, INSTRUCTION, find_text, opened_by, read_text, statements
 
 _TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[()\[\]{},]', re.DOTALL)
-_MARK = re.compile(r'\\.|["()\[\]{}]')
-_PAIRS = ("()", "[]", "{}")
-_PAIR_OF = {closing: opening for opening, closing in _PAIRS}
 _COMMENT = re.compile(r'("(?:[^"\\]++|\\.)*+")|/\*.*?\*/|//[^\n]*', re.DOTALL)
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
-_HEADER = re.compile(r"(ENTRY )?%?[^\s(=,]+ ?(\(|\{\s*$)")
-_END = re.compile(r"\}(, [a-z_]+=.*)?\s*$")
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
 _BITS = re.compile(r"(?:bf|[sufc])(\d+)")
-_DUMPED = "after_optimizations.txt"
-_REMEDY = "give what compiled.as_text() returns, or *after_optimizations.txt of XLA's dumps"
-_REMEDIES = {
-    "MLIR text, StableHLO for instance": "that is what lowered.as_text() returns, which no schedule is made of yet: "
-    "give compiled.as_text(), as in jax.jit(f).lower(...).compile().as_text()",
-    "binary data": "if it is a dump such as *.hlo.pb, " + _REMEDY,
-    "a Chrome trace in JSON": "traces are for `python -m profiling report`; " + _REMEDY,
-}
 _CALLED = ("calls", "to_apply", "body", "condition", "branch_computations", "true_computation", "false_computation",
            "called_computations")  # fmt: skip
 
@@ -296,72 +278,18 @@ def _instruction(line: str, match: re.Match[str]) -> Instruction:
     )
 
 
-def _statements(lines: Iterable[str]) -> Iterator[str]:
-    """Headers, instructions and ends of computations, each as one text, however many lines the printer gave it.
-
-    Raises:
-      ValueError: a statement does not end, or a bracket closes another.
-    """
-    pending: list[str] = []
-    opened = ""
-    for line in lines:
-        if not line.strip() or (line.lstrip().startswith("//") and not opened.endswith('"')):
-            continue
-        if not opened:
-            if _END.match(line):
-                yield from _joined(pending)
-                yield line
-                pending = []
-                continue
-            if _INSTRUCTION.match(line) or _HEADER.match(line):
-                yield from _joined(pending)
-                pending = []
-            elif not pending:
-                continue  # tables of file names and stack frames
-        pending.append(line)
-        opened = _opened(line, opened)
-        if opened == "{" and _COMPUTATION.match("\n".join(pending)):
-            yield from _joined(pending)
-            pending, opened = [], ""
-    if opened:
-        raise ValueError(f"no {opened[-1]!r} closes in {pending[0].strip()[:80]!r}: the text is cut off or damaged")
-    yield from _joined(pending)
-
-
-def _joined(lines: Sequence[str]) -> Iterator[str]:
-    if lines:
-        yield "\n".join(lines)
-
-
-def _opened(line: str, opened: str) -> str:
-    """The brackets, and perhaps the quote, that are open behind a line, given those that were open before it."""
-    if not opened.endswith('"') and '"' not in line and all(line.count(a) == line.count(b) for a, b in _PAIRS):
-        return opened
-    for match in _MARK.finditer(line):
-        mark = match[0]
-        if opened.endswith('"'):
-            opened = opened[:-1] if mark == '"' else opened
-        elif mark in '"([{':
-            opened += mark
-        elif mark in _PAIR_OF:
-            if not opened.endswith(_PAIR_OF[mark]):
-                raise ValueError(f"no bracket closes before {mark!r} in {line.strip()[:80]!r}: the text is damaged")
-            opened = opened[:-1]
-    return opened
-
-
 def _computations(statements: Iterator[str]) -> Iterator[tuple[bool, Computation]]:
     for statement in statements:
-        header = _COMPUTATION.match(statement)
+        header = COMPUTATION.match(statement)
         if not header:
             continue
         found: list[Instruction] = []
         for statement in statements:
-            if _END.match(statement):
+            if END.match(statement):
                 break
             if "/*" in statement or "//" in statement:
                 statement = _COMMENT.sub(lambda match: match[1] or "", statement)
-            if match := _INSTRUCTION.match(statement):
+            if match := INSTRUCTION.match(statement):
                 found.append(_instruction(statement, match))
         else:
             raise ValueError(f"computation {header[2]!r} has no end: the text is cut off")
@@ -399,13 +327,13 @@ def parse(text: str) -> Module:
     lines = iter(text[starts[0] :].split("\n"))
     header, opened = "", ""
     for line in lines:
-        header, opened = f"{header}{line}\n", _opened(line, opened)
+        header, opened = f"{header}{line}\n", opened_by(line, opened)
         if not opened and not line.rstrip().endswith(","):
             break
     name, *rest = split(header[len("HloModule ") :].strip())
     facts = {key: value for key, _, value in (part.strip().partition("=") for part in rest)}
     entry, computations = "", {}
-    for is_entry, computation in _computations(_statements(lines)):
+    for is_entry, computation in _computations(statements(lines)):
         if computation.name in computations:
             raise ValueError(f"computation {computation.name!r} stands there twice: the text is damaged")
         computations[computation.name] = computation
@@ -441,8 +369,8 @@ def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
             missing += [called for called in instruction.called if called not in computations]
             if missing:
                 raise ValueError(
-                    f"{instruction.name!r} in computation {name!r} needs {missing[0]!r}, which is not there before: the "
-                    "text is damaged or cut off"
+                    f"{instruction.name!r} in computation {name!r} needs {missing[0]!r}, which is not there before: "
+                    "the text is damaged or cut off"
                 )
             calls[name].update(instruction.called)
         if len(computation.index) < len(computation.instructions):
@@ -453,46 +381,15 @@ def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
         raise ValueError(f"computations call each other in a ring, {error.args[1]}: the text is damaged") from None
 
 
-def find(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
-    """The file that `read` reads, and why that one: of a folder of XLA's dumps the largest compiled program.
-
-    XLA_FLAGS=--xla_dump_to=FOLDER makes one; programs are the files ``*after_optimizations.txt``, or .gz of these.
-
-    Raises:
-      ValueError: there is no such file, or none in the folder.
-    """
-    path = pathlib.Path(path)
-    if not path.exists():
-        raise ValueError(f"{path}: there is no such file or folder")
-    if not path.is_dir():
-        return path, ""
-    found = [file for file in path.iterdir() if file.name.lower().removesuffix(".gz").endswith(_DUMPED)]
-    if not found:
-        raise ValueError(
-            f"{path}: the folder has no *{_DUMPED}: dump the compiled program with "
-            "XLA_FLAGS='--xla_dump_to=FOLDER --xla_dump_hlo_as_text', or give a file with compiled.as_text()"
-        )
-    largest = max(found, key=lambda file: (file.stat().st_size, file.name))
-    return largest, f"{largest.name} was read, the largest of {len(found)} compiled programs in {path}"
-
-
 def read(path: str | os.PathLike[str]) -> Module:
-    """The module in a file, which may be compressed with gzip, or in a folder of XLA's dumps; see `find`.
+    """The module in a file, which may be compressed with gzip, or in a folder of XLA's dumps; see `find_text`.
 
     Raises:
       ValueError: the file holds no HLO module, or a damaged one; the message names it and says what it is.
     """
-    file, _ = find(path)
+    file, _ = find_text(path)
+    text = read_text(file)
     try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None
-    kind = file_kind(data)
-    if kind != "the text of an HLO module":
-        raise ValueError(f"{file}: this is no text of an HLO module but {kind}; {_REMEDIES.get(kind, _REMEDY)}")
-    try:
-        return parse(data.decode("utf-8", "replace"))
+        return parse(text)
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{file}: {error}") from error

@@ -13,7 +13,7 @@ from profiling.classify import XLA, Rule, classify
 from profiling.event import Event, Step, Trace
 from profiling.scopes import PARTS
 from profiling.wire import messages
-from profiling.xplane_events import GPU, HOST, TPU, Reader, Window, has_events
+from profiling.xplane_events import GPU, HOST, OVERRUN, TPU, Reader, Window, has_events, overrunning
 from profiling.xplane_files import Clock, clock, find_profile, host_of, read_bytes, sidecar
 from profiling.xplane_modules import PLANE, Modules, read_modules
 from profiling.xspace import Plane, complaints, plane_name, read_plane
@@ -245,7 +245,13 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
         for kind, pattern, read in (("GPU", GPU, reader.gpu), ("TPU", TPU, reader.tpu)):
             local = {int(found[1]): plane for name, plane in devices.items() if (found := pattern.fullmatch(name))}
             for n, device in numbers.give(file, kind, local).items():
-                events += read(local[n], device)
+                found = list(read(local[n], device))
+                if kind == "GPU":
+                    overrun = overrunning(found)
+                    doubts[OVERRUN] += len(overrun)
+                    out = set(map(id, overrun))
+                    found = [event for event in found if id(event) not in out] if out else found
+                events += found
                 metadata |= _of_plane(local[n], metadata)
             if local:
                 metadata.setdefault("platform", kind.lower())

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import heapq
+import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -24,6 +26,7 @@ TPU = re.compile(r"/device:TPU:(\d+)")
 HOST = "/host:CPU"
 
 IMPOSSIBLE = "events at times outside of the profile were left out"
+OVERRUN = "events of a stream that end long after all else, round others of their stream, were left out"
 NAMELESS = "events have no name in the profile, shown as ?"
 ENDLESS = "operations have no end, so that asynchronous ones look too short"
 HOST_OPERATIONS = "operations of the host's own CPU backend were left out, beside those of its devices"
@@ -31,6 +34,7 @@ LAUNCHES = "launches of kernels on the host were left out, of which no device re
 COPIES = "copies that a TPU makes beside its operations were left out: they are neither compute nor communication"
 
 _LAUNCH = re.compile(r"(hip|cuda|roc|cu)[A-Z]")
+_MOST_OVERRUNNING = 16
 _STREAM = re.compile(r"Stream #(\d+)")
 _GRID = re.compile(r"grid:(\d+),(\d+),(\d+)")
 _COLLECTIVE = re.compile(r"all-|reduce-scatter|collective-|ragged-|send|recv")
@@ -257,6 +261,26 @@ def has_events(plane: Plane) -> bool:
         line.count and (_STREAM.match(line.name) if is_gpu else line.name in (_OPERATIONS, _BESIDE))
         for line in plane.lines
     )
+
+
+def overrunning(events: Sequence[Event]) -> list[Event]:
+    """Events of a GPU whose ends are impossible: a stream runs one after another, and these contain others of theirs.
+
+    Kernels of a graph may contain each other. So such an event must also last ten times as long as all else goes on
+    after its start: what a bit error or a lost time makes.
+
+    >>> short = [Event(0, "stream 7", float(i), i + 1.0, "k") for i in range(3)]
+    >>> [event.name for event in overrunning([*short, Event(0, "stream 7", 0.5, 1e6, "odd")])]
+    ['odd']
+    """
+    found: list[Event] = []
+    latest = heapq.nlargest(_MOST_OVERRUNNING + 1, events, key=lambda event: event.end)
+    for last, before in itertools.pairwise(latest):
+        is_long = last.start < before.end and last.duration >= 10 * (before.end - last.start)
+        if not is_long or not any(e.lane == last.lane and last.start < e.start and e.end < last.end for e in events):
+            break
+        found.append(last)
+    return found
 
 
 def _ordinal(stats: Mapping[str, Value]) -> int:

@@ -6,8 +6,8 @@ keeps a second copy of everything, and shows neither what a plane says of all ev
 Fields, from tsl/profiler/protobuf/xplane.proto: XSpace.planes = 1, errors = 2, warnings = 3; XPlane.name = 2,
 lines = 3, event_metadata = 4, stat_metadata = 5, stats = 6; XLine.name = 2, timestamp_ns = 3, events = 4,
 display_name = 11; XEvent.metadata_id = 1, offset_ps = 2, duration_ps = 3, stats = 4, num_occurrences = 5;
-XStat.metadata_id = 1, double = 2, uint64 = 3, int64 = 4, str = 5, bytes = 6, ref = 7; XEventMetadata.name = 2, display_name = 4, stats = 5;
-XStatMetadata.name = 2.
+XStat.metadata_id = 1, double = 2, uint64 = 3, int64 = 4, str = 5, bytes = 6, ref = 7; XEventMetadata.name = 2,
+display_name = 4, stats = 5; XStatMetadata.name = 2.
 """
 
 from __future__ import annotations

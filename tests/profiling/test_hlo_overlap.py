@@ -322,14 +322,13 @@ def test_the_trace_says_the_same():
     ]
     assert [row[-1] for row in collectives.rows] == ["dispatch/all_to_all", "c"]
     assert kinds.rows == (("all-to-all", 2, 4.0, 3.0, 0.25), ("all", 2, 4.0, 3.0, 0.25))
-    assert links.rows == (
-        ("all-to-all", 2, "0, 1", "0", 0.0, 0.0, "within nodes", 1.0, "1 GB/s of toy by the chip given, 100% of it reached"),
-    )  # fmt: skip
+    source = "1 GB/s of toy by the chip given, 100% of it reached"
+    assert links.rows == (("all-to-all", 2, "0, 1", "0", 0.0, 0.0, "within nodes", 1.0, source),)
     assert "Collectives of m on toy\n4 us from start to end, 1 us of them compute" in result.table()
 
 
 def test_links_between_nodes_and_where_their_rates_come_from():
-    """On nodes of two, an exchange of four devices sends 1000 of 3000 bytes within the node; a permute's pair crosses."""
+    """On nodes of two, an exchange of four devices keeps 1000 of 3000 bytes in the node; a permute's pair crosses."""
     lines = """
         a = f32[1000] all-to-all(p), replica_groups={{0,1,2,3}}
         b = f32[1000] collective-permute(a), source_target_pairs={{0,1},{1,2}}

@@ -11,8 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from profiling.chips import chip
+from profiling.hlo_lines import find_text
 from profiling.hlo_overlap import overlap
-from profiling.hlo_text import Array, arrays, find, parse, read, split
+from profiling.hlo_text import Array, arrays, parse, read, split
 
 SMALL = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4]{0}, /*index=1*/s32[])->f32[4]{0}}, \
 num_partitions=8
@@ -287,7 +288,7 @@ def test_of_a_folder_of_dumps_the_largest_compiled_program_is_read(tmp_path):
     (tmp_path / "module_0001.jit_f.before_optimizations.txt").write_text(SMALL * 2)
     (tmp_path / "module_0001.jit_f.gpu_after_optimizations-buffer-assignment.txt").write_text(SMALL * 2)
     assert read(tmp_path) == parse(SMALL)
-    file, why = find(tmp_path)
+    file, why = find_text(tmp_path)
     assert file.name == "module_0001.jit_f.sm_9.0_gpu_after_optimizations.txt" and "largest of 2" in why
     with pytest.raises(ValueError, match="no such file"):
         read(tmp_path / "nothing")

@@ -277,6 +277,16 @@ def test_an_event_longer_than_its_profile_is_left_out(tmp_path):
     assert [event.name for event in trace.events] == ["a"]
 
 
+def test_a_kernel_that_lasts_past_all_that_follows_on_its_stream_is_left_out(tmp_path):
+    """A stream runs one after another, so an end beyond later kernels is a lost time; beside them it may be true."""
+    events = [("a", 0.0, 5.0, {}), ("odd", 5.0, 2e6, {}), ("b", 10.0, 5.0, {})]
+    trace = read_xplane(written(tmp_path, serialized(plane_text("/device:GPU:0", [("Stream #2", events)]))))
+    assert [event.name for event in trace.events] == ["a", "b"] and any("long after all else" in n for n in trace.notes)
+    lines = [("Stream #2", [events[0], events[2]]), ("Stream #3", [events[1]])]
+    trace = read_xplane(written(tmp_path, serialized(plane_text("/device:GPU:0", lines))))
+    assert [event.name for event in trace.events] == ["a", "odd", "b"]
+
+
 def test_bytes_that_are_no_text_and_names_that_are_missing(tmp_path):
     raw = one_gpu().replace(b"nvjet", b"nv\xff\xfet")
     trace = read_xplane(written(tmp_path, raw))
