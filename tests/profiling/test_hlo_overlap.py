@@ -2,6 +2,7 @@
 
 import pytest
 
+from profiling.__main__ import main
 from profiling.chips import Achieved, Chip, chip
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import parse
@@ -356,3 +357,18 @@ def test_links_between_nodes_and_where_their_rates_come_from():
 def test_the_chip_table_and_the_share_of_it_are_named():
     result = overlap(program("a = f32[1000] all-to-all(p), replica_groups={{0,1}}"), chip("H100"))
     assert [link.source for link in result.links] == ["450 GB/s of H100 by its data sheet, 80% of it reached"]
+
+
+def test_the_command_line_takes_links_and_names_the_file(tmp_path, capsys):
+    file = tmp_path / "program.hlo"
+    file.write_text(program("a = f32[1000] all-to-all(p), replica_groups={{0,1}}"))
+    assert main(["overlap", str(file), "--per-node", "1", "--internode", "40"]) == 0
+    shown = capsys.readouterr().out
+    assert "between nodes" in shown and "40 GB/s as given" in shown
+    assert main(["overlap", str(file), "--per-node", "0"]) == 2
+    assert f"{file}: node_size=0" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("is_scheduled=true", "is_scheduled=false"))
+    assert main(["overlap", str(file)]) == 2
+    assert f"{file}: module 'm' is not scheduled" in capsys.readouterr().err
+    assert main(["overlap", str(tmp_path)]) == 2
+    assert "after_optimizations.txt" in capsys.readouterr().err
