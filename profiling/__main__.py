@@ -8,15 +8,17 @@ import os
 import pathlib
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from profiling.capture import COMMAND_BUFFERS
-from profiling.chips import chip
+from profiling.chips import Chip, chip
 from profiling.compare import changes
 from profiling.event import Trace
 from profiling.hlo_lines import find_text
+from profiling.hlo_overlap import Overlap as Schedule
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
@@ -114,7 +116,7 @@ def _report(args: argparse.Namespace) -> None:
     predicted = read_trace(args.predicted) if args.predicted else None
     if args.pair:
         predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
-    schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
+    schedule = _schedule(args.hlo, chip(args.chip)) if args.hlo else None
     _write(report(trace, predicted, schedule), args)
 
 
@@ -123,16 +125,19 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    file, why = find_text(args.hlo)
-    module = read(file)
     rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
+    print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
+
+
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
+    """The overlap of the program in a file or folder; of a folder, a note says which file."""
+    file, why = find_text(path)
+    module = read(file)
     try:
-        found = overlap(module, chip(args.chip), node_size=args.per_node, **rates)
+        found = overlap(module, on, **options)
     except ValueError as error:
         raise ValueError(f"{file}: {error}") from error
-    print(found.table())
-    if why:
-        print(why)
+    return dataclasses.replace(found, notes=(*found.notes, *filter(None, [why])))
 
 
 def _run(args: argparse.Namespace) -> None:

@@ -237,23 +237,22 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
     doubts = file.doubts
     reader = Reader(file.modules, parts, _window(file, origin), doubts)
     notes = list(file.notes)
-    devices = {plane.name: plane for plane in file.planes if has_events(plane)}
+    devices = [plane for plane in file.planes if has_events(plane)]
     events: list[Event] = []
     steps: list[Step] = []
     left: list[str] = []
     try:
         for kind, pattern, read in (("GPU", GPU, reader.gpu), ("TPU", TPU, reader.tpu)):
-            local = {int(found[1]): plane for name, plane in devices.items() if (found := pattern.fullmatch(name))}
-            for n, device in numbers.give(file, kind, local).items():
-                found = list(read(local[n], device))
+            local = [(int(found[1]), plane) for plane in devices if (found := pattern.fullmatch(plane.name))]
+            given = numbers.give(file, kind, (n for n, _ in local))
+            for n, plane in local:
+                found = list(read(plane, given[n]))
                 if kind == "GPU":
-                    overrun = overrunning(found)
+                    overrun = set(map(id, overrunning(found)))
                     doubts[OVERRUN] += len(overrun)
-                    out = set(map(id, overrun))
-                    found = [event for event in found if id(event) not in out] if out else found
+                    found = [event for event in found if id(event) not in overrun] if overrun else found
                 events += found
-                metadata |= _of_plane(local[n], metadata)
-            if local:
+                metadata |= _of_plane(plane, metadata)
                 metadata.setdefault("platform", kind.lower())
         for plane in file.planes:
             if plane.name == HOST:
@@ -262,7 +261,7 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
                     reader.count_host_operations(plane)
                 else:
                     events += reader.cpu(plane, lambda found: numbers.give(file, "CPU", found))
-            elif plane.name.startswith("/device:") and plane.name not in devices:
+            elif plane.name.startswith("/device:") and plane not in devices:
                 left += [f"{line.name!r} of {plane.name} ({line.count})" for line in plane.lines if line.count]
     except ValueError as error:
         raise ValueError(f"{file.path}: the profile is damaged: {error}; copy or record it again") from None

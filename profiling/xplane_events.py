@@ -255,11 +255,11 @@ class Reader:
 
 
 def has_events(plane: Plane) -> bool:
-    """Whether a GPU or TPU did anything, on lines that `Reader` reads."""
-    is_gpu = GPU.fullmatch(plane.name)
-    return any(
-        line.count and (_STREAM.match(line.name) if is_gpu else line.name in (_OPERATIONS, _BESIDE))
-        for line in plane.lines
+    """Whether a plane is of a GPU or TPU that did anything, on lines that `Reader` reads."""
+    if GPU.fullmatch(plane.name):
+        return any(line.count and _STREAM.match(line.name) for line in plane.lines)
+    return bool(TPU.fullmatch(plane.name)) and any(
+        line.count and line.name in (_OPERATIONS, _BESIDE) for line in plane.lines
     )
 
 

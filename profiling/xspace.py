@@ -74,7 +74,7 @@ class Line:
     data: memoryview
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class Plane:
     """A device, or the host.
 

@@ -193,13 +193,25 @@ def test_one_event_from_start_to_end_is_a_whole_collective_of_a_tpu(tmp_path):
     assert [(e.kind, e.start, e.end) for e in trace.events if e.group == "transfer"] == [("all-reduce", 5.0, 25.0)]
 
 
-@pytest.mark.parametrize("plane", ["/device:METAL:0", "/device:CUSTOM:npu", "/device:GPU:0"])
-def test_other_devices_are_refused_in_their_own_words(tmp_path, plane):
-    text = plane_text(plane, [("Queue 1", [("k", 0.0, 5.0, {})])])
-    with pytest.raises(
-        ValueError, match=rf"host: .*'Queue 1' of {plane} \(1\)|is read here.*'Queue 1' of {plane} \(1\)"
-    ):
+@pytest.mark.parametrize(
+    ("plane", "line"),
+    [("/device:METAL:0", "Queue 1"), ("/device:CUSTOM:npu", "XLA Ops"), ("/device:GPU:0", "Queue 1")],
+)
+def test_other_devices_are_refused_in_their_own_words(tmp_path, plane, line):
+    text = plane_text(plane, [(line, [("k", 0.0, 5.0, {})])])
+    with pytest.raises(ValueError, match=rf"that is read here.*'{line}' of {plane} \(1\)"):
         read_xplane(written(tmp_path, serialized(text)))
+
+
+def test_a_device_whose_plane_stands_there_twice(tmp_path):
+    assert len(read_xplane(written(tmp_path, one_gpu() + one_gpu(start=9.0))).events) == 2
+
+
+def test_cpu_devices_of_two_plain_processes(tmp_path):
+    for process in range(2):
+        written(session(tmp_path / f"proc{process}", "run"), cpu_profile() + began(SECOND))
+    trace = read_xplane(tmp_path)
+    assert trace.devices == (0, 1) and any("0: CPU 1 of host; 1: CPU 1 of host" in note for note in trace.notes)
 
 
 def test_what_the_profiler_reports_is_told(tmp_path):
