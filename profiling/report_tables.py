@@ -10,9 +10,10 @@ from profiling.compare import Comparison, TaskRow
 from profiling.event import GROUPS, Trace
 from profiling.exposure import exposed_segments
 from profiling.hlo_overlap import Overlap as Schedule
-from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, StepRow, TimeRow
+from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
 from profiling.report_collectives import collectives_table, skew_tables
 from profiling.report_kernels import kernels
+from profiling.report_steps import steps_table
 from profiling.table import Column, Table, Value
 from profiling.tracks import lane_label
 
@@ -50,7 +51,7 @@ def report_tables(
         kernels(trace),
         _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
         collectives_table(measured),
-        _steps(measured),
+        steps_table(measured),
         _segments(trace),
         _bubbles(measured, expected),
         _predicted_phases(comparison),
@@ -310,33 +311,6 @@ def _lanes(measured: Measurement) -> Table:
             for metrics in measured.devices
             for lane in metrics.lanes
         ),
-    )  # fmt: skip
-
-
-def _steps(measured: Measurement) -> Table:
-    """Left out with fewer than two steps."""
-    rows = measured.steps if len(measured.steps) > 1 else ()
-
-    def cells(place: int, row: StepRow) -> tuple[Value, ...]:
-        of, parts = row.overlap, row.breakdown
-        return (
-            f"{row.number}, the first" if place == 0 else str(row.number), row.start, row.end - row.start,
-            row.share_of_median, parts.compute, of.communication, of.ratio, of.exposed, parts.idle,
-        )  # fmt: skip
-
-    several = "; times are added up over the devices" if len(measured.devices) > 1 else ""
-    return Table(
-        "steps",
-        "Steps",
-        "From the first start to the last end of what a step launched, on all devices; communication with waits"
-        f"{several}. The first one may be cold: the others are compared without it.",
-        (
-            Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
-            Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),
-            Column("exposed", "us"), Column("idle", "us"),
-        ),
-        tuple(cells(place, row) for place, row in enumerate(rows)),
-        tuple((row.start, row.end) for row in rows),
     )  # fmt: skip
 
 

@@ -89,6 +89,7 @@ LAYERS = [
     "profiling.compare",
     "profiling.report_collectives",
     "profiling.report_kernels",
+    "profiling.report_steps",
     "profiling.report_tables",
     "profiling.report",
     "profiling.html",

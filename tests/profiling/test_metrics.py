@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-import random
 
 import pytest
 from hypothesis import given
@@ -25,7 +24,6 @@ from profiling.metrics import (
     time_by,
     unattributed_share,
 )
-from profiling.metrics.columns import columns
 
 BUSY = {
     "attn(F)": (4311, 4263, 4438, 4467),
@@ -320,31 +318,6 @@ def test_efficiency_is_left_out_where_idle_time_decides():
     assert overlap(events).efficiency == 0
     assert overlap(events, window=(0.0, 100.0)).efficiency is None
     assert overlap([event(0, 4), event(0, 4, "transfer")]).efficiency == 1
-
-
-def test_columns_are_the_events_and_are_made_once():
-    events = [event(3, 4, "wait", "a", blocks=7), event(0, 2, "control", "b"), event(1, 9, lane="a")]
-    found = columns(events)
-    assert columns(found) is found and list(found) == events and found[1] is events[1] and len(found) == 3
-    assert found.spans.tolist() == [[3, 4], [0, 2], [1, 9]] and found.spans is found.spans
-    assert found.of_groups("wait", "compute").tolist() == [True, False, True]
-    assert found.lanes.values == ("a", "b") and found.lanes.index.tolist() == [0, 1, 0]
-    assert list(found.counted) == [events[0], events[2]]
-    assert found.counted.counted is found.counted
-    with pytest.raises(ValueError, match="an end is a time that is not before its start"):
-        overlap([event(5, 3)])
-
-
-def test_the_sum_of_a_kind_is_never_less_than_its_union():
-    """Of times that are no whole numbers, too: rounding must not make a part larger than the whole."""
-    rng = random.Random(0)
-    events = []
-    for _ in range(500):
-        start = rng.random() * 1e6
-        events.append(event(start, start + rng.random() * 1e-3))
-    (row,) = time_by(events, lambda event: event.kind)
-    assert row.busy <= row.total
-    assert row.busy == pytest.approx(length(spans_of(events)))
 
 
 def test_skew():
