@@ -229,7 +229,7 @@ class Timeline {
       c.globalAlpha = lit ? 1 : 0.4;
       c.fillStyle = row.host ? css.ink : css["bar-ink"];
       const { short, microbatch } = whats[what];
-      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch), row.trace === 0);
+      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch), row.trace === 0 && !row.host);
     });
     c.globalAlpha = 1;
   }
