@@ -9,14 +9,17 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from profiling.capture import COMMAND_BUFFERS
-from profiling.chips import chip
+from profiling.chips import Chip, chip
 from profiling.compare import changes
 from profiling.event import Trace
+from profiling.hlo_lines import find_text
+from profiling.hlo_overlap import Overlap as Schedule
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
@@ -69,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
-    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz")
+    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz, or a folder of XLA's dumps")
     _chip(hidden)
+    _links(hidden)
     hidden.set_defaults(run=_overlap)
 
     execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
@@ -90,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("workload", choices=WORKLOADS)
     cluster.add_argument("trace", help="the folder that `run` wrote on one device")
     cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
-    cluster.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
-    cluster.add_argument("--intranode", type=float, metavar="GB/s")
+    _links(cluster)
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
     _rules(cluster)
@@ -121,6 +124,12 @@ def _window(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
 
 
+def _links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
+    parser.add_argument("--intranode", type=float, metavar="GB/s", help="likewise within a node")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node; default: 8")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
@@ -131,7 +140,7 @@ def _report(args: argparse.Namespace) -> None:
     predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
         predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
-    schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
+    schedule = _schedule(args.hlo, chip(args.chip)) if args.hlo else None
     window = parse_window(args.window) if args.window else None
     _write(report(trace, predicted, schedule, window=window, step=args.step), args)
 
@@ -149,7 +158,19 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    print(overlap(read(args.hlo), chip(args.chip)).table())
+    rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
+    print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
+
+
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
+    """The overlap of the program in a file or folder; of a folder, a note says which file."""
+    file, why = find_text(path)
+    module = read(file)
+    try:
+        found = overlap(module, on, **options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return dataclasses.replace(found, notes=(*found.notes, *filter(None, [why])))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -190,6 +211,7 @@ def _predict(args: argparse.Namespace) -> None:
         "intranode": args.intranode and args.intranode * 1e9,
         "latency_us": args.latency,
         "sms": args.sms,
+        "node_size": args.per_node,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
     trace = read_trace(args.trace, _own(args))
