@@ -230,7 +230,7 @@ def test_packed_files_and_names_in_capitals(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.trace.json.gz", gzip.compress(b'{"displayTimeUnit":"ns","traceEvents":[]}'), r"Chrome trace .*read_kineto"),
+        ("a.trace.json.gz", gzip.compress(b'{"displayTimeUnit":"ns","traceEvents":[]}', mtime=0), r"Chrome trace .*read_kineto"),
         ("a.json", b'{"traceEvents": [', "Chrome trace in JSON.*beside"),
         ("a.json", b'{"schemaVersion": 1}', "but JSON: give a"),
         ("a.html", b"<!DOCTYPE html><html>", "but a page of HTML"),
@@ -238,11 +238,12 @@ def test_packed_files_and_names_in_capitals(tmp_path):
         ("a.xplane.pb", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
         ("a.zip", b"PK\x03\x04 something", "a zip archive: unpack it"),
         ("a.hlo", b"HloModule jit_f\n", "text of an HLO module"),
-        ("a.xplane.pb.gz", gzip.compress(one_gpu())[:60], "damaged or cut short"),
+        ("a.xplane.pb.gz", gzip.compress(one_gpu(), mtime=0)[:60], "damaged or cut short"),
         ("a.xplane.pb", one_gpu()[:-9], "damaged or cut short"),
         ("a.xplane.pb", one_gpu()[3:], "is no profile"),
         ("a.db", b"SQLite format 3\x00" + bytes(100), "SQLite database"),
     ],
+    ids=lambda value: value if isinstance(value, str) else "bytes",
 )  # fmt: skip
 def test_files_that_are_no_profile_are_named_and_told_what_they_are(tmp_path, name, content, message):
     file = tmp_path / name
