@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from profiling.event import Collective
+from profiling.kineto_values import integer
 
 NAME = "Collective name"
 """The argument that every description has."""
@@ -66,28 +67,6 @@ def kind(name: str) -> str:
     """
     letters = re.sub(r"[^a-z]", "", name.lower().rpartition(":")[2])
     return next((kind for part, kind in _KINDS if part in letters), name)
-
-
-def integer(value: Any) -> int | None:
-    """A whole number of 64 bits, also as text, hexadecimal or not, and as a float; None for all else.
-
-    >>> integer("0x1f"), integer(7.0), integer("12"), integer([1]), integer(1.5), integer(True), integer(2**70)
-    (31, 7, 12, None, None, None, None)
-    """
-    if isinstance(value, str):
-        text = value.strip()
-        try:
-            value = int(text, 16 if text.lower().startswith("0x") else 10) if len(text) < 40 else None
-        except ValueError:
-            try:
-                value = float(text)
-            except ValueError:
-                return None
-    if isinstance(value, float) and value.is_integer():
-        value = int(value)
-    if isinstance(value, bool) or not isinstance(value, int):
-        return None
-    return value if -(2**63) <= value < 2**63 else None
 
 
 def described(args: Mapping[str, Any]) -> Mapping[str, Any]:

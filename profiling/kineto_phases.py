@@ -11,7 +11,7 @@ import numpy as np
 
 from profiling.event import Step
 from profiling.kineto_collective import ANNOTATION
-from profiling.kineto_file import Annotation
+from profiling.kineto_columns import Annotation
 
 _PROFILER_STEP = re.compile(r"ProfilerStep#(\d{1,18})")
 _NUMBERED = re.compile(r"(\w[^#]*?)\s*#\s*(\d{1,18})")

@@ -13,9 +13,9 @@ import numpy as np
 
 from profiling.classify import Rule, classify, rules_for
 from profiling.event import Event, Step, Trace
-from profiling.kineto_collective import integer
 from profiling.kineto_file import KinetoFile, NoGpuTrace, read_file
 from profiling.kineto_phases import Phases, microbatch
+from profiling.kineto_values import integer
 from profiling.trace_files import Source, is_json, sources
 
 Path: TypeAlias = str | os.PathLike[str]
