@@ -271,7 +271,7 @@ def _instruction(line: str, match: re.Match[str]) -> Instruction:
         name=match[2],
         opcode=opcode[1],
         shape=_shape(line[start:end]),
-        operands=tuple(part.split()[-1].lstrip("%") for part in split(inside)) if has_operands else (),
+        operands=tuple((part.split() or [""])[-1].lstrip("%") for part in split(inside)) if has_operands else (),
         literal="" if has_operands else inside,
         attributes={key: value for key, _, value in attributes},
         is_root=bool(match[1]),

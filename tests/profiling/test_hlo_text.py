@@ -211,7 +211,7 @@ fused (p: f32[4,4],
     rhs_contracting_dims={0},
     metadata={op_type="dot" op_name="jit(f)/a{b}/(c
       d" source_file="x /* y */ z.py"}
-}
+} // fused
 
 ENTRY %main {
   %a = f32[4,4]{1,0} parameter(0)
