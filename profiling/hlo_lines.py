@@ -13,7 +13,7 @@ from profiling.file_kinds import file_kind
 
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
-END = re.compile(r"\}(, [a-z_]+=.*)?\s*$")
+END = re.compile(r"\}(, [a-z_]+=.*)?\s*(//.*)?$")
 _HEADER = re.compile(r"(ENTRY )?%?[^\s(=,]+ ?(\(|\{\s*$)")
 _PAIRS = ("()", "[]", "{}")
 _PAIR_OF = {closing: opening for opening, closing in _PAIRS}

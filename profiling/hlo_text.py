@@ -207,8 +207,8 @@ class Module:
         return self.computations[name]
 
     def called(self, instruction: Instruction) -> tuple[Computation, ...]:
-        """The computations that an instruction calls."""
-        return tuple(self.computations[name] for name in instruction.called)
+        """The computations that an instruction calls, but reductions that an excerpt leaves out."""
+        return tuple(self.computations[name] for name in instruction.called if name in self.computations)
 
 
 def split(text: str) -> list[str]:
@@ -271,7 +271,7 @@ def _instruction(line: str, match: re.Match[str]) -> Instruction:
         name=match[2],
         opcode=opcode[1],
         shape=_shape(line[start:end]),
-        operands=tuple(part.split()[-1].lstrip("%") for part in split(inside)) if has_operands else (),
+        operands=tuple((part.split() or [""])[-1].lstrip("%") for part in split(inside)) if has_operands else (),
         literal="" if has_operands else inside,
         attributes={key: value for key, _, value in attributes},
         is_root=bool(match[1]),
@@ -366,13 +366,14 @@ def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
         for i, instruction in enumerate(computation.instructions):
             last = i if is_scheduled else len(computation.instructions)
             missing = [operand for operand in instruction.operands if computation.index.get(operand, last) >= last]
-            missing += [called for called in instruction.called if called not in computations]
+            if instruction.opcode == "call" or "to_apply" not in instruction.attributes:
+                missing += [called for called in instruction.called if called not in computations]
             if missing:
                 raise ValueError(
                     f"{instruction.name!r} in computation {name!r} needs {missing[0]!r}, which is not there before: "
                     "the text is damaged or cut off"
                 )
-            calls[name].update(instruction.called)
+            calls[name].update(called for called in instruction.called if called in computations)
         if len(computation.index) < len(computation.instructions):
             raise ValueError(f"computation {name!r} has two instructions of one name: the text is damaged")
     try:

@@ -197,18 +197,20 @@ class _Walk:
             try:
                 sent = exchange(self.module, computation, instruction, self.settings.node_size)
                 start = _started_at(computation, instruction)
+                waits = sent is not None and not is_asynchronous(instruction)
+                trips = self._trips(instruction) if instruction.opcode == "while" else 1
             except _ODD as error:
                 raise _unreadable(computation, instruction, error) from error
             if sent is not None:
-                ends[i] = self._transfer(clock, instruction, sent)
+                ends[i] = self._transfer(clock, instruction, sent, waits)
                 begin, end = ends[i]
-                transfers[i] = Transfer(i, None, sent, end - begin, 0.0, is_asynchronous(instruction))
+                transfers[i] = Transfer(i, None, sent, end - begin, 0.0, not waits)
             elif start in transfers:
                 clock.advance(ends[start][1] - clock.now, 0.0)
                 hidden = clock.computed(*ends[start])
                 transfers[start] = dataclasses.replace(transfers[start], done=i, hidden_us=hidden)
             elif instruction.opcode in _CALLS:
-                clock, spent = self._called(instruction, clock, count)
+                clock, spent = self._called(instruction, clock, count, trips)
             else:
                 spent = self._compute(computation, instruction, clock)
             us.append(clock.busy[-1] - before)
@@ -236,8 +238,8 @@ class _Walk:
         clock.advance(spent.us, spent.us)
         return spent
 
-    def _transfer(self, clock: _Clock, instruction: Instruction, sent: Exchange) -> tuple[float, float]:
-        """When a collective begins and ends; one that is not asynchronous holds the device up."""
+    def _transfer(self, clock: _Clock, instruction: Instruction, sent: Exchange, waits: bool) -> tuple[float, float]:
+        """When a collective begins and ends; one that the device waits for holds it up."""
         settings = self.settings
         measured = measured_us(instruction, settings.times)
         us = sent.us(settings.chip, settings.achieved) if measured is None else measured
@@ -246,19 +248,18 @@ class _Walk:
         clock.lanes[lane] = begin + us
         if us:
             clock.events.append(_event(lane, begin, begin + us, instruction, sent.kind, "transfer"))
-        if not is_asynchronous(instruction):
+        if waits:
             clock.advance(begin + us - clock.now, 0.0)
         return begin, begin + us
 
-    def _called(self, instruction: Instruction, clock: _Clock, count: float) -> tuple[_Clock, Cost]:
-        """Runs what an instruction calls; returns the clock after it, and its products."""
+    def _called(self, instruction: Instruction, clock: _Clock, count: float, trips: float) -> tuple[_Clock, Cost]:
+        """Runs what an instruction calls, a loop `trips` times; returns the clock after it, and its products."""
         called = self.module.called(instruction)
         first_run = len(self.runs)
         if instruction.opcode == "conditional":
             self._doubt("of conditionals the branch that takes longest counts", instruction)
             ends = [self.run(branch, clock.copy(), count) for branch in called]
             return max(ends, key=lambda end: end.now), self._products(first_run, called, max)
-        trips = self._trips(instruction) if instruction.opcode == "while" else 1
         since, first_event = clock.now, len(clock.events)
         once = clock.copy() if trips < 1 else clock
         for computation in called:

@@ -211,7 +211,7 @@ fused (p: f32[4,4],
     rhs_contracting_dims={0},
     metadata={op_type="dot" op_name="jit(f)/a{b}/(c
       d" source_file="x /* y */ z.py"}
-}
+} // fused
 
 ENTRY %main {
   %a = f32[4,4]{1,0} parameter(0)
@@ -248,6 +248,12 @@ def test_a_text_that_is_indented_as_in_a_test_of_xlas():
     assert list(parse(f"\n{indented}").computations) == list(parse(SMALL).computations)
 
 
+def test_reductions_may_be_left_out():
+    """Excerpts of programs do so, and no figure needs them."""
+    module = parse(SMALL.replace("to_apply=%add", "to_apply=%elsewhere"))
+    assert module.called(module["main.1_spmd"]["start"]) == ()
+
+
 def test_a_tuple_of_hundreds_of_elements():
     kinds = ", ".join(("/*index=5*/" if i % 5 == 0 and i else "") + "f32[2]{0}" for i in range(400))
     names = ", ".join(("/*index=5*/" if i % 5 == 0 and i else "") + "%p" for i in range(400))
@@ -267,7 +273,7 @@ def test_a_tuple_of_hundreds_of_elements():
         (b"hello", "but plain text"),
         ((SMALL + SMALL).encode(), "2 HLO modules in one text"),
         (SMALL.replace("%done = ", "%kernel = ").encode(), "two instructions of one name|not there before"),
-        (SMALL.replace("to_apply=%add", "to_apply=%sub").encode(), "needs 'sub', which is not there"),
+        (SMALL.replace("body=%body", "body=%bodi").encode(), "needs 'bodi', which is not there"),
         (SMALL.replace("num_partitions=8", "num_partitions=eight").encode(), "'eight' .*no number of devices"),
         (gzip.compress(SMALL.encode())[:90], "damaged or cut short"),
     ],
