@@ -9,20 +9,22 @@ import pathlib
 import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from profiling.capture import COMMAND_BUFFERS
-from profiling.chips import chip
+from profiling.chips import Chip, chip
 from profiling.compare import changes
 from profiling.event import Trace
+from profiling.hlo_lines import find_text
+from profiling.hlo_overlap import Overlap as Schedule
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
 from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
-from profiling.read_kineto import read_kineto
-from profiling.read_xplane import read_xplane
+from profiling.read_trace import read_trace
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
 from profiling.rules import Rule, load
@@ -50,7 +52,9 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("report", help="what a trace amounts to")
-    show.add_argument("trace", help="a folder or .xplane.pb of jax.profiler, or a .json(.gz) of PyTorch's profiler")
+    show.add_argument(
+        "trace", nargs="+", help="a folder or .xplane.pb of jax.profiler, or a folder or .json of PyTorch's, one a rank"
+    )
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
@@ -68,8 +72,9 @@ def _parser() -> argparse.ArgumentParser:
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
-    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz")
+    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz, or a folder of XLA's dumps")
     _chip(hidden)
+    _links(hidden)
     hidden.set_defaults(run=_overlap)
 
     execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
@@ -89,8 +94,7 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("workload", choices=WORKLOADS)
     cluster.add_argument("trace", help="the folder that `run` wrote on one device")
     cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
-    cluster.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
-    cluster.add_argument("--intranode", type=float, metavar="GB/s")
+    _links(cluster)
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
     _rules(cluster)
@@ -120,6 +124,12 @@ def _window(parser: argparse.ArgumentParser) -> None:
     part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
 
 
+def _links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
+    parser.add_argument("--intranode", type=float, metavar="GB/s", help="likewise within a node")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node; default: 8")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
@@ -130,7 +140,7 @@ def _report(args: argparse.Namespace) -> None:
     predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
         predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
-    schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
+    schedule = _schedule(args.hlo, chip(args.chip)) if args.hlo else None
     window = parse_window(args.window) if args.window else None
     _write(report(trace, predicted, schedule, window=window, step=args.step), args)
 
@@ -148,7 +158,19 @@ def _compare(args: argparse.Namespace) -> None:
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    print(overlap(read(args.hlo), chip(args.chip)).table())
+    rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
+    print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
+
+
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
+    """The overlap of the program in a file or folder; of a folder, a note says which file."""
+    file, why = find_text(path)
+    module = read(file)
+    try:
+        found = overlap(module, on, **options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return dataclasses.replace(found, notes=(*found.notes, *filter(None, [why])))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -189,6 +211,7 @@ def _predict(args: argparse.Namespace) -> None:
         "intranode": args.intranode and args.intranode * 1e9,
         "latency_us": args.latency,
         "sms": args.sms,
+        "node_size": args.per_node,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
     trace = read_trace(args.trace, _own(args))
@@ -209,12 +232,6 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
 
 def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
     return load(args.rules) if args.rules else ()
-
-
-def read_trace(path: str, rules: Sequence[Rule] = ()) -> Trace:
-    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler; see `profiling.rules`."""
-    read = read_kineto if path.endswith((".json", ".json.gz")) else read_xplane
-    return read(path, rules=rules)
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:

@@ -17,6 +17,7 @@ LANES = (("^send", "send"), ("^recv", "receive"))
 """Sends and receives have streams of their own on a GPU; all other collectives share one."""
 
 _MOST_EVENTS = 200_000
+_ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
 _CALLS = ("while", "conditional", "call", "call-start", "async-start")  # those that start no collective themselves
 
 
@@ -193,8 +194,11 @@ class _Walk:
         ends: dict[int, tuple[float, float]] = {}
         for i, instruction in enumerate(computation.instructions):
             before, spent = clock.busy[-1], Cost(0.0, 0.0, 0.0, True)
-            sent = exchange(self.module, computation, instruction, self.settings.node_size)
-            start = _started_at(computation, instruction)
+            try:
+                sent = exchange(self.module, computation, instruction, self.settings.node_size)
+                start = _started_at(computation, instruction)
+            except _ODD as error:
+                raise _unreadable(computation, instruction, error) from error
             if sent is not None:
                 ends[i] = self._transfer(clock, instruction, sent)
                 begin, end = ends[i]
@@ -220,7 +224,10 @@ class _Walk:
 
     def _compute(self, computation: Computation, instruction: Instruction, clock: _Clock) -> Cost:
         settings = self.settings
-        spent = cost(self.module, computation, instruction, settings.chip, settings.achieved, settings.times)
+        try:
+            spent = cost(self.module, computation, instruction, settings.chip, settings.achieved, settings.times)
+        except _ODD as error:
+            raise _unreadable(computation, instruction, error) from error
         if spent.us:
             kind = "GEMM" if spent.flops else "other compute"
             clock.events.append(_event("compute", clock.now, clock.now + spent.us, instruction, kind, "compute"))
@@ -278,6 +285,13 @@ class _Walk:
         names = {computation.name for computation in called}
         runs = [run for run in self.runs[first_run:] if run.computation.name in names]
         return Cost(0.0, total([sum(run.flops) for run in runs]), 0.0, not any(any(run.is_product) for run in runs))
+
+
+def _unreadable(computation: Computation, instruction: Instruction, error: Exception) -> ValueError:
+    return ValueError(
+        f"{instruction.opcode} {instruction.name!r} in computation {computation.name!r} has attributes that cannot be "
+        f"read ({type(error).__name__}: {error}): the text is damaged, or its XLA prints them in a new way"
+    )
 
 
 def _few(names: Sequence[str], most: int = 4) -> str:

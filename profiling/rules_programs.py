@@ -55,6 +55,7 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^(collective[-_]broadcast|pbroadcast)", "collective-broadcast", "transfer", "hlo_op"),
     Rule(r"^(send|recv)(-start)?(\.|$)", "send and receive", "transfer", "hlo_op"),
     Rule(r"Rendezvous|^Wait\b", "rendezvous", "wait"),
+    Rule(r"^async[-_]collective[-_]start", "collective", "transfer", "hlo_op"),
     *INDUCTOR,
     *COMMUNICATION,
     # Before loops and branches: a GPU copies their conditions to the host under their names.

@@ -59,23 +59,22 @@ def bounds(devices: Iterable[Sequence[Event]], window: tuple[float, float]) -> B
     >>> bounds([known], (0.0, 10.0)) is None
     True
     """
+    counted = [[event for event in events if event.group != "control"] for events in devices]
+    unknown = sum(event.duration for events in counted for event in events if is_unclassified(event))
+    if not unknown:
+        return None
+    total = sum(event.duration for events in counted for event in events)
     frame = np.array([window])
-    total = unknown = 0.0
     as_compute, as_transfer = [], []
-    for events in devices:
-        counted = [event for event in events if event.group != "control"]
-        other = _within(frame, (event for event in counted if is_unclassified(event)))
-        unknown += sum(event.duration for event in counted if is_unclassified(event))
-        total += sum(event.duration for event in counted)
-        known = [event for event in counted if not is_unclassified(event)]
+    for events in counted:
+        other = _within(frame, (event for event in events if is_unclassified(event)))
+        known = [event for event in events if not is_unclassified(event)]
         transfer, wait, compute = (
             _within(frame, (event for event in known if event.group == group))
             for group in ("transfer", "wait", "compute")
         )
         as_compute.append(_times(transfer, wait, np.concatenate([compute, other])))
         as_transfer.append(_times(np.concatenate([transfer, other]), wait, compute))
-    if not unknown:
-        return None
     whole = (window[1] - window[0]) * len(as_compute)
     readings = [tuple(map(sum, zip(*reading, strict=True))) for reading in (as_compute, as_transfer)]
     ratios = [overlapped / moved if moved else None for moved, overlapped, _, _ in readings]
