@@ -17,12 +17,12 @@ def steps_table(measured: Measurement) -> Table:
             row.share_of_median, parts.compute, of.communication, of.ratio, of.exposed, parts.idle,
         )  # fmt: skip
 
-    several = "; times are added up over the devices" if len(measured.devices) > 1 else ""
+    several = ", times added up" if len(measured.devices) > 1 else ""
     return Table(
         "steps",
         "Steps",
-        "From the first start to the last end of what a step launched, on all devices; communication with waits"
-        f"{several}. The first one may be cold: the others are compared without it.",
+        f"From the first start to the last end of what a step launched, over all devices{several}; communication with "
+        "waits. The first may be cold and is left out of the others' median.",
         (
             Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
             Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),

@@ -74,6 +74,7 @@ class Call:
       time: microseconds with any of them.
       sent, received: bytes of the input and of the output on this rank, None if unknown.
       sequence: its number within the group, None if unknown.
+      step: number of the step that launched it, None if unknown.
       group_of_time: "transfer" or "wait", of its first kernel.
     """
 
@@ -86,6 +87,7 @@ class Call:
     sent: int | None
     received: int | None
     sequence: int | None
+    step: int | None
     group_of_time: str
 
     @property
@@ -191,6 +193,7 @@ def _call(device: int, group: Group, events: Sequence[Event], numbered: bool) ->
         sent=first.sent if single else _added(sent for sent, _ in facts),
         received=first.received if single else _added(received for _, received in facts),
         sequence=first.sequence if numbered else None,
+        step=events[0].step,
         group_of_time=events[0].group,
     )
 
@@ -226,11 +229,11 @@ def meetings(found: Sequence[Call]) -> tuple[list[Meeting], list[str]]:
     """Which calls on several devices are one collective, and what could not be told.
 
     They are of one process group and of one kind, and have the same sequence number, or are the n-th of their kind in
-    that group on each device. For the latter every device must have as many of them, and in an all-reduce, an
-    all-gather or a reduce-scatter the n-th must be equally large.
+    that group on each device, within their step where all know it. For the latter every device must have as many of
+    them, and in an all-reduce, an all-gather or a reduce-scatter the n-th must be equally large.
 
     >>> def one(device, start, ranks):
-    ...     return Call(device, "all-reduce", Group("", ranks, 2), start, start + 5, 5, 8, 8, None, "transfer")
+    ...     return Call(device, "all-reduce", Group("", ranks, 2), start, start + 5, 5, 8, 8, None, None, "transfer")
     >>> [len(row.calls) for row in meetings([one(0, 0.0, (0, 1)), one(1, 2.0, (0, 1))])[0]]
     [2]
     >>> meetings([one(0, 0.0, (0, 2)), one(1, 2.0, (1, 3))])[0]
@@ -270,10 +273,23 @@ def _together(rows: Sequence[Sequence[Call]]) -> tuple[list[tuple[Call, ...]], s
             missing = max(len(row) for row in rows) - len(common)
             note = f"{missing:,} are not on every device, as the profiles do not begin and end together"
             return [tuple(of[n] for of in numbers) for n in numbers[0] if n in common], note if missing else ""
+    if any(call.step is None for row in rows for call in row):
+        return _in_order(rows)
+    steps: dict[int | None, list[list[Call]]] = {}
+    for place, row in enumerate(rows):
+        for call in row:
+            steps.setdefault(call.step, [[] for _ in rows])[place].append(call)
+    parts = [_in_order(part) for part in steps.values()]
+    doubts = [note for _, note in parts if note]
+    note = f"in {len(doubts):,} of {len(steps):,} steps {doubts[0]}" if doubts else ""
+    return [calls_of_one for part, _ in parts for calls_of_one in part], note
+
+
+def _in_order(rows: Sequence[Sequence[Call]]) -> tuple[list[tuple[Call, ...]], str]:
     if len({len(row) for row in rows}) > 1:
         return [], "the devices have different numbers of them, and none says which belong together"
     together = list(zip(*rows, strict=True))
-    if rows[0][0].kind in ("all-reduce", "all-gather", "reduce-scatter"):
+    if together and together[0][0].kind in ("all-reduce", "all-gather", "reduce-scatter"):
         for calls_of_one in together:
             if len({call.bytes for call in calls_of_one}) > 1:
                 return [], "the n-th on each device are of different sizes, so that they do not belong together"

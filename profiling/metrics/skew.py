@@ -312,5 +312,15 @@ def _by_name(trace: Trace) -> tuple[list[Meeting], list[str]]:
 def _call(event: Event, group: Group) -> Call:
     kind = event.hlo_op or event.name
     return Call(
-        event.device, kind, group, event.start, event.end, event.duration, None, None, None, group_of_time=event.group
+        device=event.device,
+        kind=kind,
+        group=group,
+        start=event.start,
+        end=event.end,
+        time=event.duration,
+        sent=None,
+        received=None,
+        sequence=None,
+        step=event.step,
+        group_of_time=event.group,
     )

@@ -15,7 +15,8 @@ MB = 1_000_000
 def nccl(device, start, end, kind="all-reduce", ranks=(0, 1), sequence=None, sent=8 * MB, received=8 * MB, **facts):
     of = Collective(kind, facts.pop("name", "dp"), ranks, facts.pop("size", len(ranks) if ranks else None), sent,
                     received, "bf16", sequence)  # fmt: skip
-    return Event(device, "20", float(start), float(end), "ncclDevKernel", group="transfer", kind=kind, collective=of)
+    return Event(device, "20", float(start), float(end), "ncclDevKernel", group="transfer", kind=kind, collective=of,
+                 step=facts.pop("step", None))  # fmt: skip
 
 
 def trace(*events, **facts):
@@ -202,6 +203,19 @@ class TestStragglers:
         other = trace(nccl(0, 0, 50), nccl(1, 20, 50, sent=MB, received=MB))
         assert skew(other) is None
         assert any("different sizes" in note for note in report(other).notes)
+
+    def test_steps_keep_what_belongs_together(self):
+        """Device 1's profile lacks an all-reduce of step 3; those of steps 4 and 5 are compared all the same."""
+        events = [
+            nccl(d, 100 * n + 30 * d, 100 * n + 50, step=3 + n // 2)
+            for n in range(6)
+            for d in (0, 1)
+            if (d, n) != (1, 0)
+        ]
+        made = report(trace(*events))
+        assert made.measurement.skew is not None
+        assert (made.measurement.skew.matched, made.measurement.skew.start_spread) == (4, 30)
+        assert any("in 1 of 3 steps the devices have different numbers" in note for note in made.notes)
 
     def test_sends_and_receives_do_not_involve_the_group(self):
         assert skew(trace(nccl(0, 0, 50, "send"), nccl(1, 20, 50, "send"))) is None
