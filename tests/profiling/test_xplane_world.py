@@ -230,7 +230,7 @@ def test_packed_files_and_names_in_capitals(tmp_path):
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.trace.json.gz", gzip.compress(b'{"displayTimeUnit":"ns","traceEvents":[]}', mtime=0), r"Chrome trace .*read_kineto"),
+        ("a.trace.json.gz", gzip.compress(b'{"traceEvents":[]}', mtime=0), r"Chrome trace .*read_kineto"),
         ("a.json", b'{"traceEvents": [', "Chrome trace in JSON.*beside"),
         ("a.json", b'{"schemaVersion": 1}', "but JSON: give a"),
         ("a.html", b"<!DOCTYPE html><html>", "but a page of HTML"),
