@@ -196,13 +196,16 @@ def _run(args: argparse.Namespace) -> None:
         calls=args.calls,
         split_prompts=args.split_prompts,
     )
-    predicted = predict(ran.trace, args.workload, sizes) if len(ran.trace.devices) == 1 else None
-    found = report(ran.trace, predicted, overlap(ran.hlo, chip(args.chip)))
-    args.html, args.markdown, args.perfetto = (
-        args.out / name for name in ("report.html", "report.md", "trace.pftrace")
-    )
-    _write(found, args)
+    _write(report(ran.trace, schedule=overlap(ran.hlo, chip(args.chip))), _files(args, "report"))
+    if len(ran.trace.devices) == 1:  # one call on a cluster: not what was measured, so not beside it
+        _write(report(predict(ran.trace, args.workload, sizes)), _files(args, "predicted"))
     print(f"choices of experts dropped: {ran.dropped}; temporary memory: {ran.temp_bytes / 1e9:.2f} GB a device")
+
+
+def _files(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The arguments, with files of a name in the folder of a run."""
+    made = {"html": f"{name}.html", "markdown": f"{name}.md", "perfetto": f"{name}.pftrace"}
+    return argparse.Namespace(**{**vars(args), **{key: args.out / file for key, file in made.items()}})
 
 
 def _predict(args: argparse.Namespace) -> None:

@@ -285,8 +285,10 @@ def _fitting(table: Table, most: int | None, width: int) -> int:
     body = _body(table, most)
     widths = [
         max(
-            min(cells, NARROWEST.get(column.unit, cells)),
-            *map(len, textwrap.wrap(heading, max(cells, 9), break_long_words=False)),
+            [
+                min(cells, NARROWEST.get(column.unit, cells)),
+                *map(len, textwrap.wrap(heading, max(cells, 9), break_long_words=False)),
+            ]
         )
         for i, (column, heading) in enumerate(zip(table.columns, table.headings, strict=True))
         for cells in [max((len(row[i]) for row in body), default=0)]

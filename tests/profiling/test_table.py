@@ -97,3 +97,8 @@ def test_long_texts_do_not_break_a_document():
 def test_cutting_keeps_both_ends():
     assert cut("short", 9) == "short"
     assert cut("abcdefghijklmnop", 9) == "abcdef…op" and len(cut("x" * 99, 40)) == 40
+
+
+def test_a_heading_may_be_empty():
+    found = Table("t", "T", "", (Column(""), Column("total", "us"), Column("kernel", "name")), (("", 5.0, LONG),))
+    assert "5.0" in as_text(found, width=30)
