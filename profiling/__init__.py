@@ -9,6 +9,7 @@ from profiling.metrics import measure
 from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
 from profiling.read_kineto import read_kineto
 from profiling.read_timeline import read_timeline
+from profiling.read_trace import read_trace
 from profiling.read_xplane import read_xplane
 from profiling.replay import replay
 from profiling.report import report
@@ -30,6 +31,7 @@ __all__ = [
     "pipeline_ranks",
     "read_kineto",
     "read_timeline",
+    "read_trace",
     "read_xplane",
     "replay",
     "report",

@@ -6,24 +6,28 @@ import argparse
 import dataclasses
 import os
 import pathlib
+import shutil
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from profiling.capture import COMMAND_BUFFERS
-from profiling.chips import chip
+from profiling.chips import Chip, chip
 from profiling.compare import changes
 from profiling.event import Trace
+from profiling.hlo_lines import find_text
+from profiling.hlo_overlap import Overlap as Schedule
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import read
 from profiling.html import write_html
-from profiling.metrics import phase_durations
-from profiling.read_kineto import read_kineto
-from profiling.read_xplane import read_xplane
+from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
+from profiling.read_trace import read_trace
 from profiling.replay import overlapped_pair_tasks, replay
 from profiling.report import Report, report
+from profiling.rules import Rule, load
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
@@ -48,10 +52,14 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("report", help="what a trace amounts to")
-    show.add_argument("trace", help="a folder or .xplane.pb of jax.profiler, or a .json(.gz) of PyTorch's profiler")
+    show.add_argument(
+        "trace", nargs="+", help="a folder or .xplane.pb of jax.profiler, or a folder or .json of PyTorch's, one a rank"
+    )
     show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
     show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
     show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
+    _rules(show)
+    _window(show)
     _chip(show)
     _outputs(show)
     show.set_defaults(run=_report)
@@ -59,11 +67,14 @@ def _parser() -> argparse.ArgumentParser:
     versus = commands.add_parser("compare", help="one trace against another")
     versus.add_argument("a")
     versus.add_argument("b")
+    _rules(versus)
+    _window(versus)
     versus.set_defaults(run=_compare)
 
     hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
-    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz")
+    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz, or a folder of XLA's dumps")
     _chip(hidden)
+    _links(hidden)
     hidden.set_defaults(run=_overlap)
 
     execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
@@ -83,10 +94,10 @@ def _parser() -> argparse.ArgumentParser:
     cluster.add_argument("workload", choices=WORKLOADS)
     cluster.add_argument("trace", help="the folder that `run` wrote on one device")
     cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
-    cluster.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
-    cluster.add_argument("--intranode", type=float, metavar="GB/s")
+    _links(cluster)
     cluster.add_argument("--latency", type=float, metavar="US")
     cluster.add_argument("--sms", type=int, help="that exchanges occupy")
+    _rules(cluster)
     _outputs(cluster)
     cluster.set_defaults(run=_predict)
     return parser
@@ -98,25 +109,68 @@ def _outputs(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
 
 
+def _rules(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--rules",
+        metavar="FILE",
+        type=pathlib.Path,
+        help='what kernels of your own do: [{"pattern": "^my_exchange", "kind": "all-to-all", "group": "transfer"}]',
+    )
+
+
+def _window(parser: argparse.ArgumentParser) -> None:
+    part = parser.add_mutually_exclusive_group()
+    part.add_argument("--step", metavar="N", type=int, help="only the step of this number")
+    part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
+
+
+def _links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
+    parser.add_argument("--intranode", type=float, metavar="GB/s", help="likewise within a node")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node; default: 8")
+
+
 def _chip(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
 
 
 def _report(args: argparse.Namespace) -> None:
-    trace = read_trace(args.trace)
-    predicted = read_trace(args.predicted) if args.predicted else None
+    rules = _own(args)
+    trace = read_trace(args.trace, rules)
+    predicted = read_trace(args.predicted, rules) if args.predicted else None
     if args.pair:
-        predicted = replay(overlapped_pair_tasks(phase_durations(trace.events)))
-    schedule = overlap(read(args.hlo), chip(args.chip)) if args.hlo else None
-    _write(report(trace, predicted, schedule), args)
+        predicted = replay(overlapped_pair_tasks(phase_durations(_part(trace, args).events)))
+    schedule = _schedule(args.hlo, chip(args.chip)) if args.hlo else None
+    window = parse_window(args.window) if args.window else None
+    _write(report(trace, predicted, schedule, window=window, step=args.step), args)
+
+
+def _part(trace: Trace, args: argparse.Namespace) -> Trace:
+    """The trace, or what of it lies in the window that was asked for."""
+    if args.step is not None:
+        return trace.clip(*window_in(trace, *window_of_step(trace, args.step)))
+    return trace.clip(*window_in(trace, *parse_window(args.window))) if args.window else trace
 
 
 def _compare(args: argparse.Namespace) -> None:
-    print(changes(read_trace(args.a), read_trace(args.b)).table())
+    rules = _own(args)
+    print(changes(_part(read_trace(args.a, rules), args), _part(read_trace(args.b, rules), args)).table())
 
 
 def _overlap(args: argparse.Namespace) -> None:
-    print(overlap(read(args.hlo), chip(args.chip)).table())
+    rates = {name: 1e9 * rate for name in ("internode", "intranode") if (rate := getattr(args, name)) is not None}
+    print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
+
+
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
+    """The overlap of the program in a file or folder; of a folder, a note says which file."""
+    file, why = find_text(path)
+    module = read(file)
+    try:
+        found = overlap(module, on, **options)
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return dataclasses.replace(found, notes=(*found.notes, *filter(None, [why])))
 
 
 def _run(args: argparse.Namespace) -> None:
@@ -142,13 +196,16 @@ def _run(args: argparse.Namespace) -> None:
         calls=args.calls,
         split_prompts=args.split_prompts,
     )
-    predicted = predict(ran.trace, args.workload, sizes) if len(ran.trace.devices) == 1 else None
-    found = report(ran.trace, predicted, overlap(ran.hlo, chip(args.chip)))
-    args.html, args.markdown, args.perfetto = (
-        args.out / name for name in ("report.html", "report.md", "trace.pftrace")
-    )
-    _write(found, args)
+    _write(report(ran.trace, schedule=overlap(ran.hlo, chip(args.chip))), _files(args, "report"))
+    if len(ran.trace.devices) == 1:  # one call on a cluster: not what was measured, so not beside it
+        _write(report(predict(ran.trace, args.workload, sizes)), _files(args, "predicted"))
     print(f"choices of experts dropped: {ran.dropped}; temporary memory: {ran.temp_bytes / 1e9:.2f} GB a device")
+
+
+def _files(args: argparse.Namespace, name: str) -> argparse.Namespace:
+    """The arguments, with files of a name in the folder of a run."""
+    made = {"html": f"{name}.html", "markdown": f"{name}.md", "perfetto": f"{name}.pftrace"}
+    return argparse.Namespace(**{**vars(args), **{key: args.out / file for key, file in made.items()}})
 
 
 def _predict(args: argparse.Namespace) -> None:
@@ -157,9 +214,10 @@ def _predict(args: argparse.Namespace) -> None:
         "intranode": args.intranode and args.intranode * 1e9,
         "latency_us": args.latency,
         "sms": args.sms,
+        "node_size": args.per_node,
     }
     network = dataclasses.replace(NETWORKS[args.workload], **{name: v for name, v in given.items() if v is not None})
-    trace = read_trace(args.trace)
+    trace = read_trace(args.trace, _own(args))
     _write(report(predict(trace, args.workload, _sizes(args.size), network)), args)
 
 
@@ -175,14 +233,13 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
     return sizes
 
 
-def read_trace(path: str) -> Trace:
-    """A trace by its name: PyTorch's end in .json or .json.gz, all else is of jax.profiler."""
-    return read_kineto(path) if path.endswith((".json", ".json.gz")) else read_xplane(path)
+def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
+    return load(args.rules) if args.rules else ()
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:
     """Prints the report and writes the files that were asked for."""
-    print(found.text())
+    print(found.text(width=shutil.get_terminal_size((120, 24)).columns))
     if args.html:
         write_html(args.html, found)
     if args.markdown:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping
 
 import jax
 
-from profiling.read_xplane import SIDECAR
+from profiling.xplane_files import SIDECAR
 
 COMMAND_BUFFERS = "--xla_gpu_enable_command_buffer="
 

@@ -3,164 +3,127 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 import re
 from collections.abc import Sequence
+from typing import Any
 
-from profiling.event import GROUPS, Event, Trace
+from profiling.event import Event, Trace
+from profiling.kernel_names import parse_kernel
+from profiling.rules import FIELDS, Rule, load
+from profiling.rules_programs import DEEPSEEK, KERNELS, XLA, rules_for
 
-FIELDS = ("name", "hlo_op", "scope", "phase", "lane")
-"""The fields of an event that a rule may look at."""
+__all__ = [
+    "DEEPSEEK",
+    "FIELDS",
+    "KERNELS",
+    "OTHER",
+    "XLA",
+    "Classifier",
+    "Rule",
+    "classify",
+    "is_unclassified",
+    "load",
+    "rules_for",
+    "unclassified_names",
+    "unclassified_share",
+]
+
+OTHER = "other kernel"
+"""The kind of what no rule knows; it counts as compute."""
 
 
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """Events whose field contains the pattern are of this kind.
+_MOST = 2000
+"""Characters of a name that are searched: what follows are arguments of arguments, and a trace may hold anything."""
 
-    Attributes:
-      pattern: a regular expression, searched for anywhere in the field; ``^`` and ``$`` bind it to the ends.
-      kind: what such an event does, "grouped GEMM" for instance.
-      group: what its time counts as, one of `profiling.event.GROUPS`.
-      field: which field of the event is searched, one of `FIELDS`.
 
-    Raises:
-      ValueError: a group or field that does not exist, or no regular expression.
+class Classifier:
+    """Kind and group by rules, each combination of names looked up once: a trace has few of them and many events.
 
-    >>> Rule(r"^my_all_to_all", "all-to-all", "transfer").group
-    'transfer'
+    >>> Classifier(KERNELS)("void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_nn>(int)")
+    ('GEMM', 'compute')
+    >>> Classifier(KERNELS)("void my::kernel<my::all_reduce>(int)")
+    ('other kernel', 'compute')
     """
 
-    pattern: str
-    kind: str
-    group: str
-    field: str = "name"
+    def __init__(self, rules: Sequence[Rule]) -> None:
+        self._rules = [(re.compile(rule.pattern).search, rule.field, (rule.kind, rule.group)) for rule in rules]
+        used = {rule.field for rule in rules}
+        self._parses = bool(used & {"function", "kernel"})
+        self._used = tuple(field in used for field in ("hlo_op", "scope", "phase", "lane"))
+        self._found: dict[tuple[str, ...], tuple[str, str]] = {}
 
-    def __post_init__(self) -> None:
-        if self.group not in GROUPS:
-            raise ValueError(f"Rule(group={self.group!r}): choose one of {', '.join(GROUPS)}")
-        if self.field not in FIELDS:
-            raise ValueError(f"Rule(field={self.field!r}): choose one of {', '.join(FIELDS)}")
-        try:
-            re.compile(self.pattern)
-        except re.error as error:
-            raise ValueError(f"Rule(pattern={self.pattern!r}) is no regular expression: {error}") from error
+    def __call__(
+        self, name: str, hlo_op: str = "", scope: str = "", phase: str = "", lane: str = ""
+    ) -> tuple[str, str]:
+        """Kind and group of an event; what no rule matches is an other kernel, which computes."""
+        by_op, by_scope, by_phase, by_lane = self._used
+        key = (
+            name,
+            hlo_op if by_op else "",
+            scope if by_scope else "",
+            phase if by_phase else "",
+            lane if by_lane else "",
+        )
+        found = self._found.get(key)
+        if found is None:
+            found = self._found[key] = self._look_up(key)
+        return found
+
+    def _look_up(self, key: tuple[str, ...]) -> tuple[str, str]:
+        texts: dict[str, str] = dict(zip(("name", "hlo_op", "scope", "phase", "lane"), key, strict=True))
+        if self._parses:
+            parsed = parse_kernel(key[0])
+            texts |= {"function": parsed.function[:_MOST], "kernel": parsed.kernel[:_MOST]}
+        return next((found for search, field, found in self._rules if search(texts[field])), (OTHER, "compute"))
 
 
-DEEPSEEK: tuple[Rule, ...] = (
-    Rule(r"notify_dispatch|cached_notify", "barrier", "wait"),
-    Rule(r"::ep::(\w+::)*combine\b|deep_ep::\w+::combine", "combine", "transfer"),
-    Rule(r"::ep::(\w+::)*dispatch\b|deep_ep::\w+::dispatch", "dispatch", "transfer"),
-    Rule(r"^nccl", "NCCL", "transfer"),
-    Rule(r"^Memcpy PtoP", "peer copy", "transfer"),
-    Rule(r"get_dispatch_layout", "dispatch layout", "compute"),
-    Rule(r"m_grouped", "grouped GEMM", "compute"),
-    Rule(r"fp8_dptp128c_acc", "weight-gradient GEMM", "compute"),
-    Rule(r"fp8_ptp128c|deep_gemm|fp8_gemm", "dense GEMM", "compute"),
-    Rule(r"flash|fmha|mla_|cudnn::fusion", "attention", "compute"),
-    # Before SwiGLU: where one kernel does both, the cast decides what it reads and writes.
-    Rule(r"[_:]cast_|transpose<|_transpose\b", "fp8 cast", "compute"),
-    Rule(r"reduce_fused|expand_to_fused|get_fused_mapping|count_expert", "permute", "compute"),
-    Rule(r"swiglu", "SwiGLU", "compute"),
-    Rule(r"layer_norm|rms_?norm", "RMSNorm", "compute"),
-    Rule(r"rotary|^_copy_tensor_kernel", "rope", "compute"),
-    Rule(r"topk|topK|aux_fi|unique_group|_scatter_gather", "router", "compute"),
-    Rule(r"gemm_bf16|xmma_gemm|cublas|nvjet", "cuBLAS GEMM", "compute"),
-    Rule(r"^Mem(cpy|set)", "memory", "compute"),
-    Rule(r"at::native|at6native|fill_tensormaps", "elementwise", "compute"),
-)
-"""Kernels of DeepSeek's published traces: DeepEP, DeepGEMM, flash attention, PyTorch's own."""
-
-_MOVES = r"(copy|transpose|bitcast|slice|dynamic-slice|dynamic-update-slice|concatenate|pad|reshape|iota|broadcast)"
-_PART = r"(-start|\.|-|_|$)"
-
-XLA: tuple[Rule, ...] = (
-    Rule(r"^(all|reduce|ragged|collective|async|send|recv)[a-z-]*-done(\.|$)", "collective done", "wait", "hlo_op"),
-    # JAX names an instruction after its own primitive where it can, and XLA after its opcode where it cannot.
-    Rule(r"^ragged[-_]all[-_]to[-_]all", "ragged all-to-all", "transfer", "hlo_op"),
-    Rule(r"^all[-_]to[-_]all", "all-to-all", "transfer", "hlo_op"),
-    Rule(r"^all[-_]gather", "all-gather", "transfer", "hlo_op"),
-    Rule(r"^(reduce[-_]scatter|psum_scatter)", "reduce-scatter", "transfer", "hlo_op"),
-    Rule(rf"^(all[-_]reduce|psum|psum_invariant|pmax|pmin){_PART}", "all-reduce", "transfer", "hlo_op"),
-    Rule(r"^(collective[-_]permute|ppermute)", "collective-permute", "transfer", "hlo_op"),
-    Rule(r"^(collective[-_]broadcast|pbroadcast)", "collective-broadcast", "transfer", "hlo_op"),
-    Rule(r"^(send|recv)(-start)?(\.|$)", "send and receive", "transfer", "hlo_op"),
-    Rule(r"nccl\w*AllGather", "all-gather", "transfer"),
-    Rule(r"nccl\w*ReduceScatter", "reduce-scatter", "transfer"),
-    Rule(r"nccl\w*AllReduce", "all-reduce", "transfer"),
-    Rule(r"nccl\w*SendRecv", "send and receive", "transfer"),
-    Rule(r"nccl|nvshmem", "NCCL", "transfer"),
-    Rule(r"Memcpy ?(P2P|PtoP)", "peer copy", "transfer"),
-    Rule(r"Rendezvous|^Wait\b", "rendezvous", "wait"),
-    # Before loops and branches: a GPU copies their conditions to the host under their names.
-    Rule(r"^Mem(cpy|set)", "memory", "compute"),
-    Rule(r"^(while|conditional|cond|call)([.\d]|$|\.clone)", "control flow", "control", "hlo_op"),
-    Rule(r"grouped_(rows|outer|gemm)|ragged_dot|m_grouped", "grouped GEMM", "compute"),
-    Rule(r"grouped_(rows|outer|gemm)|ragged[-_]dot", "grouped GEMM", "compute", "hlo_op"),
-    Rule(r"(copy|add)_rows", "permute", "compute"),
-    Rule(r"gated_backward", "SwiGLU", "compute"),
-    Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute"),
-    Rule(r"gemm|nvjet|cublas|cutlass|wgmma|splitKreduce", "GEMM", "compute"),
-    Rule(r"gemm|^dot|_dot\b|dot_general|_dot_|matmul|cublas", "GEMM", "compute", "hlo_op"),
-    Rule(r"radix_?sort|RadixSort|^sort_|stream_executor::cuda::Run<", "sort", "compute"),
-    Rule(r"conv(olution|_general)|cudnn", "convolution", "compute", "hlo_op"),
-    Rule(r"sort|top[-_]?k", "sort", "compute", "hlo_op"),
-    Rule(r"scatter|gather", "gather and scatter", "compute", "hlo_op"),
-    Rule(rf"^(wrapped_|loop_|input_)?({_MOVES}[_.\d]*)+(fusion|$)", "copy", "compute", "hlo_op"),
-    Rule(r"^copy-(start|done)", "copy", "compute", "hlo_op"),
-    # XLA's CPU backend hands matrix products, and what it fuses with them, to a library.
-    Rule(r"^(ynn|xnn|onednn)_fusion", "library fusion", "compute", "hlo_op"),
-    Rule(r"reduce|reduction|cumsum|cumlogsumexp|argm(ax|in)", "reduction", "compute", "hlo_op"),
-    Rule(r"fusion|^wrapped_", "fusion", "compute", "hlo_op"),
-    Rule(r"^custom[-_]call|callback|pallas|triton|mosaic", "custom call", "compute", "hlo_op"),
-    Rule(r"^rng|^partition-id|^replica-id|random|threefry", "random numbers and ids", "compute", "hlo_op"),
-    Rule(
-        rf"^(add|subtract|sub|multiply|mul|divide|div|negate|neg|exponential|exp|log|tanh|logistic|sine|cosine|power"
-        rf"|maximum|minimum|max|min|compare|select|select_n|convert|convert_element_type|clamp|and|or|not|xor|abs|sqrt"
-        rf"|rsqrt|sign|floor|ceil|constant|map){_PART}",
-        "elementwise",
-        "compute",
-        "hlo_op",
-    ),
-)
-"""Programs that XLA compiled, on GPUs and CPUs: the instruction decides before the kernel's name, which for NCCL says
-little. Loops, branches and calls have events on CPUs alone, round the events of what they run."""
+_FIELDS = [field.name for field in dataclasses.fields(Event)]
+_BEFORE = operator.attrgetter(*_FIELDS[: _FIELDS.index("kind")])
+_AFTER = operator.attrgetter(*_FIELDS[_FIELDS.index("group") + 1 :])
+"""An event's fields round kind and group, which follow one another: a copy by `dataclasses.replace` takes four times
+as long, and a trace has millions of them."""
 
 
 def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
     """The trace with the kind and group of every event, from the first rule that matches it.
 
-    Your own rules go in front: ``classify(trace, (Rule(r"^my_kernel", "dispatch", "transfer"), *XLA))``. What no
-    rule matches is "unclassified" in kind and group and counts as neither compute nor communication, so look at
-    `unclassified_share` before you believe a ratio.
+    Your own rules go in front: ``classify(trace, (Rule(r"^my_kernel", "dispatch", "transfer"), *KERNELS))``. What no
+    rule matches is a transfer if the profiler says that it is part of a collective; all else is an `OTHER` kernel and
+    counts as compute, so look at `unclassified_share` before you believe a ratio.
 
     >>> trace = Trace("", "xplane", (Event(0, "s", 0.0, 2.0, "nvjet_hsh"), Event(0, "s", 3.0, 4.0, "mystery")))
     >>> [(event.kind, event.group) for event in classify(trace, XLA).events]
-    [('GEMM', 'compute'), ('unclassified', 'unclassified')]
+    [('GEMM', 'compute'), ('other kernel', 'compute')]
     """
-    compiled = [(re.compile(rule.pattern), rule) for rule in rules]
-    used = tuple(dict.fromkeys(rule.field for rule in rules))
-    found: dict[tuple[str, ...], tuple[str, str]] = {}
+    classifier = Classifier(rules)
 
     def classified(event: Event) -> Event:
-        key = tuple(getattr(event, field) for field in used)
-        if key not in found:
-            texts = dict(zip(used, key, strict=True))
-            match = next((rule for pattern, rule in compiled if pattern.search(texts[rule.field])), None)
-            found[key] = (match.kind, match.group) if match else ("unclassified", "unclassified")
-        kind, group = found[key]
-        return dataclasses.replace(event, kind=kind, group=group)
+        kind, group = classifier(event.name, event.hlo_op, event.scope, event.phase, event.lane)
+        if kind == OTHER and event.collective is not None:
+            kind, group = event.collective.kind, "transfer"
+        if kind == event.kind and group == event.group:
+            return event
+        values: tuple[Any, ...] = (*_BEFORE(event), kind, group, *_AFTER(event))
+        return Event(*values)
 
     return dataclasses.replace(trace, events=tuple(map(classified, trace.events)))
+
+
+def is_unclassified(event: Event) -> bool:
+    """Whether no rule knows the event: it is an other kernel, or nothing has classified it at all."""
+    return event.kind == OTHER or event.group == "unclassified"
 
 
 def unclassified_share(trace: Trace) -> float:
     """Time of the events that no rule matched, as a share of all events' time; 0 where there is no time at all.
 
-    >>> events = (Event(0, "s", 0.0, 3.0, "a", group="compute"), Event(0, "s", 3.0, 4.0, "mystery"))
+    >>> events = (Event(0, "s", 0.0, 3.0, "a", kind="GEMM", group="compute"), Event(0, "s", 3.0, 4.0, "mystery"))
     >>> unclassified_share(Trace("", "xplane", events))
     0.25
     """
     total = sum(event.duration for event in trace.events if event.group != "control")
-    return sum(event.duration for event in trace.events if event.group == "unclassified") / total if total else 0.0
+    return sum(event.duration for event in trace.events if is_unclassified(event)) / total if total else 0.0
 
 
 def unclassified_names(trace: Trace, top: int = 10) -> tuple[tuple[str, float], ...]:
@@ -171,7 +134,7 @@ def unclassified_names(trace: Trace, top: int = 10) -> tuple[tuple[str, float], 
     """
     times: dict[str, float] = {}
     for event in trace.events:
-        if event.group == "unclassified":
+        if is_unclassified(event):
             name = event.hlo_op or event.name
             times[name] = times.get(name, 0.0) + event.duration
     return tuple(sorted(times.items(), key=lambda item: -item[1])[:top])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 GROUPS = ("compute", "transfer", "wait", "unclassified", "control")
 """What the time of an event counts as. Transfers move data between devices; a wait is a barrier or a notification,
@@ -95,6 +96,10 @@ class Step:
     end: float
 
 
+T = TypeVar("T", Event, Step)
+_START, _END, _DEVICE = map(operator.attrgetter, ("start", "end", "device"))
+
+
 @dataclasses.dataclass(frozen=True)
 class Trace:
     """Events in the order of their starts, and what is known about where they come from.
@@ -125,24 +130,28 @@ class Trace:
         """First start and last end over all devices, in microseconds; (0, 0) without events."""
         if not self.events:
             return 0.0, 0.0
-        return min(event.start for event in self.events), max(event.end for event in self.events)
+        return min(map(_START, self.events)), max(map(_END, self.events))
 
     @property
     def devices(self) -> tuple[int, ...]:
         """The devices that have events, in order."""
-        return tuple(sorted({event.device for event in self.events}))
+        return tuple(sorted(set(map(_DEVICE, self.events))))
 
     def clip(self, start: float, end: float) -> Trace:
-        """The same trace between two times: events outside are left out, events across an edge are cut there.
+        """The same trace between two times: events and steps outside are left out, those across an edge are cut there.
 
         >>> Trace("", "simulated", (Event(0, "compute", 0.0, 2.0, "a"),)).clip(1.0, 5.0).events[0].duration
         1.0
         """
         if not start < end:
             raise ValueError(f"clip({start}, {end}): the start must lie before the end")
-        kept = (
-            dataclasses.replace(event, start=max(event.start, start), end=min(event.end, end))
-            for event in self.events
-            if event.start < end and event.end > start
-        )
-        return dataclasses.replace(self, events=tuple(kept))
+        kept = tuple(_cut(event, start, end) for event in self.events if event.start < end and event.end > start)
+        steps = tuple(_cut(step, start, end) for step in self.steps if step.start < end and step.end > start)
+        return dataclasses.replace(self, events=kept, steps=steps)
+
+
+def _cut(of: T, start: float, end: float) -> T:
+    """The same where it lies within, else its part."""
+    if start <= of.start and of.end <= end:
+        return of
+    return dataclasses.replace(of, start=max(of.start, start), end=min(of.end, end))

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 
+import numpy as np
+
 from profiling.event import Event, Trace
-from profiling.metrics import members, sides
+from profiling.metrics import Columns, by_device, chosen, sides
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,25 +90,32 @@ def exposed_segments(
     """
     if top < 0:
         raise ValueError(f"exposed_segments(top={top}): ask for a number of stretches that is not negative")
-    by_device: dict[int, list[Event]] = {}
-    for event in trace.events:
-        by_device.setdefault(event.device, []).append(event)
+    devices = by_device(trace)
     found: list[tuple[int, float, float, float]] = []
-    for device, events in by_device.items():
+    for device, events in devices.items():
         spans = sides(events, definition).exposed(merge_gap_us)
-        total = float((spans[:, 1] - spans[:, 0]).sum())
-        found += [(device, start, end, (end - start) / total) for start, end in spans.tolist()]
+        lengths = spans[:, 1] - spans[:, 0]
+        total = float(lengths.sum())
+        longest = spans[np.argsort(-lengths, kind="stable")[:top]]
+        found += [(device, start, end, (end - start) / total) for start, end in longest.tolist()]
     found.sort(key=lambda row: row[1] - row[2])
-    parts = {device: members(by_device[device], definition) for device in {row[0] for row in found[:top]}}
+    parts = {device: _parts(devices[device], definition) for device in {row[0] for row in found[:top]}}
     return tuple(_segment(device, start, end, share, *parts[device]) for device, start, end, share in found[:top])
 
 
+def _parts(events: Columns, definition: str) -> tuple[Columns, Columns]:
+    """Communication and compute, each in the order of their starts."""
+    order = np.argsort(events.starts, kind="stable")
+    communication, compute = (events.take(order[is_side[order]]) for is_side in chosen(events, definition))
+    return communication, compute
+
+
 def _segment(
-    device: int, start: float, end: float, share: float, communication: list[Event], compute: list[Event]
+    device: int, start: float, end: float, share: float, communication: Columns, compute: Columns
 ) -> ExposedSegment:
-    on_wire = sorted(
-        (event for event in communication if event.start < end and event.end > start), key=lambda event: event.start
-    )
+    meets = (communication.starts < end) & (communication.ends > start)
+    on_wire = list(communication.take(np.flatnonzero(meets)))
+    following = int(np.searchsorted(compute.starts, end, "left"))
     return ExposedSegment(
         device=device,
         start=start,
@@ -115,7 +124,7 @@ def _segment(
         communication=max(on_wire, key=lambda event: min(event.end, end) - max(event.start, start)),
         phases=tuple(dict.fromkeys(event.phase for event in on_wire if event.phase)),
         kinds=tuple(dict.fromkeys(event.kind for event in on_wire)),
-        next_compute=min((event for event in compute if event.start >= end), key=lambda e: e.start, default=None),
+        next_compute=compute[following] if following < len(compute) else None,
     )
 
 

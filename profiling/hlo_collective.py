@@ -30,12 +30,15 @@ class Exchange:
       devices: how many take part in the largest group.
       local: bytes to devices of the same node.
       remote: bytes to devices of other nodes.
+      example: devices that take part together: a group, or the source and target of a pair; of those on several nodes
+        where there are any, since they decide.
     """
 
     kind: str
     devices: int
     local: float
     remote: float
+    example: tuple[int, ...] = dataclasses.field(default=(), compare=False)
 
     @property
     def bytes(self) -> float:
@@ -163,6 +166,7 @@ def exchange(module: Module, computation: Computation, instruction: Instruction,
         devices=max(one.devices for one in found),
         local=sum(one.local for one in found),
         remote=sum(one.remote for one in found),
+        example=max(found, key=lambda one: (one.remote > 0, len(one.example))).example,
     )
 
 
@@ -181,19 +185,24 @@ def _sent(module: Module, computation: Computation, instruction: Instruction, no
     payload = _payload(computation, instruction, kind)
     if kind in ("collective-permute", "send", "recv"):
         pairs = [pair for pair in instruction.pairs if pair[0] != pair[1]]
-        is_remote = any(source // node_size != target // node_size for source, target in pairs)
+        crossing = [pair for pair in pairs if pair[0] // node_size != pair[1] // node_size]
         moves = payload if pairs or not instruction.pairs else 0.0
-        return Exchange(kind, 2, 0.0 if is_remote else moves, moves if is_remote else 0.0)
-    group = max(groups(instruction, module.devices), key=len)
+        example = next(iter(crossing or pairs), ())
+        return Exchange(kind, 2, 0.0 if crossing else moves, moves if crossing else 0.0, example)
+    group = max(groups(instruction, module.devices), key=lambda group: (len(group), _nodes(group, node_size)))
     n = len(group)
     nodes = collections.Counter(device // node_size for device in group)
     here = max(nodes.values())  # of a group spread unevenly, the devices of its fullest node
     whole = payload * n if kind == "all-gather" else payload  # the array that all devices together hold or make
     if kind == "collective-broadcast":
-        return Exchange(kind, n, payload if len(nodes) == 1 else 0.0, 0.0 if len(nodes) == 1 else payload)
+        return Exchange(kind, n, payload if len(nodes) == 1 else 0.0, 0.0 if len(nodes) == 1 else payload, group)
     times = 2 if kind == "all-reduce" else 1  # a reduce-scatter and an all-gather
     if kind.endswith("all-to-all"):
-        return Exchange(kind, n, whole * (here - 1) / n, whole * (n - here) / n)
+        return Exchange(kind, n, whole * (here - 1) / n, whole * (n - here) / n, group)
     # Rings pass every other node's part into the node once, shared among its devices, and round within the node.
     remote = times * whole * (n - here) / n / here
-    return Exchange(kind, n, times * whole * (n - 1) / n - remote, remote)
+    return Exchange(kind, n, times * whole * (n - 1) / n - remote, remote, group)
+
+
+def _nodes(group: tuple[int, ...], node_size: int) -> int:
+    return len({device // node_size for device in group})

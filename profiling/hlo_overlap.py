@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from profiling.chips import Achieved, Chip
 from profiling.event import Event, Trace
 from profiling.hlo_cost import Times
+from profiling.hlo_links import Link, find_links, links_table, take_rates
 from profiling.hlo_text import Computation, Module, parse
 from profiling.hlo_timeline import LANES, Run, Settings, Transfer, play
 from profiling.table import Column, Table, Value, as_text
@@ -37,6 +38,7 @@ class Collective:
       devices: how many take part.
       bytes: that each device sends.
       remote_bytes: of them, to other nodes.
+      group: devices that take part together, as an example; see `hlo_collective.Exchange`.
       us: estimated or measured microseconds of one run.
       hidden_us: of them, how many the device computes meanwhile.
       between_us, between_flops: compute that the schedule has between its start and the wait for it.
@@ -63,6 +65,7 @@ class Collective:
     products: tuple[str, ...]
     could_hide_us: float
     place: str
+    group: tuple[int, ...] = ()
 
     @property
     def exposed_us(self) -> float:
@@ -90,6 +93,7 @@ class Overlap:
       compute_us: of them, how many the device computes.
       events: the timeline that the estimate is read from.
       notes: what had to be assumed.
+      links: what collectives of each kind travel over, and where the rate comes from.
     """
 
     module: str
@@ -100,6 +104,7 @@ class Overlap:
     compute_us: float
     events: tuple[Event, ...] = ()
     notes: tuple[str, ...] = ()
+    links: tuple[Link, ...] = ()
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -139,8 +144,8 @@ class Overlap:
     def _of(self, kind: str) -> list[Collective]:
         return [one for one in (*self.collectives, *self.synchronous) if kind in ("", one.kind)]
 
-    def tables(self) -> tuple[Table, Table]:
-        """Every collective in a row, and the totals of each kind, for any report."""
+    def tables(self) -> tuple[Table, ...]:
+        """Every collective in a row, the totals of each kind, and the links that they travel over, for any report."""
         every = (*self.collectives, *self.synchronous)
         collectives = Table(
             name="collectives",
@@ -161,7 +166,7 @@ class Overlap:
                 for kind in (*self.kinds, "")
             ),
         )  # fmt: skip
-        return collectives, kinds
+        return (collectives, kinds, links_table(self.links)) if self.links else (collectives, kinds)
 
     def table(self) -> str:
         """The tables as text, and what had to be assumed."""
@@ -182,6 +187,8 @@ def overlap(
     trips: Sequence[tuple[str, float]] = (),
     lanes: Sequence[tuple[str, str]] = LANES,
     node_size: int = 8,
+    internode: float | None = None,
+    intranode: float | None = None,
 ) -> Overlap:
     """What a scheduled program hides of its communication on a chip.
 
@@ -199,9 +206,11 @@ def overlap(
       lanes: ``[(pattern, lane), ...]`` on kinds of collectives. Those of one lane queue; by default all but sends and
         receives share one, as on a GPU.
       node_size: devices of a node. Device ``i`` of the program is on node ``i // node_size``.
+      internode, intranode: bytes/s that a device really gets to devices of other nodes, and of its own, in each
+        direction; None: the chip's, times the share of them that `achieved` says.
 
     Raises:
-      ValueError: the text is no HLO module, or its module is not scheduled.
+      ValueError: the text is no HLO module, its module is not scheduled, or a rate is not positive.
 
     Sources: the classes are those of xprof's analysis of asynchronous operations.
 
@@ -220,8 +229,10 @@ def overlap(
     [('all-to-all', 2.0, 2.0, 'hidden')]
     """
     module = parse(hlo) if isinstance(hlo, str) else hlo
-    timeline = play(module, Settings(chip, achieved or Achieved(), times, trips, lanes, node_size))
+    chip, achieved, sources = take_rates(chip, achieved or Achieved(), internode, intranode)
+    timeline = play(module, Settings(chip, achieved, times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
+    sent = [transfer.exchange for run in timeline.runs for transfer in run.transfers]
     return Overlap(
         module=module.name,
         chip=chip.name,
@@ -231,6 +242,7 @@ def overlap(
         compute_us=timeline.compute_us,
         events=timeline.events,
         notes=timeline.notes,
+        links=find_links(sent, chip, achieved, node_size, sources),
     )
 
 
@@ -248,9 +260,15 @@ def _needs(computation: Computation) -> list[int]:
     needs: list[int] = []
     for i, instruction in enumerate(computation.instructions):
         sources = instruction.operands
-        if instruction.opcode == "get-tuple-element" and computation[sources[0]].opcode == "tuple":
-            element = int(instruction.attributes["index"])
-            sources = (computation[sources[0]].operands[element],)
+        if instruction.opcode == "get-tuple-element" and sources and computation[sources[0]].opcode == "tuple":
+            elements = computation[sources[0]].operands
+            element = instruction.attributes.get("index", "")
+            if not element.isdecimal() or int(element) >= len(elements):
+                raise ValueError(
+                    f"{instruction.name!r} in computation {computation.name!r} takes element index={element!r} of "
+                    f"{len(elements)}: the text is damaged"
+                )
+            sources = (elements[int(element)],)
         bits = 1 << i
         for name in sources:
             bits |= needs[computation.index[name]]
@@ -285,6 +303,7 @@ def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collectiv
         products=tuple(instructions[i].op_name or instructions[i].name for i in between if run.is_product[i]),
         could_hide_us=sum(independent),
         place=place[needs_product, feeds_product],
+        group=transfer.exchange.example,
     )
 
 

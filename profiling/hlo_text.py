@@ -7,19 +7,19 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import gzip
+import graphlib
 import json
 import math
 import os
-import pathlib
 import re
+import textwrap
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-_TOKEN = re.compile(r'"(?:[^"\\]+|\\.)*"|[()\[\]{},]')
-_INDEX = re.compile(r"/\*index=\d+\*/")
-_INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
-_COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$")
+from profiling.hlo_lines import COMPUTATION, END, INSTRUCTION, find_text, opened_by, read_text, statements
+
+_TOKEN = re.compile(r'"(?:[^"\\]++|\\.)*+"|[()\[\]{},]', re.DOTALL)
+_COMMENT = re.compile(r'("(?:[^"\\]++|\\.)*+")|/\*.*?\*/|//[^\n]*', re.DOTALL)
 _ARRAY = re.compile(r"([a-z][a-z0-9]*)\[([^\]]*)\](\{[^}]*\})?")
 _OPCODE = re.compile(r"\s*([a-z][a-z0-9-]*)\(")
 _OP_NAME = re.compile(r'op_name="((?:[^"\\]|\\.)*)"')
@@ -207,8 +207,8 @@ class Module:
         return self.computations[name]
 
     def called(self, instruction: Instruction) -> tuple[Computation, ...]:
-        """The computations that an instruction calls."""
-        return tuple(self.computations[name] for name in instruction.called)
+        """The computations that an instruction calls, but reductions that an excerpt leaves out."""
+        return tuple(self.computations[name] for name in instruction.called if name in self.computations)
 
 
 def split(text: str) -> list[str]:
@@ -255,7 +255,7 @@ def _shape(text: str) -> Shape:
 
 def _instruction(line: str, match: re.Match[str]) -> Instruction:
     start = match.end()
-    if line[start] == "(":
+    if line.startswith("(", start):
         end = _close(line, start) + 1
     else:
         found = _ARRAY.match(line, start)
@@ -271,28 +271,31 @@ def _instruction(line: str, match: re.Match[str]) -> Instruction:
         name=match[2],
         opcode=opcode[1],
         shape=_shape(line[start:end]),
-        operands=tuple(part.split()[-1].lstrip("%") for part in split(inside)) if has_operands else (),
+        operands=tuple((part.split() or [""])[-1].lstrip("%") for part in split(inside)) if has_operands else (),
         literal="" if has_operands else inside,
         attributes={key: value for key, _, value in attributes},
         is_root=bool(match[1]),
     )
 
 
-def _computations(lines: Iterator[str]) -> Iterator[tuple[bool, Computation]]:
-    for line in lines:
-        header = _COMPUTATION.match(line)
+def _computations(statements: Iterator[str]) -> Iterator[tuple[bool, Computation]]:
+    for statement in statements:
+        header = COMPUTATION.match(statement)
         if not header:
             continue
         found: list[Instruction] = []
-        for line in lines:
-            if line.startswith("}"):
+        for statement in statements:
+            if END.match(statement):
                 break
-            line = _INDEX.sub("", line)
-            if match := _INSTRUCTION.match(line):
-                found.append(_instruction(line, match))
+            if "/*" in statement or "//" in statement:
+                statement = _COMMENT.sub(lambda match: match[1] or "", statement)
+            if match := INSTRUCTION.match(statement):
+                found.append(_instruction(statement, match))
         else:
             raise ValueError(f"computation {header[2]!r} has no end: the text is cut off")
-        if found and not any(instruction.is_root for instruction in found):
+        if not found:
+            raise ValueError(f"computation {header[2]!r} has no instruction: the text is damaged")
+        if not any(instruction.is_root for instruction in found):
             found[-1] = dataclasses.replace(found[-1], is_root=True)  # old printers leave ROOT out
         yield bool(header[1]), Computation(header[2], tuple(found))
 
@@ -314,35 +317,80 @@ def parse(text: str) -> Module:
     >>> module.devices, module["main"].root.opcode, module["main"].root.operands
     (2, 'all-reduce', ('p',))
     """
-    start = re.search(r"^HloModule ", text, re.MULTILINE)
-    if not start:
+    if re.match(r"\s+HloModule ", text):
+        text = textwrap.dedent(text)
+    starts = [match.start() for match in re.finditer(r"^HloModule ", text, re.MULTILINE)]
+    if not starts:
         raise ValueError(f"no HLO module in the text {text[:60]!r}...: give what compiled.as_text() returns")
-    lines = iter(text[start.start() :].split("\n"))
-    name, *rest = split(next(lines)[len("HloModule ") :])
+    if len(starts) > 1:
+        raise ValueError(f"{len(starts)} HLO modules in one text: give the text of one of them")
+    lines = iter(text[starts[0] :].split("\n"))
+    header, opened = "", ""
+    for line in lines:
+        header, opened = f"{header}{line}\n", opened_by(line, opened)
+        if not opened and not line.rstrip().endswith(","):
+            break
+    name, *rest = split(header[len("HloModule ") :].strip())
     facts = {key: value for key, _, value in (part.strip().partition("=") for part in rest)}
     entry, computations = "", {}
-    for is_entry, computation in _computations(lines):
+    for is_entry, computation in _computations(statements(lines)):
+        if computation.name in computations:
+            raise ValueError(f"computation {computation.name!r} stands there twice: the text is damaged")
         computations[computation.name] = computation
         entry = computation.name if is_entry else entry
     if not entry:
         raise ValueError(f"module {name!r} has no ENTRY computation: the text is cut off")
+    is_scheduled = facts.get("is_scheduled") == "true"
+    _check(computations, is_scheduled)
     return Module(
         name=name.strip(),
-        is_scheduled=facts.get("is_scheduled") == "true",
-        devices=int(facts.get("num_partitions", 1)) * int(facts.get("replica_count", 1)),
+        is_scheduled=is_scheduled,
+        devices=_count(facts, "num_partitions") * _count(facts, "replica_count"),
         entry=entry,
         computations=computations,
     )
 
 
+def _count(facts: Mapping[str, str], key: str) -> int:
+    text = facts.get(key, "1")
+    if not re.fullmatch(r"[1-9]\d{0,8}", text):
+        raise ValueError(f"{key}={text!r} in the module's first line is no number of devices: the text is damaged")
+    return int(text)
+
+
+def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
+    """Raises ValueError where instructions take or call what is not there, or call each other in a ring."""
+    calls: dict[str, set[str]] = {}
+    for name, computation in computations.items():
+        calls[name] = set()
+        for i, instruction in enumerate(computation.instructions):
+            last = i if is_scheduled else len(computation.instructions)
+            missing = [operand for operand in instruction.operands if computation.index.get(operand, last) >= last]
+            if instruction.opcode == "call" or "to_apply" not in instruction.attributes:
+                missing += [called for called in instruction.called if called not in computations]
+            if missing:
+                raise ValueError(
+                    f"{instruction.name!r} in computation {name!r} needs {missing[0]!r}, which is not there before: "
+                    "the text is damaged or cut off"
+                )
+            calls[name].update(called for called in instruction.called if called in computations)
+        if len(computation.index) < len(computation.instructions):
+            raise ValueError(f"computation {name!r} has two instructions of one name: the text is damaged")
+    try:
+        tuple(graphlib.TopologicalSorter(calls).static_order())
+    except graphlib.CycleError as error:
+        raise ValueError(f"computations call each other in a ring, {error.args[1]}: the text is damaged") from None
+
+
 def read(path: str | os.PathLike[str]) -> Module:
-    """The module in a file, which may be compressed with gzip (named *.gz).
+    """The module in a file, which may be compressed with gzip, or in a folder of XLA's dumps; see `find_text`.
 
     Raises:
-      ValueError: the file holds no HLO module; the message names it.
+      ValueError: the file holds no HLO module, or a damaged one; the message names it and says what it is.
     """
-    data = pathlib.Path(path).read_bytes()
+    file, _ = find_text(path)
+    text = read_text(file)
     try:
-        return parse((gzip.decompress(data) if str(path).endswith(".gz") else data).decode())
-    except (ValueError, OSError, EOFError) as error:
-        raise ValueError(f"{path}: {error}") from error
+        return parse(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{file}: {error}") from error

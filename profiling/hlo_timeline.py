@@ -17,6 +17,7 @@ LANES = (("^send", "send"), ("^recv", "receive"))
 """Sends and receives have streams of their own on a GPU; all other collectives share one."""
 
 _MOST_EVENTS = 200_000
+_ODD = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, StopIteration)
 _CALLS = ("while", "conditional", "call", "call-start", "async-start")  # those that start no collective themselves
 
 
@@ -193,18 +194,23 @@ class _Walk:
         ends: dict[int, tuple[float, float]] = {}
         for i, instruction in enumerate(computation.instructions):
             before, spent = clock.busy[-1], Cost(0.0, 0.0, 0.0, True)
-            sent = exchange(self.module, computation, instruction, self.settings.node_size)
-            start = _started_at(computation, instruction)
+            try:
+                sent = exchange(self.module, computation, instruction, self.settings.node_size)
+                start = _started_at(computation, instruction)
+                waits = sent is not None and not is_asynchronous(instruction)
+                trips = self._trips(instruction) if instruction.opcode == "while" else 1
+            except _ODD as error:
+                raise _unreadable(computation, instruction, error) from error
             if sent is not None:
-                ends[i] = self._transfer(clock, instruction, sent)
+                ends[i] = self._transfer(clock, instruction, sent, waits)
                 begin, end = ends[i]
-                transfers[i] = Transfer(i, None, sent, end - begin, 0.0, is_asynchronous(instruction))
+                transfers[i] = Transfer(i, None, sent, end - begin, 0.0, not waits)
             elif start in transfers:
                 clock.advance(ends[start][1] - clock.now, 0.0)
                 hidden = clock.computed(*ends[start])
                 transfers[start] = dataclasses.replace(transfers[start], done=i, hidden_us=hidden)
             elif instruction.opcode in _CALLS:
-                clock, spent = self._called(instruction, clock, count)
+                clock, spent = self._called(instruction, clock, count, trips)
             else:
                 spent = self._compute(computation, instruction, clock)
             us.append(clock.busy[-1] - before)
@@ -220,7 +226,10 @@ class _Walk:
 
     def _compute(self, computation: Computation, instruction: Instruction, clock: _Clock) -> Cost:
         settings = self.settings
-        spent = cost(self.module, computation, instruction, settings.chip, settings.achieved, settings.times)
+        try:
+            spent = cost(self.module, computation, instruction, settings.chip, settings.achieved, settings.times)
+        except _ODD as error:
+            raise _unreadable(computation, instruction, error) from error
         if spent.us:
             kind = "GEMM" if spent.flops else "other compute"
             clock.events.append(_event("compute", clock.now, clock.now + spent.us, instruction, kind, "compute"))
@@ -229,8 +238,8 @@ class _Walk:
         clock.advance(spent.us, spent.us)
         return spent
 
-    def _transfer(self, clock: _Clock, instruction: Instruction, sent: Exchange) -> tuple[float, float]:
-        """When a collective begins and ends; one that is not asynchronous holds the device up."""
+    def _transfer(self, clock: _Clock, instruction: Instruction, sent: Exchange, waits: bool) -> tuple[float, float]:
+        """When a collective begins and ends; one that the device waits for holds it up."""
         settings = self.settings
         measured = measured_us(instruction, settings.times)
         us = sent.us(settings.chip, settings.achieved) if measured is None else measured
@@ -239,19 +248,18 @@ class _Walk:
         clock.lanes[lane] = begin + us
         if us:
             clock.events.append(_event(lane, begin, begin + us, instruction, sent.kind, "transfer"))
-        if not is_asynchronous(instruction):
+        if waits:
             clock.advance(begin + us - clock.now, 0.0)
         return begin, begin + us
 
-    def _called(self, instruction: Instruction, clock: _Clock, count: float) -> tuple[_Clock, Cost]:
-        """Runs what an instruction calls; returns the clock after it, and its products."""
+    def _called(self, instruction: Instruction, clock: _Clock, count: float, trips: float) -> tuple[_Clock, Cost]:
+        """Runs what an instruction calls, a loop `trips` times; returns the clock after it, and its products."""
         called = self.module.called(instruction)
         first_run = len(self.runs)
         if instruction.opcode == "conditional":
             self._doubt("of conditionals the branch that takes longest counts", instruction)
             ends = [self.run(branch, clock.copy(), count) for branch in called]
             return max(ends, key=lambda end: end.now), self._products(first_run, called, max)
-        trips = self._trips(instruction) if instruction.opcode == "while" else 1
         since, first_event = clock.now, len(clock.events)
         once = clock.copy() if trips < 1 else clock
         for computation in called:
@@ -278,6 +286,13 @@ class _Walk:
         names = {computation.name for computation in called}
         runs = [run for run in self.runs[first_run:] if run.computation.name in names]
         return Cost(0.0, total([sum(run.flops) for run in runs]), 0.0, not any(any(run.is_product) for run in runs))
+
+
+def _unreadable(computation: Computation, instruction: Instruction, error: Exception) -> ValueError:
+    return ValueError(
+        f"{instruction.opcode} {instruction.name!r} in computation {computation.name!r} has attributes that cannot be "
+        f"read ({type(error).__name__}: {error}): the text is damaged, or its XLA prints them in a new way"
+    )
 
 
 def _few(names: Sequence[str], most: int = 4) -> str:

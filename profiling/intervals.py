@@ -39,7 +39,7 @@ def union(spans: Spans, merge_gap: float = 0.0) -> Spans:
     >>> union([[0, 2], [3, 4]], merge_gap=1)
     array([[0., 4.]])
     """
-    spans = _checked(spans)
+    spans = checked(spans)
     if not merge_gap >= 0:
         raise ValueError(f"union(merge_gap={merge_gap!r}): a gap is a number of microseconds, not negative")
     spans = spans[spans[:, 1] > spans[:, 0]]
@@ -82,6 +82,24 @@ def length(spans: Spans) -> float:
     return float(np.sum(spans[:, 1] - spans[:, 0]))
 
 
+def covered(of: Spans, spans: Spans) -> np.ndarray:
+    """``[n]``: how many microseconds of each interval a set that `union` made covers.
+
+    >>> covered(np.array([[0, 4], [6, 9]]), np.array([[3, 7], [4, 6]]))
+    array([2., 0.])
+    """
+    if not len(of):
+        return np.zeros(len(spans))
+    before = np.concatenate([[0.0], np.cumsum(of[:, 1] - of[:, 0])])
+
+    def until(times: np.ndarray) -> np.ndarray:
+        last = np.searchsorted(of[:, 0], times, "right") - 1
+        inside = np.minimum(times, of[last, 1]) - of[last, 0]
+        return np.where(last < 0, 0.0, before[last] + inside)
+
+    return until(spans[:, 1]) - until(spans[:, 0])
+
+
 def gaps(spans: Spans) -> Spans:
     """What lies between the first start and the last end and is not covered.
 
@@ -106,7 +124,22 @@ def _contains(spans: Spans, times: np.ndarray) -> np.ndarray:
     return np.searchsorted(spans[:, 0], times, "right") > np.searchsorted(spans[:, 1], times, "right")
 
 
-def _checked(spans: Spans) -> Spans:
+def within(spans: Spans, start: float, end: float) -> Spans:
+    """The times in any of the intervals and between two times.
+
+    >>> within([[0, 4], [3, 6], [8, 9]], 1, 8)
+    array([[1., 6.]])
+    """
+    spans = np.clip(union(spans), start, end)
+    return spans[spans[:, 1] > spans[:, 0]]
+
+
+def checked(spans: Spans) -> Spans:
+    """``[n, 2]`` float64.
+
+    Raises:
+      ValueError: another shape, a time that is no number, an end before its start.
+    """
     spans = np.asarray(spans, np.float64)
     if not spans.size:
         return np.empty((0, 2))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_names
 from profiling.compare import Comparison, TaskRow
@@ -11,7 +11,11 @@ from profiling.event import GROUPS, Trace
 from profiling.exposure import exposed_segments
 from profiling.hlo_overlap import Overlap as Schedule
 from profiling.metrics import DEFINITIONS, Measurement, Metrics, Overlap, TimeRow
+from profiling.report_collectives import collectives_table, skew_tables
+from profiling.report_kernels import kernels
+from profiling.report_steps import steps_table
 from profiling.table import Column, Table, Value
+from profiling.tracks import lane_label
 
 NAMES = {"transfer": "A transfers", "transfer+wait": "B transfers and waits", "lanes": "C communication lanes"}
 """The definitions of `profiling.metrics.DEFINITIONS` for people."""
@@ -22,6 +26,8 @@ SEGMENTS = 20
 
 TASKS = 100
 """How many tasks a report lists, those furthest off the prediction."""
+ACTIONS = frozenset(("F", "B", "I", "W", "FB"))
+"""What a schedule's actions are called."""
 MOST_PHASES = 12
 """How many phases the table of layers has columns for."""
 
@@ -42,18 +48,21 @@ def report_tables(
     """
     tables = [
         _overlap(measured),
+        kernels(trace),
+        _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
+        collectives_table(measured),
+        steps_table(measured),
         _segments(trace),
         _bubbles(measured, expected),
         _predicted_phases(comparison),
         _predicted_tasks(comparison),
         _predicted_order(comparison),
-        _times("kinds", "Time by kind", "What the events do.", [metrics.kinds for metrics in measured.devices]),
-        _times("phases", "Time by phase", "Parts of the step.", [metrics.phases for metrics in measured.devices]),
+        _phases(measured),
         _actions(measured),
         _layers(measured),
         _devices(measured),
         _lanes(measured),
-        _skew(measured),
+        *skew_tables(measured),
         _sensitivity(measured),
         *_schedule(schedule),
         _unclassified(trace),
@@ -67,7 +76,8 @@ def _overlap(measured: Measurement) -> Table:
         steady = measured.summary.steady.get(name)
         return (
             NAMES[name], of.communication, of.overlapped, of.ratio, of.exposed, of.exposed_share,
-            of.compute_under_communication, of.speedup, of.ideal_speedup, of.efficiency,
+            of.compute_under_communication, None if of.efficiency is None else of.speedup, of.ideal_speedup,
+            of.efficiency,
             steady.ratio if steady else None, steady.exposed if steady else None,
         )  # fmt: skip
 
@@ -75,7 +85,7 @@ def _overlap(measured: Measurement) -> Table:
     return Table(
         "overlap",
         "Communication and what hides it",
-        "By what counts as communication.",
+        "By what counts as communication. No speed-up where the window is longer than both one after the other.",
         (
             Column("communication"), Column("time", "us"), Column("overlapped", "us"), Column("overlap ratio", "%"),
             Column("exposed", "us"), Column("of window", "%"), Column("of compute under it", "%"),
@@ -112,6 +122,8 @@ def _sensitivity(measured: Measurement) -> Table:
 
 
 def _devices(measured: Measurement) -> Table:
+    """Left out for one device, of which the figures tell the same."""
+
     def row(metrics: Metrics) -> tuple[Value, ...]:
         of, whole = metrics.overlaps, metrics.breakdown
         return (
@@ -128,7 +140,7 @@ def _devices(measured: Measurement) -> Table:
             Column("overlap ratio", "%"), Column("with waits", "%"), Column("exposed with waits", "us"),
             Column("longest gap", "us"),
         ),
-        tuple(map(row, measured.devices)),
+        tuple(map(row, measured.devices)) if len(measured.devices) > 1 else (),
     )  # fmt: skip
 
 
@@ -240,11 +252,18 @@ def _times(name: str, title: str, caption: str, per_device: Sequence[Sequence[Ti
     )  # fmt: skip
 
 
+def _phases(measured: Measurement) -> Table:
+    """Left out where no event has a phase."""
+    phases = [metrics.phases for metrics in measured.devices]
+    known = any(row.name for rows in phases for row in rows)
+    return _times("phases", "Time by phase", "Parts of the step.", phases if known else [])
+
+
 def _actions(measured: Measurement) -> Table:
-    """Left out where it would only repeat the phases, or where no phase names an action."""
+    """Left out where it would only repeat the phases, or where no phase names an action of a schedule."""
     actions = [metrics.actions for metrics in measured.devices]
     names = {row.name for rows in actions for row in rows}
-    if names <= {""} or names == {row.name for metrics in measured.devices for row in metrics.phases}:
+    if not names & ACTIONS or names == {row.name for metrics in measured.devices for row in metrics.phases}:
         actions = []
     return _times("actions", "Time by action", "Forward F, backward B, its halves I and W, pairs FB.", actions)
 
@@ -271,7 +290,7 @@ def _layers(measured: Measurement) -> Table:
     return Table(
         "layers",
         "Busy time by layer and phase",
-        "In microseconds, the mean over devices.",
+        "The mean over devices.",
         (Column("layer"), *(Column(phase or "(none)", "us") for phase in phases)),
         tuple(rows),
     )
@@ -287,30 +306,11 @@ def _lanes(measured: Measurement) -> Table:
             Column("of window", "%", is_share=True), Column("alone", "us"),
         ),
         tuple(
-            (metrics.device, lane.lane, lane.count, lane.busy,
+            (metrics.device, lane_label(lane.lane), lane.count, lane.busy,
              lane.busy / measured.makespan if measured.makespan else None, lane.alone)
             for metrics in measured.devices
             for lane in metrics.lanes
         ),
-    )  # fmt: skip
-
-
-def _skew(measured: Measurement) -> Table:
-    found = measured.skew
-    caption = found and (
-        f"Seen in {found.matched:,} collectives of all devices: starts lie {found.start_spread:,.1f} us apart on "
-        f"average and {found.max_start_spread:,.1f} us at most, ends {found.end_spread:,.1f} and "
-        f"{found.max_end_spread:,.1f} us. Device {found.straggler} joins latest."
-    )
-    return Table(
-        "skew",
-        "Stragglers",
-        caption or "",
-        (
-            Column("device", "n"), Column("joins late by", "us"), Column("is last", "%", is_share=True),
-            Column("waits in barriers", "us"), Column("waits in transfers", "us"),
-        ),
-        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in found.devices) if found else (),
     )  # fmt: skip
 
 
@@ -341,9 +341,9 @@ def _schedule(schedule: Schedule | None) -> list[Table]:
 def _unclassified(trace: Trace) -> Table:
     return Table(
         "unclassified",
-        "Unclassified events",
-        "They count as neither compute nor communication: write rules for them.",
-        (Column("name"), Column("time", "us")),
+        "Kernels that no rule knows",
+        "They count as compute: say in a file of rules what they are.",
+        (Column("name", "name"), Column("time", "us")),
         unclassified_names(trace),
     )
 
@@ -354,8 +354,17 @@ def _metadata(trace: Trace) -> Table:
         "Where the trace comes from",
         "As its reader noted it.",
         (Column("fact"), Column("value")),
-        tuple((name, str(value)) for name, value in trace.metadata.items()),
+        tuple((name, text) for name, value in trace.metadata.items() if (text := _fact(value))),
     )
+
+
+def _fact(value: object) -> str:
+    """A fact for people: lists and mappings without their brackets, "" where nothing is known."""
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {text}" for name, of in value.items() if (text := _fact(of)))
+    if isinstance(value, list | tuple | set):
+        return ", ".join(text for of in value if (text := _fact(of)))
+    return "" if value is None else f"{value:,}" if type(value) is int else str(value)
 
 
 def _range(values: Sequence[int]) -> str | None:

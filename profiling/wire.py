@@ -1,4 +1,4 @@
-"""Protocol buffers' wire format, as much of it as reading a profile's embedded modules takes."""
+"""Protocol buffers' wire format, as much of it as reading a profile takes."""
 
 from __future__ import annotations
 
@@ -8,17 +8,22 @@ from collections.abc import Iterator
 def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
     """The integer that begins at a position, and the position behind it.
 
+    Raises:
+      ValueError: it has more than 64 bits.
+      IndexError: the data end within it.
+
     >>> varint(bytes([0xAC, 0x02]), 0)
     (300, 2)
     """
     value = shift = 0
-    while True:
+    while shift < 70:
         byte = data[at]
         at += 1
         value |= (byte & 127) << shift
         if byte < 128:
-            return value, at
+            return value & 0xFFFF_FFFF_FFFF_FFFF, at
         shift += 7
+    raise ValueError(f"an integer of more than 64 bits at byte {at - 10}: this is no protocol buffer message")
 
 
 def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
@@ -78,7 +83,10 @@ def integers(data: bytes | memoryview, number: int) -> list[int]:
             found.append(value)
             continue
         position = 0
-        while position < len(value):
-            one, position = varint(value, position)
-            found.append(one)
+        try:
+            while position < len(value):
+                one, position = varint(value, position)
+                found.append(one)
+        except IndexError:
+            raise ValueError(f"a list of {len(value)} bytes is cut off") from None
     return found

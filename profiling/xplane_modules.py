@@ -13,6 +13,7 @@ import itertools
 from typing import NamedTuple
 
 from profiling.wire import integer, integers, messages, text
+from profiling.xspace import Doubts, plane_name
 
 CONTAINERS = frozenset({"while", "conditional", "call"})
 """Opcodes of instructions that only run other instructions, which have events of their own."""
@@ -25,15 +26,28 @@ class Instruction(NamedTuple):
     scope: str
 
 
+PLANE = "/host:metadata"
+"""The plane that carries them."""
+
+DAMAGED = "compiled modules in the profile are damaged: their operations lack scopes"
+
 Modules = dict[str, dict[str, Instruction]]
 """``{"jit_step(7)": {instruction: ...}}``, by the module's name and the program's id."""
 
 
-def read_modules(xspace: bytes) -> Modules:
-    """The modules of all programs that ran while the profile was taken; {} if it carries none."""
+def read_modules(xspace: bytes, doubts: Doubts | None = None) -> Modules:
+    """The modules of all programs that ran while the profile was taken; {} if it carries none.
+
+    Args:
+      xspace: the profile's bytes.
+      doubts: gets how many modules are damaged and were left out; None: such a module is refused.
+
+    Raises:
+      ValueError: the profile is damaged, or one of its modules.
+    """
     found: Modules = {}
     for plane in messages(xspace, 1):
-        if text(plane, 2) != "/host:metadata":
+        if plane_name(plane) != PLANE:
             continue
         stat_names = {}
         for entry in messages(plane, 5):
@@ -43,7 +57,12 @@ def read_modules(xspace: bytes) -> Modules:
             for program in messages(entry, 2):
                 for stat in messages(program, 5):
                     if stat_names.get(integer(stat, 1)) == "Hlo Proto":
-                        found[text(program, 2)] = _instructions(messages(stat, 6)[-1])
+                        try:
+                            found[text(program, 2)] = _instructions(messages(stat, 6)[-1])
+                        except (ValueError, IndexError) as error:
+                            if doubts is None:
+                                raise ValueError(f"a module of the profile is damaged: {error}") from error
+                            doubts[DAMAGED] += 1
     return found
 
 

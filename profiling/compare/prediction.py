@@ -9,7 +9,7 @@ from collections.abc import Iterable, Sequence
 from profiling.compare.text import aligned
 from profiling.event import Event, Trace
 from profiling.intervals import length, spans_of
-from profiling.metrics import breakdown
+from profiling.metrics import breakdown, by_device
 
 Key = tuple[str, int | None, int | None]
 """Phase, layer, microbatch."""
@@ -191,6 +191,8 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
             f"{measured.devices} with ranks {dict(measured.ranks)}; set the ranks of both traces"
         )
     expected, found = _tasks(predicted), _tasks(measured)
+    windows = predicted.window, measured.window
+    parts = by_device(predicted), by_device(measured)
     rows: list[TaskRow] = []
     devices = []
     only: tuple[list[str], list[str]] = ([], [])
@@ -203,15 +205,15 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
                     names += [f"{len(tasks)} x {_name(key)} on device {device}"] if tasks else []
                 continue
             for occurrence, (task, real) in enumerate(zip(left, right, strict=True)):
-                start, real_start = task.start - predicted.window[0], real.start - measured.window[0]
+                start, real_start = task.start - windows[0][0], real.start - windows[1][0]
                 rows.append(TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration))
                 lanes.setdefault(task.lane, []).append((start, real_start))
         devices.append(
             DeviceRow(
                 device=device,
                 rank=measured.ranks.get(device),
-                predicted_bubble=_bubble(predicted, theirs),
-                measured_bubble=_bubble(measured, device),
+                predicted_bubble=breakdown(parts[0][theirs], windows[0]).compute_bubble,
+                measured_bubble=breakdown(parts[1][device], windows[1]).compute_bubble,
                 inversions=sum(map(_inversions, lanes.values())),
                 pairs=sum(len(starts) * (len(starts) - 1) // 2 for starts in lanes.values()),
             )
@@ -219,8 +221,8 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
     return Comparison(
         predicted=predicted.title,
         measured=measured.title,
-        predicted_makespan=predicted.window[1] - predicted.window[0],
-        measured_makespan=measured.window[1] - measured.window[0],
+        predicted_makespan=windows[0][1] - windows[0][0],
+        measured_makespan=windows[1][1] - windows[1][0],
         tasks=tuple(sorted(rows, key=lambda row: row.measured_start)),
         devices=tuple(devices),
         only_predicted=tuple(only[0]),
@@ -231,7 +233,8 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
 def _pairs(predicted: Trace, measured: Trace) -> list[tuple[int, int]]:
     """Each measured device with the predicted one that it is compared with."""
     if not (predicted.ranks and measured.ranks):
-        return [(device, device) for device in measured.devices if device in predicted.devices]
+        known = predicted.devices
+        return [(device, device) for device in measured.devices if device in known]
     of_rank: dict[int, int] = {}
     for device in predicted.devices:
         if device in predicted.ranks:
@@ -275,10 +278,6 @@ def _matched(left: list[_Task], right: list[_Task]) -> tuple[list[_Task], list[_
 
 def _joined(tasks: Sequence[_Task]) -> _Task:
     return _Task(tasks[0].lane, tasks[0].start, tuple(event for task in tasks for event in task.events))
-
-
-def _bubble(trace: Trace, device: int) -> float | None:
-    return breakdown([event for event in trace.events if event.device == device], trace.window).compute_bubble
 
 
 def _inversions(starts: Sequence[tuple[float, float]]) -> int:

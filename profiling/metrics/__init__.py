@@ -1,5 +1,8 @@
 """What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
 
+from profiling.metrics.bounds import Bounds, bounds
+from profiling.metrics.collectives import CollectiveRow, bus_factor, collectives
+from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.measure import Bubble, Measurement, Metrics, Summary, measure
 from profiling.metrics.overlap import (
     DEFINITIONS,
@@ -7,12 +10,14 @@ from profiling.metrics.overlap import (
     Overlap,
     Sides,
     breakdown,
+    chosen,
     communication_lanes,
     members,
     overlap,
     sides,
 )
-from profiling.metrics.skew import DeviceSkew, Skew, skew
+from profiling.metrics.skew import DeviceSkew, GroupSkew, Skew, skew
+from profiling.metrics.steps import StepRow, parse_window, step_windows, steps, window_in, window_of_step
 from profiling.metrics.times import (
     LaneRow,
     LayerRow,
@@ -23,15 +28,20 @@ from profiling.metrics.times import (
     layer_spans,
     layers,
     phase_durations,
+    steady_window,
     time_by,
     unattributed_share,
 )
 
 __all__ = [
     "DEFINITIONS",
+    "Bounds",
     "Breakdown",
     "Bubble",
+    "CollectiveRow",
+    "Columns",
     "DeviceSkew",
+    "GroupSkew",
     "LaneRow",
     "LayerRow",
     "LayerSpan",
@@ -40,9 +50,15 @@ __all__ = [
     "Overlap",
     "Sides",
     "Skew",
+    "StepRow",
     "Summary",
     "TimeRow",
+    "bounds",
     "breakdown",
+    "bus_factor",
+    "by_device",
+    "chosen",
+    "collectives",
     "communication_lanes",
     "concurrency",
     "lanes",
@@ -51,9 +67,15 @@ __all__ = [
     "measure",
     "members",
     "overlap",
+    "parse_window",
     "phase_durations",
     "sides",
     "skew",
+    "steady_window",
+    "step_windows",
+    "steps",
     "time_by",
     "unattributed_share",
+    "window_in",
+    "window_of_step",
 ]

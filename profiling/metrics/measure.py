@@ -6,9 +6,14 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 
 from profiling.classify import unclassified_share
-from profiling.event import Event, Trace
+from profiling.event import Trace
+from profiling.metrics.bounds import Bounds, bounds
+from profiling.metrics.calls import Call, calls, meetings
+from profiling.metrics.collectives import CollectiveRow, rows
+from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.overlap import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
-from profiling.metrics.skew import Skew, skew
+from profiling.metrics.skew import Skew, skew_and_notes
+from profiling.metrics.steps import StepRow, steps
 from profiling.metrics.times import (
     LaneRow,
     LayerRow,
@@ -18,10 +23,12 @@ from profiling.metrics.times import (
     lanes,
     layer_spans,
     layers,
-    time_by,
+    steady_window,
+    time_by_action,
+    time_by_kind,
+    time_by_phase,
     unattributed_share,
 )
-from profiling.scopes import action_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +41,7 @@ class Metrics:
       overlaps: ``{definition: Overlap}`` for each of `DEFINITIONS`.
       sensitivity: ``{definition: overlaps}``, one for each of the gaps asked for.
       steady_window: from the start of the second layer to that of the last, where neither cold queues nor the lack of
-        anything to hide behind count; None with fewer than three layers or without a pass over them in order.
+        anything to hide behind count; None without evidence of layers, see `steady_window`.
       steady: ``{definition: Overlap}`` within it; empty if it is None.
       kinds, phases, actions: time by each, the longest first.
       layers: phases of each layer; layer_spans: when each begins.
@@ -99,8 +106,12 @@ class Measurement:
       devices: one for each.
       summary: all devices together.
       skew: how they drift apart; None if they have no collective in common.
-      unclassified_share: of the time, what no rule of the classification knows; neither compute nor communication.
+      collectives: by kind, process group and size; empty where the profiler says nothing of them.
+      steps: one row for each step that has a number and lies in the window.
+      unclassified_share: of the time, what no rule of the classification knows; it counts as compute.
       unattributed_share: of the time, what belongs to no phase.
+      bounds: of the figures, as what no rule knows might communicate as well; None where all is known.
+      notes: what could not be measured, and why.
     """
 
     title: str
@@ -108,8 +119,12 @@ class Measurement:
     devices: tuple[Metrics, ...]
     summary: Summary
     skew: Skew | None
+    collectives: tuple[CollectiveRow, ...]
+    steps: tuple[StepRow, ...]
     unclassified_share: float
     unattributed_share: float
+    bounds: Bounds | None = None
+    notes: tuple[str, ...] = ()
 
     @property
     def makespan(self) -> float:
@@ -125,57 +140,74 @@ def measure(
     Args:
       trace: from any reader.
       gaps_us: for the sensitivity to launch gaps, see `Overlap.merge_gap`.
-      window: start and end to look at, events across an edge being cut there; by default everything.
+      window: start and end to look at, events across an edge being cut there; by default everything. Collectives and
+        steps count only if they lie in it as a whole.
 
     Raises:
       ValueError: a trace without events (in the window), a window that ends before it starts.
 
+    >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
     >>> found = measure(Trace("", "kineto", (gemm, Event(0, "27", 5.0, 9.0, "dispatch", group="transfer"))))
     >>> found.devices[0].overlaps["transfer"].ratio, found.devices[0].breakdown.idle
     (0.75, 0.0)
     """
+    whole, looked_at = trace, window
     if window is not None:
         trace = trace.clip(*window)
     if not trace.events:
         raise ValueError(f"trace {trace.title!r} has no events in the window {window}: there is nothing to measure")
     window = window or trace.window
-    by_device: dict[int, list[Event]] = {device: [] for device in trace.devices}
-    for event in trace.events:
-        by_device[event.device].append(event)
+    parts = by_device(trace)
+    # Which collectives belong together, how long each takes, and what a step is, no edge of a window may change.
+    all_parts = parts if looked_at is None else by_device(whole)
+    nothing = Columns(())  # a device that does nothing in the window is idle for all of it
     devices = tuple(
-        _device(device, trace.ranks.get(device), events, window, gaps_us) for device, events in by_device.items()
+        _device(device, trace.ranks.get(device), parts.get(device, nothing), window, gaps_us) for device in all_parts
     )
+    called = calls(whole.events)
+    met = meetings(called)
+    found_skew, notes = skew_and_notes(whole, looked_at, met)
+    cut = sum(_is_cut(call, window) for call in called)
+    if cut:
+        notes += (f"{cut:,} collectives lie across an edge of the window: the table of collectives leaves them out",)
     return Measurement(
         title=trace.title,
         window=window,
         devices=devices,
         summary=_summary(devices),
-        skew=skew(trace),
+        skew=found_skew,
+        collectives=rows(called, met[0], all_parts, looked_at),
+        steps=steps(whole, looked_at, all_parts),
         unclassified_share=unclassified_share(trace),
         unattributed_share=unattributed_share(trace),
+        bounds=bounds(parts.values(), window),
+        notes=notes,
     )
 
 
+def _is_cut(call: Call, window: tuple[float, float]) -> bool:
+    return call.start < window[1] and call.end > window[0] and not (window[0] <= call.start and call.end <= window[1])
+
+
 def _device(
-    device: int, rank: int | None, events: list[Event], window: tuple[float, float], gaps_us: Sequence[float]
+    device: int, rank: int | None, events: Columns, window: tuple[float, float], gaps_us: Sequence[float]
 ) -> Metrics:
     weighed = {definition: sides(events, definition, window) for definition in DEFINITIONS}
-    spans = layer_spans(events)
-    steady_window = (spans[1].start, spans[-1].start) if len(spans) > 2 else None
+    steady = steady_window(events)
     return Metrics(
         device=device,
         rank=rank,
         breakdown=breakdown(events, window),
         overlaps={name: overlap_of(of, name) for name, of in weighed.items()},
         sensitivity={name: tuple(overlap_of(of, name, gap) for gap in gaps_us) for name, of in weighed.items()},
-        steady_window=steady_window,
-        steady={name: overlap(events, name, window=steady_window) for name in DEFINITIONS} if steady_window else {},
-        kinds=time_by(events, lambda event: event.kind),
-        phases=time_by(events, lambda event: event.phase),
-        actions=time_by(events, lambda event: action_of(event.phase)),
+        steady_window=steady,
+        steady={name: overlap(events, name, window=steady) for name in DEFINITIONS} if steady else {},
+        kinds=time_by_kind(events),
+        phases=time_by_phase(events),
+        actions=time_by_action(events),
         layers=layers(events),
-        layer_spans=spans,
+        layer_spans=layer_spans(events),
         lanes=lanes(events),
         concurrency=concurrency(events),
     )
@@ -190,14 +222,7 @@ def _summary(devices: Sequence[Metrics]) -> Summary:
     return Summary(
         overlaps=_pooled([metrics.overlaps for metrics in devices]),
         steady=_pooled([metrics.steady for metrics in devices if metrics.steady]),
-        breakdown=Breakdown(
-            window=sum(part.window for part in parts),
-            compute=sum(part.compute for part in parts),
-            noncompute=sum(part.noncompute for part in parts),
-            idle=sum(part.idle for part in parts),
-            gaps=sum(part.gaps for part in parts),
-            longest_gap=max(part.longest_gap for part in parts),
-        ),
+        breakdown=Breakdown.added(parts),
         bubbles=tuple(
             Bubble(
                 rank,
@@ -211,16 +236,4 @@ def _summary(devices: Sequence[Metrics]) -> Summary:
 
 
 def _pooled(overlaps: Sequence[Mapping[str, Overlap]]) -> dict[str, Overlap]:
-    if not overlaps:
-        return {}
-    return {
-        name: Overlap(
-            definition=name,
-            merge_gap=0.0,
-            window=sum(each[name].window for each in overlaps),
-            communication=sum(each[name].communication for each in overlaps),
-            compute=sum(each[name].compute for each in overlaps),
-            overlapped=sum(each[name].overlapped for each in overlaps),
-        )
-        for name in DEFINITIONS
-    }
+    return {name: Overlap.added([each[name] for each in overlaps]) for name in DEFINITIONS} if overlaps else {}

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from profiling.event import Event
-from profiling.intervals import Spans, difference, intersection, length, spans_of, union
+from profiling.intervals import Spans, difference, intersection, length, union, within
+from profiling.metrics.columns import Columns, columns
 
 DEFINITIONS = ("transfer", "transfer+wait", "lanes")
 """What counts as communication. "transfer": what moves data. "transfer+wait": barriers and notifications too. "lanes":
@@ -92,12 +93,33 @@ class Overlap:
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the possible gain that was had, None where one side is missing.
+        """Share of the possible gain that was had: 1 is as fast as the longer side alone, 0 as one after the other.
 
-        1 is as fast as the longer side alone, 0 as slow as one after the other, below 0 slower still.
+        None where one side is missing, or where the window is longer than both one after the other: it is then idle
+        time or other work that decides how long the window is, and not what is hidden.
         """
         gain = min(self.communication, self.compute)
-        return (self.serial - self.window) / gain if gain else None
+        had = self.serial - self.window
+        return had / gain if gain and had >= 0 else None
+
+    @classmethod
+    def added(cls, parts: Sequence[Overlap]) -> Overlap:
+        """Several devices together: times added up, so that ratios weigh them by their time.
+
+        Raises:
+          ValueError: no parts, or parts of different definitions.
+        """
+        same = {(part.definition, part.merge_gap) for part in parts}
+        if len(same) != 1:
+            raise ValueError(f"overlaps of definitions and gaps {sorted(same)}: only those of one can be added up")
+        return cls(
+            definition=parts[0].definition,
+            merge_gap=parts[0].merge_gap,
+            window=sum(part.window for part in parts),
+            communication=sum(part.communication for part in parts),
+            compute=sum(part.compute for part in parts),
+            overlapped=sum(part.overlapped for part in parts),
+        )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +152,18 @@ class Breakdown:
         """Share of the window in which the device does nothing at all; None without a window."""
         return self.idle / self.window if self.window else None
 
+    @classmethod
+    def added(cls, parts: Sequence[Breakdown]) -> Breakdown:
+        """Several devices together: times added up, and the longest gap of any."""
+        return cls(
+            window=sum(part.window for part in parts),
+            compute=sum(part.compute for part in parts),
+            noncompute=sum(part.noncompute for part in parts),
+            idle=sum(part.idle for part in parts),
+            gaps=sum(part.gaps for part in parts),
+            longest_gap=max((part.longest_gap for part in parts), default=0.0),
+        )
+
 
 def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
     """The lanes that transfer or wait more than half of the time that they are busy.
@@ -137,14 +171,15 @@ def communication_lanes(events: Sequence[Event]) -> tuple[str, ...]:
     >>> communication_lanes([Event(0, "7", 0, 9, "gemm", group="compute"), Event(0, "27", 0, 9, "a", group="wait")])
     ('27',)
     """
-    busy: dict[str, float] = {}
-    communicating: dict[str, float] = {}
-    for event in events:
-        if event.group != "control":
-            busy[event.lane] = busy.get(event.lane, 0.0) + event.duration
-        if event.group in ("transfer", "wait"):
-            communicating[event.lane] = communicating.get(event.lane, 0.0) + event.duration
-    return tuple(sorted(lane for lane, time in communicating.items() if 2 * time > busy[lane]))
+    of = columns(events)
+    communicates = of.of_groups("transfer", "wait")
+    count = len(of.lanes.values)
+
+    def times(chosen: np.ndarray) -> np.ndarray:
+        return np.bincount(of.lanes.index[chosen], weights=of.durations[chosen], minlength=count)
+
+    chosen = 2 * times(communicates) > times(~of.of_groups("control"))
+    return tuple(sorted(lane for lane, is_chosen in zip(of.lanes.values, chosen, strict=True) if is_chosen))
 
 
 def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list[Event], list[Event]]:
@@ -153,14 +188,21 @@ def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list
     Raises:
       ValueError: an unknown definition.
     """
+    of = columns(events)
+    communication, compute = chosen(of, definition)
+    return list(of.take(np.flatnonzero(communication))), list(of.take(np.flatnonzero(compute)))
+
+
+def chosen(of: Columns, definition: str = "transfer") -> tuple[np.ndarray, np.ndarray]:
+    """``[n]`` bool twice: which events of one device count as communication, and which as compute; see `members`."""
     if definition not in DEFINITIONS:
         raise ValueError(f"definition {definition!r}: choose one of {', '.join(DEFINITIONS)}")
     if definition == "lanes":
-        chosen = communication_lanes(events)
-        counted = [event for event in events if event.group != "control"]
-        return [e for e in counted if e.lane in chosen], [e for e in counted if e.lane not in chosen]
-    groups = definition.split("+")
-    return [e for e in events if e.group in groups], [e for e in events if e.group == "compute"]
+        lanes = communication_lanes(of)
+        on_them = np.array([lane in lanes for lane in of.lanes.values], bool)[of.lanes.index]
+        counted = ~of.of_groups("control")
+        return counted & on_them, counted & ~on_them
+    return of.of_groups(*definition.split("+")), of.of_groups("compute")
 
 
 def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[float, float] | None = None) -> Sides:
@@ -174,10 +216,10 @@ def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[f
     Raises:
       ValueError: an unknown definition.
     """
-    communication, compute = members(events, definition)
-    window = _window(events, window)
-    frame = np.array([window])
-    return Sides(window, intersection(spans_of(communication), frame), intersection(spans_of(compute), frame))
+    of = columns(events)
+    communication, compute = chosen(of, definition)
+    window = _window(of, window)
+    return Sides(window, within(of.spans[communication], *window), within(of.spans[compute], *window))
 
 
 def overlap(
@@ -215,23 +257,28 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
     >>> breakdown(events, window=(0.0, 10.0))
     Breakdown(window=10.0, compute=6.0, noncompute=2.0, idle=2.0, gaps=1, longest_gap=2.0)
     """
-    window = _window(events, window)
-    frame = np.array([window])
-    busy = intersection(spans_of(event for event in events if event.group != "control"), frame)
-    compute = length(intersection(spans_of(event for event in events if event.group == "compute"), frame))
-    idle = difference(frame, busy)
+    of = columns(events)
+    window = _window(of, window)
+    busy = within(of.spans[~of.of_groups("control")], *window)
+    return breakdown_of(busy, within(of.spans[of.of_groups("compute")], *window), window)
+
+
+def breakdown_of(busy: Spans, compute: Spans, window: tuple[float, float]) -> Breakdown:
+    """The same from when the device does anything and when it computes, both sets within the window."""
+    idle = difference(np.array([window]), busy)
     lengths = idle[:, 1] - idle[:, 0]
+    computing = length(compute)
     return Breakdown(
         window=window[1] - window[0],
-        compute=compute,
-        noncompute=length(busy) - compute,
+        compute=computing,
+        noncompute=length(busy) - computing,
         idle=length(idle),
         gaps=len(idle),
         longest_gap=float(lengths.max(initial=0.0)),
     )
 
 
-def _window(events: Sequence[Event], window: tuple[float, float] | None) -> tuple[float, float]:
+def _window(of: Columns, window: tuple[float, float] | None) -> tuple[float, float]:
     if window is not None:
         return window
-    return min((event.start for event in events), default=0.0), max((event.end for event in events), default=0.0)
+    return (float(of.starts.min()), float(of.ends.max())) if len(of) else (0.0, 0.0)

@@ -1,13 +1,25 @@
-"""How far devices drift apart, seen where they meet: in their collectives."""
+"""How far devices drift apart, seen where they meet: in the collectives of their process groups."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Hashable
+import re
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 import numpy as np
 
 from profiling.event import Event, Trace
+from profiling.metrics.calls import SYNCHRONISING, Call, Group, Meeting, calls, has_group, meetings
+
+CLOCK_TOLERANCE = 2.0
+"""Microseconds by which times of one clock may contradict each other: profilers that write whole ones round both the
+start and the duration down."""
+
+_ONE_SIDED = re.compile(r"permute|broadcast|^(send|recv)", re.IGNORECASE)
+"""Communication, by its name, that a rank may end before another begins. NCCL's SendRecv may be an all-to-all."""
+
+_COPY = re.compile(r"memcpy|peer copy", re.IGNORECASE)
+"""Transfers that one device does by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -18,47 +30,98 @@ class DeviceSkew:
       device: its index.
       wait: time of its barriers and notifications, 0 where waiting is part of the transfers.
       peer_wait: by how much its transfers took longer than the same transfer on the device where it took least: the
-        wait for peers that cannot be told from moving data.
-      lateness: mean time that it joined a collective after the first device did.
-      last: share of the collectives that it joined last.
+        wait for peers that cannot be told from moving data. It is least on the straggler, whatever the clocks.
+      lateness: mean time that it joined a collective after the first device did; None where the clocks differ.
+      last: share of the collectives that it joined last; None where the clocks differ.
     """
 
     device: int
     wait: float
     peer_wait: float
-    lateness: float
-    last: float
+    lateness: float | None
+    last: float | None
+
+
+@dataclasses.dataclass(frozen=True)
+class GroupSkew:
+    """The collectives of one process group that several of its devices show, times in microseconds.
+
+    Attributes:
+      group: the process group; without a name, ranks and size where the profiler names none and all devices are one.
+      devices: those of the group that are in the trace.
+      matched: number of collectives compared.
+      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's; None where
+        the clocks differ, as the two that follow.
+      end_spread, max_end_spread: the same for ends.
+      resolution: how closely starts can be compared: what the ends of collectives that synchronise lie apart, the
+        median of them, but at least `CLOCK_TOLERANCE`. Such collectives end together, so that this is how far the
+        clocks agree and how evenly the last data arrives.
+      impossible: number of collectives that ended on one device before another one began them, though they synchronise.
+      clocks_agree: whether starts can be compared: nothing was impossible, and where no collective of this group
+        synchronises, neither was it in another group that has two of these devices.
+      offsets: ``{device: by how much its clock is ahead}`` of the median of the devices, estimated from the ends; empty
+        where the clocks agree.
+      straggler: the device that joins latest, None where that is not above the resolution or the clocks differ.
+    """
+
+    group: Group
+    devices: tuple[int, ...]
+    matched: int
+    start_spread: float | None
+    max_start_spread: float | None
+    end_spread: float | None
+    max_end_spread: float | None
+    resolution: float
+    impossible: int
+    clocks_agree: bool
+    offsets: Mapping[int, float]
+    straggler: int | None
 
 
 @dataclasses.dataclass(frozen=True)
 class Skew:
-    """What collectives that run on every device show, in microseconds.
+    """What collectives that several devices have in common show, in microseconds.
 
     Attributes:
       matched: number of collectives compared.
-      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's.
+      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's, over the
+        groups whose clocks agree; None without one, as the two that follow.
       end_spread, max_end_spread: the same for ends. Large ones without a cause speak of clocks that differ.
+      resolution: the largest of the groups whose clocks agree, see `GroupSkew`; None without one.
       devices: one row for each.
+      groups: one for each process group.
     """
 
     matched: int
-    start_spread: float
-    max_start_spread: float
-    end_spread: float
-    max_end_spread: float
+    start_spread: float | None
+    max_start_spread: float | None
+    end_spread: float | None
+    max_end_spread: float | None
+    resolution: float | None
     devices: tuple[DeviceSkew, ...]
+    groups: tuple[GroupSkew, ...]
 
     @property
-    def straggler(self) -> int:
-        """The device that joins its peers latest."""
-        return max(self.devices, key=lambda row: row.lateness).device
+    def straggler(self) -> int | None:
+        """The device that joins its peers latest; None where none is later than the resolution, or clocks differ."""
+        late = [(row.lateness, row.device) for row in self.devices if row.lateness is not None]
+        if not late or self.resolution is None:
+            return None
+        lateness, device = max(late, key=lambda row: row[0])
+        return device if lateness > self.resolution else None
 
 
-def skew(trace: Trace) -> Skew | None:
-    """How devices drift apart; None with fewer than two devices, or no transfer or wait that all have in common.
+def skew(trace: Trace, window: tuple[float, float] | None = None) -> Skew | None:
+    """How devices drift apart; None with fewer than two devices, or no collective that several have in common.
 
-    The same collective on two devices has the same instruction (or name), phase, layer and microbatch, and is the
-    same in the order of its repetitions.
+    Where the profiler tells process groups, the same collective has the same group, kind, and sequence number or place
+    in the order of its kind (`profiling.metrics.calls.meetings`). Where it tells none, it has the same instruction (or
+    name), phase, layer and microbatch and is the same in the order of its repetitions, provided that every device
+    repeats it as often; if such ones contradict each other in time, they are not compared.
+
+    Args:
+      trace: from any reader.
+      window: start and end in microseconds; only collectives that lie in it on every device count. By default all.
 
     >>> def a(device, start):
     ...     return Event(device, "comm", start, 9.0, "all-to-all", group="transfer")
@@ -66,44 +129,198 @@ def skew(trace: Trace) -> Skew | None:
     >>> found.start_spread, found.straggler, found.devices[0].peer_wait
     (3.0, 1, 3.0)
     """
-    devices = trace.devices
-    if len(devices) < 2:
-        return None
-    met: dict[Hashable, dict[int, Event]] = {}
-    seen: dict[Hashable, int] = {}
+    return skew_and_notes(trace, window)[0]
+
+
+def skew_and_notes(
+    trace: Trace,
+    window: tuple[float, float] | None = None,
+    met: tuple[Sequence[Meeting], Sequence[str]] | None = None,
+) -> tuple[Skew | None, tuple[str, ...]]:
+    """`skew`, and why there is none or what could not be compared.
+
+    Args:
+      trace, window: see `skew`.
+      met: the `meetings` of the trace's calls, where they are known already.
+    """
+    if len(trace.devices) < 2:
+        return None, ()
+    if any(map(has_group, trace.events)):
+        together, doubts = meetings(calls(trace.events)) if met is None else met
+        notes = [f"stragglers: {doubt}" for doubt in doubts]
+        rows = [row for row in together if row.lies_in(window)]
+        if not rows and not notes:
+            notes = ["stragglers: no two devices of this trace are in one process group with a collective in common"]
+    else:
+        together, notes = _by_name(trace)
+        rows = [row for row in together if row.lies_in(window)]
+    if not rows:
+        return None, tuple(notes)
+    by_group: dict[Group, list[Meeting]] = {}
+    for row in rows:
+        by_group.setdefault(row.group, []).append(row)
+    parts = [_Part(group, members) for group, members in by_group.items()]
+    apart = [set(part.devices) for part in parts if part.impossible]
+    groups = [
+        part.found(part.synchronises or all(len(devices & set(part.devices)) < 2 for devices in apart))
+        for part in parts
+    ]
+    notes += [_clocks(of) for of in groups if of.impossible]
+    return _skew(trace, window, parts, groups), tuple(notes)
+
+
+class _Part:
+    """The collectives of one group as arrays ``[collectives, devices]``."""
+
+    def __init__(self, group: Group, members: Sequence[Meeting]) -> None:
+        self.group = group
+        self.devices = tuple(call.device for call in members[0].calls)
+        self.starts = np.array([[call.start for call in row.calls] for row in members])
+        self.ends = np.array([[call.end for call in row.calls] for row in members])
+        self.times = np.array([[call.time for call in row.calls] for row in members])
+        self.moves = np.array([row.calls[0].group_of_time == "transfer" for row in members])
+        self.late = self.starts - self.starts.min(axis=1, keepdims=True)
+        meets = np.array([row.kind in SYNCHRONISING for row in members])
+        early = self.starts.max(axis=1) - self.ends.min(axis=1) > CLOCK_TOLERANCE
+        self.synchronises = bool(meets.any())
+        self.impossible = int(np.sum(meets & early))
+        self.together = self.ends[meets] if self.synchronises else self.ends
+        self.spread = np.ptp(self.starts, axis=1), np.ptp(self.ends, axis=1)
+
+    def found(self, clocks_agree: bool) -> GroupSkew:
+        agree = clocks_agree and not self.impossible
+        resolution = max(float(np.median(np.ptp(self.together, axis=1))), CLOCK_TOLERANCE)
+        ahead = np.median(self.together - np.median(self.together, axis=1, keepdims=True), axis=0)
+        lateness = self.late.mean(axis=0)
+        latest = int(np.argmax(lateness))
+        return GroupSkew(
+            group=self.group,
+            devices=self.devices,
+            matched=len(self.starts),
+            **_spreads([self.spread] if agree else []),
+            resolution=resolution,
+            impossible=self.impossible,
+            clocks_agree=agree,
+            offsets=dict(zip(self.devices, ahead.tolist(), strict=True)) if self.impossible else {},
+            straggler=self.devices[latest] if agree and lateness[latest] > resolution else None,
+        )
+
+
+def _spreads(spreads: Iterable[tuple[np.ndarray, np.ndarray]]) -> dict[str, float | None]:
+    parts = list(spreads)
+    if not parts:
+        return dict.fromkeys(("start_spread", "max_start_spread", "end_spread", "max_end_spread"))
+    starts, ends = (np.concatenate(each) for each in zip(*parts, strict=True))
+    return {
+        "start_spread": float(starts.mean()),
+        "max_start_spread": float(starts.max()),
+        "end_spread": float(ends.mean()),
+        "max_end_spread": float(ends.max()),
+    }
+
+
+def _skew(
+    trace: Trace, window: tuple[float, float] | None, parts: Sequence[_Part], groups: Sequence[GroupSkew]
+) -> Skew:
+    waits: dict[int, float] = {}
+    start, end = window or (-np.inf, np.inf)
     for event in trace.events:
-        if event.group in ("transfer", "wait"):
-            key = (event.hlo_op or event.name, event.phase, event.layer, event.microbatch)
-            count = seen[event.device, key] = seen.get((event.device, key), -1) + 1
-            met.setdefault((key, count), {})[event.device] = event
-    common = [[by_device[device] for device in devices] for by_device in met.values() if len(by_device) == len(devices)]
-    if not common:
-        return None
-    starts = np.array([[event.start for event in row] for row in common])
-    ends = np.array([[event.end for event in row] for row in common])
-    moves = np.array([row[0].group == "transfer" for row in common])
-    late = starts - starts.min(axis=1, keepdims=True)
-    longer = (ends - starts) - (ends - starts).min(axis=1, keepdims=True)
-    last = np.argmax(starts, axis=1)
-    waits = {device: 0.0 for device in devices}
-    for event in trace.events:
-        if event.group == "wait":
-            waits[event.device] += event.duration
-    spread = np.ptp(starts, axis=1), np.ptp(ends, axis=1)
+        if event.group == "wait" and event.start < end and event.end > start:
+            time = min(event.end, end) - max(event.start, start)
+            waits[event.device] = waits.get(event.device, 0.0) + time
+    peer_waits: dict[int, float] = {}
+    late: dict[int, list[np.ndarray]] = {}
+    last: dict[int, list[np.ndarray]] = {}
+    for part, of in zip(parts, groups, strict=True):
+        longer = part.times[part.moves] - part.times[part.moves].min(axis=1, keepdims=True)
+        latest = np.where(part.late.any(axis=1), np.argmax(part.starts, axis=1), -1)  # nobody, if all start together
+        for i, device in enumerate(part.devices):
+            peer_waits[device] = peer_waits.get(device, 0.0) + float(longer[:, i].sum())
+            if of.clocks_agree:
+                late.setdefault(device, []).append(part.late[:, i])
+                last.setdefault(device, []).append(latest == i)
     return Skew(
-        matched=len(common),
-        start_spread=float(spread[0].mean()),
-        max_start_spread=float(spread[0].max()),
-        end_spread=float(spread[1].mean()),
-        max_end_spread=float(spread[1].max()),
+        matched=sum(of.matched for of in groups),
+        **_spreads(part.spread for part, of in zip(parts, groups, strict=True) if of.clocks_agree),
+        resolution=max((of.resolution for of in groups if of.clocks_agree), default=None),
         devices=tuple(
             DeviceSkew(
                 device=device,
-                wait=waits[device],
-                peer_wait=float(longer[moves, i].sum()),
-                lateness=float(late[:, i].mean()),
-                last=float(np.mean(last == i)),
+                wait=waits.get(device, 0.0),
+                peer_wait=peer_waits[device],
+                lateness=float(np.concatenate(late[device]).mean()) if device in late else None,
+                last=float(np.concatenate(last[device]).mean()) if device in last else None,
             )
-            for i, device in enumerate(devices)
+            for device in sorted(peer_waits)
         ),
+        groups=tuple(groups),
+    )
+
+
+def _clocks(of: GroupSkew) -> str:
+    ahead = max(of.offsets, key=lambda device: of.offsets[device])
+    behind = min(of.offsets, key=lambda device: of.offsets[device])
+    apart = of.offsets[ahead] - of.offsets[behind]
+    return (
+        f"stragglers: in group {of.group.label} {of.impossible:,} of {of.matched:,} collectives ended on one device "
+        f"before another one began them, so that the clocks differ: device {ahead}'s is ahead of device {behind}'s by "
+        f"about {apart:,.0f} us, going by when the collectives end. Who joins late is not told"
+    )
+
+
+def _by_name(trace: Trace) -> tuple[list[Meeting], list[str]]:
+    """Collectives that all devices have in common, by instruction or name; the note says why there are none."""
+    devices = trace.devices
+    found: dict[Hashable, dict[int, list[Event]]] = {}
+    for event in trace.events:
+        if event.group in ("transfer", "wait") and not (_COPY.search(event.name) or _COPY.search(event.kind)):
+            key = (event.hlo_op or event.name, event.phase, event.layer, event.microbatch)
+            found.setdefault(key, {}).setdefault(event.device, []).append(event)
+    if not found:
+        return [], []
+    unequal = [of for of in found.values() if len({len(of.get(device, ())) for device in devices}) > 1]
+    # The name of an instruction tells collectives apart; that of a kernel only if all devices run the same ones.
+    if any(not events[0].hlo_op for of in unequal for events in of.values()) or len(unequal) == len(found):
+        example = next(iter(unequal[0].values()))[0]
+        counts = ", ".join(f"{len(unequal[0].get(device, ()))} on device {device}" for device in devices[:8])
+        return [], [
+            "stragglers: the profiler tells no process groups, and the devices do not run the same collectives "
+            f"({example.hlo_op or example.name}: {counts}), so that none are compared"
+        ]
+    everyone = Group("", None, None)
+    rows = [
+        Meeting(everyone, tuple(_call(event, everyone) for event in events))
+        for of in found.values()
+        if len({len(of.get(device, ())) for device in devices}) == 1
+        for events in zip(*(of[device] for device in devices), strict=True)
+    ]
+    early = [
+        max(call.start for call in row.calls) - min(call.end for call in row.calls) > CLOCK_TOLERANCE
+        for row in rows
+        if not _ONE_SIDED.search(row.kind)
+    ]
+    if any(early):
+        return [], [
+            "stragglers: the profiler tells no process groups, and of the collectives that have the same name and "
+            f"order on all devices {sum(early):,} of {len(early):,} ended on one before another one began them: they "
+            "are not the same, or the clocks differ, so that none are compared"
+        ]
+    rows.sort(key=lambda row: row.calls[0].start)
+    return rows, []
+
+
+def _call(event: Event, group: Group) -> Call:
+    kind = event.hlo_op or event.name
+    return Call(
+        device=event.device,
+        kind=kind,
+        group=group,
+        start=event.start,
+        end=event.end,
+        time=event.duration,
+        sent=None,
+        received=None,
+        sequence=None,
+        step=event.step,
+        group_of_time=event.group,
     )

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Mapping, Sequence
-from typing import TypeVar
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 
-from profiling.event import Event, Trace
-from profiling.intervals import difference, length, spans_of, union
-
-K = TypeVar("K", bound=Hashable)
+from profiling.event import GROUPS, Event, Trace
+from profiling.intervals import union
+from profiling.metrics.columns import Codes, Columns, coded, columns
+from profiling.scopes import action_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,8 +80,27 @@ def time_by(events: Sequence[Event], key: Callable[[Event], str]) -> tuple[TimeR
     >>> [(row.name, row.total, row.busy) for row in time_by(events, lambda event: event.kind)]
     [('GEMM', 7.0, 5.0)]
     """
-    rows = [_row(name, members) for name, members in _grouped(events, key).items()]
-    return tuple(sorted(rows, key=lambda row: -row.total))
+    of = columns(events).counted
+    return _rows(of, coded(map(key, of), len(of)))
+
+
+def time_by_kind(events: Sequence[Event]) -> tuple[TimeRow, ...]:
+    """`time_by` kinds."""
+    of = columns(events).counted
+    return _rows(of, of.kinds)
+
+
+def time_by_phase(events: Sequence[Event]) -> tuple[TimeRow, ...]:
+    """`time_by` phases."""
+    of = columns(events).counted
+    return _rows(of, of.phases)
+
+
+def time_by_action(events: Sequence[Event]) -> tuple[TimeRow, ...]:
+    """`time_by` actions: what stands in brackets in a phase, or all of it."""
+    of = columns(events).counted
+    actions = coded(map(action_of, of.phases.values), len(of.phases.values))
+    return _rows(of, Codes(actions.values, actions.index[of.phases.index]))
 
 
 def layers(events: Sequence[Event]) -> tuple[LayerRow, ...]:
@@ -92,11 +110,15 @@ def layers(events: Sequence[Event]) -> tuple[LayerRow, ...]:
     >>> layers([event])[0].layer, layers([event])[0].phases[0].busy
     (3, 4.0)
     """
-    found = _grouped([event for event in events if event.layer is not None], lambda event: event.layer)
+    of = columns(events).counted
     rows = []
-    for layer in sorted(layer for layer in found if layer is not None):
-        phases = _grouped(sorted(found[layer], key=lambda event: event.start), lambda event: event.phase)
-        rows.append(LayerRow(layer, tuple(_row(name, members) for name, members in phases.items())))
+    for layer, places in sorted(_layers(of).items()):
+        places = places[np.argsort(of.starts[places], kind="stable")]
+        phases = coded(of.phases.index[places].tolist(), len(places))
+        found = zip(phases.values, phases.members(), strict=True)
+        rows.append(
+            LayerRow(layer, tuple(_row(of.phases.values[phase], of, places[members]) for phase, members in found))
+        )
     return tuple(rows)
 
 
@@ -110,13 +132,39 @@ def layer_spans(events: Sequence[Event]) -> tuple[LayerSpan, ...]:
     >>> layer_spans(events)[1]
     LayerSpan(layer=1, start=4.0, end=8.0)
     """
-    found = _grouped([event for event in events if event.layer is not None], lambda event: event.layer)
-    starts = {layer: [event.start for event in members] for layer, members in found.items() if layer is not None}
-    order = sorted(starts, key=lambda layer: min(starts[layer]))
-    if any(max(starts[a]) >= min(starts[c]) for a, c in zip(order, order[2:], strict=False)):
+    of = columns(events).counted
+    starts = {layer: of.starts[places] for layer, places in _layers(of).items()}
+    first = {layer: float(found.min()) for layer, found in starts.items()}
+    order = sorted(first, key=lambda layer: first[layer])
+    if any(starts[a].max() >= first[c] for a, c in zip(order, order[2:], strict=False)):
         return ()
-    edges = [*(min(starts[layer]) for layer in order), max((event.end for event in events), default=0.0)]
+    edges = [*(first[layer] for layer in order), float(columns(events).ends.max(initial=0.0))]
     return tuple(LayerSpan(layer, start, end) for layer, start, end in zip(order, edges[:-1], edges[1:], strict=True))
+
+
+def steady_window(events: Sequence[Event]) -> tuple[float, float] | None:
+    """From the start of the second layer to that of the last, where there is evidence of layers; None elsewhere.
+
+    Evidence is a pass through at least three layers, one after another, each of which computes, with at least one phase
+    that all of them have. Three all-reduces that were counted are no layers.
+
+    >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 4.0, "a", layer=i, group="compute") for i in range(4)]
+    >>> steady_window(events)
+    (4.0, 12.0)
+    >>> steady_window(events[:2]) is None
+    True
+    """
+    of = columns(events).counted
+    spans = layer_spans(events)
+    if len(spans) < 3:
+        return None
+    computing = of.of_groups("compute")
+    found = _layers(of).values()
+    if not all(computing[places].any() for places in found):
+        return None
+    if not set.intersection(*(set(of.phases.index[places].tolist()) for places in found)):
+        return None
+    return spans[1].start, spans[-1].start
 
 
 def phase_durations(events: Sequence[Event]) -> tuple[dict[str, float], ...]:
@@ -135,13 +183,14 @@ def lanes(events: Sequence[Event]) -> tuple[LaneRow, ...]:
     >>> [(row.lane, row.busy, row.alone) for row in rows]
     [('7', 6.0, 5.0), ('27', 3.0, 2.0)]
     """
-    found = _grouped(events, lambda event: event.lane)
-    spans = {lane: union(spans_of(members)) for lane, members in found.items()}
-    rows = []
-    for lane, members in found.items():
-        others = np.concatenate([np.empty((0, 2)), *(other for name, other in spans.items() if name != lane)])
-        rows.append(LaneRow(lane, len(members), length(spans[lane]), length(difference(spans[lane], others))))
-    return tuple(sorted(rows, key=lambda row: -row.busy))
+    of = columns(events).counted
+    sweep = _sweep(of)
+    # Where one lane is busy, the sum of the numbers of the busy lanes is its number.
+    single = sweep.running == 1
+    alone = np.bincount(sweep.lanes[single], weights=sweep.lengths[single], minlength=len(of.lanes.values))
+    counts = np.bincount(of.lanes.index, minlength=len(of.lanes.values))
+    rows = zip(of.lanes.values, counts.tolist(), sweep.busy, alone.tolist(), strict=True)
+    return tuple(sorted((LaneRow(*row) for row in rows), key=lambda row: -row.busy))
 
 
 def concurrency(events: Sequence[Event]) -> tuple[float, ...]:
@@ -150,14 +199,9 @@ def concurrency(events: Sequence[Event]) -> tuple[float, ...]:
     >>> concurrency([Event(0, "7", 0.0, 6.0, "a"), Event(0, "27", 5.0, 8.0, "b"), Event(0, "7", 9.0, 10.0, "c")])
     (1.0, 8.0, 1.0)
     """
-    spans = [union(spans_of(members)) for members in _grouped(events, lambda event: event.lane).values()]
-    merged = np.concatenate([np.empty((0, 2)), *spans])
-    edges = np.concatenate([merged[:, 0], merged[:, 1]])
-    order = np.argsort(edges, kind="stable")
-    running = np.cumsum(np.repeat([1, -1], len(merged))[order])
-    times = np.zeros(len(spans) + 1)
-    np.add.at(times, running[:-1], np.diff(edges[order]))
-    return tuple(times.tolist())
+    of = columns(events).counted
+    sweep = _sweep(of)
+    return tuple(np.bincount(sweep.running, weights=sweep.lengths, minlength=len(of.lanes.values) + 1).tolist())
 
 
 def unattributed_share(trace: Trace) -> float:
@@ -166,29 +210,76 @@ def unattributed_share(trace: Trace) -> float:
     >>> unattributed_share(Trace("", "kineto", (Event(0, "7", 0.0, 3.0, "a", phase="F"), Event(0, "7", 3.0, 4.0, "b"))))
     0.25
     """
-    counted = [event for event in trace.events if event.group != "control"]
-    total = sum(event.duration for event in counted)
-    return sum(event.duration for event in counted if not event.phase) / total if total else 0.0
-
-
-def _grouped(events: Sequence[Event], key: Callable[[Event], K]) -> dict[K, list[Event]]:
-    found: dict[K, list[Event]] = {}
-    for event in events:
+    total = without = 0.0
+    for event in trace.events:
         if event.group != "control":
-            found.setdefault(key(event), []).append(event)
-    return found
+            time = event.end - event.start
+            total += time
+            if not event.phase:
+                without += time
+    return without / total if total else 0.0
 
 
-def _row(name: str, events: Sequence[Event]) -> TimeRow:
-    by_group: dict[str, float] = {}
-    for event in events:
-        by_group[event.group] = by_group.get(event.group, 0.0) + event.duration
-    blocks = [event.blocks for event in events if event.blocks is not None]
+@dataclasses.dataclass(frozen=True)
+class _Sweep:
+    """Stretches between neighbouring edges of the lanes' busy times.
+
+    Attributes:
+      lengths: ``[stretches]`` microseconds.
+      running: ``[stretches]`` how many lanes are busy.
+      lanes: ``[stretches]`` the sum of the numbers of those that are.
+      busy: ``[lanes]`` microseconds.
+    """
+
+    lengths: np.ndarray
+    running: np.ndarray
+    lanes: np.ndarray
+    busy: list[float]
+
+
+def _sweep(of: Columns) -> _Sweep:
+    spans = [union(of.spans[places]) for places in of.lanes.members()]
+    merged = np.concatenate([np.empty((0, 2)), *spans])
+    numbers = np.repeat(np.arange(len(spans)), [len(each) for each in spans])
+    edges = np.concatenate([merged[:, 0], merged[:, 1]])
+    order = np.argsort(edges, kind="stable")
+    change = np.repeat(np.array([1, -1]), len(merged))
+    return _Sweep(
+        lengths=np.diff(edges[order]),
+        running=np.cumsum(change[order])[:-1],
+        lanes=np.cumsum((change * np.tile(numbers, 2))[order])[:-1],
+        busy=[float(np.sum(each[:, 1] - each[:, 0])) for each in spans],
+    )
+
+
+def _layers(of: Columns) -> dict[int, np.ndarray]:
+    """``{layer: places of its events}``."""
+    found = zip(of.layers.values, of.layers.members(), strict=True)
+    return {layer: places for layer, places in found if layer is not None}
+
+
+def _rows(of: Columns, codes: Codes) -> tuple[TimeRow, ...]:
+    rows = [_row(name, of, places) for name, places in zip(codes.values, codes.members(), strict=True)]
+    return tuple(sorted(rows, key=lambda row: -row.total))
+
+
+def _row(name: str, of: Columns, places: np.ndarray) -> TimeRow:
+    places = places[np.argsort(of.starts[places], kind="stable")]
+    starts, ends, durations = of.starts[places], of.ends[places], of.durations[places]
+    groups = of.groups[places]
+    counts = np.bincount(groups, minlength=len(GROUPS))
+    times = np.bincount(groups, weights=durations, minlength=len(GROUPS))
+    blocks = of.blocks[places]
+    blocks = blocks[~np.isnan(blocks)]
+    # What an event adds is what reaches beyond all before it, so that the sum is never more than that of durations.
+    reach = np.maximum.accumulate(ends)
+    added = durations.copy()
+    added[1:] = np.clip(ends[1:] - np.maximum(starts[1:], reach[:-1]), 0.0, durations[1:])
     return TimeRow(
         name=name,
-        count=len(events),
-        total=sum(event.duration for event in events),
-        busy=length(spans_of(events)),
-        by_group=by_group,
-        blocks=(min(blocks), max(blocks)) if blocks else None,
+        count=len(places),
+        total=float(durations.sum()),
+        busy=float(added.sum()),
+        by_group={group: float(times[code]) for code, group in enumerate(GROUPS) if counts[code]},
+        blocks=(int(blocks.min()), int(blocks.max())) if len(blocks) else None,
     )

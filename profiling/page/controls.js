@@ -1,5 +1,7 @@
 /* What the reader does: pointer, keys, search, legend, tables, and the address that keeps the view. */
 
+const LEGEND = 40;  // entries before the rest is asked for
+
 const element = (id) => document.getElementById(id);
 
 function make(tag, text, properties = {}) {
@@ -17,22 +19,19 @@ function start() {
 
   let found = "";
   function status() {
-    const parts = [`${formatTime(timeline.from)} \u2013 ${formatTime(timeline.to)}`, `${model.count.toLocaleString("en")} events`];
+    const { from, to } = timeline, step = to - from < to / 50 ? (to - from) / 100 : 0;  // ends that are close need more digits
+    const parts = [`${formatTime(from, step, step ? to : from)} \u2013 ${formatTime(to, step)}`, `${model.count.toLocaleString("en")} ${model.count < model.events ? `longest of ${model.events.toLocaleString("en")} ` : ""}event${model.events === 1 ? "" : "s"}`];
     element("status").textContent = [...parts, found].filter(Boolean).join(" \u00b7 ");
   }
 
   function search(text) {
     const words = text.toLowerCase().split(/\s+/).filter(Boolean);
-    const matches = words.length ? model.whats.map((what) => words.every((word) => what.searched.includes(word))) : null;
+    const matches = words.length ? model.whats.map((what) => words.every((word) => searched(what).includes(word))) : null;
+    const { counts, times } = model.totals[0];
     let count = 0, time = 0;
-    for (const row of matches ? model.rows : []) {
-      if (row.host || row.trace > 0) continue;
-      for (let i = 0; i < row.what.length; i++) {
-        if (!matches[row.what[i]]) continue;
-        count += 1;
-        time += row.end[i] - row.start[i];
-      }
-    }
+    matches?.forEach((matched, n) => {
+      if (matched) [count, time] = [count + counts[n], time + times[n]];
+    });
     found = matches ? `${count.toLocaleString("en")} match, ${formatTime(time)}` : "";
     timeline.matches = matches;
     timeline.refresh();
@@ -51,8 +50,8 @@ function start() {
   }
 
   function point(event, x, y) {
+    if (event || timeline.hovered) timeline.mark();
     timeline.hovered = event;
-    timeline.draw();
     tip.hidden = !event;
     if (!event) return;
     tip.replaceChildren(make("b", model.whats[event.row.what[event.i]].name), ...lines(event).map((text) => make("span", text)));
@@ -63,20 +62,16 @@ function start() {
 
   function select(event) {
     timeline.selected = event;
-    timeline.draw();
+    timeline.mark();
     const details = element("details");
     details.hidden = !event;
     if (event) {
       const { row, i } = event, what = model.whats[row.what[i]];
+      const { counts, times } = model.totals[row.trace] ?? model.totals[0];
       let count = 0, time = 0;
-      for (const other of model.rows) {
-        if (other.trace !== row.trace) continue;
-        for (let k = 0; k < other.what.length; k++) {
-          if (model.whats[other.what[k]].name !== what.name) continue;
-          count += 1;
-          time += other.end[k] - other.start[k];
-        }
-      }
+      model.whats.forEach((other, n) => {
+        if (other.name === what.name) [count, time] = [count + counts[n], time + times[n]];
+      });
       const facts = [
         ["start", `${row.start[i].toFixed(3)} \u00b5s`], ["duration", `${(row.end[i] - row.start[i]).toFixed(3)} \u00b5s`],
         ["device", model.bands[row.band]], ["lane", row.label], ["kind", what.kind], ["group", what.group],
@@ -95,9 +90,10 @@ function start() {
     keep();
   }
 
-  function legend() {
-    const { categories, colours } = timeline.colouring;
-    element("legend").replaceChildren(...categories.map(([name, time]) => {
+  function legend(all = false) {
+    const { categories, colours } = timeline.colouring, more = categories.length - LEGEND;
+    const shown = all || more < 2 ? categories : categories.slice(0, LEGEND);
+    element("legend").replaceChildren(...shown.map(([name, time]) => {
       const label = { kind: name, group: name, phase: name }[timeline.colouring.field] ?? `${timeline.colouring.field} ${name}`;
       const button = make("button", undefined, { type: "button" }), swatch = make("i");
       swatch.style.background = colours.get(name);
@@ -111,31 +107,38 @@ function start() {
       });
       return button;
     }));
+    if (shown === categories) return;
+    const rest = make("button", `and ${more} more`, { type: "button" });
+    rest.addEventListener("click", () => legend(true));
+    element("legend").append(rest);
   }
 
-  /* The next or previous event in the order of time: of the selected one's row, or of all that was searched for. */
   function step(direction) {
-    const here = timeline.selected;
-    const order = (a, b) => direction * (a.row.start[a.i] - b.row.start[b.i] || a.row.index - b.row.index || a.i - b.i);
-    let best = null;
-    for (const row of timeline.matches || !here ? model.rows : [here.row]) {
-      if (row.host) continue;
-      for (let i = 0; i < row.start.length; i++) {
-        if (!timeline.shown[row.what[i]] || (timeline.matches && !timeline.matches[row.what[i]])) continue;
-        const event = { row, i };
-        if ((!here || order(event, here) > 0) && (!best || order(event, best) < 0)) best = event;
-      }
-    }
+    const best = timeline.neighbour(timeline.selected, direction);
     if (!best) return;
     timeline.reveal(best);
     select(best);
   }
 
-  let turn = 0;
+  let turn = 0, exposed;
+  const anyExposed = model.exposed.some(({ start }) => start.length);
   function nextExposed() {
-    if (!model.exposed.length) return;
-    const { start: from, end: to } = model.exposed[turn++ % model.exposed.length];
-    zoomTo(from, to);
+    if (!anyExposed) return;
+    exposed ??= model.exposed.flatMap(({ start, end }) => Array.from(start, (from, i) => [from, end[i]]))
+      .sort((a, b) => b[1] - b[0] - (a[1] - a[0]));
+    zoomTo(...exposed[turn++ % exposed.length]);
+  }
+
+  /* Measured events of one name and kind, the longest first. */
+  function occurrences(name, kind) {
+    const wanted = model.whats.map((what) => what.name === name && what.kind === kind);
+    const all = [];
+    for (const row of model.rows) {
+      if (row.host || row.trace > 0) continue;
+      for (let i = 0; i < row.what.length; i++) if (wanted[row.what[i]]) all.push({ row, i });
+    }
+    const time = ({ row, i }) => row.end[i] - row.start[i];
+    return all.sort((a, b) => time(b) - time(a));
   }
 
   function zoomTo(from, to) {
@@ -163,6 +166,10 @@ function start() {
   const different = (field) => new Set(model.whats.filter((what) => what.group !== "step").map((what) => what[field])).size;
   const predicted = model.rows.some((row) => row.trace > 0);
   const usual = different("phase") > 1 && (predicted || different("kind") < 2) ? "phase" : "kind";
+
+  for (const option of element("colour").options) {
+    option.disabled = !model.whats.some((what) => what.group !== "step" && what[option.value] !== null && what[option.value] !== "");
+  }
 
   function restore() {
     const state = new URLSearchParams(location.hash.slice(1));
@@ -266,7 +273,7 @@ function start() {
   element("out").addEventListener("click", actions.s);
   element("fit").addEventListener("click", actions[0]);
   element("exposed").addEventListener("click", nextExposed);
-  element("exposed").disabled = !model.exposed.length;
+  element("exposed").disabled = !anyExposed;
   query.addEventListener("input", () => { search(query.value); keep(); });
   query.addEventListener("keydown", (event) => {
     if (event.key === "Enter") step(event.shiftKey ? -1 : 1);
@@ -285,16 +292,43 @@ function start() {
     const most = Math.max(...shares.map(([, share]) => share));
     for (const [cell, share] of shares) cell.style.setProperty("--share", `${Math.max(0, 100 * share / most)}%`);
   }
-  for (const row of document.querySelectorAll("tr[data-from]")) {
-    const button = make("button", "show", { type: "button", className: "go", title: "Show it in the timeline" });
+  /* A button in a cell of its own at a row's end, which brings what the row tells of into the timeline. */
+  function shows(row, title, show) {
+    const button = make("button", "show", { type: "button", className: "go", title });
+    button.setAttribute("aria-label", `show ${row.cells[0].textContent}`);
     button.addEventListener("click", () => {
-      zoomTo(Number(row.dataset.from), Number(row.dataset.to));
+      show();
       canvas.scrollIntoView({ block: "nearest" });
       canvas.focus({ preventScroll: true });
     });
-    row.lastElementChild.append(" ", button);
+    const cell = make("td");
+    cell.append(button);
+    row.append(cell);
+  }
+  for (const row of document.querySelectorAll("tr[data-from]")) {
+    shows(row, "Show it in the timeline", () => zoomTo(Number(row.dataset.from), Number(row.dataset.to)));
+  }
+  for (const row of document.querySelectorAll("tr[data-event]")) {
+    let all, next = 0;
+    shows(row, "Show the longest in the timeline; press again for the next longest", () => {
+      all ??= occurrences(row.dataset.event, row.dataset.kind);
+      if (!all.length) return;
+      const event = all[next++ % all.length], what = model.whats[event.row.what[event.i]];
+      if (timeline.hidden.delete(timeline.colouring.category(what))) {
+        timeline.refresh();
+        legend();
+      }
+      zoomTo(event.row.start[event.i], event.row.end[event.i]);
+      timeline.reveal(event);
+      select(event);
+    });
   }
   document.querySelectorAll("table").forEach(sortable);
+  for (const table of document.querySelectorAll("table:has(.go)")) {
+    const head = make("th");
+    head.append(make("span", "show", { className: "unseen" }));
+    table.tHead.rows[0].append(head);
+  }
 
   timeline.changed = () => { status(); keep(); };
   matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => { timeline.theme(); legend(); });

@@ -3,16 +3,9 @@
 function readModel(data) {
   const text = data.strings;
   const whats = data.whats.map(([name, kind, group, phase, layer, microbatch, scope, hloOp, blocks]) => ({
-    name: text[name], kind: text[kind], group: text[group], phase: text[phase], layer, microbatch,
-    scope: text[scope], hloOp: text[hloOp], blocks,
+    name: text[name], short: (data.labels[name] ?? text[name]).replace(/^(?:\w+::)+(?=\w)/, ""), kind: text[kind], group: text[group], phase: text[phase],
+    layer, microbatch, scope: text[scope], hloOp: text[hloOp], blocks,
   }));
-  for (const what of whats) {
-    what.short = what.group === "step" ? what.name : shortName(what.name);
-    what.searched = [
-      what.name, what.kind, what.group, what.phase, what.scope, what.hloOp,
-      what.layer === null ? "" : `layer:${what.layer}`, what.microbatch === null ? "" : `microbatch:${what.microbatch}`,
-    ].join("\n").toLowerCase();
-  }
   const rows = data.rows.map((row, index) => {
     const count = row.duration.length;
     const start = new Float64Array(count), end = new Float64Array(count);
@@ -21,41 +14,65 @@ function readModel(data) {
       start[i] = time / 1000;
       end[i] = (time + row.duration[i]) / 1000;
     }
-    return { ...row, index, start, end, what: Uint32Array.from(row.what) };
+    return { label: row.label, band: row.band, trace: row.trace, host: row.host, index, start, end, what: Uint32Array.from(row.what) };
   });
   let first = Infinity, last = -Infinity, count = 0;
+  const totals = [];  // of each trace, of each what: how many events and how much time
   for (const row of rows) {
     if (!row.start.length) continue;
     first = Math.min(first, row.start[0]);
     last = Math.max(last, row.end[row.end.length - 1]);
-    if (!row.host && row.trace === 0) count += row.start.length;
-  }
-  if (!(first < last)) [first, last] = Number.isFinite(first) ? [first, first + 1] : [0, 1];
-  return { rows, whats, first, last, count, bands: data.bands, exposed: longestFirst(data.exposed) };
-}
-
-function longestFirst(bands) {
-  const found = [];
-  bands.forEach((edges, band) => {
-    for (let i = 0, time = 0; i < edges.length; i += 2) {
-      const start = time + edges[i], end = start + edges[i + 1];
-      found.push({ band, start: start / 1000, end: end / 1000 });
-      time = end;
+    if (row.host) continue;
+    if (row.trace === 0) count += row.start.length;
+    const { counts, times } = totals[row.trace] ??= { counts: new Uint32Array(whats.length), times: new Float64Array(whats.length) };
+    for (let i = 0; i < row.what.length; i++) {
+      counts[row.what[i]] += 1;
+      times[row.what[i]] += row.end[i] - row.start[i];
     }
-  });
-  return found.sort((a, b) => b.end - b.start - (a.end - a.start));
+  }
+  totals[0] ??= { counts: new Uint32Array(whats.length), times: new Float64Array(whats.length) };
+  if (!(first < last)) [first, last] = Number.isFinite(first) ? [first, first + 1] : [0, 1];
+  return { rows, whats, first, last, count, events: data.events, totals, bands: data.bands, exposed: data.exposed.map(readSpans) };
 }
 
-/* "void ns::kernel<int>(float*)" -> "kernel", but "attn(F)" stays. */
-function shortName(name) {
-  const bare = name.replace(/\(anonymous namespace\)::/g, "").replace(/^(void|int|bool)\s+/, "");
-  const head = bare.split(/<|\((?!\w{1,2}\))/)[0];
-  return (head && head.includes("::") ? head.split("::").pop() : head) || bare || name;
+function readSpans(edges, band) {
+  const start = new Float64Array(edges.length / 2), end = new Float64Array(edges.length / 2);
+  for (let i = 0, time = 0; i < edges.length; i += 2) {
+    start[i / 2] = (time + edges[i]) / 1000;
+    time += edges[i] + edges[i + 1];
+    end[i / 2] = time / 1000;
+  }
+  return { band, start, end };
+}
+
+/* What is searched in: made when it is asked for first, as most pages are never searched. */
+function searched(what) {
+  what.searched ??= [
+    what.name, what.kind, what.group, what.phase, what.scope, what.hloOp,
+    what.layer === null ? "" : `layer:${what.layer}`, what.microbatch === null ? "" : `microbatch:${what.microbatch}`,
+  ].join("\n").toLowerCase();
+  return what.searched;
+}
+
+/* The events of a row of which this holds, as columns of their own; `of` says which they are. */
+function filtered(row, holds) {
+  let count = 0;
+  for (let i = 0; i < row.what.length; i++) count += holds[row.what[i]] ? 1 : 0;
+  if (count === row.what.length) return row;
+  const found = { start: new Float64Array(count), end: new Float64Array(count), what: new Uint32Array(count), of: new Uint32Array(count) };
+  for (let i = 0, n = 0; i < row.what.length; i++) {
+    if (!holds[row.what[i]]) continue;
+    found.start[n] = row.start[i];
+    found.end[n] = row.end[i];
+    found.what[n] = row.what[i];
+    found.of[n++] = row.of ? row.of[i] : i;
+  }
+  return found;
 }
 
 /* Index of the first element of a sorted array that is greater than a value. */
-function firstAbove(sorted, value) {
-  let low = 0, high = sorted.length;
+function firstAbove(sorted, value, low = 0) {
+  let high = sorted.length;
   while (low < high) {
     const middle = (low + high) >>> 1;
     if (sorted[middle] > value) high = middle;
@@ -88,11 +105,7 @@ class Colouring {
       found.groups[what.group] = (found.groups[what.group] || 0) + time;
       usage.set(name, found);
     };
-    for (const row of model.rows) {
-      if (row.host || row.trace > 0) continue;
-      for (let i = 0; i < row.what.length; i++) use(model.whats[row.what[i]], row.end[i] - row.start[i]);
-    }
-    for (const what of model.whats) use(what, 0);  // what is predicted alone has a colour too
+    model.whats.forEach((what, n) => use(what, model.totals[0].times[n]));  // what is predicted alone has a colour too
     const turns = {};
     this.colours = new Map();
     this.categories = [...usage].map(([name, { time }]) => [name, time]).sort((a, b) => b[1] - a[1]);

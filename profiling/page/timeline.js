@@ -1,4 +1,5 @@
-/* Draws what is visible of the rows, and finds the event under the pointer. */
+/* Draws what is visible of the rows, and finds the event under the pointer. What a frame costs depends on its pixels, not
+   on the trace: events that share a pixel are drawn as one, and the pointer's mark is laid over a picture that is kept. */
 
 const ROW = 22, HEADER = 22, AXIS = 26, GAP = 6;
 
@@ -51,9 +52,14 @@ class Timeline {
   /* After what is shown or how has changed, not only from where to where. */
   refresh() {
     this.shown = this.model.whats.map((what) => !this.hidden.has(this.colouring.category(what)));
+    for (const line of this.lines) line.visible = line.lit = undefined;
     this.minimap = null;
     this.draw();
   }
+
+  /* Of a line, what is not hidden, and of that what was searched for: all of it without a search. */
+  visible(line) { return line.visible ??= filtered(line.row, this.shown); }
+  lit(line) { return line.lit ??= this.matches ? filtered(this.visible(line), this.matches) : this.visible(line); }
 
   resize() {
     const width = this.scroller.clientWidth;
@@ -66,11 +72,20 @@ class Timeline {
       canvas.height = Math.round(height * devicePixelRatio);
       canvas.style.height = `${height}px`;
     }
+    this.picture = document.createElement("canvas");
+    [this.picture.width, this.picture.height] = [this.canvas.width, this.canvas.height];
     this.minimap = null;
+    this.stale = true;
     this.paint();
   }
 
   draw() {
+    this.stale = true;
+    this.mark();
+  }
+
+  /* After no more has changed than which event is pointed at or selected. */
+  mark() {
     this.pending ??= requestAnimationFrame(() => { this.pending = undefined; this.paint(); });
   }
 
@@ -102,14 +117,34 @@ class Timeline {
   at(x, y) {
     const line = this.lines.find((line) => y + this.scroller.scrollTop >= line.y && y + this.scroller.scrollTop < line.y + ROW);
     if (!line || x < this.gutter || y < AXIS) return null;
-    const { row } = line, time = this.timeAt(x), slack = this.timeAt(x + 2) - time;
+    const { start, end, of } = this.visible(line), time = this.timeAt(x), slack = this.timeAt(x + 2) - time;
     let found = null, nearest = slack;
-    for (let i = firstAbove(row.end, time - slack); i < row.start.length && row.start[i] <= time + slack; i++) {
-      if (!this.shown[row.what[i]]) continue;
-      const distance = Math.max(row.start[i] - time, time - row.end[i], 0);
+    for (let i = firstAbove(end, time - slack); i < start.length && start[i] <= time + slack; i++) {
+      const distance = Math.max(start[i] - time, time - end[i], 0);
       if (distance < nearest || (distance === 0 && found === null)) [found, nearest] = [i, distance];
+      if (nearest === 0) break;
     }
-    return found === null ? null : { row, i: found };
+    return found === null ? null : { row: line.row, i: of ? of[found] : found };
+  }
+
+  /* The nearest event before or after another in the order of time: of its row, or of all that was searched for. */
+  neighbour(here, direction) {
+    const order = (a, b) => direction * (a.row.start[a.i] - b.row.start[b.i] || a.row.index - b.row.index || a.i - b.i);
+    let best = null;
+    for (const line of this.matches || !here ? this.lines : [this.lineOf.get(here.row)]) {
+      const { row } = line, { start, of } = this.lit(line);
+      if (row.host && !here?.row.host) continue;
+      const event = (n) => ({ row, i: of ? of[n] : n });
+      let n = direction > 0 ? 0 : start.length - 1;
+      if (here) {
+        n = firstAbove(start, here.row.start[here.i]);
+        if (direction < 0) n -= 1;
+        else while (n > 0 && order(event(n - 1), here) > 0) n -= 1;
+        while (n >= 0 && n < start.length && order(event(n), here) <= 0) n += direction;
+      }
+      if (n >= 0 && n < start.length && (!best || order(event(n), best) < 0)) best = event(n);
+    }
+    return best;
   }
 
   reveal(event) {
@@ -123,7 +158,19 @@ class Timeline {
 
   paint() {
     if (!this.width) return;
-    const c = this.canvas.getContext("2d"), top = this.scroller.scrollTop, { css, width, height, gutter } = this;
+    const c = this.canvas.getContext("2d");
+    if (this.stale) {
+      this.stale = false;
+      this.paintPicture();
+      this.paintOverview();
+    }
+    c.setTransform(1, 0, 0, 1, 0, 0);
+    c.drawImage(this.picture, 0, 0);
+    this.paintMarks(c);
+  }
+
+  paintPicture() {
+    const c = this.picture.getContext("2d"), top = this.scroller.scrollTop, { css, width, height } = this;
     c.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     c.fillStyle = css.panel;
     c.fillRect(0, 0, width, height);
@@ -145,42 +192,71 @@ class Timeline {
     this.paintLabels(c, visible);
     c.restore();
     this.paintAxis(c, ticks);
-    this.paintOverview();
   }
 
-  paintRow(c, { y, row }) {
-    const { css, gutter, width, colouring, matches, shown, from, to } = this;
-    const scale = (width - gutter) / (to - from), dim = row.trace > 0 ? 0.62 : 1;
-    const colours = colouring.ofWhat;
-    let reach = -1, before = -1;  // the last pixel that is covered, and whose colour it has
-    for (let i = firstAbove(row.end, from); i < row.start.length && row.start[i] < to; i++) {
-      const what = row.what[i];
-      if (!shown[what]) continue;
-      const lit = !matches || matches[what];
-      const left = Math.max(gutter, gutter + (row.start[i] - from) * scale);
-      const right = Math.min(width, gutter + (row.end[i] - from) * scale);
-      // What lies within a pixel that is covered already is not drawn again, unless it is what was searched for.
-      if (right <= reach && !(matches && lit && before !== what)) continue;
-      const wide = Math.max(right - left - (right - left > 3 ? 0.75 : 0), 1);
-      c.globalAlpha = lit ? dim : 0.13;
-      c.fillStyle = row.host ? css.line : colours[what];
-      c.fillRect(left, y + 2, wide, ROW - 4);
-      reach = Math.max(reach, Math.floor(left) + 1, right);
-      before = what;
-      if (right - left > 12) {
-        c.globalAlpha = lit ? 1 : 0.4;
-        c.fillStyle = row.host ? css.ink : css["bar-ink"];
-        const { short, microbatch } = this.model.whats[what];
-        this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch));
-      }
-    }
-    c.globalAlpha = 1;
-    for (const [event, colour] of [[this.hovered, css.soft], [this.selected, css.accent]]) {
-      if (!event || event.row !== row) continue;
-      const left = Math.max(gutter, this.xOf(row.start[event.i])), right = Math.min(width, this.xOf(row.end[event.i]));
+  /* The event that is pointed at, and the selected one. */
+  paintMarks(c) {
+    const { css, width, gutter, height } = this;
+    c.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
+    c.save();
+    c.beginPath();
+    c.rect(gutter, AXIS, width - gutter, height - AXIS);
+    c.clip();
+    c.lineWidth = 2;
+    for (const [event, colour] of [[this.hovered, css.soft], [this.selected, css.ink]]) {
+      if (!event) continue;
+      const y = this.lineOf.get(event.row).y - this.scroller.scrollTop;
+      const left = Math.max(gutter - 4, this.xOf(event.row.start[event.i])), right = Math.min(width + 4, this.xOf(event.row.end[event.i]));
       c.strokeStyle = colour;
-      c.lineWidth = 2;
       if (right >= gutter && left <= width) c.strokeRect(left, y + 2, Math.max(2, right - left), ROW - 4);
+    }
+    c.restore();
+  }
+
+  paintRow(c, line) {
+    if (this.matches) this.paintEvents(c, line, this.visible(line), false);
+    this.paintEvents(c, line, this.lit(line), true);
+  }
+
+  paintEvents(c, { y, row }, columns, lit) {
+    const { css } = this, { whats } = this.model, colours = this.colouring.ofWhat;
+    const alpha = lit ? row.trace > 0 ? 0.62 : 1 : 0.13;
+    this.eachRun(columns, this.from, this.to, (left, right, what, cover) => {
+      c.globalAlpha = alpha * (this.matches && lit ? 1 : cover);
+      c.fillStyle = row.host ? css.line : colours[what];
+      c.fillRect(left, y + 2, Math.max(right - left - (right - left > 3 ? 0.75 : 0), 1), ROW - 4);
+      if (right - left <= 12) return;
+      c.globalAlpha = lit ? 1 : 0.4;
+      c.fillStyle = row.host ? css.ink : css["bar-ink"];
+      const { short, microbatch } = whats[what];
+      this.fitText(c, short, left, y + ROW / 2 + 0.5, right - left, 4, microbatch === null ? "" : String(microbatch), row.trace === 0 && !row.host);
+    });
+    c.globalAlpha = 1;
+  }
+
+  /* Calls draw(left, right, what, cover) for each event of at least a pixel, and once for all that begin in the pixel of a
+     narrower one: with what takes most of it, as strong as the share of it that they take. Of many, some are looked at. */
+  eachRun({ start, end, what }, from, to, draw) {
+    const { gutter, width } = this, scale = (width - gutter) / (to - from), count = start.length;
+    const x = (time) => gutter + (time - from) * scale;
+    for (let i = firstAbove(end, from); i < count && start[i] < to;) {
+      const left = Math.max(gutter, x(start[i])), right = Math.min(width, x(end[i]));
+      if (right - left >= 1) {
+        draw(left, right, what[i++], 1);
+        continue;
+      }
+      const until = firstAbove(start, from + (Math.floor(left) + 1 - gutter) / scale, i + 1);
+      const stride = Math.ceil((until - i) / 32);
+      let time = 0, most = -1, longest = 0;
+      for (let k = i; k < until; k += stride) {
+        const length = Math.min(end[k] - start[k], 1 / scale);
+        time += length;
+        if (length > longest || most < 0) [most, longest] = [k, length];
+      }
+      // The last of them may be the one that reaches far beyond.
+      const last = until - 1, far = last > i && x(end[last]) - x(start[last]) >= 1;
+      draw(Math.floor(left), Math.floor(left) + 1, what[most], Math.min(1, 0.2 + 0.8 * time * stride * scale));
+      i = far ? last : until;
     }
   }
 
@@ -188,13 +264,34 @@ class Timeline {
      it is wide enough to be told from its neighbours, and a mark below them that is as dense as the time is. */
   paintExposed(c, tint) {
     c.fillStyle = this.css.exposed;
-    c.globalAlpha = tint || 1;
     for (const { band, start, end } of this.model.exposed) {
-      if (end < this.from || start > this.to) continue;
       const { top, measured } = this.bands[band];
-      const left = Math.max(this.gutter, this.xOf(start)), width = Math.min(this.width, this.xOf(end)) - left;
-      if (!tint) c.fillRect(left, measured - 1.5, Math.max(0.3, width), 3);
-      else if (width > 1.5) c.fillRect(left, top, width, measured - top);
+      if (tint) {
+        c.globalAlpha = tint;
+        for (let i = firstAbove(end, this.from); i < start.length && start[i] < this.to; i++) {
+          const left = Math.max(this.gutter, this.xOf(start[i])), width = Math.min(this.width, this.xOf(end[i])) - left;
+          if (width > 1.5) c.fillRect(left, top, width, measured - top);
+        }
+      } else this.paintDensity(c, start, end, this.from, this.to, measured - 1.5);
+    }
+    c.globalAlpha = 1;
+  }
+
+  /* A line of which each pixel is as strong as the share of its time that the stretches take. */
+  paintDensity(c, start, end, from, to, y) {
+    const { gutter, width } = this, scale = (width - gutter) / (to - from), density = new Float32Array(Math.ceil(width) + 1);
+    for (let i = firstAbove(end, from); i < start.length && start[i] < to; i++) {
+      const left = Math.max(gutter, gutter + (start[i] - from) * scale);
+      const right = Math.min(width, gutter + (end[i] - from) * scale);
+      for (let x = Math.floor(left); x < right; x++) density[x] += Math.min(right, x + 1) - Math.max(left, x);
+    }
+    for (let x = Math.floor(gutter); x < density.length; x++) {
+      if (!density[x]) continue;
+      let until = x + 1;
+      while (until < density.length && density[until] === density[x]) until++;
+      c.globalAlpha = Math.min(1, 0.12 + 0.88 * density[x]);
+      c.fillRect(x, y, until - x, 3);
+      x = until - 1;
     }
     c.globalAlpha = 1;
   }
@@ -261,18 +358,16 @@ class Timeline {
       m.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
       m.fillStyle = css.panel;
       m.fillRect(0, 0, width, high);
-      this.lines.forEach(({ row }, n) => {
-        let reach = -1;
-        for (let i = 0; i < row.start.length; i++) {
-          const left = x(row.start[i]), right = x(row.end[i]);
-          if (right <= reach || !this.shown[row.what[i]] || (this.matches && !this.matches[row.what[i]])) continue;
-          m.fillStyle = row.host ? css.line : this.colouring.ofWhat[row.what[i]];
+      this.lines.forEach((line, n) => {
+        this.eachRun(this.lit(line), model.first, model.last, (left, right, what, cover) => {
+          m.globalAlpha = cover;
+          m.fillStyle = line.row.host ? css.line : this.colouring.ofWhat[what];
           m.fillRect(left, 4 + n * each, Math.max(1, right - left), Math.max(0.6, each - (each > 3 ? 1 : 0)));
-          reach = Math.max(left + 1, right);
-        }
+        });
+        m.globalAlpha = 1;
       });
       m.fillStyle = css.exposed;
-      for (const { start, end } of model.exposed) m.fillRect(x(start), high - 4, Math.max(0.3, (end - start) * scale), 3);
+      for (const { start, end } of model.exposed) this.paintDensity(m, start, end, model.first, model.last, high - 4);
       m.fillStyle = css.soft;
       m.textBaseline = "middle";
       m.font = "12px system-ui, sans-serif";
@@ -282,7 +377,7 @@ class Timeline {
     c.drawImage(this.minimap, 0, 0);
     c.setTransform(devicePixelRatio, 0, 0, devicePixelRatio, 0, 0);
     const left = x(this.from), right = Math.max(left + 2, x(this.to));
-    c.globalAlpha = 0.72;
+    c.globalAlpha = 0.6;
     c.fillStyle = css.panel;
     c.fillRect(gutter, 0, left - gutter, high);
     c.fillRect(right, 0, width - right, high);
@@ -294,7 +389,7 @@ class Timeline {
 
   /* A text if it fits into a width, or else another one in the middle, or else as much of the first as fits, found by
      halving. Widths are kept, as measuring is what takes time. */
-  fitText(c, text, left, y, room, margin = 0, instead = "") {
+  fitText(c, text, left, y, room, margin = 0, instead = "", isKernel = false) {
     this.widths ??= new Map();
     const width = (part) => {
       const key = `${c.font}|${part}`;
@@ -310,14 +405,19 @@ class Timeline {
       text = instead;
       x = left + (room - width(text)) / 2;
     } else if (!fits(text)) {
+      // Their ends often tell kernels apart: a third of what is left of a name is its end.
+      const part = (length) => {
+        const tail = isKernel && length > 8 ? Math.floor(length / 3) : 0;
+        return `${text.slice(0, length - tail)}\u2026${text.slice(text.length - tail)}`;
+      };
       let low = 0, high = text.length;
       while (low < high) {
         const middle = (low + high + 1) >>> 1;
-        if (fits(`${text.slice(0, middle)}\u2026`)) low = middle;
+        if (fits(part(middle))) low = middle;
         else high = middle - 1;
       }
       if (low < 3) return;
-      text = `${text.slice(0, low)}\u2026`;
+      text = part(low);
     }
     c.fillText(text, x, y);
   }

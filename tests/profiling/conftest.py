@@ -1,5 +1,7 @@
 """Traces that several tests read."""
 
+import gzip
+import json
 import os
 import pathlib
 
@@ -9,6 +11,20 @@ from profiling.read_kineto import read_kineto
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 THREE_LAYERS = pathlib.Path(__file__).parent / "data" / "three_layers.json"
+
+
+@pytest.fixture
+def write_trace(tmp_path):
+    """Writes a document as a file, packed if its name ends in .gz, and gives its path."""
+
+    def write(document, name="trace.json"):
+        text = json.dumps(document).encode()
+        path = tmp_path / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(gzip.compress(text) if name.endswith(".gz") else text)
+        return path
+
+    return write
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Rules: the first that matches counts, what none matches stays visible."""
 
+import pathlib
 import re
 
 import jax
@@ -7,13 +8,48 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from profiling.classify import DEEPSEEK, XLA, Rule, classify, unclassified_names, unclassified_share
-from profiling.event import Event, Trace
+from profiling.classify import (
+    DEEPSEEK,
+    KERNELS,
+    OTHER,
+    XLA,
+    Rule,
+    classify,
+    rules_for,
+    unclassified_names,
+    unclassified_share,
+)
+from profiling.event import Collective, Event, Trace
+
+KNOWN = [
+    line.split("\t")
+    for line in (pathlib.Path(__file__).parent / "data" / "kernels.txt").read_text(encoding="utf-8").splitlines()
+    if not line.startswith("#")
+]
 
 
 def kind(rules, name, hlo_op=""):
     event = classify(Trace("", "xplane", (Event(0, "s", 0.0, 1.0, name, hlo_op=hlo_op),)), rules).events[0]
     return event.kind, event.group
+
+
+@pytest.mark.parametrize(("name", "group", "expected"), KNOWN)
+def test_kernels_of_everyone(name, group, expected):
+    assert kind(KERNELS, name) == (expected, group)
+    assert kind(XLA, name)[1] == kind(DEEPSEEK, name)[1] == group
+
+
+@pytest.mark.parametrize("wrapper", ["cutlass::Kernel2", "cutlass::device_kernel", "at::native::reduce_kernel", "f::g"])
+@pytest.mark.parametrize("inside", [name for name, group, _ in KNOWN if group != "compute" and " " not in name])
+def test_a_template_argument_is_no_communication(wrapper, inside):
+    assert kind(KERNELS, f"void {wrapper}<{inside.partition('(')[0]}, 4>(int)")[1] == "compute"
+
+
+def test_words_of_deepseek_only_where_its_kernels_ran():
+    gemm, norm = "nvjet_sm90_tst_256x128_64x4", "void layer_norm::ln_fwd_kernel<int>(int)"
+    assert rules_for([gemm, norm, "void f::kernel<deep_ep::internode::Meta>(deep_ep::internode::Meta)"]) is KERNELS
+    assert rules_for([gemm, norm, "void deep_gemm::fp8_gemm_kernel<7168u>(float*)"]) is DEEPSEEK
+    assert kind(KERNELS, gemm)[0] == "GEMM" and kind(DEEPSEEK, gemm)[0] == "cuBLAS GEMM"
 
 
 @pytest.mark.parametrize(
@@ -24,7 +60,7 @@ def kind(rules, name, hlo_op=""):
         ("void deep_ep::internode_ll::dispatch<true>(void*)", ("dispatch", "transfer")),
         ("void deep_ep::intranode::notify_dispatch<8>(int const*)", ("barrier", "wait")),
         ("void deep_ep::intranode::cached_notify_combine<8>(void**)", ("barrier", "wait")),
-        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", ("NCCL", "transfer")),
+        ("ncclDevKernel_AllReduce_Sum_bf16_RING_LL(ncclDevKernelArgsStorage<4096ul>)", ("all-reduce", "transfer")),
         ("void swiglu_and_per_channel_cast_and_transpose<256>(void const*)", ("fp8 cast", "compute")),
         ("void swiglu_backward<__nv_bfloat16>(void const*)", ("SwiGLU", "compute")),
         ("Memcpy DtoD (Device -> Device)", ("memory", "compute")),
@@ -32,7 +68,7 @@ def kind(rules, name, hlo_op=""):
         ("void at::native::elementwise_kernel<128, 4, gpu_kernel_impl_nocast<silu>>", ("elementwise", "compute")),
         ("void cudnn::fusion::compute_dot_do_o_specialized<true, 128>(void const*)", ("attention", "compute")),
         ("nvjet_sm90_tst_256x128_64x4_1x2_h_bz_coopA_NNT", ("cuBLAS GEMM", "compute")),
-        ("something_new", ("unclassified", "unclassified")),
+        ("something_new", (OTHER, "compute")),
     ],
 )
 def test_kernels_of_deepseek(name, expected):
@@ -47,6 +83,9 @@ def test_kernels_of_deepseek(name, expected):
         ("ragged-all-to-all.2", "", ("ragged all-to-all", "transfer")),
         ("ppermute.6", "", ("collective-permute", "transfer")),
         ("psum.10", "", ("all-reduce", "transfer")),
+        ("async-collective-start.2", "", ("collective", "transfer")),
+        ("te_fused_attn_forward_ffi.10", "unheard_of", ("attention", "compute")),
+        ("custom-call.8", "ncclDevKernel_Generic(ncclDevKernelArgsStorage<4096ul>)", ("collective", "transfer")),
         ("psum_scatter.3", "", ("reduce-scatter", "transfer")),
         ("reduce_scatter.7", "", ("reduce-scatter", "transfer")),
         ("all_gather.7", "", ("all-gather", "transfer")),
@@ -76,7 +115,7 @@ def test_kernels_of_deepseek(name, expected):
         ("input_reduce_fusion.2", "", ("reduction", "compute")),
         ("custom-call", "custom-call", ("custom call", "compute")),
         ("add.3", "add.3", ("elementwise", "compute")),
-        ("mystery.3", "mystery.3", ("unclassified", "unclassified")),
+        ("mystery.3", "mystery.3", (OTHER, "compute")),
     ],
 )
 def test_operations_of_xla(hlo_op, name, expected):
@@ -124,6 +163,16 @@ def test_every_instruction_of_a_compiled_step_is_known():
     assert unclassified_names(trace) == ()
 
 
+def test_the_profiler_knows_a_collective_whose_kernel_nobody_does():
+    told = Collective("all-reduce", ranks=(0, 1))
+    names = ("a_vendors_kernel", "ampere_sgemm_128x64_tn")
+    trace = Trace("", "kineto", tuple(Event(0, "s", 0.0, 1.0, name, collective=told) for name in names))
+    assert [(event.kind, event.group) for event in classify(trace, KERNELS).events] == [
+        ("all-reduce", "transfer"),
+        ("GEMM", "compute"),
+    ]
+
+
 def test_own_rules_go_in_front():
     rules = (Rule(r"gemm", "mine", "transfer"), Rule(r"^decode/", "decode", "compute", "scope"), *XLA)
     assert kind(rules, "gemm_kernel") == ("mine", "transfer")
@@ -133,7 +182,7 @@ def test_own_rules_go_in_front():
 
 def test_classification_starts_afresh():
     event = Event(0, "s", 0.0, 1.0, "mystery", kind="GEMM", group="compute")
-    assert classify(Trace("", "xplane", (event,)), XLA).events[0].group == "unclassified"
+    assert classify(Trace("", "xplane", (event,)), XLA).events[0].kind == OTHER
 
 
 def test_what_is_unknown_is_shown():
@@ -153,7 +202,7 @@ def test_what_is_unknown_is_shown():
     ("arguments", "message"),
     [
         (("a", "b", "communication"), "group='communication'.: choose one of compute, transfer"),
-        (("a", "b", "wait", "stream"), "field='stream'.: choose one of name, hlo_op"),
+        (("a", "b", "wait", "stream"), "field='stream'.: choose one of name, function, kernel, hlo_op"),
         (("(", "b", "wait"), "no regular expression"),
     ],
 )

@@ -19,6 +19,11 @@ sliced {
   w = f32[10,10] bitcast(one)
   y = f32[4,10] dot(x, w), lhs_contracting_dims={1}, rhs_contracting_dims={0}
 }
+add {
+  a = f32[] parameter(0)
+  b = f32[] parameter(1)
+  sum = f32[] add(a, b)
+}
 updated {
   whole = f32[5,10,10] parameter(0)
   part = f32[1,10,10] parameter(1)
@@ -162,11 +167,14 @@ def test_bytes_are_those_of_the_part_that_is_used():
     ],
 )
 def test_bytes_of_single_instructions(line, expected):
-    found = instruction(f"""
+    found = instruction(
+        f"""
         x = f32[100] parameter(0)
         part = f32[10] parameter(1)
         i = s32[] parameter(2)
-        {line}""")
+        {line}""",
+        FUSED,
+    )
     assert bytes_moved(*found) == expected
 
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from profiling.chips import Achieved, Chip
+from profiling.__main__ import main
+from profiling.chips import Achieved, Chip, chip
 from profiling.hlo_overlap import overlap
 from profiling.hlo_text import parse
 
@@ -315,11 +316,59 @@ def test_the_trace_says_the_same():
         ("c", "communication", "transfer", 2.0, 4.0),
     ]
     assert trace.events[0].scope == "jit(f)/shard_map/dispatch/all_to_all"
-    collectives, kinds = result.tables()
+    collectives, kinds, links = result.tables()
     assert [row[:3] for row in collectives.rows] == [
         ("partial", "async", "all-to-all"),
         ("exposed", "sync", "all-to-all"),
     ]
     assert [row[-1] for row in collectives.rows] == ["dispatch/all_to_all", "c"]
     assert kinds.rows == (("all-to-all", 2, 4.0, 3.0, 0.25), ("all", 2, 4.0, 3.0, 0.25))
+    source = "1 GB/s of toy by the chip given, 100% of it reached"
+    assert links.rows == (("all-to-all", 2, "0, 1", "0", 0.0, 0.0, "within nodes", 1.0, source),)
     assert "Collectives of m on toy\n4 us from start to end, 1 us of them compute" in result.table()
+
+
+def test_links_between_nodes_and_where_their_rates_come_from():
+    """On nodes of two, an exchange of four devices keeps 1000 of 3000 bytes in the node; a permute's pair crosses."""
+    lines = """
+        a = f32[1000] all-to-all(p), replica_groups={{0,1,2,3}}
+        b = f32[1000] collective-permute(a), source_target_pairs={{0,1},{1,2}}
+        c = f32[1000] all-to-all(b), replica_groups={{0,1},{2,3}}"""
+    one_node = found(lines)
+    assert [(link.kind, link.nodes, link.decides) for link in one_node.links] == [
+        ("all-to-all", (0,), "within nodes"),
+        ("collective-permute", (0,), "within nodes"),
+    ]
+    result = found(lines, node_size=2, internode=0.5e9)
+    assert [(link.kind, link.places, link.group, link.nodes, link.local, link.remote) for link in result.links] == [
+        ("all-to-all", 1, (0, 1, 2, 3), (0, 1), 1000.0, 2000.0),
+        ("collective-permute", 1, (1, 2), (0, 1), 0.0, 4000.0),
+        ("all-to-all", 1, (0, 1), (0,), 2000.0, 0.0),
+    ]
+    given = "0.5 GB/s as given"
+    assert [link.source for link in result.links] == [
+        given, given, "1 GB/s of toy by the chip given, 100% of it reached"
+    ]  # fmt: skip
+    assert [one.us for one in result.synchronous] == [4.0, 8.0, 2.0]
+    with pytest.raises(ValueError, match="-1 bytes/s between nodes: give a positive rate"):
+        found(lines, internode=-1)
+
+
+def test_the_chip_table_and_the_share_of_it_are_named():
+    result = overlap(program("a = f32[1000] all-to-all(p), replica_groups={{0,1}}"), chip("H100"))
+    assert [link.source for link in result.links] == ["450 GB/s of H100 by its data sheet, 80% of it reached"]
+
+
+def test_the_command_line_takes_links_and_names_the_file(tmp_path, capsys):
+    file = tmp_path / "program.hlo"
+    file.write_text(program("a = f32[1000] all-to-all(p), replica_groups={{0,1}}"))
+    assert main(["overlap", str(file), "--per-node", "1", "--internode", "40"]) == 0
+    shown = capsys.readouterr().out
+    assert "between nodes" in shown and "40 GB/s as given" in shown
+    assert main(["overlap", str(file), "--per-node", "0"]) == 2
+    assert f"{file}: node_size=0" in capsys.readouterr().err
+    file.write_text(file.read_text().replace("is_scheduled=true", "is_scheduled=false"))
+    assert main(["overlap", str(file)]) == 2
+    assert f"{file}: module 'm' is not scheduled" in capsys.readouterr().err
+    assert main(["overlap", str(tmp_path)]) == 2
+    assert "after_optimizations.txt" in capsys.readouterr().err

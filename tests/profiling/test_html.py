@@ -80,6 +80,35 @@ def test_exposed_stretches_are_those_of_the_metrics():
     assert lengths == made.measurement.summary.overlaps["transfer+wait"].exposed == 2 * 2 * 20
 
 
+def test_the_longest_events_are_kept_of_more_than_a_page_holds():
+    """And it is said: in the notes, and below the timeline, where the script compares what it has with all."""
+    events = tuple(Event(0, "7", 10.0 * i, 10.0 * i + 1 + i % 5, f"kernel {i}", group="compute") for i in range(50))
+    data = json.loads(embedded([Trace("", "xplane", events)], most=10))
+    assert data["rows"][0]["duration"] == [5000] * 10 and data["events"] == 50
+    assert len(json.loads(embedded([Trace("", "xplane", events)]))["rows"][0]["start"]) == 50
+    made = report(Trace("", "xplane", events))
+    assert "<li>the timeline shows the 10 longest of 50 events; figures and tables are of all</li>" in page(made, 10)
+    assert "longest of 50 events" not in page(made)
+
+
+def test_names_are_short_on_the_timeline_and_whole_in_its_data():
+    name = "void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_bf16_128x64_nn>(cutlass_80_tensorop::Params)"
+    trace = Trace("", "kineto", (Event(0, "7", 0.0, 1.0, name), Event(0, "7", 1.0, 2.0, "gemm")))
+    data = json.loads(embedded([trace]))
+    assert [data["strings"][what[0]] for what in data["whats"]] == [name, "gemm"]
+    assert data["labels"] == {str(data["whats"][0][0]): "cutlass_80_tensorop_s16816gemm_bf16_128x64_nn"}
+    simulated = Trace("", "simulated", (Event(0, "compute", 0.0, 1.0, "attn(F), layer 0"),))
+    assert json.loads(embedded([simulated]))["labels"] == {}
+
+
+def test_cells_that_are_cut_tell_the_whole():
+    made = page(report(Trace("", "kineto", (Event(0, "7", 0.0, 20_000.0, "void a::gemm<int>(int)", group="compute"),))))
+    cell = re.search(r'<td class="text name"[^>]*>([^<]*)</td>', made)
+    assert cell[1] == "a::gemm&lt;int&gt;" and 'title="void a::gemm&lt;int&gt;(int)"' in cell[0]
+    assert '<th scope="col">total ms</th>' in made and 'data-value="20000.0">20.000</td>' in made
+    assert made.count("<th scope") == made.count("<td ") == 8 + 7 + 6
+
+
 def test_names_cannot_leave_their_place():
     """Only the page's own two scripts run: it says so to the browser, and no name ends one of them."""
     made = page(report(tangled_trace()))

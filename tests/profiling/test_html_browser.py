@@ -9,7 +9,7 @@ import pytest
 from profiling.event import Event, Trace
 from profiling.html import write_html
 from profiling.report import report
-from profiling.table import written
+from profiling.table import Table, written
 from tests.profiling import chromium
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace
 
@@ -106,12 +106,12 @@ def test_numbers_are_those_of_the_report(opened):
         """[...document.querySelectorAll("#summary li")].map(
           card => [card.id, card.dataset.value, card.querySelector(".value").textContent])"""
     )
-    assert cards == [[f"figure-{f.name}", repr(f.value), f.written] for f in made.figures]
+    assert cards == [[f"figure-{f.name}", repr(f.value), f.written] for f in made.shown]
     values = {name.removeprefix("figure-"): float(value) for name, value, _ in cards}
     overlaps = made.measurement.summary.overlaps
     assert values["overlap"] == overlaps["transfer"].ratio == 0.25
     assert values["exposed"] == overlaps["transfer+wait"].exposed == 80.0
-    for table in made.tables:
+    for table in map(Table.filled, made.tables):
         shown = [cells(browser, table.name, column) for column in range(len(table.columns))]
         assert list(map(list, zip(*shown, strict=True))) == table.cells()
     kinds = {}
@@ -249,6 +249,68 @@ def test_an_exposed_stretch_is_shown_where_it_is(opened):
     start, end = made["exposed-segments"].spans[0]
     margin = 2 * (end - start)
     assert view(browser) == pytest.approx((start - margin, end + margin), abs=0.01)
+
+
+def test_a_kernel_is_shown_where_it_took_longest_and_then_next_longest(opened):
+    name = "void ns::gemm<float>(float*)"
+    spans = ((100.0, 110.0), (200.0, 230.0), (400.0, 420.0))
+    events = [Event(0, "7", *span, name, kind="GEMM", group="compute") for span in spans]
+    other = Event(0, "7", 600.0, 700.0, name, kind="copy", group="compute")
+    browser = opened(report(Trace("", "kineto", (*events, other))))
+    row = "[...document.querySelectorAll('#kernels tbody tr')].find(row => row.dataset.kind === 'GEMM')"
+    assert browser.evaluate(f"[{row}.cells[0].textContent, {row}.cells[0].title]") == ["ns::gemm<float>", name]
+    views, starts = [], []
+    for _ in range(4):
+        browser.evaluate(f"{row}.querySelector('button').click()")
+        views.append(view(browser))
+        starts.append(text(browser, "#details dd"))
+    assert views == [(140.0, 290.0), (360.0, 460.0), (100.0, 150.0), (140.0, 290.0)]
+    assert starts == ["200.000 µs", "400.000 µs", "100.000 µs", "200.000 µs"]
+    assert text(browser, "#details h3") == name
+    assert browser.evaluate("document.activeElement.id") == "timeline"
+
+
+def test_what_is_seldom_busy_is_pale_from_afar(opened):
+    """Two lanes of 20,000 events each, one busy all the time, one for a hundredth of it."""
+    events = [
+        Event(0, lane, i * 10.0, i * 10.0 + length, lane, kind="GEMM", group="compute")
+        for lane, length in (("dense", 10.0), ("sparse", 0.1))
+        for i in range(20_000)
+    ]
+    browser = opened(report(Trace("", "kineto", tuple(events))))
+    first = 26 + 22
+    strength = browser.evaluate(
+        f"""(() => {{
+          const shown = document.getElementById("timeline"), canvas = document.createElement("canvas");
+          [canvas.width, canvas.height] = [shown.width, shown.height];
+          const context = canvas.getContext("2d", {{ willReadFrequently: true }});
+          context.drawImage(shown, 0, 0);
+          const pixel = (y) => context.getImageData(600, y, 1, 1).data.slice(0, 3);
+          return [{first} + 11, {first} + 33].map((y) => 255 - Math.min(...pixel(y)));
+        }})()"""
+    )
+    assert strength[0] > 2 * strength[1] > 0
+
+
+def test_steps_through_what_was_found_in_both_directions(opened):
+    browser = opened(report(layer_trace()), "#find=grouped")
+    starts = []
+    for key in (".", ".", ".", ".", ".", ",", ",", ",", ","):
+        browser.evaluate("document.getElementById('timeline').focus()")
+        browser.key(key)
+        starts.append(text(browser, "#details dd"))
+    first, second = "1065.000 µs", "1165.000 µs"  # on either device
+    assert starts == [first, first, second, second, second, second, first, first, first]
+
+
+def test_what_no_event_has_cannot_be_coloured_by(opened):
+    trace = Trace("", "kineto", (Event(0, "7", 0.0, 1.0, "a", kind="GEMM", group="compute"),))
+    browser = opened(report(trace))
+    disabled = (
+        "[...document.querySelectorAll('#colour option')].filter(option => option.disabled).map(option => option.value)"
+    )
+    assert browser.evaluate(disabled) == ["phase", "layer", "microbatch"]
+    assert text(browser, "#status").endswith("· 1 event")
 
 
 def test_the_address_keeps_the_view(opened):

@@ -227,17 +227,18 @@ def test_ranks_are_devices_on_one_clock(document, write, three_layers, tmp_path)
     [
         (b"", "the file is empty"),
         (b"\x1f\x8b\x08\x00garbage", "cannot be read|damaged or cut short"),
-        (b"\x0a\xff\x00\x80", "not text but binary"),
+        (b"\x0a\xff\x00\x80", "a protocol buffer, such as Perfetto's trace"),
+        (b"\x00\xff\x00\x80", "not text but binary"),
         (b"hello", "no JSON, or cut short"),
         (b'{"a": 1}', "no Chrome trace: there is no list of traceEvents"),
-        (b"3", "no Chrome trace"),
+        (b"3", "no JSON, or cut short"),
         (b'{"traceEvents": []}', "no GPU events .categories: none"),
         (b'{"traceEvents": [{"ph": "X", "cat": "cpu_op", "ts": 1, "dur": 1}]}', "no GPU events .categories: cpu_op"),
         (
             b'{"traceEvents": [{"ph": "X", "cat": "kernel", "name": "k", "ts": "x"}]}',
-            "'k' has ts='x', which is no time",
+            "no GPU event can be used: 1 GPU event with a start that is no time .k.",
         ),
-        (b'{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "dur": -2}]}', "has dur=-2, which is no time"),
+        (b'{"traceEvents": [{"ph": "X", "cat": "kernel", "ts": 1, "dur": -2}]}', "with a negative duration"),
     ],
 )
 def test_broken_files_are_named(tmp_path, content, message):

@@ -298,6 +298,28 @@ def test_layers_that_alternate_have_no_spans():
     assert [span.layer for span in layer_spans(backward)] == [2, 1, 0]
 
 
+def test_layers_without_evidence_have_no_steady_state():
+    """Three all-reduces that were counted are no layers, nor are three parts that have nothing in common."""
+
+    def steady(groups, phases=("attn",) * 3):
+        events = [event(10 * n, 10 * n + 9, group, layer=n, phase=phases[n]) for n, group in enumerate(groups)]
+        return measure(Trace("", "kineto", tuple(events))).devices[0].steady_window
+
+    assert steady(["transfer"] * 3) is None
+    assert steady(["compute", "transfer", "compute"]) is None
+    assert steady(["compute"] * 3, ("embed", "attn", "head")) is None
+    assert steady(["compute"] * 2) is None
+    assert steady(["compute"] * 3) == (10, 20)
+
+
+def test_efficiency_is_left_out_where_idle_time_decides():
+    """4 us of each in a window of 8 or less tell what overlap gained; in 100 us they do not."""
+    events = [event(0, 4), event(4, 8, "transfer")]
+    assert overlap(events).efficiency == 0
+    assert overlap(events, window=(0.0, 100.0)).efficiency is None
+    assert overlap([event(0, 4), event(0, 4, "transfer")]).efficiency == 1
+
+
 def test_skew():
     def meeting(device, start, end, n, group="transfer"):
         return event(start, end, group, "comm", device, hlo_op=f"all-to-all.{n}", phase="F")

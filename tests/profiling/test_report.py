@@ -35,6 +35,7 @@ def test_figures_are_the_metrics():
         "exposed": whole.overlaps["transfer+wait"].exposed,
         "compute": whole.breakdown.compute / whole.breakdown.window,
         "makespan": 196.0,
+        "idle": whole.breakdown.device_idle,
         "bubble": pytest.approx(sum(b.compute_bubble for b in whole.bubbles) / 2),
         "unclassified": 0.0,
     }
@@ -59,7 +60,64 @@ def test_tables_are_the_metrics():
     assert column(made["overlap"], "exposed") == [60.0, 80.0, 80.0]
     assert column(made["gaps"], "gap") == [0.0, 2.0, 5.0, 20.0, 50.0]
     assert column(made["lanes"], "alone") == [140.0, 40.0, 142.0, 40.0]
-    assert made["skew"].caption.startswith("Seen in 4 collectives of all devices: starts lie 0.0 us apart")
+    assert made["skew"].caption.startswith("Seen in 4 collectives that several devices have in common: starts lie 0.0")
+    assert column(made["skew"], "is last") == [0.0, 0.0]
+
+
+def test_kernels_with_most_time_are_counted_over_all_devices():
+    """By hand: of each kernel, 2 devices times 2 layers."""
+    table = report(layer_trace())["kernels"]
+    assert column(table, "kernel") == ["attention_kernel", "grouped_gemm", "dispatch", "notify_dispatch", "shared"]
+    assert column(table, "total") == [160.0, 122.0, 80.0, 20.0, 20.0]
+    assert column(table, "events") == [4] * 5
+    assert column(table, "mean")[:2] == [40.0, 30.5] and column(table, "longest")[:2] == [40.0, 31.0]
+    assert sum(column(table, "share")) == pytest.approx(1.0)
+    assert table.events[1] == ("grouped_gemm", "grouped GEMM")
+
+
+def test_kernels_that_are_not_listed_are_counted():
+    events = tuple(Event(0, "7", 9.0 * i, 9.0 * i + 1 + i % 2, f"kernel_{i}", group="compute") for i in range(40))
+    loop = Event(0, "7", 0.0, 400.0, "while", group="control")
+    table = report(Trace("many", "xplane", (loop, *events)))["kernels"]
+    assert len(table.rows) == 30 and column(table, "longest") == [2.0] * 20 + [1.0] * 10
+    assert table.caption.endswith("The 30 longest of 40: the other 10 take 16.67%.")
+    assert "while" not in column(table, "kernel")
+
+
+def test_one_kernel_that_runs_as_several_kinds_has_a_row_for_each():
+    kinds = enumerate(("all-reduce", "all-gather"))
+    events = tuple(
+        Event(0, "13", i, i + 1.0, "ncclDevKernel_Generic", kind=kind, group="transfer") for i, kind in kinds
+    )
+    assert sorted(column(report(Trace("", "kineto", events))["kernels"], "kind")) == ["all-gather", "all-reduce"]
+
+
+def test_a_window_that_is_mostly_idle_has_no_speedup():
+    """2 us of communication beside 100 us of compute in 10 ms: what is between decides, not what is hidden."""
+    gemm = Event(0, "7", 0.0, 100.0, "gemm", kind="GEMM", group="compute")
+    reduce = Event(0, "13", 9_998.0, 10_000.0, "nccl", kind="all-reduce", group="transfer")
+    made = report(Trace("idle", "kineto", (gemm, reduce)))
+    assert column(made["overlap"], "efficiency") == column(made["overlap"], "speed-up") == [None] * 3
+    assert "efficiency" not in made.text().partition("Definitions")[0]
+    assert column(made["overlap"], "overlap ratio") == [0.0] * 3
+
+
+def test_what_tells_nothing_is_left_out():
+    """One device, no phases, no communication: no table repeats the figures or has one row "(none)"."""
+    names = [
+        table.name for table in report(Trace("", "xplane", (Event(0, "gpu", 0.0, 4.0, "a", group="compute"),))).tables
+    ]
+    assert names == ["kernels", "kinds", "lanes"]
+    phased = Event(0, "gpu", 0.0, 4.0, "a", group="compute", phase="execute(1)_context(0)")
+    names = [table.name for table in report(Trace("", "xplane", (phased,))).tables]
+    assert "phases" in names and "actions" not in names
+
+
+def test_paths_do_not_stand_at_the_top():
+    trace = dataclasses.replace(layer_trace(), metadata={"chip": "H800", "trace name": "/tmp/a.json", "ranks": [None]})
+    made = report(trace)
+    assert made.facts == ("read from kineto", "2 devices", "20 events", "chip H800")
+    assert made["metadata"].rows == (("chip", "H800"), ("trace name", "/tmp/a.json"))
 
 
 def test_longest_exposed_stretches():
@@ -117,9 +175,10 @@ def test_compiled_schedule():
 def test_without_communication_there_is_no_ratio():
     made = report(Trace("alone", "xplane", (Event(0, "gpu", 0.0, 4.0, "a", kind="GEMM", group="compute"),)))
     assert figures(made)["overlap"] is None and figures(made)["exposed"] is None
-    assert {table.name for table in made.tables} == {"kinds", "phases", "devices", "lanes"}
+    assert {table.name for table in made.tables} == {"kernels", "kinds", "lanes"}
+    assert "exposed communication" not in made.text() + made.markdown()
     assert re.search(r"^overlap ratio +none  no communication in this trace$", made.text(), re.MULTILINE)
-    assert "1 device · 1 event · window 4.0 us" in made.text() and "nan" not in made.text()
+    assert "1 device · 1 event\n" in made.text() and "nan" not in made.text()
 
 
 def test_what_no_rule_knows_is_listed():
@@ -131,10 +190,10 @@ def test_what_no_rule_knows_is_listed():
 @pytest.mark.parametrize("form", ["text", "markdown"])
 def test_forms_hold_every_number_and_definition(form):
     made = report(layer_trace(), layer_trace("predicted", slower=0.9))
-    found = getattr(made, form)(None)
-    for figure in made.figures:
+    found = made.text(None, None) if form == "text" else made.markdown(None)
+    for figure in made.shown:
         assert figure.written in found
-    for table in made.tables:
+    for table in map(Table.filled, made.tables):
         for cell in (cell for row in table.cells() for cell in row):
             assert cell in found.replace("\\", "")
     for name, meaning in EXPLAINED:
@@ -176,9 +235,10 @@ def test_deepseeks_trace():
 
     made = report(read_kineto(DEEPSEEK))
     assert [row[:5] for row in made["overlap"].cells()] == [
-        ["A transfers", "80,452.0", "77,509.0", "96.34%", "2,943.0"],
-        ["B transfers and waits", "113,030.0", "108,881.0", "96.33%", "4,149.0"],
-        ["C communication lanes", "114,521.0", "110,292.0", "96.31%", "4,229.0"],
+        ["A transfers", "80.452", "77.509", "96.34%", "2,943.0"],
+        ["B transfers and waits", "113.030", "108.881", "96.33%", "4,149.0"],
+        ["C communication lanes", "114.521", "110.292", "96.31%", "4,229.0"],
     ]
+    assert figures(made)["makespan"] == 129_012.0
     assert made["exposed-segments"].rows[0][4] == "attn(B) of layer 3 waits for dispatch(B) of layer 3"
     assert figures(made)["unclassified"] == 0.0

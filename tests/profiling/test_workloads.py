@@ -150,7 +150,7 @@ def test_the_command_line_runs_reports_compares_and_predicts(tmp_path, capsys, m
     mesh_of(1)
     folder = tmp_path / "decode"
     assert main(["run", "decode", "--size", "tiny", "--mesh", "ep=1", "--calls", "1", "--out", str(folder)]) == 0
-    assert {"report.html", "report.md", "trace.pftrace", "program.hlo.gz", "proc0"} <= {
+    assert {"report.html", "predicted.html", "report.pftrace", "program.hlo.gz", "proc0"} <= {
         path.name for path in folder.iterdir()
     }
     hlo = str(folder / "program.hlo.gz")

@@ -1,0 +1,104 @@
+"""The tables of a report about collectives: their bandwidth, and who is late for them."""
+
+from __future__ import annotations
+
+from profiling.metrics import CollectiveRow, Measurement
+from profiling.table import Column, Table, Value, duration
+
+
+def collectives_table(measured: Measurement) -> Table:
+    """Empty where the profiler says nothing of collectives."""
+    rows = measured.collectives
+    caption = (
+        "Sizes, and algorithm and bus bandwidth, as NCCL's tests define them (their doc/PERFORMANCE.md). Times are "
+        "those of the kernels, which wait in them for late ranks, so that bandwidths are lower bounds. Hidden: "
+        "share of the time in which the device computes as well."
+    )
+    if len(measured.devices) > 1:
+        caption += " Calls and times are added up over the devices."
+    if any(row.matched for row in rows):
+        caption += (
+            " Least: where several ranks of a group are in the trace, by the time on the rank where a collective was "
+            "shortest, as it waits least there; the better estimate."
+        )
+
+    def cells(row: CollectiveRow) -> tuple[Value, ...]:
+        megabytes = None if row.bytes is None else row.bytes / 1e6
+        return (
+            row.kind, row.group.label, row.group.size, row.size_class or "unknown", row.count, megabytes, row.time,
+            row.time / row.count, row.algorithm_bandwidth, row.bus_bandwidth,
+            row.least_time / row.matched if row.matched else None, row.least_bus_bandwidth, row.hidden,
+        )  # fmt: skip
+
+    return Table(
+        "collectives",
+        "Collectives",
+        caption,
+        (
+            Column("collective"), Column("group"), Column("ranks", "n"), Column("size"), Column("calls", "n"),
+            Column("MB", "x"), Column("total", "us"), Column("mean", "us"), Column("algorithm GB/s", "x"),
+            Column("bus GB/s", "x"), Column("least mean", "us"), Column("least bus GB/s", "x"),
+            Column("hidden", "%", is_share=True),
+        ),
+        tuple(map(cells, rows)),
+    )  # fmt: skip
+
+
+def skew_tables(measured: Measurement) -> tuple[Table, ...]:
+    """Devices, and process groups where there are several; empty where no collective is common to several devices."""
+    found = measured.skew
+    return () if found is None else (_devices(measured), _groups(measured))
+
+
+def _devices(measured: Measurement) -> Table:
+    found = measured.skew
+    assert found is not None
+    seen = f"Seen in {found.matched:,} collectives that several devices have in common"
+    if found.start_spread is None:
+        caption = f"{seen}. Their clocks differ, so that starts cannot be compared; notes say by how much."
+    else:
+        late = (
+            f"Device {found.straggler} joins latest."
+            if found.straggler is not None
+            else f"No device is late by more than the {duration(found.resolution)} that starts can be told apart by."
+        )
+        starts, ends = (
+            f"{duration(mean)} apart on average and {duration(most)} at most"
+            for mean, most in ((found.start_spread, found.max_start_spread), (found.end_spread, found.max_end_spread))
+        )
+        caption = f"{seen}: starts lie {starts}, ends {ends}. {late}"
+    caption += " Who waits least in transfers is whom the others wait for, whatever the clocks."
+    return Table(
+        "skew",
+        "Stragglers",
+        caption,
+        (
+            Column("device", "n"), Column("joins late by", "us"), Column("is last", "%", is_share=True),
+            Column("waits in barriers", "us"), Column("waits in transfers", "us"),
+        ),
+        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in found.devices),
+    )  # fmt: skip
+
+
+def _groups(measured: Measurement) -> Table:
+    groups = measured.skew.groups if measured.skew else ()
+    return Table(
+        "skew-groups",
+        "Stragglers by process group",
+        "Apart: mean and maximum time from the first device's start, or end, to the last one's. Told apart by: how "
+        "far ends of collectives that end together lie apart. Nothing of starts is said where the clocks differ.",
+        (
+            Column("group"), Column("ranks", "n"), Column("devices here", "n"), Column("collectives", "n"),
+            Column("starts apart", "us"), Column("at most", "us"), Column("ends apart", "us"),
+            Column("told apart by", "us"), Column("joins latest"), Column("clocks"),
+        ),
+        tuple(
+            (
+                of.group.label, of.group.size, len(of.devices), of.matched, of.start_spread, of.max_start_spread,
+                of.end_spread, of.resolution, "-" if of.straggler is None else f"device {of.straggler}",
+                "agree" if of.clocks_agree else "differ",
+            )
+            for of in groups
+            if len(groups) > 1
+        ),
+    )  # fmt: skip

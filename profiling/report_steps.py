@@ -1,0 +1,33 @@
+"""The table of a report that has a row for each step."""
+
+from __future__ import annotations
+
+from profiling.metrics import Measurement, StepRow
+from profiling.table import Column, Table, Value
+
+
+def steps_table(measured: Measurement) -> Table:
+    """Left out with fewer than two steps."""
+    rows = measured.steps if len(measured.steps) > 1 else ()
+
+    def cells(place: int, row: StepRow) -> tuple[Value, ...]:
+        of, parts = row.overlap, row.breakdown
+        return (
+            f"{row.number}, the first" if place == 0 else str(row.number), row.start, row.end - row.start,
+            row.share_of_median, parts.compute, of.communication, of.ratio, of.exposed, parts.idle,
+        )  # fmt: skip
+
+    several = ", times added up" if len(measured.devices) > 1 else ""
+    return Table(
+        "steps",
+        "Steps",
+        f"From the first start to the last end of what a step launched, over all devices{several}; communication with "
+        "waits. The first may be cold and is left out of the others' median.",
+        (
+            Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
+            Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),
+            Column("exposed", "us"), Column("idle", "us"),
+        ),
+        tuple(cells(place, row) for place, row in enumerate(rows)),
+        tuple((row.start, row.end) for row in rows),
+    )  # fmt: skip
