@@ -138,7 +138,7 @@ def causal_attention_of_cudnn() -> Callable[..., Any]:
 
 
 def distributed_state() -> Any:
-    """What `jax.distributed` knows of the processes, and their common store of texts; None where it is kept elsewhere."""
+    """What `jax.distributed` knows of the processes, and their store of texts; None where JAX keeps it elsewhere."""
     try:
         from jax._src.distributed import global_state  # noqa: PLC0415
     except ImportError:

@@ -204,8 +204,8 @@ def value_and_grad(
       dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
         which XLA copies no buffers; "sequential", such loops also for the halves of an overlapped pair; "unrolled", on
         one rank, as code that needs no choice and copies nothing into slots, so that it stashes even
-        what is named "recompute". That is two to three times as much code. Default: "unrolled" on one rank where a few rounds
-        of the schedule repeat, else "sequential" on CPU, which overlaps nothing, and "loops" on others.
+        what is named "recompute". That is two to three times as much code. Default: "unrolled" on one rank where a few
+        rounds of the schedule repeat, else "sequential" on CPU, which overlaps nothing, and "loops" on others.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that

@@ -114,7 +114,7 @@ def _log_fallback(reason: str) -> None:
 def _dispatch(
     chosen: str, kernel: Callable[..., jax.Array], xla: Callable[..., jax.Array], *arguments: jax.Array
 ) -> jax.Array:
-    """The result on the chosen backend, under a name that tells `jaxpipe` to compute it again rather than to stash it."""
+    """The result on the chosen backend, named so that `jaxpipe` computes it again rather than stash it."""
 
     def move_rows(*arguments: jax.Array) -> jax.Array:
         rows = interface.dispatch(chosen, xla, functools.partial(kernel, cores=current_target().cores), *arguments)
