@@ -7,7 +7,7 @@ The bubble of every rank is that of the published formula.
 
 from jaxpipe.schedule import build, simulate
 from jaxpipe.schedule.draw import draw_text
-from jaxpipe.schedule.simulate import closed_form_bubble
+from jaxpipe.schedule.simulator import closed_form_bubble
 
 timeline = simulate(build("dualpipe", 8, 20))
 print(draw_text(timeline))

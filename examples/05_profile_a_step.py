@@ -15,13 +15,13 @@ import jax
 import jax.numpy as jnp
 
 import jaxpipe
-from profiling.capture import annotate_step, capture
-from profiling.html import write_html
-from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
-from profiling.read_timeline import read_timeline
-from profiling.read_xplane import read_xplane
-from profiling.report import report
-from profiling.write_perfetto import write_perfetto
+from profiling.read.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
+from profiling.read.timeline import read_timeline
+from profiling.read.xplane import read_xplane
+from profiling.recording import annotate_step, capture
+from profiling.reports.html import write_html
+from profiling.reports.making import report
+from profiling.write.perfetto import write_perfetto
 
 WIDTH, LAYERS, MICROBATCHES = 128, 2, 12
 

@@ -7,12 +7,12 @@ import pathlib
 import sys
 from collections.abc import Sequence
 
-from jaxpipe.schedule.builders import build, builders
 from jaxpipe.schedule.compare import compare, table
 from jaxpipe.schedule.csv import from_csv, to_csv
 from jaxpipe.schedule.draw import draw_perfetto, draw_text
+from jaxpipe.schedule.registry import BUILDERS, build
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs, simulate
+from jaxpipe.schedule.simulator import Costs, simulate
 from jaxpipe.schedule.svg import draw_svg
 
 
@@ -33,7 +33,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(dest="command", required=True)
 
     show = commands.add_parser("show", help="print one schedule and its figures")
-    show.add_argument("name", nargs="?", help=", ".join(builders))
+    show.add_argument("name", nargs="?", help=", ".join(BUILDERS))
     show.add_argument("--from-csv", metavar="FILE", type=pathlib.Path, help="read the schedule from PyTorch's CSV")
     show.add_argument("--svg", metavar="FILE", type=pathlib.Path, help="write a picture")
     show.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help="write a trace for ui.perfetto.dev")
@@ -62,7 +62,7 @@ def _costs(args: argparse.Namespace) -> Costs:
 
 def _schedule(args: argparse.Namespace) -> Schedule:
     if (args.name is None) == (args.from_csv is None):
-        raise ValueError(f"give the name of a schedule ({', '.join(builders)}) or --from-csv FILE")
+        raise ValueError(f"give the name of a schedule ({', '.join(BUILDERS)}) or --from-csv FILE")
     if args.from_csv is not None:
         return from_csv(args.from_csv.read_text(encoding="utf-8"), name=args.from_csv.stem)
     return build(args.name, args.ranks, args.microbatches)

@@ -31,10 +31,10 @@ from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model, Params
 from jaxpipe.runtime.program import Program
 from jaxpipe.runtime.unrolled import is_short
-from jaxpipe.schedule.check import check
+from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 DISPATCHERS = ("unrolled", "switch", "loops", "sequential")
 

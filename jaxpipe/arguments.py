@@ -14,7 +14,7 @@ from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.model import Model, Params
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 _CALLS = {
     "stage": ("params", "x", "ctx"),

@@ -1,30 +1,41 @@
-"""Timelines of training steps: captured, read, measured, drawn and predicted."""
+"""Timelines of training steps: captured, read, measured, drawn and predicted.
 
-from profiling.capture import annotate_step, capture
-from profiling.event import Event, Step, Trace
-from profiling.hlo_divergent import check_collectives
-from profiling.hlo_overlap import overlap
-from profiling.html import write_html
+What stands here is public; all modules below are internal and may change without a word.
+"""
+
+from profiling.classify.rules import Rule, load_rules
+from profiling.event import Collective, Event, Step, Trace
+from profiling.hlo.chips import Chip, chip
+from profiling.hlo.divergent import check_collectives
+from profiling.hlo.hiding import overlap
+from profiling.hlo.topologies import target_names, topology
 from profiling.metrics import measure
-from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
-from profiling.read_kineto import read_kineto
-from profiling.read_timeline import read_timeline
-from profiling.read_trace import read_trace
-from profiling.read_xplane import read_xplane
-from profiling.replay import replay
-from profiling.report import report
-from profiling.write_chrome import write_chrome
-from profiling.write_perfetto import write_perfetto
+from profiling.predict.replaying import replay
+from profiling.read.kineto import read_kineto
+from profiling.read.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
+from profiling.read.timeline import read_timeline
+from profiling.read.trace import read_trace
+from profiling.read.xplane import read_xplane
+from profiling.recording import annotate_step, capture
+from profiling.reports.html import write_html
+from profiling.reports.making import report
+from profiling.write.chrome import write_chrome
+from profiling.write.perfetto import write_perfetto
 
 __all__ = [
+    "Chip",
+    "Collective",
     "Event",
+    "Rule",
     "Step",
     "Trace",
     "annotate_step",
     "attribute",
     "capture",
     "check_collectives",
+    "chip",
     "group_actions",
+    "load_rules",
     "measure",
     "measured_costs",
     "overlap",
@@ -35,6 +46,8 @@ __all__ = [
     "read_xplane",
     "replay",
     "report",
+    "target_names",
+    "topology",
     "write_chrome",
     "write_html",
     "write_perfetto",

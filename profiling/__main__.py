@@ -14,25 +14,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from profiling.capture import COMMAND_BUFFERS
-from profiling.chips import Chip, chip
-from profiling.compare import changes
+from profiling.classify.rules import Rule, load_rules
 from profiling.event import Trace
-from profiling.hlo_lines import find_text
-from profiling.hlo_overlap import Overlap as Schedule
-from profiling.hlo_overlap import overlap
-from profiling.hlo_text import read
-from profiling.html import write_html
+from profiling.hlo.chips import Chip, chip
+from profiling.hlo.hiding import Overlap as Schedule
+from profiling.hlo.hiding import overlap
+from profiling.hlo.lines import find_text
+from profiling.hlo.text import read
 from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
-from profiling.read_trace import read_trace
-from profiling.replay import overlapped_pair_tasks, replay
-from profiling.report import Report, report
-from profiling.rules import Rule, load
+from profiling.predict import changes
+from profiling.predict.replaying import overlapped_pair_tasks, replay
+from profiling.read.trace import read_trace
+from profiling.recording import COMMAND_BUFFERS
+from profiling.reports.html import write_html
+from profiling.reports.making import Report, report
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
-from profiling.write_chrome import write_chrome
-from profiling.write_perfetto import write_perfetto
+from profiling.write.chrome import write_chrome
+from profiling.write.perfetto import write_perfetto
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -234,7 +234,7 @@ def _sizes(name: str, layers: int | None = None, experts: int | None = None) -> 
 
 
 def _own(args: argparse.Namespace) -> tuple[Rule, ...]:
-    return load(args.rules) if args.rules else ()
+    return load_rules(args.rules) if args.rules else ()
 
 
 def _write(found: Report, args: argparse.Namespace) -> None:

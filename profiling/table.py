@@ -7,7 +7,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
-from profiling.kernel_names import kernel_labels
+from profiling.classify.names import kernel_labels
 
 Value: TypeAlias = str | int | float | None
 """A cell: None where there is nothing to measure."""

@@ -21,7 +21,7 @@ from chunks import print_table
 from jaxpipe.runtime.lower import lower
 from jaxpipe.schedule import build, simulate
 from jaxpipe.schedule.compare import compare
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 EXCHANGES = 4 * (2.09 + 4.04)
 """Milliseconds in which four layers' tokens travel to their experts and back."""

@@ -16,7 +16,7 @@ import time
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.pack import pack, pack_naive
 from jaxpipe.schedule import build
-from jaxpipe.schedule.simulate import Costs, simulate
+from jaxpipe.schedule.simulator import Costs, simulate
 
 COSTS = {
     "F=I=W=1": Costs(),

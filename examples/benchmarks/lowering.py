@@ -23,7 +23,7 @@ from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import pack
 from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.unrolled import is_short
-from jaxpipe.schedule import Costs, build, builders, check, simulate
+from jaxpipe.schedule import BUILDERS, Costs, build, check, simulate
 
 HEADER = (
     "schedule", "ranks", "microbatches", "build", "check", "pack", "lower", "total s", "processor s", "searched",
@@ -62,7 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8])
     parser.add_argument("--microbatches", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--schedule", choices=builders, nargs="+", default=list(builders))
+    parser.add_argument("--schedule", choices=BUILDERS, nargs="+", default=list(BUILDERS))
     parser.add_argument("--shared-ends", action="store_true")
     parser.add_argument("--forward-only", action="store_true")
     arguments = parser.parse_args()

@@ -35,12 +35,12 @@ from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.runtime.program import Program
-from profiling.chips import Achieved, Chip, chip
-from profiling.hlo_overlap import Overlap, overlap
-from profiling.hlo_text import Instruction, parse
-from profiling.hlo_timeline import Settings, Timeline, play
-from profiling.pipeline import loop_trips
-from profiling.topology import topology
+from profiling.hlo.chips import Achieved, Chip, chip
+from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.text import Instruction, parse
+from profiling.hlo.timeline import Settings, Timeline, play
+from profiling.hlo.topologies import topology
+from profiling.read.pipeline import loop_trips
 from profiling.workloads.sizes import Sizes
 
 MEASURED = Achieved(matmul=0.70, memory=0.81, interconnect=1.0)

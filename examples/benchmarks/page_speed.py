@@ -21,8 +21,8 @@ from collections.abc import Callable
 from typing import Any
 
 from profiling import Event, Step, Trace
-from profiling.html import write_html
-from profiling.report import report
+from profiling.reports.html import write_html
+from profiling.reports.making import report
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 ATEN = "void at::native::vectorized_elementwise_kernel<4, at::native::"

@@ -38,7 +38,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.schedule import Costs, Schedule, build, simulate
-from jaxpipe.schedule.simulate import closed_form_bubble
+from jaxpipe.schedule.simulator import closed_form_bubble
 from jaxpipe.stage import split_stage
 
 SCHEDULES = "gpipe,1f1b,zb1p,zbv,interleaved,dualpipe,dualpipev"

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.stage import split_stage
-from profiling.topology import has_cuda, topology
+from profiling.hlo.topologies import has_cuda, topology
 
 
 def stage(params, x, ctx):

@@ -21,10 +21,10 @@ from pretraining import stand_in, trainer
 from pretraining.config import ModelConfig
 from pretraining.durations import durations
 from pretraining.model import build_model
-from profiling.chips import Achieved, Chip
-from profiling.hlo_overlap import Overlap, overlap
-from profiling.pipeline import loop_trips
-from profiling.topology import topology
+from profiling.hlo.chips import Achieved, Chip
+from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.topologies import topology
+from profiling.read.pipeline import loop_trips
 
 COLUMNS = (
     "schedule", "arguments", "temporaries", "total", "all-to-alls hidden", "permutes hidden", "synchronous",
@@ -64,7 +64,7 @@ def compile_step(
       schedule: of the pipeline.
       sizes: of the axes "pp" and "ep".
       microbatch_size: sequences of a microbatch on a device.
-      chip: what to compile for, one of `profiling.topology.target_names`.
+      chip: what to compile for, one of `profiling.target_names`.
       dtype: of activations and products.
       devices_per_node: devices with fast links to each other.
 

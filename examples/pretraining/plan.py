@@ -19,8 +19,8 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.schedule import Schedule
-from jaxpipe.schedule.builders import builders
-from jaxpipe.schedule.simulate import simulate
+from jaxpipe.schedule.registry import BUILDERS
+from jaxpipe.schedule.simulator import simulate
 from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, REMATS, ModelConfig, model_config
@@ -28,7 +28,7 @@ from pretraining.durations import WHOLE_LAYERS, Durations, durations
 from pretraining.liveness import nbytes
 from pretraining.memory import Memory, pipeline_memory
 from pretraining.model import Model, build_model
-from profiling.chips import CHIPS, Achieved, Chip, chip
+from profiling.hlo.chips import CHIPS, Achieved, Chip, chip
 
 GIGA = 1e9
 
@@ -118,7 +118,7 @@ def plan(
     config: ModelConfig,
     mesh: Mapping[str, int],
     *,
-    schedules: Sequence[str] = tuple(builders),
+    schedules: Sequence[str] = tuple(BUILDERS),
     microbatches: int | None = None,
     microbatch_size: int = 1,
     chip: Chip = CHIPS["H800"],
@@ -181,7 +181,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
     parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
     parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
-    parser.add_argument("--schedules", nargs="+", default=list(builders), metavar="NAME", help="default: all")
+    parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")

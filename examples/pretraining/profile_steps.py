@@ -13,13 +13,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 import jaxpipe
-from profiling.capture import annotate_step, capture
 from profiling.event import Trace
-from profiling.html import write_html
-from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
-from profiling.read_timeline import read_timeline
-from profiling.read_xplane import read_xplane
-from profiling.report import report
+from profiling.read.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
+from profiling.read.timeline import read_timeline
+from profiling.read.xplane import read_xplane
+from profiling.recording import annotate_step, capture
+from profiling.reports.html import write_html
+from profiling.reports.making import report
 
 SESSION = "steps"
 """The name of the profile, the same on all processes."""

@@ -24,7 +24,7 @@ from pretraining.layout import Layout, describe
 from pretraining.model import Model, ModelConfig, build_model, model_config
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
-from profiling.chips import chip_of
+from profiling.hlo.chips import chip_of
 
 TRAINED = 60
 """Steps from which on a checked run must have learned more than how often each token occurs."""

@@ -18,7 +18,7 @@ from jaxpipe.schedule import Schedule
 from pretraining.liveness import nbytes
 from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
-from profiling.chips import chip_of
+from profiling.hlo.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -13,7 +13,7 @@ import numpy as np
 
 from jaxpipe.runtime.actions import Actions, B, F, I, Rows, W
 from jaxpipe.schedule.action import Kind
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -18,7 +18,7 @@ from jaxpipe.runtime.program import Branch, Field, Op, Program
 from jaxpipe.runtime.slots import colour
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 
 def lower(

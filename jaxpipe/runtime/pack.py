@@ -20,7 +20,7 @@ from jaxpipe.runtime.graph import Table, make_graph, make_table
 from jaxpipe.runtime.periods import extend, find_steady
 from jaxpipe.runtime.search import one_each, search
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs
+from jaxpipe.schedule.simulator import Costs
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,9 +6,9 @@ import dataclasses
 import itertools
 from collections.abc import Sequence
 
-from jaxpipe.schedule.builders import build, builders
+from jaxpipe.schedule.registry import BUILDERS, build
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs, simulate
+from jaxpipe.schedule.simulator import Costs, simulate
 
 CLOSE = 0.05
 """A schedule this much slower than the fastest still counts as fast when memory decides."""
@@ -47,7 +47,7 @@ def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, .
     >>> [row.bubble for row in compare(8, 20, Costs()) if row.name in ("1f1b", "dualpipe", "dualpipev")]
     [21.0, 6.0, 7.0]
     """
-    return tuple(_row(name, num_ranks, num_microbatches, costs) for name in builders)
+    return tuple(_row(name, num_ranks, num_microbatches, costs) for name in BUILDERS)
 
 
 def table(rows: Sequence[Row]) -> str:

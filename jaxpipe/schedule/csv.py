@@ -8,14 +8,14 @@ import itertools
 import re
 
 from jaxpipe.schedule.action import Action, Group
-from jaxpipe.schedule.check import check
+from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.schedule import Schedule
 
 
 def to_csv(schedule: Schedule) -> str:
     """The schedule as CSV.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
     >>> print(to_csv(gpipe(2, 1)), end="")
     0F0,0B0
     1F0,1B0

@@ -11,7 +11,7 @@ from jaxpipe.schedule.schedule import Schedule
 def inputs(schedule: Schedule, action: Action) -> tuple[tuple[Action, ...], ...]:
     """What an action waits for: for each input, the actions of which one must have run.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
     >>> [list(map(str, options)) for options in inputs(gpipe(2, 1), Action(0, Kind.B, 0))]
     [['0F0'], ['1B0', '1I0']]
     """
@@ -29,7 +29,7 @@ def inputs(schedule: Schedule, action: Action) -> tuple[tuple[Action, ...], ...]
 class Tokens:
     """What has run of a schedule, for asking again and again whether a group could; the rules are those of `inputs`.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
     >>> tokens = Tokens(gpipe(2, 1))
     >>> tokens.run(((Action(0, Kind.F, 0),), (Action(1, Kind.B, 0),)), 0)  # 1B0 waits for 1F0
     1

@@ -6,7 +6,7 @@ import json
 import math
 
 from jaxpipe.schedule.action import Kind
-from jaxpipe.schedule.simulate import Event, Timeline
+from jaxpipe.schedule.simulator import Event, Timeline
 
 MAX_COLUMNS = 500
 
@@ -19,8 +19,8 @@ def draw_text(timeline: Timeline) -> str:
     A forward is its microbatch's number, backwards carry their letter; ``7&3B`` is a forward of microbatch 7
     overlapped with the backward of 3. The second stage of a rank (or the second direction) is in brackets.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
-    >>> from jaxpipe.schedule.simulate import simulate
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
+    >>> from jaxpipe.schedule.simulator import simulate
     >>> print(draw_text(simulate(gpipe(2, 2))))
     rank 0  0    1    .    .    .    0B   -    1B   -
     rank 1  .    0    1    0B   -    1B   -    .    .
@@ -47,8 +47,8 @@ def draw_perfetto(timeline: Timeline) -> str:
 
     The two actions of an overlapped pair are nested in an event of the pair.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
-    >>> from jaxpipe.schedule.simulate import simulate
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
+    >>> from jaxpipe.schedule.simulator import simulate
     >>> [event["name"] for event in json.loads(draw_perfetto(simulate(gpipe(1, 1))))["traceEvents"]]
     ['process_name', 'thread_name', '0F0', '0B0']
     """

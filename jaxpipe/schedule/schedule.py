@@ -45,7 +45,7 @@ class Schedule:
     def grid(self, marked: Collection[tuple[int, int]] = ()) -> str:
         """The groups of each rank, one line a rank; the cells (rank, position) in ``marked`` between > and <.
 
-        >>> from jaxpipe.schedule.gpipe import gpipe
+        >>> from jaxpipe.schedule.builders.gpipe import gpipe
         >>> print(gpipe(2, 1).grid(marked=[(1, 0)]))
         rank 0   0F0   0B0
         rank 1  >1F0<  1B0

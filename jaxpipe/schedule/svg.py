@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.draw import is_second, shortest
-from jaxpipe.schedule.simulate import Event, Timeline
+from jaxpipe.schedule.simulator import Event, Timeline
 
 ROW = 26
 LEFT = 76
@@ -33,8 +33,8 @@ def draw_svg(timeline: Timeline, unit: float | None = None) -> str:
       unit: pixels per unit of cost; by default, the shortest event is 30 pixels wide, or less where the picture would
         become wider than 8000.
 
-    >>> from jaxpipe.schedule.gpipe import gpipe
-    >>> from jaxpipe.schedule.simulate import simulate
+    >>> from jaxpipe.schedule.builders.gpipe import gpipe
+    >>> from jaxpipe.schedule.simulator import simulate
     >>> draw_svg(simulate(gpipe(2, 2))).count('class="B"')
     4
     """

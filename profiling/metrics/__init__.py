@@ -1,10 +1,10 @@
 """What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
 
-from profiling.metrics.bounds import Bounds, bounds
-from profiling.metrics.collectives import CollectiveRow, bus_factor, collectives
+from profiling.metrics.bandwidth import CollectiveRow, bus_factor, collectives
 from profiling.metrics.columns import Columns, by_device
-from profiling.metrics.measure import Bubble, Measurement, Metrics, Summary, measure
-from profiling.metrics.overlap import (
+from profiling.metrics.doubt import Bounds, bounds
+from profiling.metrics.measurement import Bubble, Measurement, Metrics, Summary, measure
+from profiling.metrics.overlaps import (
     DEFINITIONS,
     Breakdown,
     Overlap,
@@ -16,8 +16,7 @@ from profiling.metrics.overlap import (
     overlap,
     sides,
 )
-from profiling.metrics.skew import DeviceSkew, GroupSkew, Skew, skew
-from profiling.metrics.steps import StepRow, parse_window, step_windows, steps, window_in, window_of_step
+from profiling.metrics.stragglers import DeviceSkew, GroupSkew, Skew, skew
 from profiling.metrics.times import (
     LaneRow,
     LayerRow,
@@ -32,6 +31,7 @@ from profiling.metrics.times import (
     time_by,
     unattributed_share,
 )
+from profiling.metrics.windows import StepRow, parse_window, step_windows, steps, window_in, window_of_step
 
 __all__ = [
     "DEFINITIONS",

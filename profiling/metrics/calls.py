@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TypeAlias
 
 from profiling.event import Event
-from profiling.intervals import length, spans_of
+from profiling.metrics.intervals import length, spans_of
 
 SYNCHRONISING = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "barrier")
 """Kinds that cannot end on one rank before the last rank of the group has begun: each rank needs data of all."""

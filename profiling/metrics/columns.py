@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from profiling.event import GROUPS, Event, Trace
-from profiling.intervals import Spans, checked
+from profiling.metrics.intervals import Spans, checked
 
 _GROUP = {group: code for code, group in enumerate(GROUPS)}
 

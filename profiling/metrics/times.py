@@ -8,9 +8,9 @@ from collections.abc import Callable, Mapping, Sequence
 import numpy as np
 
 from profiling.event import GROUPS, Event, Trace
-from profiling.intervals import union
 from profiling.metrics.columns import Codes, Columns, coded, columns
-from profiling.scopes import action_of
+from profiling.metrics.intervals import union
+from profiling.read.scopes import action_of
 
 
 @dataclasses.dataclass(frozen=True)

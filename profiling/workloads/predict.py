@@ -9,9 +9,9 @@ from collections.abc import Mapping, Sequence
 
 from profiling.event import Event, Trace
 from profiling.metrics import phase_durations
-from profiling.replay import DECODE, OVERLAPPED_PAIR, PREFILL, Pattern, pattern_tasks, replay
-from profiling.scopes import PARTS, place
-from profiling.workloads.network import Network, exchange_us
+from profiling.predict.network import Network, exchange_us
+from profiling.predict.replaying import DECODE, OVERLAPPED_PAIR, PREFILL, Pattern, pattern_tasks, replay
+from profiling.read.scopes import PARTS, place
 from profiling.workloads.sizes import Sizes
 
 NETWORKS: Mapping[str, Network] = {

@@ -15,9 +15,9 @@ import numpy as np
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from profiling.capture import annotate_step, capture
 from profiling.event import Trace
-from profiling.read_xplane import read_xplane
+from profiling.read.xplane import read_xplane
+from profiling.recording import annotate_step, capture
 from profiling.workloads.decode import make_decode
 from profiling.workloads.layer import AXIS, init_layers
 from profiling.workloads.prefill import make_prefill

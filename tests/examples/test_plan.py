@@ -17,9 +17,9 @@ from pretraining.liveness import peak
 from pretraining.model import build_model
 
 import jaxpipe
-from profiling.chips import CHIPS, Achieved
-from profiling.hlo_overlap import overlap
-from profiling.topology import has_cuda
+from profiling.hlo.chips import CHIPS, Achieved
+from profiling.hlo.hiding import overlap
+from profiling.hlo.topologies import has_cuda
 
 
 @pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])

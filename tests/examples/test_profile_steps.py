@@ -15,7 +15,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 
 from pretraining import profile_steps
 
-from profiling.read_timeline import read_timeline
+from profiling.read.timeline import read_timeline
 
 
 @pytest.fixture

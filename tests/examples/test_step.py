@@ -13,7 +13,7 @@ from pretraining import trainer  # isort: skip
 from pretraining.model import build_model
 
 import jaxpipe
-from jaxpipe.schedule.builders import builders
+from jaxpipe.schedule.registry import BUILDERS
 
 KEY = jax.random.key(0)
 ROWS = 16
@@ -92,7 +92,7 @@ def test_all_schedules_give_the_same_curve():
     _, _, state, step, _, _ = setup(None, 1, 2, **options)
     expected = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
     assert expected[-1] < expected[0]
-    for name in builders:
+    for name in BUILDERS:
         _, _, state, step, _, _ = setup(name, 2, 2, **options)
         found = [float(metrics["loss"]) for metrics in run(step, state, 20)[1]]
         np.testing.assert_allclose(found, expected, rtol=1e-5, err_msg=name)

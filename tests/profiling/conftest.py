@@ -7,7 +7,7 @@ import pathlib
 
 import pytest
 
-from profiling.read_kineto import read_kineto
+from profiling.read.kineto import read_kineto
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 THREE_LAYERS = pathlib.Path(__file__).parent / "data" / "three_layers.json"

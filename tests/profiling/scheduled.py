@@ -23,7 +23,7 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs
 from jaxpipe.stage import split_stage
-from profiling.topology import topology
+from profiling.hlo.topologies import topology
 
 LAYERS = 2
 STEPS = 8

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from profiling.classify import OTHER
+from profiling.classify.classifier import OTHER
 from profiling.event import Event, Trace
-from profiling.html import page
 from profiling.metrics import bounds, measure
-from profiling.report import report
+from profiling.reports.html import page
+from profiling.reports.making import report
 
 
 def gemm(start, end):

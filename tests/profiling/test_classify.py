@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from profiling.classify import (
+from profiling.classify.classifier import (
     DEEPSEEK,
     KERNELS,
     OTHER,

@@ -7,7 +7,7 @@ import pytest
 from profiling.event import Collective, Event, Trace
 from profiling.metrics import bus_factor, collectives, measure, skew
 from profiling.metrics.calls import calls, ranges
-from profiling.report import report
+from profiling.reports.making import report
 
 MB = 1_000_000
 

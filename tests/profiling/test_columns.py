@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 
 from profiling.event import Event, Trace
-from profiling.intervals import covered, intersection, length, spans_of, union, within
 from profiling.metrics import by_device, overlap, time_by
 from profiling.metrics.columns import columns
+from profiling.metrics.intervals import covered, intersection, length, spans_of, union, within
 
 
 def event(start, end, group="compute", lane="7", device=0, **facts):

@@ -5,11 +5,11 @@ import dataclasses
 import pytest
 
 from jaxpipe.schedule import Costs, build, simulate
-from profiling.compare import changes, compare
 from profiling.event import Event, Trace
 from profiling.metrics import measure
-from profiling.read_timeline import read_timeline
-from profiling.replay import Task, replay
+from profiling.predict import changes, compare
+from profiling.predict.replaying import Task, replay
+from profiling.read.timeline import read_timeline
 
 
 def event(start, end, phase, lane="7", device=0, **facts):

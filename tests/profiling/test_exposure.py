@@ -3,8 +3,8 @@
 import pytest
 
 from profiling.event import Event, Trace
-from profiling.exposure import exposed_segments
 from profiling.metrics import DEFINITIONS, measure
+from profiling.metrics.exposure import exposed_segments
 
 
 def test_deepseek(deepseek):

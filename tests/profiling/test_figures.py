@@ -6,8 +6,8 @@ import pathlib
 import numpy as np
 import pytest
 
-from profiling.read_kineto import read_kineto
-from profiling.report import report
+from profiling.read.kineto import read_kineto
+from profiling.reports.making import report
 
 KNOWN = [
     line.split("\t")

@@ -2,9 +2,9 @@
 
 import pytest
 
-from profiling.chips import Achieved, Chip
-from profiling.hlo_collective import Exchange, exchange, groups, is_asynchronous
-from profiling.hlo_text import Instruction, parse
+from profiling.hlo.chips import Achieved, Chip
+from profiling.hlo.collective import Exchange, exchange, groups, is_asynchronous
+from profiling.hlo.text import Instruction, parse
 
 TOY = Chip("toy", 1e12, 1e12, 1e12, 1e12, 1e12, interconnect=1e9, internode=1e8, latency_us=5.0, sms=1, memory=1e9)
 

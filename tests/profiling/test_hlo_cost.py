@@ -4,9 +4,9 @@ import json
 
 import pytest
 
-from profiling.chips import Achieved, Chip
-from profiling.hlo_cost import Product, bytes_moved, cost, products
-from profiling.hlo_text import parse
+from profiling.hlo.chips import Achieved, Chip
+from profiling.hlo.cost import Product, bytes_moved, cost, products
+from profiling.hlo.text import parse
 
 CHIP = Chip("toy", bf16=1e12, fp8=2e12, tf32=5e11, f32=1e11, hbm=1e9, interconnect=1e9, internode=1e9, latency_us=0.0,
             sms=1, memory=1e9)  # fmt: skip

@@ -12,7 +12,7 @@ from jax import lax
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from profiling.hlo_divergent import check_collectives, find_divergent
+from profiling.hlo.divergent import check_collectives, find_divergent
 
 WIDTH = 8
 

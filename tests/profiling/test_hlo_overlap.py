@@ -3,9 +3,9 @@
 import pytest
 
 from profiling.__main__ import main
-from profiling.chips import Achieved, Chip, chip
-from profiling.hlo_overlap import overlap
-from profiling.hlo_text import parse
+from profiling.hlo.chips import Achieved, Chip, chip
+from profiling.hlo.hiding import overlap
+from profiling.hlo.text import parse
 
 # 1000 bytes take 1 us between devices, a product of two 100 x 100 matrices takes 2 us.
 CHIP = Chip("toy", bf16=1e12, fp8=1e12, tf32=1e12, f32=1e12, hbm=1e12, interconnect=1e9, internode=1e9, latency_us=0.0,

@@ -8,9 +8,9 @@ import pytest
 
 from eplb_jax import MoEConfig, RouterConfig
 from profiling import metrics
-from profiling.chips import chip
-from profiling.hlo_overlap import overlap
-from profiling.hlo_text import read
+from profiling.hlo.chips import chip
+from profiling.hlo.hiding import overlap
+from profiling.hlo.text import read
 from tests.profiling import scheduled
 
 DATA = pathlib.Path(__file__).parent / "data"

@@ -10,10 +10,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from profiling.chips import chip
-from profiling.hlo_lines import find_text
-from profiling.hlo_overlap import overlap
-from profiling.hlo_text import Array, arrays, parse, read, split
+from profiling.hlo.chips import chip
+from profiling.hlo.hiding import overlap
+from profiling.hlo.lines import find_text
+from profiling.hlo.text import Array, arrays, parse, read, split
 
 SMALL = """HloModule jit_f, is_scheduled=true, entry_computation_layout={(f32[4]{0}, /*index=1*/s32[])->f32[4]{0}}, \
 num_partitions=8

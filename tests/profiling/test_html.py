@@ -5,8 +5,8 @@ import json
 import re
 
 from profiling.event import Event, Trace
-from profiling.html import embedded, page
-from profiling.report import report
+from profiling.reports.html import embedded, page
+from profiling.reports.making import report
 from tests.profiling.traces import layer_trace, tangled_trace
 
 

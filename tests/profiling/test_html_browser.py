@@ -7,8 +7,8 @@ import urllib.parse
 import pytest
 
 from profiling.event import Event, Trace
-from profiling.html import write_html
-from profiling.report import report
+from profiling.reports.html import write_html
+from profiling.reports.making import report
 from profiling.table import Table, written
 from tests.profiling import chromium
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace

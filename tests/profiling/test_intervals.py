@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiling.intervals import difference, gaps, intersection, length, union
+from profiling.metrics.intervals import difference, gaps, intersection, length, union
 
 SPANS = st.lists(st.tuples(st.integers(0, 30), st.integers(0, 8)).map(lambda pair: (pair[0], sum(pair))), max_size=12)
 

@@ -4,8 +4,8 @@ import random
 
 import pytest
 
-from profiling.classify import KERNELS, Classifier
-from profiling.kernel_names import KernelName, kernel_label, kernel_labels, parse_kernel
+from profiling.classify.classifier import KERNELS, Classifier
+from profiling.classify.names import KernelName, kernel_label, kernel_labels, parse_kernel
 
 COPY = "at::native::direct_copy_kernel_cuda(at::TensorIterator&)::{lambda()#3}::operator()() const::{lambda(float)#1}"
 FUNCTIONS = [

@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from profiling.classify import DEEPSEEK, Rule
-from profiling.read_kineto import read_kineto
+from profiling.classify.classifier import DEEPSEEK, Rule
+from profiling.read.kineto import read_kineto
 from tests.profiling.conftest import THREE_LAYERS
 
 PHASES = {f"{part}({action})" for part in ("attn", "mlp") for action in "FBW"} | {

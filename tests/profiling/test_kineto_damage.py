@@ -6,8 +6,8 @@ import json
 import pytest
 
 from profiling import report
-from profiling.read_kineto import read_kineto
-from profiling.read_trace import read_trace
+from profiling.read.kineto import read_kineto
+from profiling.read.trace import read_trace
 from tests.profiling.kineto_files import (
     ALL_REDUCE,
     GEMM,
@@ -115,7 +115,7 @@ class TestText:
         assert "bytes.json: text behind the end, left out: 1" in read_bytes(text + b"{}").notes
 
     def test_events_longer_than_what_is_read_at_once(self, read_bytes, monkeypatch):
-        monkeypatch.setattr("profiling.kineto_json.CHUNK", 7)
+        monkeypatch.setattr("profiling.read.kineto_json.CHUNK", 7)
         trace = read_bytes(json.dumps(step_of_training()).encode())
         assert len(trace.events) == 16
         assert trace.metadata["trace name"] == "runs/a.json"

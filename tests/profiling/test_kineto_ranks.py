@@ -12,8 +12,8 @@ import zipfile
 import pytest
 
 from profiling.__main__ import main
-from profiling.read_kineto import read_kineto
-from profiling.read_trace import read_trace
+from profiling.read.kineto import read_kineto
+from profiling.read.trace import read_trace
 from tests.profiling.kineto_files import document, gpu, half_covered, host
 
 

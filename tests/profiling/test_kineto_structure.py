@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from profiling.event import Collective
-from profiling.read_kineto import read_kineto
+from profiling.read.kineto import read_kineto
 from tests.profiling.kineto_files import ALL_REDUCE, GEMM, described, document, gpu, host, launch, launched
 
 

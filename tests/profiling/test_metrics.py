@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from profiling.event import Event, Trace
-from profiling.intervals import intersection, length, spans_of
 from profiling.metrics import (
     DEFINITIONS,
     breakdown,
@@ -24,6 +23,7 @@ from profiling.metrics import (
     time_by,
     unattributed_share,
 )
+from profiling.metrics.intervals import intersection, length, spans_of
 
 BUSY = {
     "attn(F)": (4311, 4263, 4438, 4467),

@@ -9,14 +9,14 @@ import pytest
 import jaxpipe
 from jaxpipe.runtime.unrolled import find_repeat
 from jaxpipe.schedule import build, simulate
-from profiling.capture import capture
 from profiling.event import Event, Trace
 from profiling.metrics import measure
-from profiling.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
-from profiling.read_timeline import read_timeline
-from profiling.read_xplane import read_xplane
-from profiling.report import report
-from profiling.scopes import action_of
+from profiling.read.pipeline import attribute, group_actions, measured_costs, pipeline_ranks
+from profiling.read.scopes import action_of
+from profiling.read.timeline import read_timeline
+from profiling.read.xplane import read_xplane
+from profiling.recording import capture
+from profiling.reports.making import report
 
 RANKS, MICROBATCHES, WIDTH, STEPS = 4, 8, 64, 2
 

@@ -11,10 +11,10 @@ from jax.profiler import ProfileData
 from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
-from profiling.capture import _facts, annotate_step, capture
 from profiling.metrics import measure
-from profiling.read_xplane import read_xplane
-from profiling.xplane_files import SIDECAR
+from profiling.read.xplane import read_xplane
+from profiling.read.xplane_files import SIDECAR
+from profiling.recording import _facts, annotate_step, capture
 from tests.profiling.xspaces import gpu_profile, written
 
 

@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiling.compare import compare
 from profiling.metrics import measure, phase_durations
-from profiling.replay import (
+from profiling.predict import compare
+from profiling.predict.replaying import (
     DECODE,
     OVERLAPPED_PAIR,
     PREFILL,

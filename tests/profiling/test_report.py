@@ -7,9 +7,9 @@ import re
 import pytest
 
 from profiling.event import Event, Trace
-from profiling.hlo_overlap import Collective, Overlap
+from profiling.hlo.hiding import Collective, Overlap
 from profiling.metrics import measure
-from profiling.report import EXPLAINED, report
+from profiling.reports.making import EXPLAINED, report
 from profiling.table import Column, Table, as_markdown, as_text, written
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace
 
@@ -231,7 +231,7 @@ def test_cells_and_rows():
 
 @pytest.mark.skipif(not DEEPSEEK.exists(), reason="needs DeepSeek's published trace")
 def test_deepseeks_trace():
-    from profiling.read_kineto import read_kineto  # noqa: PLC0415
+    from profiling.read.kineto import read_kineto  # noqa: PLC0415
 
     made = report(read_kineto(DEEPSEEK))
     assert [row[:5] for row in made["overlap"].cells()] == [

@@ -5,8 +5,8 @@ import json
 import pytest
 
 from profiling.__main__ import main
-from profiling.read_kineto import read_kineto
-from profiling.rules import Rule, load
+from profiling.classify.rules import Rule, load_rules
+from profiling.read.kineto import read_kineto
 
 
 def kernel(name, start, duration, stream=7):
@@ -36,8 +36,11 @@ def test_rules_of_a_file(tmp_path):
         {"pattern": "^my_", "kind": "mine", "group": "wait"},
         {"pattern": "x", "kind": "y", "group": "compute", "field": "function"},
     ]
-    assert load(written(tmp_path, entries)) == (Rule("^my_", "mine", "wait"), Rule("x", "y", "compute", "function"))
-    assert load(written(tmp_path, [])) == ()
+    assert load_rules(written(tmp_path, entries)) == (
+        Rule("^my_", "mine", "wait"),
+        Rule("x", "y", "compute", "function"),
+    )
+    assert load_rules(written(tmp_path, [])) == ()
 
 
 @pytest.mark.parametrize(
@@ -60,13 +63,13 @@ def test_rules_of_a_file(tmp_path):
 def test_files_that_hold_no_rules(tmp_path, content, message):
     path = written(tmp_path, content)
     with pytest.raises(ValueError, match=message) as error:
-        load(path)
+        load_rules(path)
     assert str(error.value).startswith(str(path)) and "\n" not in str(error.value)
 
 
 def test_a_file_that_is_not_there(tmp_path):
     with pytest.raises(ValueError, match=r"missing.json: the file of rules cannot be read: No such file"):
-        load(tmp_path / "missing.json")
+        load_rules(tmp_path / "missing.json")
 
 
 def test_own_rules_precede_the_tables(trace):

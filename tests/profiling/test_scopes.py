@@ -2,9 +2,9 @@
 
 import pytest
 
-from profiling.scopes import Place, action_of, place
-from profiling.wire import fields, integer, integers, messages, text
-from profiling.xplane_modules import Instruction, read_modules
+from profiling.read.scopes import Place, action_of, place
+from profiling.read.wire import fields, integer, integers, messages, text
+from profiling.read.xplane_modules import Instruction, read_modules
 
 
 @pytest.mark.parametrize(

@@ -6,10 +6,10 @@ import pytest
 
 from profiling.__main__ import main
 from profiling.event import Collective, Event, Step, Trace
-from profiling.exposure import exposed_segments
 from profiling.metrics import measure, parse_window, step_windows, steps, window_in, window_of_step
-from profiling.report import report
-from profiling.write_chrome import write_chrome
+from profiling.metrics.exposure import exposed_segments
+from profiling.reports.making import report
+from profiling.write.chrome import write_chrome
 
 
 def event(start, end, group="compute", device=0, lane="7", **facts):

@@ -11,10 +11,10 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from profiling import topology as module
-from profiling.chips import chip
-from profiling.hlo_overlap import overlap
-from profiling.topology import has_cuda, target_names, topology
+from profiling.hlo import targets as module
+from profiling.hlo.chips import chip
+from profiling.hlo.hiding import overlap
+from profiling.hlo.topologies import has_cuda, target_names, topology
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 from eplb_jax import moe_layer
 from profiling.__main__ import main
 from profiling.metrics import measure
+from profiling.predict.network import Network, exchange_us
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.attention import attend, attend_cached, init_attention, rms_norm
 from profiling.workloads.layer import init_layers
-from profiling.workloads.network import Network, exchange_us
 from profiling.workloads.predict import predict
 from profiling.workloads.run import make_mesh, prepare, run
 

@@ -7,8 +7,8 @@ import json
 import pytest
 
 from profiling.event import Event, Step, Trace
-from profiling.tracks import MOE_LINKS
-from profiling.write_chrome import write_chrome
+from profiling.write.chrome import write_chrome
+from profiling.write.tracks import MOE_LINKS
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace
 
 

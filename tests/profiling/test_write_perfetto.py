@@ -5,8 +5,8 @@ import collections
 import pytest
 
 from profiling.event import Event, Step, Trace
-from profiling.tracks import MOE_LINKS
-from profiling.write_perfetto import write_perfetto
+from profiling.write.perfetto import write_perfetto
+from profiling.write.tracks import MOE_LINKS
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace
 
 schema = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2", reason="needs the package perfetto")

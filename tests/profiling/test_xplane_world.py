@@ -9,8 +9,8 @@ import random
 import pytest
 
 from profiling.metrics import measure
-from profiling.read_xplane import read_xplane
-from profiling.report import report
+from profiling.read.xplane import read_xplane
+from profiling.reports.making import report
 from tests.profiling.xspaces import began, gpu_profile, kernel, plane_text, serialized, written
 
 SECOND = 10**9

@@ -4,7 +4,7 @@ import json
 
 from jax.profiler import ProfileData
 
-from profiling.xplane_files import SIDECAR
+from profiling.read.xplane_files import SIDECAR
 
 STATS = (
     "correlation_id",

@@ -16,7 +16,7 @@ from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.schedule import build
 from jaxpipe.schedule.action import Action, Group, Kind
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs, simulate
+from jaxpipe.schedule.simulator import Costs, simulate
 
 SIZES = [
     *[(name, ranks, m) for name in ("gpipe", "1f1b", "zb1p") for ranks, m in ((1, 2), (2, 4), (3, 6), (4, 8), (8, 24))],

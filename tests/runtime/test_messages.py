@@ -209,7 +209,7 @@ def test_meshes_that_are_the_pipelines_own():
 
 @pytest.mark.parametrize("kind", [np.int64, np.int32, np.uint8, jnp.int32])
 def test_integers_of_any_kind(kind):
-    for name in jaxpipe.schedule.builders:
+    for name in jaxpipe.schedule.BUILDERS:
         assert jaxpipe.schedule.build(name, kind(2), kind(4)) == jaxpipe.schedule.build(name, 2, 4)
     assert jaxpipe.schedule.interleaved(2, 4, kind(3)) == jaxpipe.schedule.interleaved(2, 4, 3)
     assert type(jaxpipe.schedule.build("zbv", kind(2), kind(4)).num_microbatches) is int

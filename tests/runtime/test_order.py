@@ -13,7 +13,7 @@ from jaxpipe.schedule.schedule import Schedule
 from tests.plain import assert_trees_close, plain_value_and_grad
 from tests.runtime import models
 
-NAMES = tuple(jaxpipe.schedule.builders)
+NAMES = tuple(jaxpipe.schedule.BUILDERS)
 IN_PLACE = ("gpipe", "1f1b", "zb1p", "dualpipe")  # rank r runs stage r
 
 

@@ -13,7 +13,7 @@ from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.schedule import build
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import Costs, simulate
+from jaxpipe.schedule.simulator import Costs, simulate
 
 UNIT = Costs()
 UNEVEN = Costs(forward=1.0, backward_input=1.2, weight=0.8)

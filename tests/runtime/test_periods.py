@@ -14,11 +14,12 @@ from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.search import search
-from jaxpipe.schedule import Costs, Schedule, build, builders, check, interleaved, simulate
+from jaxpipe.schedule import BUILDERS, Costs, Schedule, build, check, simulate
+from jaxpipe.schedule.builders import interleaved
 from tests.runtime.test_lower import assert_right
 from tests.runtime.test_pack import UNEVEN, UNIT, assert_legal
 
-LONG = [(name, ranks, count * (1 + (name == "dualpipe"))) for name in builders for ranks, count in ((2, 40), (4, 80))]
+LONG = [(name, ranks, count * (1 + (name == "dualpipe"))) for name in BUILDERS for ranks, count in ((2, 40), (4, 80))]
 
 
 def searched_whole(schedule: Schedule, costs: Costs, shared_ends: bool = False) -> Packing:
@@ -80,7 +81,7 @@ def test_so_they_are_with_shared_ends_and_forwards_alone(name: str, ranks: int, 
     assert np.all(np.array(slots(schedule, packed, forward_only=True)) <= slots(schedule, whole, forward_only=True))
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_long_programs_are_right(name: str) -> None:
     schedule = build(name, 4, 88)
     assert_right(lower(schedule), embed_grad=True)
@@ -88,7 +89,7 @@ def test_long_programs_are_right(name: str) -> None:
     assert_right(lower(schedule, forward_only=True), embed_grad=False)
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_search_does_not_grow_with_the_microbatches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     searched: list[Graph] = []
 
@@ -159,7 +160,7 @@ def test_a_long_deadlock_is_an_error() -> None:
             packer(dataclasses.replace(schedule, ranks=(first, swapped)), UNIT)
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_the_shorter_schedule_is_the_builders(name: str) -> None:
     """Cutting periods out of a schedule gives what the builder makes for fewer microbatches."""
     actions = read_actions(build(name, 4, 120))

@@ -5,7 +5,7 @@ import pytest
 from jaxpipe.schedule import Costs, build, simulate
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulate import closed_form_bubble
+from jaxpipe.schedule.simulator import closed_form_bubble
 
 BY_HAND = {
     # (P - 1) (F + B), F = 1, B = 2

@@ -4,7 +4,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import Action, Kind, Schedule, build, builders, check, interleaved, simulate
+from jaxpipe.schedule import BUILDERS, Action, Kind, Schedule, build, check, simulate
+from jaxpipe.schedule.builders import interleaved
 
 MINIMUM = {"zbv": 2, "dualpipe": 2, "dualpipev": 2}  # microbatches per rank, of those that need more than one in all
 
@@ -12,7 +13,7 @@ MINIMUM = {"zbv": 2, "dualpipe": 2, "dualpipev": 2}  # microbatches per rank, of
 @st.composite
 def schedules(draw):
     """Any schedule of up to 8 ranks."""
-    name = draw(st.sampled_from(list(builders)))
+    name = draw(st.sampled_from(list(BUILDERS)))
     num_ranks = draw(st.integers(1, 8))
     if name == "dualpipe":
         num_ranks = 2 * draw(st.integers(1, 4))
@@ -43,13 +44,13 @@ def test_the_microbatches_of_a_direction_stay_in_order(schedule):
             seen[key] = microbatch
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_built_by_name(name):
     schedule = build(name, 4, 8)
     assert isinstance(schedule, Schedule)
     assert (schedule.name, schedule.num_ranks, schedule.num_microbatches) == (name, 4, 8)
-    assert hash(schedule) == hash(builders[name](4, 8))
-    assert schedule == builders[name](4, 8)
+    assert hash(schedule) == hash(BUILDERS[name](4, 8))
+    assert schedule == BUILDERS[name](4, 8)
 
 
 @pytest.mark.parametrize(
@@ -137,7 +138,7 @@ def test_refusals_show_the_values_and_the_remedy(arguments, message):
         build(*arguments)
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 @pytest.mark.parametrize("bad", [0, -2, 2.0, True, "4", None])
 def test_sizes_are_positive_integers(name, bad):
     with pytest.raises(ValueError, match=f"{name} with num_ranks={bad!r}: it must be an integer"):

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import Action, Kind, build, builders, check, simulate
+from jaxpipe.schedule import BUILDERS, Action, Kind, build, check, simulate
 
-SCHEDULES = {name: build(name, 2, 4) for name in builders}
+SCHEDULES = {name: build(name, 2, 4) for name in BUILDERS}
 
 
 def actions(text):
@@ -233,7 +233,7 @@ def test_overlapped_pair_can_deadlock_across_ranks():
 @st.composite
 def places(draw):
     """A schedule, a rank and a position in its order."""
-    schedule = SCHEDULES[draw(st.sampled_from(list(builders)))]
+    schedule = SCHEDULES[draw(st.sampled_from(list(BUILDERS)))]
     rank = draw(st.integers(0, schedule.num_ranks - 1))
     return schedule, rank, draw(st.integers(0, len(schedule.ranks[rank]) - 1))
 

@@ -8,7 +8,7 @@ import xml.etree.ElementTree as ET
 import pytest
 
 from jaxpipe.__main__ import main
-from jaxpipe.schedule import Costs, build, builders
+from jaxpipe.schedule import BUILDERS, Costs, build
 from jaxpipe.schedule.compare import compare, pick, table
 from jaxpipe.schedule.csv import from_csv, to_csv
 
@@ -21,7 +21,7 @@ def run(command: str) -> int:
         return end.code if isinstance(end.code, int) else 1
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_show_prints_the_grid_and_its_figures(name, capsys) -> None:
     assert run(f"show {name} --ranks 4 --microbatches 8") == 0
     out = capsys.readouterr().out

@@ -6,14 +6,14 @@ import pathlib
 
 import pytest
 
-from jaxpipe.schedule import Action, Kind, Schedule, build, builders
+from jaxpipe.schedule import BUILDERS, Action, Kind, Schedule, build
 from jaxpipe.schedule.csv import from_csv, to_csv
 
 GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "dualpipev_4rank_10mb.csv"
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 8), (4, 10), (8, 16), (8, 20)], ids=str)
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_round_trip(name: str, sizes: tuple[int, int]) -> None:
     try:
         schedule = build(name, *sizes)
@@ -22,7 +22,7 @@ def test_round_trip(name: str, sizes: tuple[int, int]) -> None:
     assert from_csv(to_csv(schedule), name=name) == schedule
 
 
-@pytest.mark.parametrize("name", builders)
+@pytest.mark.parametrize("name", BUILDERS)
 def test_every_builder_exists_for_8_ranks_and_16_microbatches(name: str) -> None:
     assert from_csv(to_csv(build(name, 8, 16)), name=name).num_ranks == 8
 

@@ -7,13 +7,13 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from jaxpipe.schedule import Costs, Timeline, build, builders, draw_perfetto, draw_svg, draw_text, simulate
+from jaxpipe.schedule import BUILDERS, Costs, Timeline, build, draw_perfetto, draw_svg, draw_text, simulate
 
 SVG = "{http://www.w3.org/2000/svg}"
 COSTS = (Costs(), Costs(overlapped=2.5, p2p=0.5), Costs(12.5, 8.0, 4.5, p2p=0.25))
 
 
-@pytest.fixture(params=builders)
+@pytest.fixture(params=BUILDERS)
 def schedule(request):
     return build(request.param, 4, 8)
 

@@ -6,8 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import Action, Costs, Kind, build, builders, check, interleaved, simulate, zbv
-from jaxpipe.schedule.simulate import closed_form_bubble
+from jaxpipe.schedule import BUILDERS, Action, Costs, Kind, build, check, simulate
+from jaxpipe.schedule.builders import interleaved, zbv
+from jaxpipe.schedule.simulator import closed_form_bubble
 
 CLOSED_FORMS = ["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
 
@@ -192,7 +193,7 @@ def test_deadlock_is_refused():
         simulate(deadlocked)
 
 
-@given(st.sampled_from(list(builders)), quarters, quarters, quarters, st.integers(0, 8).map(lambda n: n / 4))
+@given(st.sampled_from(list(BUILDERS)), quarters, quarters, quarters, st.integers(0, 8).map(lambda n: n / 4))
 @settings(max_examples=60, deadline=None)
 def test_timelines_respect_the_schedule(name, f, i, w, p2p):
     """Ranks run in order without overlap; every input is there; no group waits longer than for its last reason."""

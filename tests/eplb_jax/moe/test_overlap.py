@@ -8,9 +8,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, init_moe, moe_layer, param_specs
-from profiling.chips import chip
-from profiling.hlo_overlap import overlap
-from profiling.topology import has_cuda, topology
+from profiling.hlo.chips import chip
+from profiling.hlo.hiding import overlap
+from profiling.hlo.topologies import has_cuda, topology
 
 
 @pytest.mark.skipif(not has_cuda(), reason="XLA's compiler for GPUs is needed: pip install 'jax[cuda13]'; a GPU is not")

@@ -1,0 +1,1 @@
+"""What a kernel or an operation does, told by its names; internal."""

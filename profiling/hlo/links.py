@@ -1,0 +1,144 @@
+"""The links that a compiled program's communication travels over, and where the estimate of their rates comes from."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+
+from profiling.hlo.chips import CHIPS, Achieved, Chip
+from profiling.hlo.collective import Exchange
+from profiling.table import Column, Table, Value
+
+_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Link:
+    """What the collectives of one kind travel over.
+
+    Attributes:
+      kind: of the collectives.
+      places: how many there are in the program.
+      group: devices of one of them that take part together.
+      nodes: that these devices are on; several if their bytes have to cross between nodes.
+      local, remote: bytes that a device sends within its node, and to other nodes, in all of them once.
+      local_rate, remote_rate: bytes/s that the estimate takes for either.
+      source: where the rate that decides comes from.
+
+    >>> Link("all-gather", 1, tuple(range(16)), (0, 1), 7e6, 8e6, 360e9, 40e9, "the chip table").decides
+    'between nodes'
+    """
+
+    kind: str
+    places: int
+    group: tuple[int, ...]
+    nodes: tuple[int, ...]
+    local: float
+    remote: float
+    local_rate: float
+    remote_rate: float
+    source: str
+
+    @property
+    def decides(self) -> str:
+        """The slower of the two ways: "within nodes" or "between nodes"."""
+        return "between nodes" if self.remote / self.remote_rate > self.local / self.local_rate else "within nodes"
+
+
+def take_rates(
+    chip: Chip, achieved: Achieved, internode: float | None, intranode: float | None
+) -> tuple[Chip, Achieved, dict[str, str]]:
+    """The chip with the rates that are given, and for "within" and "between" nodes where the rate comes from.
+
+    Args:
+      chip: whose rates count where none is given.
+      achieved: the share of the chip's rates that is reached; all of a given one is.
+      internode, intranode: bytes/s that a device gets to other nodes, and within its own; None: not given.
+
+    Raises:
+      ValueError: a rate that is not positive.
+    """
+    given_chip, sources = chip, {}
+    for way, given, field in (("within", intranode, "interconnect"), ("between", internode, "internode")):
+        if given is None:
+            known = "its data sheet" if CHIPS.get(given_chip.name) == given_chip else "the chip given"
+            share = getattr(achieved, field)
+            sources[way] = (
+                f"{getattr(chip, field) / 1e9:,.4g} GB/s of {chip.name} by {known}, {share:.0%} of it reached"
+            )
+            continue
+        if not 0 < given < math.inf:
+            raise ValueError(f"{given!r} bytes/s {way} nodes: give a positive rate")
+        chip = dataclasses.replace(chip, **{field: given})
+        achieved = dataclasses.replace(achieved, **{field: 1.0})
+        sources[way] = f"{given / 1e9:,.4g} GB/s as given"
+    return chip, achieved, sources
+
+
+def find_links(
+    sent: Sequence[Exchange], chip: Chip, achieved: Achieved, node_size: int, sources: Mapping[str, str]
+) -> tuple[Link, ...]:
+    """The links of each kind of collective, those that cross between nodes apart from those that do not.
+
+    Args:
+      sent: by every collective.
+      chip, achieved, sources: from `take_rates`.
+      node_size: devices of a node.
+    """
+    kinds: dict[tuple[str, bool], list[Exchange]] = {}
+    for one in sent:
+        kinds.setdefault((one.kind, one.remote > 0), []).append(one)
+    links = []
+    for (kind, _), ones in kinds.items():
+        example = max(ones, key=lambda one: one.bytes).example
+        link = Link(
+            kind=kind,
+            places=len(ones),
+            group=example,
+            nodes=tuple(sorted({device // node_size for device in example})),
+            local=sum(one.local for one in ones),
+            remote=sum(one.remote for one in ones),
+            local_rate=chip.interconnect * achieved.interconnect,
+            remote_rate=chip.internode * achieved.internode,
+            source="",
+        )
+        links.append(dataclasses.replace(link, source=sources[link.decides.partition(" ")[0]]))
+    return tuple(links)
+
+
+def links_table(links: Sequence[Link]) -> Table:
+    """The links, one in a row."""
+    return Table(
+        name="links",
+        title="Links that the estimates take",
+        caption="Which devices take part decides what is sent between nodes; the slower way decides the time.",
+        columns=_COLUMNS,
+        rows=tuple(map(_row, links)),
+    )
+
+
+_COLUMNS = (
+    Column("kind"), Column("places", "n"), Column("devices together"), Column("nodes"), Column("MB in node", "n"),
+    Column("MB between", "n"), Column("decides"), Column("GB/s", "n"), Column("from"),
+)  # fmt: skip
+
+
+def _row(link: Link) -> tuple[Value, ...]:
+    is_pair = link.kind in ("collective-permute", "send", "recv")
+    rate = link.remote_rate if link.decides == "between nodes" else link.local_rate
+    return (
+        link.kind,
+        link.places,
+        _few(link.group, " to " if is_pair else ", "),
+        _few(link.nodes, ", "),
+        round(link.local / 1e6, 2),
+        round(link.remote / 1e6, 2),
+        link.decides,
+        round(rate / 1e9, 2),
+        link.source,
+    )
+
+
+def _few(numbers: Sequence[int], between: str) -> str:
+    return between.join(map(str, numbers[:_SHOWN])) + (", ..." if len(numbers) > _SHOWN else "")

@@ -1,0 +1,6 @@
+"""Two traces side by side: a prediction and what was measured, or a measurement before and after a change."""
+
+from profiling.predict.comparison import Comparison, DeviceRow, TaskRow, compare
+from profiling.predict.differences import Change, Changes, changes
+
+__all__ = ["Change", "Changes", "Comparison", "DeviceRow", "TaskRow", "changes", "compare"]

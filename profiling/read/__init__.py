@@ -1,0 +1,1 @@
+"""Readers: files of profilers, and schedules, as traces; internal."""

@@ -1,0 +1,323 @@
+"""PyTorch's profiles: Chrome traces that Kineto wrote, one file a rank, DeepSeek's published ones among them."""
+
+from __future__ import annotations
+
+import collections
+import itertools
+import os
+import pathlib
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import numpy as np
+
+from profiling.classify.classifier import Rule, classify, rules_for
+from profiling.event import Event, Step, Trace
+from profiling.read.kineto_file import KinetoFile, NoGpuTrace, read_file
+from profiling.read.kineto_phases import Phases, microbatch
+from profiling.read.kineto_values import integer
+from profiling.read.trace_files import Source, is_json, sources
+
+Path: TypeAlias = str | os.PathLike[str]
+
+
+def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = ()) -> Trace:
+    """Reads profiles of `torch.profiler` as one trace.
+
+    A GPU event belongs to the innermost ``user_annotation`` that was open when the host launched it, on the launching
+    thread if it has one open and else on another: its phase. Annotations round others are the trace's steps, as are
+    the profiler's own. `Event.step` is the number of the profiler's step, or else of the user's ("step#3"), that was
+    open at the launch. Layers are told by names ("layer_3") or, within a step, by two phases or more that repeat
+    equally often in the same order and hold half of the GPU time. A number in brackets, as in "ATTN(1)", is the
+    microbatch. `Event.collective` is what the arguments of a kernel or of its ``record_param_comms`` say.
+
+    Devices: the rank, where every file has its own (in it, or in its name) and one GPU; the GPU's own number, where
+    one file has several; otherwise GPUs are numbered in the order of the files, and a note says which is which.
+
+    Clocks: files that overlap in time lie on one clock, that of their hosts. If any lies apart from the others, they
+    are of different moments: each begins at 0, and a note says so.
+
+    Args:
+      path: a file, several, or a folder of them: one a rank. JSON, plain or packed as .gz, .zip, .zst, .xz or .bz2,
+        whatever its name. Of several, those that are no trace of a GPU are left out and noted. Of several sessions of
+        the same ranks in a folder, the newest counts.
+      rules: of your own, tried before the tables of this package, those of DeepSeek's kernels where they ran.
+
+    Returns:
+      The trace. What is damaged in a file is left out or repaired, counted and noted.
+
+    Raises:
+      ValueError: no such file, one cut short, no Chrome trace, no GPU events; the file is named.
+    """
+    found, notes = _sources(path)
+    files: list[KinetoFile] = []
+    for source in found:
+        try:
+            files.append(read_file(source))
+        except NoGpuTrace as error:
+            if len(found) == 1:
+                raise
+            notes.append(f"left out: {source.label}: {str(error).removeprefix(f'{source.name}: ')}")
+    if not files:
+        raise ValueError(f"{_described(path)}: none of {len(found)} files is a trace of GPUs: {'; '.join(notes[:3])}")
+    files, older = _newest(files, is_folder=_is_folder(path))
+    notes += older
+    numbers, numbered = _devices(files)
+    notes += numbered
+    origins, clock, clocks = _clocks(files)
+    notes += clocks
+    events: list[Event] = []
+    steps: list[Step] = []
+    of_files: dict[str, list[str]] = {}
+    for i, file in enumerate(files):
+        devices = [numbers[i, device] for device, _, _ in file.lanes]
+        made, made_steps, doubts = _attributed(file, devices, origins[i])
+        events += made
+        steps += made_steps
+        for note in (*file.notes, *doubts):
+            of_files.setdefault(note, []).append(file.source.label)
+    for note, labels in of_files.items():
+        others = f" and {len(labels) - 1} more" if len(labels) > 1 else ""
+        notes.append(f"{labels[0]}{others}: {note}")
+    events.sort(key=lambda event: (event.start, event.end))
+    first = files[0].source.label
+    trace = Trace(
+        title=first if len(files) == 1 else f"{first} and {len(files) - 1} more",
+        source="kineto",
+        events=tuple(events),
+        steps=tuple(sorted(steps, key=lambda step: step.start)),
+        metadata=_metadata(files, clock),
+        notes=tuple(dict.fromkeys(notes)),
+    )
+    del events
+    return classify(trace, (*rules, *rules_for(event.name for event in trace.events)))
+
+
+def _described(path: Path | Sequence[Path]) -> str:
+    return str(path) if isinstance(path, (str, os.PathLike)) else ", ".join(map(str, path))
+
+
+def _is_folder(path: Path | Sequence[Path]) -> bool:
+    paths = [path] if isinstance(path, (str, os.PathLike)) else path
+    return any(pathlib.Path(each).is_dir() for each in paths)
+
+
+def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
+    """What there is to read, and notes on what else lies in a folder."""
+    paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
+    if not paths:
+        raise ValueError("there is no file to read: name one, or a folder")
+    found: list[Source] = []
+    notes: list[str] = []
+    for each in map(pathlib.Path, paths):
+        if not each.is_dir():
+            found += sources(each)
+            continue
+        inside, others = folder(each)
+        if not inside:
+            raise ValueError(
+                f"{each}: there is no .json or .json.gz file to read, packed or not; name the folder of the traces"
+            )
+        found += inside
+        if others:
+            more = f" and {len(others) - 5} more" if len(others) > 5 else ""
+            notes.append(f"left out: {', '.join(others[:5])}{more}: no JSON")
+    return list(dict.fromkeys(found)), notes
+
+
+def folder(path: pathlib.Path) -> tuple[list[Source], list[str]]:
+    """The JSON files of a folder, or if it has none, of the folders in it; and the names of its other files."""
+    for files in (path.iterdir(), path.rglob("*")):
+        found: list[Source] = []
+        others: list[str] = []
+        for file in sorted(files):
+            if file.name.startswith(".") or not file.is_file():
+                continue
+            inside = [source for source in sources(file) if is_json(source.head())]
+            found += inside
+            if not inside:
+                others.append(file.name)
+        if found:
+            return found, others
+    return [], []
+
+
+def _newest(files: list[KinetoFile], is_folder: bool) -> tuple[list[KinetoFile], list[str]]:
+    """One file of each rank.
+
+    The same rank twice is another session, of which the newest counts, or a mistake of whoever listed the files.
+    Processes that are jobs of their own, "rank 0 of 1", are no ranks of one another.
+    """
+    by_rank: dict[int, list[KinetoFile]] = {}
+    for file in files:
+        if file.own_rank is not None and (integer(file.distributed.get("world_size")) or 2) > 1:
+            by_rank.setdefault(file.own_rank, []).append(file)
+    left: list[KinetoFile] = []
+    notes: list[str] = []
+    for of_rank in by_rank.values():
+        same: list[KinetoFile] = []
+        for file in sorted(of_rank, key=lambda file: file.window[0]):
+            if is_folder and same and file.window == same[-1].window and len(file.start) == len(same[-1].start):
+                left.append(file)
+                notes.append(f"left out: {file.source.label}, the same as {same[-1].source.label}")
+            else:
+                same.append(file)
+        overlap = any(one.window[1] > two.window[0] for one, two in itertools.pairwise(same))
+        if len(same) > 1 and (overlap or not is_folder):
+            names = [file.source.label for file in files]
+            ranks = [file.rank for file in files]
+            raise ValueError(f"{names} are of ranks {ranks}: read one file of each rank")
+        left += same[:-1]
+        notes += [
+            f"left out: {file.source.label}, an earlier session of rank {file.rank}; name files to read it"
+            for file in same[:-1]
+        ]
+    return [file for file in files if not any(file is other for other in left)], notes
+
+
+def _devices(files: Sequence[KinetoFile]) -> tuple[dict[tuple[int, int], int], list[str]]:
+    """The device of each GPU of each file, and what a reader must know of the numbers."""
+    gpus = [file.gpus for file in files]
+    ranks = [file.rank for file in files]
+    if all(len(found) == 1 for found in gpus) and None not in ranks and len(set(ranks)) == len(ranks):
+        return {(i, gpus[i][0]): rank for i, rank in enumerate(ranks) if rank is not None}, []
+    if len(files) == 1:
+        several = len(gpus[0]) > 1
+        return {(0, gpu): gpu if several and gpu >= 0 else n for n, gpu in enumerate(gpus[0])}, []
+    pairs = [(i, gpu) for i, found in enumerate(gpus) for gpu in found]
+    missing = [file.source.label for file in files if file.rank is None]
+    why = (
+        f"{len(missing)} of {len(files)} files name no rank ({missing[0]})"
+        if missing
+        else "a file has several GPUs"
+        if any(len(found) > 1 for found in gpus)
+        else "several files have the same rank"
+    )
+    which = [f"{number} is GPU {gpu} of {files[i].source.label}" for number, (i, gpu) in enumerate(pairs)]
+    more = f"; and {len(which) - 8} more" if len(which) > 8 else ""
+    return (
+        {pair: number for number, pair in enumerate(pairs)},
+        [f"devices are numbered in the order of the files, as {why}: {'; '.join(which[:8])}{more}"],
+    )
+
+
+def _clocks(files: Sequence[KinetoFile]) -> tuple[list[float], str | None, list[str]]:
+    """What is 0 of each file, in its own microseconds; whether they share a clock; and notes on it."""
+    windows = [file.window for file in files]
+    order = sorted(range(len(files)), key=lambda i: windows[i][0])
+    end = windows[order[0]][1]
+    for i in order[1:]:
+        if windows[i][0] > end:
+            apart = windows[i][0] - end
+            before = max((j for j in order if windows[j][1] <= end), key=lambda j: windows[j][1])
+            note = (
+                f"the files are of different moments: {files[i].source.label} begins {_long(apart)} after "
+                f"{files[before].source.label} ends; each begins at 0 here, so that devices cannot be compared by time"
+            )
+            return [float(file.start.min()) for file in files], "each file its own", [note]
+        end = max(end, windows[i][1])
+    base = min(file.base for file in files)
+    # In nanoseconds, as a float of microseconds since 1970 has a quarter of one at best.
+    first = min((file.base - base) / 1e3 + float(file.start.min()) for file in files)
+    origins = [first - (file.base - base) / 1e3 for file in files]
+    if len(files) == 1:
+        return origins, None, []
+    hosts = sorted({str(host) for file in files if (host := file.header.get("host_name"))})
+    note = [f"the files are of {len(hosts)} hosts, whose clocks may differ by milliseconds"] if len(hosts) > 1 else []
+    return origins, "hosts'" if note else "common", note
+
+
+def _long(microseconds: float) -> str:
+    """A time that a person can read."""
+    for unit, size in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("s", 1e6), ("ms", 1e3)):
+        if microseconds >= size:
+            return f"{microseconds / size:,.1f} {unit}"
+    return f"{microseconds:,.1f} us"
+
+
+def _attributed(file: KinetoFile, devices: Sequence[int], origin: float) -> tuple[list[Event], list[Step], list[str]]:
+    """Events of one file with phase, step, layer and microbatch; its steps; what is doubtful."""
+    communicates = {name: "nccl" in name.lower() or "rccl" in name.lower() for name in set(file.name)}
+    # Kernels that wait for peers last as long as that takes, which says nothing of what a step consists of.
+    work = np.where([communicates[name] for name in file.name], 0.0, file.duration)
+    phases = Phases(file.annotations, file.launched, file.thread, work)
+    of_annotation = [
+        (phases.scopes[i], annotation.name, phases.layers.get(i), microbatch(annotation.name))
+        for i, annotation in enumerate(file.annotations)
+    ]
+    of_annotation.append(("", "", None, None))
+    lanes = [(number, lane) for number, (_, _, lane) in zip(devices, file.lanes, strict=True)]
+    events = []
+    starts = file.start - origin
+    rows = zip(
+        starts.tolist(),
+        (starts + file.duration).tolist(),
+        file.name,
+        file.lane.tolist(),
+        file.blocks.tolist(),
+        phases.innermost.tolist(),
+        phases.step.tolist(),
+        strict=True,
+    )
+    for i, (start, end, name, lane, blocks, inside, step) in enumerate(rows):
+        scope, phase, layer, batch = of_annotation[inside]
+        device, stream = lanes[lane]
+        events.append(
+            Event(
+                device=device,
+                lane=stream,
+                start=start,
+                end=end,
+                name=name,
+                scope=scope,
+                phase=phase,
+                layer=layer,
+                microbatch=batch,
+                blocks=blocks if blocks >= 0 else None,
+                step=step if step >= 0 else None,
+                collective=file.collectives.get(i),
+            )
+        )
+    notes = list(phases.notes)
+    lost = int((phases.innermost < 0).sum())
+    if np.isnan(file.launched).all():
+        notes.append("no launch of a GPU event is in the file: events have no phase and no step")
+    elif lost == len(events):
+        notes.append("no annotation but those of steps was open at any launch: events have no phase")
+    elif lost:
+        notes.append(f"{lost} of {len(events)} GPU events were launched outside every annotation: they have no phase")
+    steps = [Step(step.name, step.number, step.start - origin, step.end - origin) for step in phases.steps]
+    return events, steps, notes
+
+
+def _metadata(files: Sequence[KinetoFile], clock: str | None) -> dict[str, Any]:
+    """Facts of the first file, and how many events of each category all of them have."""
+    distributed, header = files[0].distributed, files[0].header
+    chip = _chip(header.get("deviceProperties"), files[0].gpus[0])
+    categories = sum((collections.Counter(file.categories) for file in files), collections.Counter())
+    hosts = [file.header.get("host_name") for file in files]
+    facts = {
+        "trace name": _text(header.get("traceName")),
+        "files": [file.source.label for file in files],
+        "ranks": [file.rank for file in files],
+        "world size": integer(distributed.get("world_size")),
+        "backend": _text(distributed.get("backend")),
+        "chip": _text(chip.get("name")),
+        "SMs": integer(chip.get("numSms")),
+        "hosts": hosts if any(hosts) else None,
+        "clock": clock,
+        "events by category": dict(categories),
+    }
+    return {name: fact for name, fact in facts.items() if fact is not None}
+
+
+def _chip(properties: Any, gpu: int) -> Mapping[str, Any]:
+    """What a file says of a GPU: a list of objects with ids, or whatever re-exporting left of it."""
+    listed = properties if isinstance(properties, list) else [properties]
+    chips = [{"name": each} if isinstance(each, str) else each for each in listed]
+    chips = [chip for chip in chips if isinstance(chip, dict)]
+    return next((chip for chip in chips if chip.get("id") == gpu), chips[0] if chips else {})
+
+
+def _text(value: Any) -> str | None:
+    return value.encode(errors="replace").decode() if isinstance(value, str) and value else None

@@ -1,0 +1,94 @@
+"""Which GPU events cannot have happened when a profile says."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import numpy as np
+
+from profiling.read.kineto_values import short
+
+NO_CORRELATION = -(2**63)
+"""Stands for the launch of an event that names none."""
+
+_HOUR = 3_600e6
+_FAR = 10.0
+"""How often as long as everything else an event must be for its end to be no end."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Columns:
+    """N GPU events of one file: microseconds, index of the lane, launch, thread blocks, "External id"; -1: unknown."""
+
+    start: np.ndarray
+    duration: np.ndarray
+    lane: np.ndarray
+    correlation: np.ndarray
+    blocks: np.ndarray
+    external: np.ndarray
+
+
+def far_away(start: np.ndarray, duration: np.ndarray) -> np.ndarray:
+    """Indices of events that lie more than an hour from the largest group, or at 0 where nothing else does."""
+    order = np.argsort(start, kind="stable")
+    cuts = np.flatnonzero(np.diff(start[order]) > _HOUR) + 1
+    groups = np.split(order, cuts)
+    largest = max(groups, key=lambda group: (len(group), duration[group].sum()))
+    far = [group for group in groups if group is not largest]
+    # CUPTI writes 0 for a time that it could not take.
+    unknown = np.flatnonzero((start == 0) & (duration == 0))
+    if len(unknown) and len(unknown) < len(start):
+        others = np.delete(start, unknown)
+        if others.min() > 1e6:
+            far.append(np.setdiff1d(unknown, np.concatenate([*far, unknown[:0]])))
+    return np.concatenate(far) if far else order[:0]
+
+
+def overrunning(columns: Columns, kept: np.ndarray) -> np.ndarray:
+    """Indices of events whose ends are impossible, as whole later events of their own stream lie within them.
+
+    A stream runs one event after another. Two may overlap at the edge, where the second was let in early, or in a
+    graph, whose branches have one stream and one launch. So an event must contain others of other launches and last
+    ten times as long as to the first of them, or be ten times as long as all else until the end of the trace.
+    """
+    order = kept[np.lexsort((-columns.duration[kept], columns.start[kept], columns.lane[kept]))]
+    lane, start = columns.lane[order], columns.start[order]
+    end = start + columns.duration[order]
+    suspects = np.flatnonzero((lane[1:] == lane[:-1]) & (start[1:] < end[:-1]))
+    if not len(suspects):
+        return kept[:0]
+    last_of_lane = np.searchsorted(lane, lane[suspects], side="right")
+    containing = []
+    for at, stop in zip(suspects.tolist(), last_of_lane.tolist(), strict=True):
+        behind = at + 1 + int(np.searchsorted(start[at + 1 : stop], end[at]))
+        inside = np.flatnonzero((end[at + 1 : behind] < end[at]) & (start[at + 1 : behind] > start[at])) + at + 1
+        if len(inside):
+            containing.append((at, inside))
+    others = np.ones(len(order), bool)
+    others[[at for at, _ in containing]] = False
+    last = end[others].max() if others.any() else -np.inf
+    impossible = []
+    for at, inside in containing:
+        length = end[at] - start[at]
+        launches = np.unique(columns.correlation[order[np.append(inside, at)]])
+        apart = len(launches[launches != NO_CORRELATION]) > 1
+        if (last > start[at] and length >= _FAR * (last - start[at])) or (
+            apart and length >= _FAR * (start[inside[0]] - start[at])
+        ):
+            impossible.append(order[at])
+    return np.array(impossible, kept.dtype)
+
+
+def lonely(start: np.ndarray, duration: np.ndarray, names: list[str]) -> list[str]:
+    """A note on an event that lasts ten times as long as the rest of the trace: a hang, or a wrong end."""
+    if len(start) < 2:
+        return []
+    longest = int(np.argmax(duration))
+    rest = np.delete(start, longest)
+    window = (rest + np.delete(duration, longest)).max() - rest.min()
+    if duration[longest] < _FAR * window or not window:
+        return []
+    return [
+        f"one event, {short(names[longest])}, lasts {duration[longest]:,.1f} us and all others together take "
+        f"{window:,.1f} us: it decides every share"
+    ]

@@ -1,0 +1,292 @@
+"""One Kineto file: its GPU events with their launches and collectives, and what had to be left out or repaired."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from profiling.event import Collective
+from profiling.read.kineto_clean import NO_CORRELATION, Columns, far_away, lonely, overrunning
+from profiling.read.kineto_collective import collective, process_groups
+from profiling.read.kineto_columns import GPU, GPU_CATEGORIES, Annotation, Collected
+from profiling.read.kineto_json import CutShort, NoJson, Scan
+from profiling.read.kineto_values import integer
+from profiling.read.trace_files import DAMAGE, HEAD, Source, is_xspace, kind
+
+
+class NoGpuTrace(ValueError):
+    """A whole file, but none of what happened on GPUs: one beside the traces of a folder may be left out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class KinetoFile:
+    """One file; N GPU events; times in microseconds since `base` nanoseconds of the epoch.
+
+    Attributes:
+      source: where it was read from.
+      base: nanoseconds of the epoch.
+      header: what stands beside the events.
+      categories: how many events there are of each.
+      start, duration: float64[N].
+      name: of each GPU event.
+      lane: int[N], which of `lanes`.
+      lanes: device, context and stream.
+      blocks: int64[N], -1 where unknown.
+      launched: float64[N], when the host launched it, NaN where no launch is known; thread: int[N], by which thread.
+      collectives: of the GPU events that have one, by index.
+      annotations: of the user, in the order of their starts.
+      notes: what was left out, repaired or looks doubtful.
+    """
+
+    source: Source
+    base: int
+    header: Mapping[str, Any]
+    categories: Mapping[str, int]
+    start: np.ndarray
+    duration: np.ndarray
+    name: list[str]
+    lane: np.ndarray
+    lanes: list[tuple[int, str, str]]
+    blocks: np.ndarray
+    launched: np.ndarray
+    thread: np.ndarray
+    collectives: Mapping[int, Collective]
+    annotations: tuple[Annotation, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def distributed(self) -> Mapping[str, Any]:
+        """What the file says of its job; empty if nothing."""
+        found = self.header.get("distributedInfo")
+        return found if isinstance(found, dict) else {}
+
+    @property
+    def own_rank(self) -> int | None:
+        """The rank that the profiler noted in the file."""
+        rank = integer(self.distributed.get("rank"))
+        return rank if rank is not None and rank >= 0 else None
+
+    @property
+    def rank(self) -> int | None:
+        """The rank that stands in the file, or failing that, in its name, as in "rank-3.trace.json"."""
+        named = re.search(r"(?:^|[^a-z])rank[-_ ]?(\d{1,6})", self.source.label, re.IGNORECASE)
+        return int(named[1]) if self.own_rank is None and named else self.own_rank
+
+    @property
+    def gpus(self) -> list[int]:
+        """The devices that have events, in order."""
+        return sorted({device for device, _, _ in (self.lanes[i] for i in np.unique(self.lane))})
+
+    @property
+    def window(self) -> tuple[float, float]:
+        """First start and last end, in microseconds of the epoch."""
+        epoch = self.base / 1e3
+        return epoch + float(self.start.min()), epoch + float((self.start + self.duration).max())
+
+
+def read_file(source: Source) -> KinetoFile:
+    """Reads one file.
+
+    Raises:
+      NoGpuTrace: it is whole, but no trace of a GPU.
+      ValueError: no such file, damaged or cut short; or no GPU event of it can be used.
+    """
+    head = source.head()
+    is_empty = not head.strip(b"\0 \t\r\n")
+    if is_empty and source.path.stat().st_size < HEAD and not source.is_packed:
+        raise ValueError(f"{source.name}: the file is empty; profile again")
+    if what := "" if is_empty else kind(head, source.name):
+        raise NoGpuTrace(f"{source.name}: {what}")
+    if is_xspace(head, source.name):
+        raise NoGpuTrace(f"{source.name}: not text but binary, of jax.profiler; read_xplane reads it")
+    collected = Collected()
+    with source.open() as stream:
+        try:
+            scan = Scan(stream, collected.take)
+        except NoJson as error:
+            if is_empty:
+                raise ValueError(f"{source.name}: the file is damaged or cut short ({error}); copy it again") from error
+            binary = any(byte < 9 for byte in head[:256]) or b"\xff" in head[:256]
+            what = "not text but binary, and no format that is known here" if binary else f"{error}, or cut short"
+            raise NoGpuTrace(
+                f"{source.name}: {what}; a PyTorch trace is JSON, as export_chrome_trace writes it"
+            ) from error
+        except CutShort as error:
+            raise ValueError(f"{source.name}: no JSON, or cut short ({error}); export the trace again") from error
+        except DAMAGE as error:
+            raise ValueError(f"{source.name}: the file is damaged or cut short ({error}); copy it again") from error
+        except OSError as error:
+            raise ValueError(f"{source.name}: cannot be read: {error.strerror or error}") from error
+    return _assembled(collected, source, scan)
+
+
+def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
+    """All that was taken, once the text is read.
+
+    Raises:
+      NoGpuTrace: there is no GPU event in it.
+      ValueError: there are some, but none that can be used.
+    """
+    header = scan.header or {}
+    for begun in collected.begun.values():
+        for item in begun:
+            if collected.category(item.get("cat", ""))[1] == GPU:
+                collected.leave_out("that begin and never end", item.get("name", ""))
+    if not len(collected.start):
+        if collected.left_out and any(category in GPU_CATEGORIES for category in collected.categories):
+            raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
+        raise NoGpuTrace(f"{source.name}: {_refusal(collected, header, scan)}")
+    columns = Columns(
+        *(np.frombuffer(column, dtype) for column, dtype in (
+            (collected.start, np.float64), (collected.duration, np.float64), (collected.lane, np.int32),
+            (collected.correlation, np.int64), (collected.blocks, np.int64), (collected.external, np.int64),
+        )),
+    )  # fmt: skip
+    kept = _possible(collected, columns)
+    if not kept.any():
+        raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
+    launched, thread = _launches(collected, columns.correlation)
+    distributed = header.get("distributedInfo")
+    if distributed is not None and not isinstance(distributed, dict):
+        collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
+    base = header.get("baseTimeNanoseconds")
+    if base is not None and integer(base) is None:
+        collected.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
+    groups = process_groups(distributed) if isinstance(distributed, dict) else {}
+    collectives = _collectives(collected, columns.external, launched, thread, groups)
+    names = collected.name
+    if not kept.all():
+        places = np.cumsum(kept) - 1
+        names = [name for name, keep in zip(names, kept.tolist(), strict=True) if keep]
+        collectives = {int(places[i]): found for i, found in collectives.items() if kept[i]}
+    annotations = sorted(collected.annotations, key=lambda a: (a.start, -a.end))
+    start, duration = columns.start[kept], columns.duration[kept]
+    notes = [f"left out: {collected.reasons()}"] if collected.left_out else []
+    notes += [f"{what}: {count:,}" for what, count in (scan.damage + collected.damaged).items()]
+    notes += lonely(start, duration, names)
+    return KinetoFile(
+        source=source,
+        base=integer(base) or 0,
+        header=header,
+        categories=dict(collected.categories),
+        start=start,
+        duration=duration,
+        name=names,
+        lane=columns.lane[kept],
+        lanes=list(collected.lanes),
+        blocks=columns.blocks[kept],
+        launched=launched[kept],
+        thread=thread[kept],
+        collectives=collectives,
+        annotations=tuple(annotations),
+        notes=tuple(notes),
+    )
+
+
+def _refusal(collected: Collected, header: Mapping[str, Any], scan: Scan) -> str:
+    """Why there is no GPU event, and what to do."""
+    if not scan.has_events:
+        if "rocprofiler-sdk-tool" in header:
+            return "the JSON of rocprofv3, no Chrome trace; profile with torch.profiler or jax.profiler instead"
+        if "nodes" in header and "schema" in header:
+            return (
+                "an execution trace of PyTorch, which has no times on GPUs and is no Chrome trace; "
+                "name the trace that export_chrome_trace wrote beside it"
+            )
+        if "traceEvents" in header:
+            return "JSON, but no Chrome trace: its traceEvents are no list; export the trace again"
+        return "JSON, but no Chrome trace: there is no list of traceEvents; name the profiler's trace"
+    if not collected.categories and sum(scan.damage.values()) + sum(collected.damaged.values()):
+        return "JSON, but no Chrome trace: its entries are no events; name the profiler's trace"
+    seen = ", ".join(sorted(filter(None, collected.categories))) or "none"
+    if any(process.startswith(("/host:", "/device:")) for process in collected.processes):
+        return (
+            "a Chrome trace of jax.profiler (or TensorFlow), which tells less than the .xplane.pb beside it: "
+            "name that, or its folder"
+        )
+    if any(category.startswith("mtia") for category in collected.categories):
+        return f"no GPU events (categories: {seen}): a profile of MTIA devices, which are not read here"
+    if "cuda_profiler_range" in collected.categories:
+        return (
+            f"no GPU events (categories: {seen}): CUPTI counted ranges instead of tracing kernels; profile without "
+            "_ExperimentalConfig(profiler_metrics=...)"
+        )
+    return f"no GPU events (categories: {seen}); profile with ProfilerActivity.CUDA"
+
+
+def _launches(collected: Collected, correlations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """When each GPU event was launched, and by which thread; NaN and -1 where that is unknown."""
+    times, threads = np.full(len(correlations), np.nan), np.full(len(correlations), -1, np.int32)
+    if len(collected.launch_time):
+        of = np.frombuffer(collected.launch_correlation, np.int64)
+        order = np.argsort(of, kind="stable")
+        # Of several launches with one number, the last in the file.
+        at = np.searchsorted(of[order], correlations, side="right") - 1
+        found = order[np.maximum(at, 0)]
+        same = (at >= 0) & (of[found] == correlations) & (correlations != NO_CORRELATION)
+        times[same] = np.frombuffer(collected.launch_time, np.float64)[found[same]]
+        threads[same] = np.frombuffer(collected.launch_thread, np.int32)[found[same]]
+    return times, threads
+
+
+def _collectives(
+    collected: Collected,
+    external: np.ndarray,
+    launched: np.ndarray,
+    thread: np.ndarray,
+    groups: Mapping[str, tuple[int, ...]],
+) -> dict[int, Collective]:
+    """From the kernels' own arguments; where they have none, from the operator round their launch."""
+    shared: dict[Collective, Collective] = {}
+    found: dict[int, Collective] = {}
+    by_id = {comm[0]: comm[4] for comm in collected.comms if comm[0] >= 0}
+    for i, args in collected.described.items():
+        # A kernel's list of ranks may be cut short where the operator says how they follow one another.
+        whole = {**by_id.get(int(external[i]), {}), **args}
+        if made := collective(whole, groups):
+            found[i] = shared.setdefault(made, made)
+    if not collected.comms:
+        return found
+    comms = sorted(collected.comms, key=lambda comm: comm[1])
+    starts = np.array([comm[1] for comm in comms])
+    for i, name in enumerate(collected.name):
+        lower = name.lower()
+        if i in found or not ("nccl" in lower or "rccl" in lower):
+            continue
+        args = by_id.get(int(external[i]))
+        if args is None and not math.isnan(launched[i]):
+            at = int(np.searchsorted(starts, launched[i], side="right")) - 1
+            # Operators nest within a few others at most.
+            for comm in comms[max(at - 8, 0) : at + 1][::-1]:
+                if comm[3] == thread[i] and comm[2] >= launched[i]:
+                    args = comm[4]
+                    break
+        if args is not None and (made := collective(args, groups)):
+            found[i] = shared.setdefault(made, made)
+    return found
+
+
+def _possible(collected: Collected, columns: Columns) -> np.ndarray:
+    """Which events can have happened when they say; the others are counted with their reasons."""
+    kept = np.ones(len(columns.start), bool)
+    far = far_away(columns.start, columns.duration)
+    _drop(collected, kept, far, "more than an hour from all others, or at 0, as where CUPTI could note no time")
+    for _ in range(3):
+        overrun = overrunning(columns, np.flatnonzero(kept))
+        if not len(overrun):
+            break
+        _drop(
+            collected, kept, overrun, "with an end beyond later events of the same stream, which runs one after another"
+        )
+    return kept
+
+
+def _drop(collected: Collected, kept: np.ndarray, which: np.ndarray, reason: str) -> None:
+    kept[which] = False
+    for i in which.tolist():
+        collected.leave_out(reason, collected.name[i])

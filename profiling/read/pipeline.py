@@ -1,0 +1,190 @@
+"""Which microbatch and which pipeline rank the events of a jaxpipe step belong to.
+
+A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
+runs its branches in the order of that table: the n-th time that a rank runs an operation of a branch is the n-th time
+that the branch stands in the rank's column. Unrolled code of one rank has operations of their own for each step, or for
+each step of its loop's body; a scope says which.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import numpy as np
+from jax.sharding import Mesh
+
+from jaxpipe.runtime.program import Field, Program
+from jaxpipe.schedule.simulator import Costs
+from profiling.event import Event, Trace
+from profiling.read.scopes import action_of, place
+
+MOST_UNPLACED = 0.05
+"""Share of the time in branches that may be of operations that the compiler took out of them, and ran once a step."""
+
+
+def pipeline_ranks(mesh: Mesh, axis: str = "pp") -> dict[int, int]:
+    """``{device id: index on the pipeline axis}``.
+
+    Raises:
+      ValueError: the mesh has no such axis.
+    """
+    if axis not in mesh.axis_names:
+        raise ValueError(f"the mesh has axes {mesh.axis_names}, not {axis!r}: name the pipeline axis")
+    position = mesh.axis_names.index(axis)
+    return {device.id: index[position] for index, device in np.ndenumerate(mesh.devices)}
+
+
+def attribute(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
+    """The trace with the microbatch of every event of an action, and the pipeline rank of every device.
+
+    Args:
+      trace: of whole steps of one pipeline, read with its scopes.
+      program: of the pipeline, `jaxpipe.api.Pipeline.program`.
+      ranks: pipeline rank of each device; see `pipeline_ranks`.
+      steps: how many steps the trace holds.
+
+    Returns:
+      The trace; where a stage scans over its layers, each trip's events get the trip as their layer if none is named.
+
+    Raises:
+      ValueError: operations did not run a whole number of times in each of their branch's actions, for more than 5% of
+        the time: the trace is of another program, not of whole steps, or of another number of steps.
+    """
+    events = list(trace.events)
+    for run in _runs(trace, program, ranks, steps):
+        event = events[run.index]
+        kinds = [op.value for op, _ in program.branches[run.branch]]
+        action = action_of(event.phase)
+        if action in kinds:
+            operands = program.operands[run.row, ranks[event.device], kinds.index(action)]
+            layer = run.trip if event.layer is None and run.trips > 1 else event.layer
+            events[run.index] = dataclasses.replace(event, microbatch=int(operands[Field.MICROBATCH]), layer=layer)
+    return dataclasses.replace(trace, events=tuple(events), ranks=dict(ranks))
+
+
+def group_actions(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
+    """One event for every group of actions that a device ran, from its first operation's start to its last one's end.
+
+    This is a measured timeline as fine as a simulated one: see `profiling.read_timeline`. Arguments and errors are
+    those of `attribute`; the events' phase is the group's kinds, "F", "FB".
+    """
+    spans: dict[tuple[int, int, int], list[float]] = {}
+    branches: dict[tuple[int, int, int], int] = {}
+    for run in _runs(trace, program, ranks, steps):
+        event = trace.events[run.index]
+        key = (event.device, run.step, run.row)
+        start, end = spans.get(key, (event.start, event.end))
+        spans[key] = [min(start, event.start), max(end, event.end)]
+        branches[key] = run.branch
+    events = []
+    for key, (start, end) in spans.items():
+        device, _, row = key
+        phase = "".join(op.value for op, _ in program.branches[branches[key]])
+        microbatch = int(program.operands[row, ranks[device], 0][Field.MICROBATCH])
+        events.append(
+            Event(
+                device, "compute", start, end, phase, kind="action", group="compute", phase=phase, microbatch=microbatch
+            )
+        )
+    events.sort(key=lambda event: (event.start, event.end))
+    return dataclasses.replace(trace, title=f"{trace.title}: actions", events=tuple(events), ranks=dict(ranks))
+
+
+def measured_costs(actions: Trace) -> Costs:
+    """Median microseconds of each kind of action, what `jaxpipe.schedule.simulate` needs to predict the same step.
+
+    Args:
+      actions: what `group_actions` returned. A kind that did not run takes what the others leave: half of a whole
+        backward for I and W, both of them for B; and where no backward ran alone, what F leaves of an overlapped pair.
+
+    Raises:
+      ValueError: there is no forward, or no backward in any form.
+
+    >>> def action(phase, microseconds):
+    ...     return Event(0, "compute", 0.0, microseconds, phase, phase=phase)
+    >>> costs = measured_costs(Trace("", "xplane", (action("F", 3.0), action("FB", 8.0))))
+    >>> costs.backward, costs.backward_input, costs.weight, costs.overlapped
+    (5.0, 2.5, 2.5, 8.0)
+    """
+    durations: dict[str, list[float]] = collections.defaultdict(list)
+    for event in actions.events:
+        durations[event.phase].append(event.duration)
+    median = {phase: float(np.median(values)) for phase, values in durations.items()}
+    whole, pair = median.get("B"), median.get("FB", 0.0)
+    if whole is None and not {"I", "W"} & set(median) and pair > median.get("F", pair):
+        whole = pair - median["F"]
+    half = {kind: median.get(kind, whole / 2 if whole is not None else None) for kind in ("I", "W")}
+    if "F" not in median or half["I"] is None or half["W"] is None:
+        raise ValueError(
+            f"the trace has actions {sorted(median)}: costs need F, and B, both of I and W, or FB that is longer than F"
+        )
+    return Costs(
+        forward=median["F"],
+        backward_input=half["I"],
+        weight=half["W"],
+        backward=whole,
+        overlapped=median.get("FB"),
+    )
+
+
+def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
+    """How often a rank runs each branch, and an exchange of each pattern, in a step of a pipeline's scan on average.
+
+    That is the ``trips`` of `profiling.overlap` for a compiled step that runs its branches as loops of no or one trip.
+
+    >>> from jaxpipe.runtime.lower import lower
+    >>> from jaxpipe.schedule import Costs, build
+    >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs())))
+    >>> round(trips["branch_1/"], 2), round(trips["/send/ppermute"], 2)  # of 18 steps
+    (0.22, 0.28)
+    """
+    branches = [(f"branch_{i}/", float(np.mean(program.branch[:, rank] == i))) for i in range(1, len(program.branches))]
+    patterns = np.unique(program.communicate[program.communicate.any(1)], axis=0)
+    if not len(patterns):
+        return branches
+    return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
+
+
+class _Run(NamedTuple):
+    """One run of one operation: which event of the trace it is, and where in the program's tables it stands."""
+
+    index: int
+    branch: int
+    step: int
+    row: int
+    trip: int
+    trips: int
+
+
+def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_Run]:
+    operations: dict[tuple[int, str, int, range | None], list[int]] = collections.defaultdict(list)
+    place_once = functools.cache(place)
+    for i, event in enumerate(trace.events):
+        at = place_once(event.scope)
+        if at.branch is not None and event.hlo_op and event.device in ranks:
+            operations[event.device, event.hlo_op, at.branch, at.steps].append(i)
+    total = unplaced = 0.0
+    for (device, _, branch, own), indices in operations.items():
+        column = program.branch[:, ranks[device]]
+        rows = np.flatnonzero(column == branch) if branch < len(program.branches) else np.empty(0, np.int64)
+        if own is not None:
+            rows = np.intersect1d(rows, np.asarray(own))
+        time = sum(trace.events[i].duration for i in indices)
+        total += time
+        if not len(rows) or len(indices) % (len(rows) * steps):
+            unplaced += time
+            continue
+        trips = len(indices) // (len(rows) * steps)
+        for n, i in enumerate(indices):
+            run, trip = divmod(n, trips)
+            step, row = divmod(run, len(rows))
+            yield _Run(i, branch, step, int(rows[row]), trip, trips)
+    if unplaced > MOST_UNPLACED * total:
+        raise ValueError(
+            f"operations with {unplaced / total:.0%} of the time in the program's branches did not run a whole number "
+            f"of times per action in {steps} steps: give the trace's own program, whole steps, and how many they are"
+        )

@@ -1,0 +1,1 @@
+"""What a trace amounts to, as text, Markdown and a page; internal."""

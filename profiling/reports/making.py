@@ -1,0 +1,366 @@
+"""What a trace amounts to, beside what was predicted, as text, as Markdown, and as the tables of the page."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from profiling.classify.classifier import OTHER, unclassified_names
+from profiling.classify.names import kernel_label
+from profiling.event import Trace
+from profiling.hlo.hiding import Overlap as Schedule
+from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure, window_in, window_of_step
+from profiling.predict import Comparison, compare
+from profiling.reports.tables import report_tables
+from profiling.table import (
+    TIMES,
+    Figure,
+    Table,
+    as_markdown,
+    as_text,
+    counted,
+    duration,
+    escape_markdown,
+    time_unit,
+    written,
+)
+
+EXPLAINED = (
+    (
+        "A transfers",
+        "Communication is what moves data between devices. Where a kernel waits for its peers itself, as NCCL's do, "
+        "that wait is part of the transfer.",
+    ),
+    ("B transfers and waits", "Barriers and notifications, in which nothing moves, count as communication too."),
+    (
+        "C communication lanes",
+        "Everything on lanes that mostly communicate, casts and layouts included, against everything on the others.",
+    ),
+    (
+        "overlap ratio",
+        "Time with both communication and compute, divided by the time with communication. Times are unions: what "
+        "runs twice at once counts once. None where there is no communication.",
+    ),
+    ("exposed", "Time with communication and without compute, launch gaps between compute kernels included."),
+    ("compute share, idle share", "Time with compute, and with nothing at all, divided by the window."),
+    (
+        "window",
+        "From the first start to the last end over all devices, or the step or times asked for; the same for each "
+        "device.",
+    ),
+    ("bubble", "Share of the window in which a rank does not compute; the mean over its devices."),
+    ("total, busy", "The sum of durations, and the time with any of them: less where they run beside each other."),
+    (
+        "speed-up, efficiency",
+        "Communication and compute one after the other, divided by the window; and which share of the gain that "
+        "hiding the shorter side entirely would bring was had; none where the window is longer than both together, as "
+        "idle time then decides.",
+    ),
+    (
+        "a range",
+        "What no rule knows counts as compute, and might communicate: the figure with all of it computing and with all "
+        "of it communicating.",
+    ),
+    ("over several devices", "Times are added up, and ratios are those of the sums."),
+    (
+        "steady state",
+        "From the start of the second layer to that of the last, where at least three layers that compute and have a "
+        "phase in common follow one another.",
+    ),
+    (
+        "algorithm and bus bandwidth",
+        "The bytes of a collective by its time; and times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an "
+        "all-gather, reduce-scatter or all-to-all, 1 for the rest: what each link carries, as in NCCL's tests.",
+    ),
+)
+"""What every number means."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """Made by `report`.
+
+    Attributes:
+      trace: what was measured, cut to the window if one was asked for; predicted: what was expected, None if nothing.
+      measurement: the metrics of the trace.
+      figures: the numbers at the top.
+      tables: all others.
+      notes: what is missing or doubtful.
+      window: which part of the trace was asked for, "step 3" for instance; "" for all of it.
+    """
+
+    trace: Trace
+    predicted: Trace | None
+    measurement: Measurement
+    figures: tuple[Figure, ...]
+    tables: tuple[Table, ...]
+    notes: tuple[str, ...]
+    window: str = ""
+
+    def __getitem__(self, name: str) -> Table:
+        """The table of a name.
+
+        Raises:
+          KeyError: the report has none, perhaps because there is nothing to show.
+        """
+        found = {table.name: table for table in self.tables}
+        if name not in found:
+            raise KeyError(f"no table {name!r}; there are {', '.join(found)}")
+        return found[name]
+
+    def text(self, most: int | None = 30, width: int | None = 120) -> str:
+        """For a terminal.
+
+        Args:
+          most: rows of a table at most; how many are left out is said. None for all.
+          width: characters of a line, to which texts in tables are cut. None for no limit.
+        """
+        shown = self.shown
+        wide = max(len(figure.label) for figure in shown)
+        high = max(len(figure.written) for figure in shown)
+        figures = [
+            f"{figure.label.ljust(wide)}  {figure.written.rjust(high)}  {figure.note}".rstrip() for figure in shown
+        ]
+        return "\n\n".join(
+            [
+                "\n".join([self.trace.title, " · ".join(self.facts), *filter(None, [self.doubt]), "", *figures]),
+                *(as_text(table, most, width) for table in self.tables),
+                "\n".join(["Definitions", *(f"- {name}: {meaning}" for name, meaning in EXPLAINED)]),
+                "\n".join(["Notes", *(f"- {note}" for note in self.notes)]),
+            ]
+        )
+
+    def markdown(self, most: int | None = 100) -> str:
+        """For a document; see `text`."""
+        figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.shown]
+        return "\n\n".join(
+            [
+                f"## {escape_markdown(self.trace.title)}",
+                escape_markdown(" · ".join(self.facts)),
+                *([f"**{escape_markdown(self.doubt)}**"] if self.doubt else []),
+                "\n".join(["| | | |", "|---|--:|---|", *figures]),
+                *(as_markdown(table, most) for table in self.tables),
+                "\n".join(["### Notes", "", *(f"* {escape_markdown(note)}" for note in self.notes)]),
+                "\n".join(["### Definitions", "", *(f"* **{name}**: {meaning}" for name, meaning in EXPLAINED)]),
+            ]
+        )
+
+    @property
+    def shown(self) -> tuple[Figure, ...]:
+        """The figures that say something: a value, or why there is none."""
+        return tuple(figure for figure in self.figures if figure.value is not None or figure.note)
+
+    @property
+    def doubt(self) -> str:
+        """What could be wrong with the figures, in a sentence or two; "" where nothing could that would matter."""
+        bounds = self.measurement.bounds
+        if bounds is None or not bounds.matter:
+            return ""
+        return (
+            f"{100 * bounds.share:.1f}% of the time is in kernels that no rule knows. Whether they compute or "
+            f"communicate, the overlap ratio is {_between(bounds.overlap, '%')}, exposed communication "
+            f"{_between(bounds.exposed, 'us')} and compute {_between(bounds.compute, '%')}: say what they are in a "
+            "file of rules, --rules FILE."
+        )
+
+    @property
+    def facts(self) -> tuple[str, ...]:
+        """Where the trace comes from, in a few words each."""
+        devices, events = len(self.measurement.devices), len(self.trace.events)
+        return (
+            f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
+            counted(devices, "device"),
+            counted(events, "event"),
+            *([self.window] if self.window else []),
+            *(f"{name} {value}" for name, value in self.trace.metadata.items() if _is_short(name, value)),
+        )
+
+
+def report(
+    trace: Trace,
+    predicted: Trace | None = None,
+    schedule: Schedule | None = None,
+    *,
+    window: tuple[float | None, float | None] | None = None,
+    step: int | None = None,
+) -> Report:
+    """All metrics of a classified trace, ready to be read.
+
+    Args:
+      trace: from any reader.
+      predicted: the same step simulated or predicted; its devices or ranks are compared with the trace's.
+      schedule: what `profiling.overlap` found in the compiled program.
+      window: start and end in microseconds to look at, None for a side that is the trace's; by default everything.
+      step: number of the step to look at instead, see `profiling.metrics.step_windows`.
+
+    Raises:
+      ValueError: a trace without events, a prediction of other devices, a window in which nothing runs or a step that
+        does not exist, or both a window and a step.
+
+    >>> from profiling.event import Event
+    >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
+    >>> dispatch = Event(0, "27", 5.0, 9.0, "dispatch", kind="all-to-all", group="transfer")
+    >>> found = report(Trace("a step", "kineto", (gemm, dispatch)))
+    >>> print(found.text().splitlines()[6])
+    overlap ratio          75.00%  of 4.0 us in transfers; with waits 75.00%, by lanes 75.00%
+    """
+    chosen, asked = _chosen(trace, window, step)
+    measured = measure(trace, window=chosen)
+    if chosen is not None:
+        cut = trace.clip(*chosen)
+        trace = dataclasses.replace(cut, title=f"{trace.title}, {asked}" if trace.title else asked)
+    expected = measure(predicted) if predicted else None
+    comparison = compare(predicted, trace) if predicted else None
+    return Report(
+        trace=trace,
+        predicted=predicted,
+        measurement=measured,
+        figures=tuple(_bounded(_figures(measured, expected, comparison, asked), measured.bounds)),
+        tables=report_tables(trace, measured, expected, comparison, schedule),
+        notes=tuple(_notes(trace, measured, predicted, comparison, schedule)),
+        window=asked,
+    )
+
+
+def _chosen(
+    trace: Trace, window: tuple[float | None, float | None] | None, step: int | None
+) -> tuple[tuple[float, float] | None, str]:
+    """The window that is looked at, None for all, and what it is in words."""
+    if step is not None:
+        if window is not None:
+            raise ValueError(f"step {step} and window {window}: ask for one of them")
+        return window_in(trace, *window_of_step(trace, step)), f"step {step}"
+    if window is None:
+        return None, ""
+    start, end = window_in(trace, *window)
+    unit = time_unit((start, end))
+    return (start, end), f"{written(start, unit)} to {written(end, unit)} {unit}"
+
+
+def _figures(
+    measured: Measurement, expected: Measurement | None, comparison: Comparison | None, asked: str
+) -> list[Figure]:
+    overlaps, whole = measured.summary.overlaps, measured.summary.breakdown
+    transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
+
+    def percent(share: float | None) -> str:
+        return "none" if share is None else written(share, "%")
+
+    devices = len(measured.devices)
+    the_window = "the window" if devices == 1 else f"the windows of {devices} devices"
+    moved = transfers.communication or waits.communication
+    gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
+    found = [
+        Figure("makespan", "makespan", measured.makespan, "us", asked or "from the first start to the last end"),
+        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"),
+        Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
+        Figure(
+            "overlap",
+            "overlap ratio",
+            transfers.ratio,
+            "%",
+            f"of {duration(transfers.communication)} in transfers; with waits {percent(waits.ratio)}, "
+            f"by lanes {percent(lanes.ratio)}"
+            if moved
+            else "no communication in this trace",
+        ),
+        Figure(
+            "exposed",
+            "exposed communication",
+            waits.exposed if moved else None,
+            "us",
+            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {duration(transfers.exposed)}"
+            if moved
+            else "",
+        ),
+    ]
+    steady = measured.summary.steady.get("transfer+wait")
+    if steady and steady.ratio is not None:
+        found.append(
+            Figure(
+                "steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed"
+            )
+        )
+    if bubbles := measured.summary.bubbles:
+        mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
+        simulated = expected.summary.bubbles if expected else ()
+        beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
+        note = "mean over ranks" + ("" if beside is None else f"; simulated {percent(beside)}")
+        found.append(Figure("bubble", "bubble", mean, "%", note))
+    unattributed = measured.unattributed_share
+    if comparison:
+        error = comparison.makespan_error
+        note = "" if error is None else f"{100 * error:+,.2f}% off the measured"
+        found.append(Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note))
+    found.append(
+        Figure(
+            "unclassified",
+            "unclassified",
+            measured.unclassified_share,
+            "%",
+            "of the events' time" + (f"; {percent(unattributed)} of it belongs to no phase" if unattributed else ""),
+        )
+    )
+    return found
+
+
+def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
+    """The same as ranges, where kernels that no rule knows could move them."""
+    if bounds is None or not bounds.matter:
+        return figures
+    ranges = {"overlap": bounds.overlap, "exposed": bounds.exposed, "compute": bounds.compute}
+
+    def bounded(figure: Figure) -> Figure:
+        ends = ranges[figure.name]
+        unit = time_unit(ends) if figure.unit == "us" else figure.unit
+        low, high = ("none" if end is None else written(end, unit) for end in ends)
+        if low == high:
+            return figure
+        reading = f"{figure.written} if what no rule knows computes" if figure.value in ends else ""
+        range_of = f"{low.removesuffix('%')} to {high}" + (f" {unit}" if unit in TIMES else "")
+        return dataclasses.replace(figure, shown=range_of, note="; ".join(filter(None, [reading, figure.note])))
+
+    return [bounded(figure) if figure.name in ranges else figure for figure in figures]
+
+
+def _between(ends: tuple[float | None, float | None], unit: str) -> str:
+    """A range in words, and one number where both ends are written the same."""
+    low, high = (Figure("", "", end, unit).written for end in ends)
+    return low if low == high else f"between {low} and {high}"
+
+
+def _unknown(trace: Trace, measured: Measurement) -> list[str]:
+    """What no rule knows, how much of the time it has, and what to do about it."""
+    if measured.bounds is None:
+        return []
+    names = unclassified_names(trace, len(trace.events))
+    longest = "; ".join(f"{kernel_label(name)} {duration(time)}" for name, time in names[:5])
+    more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+    group = "compute" if any(event.kind == OTHER for event in trace.events) else "neither compute nor communication"
+    return [
+        f"{100 * measured.bounds.share:.2g}% of the time is in kernels that no rule knows, counted as {group}: "
+        f"{longest}{more}; if they communicate, say so in a file of rules, --rules FILE"
+    ]
+
+
+def _notes(
+    trace: Trace,
+    measured: Measurement,
+    predicted: Trace | None,
+    comparison: Comparison | None,
+    schedule: Schedule | None,
+) -> list[str]:
+    """Those of all sources, each once."""
+    found = dict.fromkeys([*_unknown(trace, measured), *trace.notes, *measured.notes])
+    found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
+    found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
+    if comparison:
+        for which, names in (("predicted", comparison.only_predicted), ("measured", comparison.only_measured)):
+            if names:
+                more = f" and {len(names) - 5} more" if len(names) > 5 else ""
+                found[f"only {which}: {'; '.join(names[:5])}{more}"] = None
+    return list(found) or ["nothing is known to be missing"]
+
+
+def _is_short(name: str, value: object) -> bool:
+    """Whether a fact stands at the top: names like identifiers' are for programs, long ones and paths for the table."""
+    return "_" not in name and isinstance(value, str | int) and 0 < len(str(value)) <= 40 and "/" not in str(value)

@@ -1,0 +1,1 @@
+"""Writers: traces as files of Perfetto and Chrome; internal."""
