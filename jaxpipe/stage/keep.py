@@ -34,7 +34,7 @@ def minimum_cut(
       needed: values among the inputs or results of nodes.
       nodes: in an order in which they can run.
       given: values that cost nothing.
-      again: whether what the user says is made again counts as light.
+      again: whether what makes a value named "recompute" counts as light.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxpipe._jax import LIGHT
