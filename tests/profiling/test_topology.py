@@ -11,7 +11,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from profiling.hlo import targets as module
+from profiling.hlo import topologies as module
 from profiling.hlo.chips import chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda, target_names, topology
