@@ -34,11 +34,10 @@ def minimum_cut(
       needed: values among the inputs or results of nodes.
       nodes: in an order in which they can run.
       given: values that cost nothing.
-      again: whether what the user says is made again counts as light.
+      again: whether what makes a value named "recompute" counts as light.
 
     >>> import jax, jax.numpy as jnp
-    >>> from jaxpipe._jax import LIGHT
-    from jaxpipe.stage.graph import make_graph
+    >>> from jaxpipe.stage.graph import make_graph
     >>> x = jax.ShapeDtypeStruct((8, 2), jnp.float32)
     >>> graph = make_graph(jax.make_jaxpr(lambda x: (jnp.sin(x), jnp.cos(x) * 2, x.sum(0)))(x))
     >>> minimum_cut(graph.outputs, graph.nodes, ()) == set(graph.inputs)

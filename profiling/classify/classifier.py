@@ -23,7 +23,6 @@ __all__ = [
     "Rule",
     "classify",
     "is_unclassified",
-    "load_rules",
     "rules_for",
     "unclassified_names",
     "unclassified_share",

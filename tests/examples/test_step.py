@@ -161,6 +161,7 @@ def test_evaluation_is_the_loss_of_the_next_token():
     np.testing.assert_allclose(found, metrics["loss"] - metrics["aux_loss"], rtol=1e-5)
 
 
+@pytest.mark.slow
 def test_moments_in_bfloat16():
     config = small(layers=2, moments="bfloat16")
     _, _, state, step, _, _ = setup(None, 1, 1, config=config, microbatches=1)

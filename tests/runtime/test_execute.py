@@ -34,7 +34,7 @@ GRID = [
     ("dualpipe", 8, 20),
     ("dualpipev", 1, 2),
     ("dualpipev", 2, 4),
-    ("dualpipev", 3, 6),
+    pytest.param("dualpipev", 3, 6, marks=pytest.mark.slow),
     ("dualpipev", 4, 10),
     pytest.param("dualpipev", 3, 10, marks=pytest.mark.slow),
     pytest.param("dualpipev", 8, 18, marks=pytest.mark.slow),

@@ -14,8 +14,7 @@ from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.search import search
-from jaxpipe.schedule import BUILDERS, Costs, Schedule, build, check, simulate
-from jaxpipe.schedule.builders import interleaved
+from jaxpipe.schedule import BUILDERS, Costs, Schedule, build, check, interleaved, simulate
 from tests.runtime.test_lower import assert_right
 from tests.runtime.test_pack import UNEVEN, UNIT, assert_legal
 

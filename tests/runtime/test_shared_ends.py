@@ -17,7 +17,7 @@ from tests.runtime import models
 
 SHARDED = jaxpipe.Params(P("pp"), {"embedding": P("pp"), "scale": P()})
 GRID = [
-    ("gpipe", 2, 4),
+    pytest.param("gpipe", 2, 4, marks=pytest.mark.slow),
     ("1f1b", 4, 8),
     ("interleaved", 4, 8),
     ("zb1p", 4, 8),
@@ -25,7 +25,7 @@ GRID = [
     ("dualpipe", 4, 8),
     ("dualpipev", 1, 2),
     ("dualpipev", 3, 6),
-    ("dualpipev", 4, 10),
+    pytest.param("dualpipev", 4, 10, marks=pytest.mark.slow),
 ]
 
 

@@ -4,8 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import BUILDERS, Action, Kind, Schedule, build, check, simulate
-from jaxpipe.schedule.builders import interleaved
+from jaxpipe.schedule import BUILDERS, Action, Kind, Schedule, build, check, interleaved, simulate
 
 MINIMUM = {"zbv": 2, "dualpipe": 2, "dualpipev": 2}  # microbatches per rank, of those that need more than one in all
 

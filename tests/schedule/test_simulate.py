@@ -6,8 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import BUILDERS, Action, Costs, Kind, build, check, simulate
-from jaxpipe.schedule.builders import interleaved, zbv
+from jaxpipe.schedule import BUILDERS, Action, Costs, Kind, build, check, interleaved, simulate, zbv
 from jaxpipe.schedule.simulator import closed_form_bubble
 
 CLOSED_FORMS = ["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]

@@ -41,7 +41,7 @@ def forced_to(backend):
 @pytest.mark.parametrize("dtype, shape, copies, sums", [
     ("bfloat16", (9, 3, 4, 32, 512), row_moves.COPIES, row_moves.SUMS),
     ("float32", (7, 2, 3, 24, 384), Plan(512, 3, 1, 1), Plan(1024, 2, 1)),
-    ("float16", (2, 1, 2, 24, 512), Plan(512, 5, 2, 3), Plan(1, 3, 2)),
+    pytest.param("float16", (2, 1, 2, 24, 512), Plan(512, 5, 2, 3), Plan(1, 3, 2), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
     """Two multiprocessors, simulated on the CPU, of which the copy engine's zeros out of bounds are asked for."""

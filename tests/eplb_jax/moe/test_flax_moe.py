@@ -113,7 +113,7 @@ def test_nonsensical_placements_are_refused(start):
             MoE(CONFIG, nnx.Rngs(0), placement=jax.tree.map(jnp.asarray, placement))
 
 
-@pytest.mark.parametrize(("experts", "redundant"), [(16, False), (12, True)])
+@pytest.mark.parametrize(("experts", "redundant"), [pytest.param(16, False, marks=pytest.mark.slow), (12, True)])
 def test_linen_with_masters_sharded_over_devices(x64, experts, redundant):
     """Initialised outside of shard_map or inside, the same masters; applied to parts of them, one device's output."""
     router = dataclasses.replace(CONFIG.router, num_experts=experts)

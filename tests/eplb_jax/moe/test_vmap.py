@@ -89,6 +89,7 @@ def test_the_layer(x64, axes):
     assert_trees_close(found, looped(jax.jit(layer), axes, *arguments), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_the_layer_over_devices(x64):
     """Stacked layers within shard_map, each with its own parameters: gradients of the whole are those of each."""
     params, x, *_ = batch_of_arguments()

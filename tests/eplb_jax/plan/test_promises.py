@@ -92,7 +92,15 @@ def test_traced_loads_keep_the_promise():
     assert np.array_equal(ours.phy2log, balanced(weight, 24, 6, 2, 6).phy2log)
 
 
-@pytest.mark.parametrize("sizes", [(8, 12, 1, 1, 4), (3, 8, 1, 1, 4), (12, 20, 6, 2, 4)], ids=str)
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param((8, 12, 1, 1, 4), marks=pytest.mark.slow),
+        pytest.param((3, 8, 1, 1, 4), marks=pytest.mark.slow),
+        (12, 20, 6, 2, 4),
+    ],
+    ids=str,
+)
 def test_layers_without_load_get_an_even_plan(sizes):
     experts, _, groups, nodes, gpus = sizes
     weight = np.zeros((3, experts))

@@ -74,7 +74,7 @@ def problems(draw):
     return weights, (replicas, groups, nodes, gpus)
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_equal_to_plain_loops(problem):
     weights, (replicas, groups, nodes, gpus) = problem
