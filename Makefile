@@ -41,7 +41,7 @@ $(VENV)/.docs: $(VENV)/.stamp
 	@touch $@
 
 docs: $(VENV)/.docs
-	$(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo "open site/index.html"
 
 clean:
