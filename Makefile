@@ -42,7 +42,7 @@ $(VENV)/.docs: $(VENV)/.stamp
 
 docs: $(VENV)/.docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
-	@echo "open site/index.html"
+	@echo "wrote site/index.html"
 
 clean:
 	rm -rf $(VENV) build site *.egg-info
