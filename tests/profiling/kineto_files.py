@@ -126,11 +126,11 @@ def damaged(seed):
     content = text.encode(errors="surrogatepass")
     packed = seed % 3 == 0
     if packed and draw.random() < 0.5:
-        content = _damage_bytes(draw, gzip.compress(content, 1))
+        content = _damage_bytes(draw, gzip.compress(content, 1, mtime=0))
     else:
         if draw.random() < 0.6:
             content = _damage_bytes(draw, content)
-        content = gzip.compress(content, 1) if packed else content
+        content = gzip.compress(content, 1, mtime=0) if packed else content
     return content
 
 
