@@ -8,7 +8,7 @@ PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3.14 python3; 
 # Fake devices share the machine's cores and may wait long for each other.
 export XLA_FLAGS ?= --xla_force_host_platform_device_count=8 --xla_cpu_collective_call_terminate_timeout_seconds=1200
 
-.PHONY: train test slow lint format clean
+.PHONY: train test slow lint format docs wheel clean
 .DEFAULT_GOAL := test
 
 $(VENV)/.stamp: pyproject.toml
@@ -35,5 +35,23 @@ format: $(VENV)/.stamp
 	$(BIN)/ruff format
 	$(BIN)/ruff check --fix
 
+# Tools of the site alone: the packages are read, not imported.
+$(VENV)/.docs: $(VENV)/.stamp
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
+	@touch $@
+
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
+	@echo "wrote site/index.html"
+
+# Built, installed where nothing else is, and tried away from the checkout: every public name and command.
+wheel: $(VENV)/.stamp
+	rm -rf build
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(BIN)/python -m venv build/wheel/venv
+	build/wheel/venv/bin/python -m pip install --quiet --disable-pip-version-check build/wheel/*.whl
+	cd build/wheel && venv/bin/python -W error ../../.ci/import_names.py ../../docs/api
+	cd build/wheel && for tool in jaxpipe eplb-jax jaxpipe-profiling; do venv/bin/$$tool --help >/dev/null || exit 1; done
+
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info

@@ -1,5 +1,7 @@
 """Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program."""
 
+import importlib.metadata
+
 from jaxpipe import schedule as schedule
 from jaxpipe import vocabulary as vocabulary
 from jaxpipe.api import Pipeline as Pipeline
@@ -14,3 +16,8 @@ from jaxpipe.optimizer import floating_only as floating_only
 from jaxpipe.runtime.model import Context as Context
 from jaxpipe.runtime.model import Output as Output
 from jaxpipe.runtime.model import Params as Params
+
+try:
+    __version__ = importlib.metadata.version("jaxpipe")
+except importlib.metadata.PackageNotFoundError:  # a checkout on the path, installed nowhere
+    __version__ = "unknown"

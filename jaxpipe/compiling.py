@@ -14,7 +14,7 @@ def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> d
     been hidden are not. A large model's step always gets there: its parameters and sums of gradients take most of the
     GPU. DeepSeek-V2-Lite's on eight H100s needs 69 GB with either limit; by the order of its operations 29% of its
     all-to-alls' time is hidden with XLA's, 83% with this one. Between two GPUs of a node such a difference was worth 1%
-    of a step (docs/gpus.md); slower links have more to hide.
+    of a step (docs/measured/gpus.md); slower links have more to hide.
 
     Args:
       arguments: bytes of a device's inputs; outputs that are not written over them count too.

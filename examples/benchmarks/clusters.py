@@ -3,10 +3,10 @@
     python examples/benchmarks/clusters.py [--ranks 8,16] [--microbatches 20,64,128,256] [--plot clusters.png]
 
 The times are of a rank's share of a model, one microbatch: by default four MoE layers of DeepSeek-V3, 4,096 tokens,
-experts over 64 devices, as docs/profiling.md has them: F, I and W on one H100 in bfloat16, and the exchanges of a
-network as DeepEP reports it. Alone, a forward and an input gradient wait for their exchanges; an overlapped pair hides
-them, and is as long as its predicted timeline. "lockstep" is how much longer the program of this library takes than
-ranks that wait for their inputs alone (its messages count as free, so that it may seem shorter); microbatches in
+experts over 64 devices, as docs/measured/profiling.md has them: F, I and W on one H100 in bfloat16, and the exchanges
+of a network as DeepEP reports it. Alone, a forward and an input gradient wait for their exchanges; an overlapped pair
+hides them, and is as long as its predicted timeline. "lockstep" is how much longer the program of this library takes
+than ranks that wait for their inputs alone (its messages count as free, so that it may seem shorter); microbatches in
 flight are those of the rank that holds most.
 """
 

@@ -13,7 +13,7 @@ training step of four such layers reached on one H100, and from links that reach
     JAX_PLATFORMS=cpu python examples/benchmarks/overlap.py [--quick] [--variants REGEX] [--meshes 2x4,4x2] [--layers 4]
 
 needs a CUDA build of JAX: pip install "jax[cuda13]". Without --variants each program is compiled as it is;
-`docs/overlap.md` has all of them. A program takes a minute or a few to compile, a whole step more.
+`docs/measured/overlap.md` has all of them. A program takes a minute or a few to compile, a whole step more.
 """
 
 from __future__ import annotations

@@ -16,8 +16,8 @@ from profiling.hlo.chips import Achieved, Chip
 WHOLE_LAYERS = Achieved(matmul=0.45)
 """Shares that whole layers reach, everything between their products included.
 
-Of the products' peak, on H100s and H200s (docs/gpus.md): a pair of DeepSeek-V3's layers 0.45, a step of moe-1b 0.42, of
-five layers of moe-16b 0.44.
+Of the products' peak, on H100s and H200s (docs/measured/gpus.md): a pair of DeepSeek-V3's layers 0.45, a step of
+moe-1b 0.42, of five layers of moe-16b 0.44.
 """
 
 

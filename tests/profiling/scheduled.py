@@ -3,7 +3,7 @@
     python -m tests.profiling.scheduled FOLDER [NAME ...]
 
 writes the stored ones, data/*.hlo.gz: compiled for a node of eight H100s, with or without a GPU (see `topology`).
-Other code or another XLA makes other schedules: docs/overlap.md tells how much that changes.
+Other code or another XLA makes other schedules: docs/measured/overlap.md tells how much that changes.
 """
 
 from __future__ import annotations
