@@ -224,7 +224,8 @@ def run_steps(
         branches = [run_sequential(branch, operation) for branch in program.branches]
     else:
         branches = [(run_branch(branch, operation),) for branch in program.branches]
-    branches = [tuple(map(jax.named_scope(f"branch_{i}"), functions)) for i, functions in enumerate(branches)]
+    scopes = [f"branch_{i}{'/together' * program.together(branch)}" for i, branch in enumerate(program.branches)]
+    branches = [tuple(map(jax.named_scope(scope), parts)) for scope, parts in zip(scopes, branches, strict=True)]
     flags, _ = _patterns(program)
     exchanges = [(functools.partial(_exchange, program.channels, pattern, axis),) for pattern in flags]
 

@@ -107,6 +107,10 @@ class Program:
     def __repr__(self) -> str:
         return f"<Program of {self.schedule!r}: {self.num_steps} steps, {len(self.branches)} branches>"
 
+    def together(self, branch: Branch) -> bool:
+        """Whether all ranks run a branch in the same step."""
+        return self.shared_ends and any(op in (Op.EMBED, Op.HEAD, Op.EMBED_GRAD) for op, _ in branch)
+
     @property
     def num_steps(self) -> int:
         """Steps of the scan."""

@@ -19,6 +19,9 @@ from profiling.hlo.text import Computation, Instruction, Module, parse
 _BRANCH = re.compile(r"/branch_\d+/")
 """In the names of what ranks run each at its own time; ``/send/`` is in those of what all run together."""
 
+_TOGETHER = re.compile(r"/branch_\d+/together/")
+"""In the names of branches that all ranks run in the same step: shared embeddings and heads."""
+
 _SHOWN = 8
 
 
@@ -100,7 +103,8 @@ def _in_branches(module: Module, computation: Computation) -> Iterator[Instructi
             for called in module.called(instruction):
                 yield from _in_branches(module, called)
         elif instruction.opcode in ("while", "conditional") and any(_BRANCH.search(each.op_name) for each in inside):
-            yield from (each for each in inside if each.opcode.removesuffix("-start") in KINDS)
+            collectives = (each for each in inside if each.opcode.removesuffix("-start") in KINDS)
+            yield from (each for each in collectives if not _TOGETHER.search(each.op_name))
 
 
 def _inside(module: Module, called: Sequence[Computation]) -> list[Instruction]:

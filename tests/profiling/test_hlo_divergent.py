@@ -116,6 +116,33 @@ def test_collectives_within_a_rank_are_fine(stage, options):
     assert "all-" in hlo  # there are collectives in it
 
 
+@pytest.mark.parametrize("shared", [True, False])
+@pytest.mark.parametrize("dispatch", ["loops", "switch"])
+def test_shared_ends_may_communicate_over_the_ranks(dispatch, shared):
+    """All ranks run them together; without sharing, one rank alone would wait for the other in its head."""
+    mesh, schedule = jaxpipe.make_mesh(pp=2, tp=2), jaxpipe.schedule.build("1f1b", 2, 4)
+
+    def head(outer, y, data, ctx):
+        table = outer["table"] if shared else lax.with_sharding_constraint(jnp.roll(outer["table"], 1, 0), P("tp"))
+        loss = jnp.mean((y @ table) ** 2)
+        return lax.psum(loss, "pp") / 2 if shared else loss
+
+    step = jaxpipe.value_and_grad(megatron, schedule, mesh, head=head, shared_ends=shared, dispatch=dispatch)
+    stages = {"up": (2, WIDTH, 4 * WIDTH), "down": (2, 4 * WIDTH, WIDTH)}
+    params = jaxpipe.Params(
+        {key: jax.ShapeDtypeStruct(shape, jnp.float32) for key, shape in stages.items()},
+        {"table": jax.ShapeDtypeStruct((WIDTH, WIDTH), jnp.float32)},
+    )
+    lowered = jax.jit(step).lower(params, jax.ShapeDtypeStruct((16, WIDTH), jnp.float32))
+    hlo = lowered.compile().as_text()
+    if shared:
+        check_collectives(hlo, mesh)
+        assert "/together/" in hlo and "all-reduce" in hlo
+    else:
+        with pytest.raises(ValueError, match="would wait for ever"):
+            check_collectives(hlo, mesh)
+
+
 HANGS = """
 import jax, jax.numpy as jnp, jaxpipe, sys
 from tests.profiling.test_hlo_divergent import *

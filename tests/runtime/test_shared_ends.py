@@ -307,7 +307,7 @@ def test_scopes_name_the_ends():
     ends = {i: branch[0][0].value for i, branch in enumerate(run.program.branches) if branch and len(branch) == 1}
     ends = {i: name for i, name in ends.items() if name in "EHG"}
     assert sorted(ends.values()) == ["E", "G", "H"]
-    assert set(re.findall(r"branch_(\d+)/([EHG])/", text)) == {(str(i), name) for i, name in ends.items()}
+    assert set(re.findall(r"branch_(\d+)/together/([EHG])/", text)) == {(str(i), name) for i, name in ends.items()}
 
 
 def test_ends_that_need_all_ranks_are_refused_where_one_runs_them():

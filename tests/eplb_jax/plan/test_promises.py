@@ -65,7 +65,9 @@ def never_heavier(experts, *sizes, seed=0):
     assert (heaviest(ours, weight, sizes[3]) <= heaviest(theirs, weight, sizes[3])).all()  # without any tolerance
 
 
-@pytest.mark.parametrize("sizes", FEW_SPARES, ids=str)
+@pytest.mark.parametrize(
+    "sizes", [pytest.param(size, marks=[pytest.mark.slow] * (n > 1)) for n, size in enumerate(FEW_SPARES)], ids=str
+)
 def test_several_groups_a_node_and_few_spares(sizes):
     never_heavier(*sizes)
 
