@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import gzip
 import os
 import pathlib
 import re
-import zlib
 from collections.abc import Iterable, Iterator, Sequence
 
-from profiling.read.file_kinds import file_kind
+from profiling.read.file_kinds import file_kind, read_unpacked
 
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
@@ -58,12 +56,7 @@ def read_text(file: pathlib.Path) -> str:
     Raises:
       ValueError: the file holds no HLO; the message names it and says what it is and what to do.
     """
-    try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None
+    data = read_unpacked(file)
     kind = file_kind(data)
     if kind != "the text of an HLO module":
         raise ValueError(f"{file}: this is no text of an HLO module but {kind}; {_REMEDIES.get(kind, _REMEDY)}")

@@ -181,7 +181,7 @@ def measure(
         steps=steps(whole, looked_at, all_parts),
         unclassified_share=unclassified_share(trace),
         unattributed_share=unattributed_share(trace),
-        bounds=bounds(parts.values(), window),
+        bounds=bounds([parts.get(device, nothing) for device in all_parts], window),
         notes=notes,
     )
 

@@ -1,8 +1,11 @@
-"""What a file holds, from its first bytes, for the sentence that refuses it."""
+"""What a file holds, unpacked, and what it is, from its first bytes, for the sentence that refuses it."""
 
 from __future__ import annotations
 
+import gzip
+import pathlib
 import re
+import zlib
 
 _BEGINNINGS = (
     (b"\x1f\x8b", "a gzip archive"),
@@ -45,3 +48,16 @@ def file_kind(data: bytes) -> str:
         return "MLIR text, StableHLO for instance"
     binary = sum(byte < 9 or 13 < byte < 32 for byte in head[:4096])
     return "binary data" if binary > 0.02 * len(head[:4096]) else "plain text"
+
+
+def read_unpacked(file: pathlib.Path) -> bytes:
+    """The bytes of a file, unpacked where it is compressed with gzip.
+
+    Raises:
+      ValueError: it cannot be read or unpacked.
+    """
+    try:
+        data = file.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None

@@ -8,16 +8,14 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import gzip
 import json
 import pathlib
 import re
 import time
-import zlib
 from collections.abc import Sequence
 from typing import Any
 
-from profiling.read.file_kinds import file_kind
+from profiling.read.file_kinds import file_kind, read_unpacked
 from profiling.read.wire import messages
 from profiling.read.xspace import plane_name, read_plane
 
@@ -85,12 +83,7 @@ def read_bytes(file: pathlib.Path) -> bytes:
     Raises:
       ValueError: the file is empty, no profile, or cannot be unpacked; the message names it and says what to do.
     """
-    try:
-        data = file.read_bytes()
-        if data[:2] == b"\x1f\x8b":
-            data = gzip.decompress(data)
-    except (OSError, EOFError, zlib.error) as error:
-        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None
+    data = read_unpacked(file)
     try:
         names = [plane_name(plane) for plane in messages(data, 1)]
     except ValueError as error:

@@ -125,3 +125,12 @@ def test_what_nothing_has_classified_is_unknown_as_well():
 def test_loops_do_not_count():
     loop = Event(0, "7", 0.0, 99.0, "while.1", kind="control flow", group="control")
     assert bounds([[loop]], (0.0, 99.0)) is None
+
+
+def test_a_device_that_is_idle_in_the_window_counts_in_both_readings():
+    """Half of two devices' window is known to compute on neither: 4 of 20 us compute, 10 of 20 at most."""
+    other = dataclasses.replace(gemm(30.0, 40.0), device=1)
+    trace = traced(gemm(0.0, 4.0), unknown(4.0, 10.0), other)
+    found = measure(trace, window=(0.0, 10.0))
+    assert found.bounds is not None and found.bounds.compute == (0.2, 0.5)
+    assert found.summary.breakdown.compute / found.summary.breakdown.window == 0.5
