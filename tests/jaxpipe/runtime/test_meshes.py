@@ -9,8 +9,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from profiling import check_collectives
+from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
-from tests.runtime import models
 
 
 def expert_stage(axis):

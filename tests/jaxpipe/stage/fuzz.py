@@ -1,10 +1,10 @@
 """Random stages, and whether their divided backward pass is what jax.vjp gives.
 
-    python -m tests.stage.fuzz --seeds 2000 [--start 0]     how many of these programs are wrong or crash, and which
-    python -m tests.stage.fuzz --seeds 1 --start 17 --show  one of them: its pieces, its jaxpr, and what went wrong
+    python -m tests.jaxpipe.stage.fuzz --seeds 2000 [--start 0]  how many of these programs are wrong or crash
+    python -m tests.jaxpipe.stage.fuzz --seeds 1 --start 17 --show  one: its pieces, its jaxpr, what went wrong
 
-A program is made of `tests.stage.pieces`. Its plain gradient and the divided one are compared as
-expressions of the inputs (`tests.stage.expressions`), which holds in every dtype and for any numbers, and with
+A program is made of `tests.jaxpipe.stage.pieces`. Its plain gradient and the divided one are compared as
+expressions of the inputs (`tests.jaxpipe.stage.expressions`), which holds in every dtype and for any numbers, and with
 ``--numbers`` the float64 programs also by numbers, compiled.
 """
 
@@ -28,10 +28,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.stage import split_stage
+from tests.jaxpipe.stage.expressions import Book, expressions
+from tests.jaxpipe.stage.leaves import COLUMNS, ROWS, Context
+from tests.jaxpipe.stage.pieces import Maker
 from tests.plain import assert_trees_close
-from tests.stage.expressions import Book, expressions
-from tests.stage.leaves import COLUMNS, ROWS, Context
-from tests.stage.pieces import Maker
 
 DTYPES = ("float64", "float32", "bfloat16")
 
@@ -229,7 +229,7 @@ def run_seed(seed: int, *, numbers: bool = False, show: bool = False) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser("python -m tests.stage.fuzz", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser("python -m tests.jaxpipe.stage.fuzz", description=__doc__.splitlines()[0])
     parser.add_argument("--seeds", type=int, default=150, help="how many programs")
     parser.add_argument("--start", type=int, default=0, help="the first one's seed")
     parser.add_argument("--numbers", action="store_true", help="run float64 programs, too")

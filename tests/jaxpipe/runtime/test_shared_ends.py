@@ -12,8 +12,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe import vocabulary
+from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
-from tests.runtime import models
 
 SHARDED = jaxpipe.Params(P("pp"), {"embedding": P("pp"), "scale": P()})
 GRID = [

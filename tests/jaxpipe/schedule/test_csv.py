@@ -9,7 +9,7 @@ import pytest
 from jaxpipe.schedule import BUILDERS, Action, Kind, Schedule, build
 from jaxpipe.schedule.csv import from_csv, to_csv
 
-GOLDEN = pathlib.Path(__file__).parent.parent / "golden" / "dualpipev_4rank_10mb.csv"
+GOLDEN = pathlib.Path(__file__).parent.parent.parent / "golden" / "dualpipev_4rank_10mb.csv"
 
 
 @pytest.mark.parametrize("sizes", [(2, 4), (4, 8), (4, 10), (8, 16), (8, 20)], ids=str)

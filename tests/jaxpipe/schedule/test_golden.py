@@ -7,7 +7,7 @@ import pytest
 
 from jaxpipe.schedule import Action, Kind, build
 
-GOLDEN = pathlib.Path(__file__).resolve().parent.parent / "golden"
+GOLDEN = pathlib.Path(__file__).resolve().parent.parent.parent / "golden"
 ENTRIES = json.loads((GOLDEN / "schedules.json").read_text())
 
 

@@ -7,7 +7,7 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from tests.runtime import models
+from tests.jaxpipe.runtime import models
 
 
 def build(name="dualpipev", ranks=2, microbatches=4):

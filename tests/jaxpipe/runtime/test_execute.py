@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, cosine_difference, plain_value_and_grad, split_batch
-from tests.runtime import models
 
 GRID = [
     ("gpipe", 1, 3),

@@ -12,9 +12,9 @@ import jaxpipe
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.program import Field
 from jaxpipe.runtime.unrolled import find_repeat, is_short
+from tests.jaxpipe.runtime import models
+from tests.jaxpipe.runtime.test_execute import compare
 from tests.plain import assert_trees_close
-from tests.runtime import models
-from tests.runtime.test_execute import compare
 
 NAMES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipev")
 TOKENS = dict(stage=models.token_stage, embed=models.token_embed, head=models.token_head)

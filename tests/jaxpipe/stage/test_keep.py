@@ -15,8 +15,8 @@ from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import RECOMPUTE, Node, Value
 from jaxpipe.stage.keep import minimum_cut
+from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
-from tests.stage import zoo
 
 
 def random_graph(seed, size=9):

@@ -10,7 +10,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from jaxpipe.stage.graph import RECOMPUTE
-from tests.stage.leaves import COLUMNS, LEAVES, Context, Piece, act
+from tests.jaxpipe.stage.leaves import COLUMNS, LEAVES, Context, Piece, act
 
 TURNS = 3
 POLICIES = jax.checkpoint_policies

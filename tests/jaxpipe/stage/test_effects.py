@@ -13,8 +13,8 @@ from jax.extend.core import Primitive
 
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.graph import RECOMPUTE
+from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
-from tests.stage import zoo
 
 SEEN = []
 

@@ -10,8 +10,8 @@ import jaxpipe
 from jaxpipe.runtime.copies import plan_moves
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
+from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
-from tests.runtime import models
 
 NAMES = tuple(jaxpipe.schedule.BUILDERS)
 IN_PLACE = ("gpipe", "1f1b", "zb1p", "dualpipe")  # rank r runs stage r

@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from jaxpipe.stage import split_stage
+from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
-from tests.stage import zoo
 
 
 def cast_layers(params, x):

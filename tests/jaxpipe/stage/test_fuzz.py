@@ -1,4 +1,4 @@
-"""Random stages are divided rightly; `python -m tests.stage.fuzz --seeds N` tries more of them than these."""
+"""Random stages are divided rightly; `python -m tests.jaxpipe.stage.fuzz --seeds N` tries more of them than these."""
 
 import functools
 
@@ -8,11 +8,11 @@ import pytest
 
 import jaxpipe
 from jaxpipe.stage import split_stage
+from tests.jaxpipe.stage import fuzz, zoo
+from tests.jaxpipe.stage.expressions import Book, expressions
+from tests.jaxpipe.stage.leaves import LEAVES, ROWS, Context
+from tests.jaxpipe.stage.pieces import NESTED
 from tests.plain import assert_trees_close, plain_value_and_grad
-from tests.stage import fuzz, zoo
-from tests.stage.expressions import Book, expressions
-from tests.stage.leaves import LEAVES, ROWS, Context
-from tests.stage.pieces import NESTED
 
 SEEDS = 150
 

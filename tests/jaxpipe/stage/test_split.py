@@ -8,8 +8,8 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.stage import matmul_flops, split_stage
+from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
-from tests.stage import zoo
 
 UNDIVIDED = {"tokens": "no input half", "cond": "opaque"}
 

@@ -15,8 +15,8 @@ from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.search import search
 from jaxpipe.schedule import BUILDERS, Costs, Schedule, build, check, interleaved, simulate
-from tests.runtime.test_lower import assert_right
-from tests.runtime.test_pack import UNEVEN, UNIT, assert_legal
+from tests.jaxpipe.runtime.test_lower import assert_right
+from tests.jaxpipe.runtime.test_pack import UNEVEN, UNIT, assert_legal
 
 LONG = [(name, ranks, count * (1 + (name == "dualpipe"))) for name in BUILDERS for ranks, count in ((2, 40), (4, 80))]
 

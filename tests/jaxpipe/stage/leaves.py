@@ -1,6 +1,6 @@
 """The smallest pieces of random stages: ``(params, h[ROWS, COLUMNS], context) -> h`` of what a layer may hold.
 
-Each is made by a function of a `tests.stage.pieces.Maker`, which has random choices and parameters.
+Each is made by a function of a `tests.jaxpipe.stage.pieces.Maker`, which has random choices and parameters.
 """
 
 from collections.abc import Callable
