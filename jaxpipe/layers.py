@@ -69,16 +69,35 @@ def spread_layers(
 
     ``function_of`` is None where all run the only one.
     """
+    stages, num_layers = stack_layers(layers, schedule)
+    return stage_of_layers(functions, function_of or (0,) * num_layers, schedule), stages
+
+
+def stack_layers(layers: Any, schedule: Schedule, order: str = "model") -> tuple[Any, int]:
+    """(the stacked parameters of `layered_stages`, in rows of an order; the number of layers)."""
     num_layers, rows_of = _rows(layers)
+    places = _places(num_layers, schedule)
+    return stack_stages([rows_of(row) for row in places], schedule, order), num_layers
+
+
+def _places(num_layers: int, schedule: Schedule) -> list[list[int]]:
+    """The layer in each slot of each stage: the last one again where there is none."""
+    counts = split_layers(num_layers, schedule.num_stages)
+    starts = [0, *itertools.accumulate(counts)][:-1]
+    return [
+        [start + min(slot, count - 1) for slot in range(max(counts))] for start, count in zip(starts, counts, strict=True)
+    ]
+
+
+def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], schedule: Schedule) -> Layer:
+    """The stage that scans over its layers, of parameters as `stack_layers` stacks them."""
+    num_layers = len(function_of)
     counts = split_layers(num_layers, schedule.num_stages)
     slots, starts = max(counts), [0, *itertools.accumulate(counts)][:-1]
-    # The layer in each slot of each stage: the last one again where there is none.
-    places = [
-        [start + min(slot, count - 1) for slot in range(slots)] for start, count in zip(starts, counts, strict=True)
-    ]
+    places = _places(num_layers, schedule)
     members = [sorted({row[slot] for row in places}) for slot in range(slots)]
     padded = len(set(counts)) > 1
-    choice = Choice(functions, function_of or (0,) * num_layers)
+    choice = Choice(functions, function_of)
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:
         start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (starts, counts))
@@ -116,7 +135,7 @@ def spread_layers(
         aux_loss, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=accumulation_dtype(leaf.dtype)), others)
         return shorten(Output(x, aux_loss, metrics))
 
-    return stage, stack_stages([rows_of(row) for row in places], schedule)
+    return stage
 
 
 def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule, order: str = "model") -> list[Any]:

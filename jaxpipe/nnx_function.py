@@ -78,11 +78,15 @@ class NNXFunction:
 
     def run(self, params: Any, ctx: Context | None, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         """`__call__` of a module whose own arguments may have any name."""
+        return self.apply(params, ctx, lambda module: module(*args, **kwargs))
+
+    def apply(self, params: Any, ctx: Context | None, use: Callable[[Any], Any]) -> Any:
+        """What ``use(module)`` returns of the module with these parameters, which must not change it."""
 
         def call(function: NNXFunction) -> tuple[Any, dict[Any, Any], dict[Any, Any]]:
             module = function.merge(params, ctx)
             before = _values(module)
-            result = module(*args, **kwargs)
+            result = use(module)
             return result, before, _values(module)
 
         result, before, after = call(self)
@@ -152,6 +156,11 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
         )
     streams = {path: _keys(variable) for path, variable in nnx.to_flat_state(random)}
     return NNXFunction(graphdef, nnx.to_pure_dict(params), constants, streams, jax.tree.structure(params))
+
+
+def parameters_of(module: nnx.Module) -> Any:
+    """The parameters of a module, as `nnx_function` has them."""
+    return nnx.to_pure_dict(nnx.state(module, _is_parameter))
 
 
 def _is_parameter(path: Any, leaf: Any) -> bool:
