@@ -1,8 +1,8 @@
-"""A model's loss, cut at its blocks into what comes before them, their arguments, and what comes after.
+"""A model's loss, cut at its blocks: what comes before them, what they are called with, and what comes after.
 
-The loss is traced once with each block's call as one opaque equation. In that program x runs from block to block, so
-that everything else belongs to the embedding, to a block's further arguments, or to the head. The model itself is not
-changed, and how it calls its blocks (a loop, `jax.jit`, `jax.checkpoint`) does not matter.
+The loss is traced once with each block's call as one opaque equation. In that program x runs from block to block;
+everything else belongs to the embedding, to a block's further arguments, or to the head. The model itself is not
+changed, and how it calls its blocks (a loop, a scan, `jax.jit`, `jax.checkpoint`) does not matter.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe._jax import ClosedJaxpr, JaxprEqn, Primitive
-from jaxpipe.runtime.model import Output
+from jaxpipe._jax import CALLS, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Primitive
 from jaxpipe.stage.flops import subjaxprs
-from jaxpipe.stage.graph import Graph, Node, Value, evaluate, make_graph, producers, read
+from jaxpipe.stage.graph import Node, Value, eqn_node, evaluate, producers, read, scan_counts
+
+CHECKPOINTS = frozenset({"checkpoint", "remat", "remat2"})
 
 _block = Primitive("pipeline_block")
 _block.multiple_results = True
@@ -48,7 +50,15 @@ class Call:
 
 
 class Block(NamedTuple):
-    """A block's call as values of the program."""
+    """A block's call as values of the program.
+
+    Attributes:
+      call: its static part.
+      params, x, arguments: what goes in.
+      y: the activations that it returns.
+      others: what else it returns.
+      checkpoints: keywords of `jax.checkpoint` for each one that the model calls the block in, outermost first.
+    """
 
     call: Call
     params: tuple[Value, ...]
@@ -56,6 +66,7 @@ class Block(NamedTuple):
     arguments: tuple[Value, ...]
     y: tuple[Value, ...]
     others: tuple[Value, ...]
+    checkpoints: tuple[dict[str, Any], ...]
 
 
 class Activations(NamedTuple):
@@ -63,8 +74,8 @@ class Activations(NamedTuple):
 
     Attributes:
       x: the blocks' activations.
-      arguments: arrays that blocks are called with and that are made with parameters or random numbers.
-      others: of each thing that blocks return besides x, rows for all blocks; zeros until the block has run.
+      arguments: arrays that blocks are called with and that take parameters or random numbers to make.
+      others: of each thing that blocks return besides x, a row for each block; zeros until the block has run.
     """
 
     x: Any
@@ -117,34 +128,48 @@ class Cut:
     """A loss in parts.
 
     Args:
-      loss: ``loss(params, key, data)``, whose blocks are called through `call_block`; params are ``(outer, blocks)``,
-        blocks a list.
-      params, key, data: shapes.
+      loss: ``loss(outer, blocks, key, data)``, whose blocks are called through `call_block`.
+      outer: parameters outside of the blocks; shapes, as all that follows.
+      blocks: of each block in a list, or with ``stacked`` of all of them in rows.
+      key: of the random numbers outside of the blocks, or None.
+      data: the microbatch.
       names: of the blocks, for messages.
+      stacked: see ``blocks``.
 
     Raises:
       ValueError: blocks that are not called once each and in order, or whose activations or arguments other code
         changes on the way.
     """
 
-    def __init__(self, loss: Callable[..., Any], params: Any, key: Any, data: Any, names: Sequence[str]) -> None:
-        traced = (params, key, data)
-        closed, self._shapes = jax.make_jaxpr(loss, return_shape=True)(*traced)
-        graph = make_graph(closed, _holds_block)
-        outer, blocks, keys, datas = _split(graph.inputs, [params[0], params[1], key, data])
-        self._graph, self._outer, self._key, self._data = graph, outer, keys, datas
-        of_blocks = _split(blocks, params[1])
-        self.blocks = _in_order(_blocks(graph), of_blocks, names)
+    def __init__(
+        self,
+        loss: Callable[..., Any],
+        outer: Any,
+        blocks: Any,
+        key: Any,
+        data: Any,
+        names: Sequence[str],
+        *,
+        stacked: bool = False,
+    ) -> None:
+        closed, self._result = jax.make_jaxpr(loss, return_shape=True)(outer, blocks, key, data)
+        program = _Program(closed)
+        self._nodes, self._outputs = program.nodes, program.outputs
+        self._outer, of_blocks, self._key, self._data = _split(program.inputs, (outer, blocks, key, data))
+        if stacked:
+            rows = [tuple(program.row(value, index) for value in of_blocks) for index in range(len(names))]
+        else:
+            rows = _split(of_blocks, blocks)
+        self.blocks = _in_order(program.blocks(), rows, names)
         self._check_chain(names)
         self._made, self._carried = self._classify(names)
-        last = self.blocks[-1]
         self._others = tuple(zip(*(block.others for block in self.blocks), strict=True))
-        self._ends = {*self._outer, *self._key, *self._data}
-        missing = self._needed(graph.outputs, {*self._ends, *last.y, *(v for row in self._others for v in row)})[1]
+        known = {*self._outer, *self._key, *self._data, *self.blocks[-1].y, *(v for row in self._others for v in row)}
+        missing = self._needed(self._outputs, known)[1]
         if missing:
             raise ValueError(
-                "the loss reads what a block before the last returned, which no rank has any more when it computes the "
-                f"loss ({', '.join(str(value.aval) for value in missing)}): return it besides x, as a tuple"
+                f"the loss reads {', '.join(_short(value) for value in missing)} of a block before the last, which is "
+                "on another rank then: let the block return it besides x, as a tuple"
             )
 
     @property
@@ -153,48 +178,43 @@ class Cut:
         return not self._carried and not self._others
 
     def embed(self, outer: Any, key: Any, data: Any) -> Any:
-        """The first block's input."""
-        values = (*self.blocks[0].x, *self._carried)
-        found = self._evaluate(values, outer, key, data, {})
+        """What the first block's stage starts with."""
+        found = self._evaluate((*self.blocks[0].x, *self._carried), outer, key, data, {})
         count = len(self.blocks[0].x)
         x = jax.tree.unflatten(self.blocks[0].call.x, found[:count])
         if self.simple:
             return x
-        others = tuple(
-            jax.numpy.zeros((len(self.blocks), *row[0].aval.shape), row[0].aval.dtype) for row in self._others
-        )
-        return Activations(x, tuple(found[count:]), others)
+        shapes = [((len(self.blocks), *row[0].aval.shape), row[0].aval.dtype) for row in self._others]
+        return Activations(x, tuple(found[count:]), tuple(jnp.zeros(*shape) for shape in shapes))
 
     def head(self, outer: Any, activations: Any, key: Any, data: Any) -> Any:
-        """What the loss returns."""
+        """What the loss returns, of what the last stage ends with."""
         x, others = (activations, ()) if self.simple else (activations.x, activations.others)
         known: dict[Value, Any] = dict(zip(self.blocks[-1].y, jax.tree.leaves(x), strict=True))
         for row, stacked in zip(self._others, others, strict=True):
             known.update((value, stacked[index]) for index, value in enumerate(row))
-        found = self._evaluate(self._graph.outputs, outer, key, data, known)
-        return jax.tree.unflatten(jax.tree.structure(self._shapes), found)
+        found = self._evaluate(self._outputs, outer, key, data, known)
+        return jax.tree.unflatten(jax.tree.structure(self._result), found)
 
     def arguments(self, activations: Any, data: Any) -> dict[Value, Any]:
-        """Every array that blocks are called with."""
+        """Every array that blocks are called with besides x."""
         known = dict(zip(self._data, jax.tree.leaves(data), strict=True))
-        nodes, _ = self._needed(self._made, set(self._data))
-        evaluate(nodes, known)
+        evaluate(self._needed(self._made, set(known))[0], known)
         found = {value: read(known, value) for value in self._made}
         if not self.simple:
             found.update(zip(self._carried, activations.arguments, strict=True))
         return found
 
     def _evaluate(self, values: Sequence[Value], outer: Any, key: Any, data: Any, known: dict[Value, Any]) -> list[Any]:
-        env = {**known, **dict(zip(self._outer, jax.tree.leaves(outer), strict=True))}
-        env.update(zip(self._key, jax.tree.leaves(key), strict=True))
-        env.update(zip(self._data, jax.tree.leaves(data), strict=True))
-        nodes, _ = self._needed(values, set(env))
-        evaluate(nodes, env)
+        env = dict(known)
+        for inputs, tree in ((self._outer, outer), (self._key, key), (self._data, data)):
+            env.update(zip(inputs, jax.tree.leaves(tree), strict=True))
+        evaluate(self._needed(values, set(env))[0], env)
         return [read(env, value) for value in values]
 
     def _needed(self, values: Iterable[Value], given: set[Value]) -> tuple[list[Node], list[Value]]:
-        """(the nodes, without blocks, that make values from given ones; values that they would need besides)."""
-        made = producers(self._graph.nodes)
+        """(the nodes, no blocks among them, that make values of given ones; values that they would need besides)."""
+        made = producers(self._nodes)
         pending, wanted, missing = list(values), set(), {}
         while pending:
             value = pending.pop()
@@ -206,7 +226,7 @@ class Cut:
             elif node not in wanted:
                 wanted.add(node)
                 pending.extend(node.ins)
-        return [node for node in self._graph.nodes if node in wanted], list(missing)
+        return [node for node in self._nodes if node in wanted], list(missing)
 
     def _check_chain(self, names: Sequence[str]) -> None:
         for index, (before, after) in enumerate(zip(self.blocks, self.blocks[1:], strict=False)):
@@ -218,54 +238,121 @@ class Cut:
 
     def _classify(self, names: Sequence[str]) -> tuple[tuple[Value, ...], tuple[Value, ...]]:
         """(arguments of blocks made of the batch alone, those that take parameters or random numbers)."""
-        made, carried = {}, {}
+        made: dict[Value, None] = {}
+        carried: dict[Value, None] = {}
+        data = set(self._data)
         for name, block in zip(names, self.blocks, strict=True):
             for value in block.arguments:
-                missing = self._needed([value], set(self._data))[1]
-                if not missing:
+                if not self._needed([value], data)[1]:
                     made[value] = None
-                    continue
-                if self._needed([value], {*self._data, *self._outer, *self._key})[1]:
+                elif not self._needed([value], {*data, *self._outer, *self._key})[1]:
+                    carried[value] = None
+                else:
                     raise ValueError(
-                        f"{name} is called with {value.aval}, which another block computes: blocks hand on their first "
+                        f"{name} is called with {_short(value)}, which another block computes: blocks hand on their first "
                         "argument alone, so make it a tuple of all that passes from block to block"
                     )
-                carried[value] = None
         return tuple(made), tuple(carried)
 
 
+class _Program:
+    """A jaxpr as nodes, opened as far down as blocks are called; loops round them are unrolled."""
+
+    def __init__(self, closed: ClosedJaxpr) -> None:
+        self.inputs = tuple(Value(var.aval) for var in closed.jaxpr.invars)
+        self.nodes: list[Node] = []
+        self._rows: dict[tuple[Value, int], Value] = {}
+        self.outputs = self._emit(closed.jaxpr, closed.consts, self.inputs, ())
+
+    def row(self, stacked: Value, index: int) -> Value:
+        """A row of a value, the same for the same row."""
+        if (stacked, index) not in self._rows:
+            aval = stacked.aval.update(shape=stacked.aval.shape[1:])
+            row = self._rows[stacked, index] = Value(aval)
+            self.nodes.append(Node("row", (stacked,), (row,), lambda array: [array[index]]))
+        return self._rows[stacked, index]
+
+    def blocks(self) -> list[Block]:
+        """The calls of blocks, in order."""
+        found = []
+        for node in self.nodes:
+            if node.name == _block.name:
+                assert node.eqn is not None
+                call = node.eqn.params["call"]
+                params, x, arguments = _cut_up(node.ins, call.counts)
+                y, others = _cut_up(node.outs, (call.counts[1], len(node.outs) - call.counts[1]))
+                checkpoints = tuple(
+                    {name: eqn.params[name] for name in ("policy", "prevent_cse")}
+                    for eqn in node.context
+                    if eqn.primitive.name in CHECKPOINTS
+                )
+                found.append(Block(call, params, x, arguments, y, others, checkpoints))
+        return found
+
+    def _emit(
+        self, jaxpr: Jaxpr, consts: Sequence[Any], inputs: Sequence[Value], context: tuple[JaxprEqn, ...]
+    ) -> list[Value]:
+        """Appends the nodes of a jaxpr; returns its outputs."""
+        env: dict[Any, Value] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update({var: Value(var.aval, const) for var, const in zip(jaxpr.constvars, consts, strict=True)})
+
+        def lookup(atom: Any) -> Value:
+            return Value(atom.aval, atom.val) if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins, name = [lookup(atom) for atom in eqn.invars], eqn.primitive.name
+            if eqn.primitive is _block or not _holds_block(eqn):
+                outs = [Value(var.aval) for var in eqn.outvars]
+                self.nodes.append(eqn_node(eqn, ins, outs, context))
+            elif name in CALLS:
+                outs = self._emit(*_open(eqn.params[CALLS[name]]), ins, (*context, eqn))
+            elif name == "scan":
+                outs = self._unroll(eqn, ins, context)
+            else:
+                raise ValueError(
+                    f"the model calls its blocks within {name}, where they cannot be told apart: call them in a loop of "
+                    "Python or in a scan"
+                )
+            env.update(zip(eqn.outvars, outs, strict=True))
+        return [lookup(atom) for atom in jaxpr.outvars]
+
+    def _unroll(self, eqn: JaxprEqn, ins: Sequence[Value], context: tuple[JaxprEqn, ...]) -> list[Value]:
+        jaxpr, consts = _open(eqn.params["jaxpr"])
+        num_consts, num_carry = scan_counts(eqn)
+        shared, carry, xs = _cut_up(ins, (num_consts, num_carry, len(ins) - num_consts - num_carry))
+        turns = range(eqn.params["length"])
+        rows: dict[int, Sequence[Value]] = {}
+        for turn in reversed(turns) if eqn.params["reverse"] else turns:
+            given = (*shared, *carry, *(self.row(value, turn) for value in xs))
+            outs = self._emit(jaxpr, consts, given, (*context, eqn))
+            carry, rows[turn] = tuple(outs[:num_carry]), outs[num_carry:]
+        stacked = [Value(var.aval) for var in eqn.outvars[num_carry:]]
+        for value, column in zip(stacked, zip(*(rows[turn] for turn in turns), strict=True), strict=True):
+            self.nodes.append(Node("stack", tuple(column), (value,), lambda *arrays: [jnp.stack(arrays)]))
+        return [*carry, *stacked]
+
+
 def _holds_block(eqn: JaxprEqn) -> bool:
-    return any(
-        inner.primitive is _block or _holds_block(inner)
-        for sub in subjaxprs(eqn)
-        for inner in (sub.jaxpr if isinstance(sub, ClosedJaxpr) else sub).eqns
+    return eqn.primitive is _block or any(
+        _holds_block(inner) for sub in subjaxprs(eqn) for inner in _open(sub)[0].eqns
     )
 
 
-def _blocks(graph: Graph) -> list[Block]:
-    found = []
-    for node in graph.nodes:
-        if node.name != _block.name:
-            continue
-        assert node.eqn is not None
-        call = node.eqn.params["call"]
-        params, x, arguments = _cut_up(node.ins, call.counts)
-        y, others = _cut_up(node.outs, (call.counts[1], len(node.outs) - call.counts[1]))
-        found.append(Block(call, params, x, arguments, y, others))
-    return found
-
-
-def _in_order(found: Sequence[Block], params: Sequence[tuple[Value, ...]], names: Sequence[str]) -> tuple[Block, ...]:
+def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: Sequence[str]) -> tuple[Block, ...]:
     """The blocks, each called once and one after the other."""
-    index_of = {values: index for index, values in enumerate(params)}
+    index_of = {values: index for index, values in enumerate(rows)}
     order = [index_of.get(block.params) for block in found]
-    if order != list(range(len(params))):
-        called = ", ".join("?" if index is None else names[index] for index in order) or "none"
+    if order != list(range(len(rows))):
+        called = ", ".join("another" if index is None else names[index] for index in order) or "none"
         raise ValueError(
-            f"the loss calls the blocks {called}, of {', '.join(names)}: it must call each once, in this order, with the "
+            f"of the blocks {', '.join(names)} the loss calls {called}: it must call each once, in this order, with the "
             "parameters that it has in the model"
         )
     return tuple(found)
+
+
+def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:
+    return (jaxpr.jaxpr, jaxpr.consts) if isinstance(jaxpr, ClosedJaxpr) else (jaxpr, ())
 
 
 def _cut_up(values: Sequence[Value], counts: Iterable[int]) -> list[tuple[Value, ...]]:
@@ -276,7 +363,7 @@ def _cut_up(values: Sequence[Value], counts: Iterable[int]) -> list[tuple[Value,
     return found
 
 
-def _split(values: Sequence[Value], trees: Sequence[Any]) -> list[tuple[Value, ...]]:
+def _split(values: Sequence[Value], trees: Iterable[Any]) -> list[tuple[Value, ...]]:
     return _cut_up(values, (len(jax.tree.leaves(tree)) for tree in trees))
 
 
@@ -288,15 +375,5 @@ def _text(tree: Any) -> Any:
     return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", tree)
 
 
-def as_output(result: Any) -> Output:
-    """What a loss function returns, as a head's: a scalar, (scalar, metrics) or an Output."""
-    if isinstance(result, Output):
-        return result
-    if isinstance(result, tuple):
-        if len(result) != 2 or not isinstance(result[1], Mapping):
-            raise ValueError(
-                "the loss function returned a tuple that is not (loss, metrics): return a scalar, or a scalar and a flat "
-                "dict of metrics, which the pipeline sums over microbatches"
-            )
-        return Output(result[0], metrics=dict(result[1]))
-    return Output(result)
+def _short(value: Value) -> str:
+    return f"{value.aval.dtype.name}{list(value.aval.shape)}"

@@ -103,17 +103,21 @@ class NNXFunction:
 
     def merge(self, params: Any, ctx: Context | None = None) -> Any:
         """The module with these parameters, its random streams seeded as in a call."""
+        key = None if ctx is None else ctx.rng
+        random = nnx.from_flat_state({path: _seed(path, keys, key) for path, keys in self.streams.items()})
+        module = self.with_random(params, random)
+        return module if key is not None else _without_key(module, self.name)
+
+    def with_random(self, params: Any, random: Any) -> Any:
+        """The module with these parameters and random streams in this state."""
         leaves, structure = jax.tree.flatten(params)
         if structure != jax.tree.structure(self.params):
             raise ValueError(
                 f"parameters of structure {structure} for {self.name}, whose parameters have structure "
                 f"{jax.tree.structure(self.params)}: give a tree like function.params"
             )
-        key = None if ctx is None else ctx.rng
-        random = nnx.from_flat_state({path: _seed(path, keys, key) for path, keys in self.streams.items()})
         constants = jax.tree.map(lambda leaf: leaf, self.constants)  # new variables, which the module will own
-        module = nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
-        return module if key is not None else _without_key(module, self.name)
+        return nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
 
     def _changed(self, after: Callable[[NNXFunction], Mapping[Any, Any]], before: Mapping[Any, Any]) -> list[Any]:
         """Paths of variables that are not after a call what they were before."""

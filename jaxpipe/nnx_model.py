@@ -1,4 +1,4 @@
-"""A whole NNX model as a pipeline: cut at its blocks, trained with the loss function that it has, and put together again."""
+"""NNX models as pipelines: `from_nnx`."""
 
 from __future__ import annotations
 
@@ -8,56 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxpipe import inputs
-from jaxpipe.api import Pipeline, value_and_grad
-from jaxpipe.cutting import Activations, Block, Cut, as_output, call_block, join_arguments, split_result
+from jaxpipe.cutting import call_block
 from jaxpipe.inputs import check_same_structure
-from jaxpipe.layers import Layer, stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
-from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Params
 from jaxpipe.schedule.schedule import Schedule
-
-
-@dataclasses.dataclass(frozen=True, eq=False, repr=False)
-class PipelinedNNX:
-    """An NNX model as a pipeline; made by `from_nnx`. Called and jitted as what `jaxpipe.value_and_grad` returns.
-
-    Attributes:
-      pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
-      params: the model's parameters where the step wants them: each stage's on its rank, in storage order.
-      shardings: of the parameters, a tree like ``params``.
-    """
-
-    pipeline: Pipeline
-    params: Params
-    shardings: Params
-    _parts: _Parts
-
-    @property
-    def __name__(self) -> str:
-        """The pipeline's, which `jax.jit` names the compiled module by."""
-        return self.pipeline.__name__
-
-    def __repr__(self) -> str:
-        return f"<jaxpipe.flax.PipelinedNNX {self._parts.function.name} in {self.pipeline!r}>"
-
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
-        """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
-        return self.pipeline(params, batch, rng)
-
-    def merge(self, params: Params) -> nnx.Module:
-        """The model with these parameters in place."""
-        return self._parts.merge(params, self.pipeline.program.schedule)
-
-    def split(self, model: nnx.Module) -> Params:
-        """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
-        return jax.device_put(self._parts.split(model, self.pipeline.program.schedule), self.shardings)
+from jaxpipe.whole import PipelinedModel, choose, pipelined
 
 
 def from_nnx(
@@ -69,7 +29,7 @@ def from_nnx(
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
     **options: Any,
-) -> PipelinedNNX:
+) -> PipelinedModel:
     """Makes a pipeline of an NNX model and the loss function that it is trained with.
 
     Nothing of the model changes. ``loss`` is traced, and cut at the calls of the model's blocks: what comes before the
@@ -81,6 +41,7 @@ def from_nnx(
     * What blocks return besides activations (a router's balance loss, in a tuple) reaches the loss, for each block.
     * Dropout and other random streams of the model are seeded anew for each layer and microbatch from the step's key.
     * A parameter used before and after the blocks (tied embeddings) is one parameter.
+    * `jax.checkpoint` or `nnx.remat` round a block's call is kept.
 
     Args:
       model: the model; or a function without arguments that makes it, which then runs under `jax.jit` so that each
@@ -99,6 +60,7 @@ def from_nnx(
         is called; when the step is traced, blocks that the loss does not call in a row.
 
     >>> import jaxpipe, optax
+    >>> import jax.numpy as jnp
     >>> class Model(nnx.Module):
     ...     def __init__(self, rngs):
     ...         self.embed = nnx.Embed(16, 8, rngs=rngs)
@@ -117,169 +79,121 @@ def from_nnx(
     (8, 8)
     """
     if isinstance(model, nnx.Module):
-        abstract, make = model, None
+        parts, make = _NNXModel.of(model, tuple(blocks.split(".")), loss), lambda: model
     elif callable(model):
-        abstract, make = nnx.eval_shape(model), model
+        parts, make = _NNXModel.of(nnx.eval_shape(model), tuple(blocks.split(".")), loss), model
+        parts = parts.with_state(make)
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
-    parts = _Parts.of(abstract, make, blocks, loss)
-    parts = dataclasses.replace(parts, dtype=options.get("compute_dtype"))
-    pipeline = value_and_grad(
-        functools.partial(parts.stage, schedule),
-        schedule,
-        mesh,
-        embed=parts.embed,
-        head=parts.head,
-        specs=specs,
-        order="storage",
-        **options,
-    )
-    split = functools.partial(parts.split, schedule=schedule)
-    shapes = jax.eval_shape(lambda: split(make())) if make else jax.eval_shape(lambda: split(model))
-    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
-    if make is None:
-        params = jax.device_put(split(model), shardings)
-    else:
-        params = jax.jit(lambda: split(make()), out_shardings=shardings)()
-    return PipelinedNNX(pipeline, params, shardings, parts)
+    made = isinstance(model, nnx.Module)
+    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, options=options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Parts:
-    """An NNX model and its blocks as functions.
+class _NNXModel:
+    """An NNX model and its blocks as functions; a `jaxpipe.whole.Model`.
 
     Attributes:
       function: of the whole model.
-      blocks: of each block.
+      functions: of each block.
       path: where the blocks are.
       random: the state of the model's random streams.
-      loss: the user's.
-      dtype: of the working copies, or None.
+      user_loss: ``loss(model, data)``.
     """
 
     function: NNXFunction
-    blocks: tuple[NNXFunction, ...]
+    functions: tuple[NNXFunction, ...]
     path: tuple[str, ...]
     random: Any
-    loss: Callable[[Any, Any], Any]
-    dtype: Any = None
+    user_loss: Callable[[Any, Any], Any]
 
     @classmethod
-    def of(cls, model: nnx.Module, make: Callable[[], nnx.Module] | None, where: str, loss: Any) -> _Parts:
-        """The parts of a model, whose arrays may be abstract where there is a function that makes it."""
-        path = tuple(where.split("."))
-        modules = _blocks_of(model, path)
-        function, blocks = nnx_function(model), tuple(map(nnx_function, modules))
-        check_same_structure([block.params for block in blocks])
+    def of(cls, model: nnx.Module, path: tuple[str, ...], loss: Callable[[Any, Any], Any]) -> _NNXModel:
+        """The parts of a model, whose arrays may be abstract."""
+        function, functions = nnx_function(model), tuple(map(nnx_function, _blocks_of(model, path)))
+        check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
-        if held != sum(len(jax.tree.leaves(block.params)) for block in blocks):
+        if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
             raise ValueError(
-                f"the blocks in {where} share parameters with each other or with the rest of the model: each block "
-                "trains its own"
+                f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
+                "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        random = nnx.split(model, nnx.RngState, ...)[1]
-        if make is not None:
+        return cls(function, functions, path, nnx.split(model, nnx.RngState, ...)[1], loss)
 
-            def concrete() -> Any:
-                made = make()
-                parts = [nnx_function(module).constants for module in (made, *_blocks_of(made, path))]
-                return parts, nnx.split(made, nnx.RngState, ...)[1]
+    def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
+        """The same with the arrays that are no parameters, of a model that nobody has made yet."""
 
-            (first, *others), random = jax.jit(concrete)()
-            function = dataclasses.replace(function, constants=first)
-            blocks = tuple(
-                dataclasses.replace(block, constants=constants) for block, constants in zip(blocks, others, strict=True)
-            )
-        return cls(function, blocks, path, random, loss)
+        def state() -> Any:
+            model = make()
+            constants = [nnx_function(module).constants for module in (model, *_blocks_of(model, self.path))]
+            return constants, nnx.split(model, nnx.RngState, ...)[1]
 
-    def split(self, model: nnx.Module, schedule: Schedule) -> Params:
-        """The stacked parameters of a model, in storage order."""
-        outer, rows = _take(parameters_of(model), self.path)
-        layers = [rows[index] for index in range(len(self.blocks))]
-        return Params(stack_layers(layers, schedule, "storage")[0], outer)
+        (first, *others), random = jax.jit(state)()
+        functions = (dataclasses.replace(f, constants=c) for f, c in zip(self.functions, others, strict=True))
+        function = dataclasses.replace(self.function, constants=first)
+        return dataclasses.replace(self, function=function, functions=tuple(functions), random=random)
 
-    def merge(self, params: Params, schedule: Schedule) -> nnx.Module:
-        """The model with stacked parameters in place."""
-        rows = unstack_layers(params.stages, len(self.blocks), schedule, "storage")
-        leaves = jax.tree.leaves(_put(params.outer, self.path, dict(enumerate(rows))))
-        variables = jax.tree.unflatten(self.function._variables, leaves)
-        return nnx.merge(self.function.graphdef, variables, self.function.constants, self.random)
+    @property
+    def names(self) -> list[str]:
+        """As the model says it."""
+        return [f"{'.'.join(self.path)}[{index}]" for index in range(len(self.functions))]
 
-    def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
-        """`jaxpipe.value_and_grad`'s embed."""
-        return self._cut(ctx).embed(outer, _key(ctx), data)
+    @property
+    def outer(self) -> Any:
+        """Parameters outside of the blocks."""
+        return _take(self.function.params, self.path)[0]
 
-    def head(self, outer: Any, x: Any, data: Any, ctx: Context) -> Any:
-        """`jaxpipe.value_and_grad`'s head."""
-        return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
+    @property
+    def blocks(self) -> list[Any]:
+        """The blocks' parameters."""
+        return [function.params for function in self.functions]
 
-    def stage(self, schedule: Schedule, params: Any, x: Any, ctx: Context) -> Any:
-        """`jaxpipe.value_and_grad`'s stage."""
-        cut = self._cut(ctx)
-        arrays = cut.arguments(x, ctx.data)
-        kinds = [
-            (block.graphdef, block.streams, call.call.statics, call.call.arguments, _described(block, call))
-            for block, call in zip(self.blocks, cut.blocks, strict=True)
-        ]
-        firsts, kind_of = _distinct(kinds)
-        members = [[index for index, kind in enumerate(kind_of) if kind == wanted] for wanted in range(len(firsts))]
-        functions = [functools.partial(self._layer, cut, arrays, indices) for indices in members]
-        return stage_of_layers(functions, kind_of, schedule)(params, x, ctx)
+    def loss(self, outer: Any, blocks: Sequence[Any], key: Any, data: Any) -> Any:
+        """The user's loss, each block an opaque equation."""
+        outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
+        inside = Context.make(0, 0, key, data, num_stages=len(blocks))
 
-    def _layer(
-        self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, activations: Any, ctx: Context
-    ) -> Any:
-        """A layer of those that are alike but for arrays."""
-        x = activations if cut.simple else activations.x
-        call = cut.blocks[members[0]].call
-        columns = zip(*(cut.blocks[index].arguments for index in members), strict=True)
-        row = jnp.asarray([members.index(i) if i in members else 0 for i in range(len(self.blocks))], jnp.int32)
-        given = [_row([arrays[value] for value in column], row[ctx.layer]) for column in columns]
-        constants = [jax.tree.leaves(self.blocks[index].constants) for index in members]
-        chosen = [_row(column, row[ctx.layer]) for column in zip(*constants, strict=True)]
-        block = self.blocks[members[0]]
-        block = dataclasses.replace(block, constants=jax.tree.unflatten(jax.tree.structure(block.constants), chosen))
-        args, kwargs = join_arguments(call.arguments, call.statics, given)
-        y, others = split_result(block.run(params, ctx, (x, *args), kwargs), x)
-        if cut.simple:
-            return y
-        rows = (
-            stacked.at[ctx.layer].set(value) for stacked, value in zip(activations.others, others, strict=True)
+        def use(model: Any) -> Any:
+            modules = _blocks_of(model, self.path)
+            for name, module, function in zip(self.names, modules, self.functions, strict=True):
+                module.__class__ = _standing_for(type(module))
+                module._pipeline_block = _Stand(name, function, inside)
+            return self.user_loss(model, data)
+
+        return self.function.apply(_put(outer, self.path, dict(enumerate(blocks))), outside, use)
+
+    def kind(self, index: int) -> Any:
+        """The block's static part, and the shapes of its constants."""
+        function = self.functions[index]
+        shapes = [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(function.constants)]
+        return function.graphdef, function.streams, jax.tree.structure(function.constants), shapes
+
+    def run(self, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:
+        """Calls a block with its own constants."""
+        functions = [self.functions[index] for index in members]
+        columns = zip(*(jax.tree.leaves(function.constants) for function in functions), strict=True)
+        constants = jax.tree.unflatten(
+            jax.tree.structure(functions[0].constants), [choose(column, row) for column in columns]
         )
-        return Activations(y, activations.arguments, tuple(rows))
+        return dataclasses.replace(functions[0], constants=constants).run(params, ctx, args, kwargs)
 
-    def _cut(self, ctx: Context) -> Cut:
-        """The loss in parts, for a microbatch."""
-        outer, rows = _take(self.function.params, self.path)
-        blocks = [rows[index] for index in range(len(self.blocks))]
-        names = [f"{'.'.join(self.path)}[{index}]" for index in range(len(blocks))]
-        count = len(blocks)
+    def take(self, model: nnx.Module) -> tuple[Any, list[Any]]:
+        """(outer, blocks) of the parameters of a model like this one."""
+        outer, blocks = _take(parameters_of(model), self.path)
+        return outer, [blocks.get(index, {}) for index in range(len(self.functions))]
 
-        def loss(params: Any, key: Any, data: Any) -> Any:
-            outer, blocks = params
-            whole = _put(outer, self.path, dict(enumerate(blocks)))
-            local = Context(jnp.int32(-1), jnp.int32(0), key, data, jnp.int32(-1))
-            shown = Context.make(0, 0, key, data, num_stages=count)
-
-            def call(model: Any) -> Any:
-                for index, module in enumerate(_blocks_of(model, self.path)):
-                    module.__class__ = _standing_for(type(module))
-                    module._pipeline_block = _Handle(self.blocks[index], names[index], shown)
-                return self.loss(model, data)
-
-            return self.function.apply(whole, local, call)
-
-        params, key, data = jax.tree.map(_shape, (cast((outer, blocks), self.dtype), _key(ctx), ctx.data))
-        return Cut(loss, params, key, data, names)
+    def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
+        """The model with these parameters, and everything else as it was."""
+        params = _put(outer, self.path, dict(enumerate(blocks)))
+        return self.function.with_random(params, self.random)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Handle:
+class _Stand:
     """What a block needs to stand for itself."""
 
-    function: NNXFunction
     name: str
+    function: NNXFunction
     ctx: Context
 
 
@@ -287,41 +201,30 @@ class _Handle:
 def _standing_for(kind: type) -> type:
     """A subclass whose call is one opaque equation."""
 
-    def __call__(self: Any, *args: Any, **kwargs: Any) -> Any:
-        handle = self._pipeline_block
-        params = parameters_of(self)
+    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+        stand: _Stand = self._pipeline_block
 
         def run(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
-            return handle.function.run(params, handle.ctx, (x, *args), kwargs)
+            return stand.function.run(params, stand.ctx, (x, *args), kwargs)
 
-        return call_block(run, handle.name, params, args, kwargs)
+        return call_block(run, stand.name, parameters_of(self), args, kwargs)
 
-    return type(kind)(kind.__name__, (kind,), {"__call__": __call__, "__module__": kind.__module__})
-
-
-def _key(ctx: Context) -> Any:
-    """The key of what stands outside of the blocks: the embedding's, in the head too, which computes parts of it."""
-    return None if ctx.rng is None else ctx.at_layer(-1).rng
+    return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
 def _blocks_of(model: Any, path: Sequence[str]) -> list[nnx.Module]:
-    where = model
-    for name in path:
-        if not hasattr(where, name):
-            raise ValueError(
-                f"blocks={'.'.join(path)!r}: {type(where).__name__} has no {name}; it has "
-                f"{', '.join(sorted(name for name in vars(where) if not name.startswith('_')))}"
-            )
-        where = getattr(where, name)
-    if isinstance(where, nnx.Module) and not isinstance(where, Sequence | nnx.List):
-        raise ValueError(f"blocks={'.'.join(path)!r} is a {type(where).__name__}: name a list of modules")
-    blocks = list(where)
-    for index, block in enumerate(blocks):
+    where, name = model, ".".join(path)
+    for part in path:
+        if not hasattr(where, part):
+            there = ", ".join(sorted(attribute for attribute in vars(where) if not attribute.startswith("_")))
+            raise ValueError(f"blocks={name!r}: {type(where).__name__} has no {part}; it has {there}")
+        where = getattr(where, part)
+    if not isinstance(where, Sequence | nnx.List) or not len(where):
+        raise ValueError(f"blocks={name!r} is a {type(where).__name__}: name a list of at least one module")
+    for index, block in enumerate(where):
         if not isinstance(block, nnx.Module):
-            raise ValueError(f"{'.'.join(path)}[{index}] is a {type(block).__name__}: blocks are nnx.Modules")
-    if not blocks:
-        raise ValueError(f"{'.'.join(path)} is empty: a pipeline needs at least one block for each stage")
-    return blocks
+            raise ValueError(f"{name}[{index}] is a {type(block).__name__}: blocks are nnx.Modules")
+    return list(where)
 
 
 def _take(params: Any, path: Sequence[str]) -> tuple[Any, Any]:
@@ -337,31 +240,3 @@ def _put(params: Any, path: Sequence[str], value: Any) -> Any:
     """The inverse of `_take`."""
     name, *rest = path
     return {**params, name: _put(params.get(name, {}), rest, value) if rest else value}
-
-
-def _shape(leaf: Any) -> Any:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
-
-
-def _described(block: NNXFunction, call: Block) -> Any:
-    """Shapes and dtypes of a block's constants and further arguments."""
-    avals = [value.aval for value in call.arguments]
-    return [(np.shape(leaf), leaf.dtype) for leaf in (*jax.tree.leaves(block.constants), *avals)]
-
-
-def _row(column: Sequence[Any], index: Any) -> Any:
-    """One of several arrays alike, which are often one."""
-    if all(other is column[0] for other in column):
-        return column[0]
-    return jnp.stack(column)[index]
-
-
-def _distinct(definitions: Sequence[Any]) -> tuple[list[int], list[int]]:
-    firsts: list[int] = []
-    kinds = []
-    for index, definition in enumerate(definitions):
-        kind = next((k for k, first in enumerate(firsts) if definition == definitions[first]), len(firsts))
-        if kind == len(firsts):
-            firsts.append(index)
-        kinds.append(kind)
-    return firsts, kinds

@@ -131,11 +131,11 @@ class Graph:
     outputs: tuple[Value, ...]
 
 
-def make_graph(closed: ClosedJaxpr, opened: Callable[[JaxprEqn], bool] = lambda eqn: True) -> Graph:
-    """The graph of a closed jaxpr; calls and scans that are not to be ``opened`` are nodes as any other equation."""
+def make_graph(closed: ClosedJaxpr) -> Graph:
+    """The graph of a closed jaxpr."""
     inputs = tuple(Value(var.aval) for var in closed.jaxpr.invars)
     nodes: list[Node] = []
-    outputs = _emit(closed.jaxpr, closed.consts, inputs, nodes, (), opened)
+    outputs = _emit(closed.jaxpr, closed.consts, inputs, nodes, ())
     _mark_recomputed(nodes)
     return Graph(tuple(nodes), inputs, tuple(outputs))
 
@@ -167,7 +167,6 @@ def _emit(
     inputs: Sequence[Value],
     nodes: list[Node],
     context: tuple[JaxprEqn, ...],
-    opened: Callable[[JaxprEqn], bool],
     *,
     recomputed: bool = False,
 ) -> list[Value]:
@@ -182,16 +181,15 @@ def _emit(
     for eqn in jaxpr.eqns:
         ins = [lookup(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        is_open = name in (*CALLS, "scan") and opened(eqn)
-        if is_open and name in CALLS:
+        if name in CALLS:
             inner, inner_consts = _open(eqn.params[CALLS[name]])
             if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
                 ins = [_barrier(value, nodes) for value in ins]
-            outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn), opened, recomputed=recomputed)
+            outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn), recomputed=recomputed)
         else:
             outs = [Value(var.aval) for var in eqn.outvars]
-            if is_open:
-                nodes.append(_scan(eqn, ins, outs, context, opened, recomputed=recomputed).node())
+            if name == "scan":
+                nodes.append(_scan(eqn, ins, outs, context, recomputed=recomputed).node())
             else:
                 nodes.append(dataclasses.replace(eqn_node(eqn, ins, outs, context), recomputed=recomputed))
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -225,7 +223,6 @@ def _scan(
     ins: Sequence[Value],
     outs: Sequence[Value],
     context: tuple[JaxprEqn, ...],
-    opened: Callable[[JaxprEqn], bool],
     *,
     recomputed: bool,
 ) -> Scan:
@@ -233,7 +230,7 @@ def _scan(
     num_consts, num_carry = scan_counts(eqn)
     inner_ins = [Value(var.aval) for var in jaxpr.invars]
     nodes: list[Node] = []
-    inner_outs = _emit(jaxpr, consts, inner_ins, nodes, (), opened, recomputed=recomputed)
+    inner_outs = _emit(jaxpr, consts, inner_ins, nodes, (), recomputed=recomputed)
     _mark_recomputed(nodes)
     effects = [value for node in nodes for value in node.outs if value.effect]
     stop = num_consts + num_carry
