@@ -40,6 +40,7 @@ class Call:
       statics: its further arguments' leaves, None in place of arrays.
       arguments: their structure, of ``(args, kwargs)``.
       results: shapes and dtypes of what it returns, x first.
+      tag: what the caller of `call_block` gave.
     """
 
     counts: tuple[int, int, int]
@@ -47,6 +48,7 @@ class Call:
     statics: tuple[Any, ...]
     arguments: Any
     results: tuple[Any, ...]
+    tag: Any = None
 
 
 class Block(NamedTuple):
@@ -83,8 +85,12 @@ class Activations(NamedTuple):
     others: tuple[Any, ...]
 
 
-def call_block(run: Callable[..., Any], name: str, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+def call_block(
+    run: Callable[..., Any], name: str, params: Any, args: Sequence[Any], kwargs: Mapping[str, Any], tag: Any = None
+) -> Any:
     """Stands for ``run(params, *args, **kwargs)`` in the program that is cut; ``args[0]`` is x.
+
+    ``tag`` is what tells programs apart that differ in more than their arguments.
 
     Raises:
       ValueError: a block without positional arguments, or that returns something else than x.
@@ -107,7 +113,7 @@ def call_block(run: Callable[..., Any], name: str, params: Any, args: Sequence[A
             "a tuple that begins with them"
         )
     given = jax.tree.leaves(params)
-    call = Call((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals))
+    call = Call((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals), tag)
     return jax.tree.unflatten(jax.tree.structure(result), _block.bind(*given, *x, *arrays, call=call))
 
 
@@ -333,9 +339,7 @@ class _Program:
 
 
 def _holds_block(eqn: JaxprEqn) -> bool:
-    return eqn.primitive is _block or any(
-        _holds_block(inner) for sub in subjaxprs(eqn) for inner in _open(sub)[0].eqns
-    )
+    return eqn.primitive is _block or any(_holds_block(inner) for sub in subjaxprs(eqn) for inner in _open(sub)[0].eqns)
 
 
 def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: Sequence[str]) -> tuple[Block, ...]:

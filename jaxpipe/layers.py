@@ -85,7 +85,8 @@ def _places(num_layers: int, schedule: Schedule) -> list[list[int]]:
     counts = split_layers(num_layers, schedule.num_stages)
     starts = [0, *itertools.accumulate(counts)][:-1]
     return [
-        [start + min(slot, count - 1) for slot in range(max(counts))] for start, count in zip(starts, counts, strict=True)
+        [start + min(slot, count - 1) for slot in range(max(counts))]
+        for start, count in zip(starts, counts, strict=True)
     ]
 
 

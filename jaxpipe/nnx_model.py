@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import call_block
+from jaxpipe.cutting import Call, call_block
 from jaxpipe.inputs import check_same_structure
 from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
 from jaxpipe.runtime.model import Context, Params
@@ -106,6 +106,7 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    stacked = False
 
     @classmethod
     def of(cls, model: nnx.Module, path: tuple[str, ...], loss: Callable[[Any, Any], Any]) -> _NNXModel:
@@ -162,13 +163,15 @@ class _NNXModel:
 
         return self.function.apply(_put(outer, self.path, dict(enumerate(blocks))), outside, use)
 
-    def kind(self, index: int) -> Any:
+    def kind(self, index: int, call: Call) -> Any:
         """The block's static part, and the shapes of its constants."""
         function = self.functions[index]
         shapes = [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(function.constants)]
         return function.graphdef, function.streams, jax.tree.structure(function.constants), shapes
 
-    def run(self, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:
+    def run(
+        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+    ) -> Any:
         """Calls a block with its own constants."""
         functions = [self.functions[index] for index in members]
         columns = zip(*(jax.tree.leaves(function.constants) for function in functions), strict=True)

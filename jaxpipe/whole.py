@@ -13,7 +13,7 @@ from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
-from jaxpipe.cutting import Activations, Cut, join_arguments, split_result
+from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Output, Params
@@ -26,23 +26,27 @@ class Model(Protocol):
     Attributes:
       names: of the blocks, in order.
       outer: shapes of the parameters outside of the blocks.
-      blocks: shapes of each block's parameters.
+      blocks: shapes of each block's parameters, a list; with ``stacked`` of all of them, in rows.
+      stacked: whether the model keeps its blocks in rows.
     """
 
     names: Sequence[str]
     outer: Any
-    blocks: Sequence[Any]
+    blocks: Any
+    stacked: bool
 
-    def loss(self, outer: Any, blocks: Sequence[Any], key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
-    def kind(self, index: int) -> Any:
+    def kind(self, index: int, call: Call) -> Any:
         """What is equal for blocks that run the same program but for arrays."""
 
-    def run(self, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:
+    def run(
+        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+    ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
 
-    def take(self, model: Any) -> tuple[Any, Sequence[Any]]:
+    def take(self, model: Any) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
@@ -89,7 +93,7 @@ class PipelinedModel:
 def stack(model: Model, schedule: Schedule, params: Any) -> Params:
     """The stacked parameters of a model, in storage order."""
     outer, blocks = model.take(params)
-    return Params(stack_layers(list(blocks), schedule, "storage")[0], outer)
+    return Params(stack_layers(blocks, schedule, "storage")[0], outer)
 
 
 def pipelined(
@@ -142,7 +146,7 @@ class _Parts:
         """A stage's blocks."""
         cut = self._cut(ctx)
         arrays = cut.arguments(x, ctx.data)
-        kinds = [(self.model.kind(index), _kind(block)) for index, block in enumerate(cut.blocks)]
+        kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
         kind_of = [next(k for k, other in enumerate(kinds) if _equal(kind, other)) for kind in kinds]
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
@@ -159,7 +163,7 @@ class _Parts:
 
         def run(params: Any, x: Any, given: Any, row: Any) -> Any:
             args, kwargs = join_arguments(first.call.arguments, first.call.statics, given)
-            return self.model.run(members, row, params, ctx, (x, *args), kwargs)
+            return self.model.run(first.call, members, row, params, ctx, (x, *args), kwargs)
 
         for keywords in reversed(first.checkpoints):
             run = jax.checkpoint(run, **keywords)
@@ -171,9 +175,9 @@ class _Parts:
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        shapes = jax.tree.map(_shape, (self.model.outer, list(self.model.blocks), _key(ctx), ctx.data))
+        shapes = jax.tree.map(_shape, (self.model.outer, self.model.blocks, _key(ctx), ctx.data))
         outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), shapes[:2])
-        return Cut(self.model.loss, outer, blocks, *shapes[2:], self.model.names)
+        return Cut(self.model.loss, outer, blocks, *shapes[2:], self.model.names, stacked=self.model.stacked)
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:

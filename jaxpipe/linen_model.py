@@ -1,0 +1,221 @@
+"""Linen models as pipelines: `from_linen`."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+import re
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from jaxpipe.cutting import Call, call_block
+from jaxpipe.inputs import check_same_structure
+from jaxpipe.nnx_function import fold_name
+from jaxpipe.runtime.model import Context, Params
+from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.whole import PipelinedModel, pipelined
+
+
+def from_linen(
+    params: Any,
+    schedule: Schedule,
+    mesh: Mesh,
+    *,
+    blocks: str,
+    loss: Callable[..., Any],
+    specs: Params | None = None,
+    **options: Any,
+) -> PipelinedModel:
+    """Makes a pipeline of a Linen model and the loss function that it is trained with.
+
+    As `from_nnx`, which says how the model is cut.
+
+    Args:
+      params: the model's parameters, what ``module.init(...)["params"]`` gives; or a function without arguments that
+        makes them, which then runs under `jax.jit` so that each device makes its own parameters alone.
+      schedule: from one of the builders.
+      mesh: as for `jaxpipe.value_and_grad`.
+      blocks: where ``params`` has the blocks' parameters: "Block" stands for ``Block_0``, ``Block_1``, ..., "layers" of
+        ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
+        "decoder.layers" is within "decoder".
+      loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
+        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
+      specs: as for `jaxpipe.value_and_grad`.
+      **options: further arguments of `jaxpipe.value_and_grad`.
+
+    Raises:
+      ValueError: as `from_nnx`.
+
+    >>> import jaxpipe, optax
+    >>> class Model(nn.Module):
+    ...     @nn.compact
+    ...     def __call__(self, tokens):
+    ...         x = nn.Embed(16, 8)(tokens)
+    ...         for _ in range(4):
+    ...             x = nn.Dense(8)(x)
+    ...         return nn.LayerNorm()(x)
+    >>> model, tokens = Model(), jnp.zeros((8, 3), jnp.int32)
+    >>> def loss(params, batch):
+    ...     return (model.apply({"params": params}, batch) ** 2).mean()
+    >>> params = model.init(jax.random.key(0), tokens)["params"]
+    >>> mesh, schedule = jaxpipe.make_mesh(pp=2), jaxpipe.schedule.build("1f1b", 2, 4)
+    >>> pipe = from_linen(params, schedule, mesh, blocks="Dense", loss=loss)
+    >>> (value, aux), grads = jax.jit(pipe)(pipe.params, tokens)
+    >>> sorted(pipe.merge(grads))
+    ['Dense_0', 'Dense_1', 'Dense_2', 'Dense_3', 'Embed_0', 'LayerNorm_0']
+    """
+    make = params if callable(params) else lambda: params
+    shapes = jax.eval_shape(make)
+    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    return pipelined(
+        model,
+        lambda: nn.unbox(make()),
+        schedule,
+        mesh,
+        made=not callable(params),
+        specs=specs,
+        options=options,
+    )
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _LinenModel:
+    """A Linen model by its parameters; a `jaxpipe.whole.Model`.
+
+    Attributes:
+      shapes: of the parameters.
+      path: of the module that has the blocks.
+      entries: of that module's parameters, those of the blocks in order; one where blocks are rows of it.
+      stacked: whether they are.
+      names: of the blocks.
+      user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
+    """
+
+    shapes: Any
+    path: tuple[str, ...]
+    entries: tuple[str, ...]
+    stacked: bool
+    names: list[str]
+    user_loss: Callable[..., Any]
+
+    @classmethod
+    def of(cls, shapes: Any, path: tuple[str, ...], loss: Callable[..., Any]) -> _LinenModel:
+        """The blocks found in the parameters."""
+        *outside, name = path
+        where = _at(shapes, outside, path)
+        numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
+        if sorted(numbered) == list(range(len(numbered))) and numbered:
+            entries = tuple(numbered[index] for index in range(len(numbered)))
+            check_same_structure([where[entry] for entry in entries])
+            return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
+        lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
+        if len(lengths) != 1 or () in lengths:
+            raise ValueError(
+                f"blocks={'.'.join(path)!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row for "
+                f"each block; there are {', '.join(sorted(where))}"
+            )
+        names = [f"{'.'.join(path)}[{index}]" for index in range(lengths.pop()[0])]
+        return cls(shapes, tuple(outside), (name,), True, names, loss)
+
+    @property
+    def outer(self) -> Any:
+        """Parameters outside of the blocks."""
+        return self.take(self.shapes)[0]
+
+    @property
+    def blocks(self) -> Any:
+        """The blocks' parameters."""
+        return self.take(self.shapes)[1]
+
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+        """The user's loss, each block an opaque equation."""
+        inside = Context.make(0, 0, key, data, num_stages=len(self.names))
+        row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
+        row = (
+            jax.tree.map(lambda shape: shape[1:], row, is_leaf=lambda s: isinstance(s, tuple)) if self.stacked else row
+        )
+        index_of = {(*self.path, entry): index for index, entry in enumerate(self.entries)}
+
+        def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
+            module = context.module
+            index = index_of.get(tuple(module.path))
+            if context.method_name != "__call__" or index is None:
+                return next_call(*args, **kwargs)
+            params = module.variables["params"]
+            if jax.tree.map(lambda leaf: leaf.shape, params) != row:
+                return next_call(*args, **kwargs)  # the scan over all blocks
+            others = sorted(set(module.variables) - {"params"})
+            if others:
+                raise ValueError(
+                    f"{self.names[index]} has variables in {others}: a stage of a pipeline changes nothing"
+                )
+            call = module.clone(parent=None, name=None), tuple(sorted(module.scope.rngs))
+
+            def run(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
+                return _apply(call, params, inside, (x, *args), kwargs)
+
+            return call_block(run, self.names[index], params, args, kwargs, call)
+
+        whole = self.put_blocks(outer, blocks)
+        with nn.intercept_methods(intercept):
+            return self.user_loss(whole, data, key) if _takes_key(self.user_loss) else self.user_loss(whole, data)
+
+    def kind(self, index: int, call: Call) -> Any:
+        """The block's module and streams."""
+        return call.tag
+
+    def run(
+        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+    ) -> Any:
+        """Calls a block."""
+        return _apply(call.tag, params, ctx, args, kwargs)
+
+    def take(self, params: Any) -> tuple[Any, Any]:
+        """(outer, blocks) of parameters."""
+        where = _at(params, self.path, self.path)
+        blocks = [where[entry] for entry in self.entries]
+        rest = {name: value for name, value in where.items() if name not in self.entries}
+        return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
+
+    def put_blocks(self, outer: Any, blocks: Any) -> Any:
+        """Parameters with blocks as the model keeps them."""
+        found = dict(zip(self.entries, [blocks] if self.stacked else blocks, strict=True))
+        return _replaced(outer, self.path, {**_at(outer, self.path, self.path), **found})
+
+    def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """Parameters with each block's in place."""
+        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
+        return self.put_blocks(outer, rows)
+
+
+def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:
+    module, streams = call
+    keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in streams}
+    return module.apply({"params": params}, *args, rngs=keys, **kwargs)
+
+
+def _takes_key(loss: Callable[..., Any]) -> bool:
+    try:
+        inspect.signature(loss).bind(None, None, None)
+    except TypeError:
+        return False
+    return True
+
+
+def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:
+    for name in path:
+        if not isinstance(params, Mapping) or name not in params:
+            raise ValueError(f"blocks={'.'.join(blocks)!r}: the parameters have no {name}; they have {sorted(params)}")
+        params = params[name]
+    return params
+
+
+def _replaced(params: Any, path: Sequence[str], value: Any) -> Any:
+    if not path:
+        return value
+    return {**params, path[0]: _replaced(params[path[0]], path[1:], value)}
