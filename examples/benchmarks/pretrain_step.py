@@ -24,7 +24,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from pretraining import data, trainer
 from pretraining import plan as planning
 from pretraining.flags import train_parser
-from pretraining.run import Setup, flops_per_token, set_up
+from pretraining.run import Setup, set_up
 
 from profiling.hlo.chips import chip_of
 
@@ -87,7 +87,7 @@ def measure(args: argparse.Namespace, repeats: int) -> None:
     chip = chip_of(jax.devices()[0].device_kind)
     table = []
     for name, ms in times.items():
-        mfu = flops_per_token(setup.config) * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")
+        mfu = setup.config.flops_per_token * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")
         temp: Any = compiled[name].memory_analysis()
         table.append(
             {

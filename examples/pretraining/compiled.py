@@ -17,8 +17,9 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from pretraining import stand_in, trainer
-from pretraining.config import ModelConfig
+from jaxpipe.deepseek import stand_in
+from jaxpipe.deepseek.config import ModelConfig
+from pretraining import trainer
 from pretraining.durations import durations
 from pretraining.model import build_model
 from profiling.hlo.chips import Achieved, Chip

@@ -9,8 +9,8 @@ from typing import Any
 import jax.numpy as jnp
 
 from eplb_jax.moe.dispatch import make_capacities
+from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.schedule.simulator import Costs
-from pretraining.config import ModelConfig
 from profiling.hlo.chips import Achieved, Chip
 
 WHOLE_LAYERS = Achieved(matmul=0.45)

@@ -18,12 +18,13 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
+from jaxpipe.deepseek import stand_in
+from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
 from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.schedule.simulator import simulate
-from pretraining import stand_in, trainer
+from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.config import MODELS, REMATS, ModelConfig, model_config
 from pretraining.durations import WHOLE_LAYERS, Durations, durations
 from pretraining.liveness import nbytes
 from pretraining.memory import Memory, pipeline_memory

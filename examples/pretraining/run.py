@@ -149,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
     start = int(state.step)
     # The steps take the state over: what the check begins with is kept.
     initial = jax.tree.map(np.array, state) if args.check and start == 0 and jax.process_count() == 1 else None
-    throughput = Throughput(setup.batch * setup.config.sequence, flops_per_token(setup.config), _peak(setup, args))
+    throughput = Throughput(setup.batch * setup.config.sequence, setup.config.flops_per_token, _peak(setup, args))
     with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
         observer.note(_describe(args, setup, out, restored))
         program = loop.Program(
@@ -212,17 +212,6 @@ def check(args: argparse.Namespace, setup: Setup, initial: trainer.TrainState, l
         if not final < entropy:
             raise CheckFailed(f"after {len(losses)} steps the loss {final:.3f} is not below the entropy {entropy:.3f}")
         _say(f"final loss {final:.3f} < unigram entropy {entropy:.3f}")
-
-
-def flops_per_token(config: ModelConfig) -> float:
-    """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
-
-    >>> f"{flops_per_token(model_config('dsv3-671b')):.2e}"
-    '2.50e+11'
-    """
-    products = config.active - config.vocab * config.width
-    scores = config.heads * config.sequence * (config.content + config.rotary + config.value)
-    return 6.0 * products + 3.0 * config.layers * scores
 
 
 def _restore(

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
-from jaxpipe.attention import causal_attention, expand_latents
+from jaxpipe.deepseek.kernels import causal_attention, expand_latents
 from profiling.workloads.sizes import Sizes
 
 

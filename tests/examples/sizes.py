@@ -8,9 +8,8 @@ import numpy as np
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
-from pretraining.config import ModelConfig
-
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe.deepseek.config import ModelConfig
 
 SMALL = ModelConfig(
     moe=MoEConfig(

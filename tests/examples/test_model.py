@@ -12,13 +12,13 @@ import pytest
 from tests.examples.sizes import SMALL, make_batch, small  # first: it makes the example importable
 
 from pretraining import trainer  # isort: skip
-from pretraining.config import MODELS, ModelConfig, model_config
 from pretraining.model import build_model
 from pretraining.model.arrange import Arrangement
 from pretraining.model.layers import rotate
 
 import jaxpipe
 from eplb_jax import Placement
+from jaxpipe.deepseek.config import MODELS, ModelConfig, model_config
 from tests.plain import assert_trees_close
 
 CTX = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)

@@ -11,12 +11,12 @@ from tests.examples.sizes import SMALL, small  # first: it makes the example imp
 from pretraining import plan as planning  # isort: skip
 from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.config import MODELS, model_config
 from pretraining.durations import WHOLE_LAYERS, durations
 from pretraining.liveness import peak
 from pretraining.model import build_model
 
 import jaxpipe
+from jaxpipe.deepseek.config import MODELS, model_config
 from profiling.hlo.chips import CHIPS, Achieved
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda

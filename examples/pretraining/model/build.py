@@ -13,9 +13,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, update_bias
-from jaxpipe.attention import causal_attention
+from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.flax import NNXFunction, nnx_function
-from pretraining.config import ModelConfig
 from pretraining.model.arrange import Arrangement
 from pretraining.model.ends import Ends
 from pretraining.model.layers import Core, MoEBlock

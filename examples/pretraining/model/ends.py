@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jaxpipe import vocabulary
-from pretraining.config import ModelConfig
+from jaxpipe.deepseek.config import ModelConfig
 from pretraining.model.layers import Core, DenseBlock, RMSNorm, normal
 
 

@@ -17,8 +17,8 @@ from flax import nnx
 
 from eplb_jax import MoE, MoEStats, Placement
 from eplb_jax.kernels.dtypes import wide
-from jaxpipe.attention import expand_latents
-from pretraining.config import ModelConfig
+from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.kernels import expand_latents
 
 Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower."""

@@ -5,8 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpipe import attention
-from jaxpipe.attention import causal_attention
+from jaxpipe.deepseek import kernels
+from jaxpipe.deepseek.kernels import causal_attention
 
 
 def operands(queries, keys, heads, width, narrow, dtype):
@@ -58,13 +58,13 @@ def test_cudnn_is_chosen_for_shapes_that_it_takes(monkeypatch, caplog, queries, 
 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
-    monkeypatch.setattr(attention, "_is_hopper_or_later", lambda: True)
-    attention._log_once.cache_clear()
-    attention._latent_kernel.cache_clear()
+    monkeypatch.setattr(kernels, "_is_hopper_or_later", lambda: True)
+    kernels._log_once.cache_clear()
+    kernels._latent_kernel.cache_clear()
     arrays = operands(queries, keys, 2, width, narrow, jnp.bfloat16)
     assert causal_attention(*arrays).shape == causal_attention(*arrays).shape == (2, queries, 2, narrow)
     assert seen == [chosen] * 2
-    said = [record.message for record in caplog.records if record.name == attention.__name__]
+    said = [record.message for record in caplog.records if record.name == kernels.__name__]
     assert len(said) == (chosen == "xla" or narrow < width), said
 
 

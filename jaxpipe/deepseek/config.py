@@ -1,4 +1,4 @@
-"""Sizes of the models that can be trained, as data."""
+"""Sizes of a layer and of the models made of such layers, as data, with the parameters and FLOPs that follow."""
 
 from __future__ import annotations
 
@@ -11,20 +11,95 @@ from eplb_jax import MoEConfig, RouterConfig
 REMATS = ("none", "attention", "layer")
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelConfig:
-    """A decoder of multi-head latent attention and experts, and how its state is kept.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """A layer of multi-head latent attention and experts.
 
     Attributes:
       moe: width of the activations, experts and routing.
-      vocab: rows of the embedding and of the output matrix, which are two.
-      layers: of the whole model.
-      dense_layers: how many of them, the first ones, have one SwiGLU instead of experts.
-      dense_hidden: its hidden width.
       heads: of attention.
       query_rank: of the low-rank query; None: one whole matrix.
       latent: width of what keys and values are made of.
       content, rotary, value: widths of a head's query and key without and with positions, and of its value.
+
+    Raises:
+      ValueError: sizes below 1, an odd rotary width.
+    """
+
+    moe: MoEConfig
+    heads: int
+    query_rank: int | None
+    latent: int
+    content: int
+    rotary: int
+    value: int
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail within a traced function."""
+        sizes = {name: getattr(self, name) for name in ("heads", "latent", "content", "rotary", "value")}
+        if min(sizes.values()) < 1 or self.rotary % 2:
+            raise ValueError(f"{sizes}: all are at least 1, and rotary is even, because rotations need pairs")
+        if self.query_rank is not None and self.query_rank < 1:
+            raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return self.moe.width
+
+    @property
+    def experts(self) -> int:
+        """Logical experts of a layer."""
+        return self.moe.router.num_experts
+
+    @property
+    def attention_matrices(self) -> int:
+        """Elements of one layer's attention matrices."""
+        head, rank = self.heads * (self.content + self.rotary), self.query_rank
+        query = self.width * head if rank is None else self.width * rank + rank * head
+        latent = self.width * (self.latent + self.rotary)
+        return query + latent + self.heads * (self.latent * (self.content + self.value) + self.value * self.width)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention, its norms' included."""
+        return self.attention_matrices + self.latent + (self.query_rank or 0)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.width * self.moe.hidden
+
+    def layer_matrices(self, experts: int) -> int:
+        """Elements of the matrices of a layer of which that many routed experts count, the router's included."""
+        mlp = (experts + self.moe.num_shared) * self.expert_parameters + self.width * self.experts
+        return self.attention_matrices + mlp
+
+    def layer_parameters(self, experts: int) -> int:
+        """Parameters of such a layer: its matrices, the scales of its norms and the router's bias."""
+        norms = self.attention_parameters - self.attention_matrices + 2 * self.width
+        return self.layer_matrices(experts) + norms + self.experts
+
+    def score_flops(self, sequence: int) -> int:
+        """FLOPs of one layer's causal attention for one token of a sequence, forward, projections left out.
+
+        Two products, of queries with keys and of weights with values, for half of the sequence on average.
+
+        >>> MODELS["dsv3-671b"].score_flops(4096)
+        167772160
+        """
+        return sequence * self.heads * (self.content + self.rotary + self.value)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(LayerConfig):
+    """A decoder of layers as `LayerConfig` describes them, and how its state is kept.
+
+    Attributes:
+      vocab: rows of the embedding and of the output matrix, which are two.
+      layers: of the whole model.
+      dense_layers: how many of them, the first ones, have one SwiGLU instead of experts.
+      dense_hidden: its hidden width.
       redundant: slots for further copies of experts, which live rebalancing fills; 0: experts stay where they are.
       sequence: tokens of a training sequence.
       mtp: whether a second head predicts the token after the next one; its block is dense.
@@ -42,17 +117,10 @@ class ModelConfig:
       ValueError: sizes below 1 or that do not fit each other, unknown choices.
     """
 
-    moe: MoEConfig
     vocab: int
     layers: int
     dense_layers: int
     dense_hidden: int
-    heads: int
-    query_rank: int | None
-    latent: int
-    content: int
-    rotary: int
-    value: int
     sequence: int
     redundant: int = 0
     mtp: bool = False
@@ -66,14 +134,10 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a traced function."""
-        sizes = {
-            name: getattr(self, name)
-            for name in ("vocab", "heads", "latent", "content", "rotary", "value", "sequence", "dense_hidden")
-        }
-        if min(sizes.values()) < 1 or self.rotary % 2:
-            raise ValueError(f"{sizes}: all are at least 1, and rotary is even, because rotations need pairs")
-        if self.query_rank is not None and self.query_rank < 1:
-            raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
+        super().__post_init__()
+        sizes = {name: getattr(self, name) for name in ("vocab", "sequence", "dense_hidden")}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"{sizes}: all are at least 1")
         if not 0 <= self.dense_layers < self.layers:
             raise ValueError(
                 f"dense_layers={self.dense_layers} of layers={self.layers}: the pipeline's stages are layers with "
@@ -109,32 +173,9 @@ class ModelConfig:
         return dataclasses.replace(self, redundant=slots - self.experts)
 
     @property
-    def width(self) -> int:
-        """Width of the activations."""
-        return self.moe.width
-
-    @property
-    def experts(self) -> int:
-        """Logical experts of a layer."""
-        return self.moe.router.num_experts
-
-    @property
     def moe_layers(self) -> int:
         """Layers with experts, those that are pipelined."""
         return self.layers - self.dense_layers
-
-    @property
-    def attention_parameters(self) -> int:
-        """Parameters of one layer's attention, its norms' included."""
-        head, rank = self.heads * (self.content + self.rotary), self.query_rank
-        query = self.width * head if rank is None else self.width * rank + rank + rank * head
-        latent = self.width * (self.latent + self.rotary) + self.latent
-        return query + latent + self.heads * (self.latent * (self.content + self.value) + self.value * self.width)
-
-    @property
-    def expert_parameters(self) -> int:
-        """Parameters of one expert."""
-        return 3 * self.width * self.moe.hidden
 
     @property
     def dense_layer_parameters(self) -> int:
@@ -142,7 +183,7 @@ class ModelConfig:
         return self.attention_parameters + 3 * self.width * self.dense_hidden + 2 * self.width
 
     @property
-    def ends_parameters(self) -> int:
+    def embedding_and_head_parameters(self) -> int:
         """Parameters of embedding, output matrix and last norm."""
         return 2 * self.vocab * self.width + self.width
 
@@ -151,12 +192,6 @@ class ModelConfig:
         """Parameters of the second head: norms, projection and block; embedding and output matrix are the model's."""
         return self.dense_layer_parameters + 2 * self.width**2 + 3 * self.width if self.mtp else 0
 
-    def layer_parameters(self, experts: int) -> int:
-        """Parameters of a layer of which that many routed experts count; router and its bias included."""
-        router = self.width * self.experts + self.experts
-        mlp = (experts + self.moe.num_shared) * self.expert_parameters + router
-        return self.attention_parameters + mlp + 2 * self.width
-
     @property
     def total(self) -> int:
         """Parameters, the second head's left out, as published sizes leave them out.
@@ -164,7 +199,7 @@ class ModelConfig:
         >>> f"{MODELS['dsv3-671b'].total / 1e9:.1f}"
         '671.0'
         """
-        outside = self.dense_layers * self.dense_layer_parameters + self.ends_parameters
+        outside = self.dense_layers * self.dense_layer_parameters + self.embedding_and_head_parameters
         return outside + self.moe_layers * self.layer_parameters(self.experts)
 
     @property
@@ -174,8 +209,20 @@ class ModelConfig:
         >>> f"{MODELS['dsv3-671b'].active / 1e9:.1f}"
         '37.6'
         """
-        outside = self.dense_layers * self.dense_layer_parameters + self.ends_parameters
+        outside = self.dense_layers * self.dense_layer_parameters + self.embedding_and_head_parameters
         return outside + self.moe_layers * self.layer_parameters(self.moe.router.top_k)
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
+
+        The second head's are not in it, nor what is computed again.
+
+        >>> f"{MODELS['dsv3-671b'].flops_per_token:.2e}"
+        '2.50e+11'
+        """
+        products = self.active - self.vocab * self.width
+        return 6.0 * products + 3.0 * self.layers * self.score_flops(self.sequence)
 
 
 MODELS: Mapping[str, ModelConfig] = MappingProxyType(
