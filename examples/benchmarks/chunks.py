@@ -18,8 +18,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.deepseek import attend, causal_attention, feed_forward
 from profiling.workloads import SIZES, Sizes
-from profiling.workloads.attention import attend
 from profiling.workloads.layer import AXIS, apply_layer, init_layers, layer_specs
 
 HEADS = 128
@@ -82,19 +82,14 @@ def dense_chunk(layers: int, width: int = 2048, tokens: int = 4096) -> Chunk:
     head = width // heads
 
     def stage(params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jax.Array:
-        cudnn = jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
         for i in range(layers):
             with jax.named_scope(f"layer_{i}"):
                 with jax.named_scope("attention"):
                     qkv = (x @ params["qkv"][i]).reshape(*x.shape[:2], 3, heads, head)
-                    query, key, value = (qkv[:, :, part] for part in range(3))
-                    mixed = jax.nn.dot_product_attention(
-                        query, key, value, is_causal=True, implementation="cudnn" if cudnn else "xla"
-                    )
+                    mixed = causal_attention(*(qkv[:, :, part] for part in range(3)))
                     x = x + mixed.reshape(x.shape) @ params["out"][i]
                 with jax.named_scope("mlp"):
-                    gate, up = jnp.split(x @ params["up"][i], 2, -1)
-                    x = x + (jax.nn.silu(gate) * up) @ params["down"][i]
+                    x = x + feed_forward(x, params["up"][i], params["down"][i])
         return x
 
     shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 8 * width), "down": (4 * width, width)}

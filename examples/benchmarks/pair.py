@@ -33,17 +33,8 @@ MOST = 40
 
 def forward_flops(sizes: Sizes) -> float:
     """Of one token through all layers, its attention to half of the sequence included."""
-    heads, head = sizes.heads, sizes.content + sizes.rotary
-    attention = (
-        sizes.width * (sizes.query_rank + sizes.latent + sizes.rotary)
-        + sizes.query_rank * heads * head
-        + sizes.latent * heads * (sizes.content + sizes.value)
-        + heads * sizes.value * sizes.width
-    )
-    moe = sizes.moe
-    experts = (moe.router.top_k + moe.num_shared) * 3 * moe.width * moe.hidden + moe.width * moe.router.num_experts
-    scores = sizes.sequence / 2 * heads * (head + sizes.value)
-    return 2.0 * sizes.layers * (attention + experts + scores)
+    matrices = sizes.layer_matrices(sizes.moe.router.top_k)
+    return float(sizes.layers * (2 * matrices + sizes.score_flops(sizes.sequence)))
 
 
 def products(sizes: tuple[int, int, int]) -> Any:

@@ -17,11 +17,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from jaxpipe.deepseek import stand_in
+from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from pretraining import trainer
 from pretraining.durations import durations
-from pretraining.model import build_model
 from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.hiding import Overlap, overlap
 from profiling.hlo.topologies import topology

@@ -18,7 +18,8 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.deepseek import stand_in
+from jaxpipe.deepseek import DeepSeekModel as Model
+from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
 from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.registry import BUILDERS
@@ -28,7 +29,6 @@ from pretraining.compiled import Compiled, compile_step, table
 from pretraining.durations import WHOLE_LAYERS, Durations, durations
 from pretraining.liveness import nbytes
 from pretraining.memory import Memory, pipeline_memory
-from pretraining.model import Model, build_model
 from profiling.hlo.chips import CHIPS, Achieved, Chip, chip
 
 GIGA = 1e9

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eplb_jax import Decision, MovingAverage, RebalanceConfig, decide
-from pretraining.model import Model
+from jaxpipe.deepseek import DeepSeekModel as Model
 
 
 class Rebalancer:

@@ -18,10 +18,10 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, balancedness
+from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model, model_config
 from pretraining import data, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
-from pretraining.model import Model, ModelConfig, build_model, model_config
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
 from profiling.hlo.chips import chip_of
@@ -54,7 +54,7 @@ class Setup:
     config: ModelConfig
     schedule: jaxpipe.schedule.Schedule
     mesh: Mesh
-    model: Model
+    model: DeepSeekModel
     pipeline: jaxpipe.Pipeline
     train_config: trainer.TrainConfig
     optimizer: Any

@@ -14,9 +14,10 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.deepseek import DeepSeekModel as Model
+from jaxpipe.deepseek import ModelConfig
 from jaxpipe.schedule import Schedule
 from pretraining.liveness import nbytes
-from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
 from profiling.hlo.chips import chip_of
 

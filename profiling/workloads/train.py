@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpipe.deepseek import MLAParams, attend
 from jaxpipe.stage import split_stage
-from profiling.workloads.attention import AttentionParams, attend
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, layer_specs
 from profiling.workloads.sizes import Sizes
 
@@ -39,7 +39,7 @@ def make_train(sizes: Sizes, mesh: Mesh, pairs: int = 2) -> Callable[..., Any]:
     if pairs < 1:
         raise ValueError(f"pairs={pairs}: at least one forward must meet a backward")
 
-    def attention(params: AttentionParams, x: jax.Array) -> tuple[jax.Array, None]:
+    def attention(params: MLAParams, x: jax.Array) -> tuple[jax.Array, None]:
         return attend(params, x[None], sizes)[0][0], None
 
     def stage(layers: tuple[LayerParams, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:

@@ -13,9 +13,9 @@ from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.durations import WHOLE_LAYERS, durations
 from pretraining.liveness import peak
-from pretraining.model import build_model
 
 import jaxpipe
+from jaxpipe.deepseek import build_model
 from jaxpipe.deepseek.config import MODELS, model_config
 from profiling.hlo.chips import CHIPS, Achieved
 from profiling.hlo.hiding import overlap

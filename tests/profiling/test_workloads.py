@@ -6,14 +6,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
+from jax.sharding import PartitionSpec as P
 
-from eplb_jax import moe_layer
+from eplb_jax import MoEParams, moe_layer
+from eplb_jax.moe.experts import ExpertParams
+from jaxpipe.deepseek import LayerConfig, ModelConfig, MoEBlock, attend, rms_norm
 from profiling.__main__ import main
 from profiling.metrics import measure
 from profiling.predict.network import Network, exchange_us
-from profiling.workloads import SIZES, Sizes
-from profiling.workloads.attention import attend, attend_cached, init_attention, rms_norm
-from profiling.workloads.layer import init_layers
+from profiling.workloads import SIZES
+from profiling.workloads.layer import AXIS, LayerParams, apply_layer, init_layers, layer_specs
 from profiling.workloads.predict import predict
 from profiling.workloads.run import make_mesh, prepare, run
 
@@ -71,24 +74,33 @@ def test_prompts_may_be_split_between_microbatches(devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), caches, caches_split)
 
 
-def test_attention_over_a_cache_is_attention_over_the_sequence(x64):
-    params = init_attention(jax.random.key(0), TINY, jnp.float64)
-    x = jax.random.normal(jax.random.key(1), (3, 8, TINY.width), jnp.float64)
-    y, latents = attend(params, x, TINY)
-    cache = jnp.concatenate([latents[:, :7], jnp.full_like(latents[:, :2], 9.0)], 1)  # what is not yet seen is ignored
-    last, filled = attend_cached(params, x[:, 7], cache, jnp.full(3, 7, jnp.int32), TINY)
-    np.testing.assert_allclose(last, y[:, 7], rtol=1e-5, atol=1e-6)  # jax.nn's attention has float32 in it
-    np.testing.assert_allclose(filled[:, :8], latents, rtol=1e-12, atol=1e-12)
+@pytest.mark.parametrize("devices", [1, 4])
+def test_a_layer_is_the_block_that_is_trained(devices):
+    """The same weights and tokens through `MoEBlock`, every device's tokens by themselves."""
+    mesh = mesh_of(devices)
+    layer = {field.name: getattr(TINY, field.name) for field in dataclasses.fields(LayerConfig)}
+    config = ModelConfig(**layer, vocab=8, layers=2, dense_layers=1, dense_hidden=8, sequence=TINY.sequence)
+    block = MoEBlock(config, nnx.Rngs(0))
+    x = jax.random.normal(jax.random.key(1), (devices * TINY.sequence, TINY.width))
+    expected = [block(part[None])[0][0] for part in jnp.split(x, devices)]
 
+    moe, attention = block.moe, block.attention.params._replace(query_norm=None, latent_norm=None)  # ones
+    experts, shared = ExpertParams(moe.w_in[...], moe.w_out[...]), ExpertParams(moe.shared_in[...], moe.shared_out[...])
+    params = LayerParams(attention, MoEParams(moe.router[...], moe.bias[...], experts, shared))
 
-def test_later_tokens_attend_to_those_before(x64):
-    params = init_attention(jax.random.key(0), TINY, jnp.float64)
-    x = jax.random.normal(jax.random.key(1), (2, 8, TINY.width), jnp.float64)
-    y, latents = attend(params, x, TINY)
-    first, before = attend(params, x[:, :5], TINY)
-    second, _ = attend(params, x[:, 5:], TINY, before)
-    np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, rtol=1e-5, atol=1e-6)
-    np.testing.assert_allclose(before, latents[:, :5], rtol=1e-12, atol=1e-12)
+    def attend_alone(params, x):
+        return attend(params, x[None], TINY)[0][0], None
+
+    run = jax.shard_map(
+        lambda params, x: apply_layer(params, x, TINY, attend_alone)[::2],
+        mesh=mesh,
+        in_specs=(layer_specs(TINY)[0], P(AXIS)),
+        out_specs=(P(AXIS), P()),
+        check_vma=False,
+    )
+    y, dropped = jax.jit(run)(params, x)
+    assert int(dropped) == 0
+    np.testing.assert_allclose(y, jnp.concatenate(expected), rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("workload", ["train", "prefill", "decode"])
@@ -132,7 +144,7 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="make them even"):
         dataclasses.replace(TINY, prompts=3)
     with pytest.raises(ValueError, match="does not divide"):
-        Sizes(expert_parallel={"train": 7})
+        dataclasses.replace(TINY, expert_parallel={"train": 7})
     with pytest.raises(ValueError, match="do not split"):
         prepare("prefill", dataclasses.replace(TINY, prompt=31), mesh, jnp.float32, split_prompts=True)
     with pytest.raises(ValueError, match="devices: there are"):

@@ -1,4 +1,4 @@
-"""What stands before the pipelined layers and after them: embedding, first dense layers, and the losses.
+"""What stands before the pipelined layers and after them: embedding and first dense layers, last norm and losses.
 
 Shapes: B sequences, T tokens of each, D width, V vocabulary.
 """
@@ -9,20 +9,31 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from flax import nnx
 
 from jaxpipe import vocabulary
+from jaxpipe.deepseek.block import DenseBlock
 from jaxpipe.deepseek.config import ModelConfig
-from pretraining.model.layers import Core, DenseBlock, RMSNorm, normal
+from jaxpipe.deepseek.kernels import causal_attention
+from jaxpipe.deepseek.layers import RMSNorm, normal
+from jaxpipe.deepseek.mla import Core
+from jaxpipe.deepseek.mtp import MTPHead
 
 
-class Ends(nnx.Module):
+class EmbeddingAndHead(nnx.Module):
     """Embedding, the layers without experts, last norm and output matrix, and the optional second head.
 
-    ``axis`` is the mesh axis over which the vocabulary's rows are spread, all its devices calling together, or None.
+    Args:
+      config: sizes.
+      rngs: for the parameters, which are float32.
+      core: attention of queries to keys and values.
+      axis: the mesh axis over which the vocabulary's rows are spread, all its devices calling together, or None.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core, axis: str | None = None):
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
+    ) -> None:
         self.config, self.axis = config, axis
         self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
         for index in range(config.dense_layers):
@@ -74,28 +85,7 @@ class Ends(nnx.Module):
         if self.axis is not None:
             return vocabulary.cross_entropy(features, output, targets, self.axis) * mask
         logits = jnp.einsum("btd,vd->btv", features, output).astype(jnp.float32)
-        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return (jax.nn.logsumexp(logits, -1) - picked) * mask
-
-
-class MTPHead(nnx.Module):
-    """Multi-token prediction's second head: features for the token after the next one.
-
-    Its block is dense, so that the head does not communicate; DeepSeek's has experts.
-
-    Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.2.
-    """
-
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core):
-        self.hidden_norm, self.embedding_norm = RMSNorm(config.width), RMSNorm(config.width)
-        self.project = nnx.Param(normal(rngs, (2 * config.width, config.width), 2 * config.width))
-        self.block = DenseBlock(config, rngs, core)
-        self.norm = RMSNorm(config.width)
-
-    def __call__(self, y: jax.Array, known: jax.Array) -> jax.Array:
-        """``[B, T, D], [B, T, D] -> [B, T, D]``: features so far and the next tokens' embeddings."""
-        both = jnp.concatenate([self.hidden_norm(y), self.embedding_norm(known)], -1)
-        return self.norm(self.block(both @ self.project[...].astype(y.dtype)))
+        return optax.softmax_cross_entropy_with_integer_labels(logits, targets) * mask
 
 
 def mean(losses: jax.Array, mask: jax.Array) -> jax.Array:

@@ -1,4 +1,4 @@
-"""The model as the functions and parameters that a pipeline takes."""
+"""The model as the functions and parameters that `jaxpipe.value_and_grad` takes."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, update_bias
+from jaxpipe.deepseek.arrange import Arrangement
+from jaxpipe.deepseek.block import MoEBlock
 from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
+from jaxpipe.deepseek.mla import Core
 from jaxpipe.flax import NNXFunction, nnx_function
-from pretraining.model.arrange import Arrangement
-from pretraining.model.ends import Ends
-from pretraining.model.layers import Core, MoEBlock
 
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
 UNTRAINED = (*PLACEMENT, "bias")
@@ -29,7 +30,7 @@ VOCABULARY = (("embedding",), ("output",))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Model:
+class DeepSeekModel:
     """A model for one schedule; made by `build_model`.
 
     The pipelined layers are those with experts. The first, dense layers are part of `embed`, because all stages of a
@@ -55,11 +56,11 @@ class Model:
     core: Core
     params: Any
     _block: NNXFunction
-    _ends: NNXFunction
+    _embedding_and_head: NNXFunction
 
     def embed(self, outer: Any, data: Any, ctx: jaxpipe.Context) -> jax.Array:
         """The first stage's input: embedding and dense layers."""
-        return self._ends.merge(self._gather(outer)).embed(data["tokens"], self.dtype)
+        return self._embedding_and_head.merge(self._gather(outer)).embed(data["tokens"], self.dtype)
 
     def stage(self, params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jaxpipe.Output:
         """One stage's layers. Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``."""
@@ -86,12 +87,12 @@ class Model:
 
     def head(self, outer: Any, y: jax.Array, data: Any, ctx: jaxpipe.Context) -> jax.Array | jaxpipe.Output:
         """The mean loss of a microbatch."""
-        loss, second = self._ends.merge(self._gather(outer)).loss(y, data["targets"], data["mask"])
+        loss, second = self._embedding_and_head.merge(self._gather(outer)).loss(y, data["targets"], data["mask"])
         return loss if second is None else jaxpipe.Output(loss, self.config.mtp_weight * second)
 
     def losses(self, outer: Any, y: jax.Array, data: Any, ctx: jaxpipe.Context) -> tuple[jax.Array, jax.Array]:
         """Of each sequence the sum of its targets' losses and how many they are; the head of an evaluation."""
-        return self._ends.merge(self._gather(outer)).losses(y, data["targets"], data["mask"])
+        return self._embedding_and_head.merge(self._gather(outer)).losses(y, data["targets"], data["mask"])
 
     @staticmethod
     def weight(data: Any) -> jax.Array:
@@ -106,7 +107,7 @@ class Model:
             return nnx_function(MoEBlock(self.config, nnx.Rngs(key), self.core, self.axis)).params
 
         layers = jax.vmap(layer)(keys[1:])
-        outer = nnx_function(Ends(self.config, nnx.Rngs(keys[0]), self.core)).params
+        outer = nnx_function(EmbeddingAndHead(self.config, nnx.Rngs(keys[0]), self.core)).params
         return self.from_layers({"layers": layers, "outer": outer})
 
     @property
@@ -224,7 +225,7 @@ def build_model(
     dtype: Any = jnp.float32,
     abstract: bool = False,
     core: Core = causal_attention,
-) -> Model:
+) -> DeepSeekModel:
     """The model for a schedule.
 
     Args:
@@ -233,11 +234,17 @@ def build_model(
       seed: of the initial parameters, which depend on neither schedule nor mesh.
       axis: the mesh axis that experts, and the batch, are spread over; None: one device has all.
       dtype: of activations and matrix products.
-      abstract: parameters are shapes and dtypes only; `Model.init` makes them later.
+      abstract: parameters are shapes and dtypes only; `DeepSeekModel.init` makes them later.
       core: attention of queries to keys and values.
 
     Raises:
       ValueError: fewer layers with experts than stages; a vocabulary that does not divide over ranks that share it.
+
+    >>> from jaxpipe.deepseek.config import MODELS
+    >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+    >>> model = build_model(MODELS["tiny"], schedule, 0, abstract=True)
+    >>> model.arrangement.counts, model.params.outer["embedding"].shape
+    ((2, 2, 2, 2), (256, 64))
     """
     ranks = schedule.num_ranks
     shared = config.shared_ends and axis is not None and ranks > 1
@@ -247,9 +254,9 @@ def build_model(
             f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
         )
     block = nnx_function(nnx.eval_shape(lambda: MoEBlock(config, nnx.Rngs(0), core, axis)))
-    ends = nnx_function(nnx.eval_shape(lambda: Ends(config, nnx.Rngs(0), core, "pp" if shared else None)))
+    outer = nnx_function(nnx.eval_shape(lambda: EmbeddingAndHead(config, nnx.Rngs(0), core, "pp" if shared else None)))
     arrangement = Arrangement.of(config.moe_layers, schedule)
-    model = Model(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, block, ends)
+    model = DeepSeekModel(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, block, outer)
     params: Callable[[], Any] = jax.jit(lambda: model.init(seed))
     return dataclasses.replace(model, params=jax.eval_shape(params) if abstract else params())
 
