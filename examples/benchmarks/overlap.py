@@ -41,7 +41,7 @@ from profiling.hlo.text import Instruction, parse
 from profiling.hlo.timeline import Settings, Timeline, play
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
-from profiling.workloads.sizes import Sizes
+from profiling.workloads import SIZES
 
 MEASURED = Achieved(matmul=0.70, memory=0.81, interconnect=1.0)
 """One H100: 692 TFLOP/s over all products, grouped and dense; fusions at 2.7 TB/s. Links are given as reached."""
@@ -153,7 +153,7 @@ def make_job(mesh: tuple[int, int], layers: int, tokens: int) -> Job:
     devices = mesh[1]
     axes = Mesh(np.array(topology("H200", 8).devices).reshape(mesh), ("pp", "ep"), axis_types=(AxisType.Auto,) * 2)
     moe = MoEConfig(router=RouterConfig(4 * devices, 8, 4, 4, balanced=True), capacity_factor=1.25)
-    return Job(axes, Sizes(layers=layers, moe=moe, expert_parallel={}), tokens)
+    return Job(axes, dataclasses.replace(SIZES["dsv3"], layers=layers, moe=moe, expert_parallel={}), tokens)
 
 
 def main() -> None:

@@ -4,7 +4,6 @@
 functions of arrays, for those who put it together otherwise.
 """
 
-from jaxpipe.deepseek import stand_in as stand_in
 from jaxpipe.deepseek.arrange import Arrangement
 from jaxpipe.deepseek.block import DenseBlock, MoEBlock, apply_block
 from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_config

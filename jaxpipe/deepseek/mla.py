@@ -223,9 +223,9 @@ class MLA(nnx.Module):
     @property
     def params(self) -> MLAParams:
         """The module's parameters as `attend` and `attend_cached` take them."""
-        found = {name: getattr(self, name, None) for name in MLAParams._fields}
-        arrays = {name: part.scale if isinstance(part, RMSNorm) else part for name, part in found.items()}
-        return MLAParams(**{name: None if part is None else part[...] for name, part in arrays.items()})
+        found = (getattr(self, name, None) for name in MLAParams._fields)
+        variables = (part.scale if isinstance(part, RMSNorm) else part for part in found)
+        return MLAParams._make(None if variable is None else variable[...] for variable in variables)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, T, D]``."""

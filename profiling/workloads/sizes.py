@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.deepseek import MODELS, LayerConfig
@@ -53,9 +54,10 @@ class Sizes(LayerConfig):
 def _published(name: str) -> Sizes:
     """A model's layer with balanced routing and activations that travel in full width."""
     model = MODELS[name]
-    layer = {field.name: getattr(model, field.name) for field in dataclasses.fields(LayerConfig)}
+    layer: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(LayerConfig)}
     router = dataclasses.replace(model.moe.router, balanced=True)
-    return Sizes(**layer | {"moe": dataclasses.replace(model.moe, router=router, fp8=False)})
+    layer["moe"] = dataclasses.replace(model.moe, router=router, fp8=False)
+    return Sizes(**layer)
 
 
 SIZES: Mapping[str, Sizes] = {
