@@ -63,7 +63,7 @@ class Latents(NamedTuple):
     rotary: Float[Array, "B T P"]
 
     def rows(self) -> Float[Array, "B T C"]:
-        """As `attend_cached` caches them."""
+        """Side by side, as `attend` takes those of earlier tokens and `attend_cached` caches them."""
         return jnp.concatenate(self, -1)
 
 
@@ -115,7 +115,7 @@ def attend(
     params: MLAParams,
     x: Float[Array, "B T D"],
     config: LayerConfig,
-    before: Latents | None = None,
+    before: Float[Array, "B S C"] | None = None,
     core: Core = causal_attention,
 ) -> tuple[Float[Array, "B T D"], Latents]:
     """Causal attention of every token to those before it in its sequence, and to itself.
@@ -124,7 +124,7 @@ def attend(
       params: of this layer.
       x: tokens that follow each other.
       config: sizes.
-      before: what this function returned for the tokens that precede these; None: these are the first.
+      before: `Latents.rows` of the tokens that precede these; None: these are the first.
       core: attention of queries to keys and values.
 
     Returns:
@@ -137,14 +137,15 @@ def attend(
     >>> y.shape, latents.rows().shape
     ((1, 5, 8), (1, 5, 6))
     """
-    dtype, first = x.dtype, 0 if before is None else before.latent.shape[1]
-    positions = first + jnp.arange(x.shape[1], dtype=jnp.int32)
+    dtype, first = x.dtype, 0 if before is None else before.shape[1]
+    positions = jnp.arange(first, first + x.shape[1], dtype=jnp.int32)
     with jax.named_scope("query"):
         query = _queries(params, x, config, positions)
     with jax.named_scope("key_value"):
         every = new = _latents(params, x, config, positions)
         if before is not None:
-            every = Latents(*(jnp.concatenate(both, 1) for both in zip(before, new, strict=True)))
+            rows = jnp.concatenate([before, new.rows()], 1)
+            every = Latents(rows[..., : config.latent], rows[..., config.latent :])
         key, value = expand_latents(every.latent, params.key_up.astype(dtype), params.value_up.astype(dtype))
         rotary = jnp.broadcast_to(every.rotary[:, :, None], (*key.shape[:3], config.rotary))
         key = jnp.concatenate([key, rotary], -1)

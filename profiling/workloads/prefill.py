@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.deepseek import Latents, MLAParams, attend
+from jaxpipe.deepseek import MLAParams, attend
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, layer_specs
 from profiling.workloads.sizes import Sizes
 
@@ -43,7 +43,7 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
         caches, dropped = [], jnp.int32(0)
         with jax.named_scope("F"):
             for i, layer in enumerate(layers):
-                seen: list[Latents] = []
+                seen: list[jax.Array] = []
                 for m, x in enumerate(microbatches):
                     before = seen[0] if split_prompts and m else None
                     with jax.named_scope(f"layer_{i}"), jax.named_scope(f"microbatch_{m}"):
@@ -53,7 +53,7 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
                     microbatches[m] = y.reshape(x.shape)
                     seen.append(new)
                     dropped += found
-                caches.append(jnp.concatenate([latents.rows() for latents in seen], axis))
+                caches.append(jnp.concatenate(seen, axis))
         return jnp.concatenate(microbatches, axis), tuple(caches), jax.lax.psum(dropped, AXIS)
 
     body = jax.shard_map(
@@ -65,9 +65,9 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
     return jax.jit(body)
 
 
-def _attention(shape: tuple[int, ...], sizes: Sizes, before: Latents | None) -> Callable[..., Any]:
-    def attention(params: MLAParams, tokens: jax.Array) -> tuple[jax.Array, Latents]:
+def _attention(shape: tuple[int, ...], sizes: Sizes, before: jax.Array | None) -> Callable[..., Any]:
+    def attention(params: MLAParams, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, new = attend(params, tokens.reshape(shape), sizes, before)
-        return y.reshape(tokens.shape), new
+        return y.reshape(tokens.shape), new.rows()
 
     return attention

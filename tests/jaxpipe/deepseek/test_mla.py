@@ -47,7 +47,7 @@ def test_later_tokens_attend_to_those_before(layer):
     config, params, x = layer
     y, latents = attend(params, x, config)
     first, before = attend(params, x[:, :5], config)
-    second, after = attend(params, x[:, 5:], config, before)
+    second, after = attend(params, x[:, 5:], config, before.rows())
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, **CLOSE)
     for part, later, whole in zip(before, after, latents, strict=True):
         np.testing.assert_allclose(jnp.concatenate([part, later], 1), whole, rtol=1e-12, atol=1e-12)
