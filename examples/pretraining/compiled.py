@@ -17,11 +17,11 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.planning.chips import Achieved, Chip
 from pretraining import stand_in, trainer
 from pretraining.config import ModelConfig
 from pretraining.durations import durations
 from pretraining.model import build_model
-from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.hiding import Overlap, overlap
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips

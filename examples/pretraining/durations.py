@@ -9,9 +9,9 @@ from typing import Any
 import jax.numpy as jnp
 
 from eplb_jax.moe.dispatch import make_capacities
+from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.schedule.simulator import Costs
 from pretraining.config import ModelConfig
-from profiling.hlo.chips import Achieved, Chip
 
 WHOLE_LAYERS = Achieved(matmul=0.45)
 """Shares that whole layers reach, everything between their products included.

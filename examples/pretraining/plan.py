@@ -1,6 +1,6 @@
 """What a run needs and how fast it should be, worked out without devices and without making a parameter.
 
-Memory comes from the training step itself, traced for an abstract mesh (`pretraining.memory`); time from the schedule's
+Memory comes from the training step itself, traced for an abstract mesh (`jaxpipe.planning.memory`); time from the schedule's
 simulation, with the durations that the model's products and messages should take on a chip.
 """
 
@@ -18,6 +18,9 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
+from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
+from jaxpipe.planning.liveness import nbytes
+from jaxpipe.planning.memory import Memory, pipeline_memory
 from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.schedule.simulator import simulate
@@ -25,10 +28,7 @@ from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, REMATS, ModelConfig, model_config
 from pretraining.durations import WHOLE_LAYERS, Durations, durations
-from pretraining.liveness import nbytes
-from pretraining.memory import Memory, pipeline_memory
 from pretraining.model import Model, build_model
-from profiling.hlo.chips import CHIPS, Achieved, Chip, chip
 
 GIGA = 1e9
 

@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.planning.chips import chip_of
+from jaxpipe.planning.liveness import nbytes
 from jaxpipe.schedule import Schedule
-from pretraining.liveness import nbytes
 from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
-from profiling.hlo.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)

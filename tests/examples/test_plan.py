@@ -13,11 +13,11 @@ from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.config import MODELS, model_config
 from pretraining.durations import WHOLE_LAYERS, durations
-from pretraining.liveness import peak
 from pretraining.model import build_model
 
 import jaxpipe
-from profiling.hlo.chips import CHIPS, Achieved
+from jaxpipe.planning.chips import CHIPS, Achieved
+from jaxpipe.planning.liveness import peak
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda
 

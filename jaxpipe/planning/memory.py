@@ -7,10 +7,10 @@ from typing import Any
 
 import jax
 
-import jaxpipe
 from jaxpipe._jax import Jaxpr, Literal
+from jaxpipe.api import Pipeline
+from jaxpipe.planning.liveness import nbytes, peak
 from jaxpipe.stage.graph import scan_counts
-from pretraining.liveness import nbytes, peak
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,14 +57,14 @@ class Memory:
         return self.arguments + self.temporary
 
 
-def pipeline_memory(pipeline: jaxpipe.Pipeline, params: Any, batch: Any, *, cpu: bool) -> Memory:
+def pipeline_memory(pipeline: Pipeline, params: Any, batch: Any, *, cpu: bool) -> Memory:
     """What a pipelined step allocates on each device.
 
     Args:
       pipeline: for a mesh with or without devices.
       params: shapes with shardings.
       batch: shapes.
-      cpu: see `pretraining.liveness.peak`.
+      cpu: see `jaxpipe.planning.liveness.peak`.
     """
     outer = jax.make_jaxpr(pipeline)(params, batch)
     (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
