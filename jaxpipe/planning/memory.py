@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
-import jax
-
 from jaxpipe._jax import Jaxpr, Literal
-from jaxpipe.api import Pipeline
-from jaxpipe.planning.liveness import nbytes, peak
+from jaxpipe.planning.liveness import Size, peak
 from jaxpipe.stage.graph import scan_counts
 
 
@@ -20,14 +18,12 @@ class Memory:
     Attributes:
       masters: parameters.
       working: copies of them in the compute dtype or by slot, made once a step.
-      gradients: their sums over microbatches.
+      gradients: their sums over microbatches; of a forward pass alone, its outputs.
       stash: of microbatches between forward and backward.
       in_flight: activations and cotangents between stages.
       transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
-      optimizer: moments.
-      batch: a step's tokens.
-      layers: of a stage.
-      replicated: of the masters, those that every device of the experts' axis has.
+      optimizer: its state, such as moments.
+      batch: a step's.
     """
 
     masters: int
@@ -38,8 +34,6 @@ class Memory:
     transient: int
     optimizer: int = 0
     batch: int = 0
-    layers: int = 0
-    replicated: int = 0
 
     @property
     def arguments(self) -> int:
@@ -57,52 +51,48 @@ class Memory:
         return self.arguments + self.temporary
 
 
-def pipeline_memory(pipeline: Pipeline, params: Any, batch: Any, *, cpu: bool) -> Memory:
-    """What a pipelined step allocates on each device.
+def body_memory(
+    body: Jaxpr, size: Size, *, unrolled: bool, messages: int, results: int, others: int, cpu: bool
+) -> Memory:
+    """What the body of a pipeline's `jax.shard_map` allocates on each device; parameters and batch are left at 0.
 
     Args:
-      pipeline: for a mesh with or without devices.
-      params: shapes with shardings.
-      batch: shapes.
+      body: as `jax.make_jaxpr` of the pipeline has it.
+      size: bytes that a device has of a variable.
+      unrolled: whether the program has no slots; messages then count as stash.
+      messages: arrays between two stages.
+      results: buffers of gradients, or of outputs where nothing is differentiated.
+      others: buffers of losses and metrics: behind the gradients, or before the outputs.
       cpu: see `jaxpipe.planning.liveness.peak`.
     """
-    outer = jax.make_jaxpr(pipeline)(params, batch)
-    (mapped,) = (eqn for eqn in outer.eqns if eqn.primitive.name == "shard_map")
-    body = mapped.params["jaxpr"]
-    # The order is that of jaxpipe.runtime.buffers.Buffers: messages first, at the end gradients and a few sums.
-    chunks = len(pipeline.program.schedule.rank_stages[0])
-    num_grads = chunks * len(jax.tree.leaves(params.stages)) + len(jax.tree.leaves(params.outer))
-    sums = len(jax.tree.leaves(jax.eval_shape(pipeline, params, batch)[0]))
-    pools, buffers = _buffers(body, pipeline.dispatch, num_grads + sums)
-    in_flight, stash, grads = buffers[:pools], buffers[pools : -num_grads - sums], buffers[-num_grads - sums : -sums]
-    working = _working(body)
-    total = peak(body, cpu=cpu)
-    return Memory(
-        masters=nbytes(jax.tree.leaves(params), local=True),
-        working=working,
-        gradients=nbytes(grads),
-        stash=nbytes(stash),
-        in_flight=nbytes(in_flight),
-        transient=total - working - nbytes((*grads, *stash, *in_flight)),
-    )
+    # The order is that of jaxpipe.runtime.buffers.Buffers: messages, stash, gradients, losses and metrics, outputs.
+    messages = 0 if unrolled else messages
+    buffers = _buffers(body, size, results + others) if unrolled else _carried(body)
+    count = len(buffers)
+    in_flight = sum(map(size, buffers[:messages]))
+    stash = sum(map(size, buffers[messages : count - results - others]))
+    kept = sum(map(size, buffers[count - results - others : count - others]))
+    working = _working(body, size)
+    transient = peak(body, cpu=cpu, size=size) - working - kept - stash - in_flight
+    return Memory(0, working, kept, stash, in_flight, transient)
 
 
-def _buffers(body: Jaxpr, dispatch: str, after: int) -> tuple[int, list[Any]]:
-    """(how many buffers hold messages, all buffers); of code without pools, those of the step that leaves most bytes.
+def _carried(body: Jaxpr) -> Sequence[Any]:
+    """The buffers of the loop over a program's steps: the loop that carries most."""
+    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: scan_counts(eqn)[1])
+    consts, carried = scan_counts(loop)
+    return loop.invars[consts : consts + carried]
 
-    ``after``: how many buffers there are besides messages and stash. Of code without pools, messages count as stash.
-    """
+
+def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
+    """The buffers of code without slots, after the step that leaves most bytes; there are at least so many."""
     loops = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
-    if dispatch != "unrolled":
-        loop = max(loops, key=lambda eqn: scan_counts(eqn)[1])
-        consts, carried = scan_counts(loop)
-        return 1, [var.aval for var in loop.invars[consts : consts + carried]]
     eqns = [*body.eqns, *(eqn for loop in loops for eqn in loop.params["jaxpr"].jaxpr.eqns)]
-    barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= after]
-    return 0, max(([atom.aval for atom in eqn.invars] for eqn in barriers), key=nbytes)
+    barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= least]
+    return max((eqn.invars for eqn in barriers), key=lambda atoms: sum(map(size, atoms)))
 
 
-def _working(body: Jaxpr) -> int:
+def _working(body: Jaxpr, size: Size) -> int:
     """Bytes of what is made of parameters before the first step."""
     made: set[Any] = set()
     read: set[Any] = set()
@@ -111,4 +101,4 @@ def _working(body: Jaxpr) -> int:
             made.update(eqn.outvars)
         else:
             read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return nbytes(var.aval for var in made & read)
+    return sum(map(size, made & read))
