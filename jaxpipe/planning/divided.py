@@ -118,7 +118,9 @@ def _alike(eqn: JaxprEqn, ins: Sequence[Dims]) -> Dims:
     """As the operands of the result's shape; of other shapes of as many dimensions, where the size is the same."""
     shape = _shape(eqn.outvars[0]) if eqn.outvars else ()
     found = [
-        tuple(axes if size == other else frozenset() for axes, size, other in zip(dims, _shape(atom), shape, strict=True))
+        tuple(
+            axes if size == other else frozenset() for axes, size, other in zip(dims, _shape(atom), shape, strict=True)
+        )
         for atom, dims in zip(eqn.invars, ins, strict=True)
         if len(dims) == len(shape)
     ]

@@ -334,9 +334,7 @@ def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> di
     if pipeline.program.forward_only:
         return {**counts, "results": len(jax.tree.leaves(result[0])), "others": 0}
     chunks = len(pipeline.program.schedule.rank_stages[0])
-    stages, outer = (
-        sum(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(tree)) for tree in params
-    )
+    stages, outer = (sum(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(tree)) for tree in params)
     # Without a head the loss is the sum of auxiliary losses, and no buffer of its own.
     others = len(jax.tree.leaves(result[0])) - (pipeline.model.head is None)
     return {**counts, "results": chunks * stages + outer, "others": others}

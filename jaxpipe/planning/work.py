@@ -42,7 +42,13 @@ LOOPS = ("scan", "while", "cond", "shard_map")
 
 _FUSED = (ELEMENTWISE | MOVING) - REDUCTIONS
 _FREE = VIEWS | {"optimization_barrier", "axis_index", "platform_index", "pvary", "pcast", "iota", "name"}
+_ENDS = frozenset({"prepare", "reduce"})
+"""Scopes of what is done once a step."""
+
 _SLICES = {"dynamic_slice", "slice"}
+_SCALARS = 256
+"""Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
+
 _ACTION = re.compile(r"(?:^|/)(branch_\d+(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
 _ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
@@ -105,7 +111,10 @@ class Work:
         rates = {unit: chip.flops(unit) * achieved.matmul for unit in {task.unit for task in self.tasks if task.unit}}
         return sum(
             task.times
-            * (max(task.flops / rates[task.unit] if task.unit else 0.0, task.nbytes / memory) + achieved.kernel_us / 1e6)
+            * (
+                max(task.flops / rates[task.unit] if task.unit else 0.0, task.nbytes / memory)
+                + achieved.kernel_us / 1e6
+            )
             for task in self.tasks
         )
 
@@ -219,8 +228,8 @@ class _Collector:
             tuple(unknown.items()),
         )
 
-    def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float) -> None:
-        """Collects a jaxpr and what is inside of it."""
+    def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
+        """Collects a jaxpr and what is inside of it; ``in_loop``: of the loop over a program's steps."""
         flat = _Flat()
         inputs = [flat.new(var) for var in jaxpr.invars]
         outputs = {value for value in flat.add(jaxpr, inputs, path, label) if value is not None}
@@ -232,11 +241,13 @@ class _Collector:
             roots[value] = frozenset({value})
         for op in ops:
             sources = frozenset[int]().union(*(roots[value] for value in op.ins if value is not None))
-            own = op.name in _SLICES or op.name in IN_PLACE
+            own = op.name in _SLICES or op.name in IN_PLACE or op.name in LOOPS
             for value in op.outs:
                 roots[value] = frozenset({value}) if own or value in kept else sources
             if op.name in LOOPS:
                 self._inside(op, times)
+            elif not op.label and (in_loop or _ENDS.isdisjoint(op.path.split("/")) and op.name not in COLLECTIVES):
+                continue  # of the loop over steps: its tables, slots, and the messages that the simulation counts
             elif op.name in COLLECTIVES:
                 self._message(op, times)
             elif op.name not in _FREE:
@@ -252,7 +263,7 @@ class _Collector:
             options = []
             for branch in params["branches"]:
                 other = _Collector(self.divided, self.kernels)
-                other.piece(branch.jaxpr, op.path, op.label, times)
+                other.piece(branch.jaxpr, op.path, op.label, times, in_loop=True)
                 options.append(other)
             if not op.label:  # branches of a pipeline's own switch, all of which count
                 for other in options:
@@ -261,11 +272,13 @@ class _Collector:
                 sizes = [(work.flops(), work.nbytes) for work in (other.work([op.label]) for other in options)]
                 self._merge(options[sizes.index(max(sizes))], [op.label])
         elif op.name == "scan":
-            self.piece(params["jaxpr"].jaxpr, op.path, op.label, times * (params["length"] if op.label else 1))
+            once = not op.label and _ENDS.isdisjoint(op.path.split("/"))  # the loop over steps
+            length = 1 if once else params["length"]
+            self.piece(params["jaxpr"].jaxpr, op.path, op.label, times * length, in_loop=once)
         elif op.name == "while":
             if op.label:
                 self.unknown[op.label]["while (one turn counted)"] += times
-            self.piece(params["body_jaxpr"].jaxpr, op.path, op.label, times)
+            self.piece(params["body_jaxpr"].jaxpr, op.path, op.label, times, in_loop=not op.label)
         else:
             self.piece(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), op.path, op.label, times)
 
@@ -284,8 +297,6 @@ class _Collector:
         arrays = op.eqn.outvars if kind == "all-gather" else op.eqn.invars
         count = 1 if op.name.startswith("ragged") else len(arrays)
         nbytes = sum(self.divided.nbytes(atom) for atom in arrays[:count])
-        if not op.label and "send" in op.path.split("/"):
-            return  # messages between stages, which the simulation counts
         self.messages[op.label].append(Message(kind, axes, nbytes, times))
 
     def _task(
@@ -318,7 +329,8 @@ class _Collector:
             nbytes = 2 * written
         elif not made:
             return
-        self.tasks[op.label].append(Task(name, unit, flops, nbytes, times, again))
+        if flops or nbytes > _SCALARS:
+            self.tasks[op.label].append(Task(name, unit, flops, nbytes, times, again))
 
     def _product(self, op: _Op, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
@@ -344,7 +356,9 @@ class _Collector:
     def _kernel(self, eqn: JaxprEqn, name: str) -> float | None:
         """FLOPs of a kernel, or None where nothing is known of it."""
         operands, results = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
-        share = self.divided.share(frozenset[str]().union(*(axes for var in eqn.outvars for axes in self.divided.dims(var))))
+        share = self.divided.share(
+            frozenset[str]().union(*(axes for var in eqn.outvars for axes in self.divided.dims(var)))
+        )
         if name in self.kernels:
             return float(self.kernels[name](operands, results)) / share
         estimate = eqn.params.get("cost_estimate")
