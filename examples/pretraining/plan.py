@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -21,7 +20,7 @@ import jaxpipe
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.planner import PROGRAMS
-from jaxpipe.planning.work import attention_flops
+from jaxpipe.planning.work import FlopsRule, attention_flops
 from jaxpipe.schedule.registry import BUILDERS
 from pretraining import stand_in, trainer
 from pretraining.compiled import Compiled, compile_step, table
@@ -30,12 +29,12 @@ from pretraining.model import build_model
 
 GIGA = 1e9
 
-KERNELS = {
-    name: functools.partial(
-        lambda products, operands, _: attention_flops(*operands[:3], products=products, causal=True), products
-    )
-    for name, products in ((stand_in.FORWARD, 2), (stand_in.BACKWARD, 5))
-}
+
+def _attention(products: int) -> FlopsRule:
+    return lambda operands, results: attention_flops(*operands[:3], products=products, causal=True)
+
+
+KERNELS = {stand_in.FORWARD: _attention(2), stand_in.BACKWARD: _attention(5)}
 """FLOPs of attention's kernels."""
 
 
@@ -168,12 +167,12 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        mesh = abstract_mesh(sizes)
+        abstract = abstract_mesh(sizes)
         # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-        state = trainer.abstract_state(model, optimizer, mesh)
+        state = trainer.abstract_state(model, optimizer, abstract)
         found = jaxpipe.plan(
-            trainer.pipelined(model, schedule, mesh),
+            trainer.pipelined(model, schedule, abstract),
             state.params,
             trainer.abstract_batch(config, microbatches * sizes["ep"] * microbatch_size),
             chip,

@@ -36,13 +36,14 @@ class Divided:
     """The division of every variable of a jaxpr and of those inside it.
 
     Attributes:
-      sizes: of the compiler's axes.
+      sizes: of the compiler's axes. A manual axis of size 1 here marks what its devices have parts of; the shapes are
+        those parts' already.
     """
 
     def __init__(self, jaxpr: Jaxpr, inputs: Sequence[Dims], sizes: Mapping[str, int]):
         self.sizes = sizes
         self._dims: dict[Any, Dims] = {}
-        if math.prod(sizes.values()) > 1:
+        if sizes:
             self._walk(jaxpr, inputs)
 
     def dims(self, atom: Any) -> Dims:
@@ -86,14 +87,16 @@ class Divided:
             return ins
         rule = _RULES.get(name, _reduced if name in REDUCTIONS else _alike)
         found = rule(eqn, ins)
-        return [
-            tuple(
-                frozenset(axis for axis in axes if axis in self.sizes and size % self.sizes[axis] == 0)
-                for axes, size in zip(found if len(found) == len(var.aval.shape) else (), var.aval.shape, strict=False)
-            )
-            or (frozenset(),) * len(var.aval.shape)
-            for var in eqn.outvars
-        ]
+        return [self._fitting(found, _shape(var)) for var in eqn.outvars]
+
+    def _fitting(self, dims: Dims, shape: tuple[int, ...]) -> Dims:
+        """What a rule says, where it is of so many dimensions and they divide evenly."""
+        if len(dims) != len(shape):
+            return (frozenset(),) * len(shape)
+        return tuple(
+            frozenset(axis for axis in axes if axis in self.sizes and size % self.sizes[axis] == 0)
+            for axes, size in zip(dims, shape, strict=True)
+        )
 
     def _loop(self, body: Jaxpr, consts: list[Dims], carried: list[Dims], rows: list[Dims]) -> list[Dims]:
         """The results of a loop's body, its carried values divided as at the start or after a turn."""

@@ -25,7 +25,7 @@ from jaxpipe.runtime.model import Params
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, Timeline, simulate
 
-PROGRAMS = Achieved(matmul=0.65, memory=0.7, kernel_us=2.0)
+PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
 """The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md."""
 
 GIGA = 1e9
@@ -98,7 +98,7 @@ class Plan:
             f"memory of a device, GB: {memory.total / GIGA:.3g} of {self.chip.memory / GIGA:.3g}"
             + ("" if self.fits else ": TOO MUCH"),
             "  " + ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items()),
-            f"time of a step, ms: {self.seconds * ms:.4g}, of which {self.once * ms:.3g} once, bubble {self.bubble:.1%}",
+            f"time of a step, ms: {self.seconds * ms:.4g}, {self.once * ms:.3g} of it once; bubble {self.bubble:.1%}",
             "  one run: " + ", ".join(times),
             f"FLOPs of a step: {self.flops:.3g}, executed {self.executed:.3g}; MFU {self.mfu:.1%}",
         ]
@@ -172,7 +172,7 @@ def plan(
     body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
     shardings = _shardings(pipeline, params)
     divided = _divided(pipeline, body, params, batch, shardings)
-    found = works(body, divided, kernels or {})
+    found = works(body, divided, kernels or {}, pipeline.axes.pipeline)
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
@@ -216,13 +216,16 @@ def _plan(
     others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
     executed = flops = 0.0
     uncounted: dict[str, float] = {}
+    # Backward takes two products for each of forward; a head computes both at once.
+    factors = {"F": 1, "E": 1, "H": 1} if program.forward_only else {"F": 3, "E": 3, "H": 1}
     for counts in runs:
         for letter, count in counts.items():
             work = found.actions.get(letter, Work())
-            executed += count * work.flops() * others
-            # What a head computes is its forward and its backward.
-            needed = {"F": 3 * (not program.forward_only) or 1, "E": 3 * (not program.forward_only) or 1, "H": 1}
-            flops += count * needed.get(letter, 0) * work.flops(recomputed=False) * others
+            executed += count * work.flops * others
+            if program.shared_ends and letter in "EH":  # all ranks run the same one together
+                flops += count / schedule.num_ranks * factors[letter] * work.model_flops(schedule.num_ranks) * others
+            else:
+                flops += count * factors.get(letter, 0) * work.model_flops() * others
             for name, times in work.unknown:
                 uncounted[name] = max(uncounted.get(name, 0.0), count * times)
     rates = [task.unit for work in found.actions.values() for task in work.tasks if task.unit]
@@ -280,7 +283,7 @@ def _forwards(schedule: Any) -> Any:
 
 
 def _runs(pipeline: Pipeline, timeline: Timeline) -> list[dict[str, int]]:
-    """How often each rank runs each kind of action, and the embedding E and the head H."""
+    """How often each rank runs each kind of action, the embedding E, its gradient G and the head H."""
     schedule, shared = pipeline.program.schedule, pipeline.program.shared_ends
     runs: list[dict[str, int]] = [{} for _ in range(schedule.num_ranks)]
     for rank, events in enumerate(timeline.events):
@@ -288,7 +291,7 @@ def _runs(pipeline: Pipeline, timeline: Timeline) -> list[dict[str, int]]:
             for action in event.group:
                 runs[rank][action.kind.value] = runs[rank].get(action.kind.value, 0) + 1
     for microbatch in range(schedule.num_microbatches):
-        for letter, stage in (("E", 0), ("H", schedule.num_stages - 1)):
+        for letter, stage in (("E", 0), ("G", 0), ("H", schedule.num_stages - 1)):
             holders = range(schedule.num_ranks) if shared else [schedule.rank_of(stage, microbatch)]
             for rank in holders:
                 runs[rank][letter] = runs[rank].get(letter, 0) + 1
@@ -320,6 +323,8 @@ def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
 def _divided(pipeline: Pipeline, body: Any, params: Params, batch: Any, shardings: list[NamedSharding]) -> Divided:
     """The division of the body's values over the axes that the compiler has."""
     mine = {name: size for name, size in pipeline.mesh.shape.items() if name not in pipeline.axes.names and size > 1}
+    if pipeline.program.shared_ends:
+        mine[pipeline.axes.pipeline] = 1
     specs = [sharding.spec for sharding in shardings]
     specs += [P(None, *pipeline.batch_spec)] * len(jax.tree.leaves(batch))
     given = [*specs, *([P()] * (len(body.invars) - len(specs)))]
@@ -346,7 +351,7 @@ def _local(leaf: Any, sharding: Any) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, given: Params, params: Params, shardings: list[NamedSharding]) -> int:
-    """Bytes of an optimizer's state: what is like a parameter is where that is, unless it says where; the rest whole."""
+    """Bytes of an optimizer's state: it is where it says, what is like a parameter where that is, the rest whole."""
     if optimizer is None:
         return 0
     state = optimizer

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from jaxpipe._jax import ELEMENTWISE, HEAVY, MOVING, Jaxpr, JaxprEqn, Literal
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.liveness import EXPENSIVE, IN_PLACE, REDUCTIONS, VIEWS, called_jaxpr, whole
+from jaxpipe.planning.liveness import EXPENSIVE, IN_PLACE, REDUCTIONS, VIEWS, called_jaxpr
 from jaxpipe.planning.mesh import Network
 from jaxpipe.stage.flops import eqn_flops
 
@@ -63,6 +63,7 @@ class Task(NamedTuple):
       nbytes: that it reads from memory and writes.
       times: how often it runs.
       recomputed: whether a backward pass runs it again.
+      parted: whether the pipeline's ranks have a part of its operands each.
     """
 
     name: str
@@ -70,7 +71,8 @@ class Task(NamedTuple):
     flops: float
     nbytes: float
     times: float
-    recomputed: bool
+    recomputed: bool = False
+    parted: bool = False
 
 
 class Message(NamedTuple):
@@ -96,9 +98,16 @@ class Work:
     messages: tuple[Message, ...] = ()
     unknown: tuple[tuple[str, float], ...] = ()
 
-    def flops(self, *, recomputed: bool = True) -> float:
-        """Of all products; with ``recomputed=False`` without those that a backward pass runs again."""
-        return sum(task.flops * task.times for task in self.tasks if recomputed or not task.recomputed)
+    @property
+    def flops(self) -> float:
+        """Of all products."""
+        return sum(task.flops * task.times for task in self.tasks)
+
+    def model_flops(self, ranks: int = 1) -> float:
+        """Without what a backward pass computes again; of ``ranks`` together, what each of them does whole once."""
+        return sum(
+            task.flops * task.times * (ranks if task.parted else 1) for task in self.tasks if not task.recomputed
+        )
 
     @property
     def nbytes(self) -> float:
@@ -139,15 +148,16 @@ class Works:
     boundary: tuple[int, ...]
 
 
-def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule]) -> Works:
+def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> Works:
     """The work in the body of a pipeline's `jax.shard_map`.
 
     Args:
       body: as `jax.make_jaxpr` of a pipeline has it.
       divided: its values over the compiler's axes.
       kernels: rules by the names of kernels.
+      axis: of the pipeline.
     """
-    found = _Collector(divided, kernels)
+    found = _Collector(divided, kernels, axis)
     found.piece(body, "", "", 1.0)
     once = found.work(())
     actions: dict[str, Work] = {}
@@ -156,7 +166,7 @@ def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule]) -> Wo
         if match:  # branches of a kind do the same; where one is free of something, the fuller one counts
             work = found.work([label])
             kept = actions.setdefault(match[2], work)
-            if (work.flops(), work.nbytes) > (kept.flops(), kept.nbytes):
+            if (work.flops, work.nbytes) > (kept.flops, kept.nbytes):
                 actions[match[2]] = work
     boundary = next((sizes for label, sizes in found.boundaries.items() if label.endswith("/F")), ())
     return Works(actions, once, tuple(boundary))
@@ -210,18 +220,21 @@ class _Flat:
 class _Collector:
     """Tasks, messages and unknown kernels by label; "" is what is done once a step."""
 
-    def __init__(self, divided: Divided, kernels: Mapping[str, FlopsRule]) -> None:
-        self.divided, self.kernels = divided, kernels
+    def __init__(self, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> None:
+        self.divided, self.kernels, self.axis = divided, kernels, axis
         self.tasks: dict[str, list[Task]] = collections.defaultdict(list)
         self.messages: dict[str, list[Message]] = collections.defaultdict(list)
-        self.unknown: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+        self.unknown: dict[str, dict[str, float]] = collections.defaultdict(dict)
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
     def work(self, labels: Iterable[str]) -> Work:
         """The work of some labels; of none, that of what has no label."""
         labels = list(labels) or [""]
-        unknown = sum((self.unknown[label] for label in labels), collections.Counter())
+        unknown: dict[str, float] = {}
+        for label in labels:
+            for name, times in self.unknown[label].items():
+                unknown[name] = unknown.get(name, 0.0) + times
         return Work(
             tuple(task for label in labels for task in self.tasks[label]),
             tuple(message for label in labels for message in self.messages[label]),
@@ -246,7 +259,7 @@ class _Collector:
                 roots[value] = frozenset({value}) if own or value in kept else sources
             if op.name in LOOPS:
                 self._inside(op, times)
-            elif not op.label and (in_loop or _ENDS.isdisjoint(op.path.split("/")) and op.name not in COLLECTIVES):
+            elif not op.label and (in_loop or _ENDS.isdisjoint(op.path.split("/"))):
                 continue  # of the loop over steps: its tables, slots, and the messages that the simulation counts
             elif op.name in COLLECTIVES:
                 self._message(op, times)
@@ -262,14 +275,14 @@ class _Collector:
         if op.name == "cond":
             options = []
             for branch in params["branches"]:
-                other = _Collector(self.divided, self.kernels)
+                other = _Collector(self.divided, self.kernels, self.axis)
                 other.piece(branch.jaxpr, op.path, op.label, times, in_loop=True)
                 options.append(other)
             if not op.label:  # branches of a pipeline's own switch, all of which count
                 for other in options:
                     self._merge(other, other.labels)
             else:
-                sizes = [(work.flops(), work.nbytes) for work in (other.work([op.label]) for other in options)]
+                sizes = [(work.flops, work.nbytes) for work in (other.work([op.label]) for other in options)]
                 self._merge(options[sizes.index(max(sizes))], [op.label])
         elif op.name == "scan":
             once = not op.label and _ENDS.isdisjoint(op.path.split("/"))  # the loop over steps
@@ -277,16 +290,20 @@ class _Collector:
             self.piece(params["jaxpr"].jaxpr, op.path, op.label, times * length, in_loop=once)
         elif op.name == "while":
             if op.label:
-                self.unknown[op.label]["while (one turn counted)"] += times
+                self._tell_unknown(op.label, "while, of which one turn counts", times)
             self.piece(params["body_jaxpr"].jaxpr, op.path, op.label, times, in_loop=not op.label)
         else:
             self.piece(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), op.path, op.label, times)
+
+    def _tell_unknown(self, label: str, name: str, times: float) -> None:
+        self.unknown[label][name] = self.unknown[label].get(name, 0.0) + times
 
     def _merge(self, other: _Collector, labels: Iterable[str]) -> None:
         for label in labels:
             self.tasks[label] += other.tasks[label]
             self.messages[label] += other.messages[label]
-            self.unknown[label].update(other.unknown[label])
+            for name, times in other.unknown[label].items():
+                self._tell_unknown(label, name, times)
             self.boundaries[label] += other.boundaries[label]
             self.labels[label] = None
 
@@ -312,7 +329,7 @@ class _Collector:
             name = _kernel_name(op.eqn)
             known = self._kernel(op.eqn, name)
             if known is None:
-                self.unknown[op.label][name] += times
+                self._tell_unknown(op.label, name, times)
             else:
                 flops, unit = known, _unit(op.eqn) if known else ""
         elif op.name in IN_PLACE or op.name.startswith("scatter"):
@@ -330,18 +347,20 @@ class _Collector:
         elif not made:
             return
         if flops or nbytes > _SCALARS:
-            self.tasks[op.label].append(Task(name, unit, flops, nbytes, times, again))
+            parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
+            self.tasks[op.label].append(Task(name, unit, flops, nbytes, times, again, parted))
 
     def _product(self, op: _Op, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
         eqn, divided = op.eqn, self.divided
-        out = frozenset[str]().union(*divided.dims(eqn.outvars[0]))
+        marks = frozenset(name for name, size in divided.sizes.items() if size == 1)
+        out = frozenset[str]().union(*divided.dims(eqn.outvars[0])) - marks
         summed = frozenset[str]()
         if op.name == "dot_general":
             (contract, _) = eqn.params["dimension_numbers"]
             for atom, used in zip(eqn.invars, contract, strict=True):
                 dims = divided.dims(atom)
-                inner = frozenset[str]().union(*(dims[place] for place in used))
+                inner = frozenset[str]().union(*(dims[place] for place in used)) - marks
                 summed |= inner - out
                 lost = inner & out
                 if lost:
@@ -427,23 +446,25 @@ def _materialized(ops: Sequence[_Op], outputs: set[int]) -> set[int]:
                 continue
             if value in needed or several or outside or not fused or op.name in REDUCTIONS:
                 kept.add(value)
-        for place, value in enumerate(op.ins):
+        for value in op.ins:
             if value is None:
                 continue
             readers[value].append(op.label)
-            # What views give to someone who needs it whole, and what is written into a slot, is needed whole.
             passed = op.name in _FREE and any(out in needed for out in op.outs)
-            whole_operand = not fused and not (op.name in IN_PLACE and place == 1)
-            if passed or (whole_operand and not (op.name in IN_PLACE and place == 0)):
+            # A gather computes what it takes, and a slot what is written into it.
+            if passed or not (fused or op.name == "gather" or op.name in IN_PLACE):
                 needed.add(value)
     return kept
 
 
 def _unit(eqn: JaxprEqn) -> str:
-    """What multiplies the operands of a product, as `Chip.flops` names it: by default float32 as TF32."""
-    sizes = [atom.aval.dtype.itemsize for atom in eqn.invars if jnp.issubdtype(atom.aval.dtype, jnp.number)]
-    wide = [a.aval.dtype.itemsize for a in eqn.invars if jnp.issubdtype(a.aval.dtype, jnp.floating)] or sizes
-    widest = max(wide[:2] if eqn.primitive.name in PRODUCTS else [max(set(wide), key=wide.count)], default=4)
+    """What multiplies the operands of a product or kernel, as `Chip.flops` names it: by default float32 as TF32."""
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    floats = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
+    if eqn.primitive.name in PRODUCTS:
+        widest = max(floats[:2], default=1)  # integers multiply as 8-bit numbers do
+    else:
+        widest = max(sorted(set(floats)), key=floats.count, default=4)
     if widest == 4:
         return "f32" if "HIGHEST" in str(eqn.params.get("precision")) else "tf32"
     return {1: "fp8", 2: "bf16"}.get(widest, "f64")
