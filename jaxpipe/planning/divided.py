@@ -1,8 +1,8 @@
 """Which part of each value of a traced program a device has, where mesh axes are the compiler's.
 
-Inside of `jax.shard_map` the shapes are whole along axes that are not manual. Parameters and batch come divided as
-their PartitionSpecs say; from there the division is followed forwards through the equations, as XLA's does. What no
-rule knows keeps it where the shape stays the same, and loses it otherwise.
+Inside of `jax.shard_map` the shapes are whole along axes that are not manual. A pipeline constrains its parameters and
+its batch as their PartitionSpecs say; from there the division is followed forwards through the equations, as XLA's is.
+What no rule knows keeps it where the shape stays the same, and loses it otherwise.
 """
 
 from __future__ import annotations
@@ -22,16 +22,6 @@ Dims = tuple[frozenset[str], ...]
 """The axes that divide each dimension."""
 
 
-def dims_of(spec: P, rank: int, sizes: Mapping[str, int]) -> Dims:
-    """A PartitionSpec's entries, of axes with these sizes alone.
-
-    >>> dims_of(P("pp", ("dp", "tp")), 3, {"tp": 2})
-    (frozenset(), frozenset({'tp'}), frozenset())
-    """
-    entries = [*spec, *([None] * (rank - len(spec)))]
-    return tuple(frozenset(name for name in entry_axes(entry) if name in sizes) for entry in entries)
-
-
 class Divided:
     """The division of every variable of a jaxpr and of those inside it.
 
@@ -40,11 +30,11 @@ class Divided:
         those parts' already.
     """
 
-    def __init__(self, jaxpr: Jaxpr, inputs: Sequence[Dims], sizes: Mapping[str, int]):
+    def __init__(self, jaxpr: Jaxpr, sizes: Mapping[str, int]):
         self.sizes = sizes
         self._dims: dict[Any, Dims] = {}
         if sizes:
-            self._walk(jaxpr, inputs)
+            self._walk(jaxpr, [self.dims(var) for var in jaxpr.invars])
 
     def dims(self, atom: Any) -> Dims:
         """The axes that divide each dimension of a variable or literal."""
@@ -72,14 +62,17 @@ class Divided:
         called = called_jaxpr(eqn)
         if called is not None:
             return self._walk(called, ins[len(ins) - len(called.invars) :])
+        if name == "shard_map":
+            return self._walk(eqn.params["jaxpr"], ins)
         if name == "scan":
             consts, carries = scan_counts(eqn)
-            start, rows = ins[: consts + carries], [dims[1:] for dims in ins[consts + carries :]]
-            outs = self._loop(eqn.params["jaxpr"].jaxpr, start[:consts], start[consts:], rows)
+            rows = [dims[1:] for dims in ins[consts + carries :]]
+            outs = self._loop(eqn, eqn.params["jaxpr"].jaxpr, slice(0, consts), slice(consts, consts + carries), rows)
             return [*outs[:carries], *((frozenset(), *dims) for dims in outs[carries:])]
         if name == "while":
-            skip, begin = eqn.params["cond_nconsts"], eqn.params["body_nconsts"]
-            return self._loop(eqn.params["body_jaxpr"].jaxpr, ins[skip : skip + begin], ins[skip + begin :], [])
+            begin = eqn.params["cond_nconsts"]
+            end = begin + eqn.params["body_nconsts"]
+            return self._loop(eqn, eqn.params["body_jaxpr"].jaxpr, slice(begin, end), slice(end, None), [])
         if name == "cond":
             branches = [self._walk(branch.jaxpr, ins[1:]) for branch in eqn.params["branches"]]
             return [_join(*each) for each in zip(*branches, strict=True)]
@@ -98,14 +91,19 @@ class Divided:
             for axes, size in zip(dims, shape, strict=True)
         )
 
-    def _loop(self, body: Jaxpr, consts: list[Dims], carried: list[Dims], rows: list[Dims]) -> list[Dims]:
+    def _loop(self, eqn: JaxprEqn, body: Jaxpr, consts: slice, start: slice, rows: list[Dims]) -> list[Dims]:
         """The results of a loop's body, its carried values divided as at the start or after a turn."""
+        fixed, carried = ([self.dims(atom) for atom in eqn.invars[places]] for places in (consts, start))
         while True:
-            outs = self._walk(body, [*consts, *carried, *rows])
+            outs = self._walk(body, [*fixed, *carried, *rows])
             after = [_join(*pair) for pair in zip(carried, outs, strict=False)]
             if after == carried:
-                return [*carried, *outs[len(carried) :]]
+                break
             carried = after
+        for atom, dims in zip(eqn.invars[start], carried, strict=True):
+            if not isinstance(atom, Literal):
+                self._dims[atom] = dims  # zeros to begin with are divided as what is added to them
+        return [*carried, *outs[len(carried) :]]
 
 
 def _join(*several: Dims) -> Dims:

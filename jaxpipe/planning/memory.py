@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpipe._jax import Jaxpr, Literal
-from jaxpipe.planning.liveness import Size, peak
+from jaxpipe.planning.liveness import VIEWS, Size, peak
 from jaxpipe.stage.graph import scan_counts
 
 
@@ -93,12 +93,19 @@ def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
 
 
 def _working(body: Jaxpr, size: Size) -> int:
-    """Bytes of what is made of parameters before the first step."""
+    """Bytes of what is made of parameters before the first step; parameters in other words are none."""
     made: set[Any] = set()
     read: set[Any] = set()
+    given: set[Any] = set(body.invars)
     for eqn in body.eqns:
         if "prepare" in str(eqn.source_info.name_stack).split("/"):
-            made.update(eqn.outvars)
+            if eqn.primitive.name == "optimization_barrier":
+                pairs = zip(eqn.invars, eqn.outvars, strict=True)
+            else:
+                pairs = ((atom, var) for atom in eqn.invars[:1] for var in eqn.outvars if eqn.primitive.name in VIEWS)
+            views = {var for atom, var in pairs if not isinstance(atom, Literal) and atom in given}
+            given |= views
+            made.update(var for var in eqn.outvars if var not in views)
         else:
             read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
     return sum(map(size, made & read))

@@ -11,13 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
-from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
+from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
 from jaxpipe.planning import chips
 from jaxpipe.planning.chips import Achieved, Chip
-from jaxpipe.planning.divided import Divided, dims_of
+from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import FlopsRule, Work, Works, works
@@ -171,7 +171,7 @@ def plan(
     (mapped,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "shard_map")
     body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
     shardings = _shardings(pipeline, params)
-    divided = _divided(pipeline, body, params, batch, shardings)
+    divided = _divided(pipeline, closed.jaxpr)
     found = works(body, divided, kernels or {}, pipeline.axes.pipeline)
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
@@ -320,17 +320,12 @@ def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
     return [NamedSharding(pipeline.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=inputs.is_spec)]
 
 
-def _divided(pipeline: Pipeline, body: Any, params: Params, batch: Any, shardings: list[NamedSharding]) -> Divided:
-    """The division of the body's values over the axes that the compiler has."""
+def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:
+    """The division of a traced pipeline's values over the axes that the compiler has."""
     mine = {name: size for name, size in pipeline.mesh.shape.items() if name not in pipeline.axes.names and size > 1}
     if pipeline.program.shared_ends:
         mine[pipeline.axes.pipeline] = 1
-    specs = [sharding.spec for sharding in shardings]
-    specs += [P(None, *pipeline.batch_spec)] * len(jax.tree.leaves(batch))
-    given = [*specs, *([P()] * (len(body.invars) - len(specs)))]
-    return Divided(
-        body, [dims_of(spec, len(var.aval.shape), mine) for spec, var in zip(given, body.invars, strict=True)], mine
-    )
+    return Divided(jaxpr, mine)
 
 
 def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> dict[str, Any]:

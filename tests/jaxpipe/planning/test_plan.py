@@ -1,6 +1,7 @@
 """`jaxpipe.plan` against plain arithmetic, against XLA's own analysis, and against the simulation."""
 
 import dataclasses
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,9 @@ from jaxpipe.schedule.simulator import closed_form_bubble, simulate
 
 TOKENS, WIDTH, HIDDEN = 64, 128, 512
 PRODUCT = 2 * TOKENS * WIDTH * HIDDEN
+
+MEGATRON = jaxpipe.Params({"up": P("pp", None, "tp"), "down": P("pp", "tp")}, P())
+"""The hidden activations over "tp", which the compiler has."""
 
 
 def shape(*sizes, dtype=jnp.float32):
@@ -63,7 +67,7 @@ def test_parameters_gradients_and_optimizer():
 
 
 def test_stash_is_what_the_schedule_holds():
-    """gpipe keeps all microbatches, 1f1b as many as there are ranks, whatever their number."""
+    """Gpipe keeps all microbatches, 1f1b as many as there are ranks, whatever their number."""
     one = 4 * TOKENS * (WIDTH + HIDDEN)  # x and the hidden activations
 
     def stash(name, microbatches):
@@ -75,24 +79,25 @@ def test_stash_is_what_the_schedule_holds():
 
 
 @pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
-@pytest.mark.parametrize("axes", [{"data_axes": ("dp",)}, {"specs": jaxpipe.Params(P("pp", None, "dp"), P())}])
-def test_memory_is_that_of_the_compiled_program(name, axes):
+@pytest.mark.parametrize("axis", ["dp", "tp"])
+def test_memory_is_that_of_the_compiled_program(name, axis):
     """Over a data axis by hand, and with parameters over an axis of the compiler's."""
     if jax.device_count() < 8:
         pytest.skip(f"8 devices are needed, there are {jax.device_count()}")
-    mesh, schedule = jaxpipe.make_mesh(pp=4, dp=2), jaxpipe.schedule.build(name, 4, 8)
-    step = jaxpipe.value_and_grad(mlp, schedule, mesh, head=mean_square, **axes)
-    stages, rows = schedule.num_stages, 8 * TOKENS * (2 if "data_axes" in axes else 1)
+    mesh, schedule = jaxpipe.make_mesh(pp=4, **{axis: 2}), jaxpipe.schedule.build(name, 4, 8)
+    options = {"data_axes": ("dp",)} if axis == "dp" else {"specs": MEGATRON}
+    step = jaxpipe.value_and_grad(mlp, schedule, mesh, head=mean_square, **options)
+    stages, batch = schedule.num_stages, shape(8 * 512 * (1 + (axis == "dp")), WIDTH)
     params = jaxpipe.Params({"up": shape(stages, WIDTH, HIDDEN), "down": shape(stages, HIDDEN, WIDTH)})
-    found = jaxpipe.plan(step, params, shape(rows, WIDTH), "H100", cpu=True).memory
+    found = jaxpipe.plan(step, params, batch, "H100", cpu=True).memory
 
-    specs = axes.get("specs", jaxpipe.Params(P("pp")))
-    shardings = jax.tree.map(lambda _: jax.NamedSharding(mesh, specs.stages), params)
-    batch = jax.NamedSharding(mesh, P("dp") if "data_axes" in axes else P())
-    compiled = jax.jit(step, in_shardings=(shardings, batch)).lower(params, shape(rows, WIDTH)).compile()
-    actual = compiled.memory_analysis()
+    specs = jaxpipe.Params({"up": P("pp"), "down": P("pp")}) if axis == "dp" else MEGATRON._replace(outer=None)
+    shardings = jax.tree.map(lambda spec: jax.NamedSharding(mesh, spec), (specs, P("dp" if axis == "dp" else None)))
+    actual: Any = jax.jit(step, in_shardings=shardings).lower(params, batch).compile().memory_analysis()
+    total = actual.argument_size_in_bytes + actual.temp_size_in_bytes + actual.output_size_in_bytes
+    print(f"{name}, {axis}: {found.total} planned of {total}")
     assert found.arguments == actual.argument_size_in_bytes
-    assert found.total == pytest.approx(actual.argument_size_in_bytes + actual.temp_size_in_bytes, rel=0.1)
+    assert found.total == pytest.approx(total, rel=0.1)
 
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
@@ -106,8 +111,9 @@ def test_bubble_is_the_simulations(name):
 
 
 def test_more_microbatches_leave_a_smaller_bubble():
-    bubbles = [planned(microbatches=count).bubble for count in (4, 8, 16, 32)]
-    assert bubbles == sorted(bubbles, reverse=True) and bubbles[-1] < bubbles[0] / 2
+    fast = dataclasses.replace(CHIPS["H100"], interconnect=1e30, internode=1e29, latency_us=0.0)
+    bubbles = [planned(microbatches=count, chip=fast).bubble for count in (4, 8, 16, 32)]
+    assert bubbles == sorted(bubbles, reverse=True) and bubbles[-1] < bubbles[0] / 3
 
 
 def test_twice_the_layers_take_twice_the_time():
@@ -158,7 +164,10 @@ def test_collectives_take_the_time_of_the_slowest_link():
 
 
 def test_axes_of_the_compiler_divide_products():
-    whole, divided = planned(), planned(axes={"tp": 2}, specs=jaxpipe.Params({"up": P("pp", None, "tp"), "down": P("pp", "tp")}, P()))
+    whole, divided = (
+        planned(),
+        planned(axes={"tp": 2}, specs=jaxpipe.Params({"up": P("pp", None, "tp"), "down": P("pp", "tp")}, P())),
+    )
     assert divided.memory.masters == whole.memory.masters // 2
     assert divided.memory.gradients == whole.memory.gradients // 2
     assert divided.work.actions["F"].flops == whole.work.actions["F"].flops / 2
