@@ -276,3 +276,28 @@ def test_refusals_name_the_remedy():
         planned(options={"devices_per_node": 0})
     with pytest.raises(ValueError, match="does not divide into 8 microbatches"):
         jaxpipe.plan(step, jaxpipe.Params({"up": shape(4, WIDTH, HIDDEN)}), shape(3, WIDTH), "H100")
+
+
+def test_a_flax_transformer_with_dropout():
+    """Through `jaxpipe.flax`, parameters as arrays, with a key and an optimizer; every product is counted."""
+    nnx, optax = pytest.importorskip("flax.nnx"), pytest.importorskip("optax")
+    from jaxpipe.flax import nnx_stages  # noqa: PLC0415
+
+    class Block(nnx.Module):
+        def __init__(self, rngs):
+            self.norm, self.attention = nnx.LayerNorm(32, rngs=rngs), nnx.MultiHeadAttention(4, 32, rngs=rngs)
+            self.mlp, self.dropout = nnx.Linear(32, 32, rngs=rngs), nnx.Dropout(0.1, rngs=rngs)
+
+        def __call__(self, x):
+            x = x + self.attention(self.norm(x), decode=False)
+            return x + self.dropout(nnx.gelu(self.mlp(x)))
+
+    schedule = jaxpipe.schedule.build("zbv", 2, 4)
+    stage, stages = nnx_stages(Block, schedule, nnx.Rngs(0))
+    step = jaxpipe.value_and_grad(stage, schedule, AbstractMesh((2,), ("pp",)), head=mean_square)
+    key, batch = jax.eval_shape(lambda: jax.random.key(0)), shape(4 * 2, 16, 32)
+    found = jaxpipe.plan(step, jaxpipe.Params(stages), batch, "A100", optimizer=optax.adamw(1e-3), rng=key)
+    tokens = 2 * 16
+    products = 2 * tokens * 32 * 32 * 5 + 2 * 2 * tokens * 16 * 32  # five matrices; scores and what they weigh
+    assert found.work.actions["F"].flops == products and found.flops == 4 * 4 * 3 * products
+    assert found.uncounted == () and found.memory.optimizer > 1.9 * found.memory.masters
