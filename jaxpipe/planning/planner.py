@@ -149,10 +149,11 @@ def plan(
       ValueError: an unknown chip; parameters, batch and pipeline that do not fit together.
 
     >>> import jax, jaxpipe
-    >>> from jax.sharding import AbstractMesh
+    >>> from jax.sharding import AbstractMesh, AxisType
+    >>> mesh = AbstractMesh((4,), ("pp",), axis_types=(AxisType.Auto,))
     >>> schedule = jaxpipe.schedule.build("1f1b", 4, 16)
     >>> step = jaxpipe.value_and_grad(
-    ...     lambda w, x, ctx: jax.numpy.tanh(x @ w), schedule, AbstractMesh((4,), ("pp",)),
+    ...     lambda w, x, ctx: jax.numpy.tanh(x @ w), schedule, mesh,
     ...     head=lambda outer, y, data, ctx: (y**2).mean())
     >>> weights = jax.ShapeDtypeStruct((4, 4096, 4096), "bfloat16")
     >>> found = jaxpipe.plan(step, jaxpipe.Params(weights), jax.ShapeDtypeStruct((65536, 4096), "bfloat16"), "H100")

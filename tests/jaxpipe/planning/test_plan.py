@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.experimental import pallas as pl
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
@@ -26,6 +26,10 @@ def shape(*sizes, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(sizes, dtype)
 
 
+def abstract(**sizes):
+    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+
+
 def mlp(params, x, ctx):
     return jnp.tanh(x @ params["up"]) @ params["down"]
 
@@ -40,7 +44,7 @@ def planned(
     """The plan of a pipeline of MLPs, on a mesh of "pp" and further axes without devices."""
     schedule = jaxpipe.schedule.build(name, ranks, microbatches)
     sizes = {"pp": ranks, **dict(axes)}
-    mesh = AbstractMesh(tuple(sizes.values()), tuple(sizes))
+    mesh = abstract(**sizes)
     step = jaxpipe.value_and_grad(stage, schedule, mesh, head=head, **pipeline)
     stages = schedule.num_stages
     params = jaxpipe.Params({"up": shape(stages, WIDTH, HIDDEN), "down": shape(stages, HIDDEN, WIDTH)})
@@ -124,7 +128,7 @@ def test_twice_the_layers_take_twice_the_time():
             return jax.lax.scan(lambda x, _: (x @ w, None), x, None, length=count)[0]
 
         schedule = jaxpipe.schedule.build("zb1p", 2, 4)
-        step = jaxpipe.value_and_grad(stage, schedule, AbstractMesh((2,), ("pp",)), head=mean_square)
+        step = jaxpipe.value_and_grad(stage, schedule, abstract(pp=2), head=mean_square)
         params = jaxpipe.Params(shape(2, 4096, 4096, dtype=jnp.bfloat16))
         return jaxpipe.plan(step, params, shape(4 * 4096, 4096, dtype=jnp.bfloat16), "H200").costs
 
@@ -142,7 +146,7 @@ def test_slow_memory_counts_where_there_are_no_products():
 
     slow = dataclasses.replace(CHIPS["H100"], hbm=CHIPS["H100"].hbm / 10)
     schedule = jaxpipe.schedule.build("1f1b", 2, 4)
-    step = jaxpipe.value_and_grad(stage, schedule, AbstractMesh((2,), ("pp",)), head=mean_square)
+    step = jaxpipe.value_and_grad(stage, schedule, abstract(pp=2), head=mean_square)
     arguments = jaxpipe.Params(shape(2)), shape(4 * 2**20, 256)
     fast, slower = (jaxpipe.plan(step, *arguments, chip).costs.forward for chip in ("H100", slow))
     # x is read, y written, and both once more for its slot and the stash's.
@@ -202,7 +206,7 @@ def test_ends_count_where_they_run():
     params = jaxpipe.Params(
         {"up": shape(4, WIDTH, HIDDEN), "down": shape(4, HIDDEN, WIDTH)}, {"head": shape(vocabulary, WIDTH)}
     )
-    mesh = AbstractMesh((4,), ("pp",))
+    mesh = abstract(pp=4)
 
     def head(outer, y, data, ctx):
         logits = y @ outer["head"].T
@@ -223,7 +227,7 @@ def test_ends_count_where_they_run():
 
 def test_forward_alone():
     schedule = jaxpipe.schedule.build("1f1b", 4, 8)
-    run = jaxpipe.forward(mlp, schedule, AbstractMesh((4,), ("pp",)))
+    run = jaxpipe.forward(mlp, schedule, abstract(pp=4))
     params = jaxpipe.Params({"up": shape(4, WIDTH, HIDDEN), "down": shape(4, HIDDEN, WIDTH)})
     found = jaxpipe.plan(run, params, shape(8 * TOKENS, WIDTH), "H100")
     assert found.flops == found.executed == 8 * 4 * 2 * PRODUCT
@@ -262,7 +266,7 @@ def test_arrays_and_a_mesh_of_devices_do_too():
 
 def test_refusals_name_the_remedy():
     schedule = jaxpipe.schedule.build("1f1b", 4, 8)
-    step = jaxpipe.value_and_grad(mlp, schedule, AbstractMesh((4,), ("pp",)), head=mean_square)
+    step = jaxpipe.value_and_grad(mlp, schedule, abstract(pp=4), head=mean_square)
     batch, params = shape(8 * TOKENS, WIDTH), jaxpipe.Params({"up": shape(3, WIDTH, HIDDEN)})
     with pytest.raises(ValueError, match="no chip 'V100': known are H100"):
         planned(chip="V100")
@@ -294,7 +298,7 @@ def test_a_flax_transformer_with_dropout():
 
     schedule = jaxpipe.schedule.build("zbv", 2, 4)
     stage, stages = nnx_stages(Block, schedule, nnx.Rngs(0))
-    step = jaxpipe.value_and_grad(stage, schedule, AbstractMesh((2,), ("pp",)), head=mean_square)
+    step = jaxpipe.value_and_grad(stage, schedule, abstract(pp=2), head=mean_square)
     key, batch = jax.eval_shape(lambda: jax.random.key(0)), shape(4 * 2, 16, 32)
     found = jaxpipe.plan(step, jaxpipe.Params(stages), batch, "A100", optimizer=optax.adamw(1e-3), rng=key)
     tokens = 2 * 16
