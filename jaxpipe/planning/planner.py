@@ -310,8 +310,10 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
 
 
 def _shape(leaf: Any) -> Any:
-    leaf = leaf if hasattr(leaf, "shape") and hasattr(leaf, "dtype") else np.asarray(leaf)
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jnp.result_type(leaf)  # as JAX would hold it
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
 
 
 def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
