@@ -13,6 +13,11 @@ from jaxpipe.api import value_and_grad as value_and_grad
 from jaxpipe.compiling import compiler_options as compiler_options
 from jaxpipe.optimizer import Unchanged as Unchanged
 from jaxpipe.optimizer import floating_only as floating_only
+from jaxpipe.planning.chips import Achieved as Achieved
+from jaxpipe.planning.chips import Chip as Chip
+from jaxpipe.planning.memory import Memory as Memory
+from jaxpipe.planning.planner import Plan as Plan
+from jaxpipe.planning.planner import plan as plan
 from jaxpipe.runtime.model import Context as Context
 from jaxpipe.runtime.model import Output as Output
 from jaxpipe.runtime.model import Params as Params

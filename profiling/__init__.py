@@ -3,9 +3,9 @@
 What stands here is public; all modules below are internal and may change without a word.
 """
 
+from jaxpipe.planning.chips import Chip, chip
 from profiling.classify.rules import Rule, load_rules
 from profiling.event import Collective, Event, Step, Trace
-from profiling.hlo.chips import Chip, chip
 from profiling.hlo.divergent import check_collectives
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import target_names, topology

@@ -14,9 +14,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.planning.chips import Chip, chip
 from profiling.classify.rules import Rule, load_rules
 from profiling.event import Trace
-from profiling.hlo.chips import Chip, chip
 from profiling.hlo.hiding import Overlap as Schedule
 from profiling.hlo.hiding import overlap
 from profiling.hlo.lines import find_text

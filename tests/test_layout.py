@@ -22,6 +22,7 @@ LAYERS = [
     "jaxpipe.inputs",
     "jaxpipe.differentiated",
     "jaxpipe.api",
+    "jaxpipe.planning",
     "jaxpipe.compiling",
     "jaxpipe.optimizer",
     "jaxpipe.vocabulary",

@@ -49,7 +49,7 @@ from eplb_jax import (
     working_copies,
 )
 from eplb_jax.moe import dispatch, exchange
-from profiling.hlo.chips import chip_of
+from jaxpipe.planning.chips import chip_of
 
 CHAIN = 8  # exchanges in a row, so that starting a program weighs little
 ROWS, WHOLE = P("ep"), P()

@@ -34,8 +34,8 @@ from jax.sharding import AxisType, Mesh
 from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
 
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe.planning.chips import Achieved, Chip, chip
 from jaxpipe.runtime.program import Program
-from profiling.hlo.chips import Achieved, Chip, chip
 from profiling.hlo.hiding import Overlap, overlap
 from profiling.hlo.text import Instruction, parse
 from profiling.hlo.timeline import Settings, Timeline, play

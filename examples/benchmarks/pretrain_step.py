@@ -26,7 +26,7 @@ from pretraining import plan as planning
 from pretraining.flags import train_parser
 from pretraining.run import Setup, set_up
 
-from profiling.hlo.chips import chip_of
+from jaxpipe.planning.chips import chip_of
 
 
 def accumulate(setup: Setup) -> Any:

@@ -37,6 +37,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.schedule import Costs, Schedule, build, simulate
 from jaxpipe.schedule.simulator import closed_form_bubble
 from jaxpipe.stage import split_stage
@@ -215,7 +216,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.layers < 2 or args.layers % 2:
         parser.error(f"--layers {args.layers}: two stages of a rank halve it, so take an even number")
-    axes = {"ep": 1} | {name: int(size) for name, size in (axis.split("=") for axis in args.mesh.split(","))}
+    axes = {"ep": 1} | mesh_sizes(args.mesh)
     mesh, tokens = jaxpipe.make_mesh(pp=axes["pp"], ep=axes["ep"]), args.tokens or (64 if args.tiny else 4096)
     experts = Mesh(mesh.devices[0], ("ep",), axis_types=(AxisType.Auto,))
     moe = moe_chunk(1, "tiny" if args.tiny else "dsv3", tokens, experts)

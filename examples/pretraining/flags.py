@@ -16,11 +16,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     >>> parse_mesh("pp=4,ep=2")
     {'pp': 4, 'ep': 2}
     """
+    from jaxpipe.planning.mesh import mesh_sizes  # noqa: PLC0415
+
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write sizes by axis, as in pp=4,ep=2") from None
-    if "pp" not in sizes or not set(sizes) <= set(AXES) or min(sizes.values()) < 1:
+        sizes = mesh_sizes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if "pp" not in sizes or not set(sizes) <= set(AXES):
         raise argparse.ArgumentTypeError(f"{text!r}: a mesh needs axis pp, may have ep and dp, and no other")
     return sizes
 

@@ -1,7 +1,6 @@
 """What a run needs and how fast it should be, worked out without devices and without making a parameter.
 
-Memory comes from the training step itself, traced for an abstract mesh (`pretraining.memory`); time from the schedule's
-simulation, with the durations that the model's products and messages should take on a chip.
+`jaxpipe.plan` plans the training step of each schedule; here the results stand side by side.
 """
 
 from __future__ import annotations
@@ -18,20 +17,25 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.deepseek import DeepSeekModel as Model
 from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
-from jaxpipe.schedule import Schedule
+from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
+from jaxpipe.planning.mesh import mesh_sizes
+from jaxpipe.planning.planner import PROGRAMS
+from jaxpipe.planning.work import FlopsRule, attention_flops
 from jaxpipe.schedule.registry import BUILDERS
-from jaxpipe.schedule.simulator import simulate
 from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.durations import WHOLE_LAYERS, Durations, durations
-from pretraining.liveness import nbytes
-from pretraining.memory import Memory, pipeline_memory
-from profiling.hlo.chips import CHIPS, Achieved, Chip, chip
 
 GIGA = 1e9
+
+
+def _attention(products: int) -> FlopsRule:
+    return lambda operands, results: attention_flops(*operands[:3], products=products, causal=True)
+
+
+KERNELS = {stand_in.FORWARD: _attention(2), stand_in.BACKWARD: _attention(5)}
+"""FLOPs of attention's kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +50,19 @@ class Row:
       bubble: the pipeline's idle share of it, on the rank that is idle longest.
       mfu: the model's FLOPs (nothing counted that is computed again) as a share of what the chips could do.
       tokens: per second, of all devices together.
+      layers: of a stage.
+      uncounted: kernels whose FLOPs no rule knows, and how often a device runs them.
     """
 
     name: str
     reason: str | None = None
-    memory: Memory | None = None
+    memory: jaxpipe.Memory | None = None
     seconds: float = 0.0
     bubble: float = 0.0
     mfu: float = 0.0
     tokens: float = 0.0
+    layers: int = 0
+    uncounted: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +92,7 @@ class Plan:
         devices = math.prod(sizes.values())
         mtp = f", and {config.mtp_parameters / GIGA:.2f} of the second head" if config.mtp else ""
         tokens = self.microbatches * self.microbatch_size * config.sequence * devices // sizes["pp"]
-        stages = "; ".join(f"{row.name} {row.memory.layers} a stage" for row in self.rows if row.memory)
+        stages = "; ".join(f"{row.name} {row.layers} a stage" for row in self.rows if row.memory)
         lines = [
             f"{devices} {self.chip.name}, mesh {sizes}; {self.microbatches} microbatches of {self.microbatch_size} "
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
@@ -112,7 +120,8 @@ class Plan:
                 f"| {row.name} | {sizes}{fits} | {_short(row.seconds)} | {row.bubble:.1%} | {row.mfu:.1%} | "
                 f"{row.tokens:,.0f} |"
             )
-        return "\n".join(lines)
+        missing = {name for row in self.rows for name, _ in row.uncounted}
+        return "\n".join([*lines, *(f"not counted: {name}" for name in sorted(missing))])
 
 
 def plan(
@@ -123,7 +132,7 @@ def plan(
     microbatches: int | None = None,
     microbatch_size: int = 1,
     chip: Chip = CHIPS["H800"],
-    achieved: Achieved | None = None,
+    achieved: Achieved = PROGRAMS,
     dtype: Any = jnp.bfloat16,
     devices_per_node: int = 8,
     cpu: bool = False,
@@ -137,7 +146,7 @@ def plan(
       microbatches: of a step; default: four for each pipeline rank.
       microbatch_size: sequences of a microbatch on one device.
       chip: what it runs on.
-      achieved: which share of the chip's best programs reach; default: what whole layers have been measured at.
+      achieved: which share of the chip's best programs reach.
       dtype: of activations and products.
       devices_per_node: devices with fast links to each other.
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
@@ -158,18 +167,25 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        memory, held = _memory(model, schedule, sizes, microbatch_size, cpu)
-        spent = durations(
-            config,
-            model.arrangement.slots,
-            sizes,
-            microbatch_size,
+        abstract = abstract_mesh(sizes)
+        # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
+        optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
+        state = trainer.abstract_state(model, optimizer, abstract)
+        found = jaxpipe.plan(
+            trainer.pipelined(model, schedule, abstract),
+            state.params,
+            trainer.abstract_batch(config, microbatches * sizes["ep"] * microbatch_size),
             chip,
-            achieved or WHOLE_LAYERS,
-            dtype,
-            devices_per_node,
+            optimizer=state.opt_state,
+            achieved=achieved,
+            devices_per_node=devices_per_node,
+            kernels=KERNELS,
+            cpu=cpu,
         )
-        rows.append(_row(model, schedule, sizes, memory, spent, microbatch_size, chip))
+        held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
+        tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
+        measures = found.memory, found.seconds, found.bubble, found.mfu
+        rows.append(Row(name, None, *measures, tokens, model.arrangement.slots, found.uncounted))
     return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -204,9 +220,9 @@ def run(args: argparse.Namespace) -> None:
     if args.remat:
         config = dataclasses.replace(config, remat=args.remat)
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
-    except ValueError:
-        raise ValueError(f"--mesh {args.mesh}: write sizes by axis, as in pp=16,ep=64") from None
+        sizes = mesh_sizes(args.mesh)
+    except ValueError as error:
+        raise ValueError(f"--mesh {error}") from None
     if args.slots is not None:
         config = config.over_devices(max(sizes.get("ep", 1), 1), args.slots)
     found = plan(
@@ -238,61 +254,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plan", description="Parameters, memory and time of a training run.")
     add_arguments(parser)
     run(parser.parse_args(arguments))
-
-
-def _memory(
-    model: Model, schedule: Schedule, sizes: Mapping[str, int], microbatch_size: int, cpu: bool
-) -> tuple[Memory, int]:
-    """(memory of a device, parameters that it keeps)."""
-    mesh = abstract_mesh(sizes)
-    batch = trainer.abstract_batch(model.config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
-    # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
-    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    state = trainer.abstract_state(model, optimizer, mesh)
-    kept = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) for leaf in jax.tree.leaves(state.params)]
-    pipeline = trainer.pipelined(model, schedule, mesh)
-    if cpu and pipeline.dispatch == "loops":
-        pipeline = dataclasses.replace(pipeline, dispatch="sequential")
-    found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
-    moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
-    rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]
-    replicated = nbytes((leaf for leaf in jax.tree.leaves(state.params) if "ep" not in leaf.sharding.spec), local=True)
-    others = dict(optimizer=moments, batch=rows, layers=model.arrangement.slots, replicated=replicated)
-    return dataclasses.replace(found, **others), int(sum(kept))
-
-
-def _row(
-    model: Model,
-    schedule: Schedule,
-    sizes: Mapping[str, int],
-    memory: Memory,
-    spent: Durations,
-    microbatch_size: int,
-    chip: Chip,
-) -> Row:
-    config, shared = model.config, model.shared_ends
-    timeline = simulate(schedule, spent.costs)
-    ends = np.zeros(schedule.num_ranks)
-    for microbatch in range(schedule.num_microbatches):
-        if shared:
-            ends += spent.embed + spent.head - spent.output * (1 - 1 / schedule.num_ranks)
-            continue
-        ends[schedule.rank_of(0, microbatch)] += spent.embed
-        ends[schedule.rank_of(schedule.num_stages - 1, microbatch)] += spent.head
-    # Nothing hides the work of embedding and head on the rank that has most of it. Ranks that share it divide the
-    # products with the output matrix; the dense layers each of them makes alone.
-    state = memory.masters + memory.optimizer
-    seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters, memory.replicated)
-    tokens = schedule.num_microbatches * microbatch_size * config.sequence * sizes["ep"]
-    best = chip.flops("bf16" if model.dtype == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
-    return Row(
-        schedule.name,
-        memory=memory,
-        seconds=seconds,
-        bubble=max(timeline.bubble) / seconds,
-        mfu=spent.token_flops * tokens / seconds / best,
-        tokens=tokens / seconds,
-    )
 
 
 def _core(cpu: bool) -> dict[str, Any]:

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eplb_jax import Decision, MovingAverage, RebalanceConfig, decide
-from jaxpipe.deepseek import DeepSeekModel as Model
+from jaxpipe.deepseek import DeepSeekModel
 
 
 class Rebalancer:
@@ -28,7 +28,7 @@ class Rebalancer:
       ValueError: a model without redundant slots; slots that do not divide over the devices.
     """
 
-    def __init__(self, model: Model, devices: int, *, interval: int = 10, decay: float = 0.8, nodes: int = 1):
+    def __init__(self, model: DeepSeekModel, devices: int, *, interval: int = 10, decay: float = 0.8, nodes: int = 1):
         config = model.config
         slots = config.experts + config.redundant
         if not config.redundant or slots % devices:

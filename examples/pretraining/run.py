@@ -19,12 +19,12 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from eplb_jax import Placement, balancedness
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model, model_config
+from jaxpipe.planning.chips import chip_of
 from pretraining import data, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
-from profiling.hlo.chips import chip_of
 
 TRAINED = 60
 """Steps from which on a checked run must have learned more than how often each token occurs."""

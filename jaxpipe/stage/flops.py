@@ -30,10 +30,11 @@ def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:
-    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+    return sum(eqn_flops(eqn) for eqn in jaxpr.eqns)
 
 
-def _eqn_flops(eqn: JaxprEqn) -> int:
+def eqn_flops(eqn: JaxprEqn) -> int:
+    """FLOPs of one equation, with all inside of it."""
     name = eqn.primitive.name
     if name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]

@@ -9,7 +9,7 @@ import re
 
 import numpy as np
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Computation, Instruction, Module
 
 KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute",

@@ -7,7 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Array, Computation, Instruction, Module
 
 Times = Sequence[tuple[str, float | Callable[[Instruction], float]]]

@@ -10,8 +10,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.event import Event, Trace
-from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.cost import Times
 from profiling.hlo.links import Link, find_links, links_table, take_rates
 from profiling.hlo.text import Computation, Module, parse
@@ -214,7 +214,7 @@ def overlap(
 
     Sources: the classes are those of xprof's analysis of asynchronous operations.
 
-    >>> from profiling.hlo.chips import Achieved, Chip
+    >>> from jaxpipe.planning.chips import Achieved, Chip
     >>> chip = Chip("toy", 1e12, 1e12, 1e12, 1e12, 1e12, 1e9, 1e9, 0.0, 1, 1e9)
     >>> found = overlap('''HloModule toy, is_scheduled=true, num_partitions=2
     ... ENTRY %main (p: f32[1000], w: f32[100,100]) -> (f32[1000], f32[100,100]) {

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from profiling.hlo.chips import CHIPS, Achieved, Chip
+from jaxpipe.planning.chips import CHIPS, Achieved, Chip
 from profiling.hlo.collective import Exchange
 from profiling.table import Column, Table, Value
 

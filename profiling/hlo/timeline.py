@@ -7,8 +7,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.event import Event
-from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.collective import Exchange, exchange, is_asynchronous
 from profiling.hlo.cost import Cost, Times, cost, measured_us
 from profiling.hlo.text import Computation, Instruction, Module

@@ -2,7 +2,7 @@
 
 import pytest
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.collective import Exchange, exchange, groups, is_asynchronous
 from profiling.hlo.text import Instruction, parse
 

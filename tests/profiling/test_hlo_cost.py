@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.cost import Product, bytes_moved, cost, products
 from profiling.hlo.text import parse
 

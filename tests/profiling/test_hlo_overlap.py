@@ -2,8 +2,8 @@
 
 import pytest
 
+from jaxpipe.planning.chips import Achieved, Chip, chip
 from profiling.__main__ import main
-from profiling.hlo.chips import Achieved, Chip, chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.text import parse
 

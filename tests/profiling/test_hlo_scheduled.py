@@ -7,8 +7,8 @@ import jax
 import pytest
 
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe.planning.chips import chip
 from profiling import metrics
-from profiling.hlo.chips import chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.text import read
 from tests.profiling import scheduled

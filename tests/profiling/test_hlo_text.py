@@ -10,7 +10,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from profiling.hlo.chips import chip
+from jaxpipe.planning.chips import chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.lines import find_text
 from profiling.hlo.text import Array, arrays, parse, read, split

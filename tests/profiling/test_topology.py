@@ -11,8 +11,8 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
+from jaxpipe.planning.chips import chip
 from profiling.hlo import topologies as module
-from profiling.hlo.chips import chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda, target_names, topology
 

@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from profiling.hlo.chips import CHIPS, Achieved, chip
+from jaxpipe.planning.chips import CHIPS, Achieved, chip
 
 
 def test_ratios_that_the_data_sheets_agree_on():

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
@@ -66,6 +66,9 @@ EXPENSIVE = {
 
 CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
+Size = Callable[[Any], int]
+"""Bytes of a variable of a jaxpr."""
+
 
 @dataclasses.dataclass(frozen=True)
 class _Op:
@@ -81,13 +84,14 @@ class _Op:
 class _Graph:
     """Equations in order, and the size of each value."""
 
-    def __init__(self, cpu: bool):
+    def __init__(self, cpu: bool, size: Size):
         self.cpu = cpu
+        self.size = size
         self.ops: list[_Op] = []
         self.sizes: list[int] = []
 
-    def new(self, aval: Any) -> int:
-        self.sizes.append(nbytes([aval]))
+    def new(self, var: Any) -> int:
+        self.sizes.append(self.size(var))
         return len(self.sizes) - 1
 
     def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None]) -> list[int | None]:
@@ -100,11 +104,11 @@ class _Graph:
 
         for eqn in jaxpr.eqns:
             ins = [read(atom) for atom in eqn.invars]
-            called = _called(eqn)
+            called = called_jaxpr(eqn)
             if called is not None:
                 env.update(zip(eqn.outvars, self.add(called, ins[len(ins) - len(called.invars) :]), strict=True))
                 continue
-            outs = [self.new(var.aval) for var in eqn.outvars]
+            outs = [self.new(var) for var in eqn.outvars]
             env.update(zip(eqn.outvars, outs, strict=True))
             self._append(eqn, ins, outs)
         return [read(atom) for atom in jaxpr.outvars]
@@ -117,30 +121,37 @@ class _Graph:
             return
         inner, aliases = 0, ()
         if name in ("scan", "while"):
-            body = eqn.params["jaxpr" if name == "scan" else "body_jaxpr"]
-            if name == "scan":
-                begin, count = scan_counts(eqn)
-                carried = ins[begin : begin + count]
-            else:
-                begin = eqn.params["body_nconsts"]
-                carried = ins[eqn.params["cond_nconsts"] + begin :]
-            inner = peak(body.jaxpr, cpu=self.cpu, carried=range(begin, begin + len(carried)))
-            # A literal start is a buffer like any other.
-            pairs = zip(carried, eqn.outvars[: len(carried)], strict=True)
-            aliases = tuple(self.new(var.aval) if value is None else value for value, var in pairs)
+            inner, aliases = self._loop(eqn, ins)
         elif name == "cond":
-            inner = max(peak(branch.jaxpr, cpu=self.cpu) for branch in eqn.params["branches"])
+            inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in eqn.params["branches"])
         elif name.startswith("ragged_dot") and self.cpu:
-            numbers = eqn.params.get("ragged_dot_dimension_numbers")
-            both = numbers is not None and not numbers.rhs_group_dimensions
-            sizes: Any = eqn.invars[2].aval
-            groups = math.prod(sizes.shape)
-            masked = [self.new(atom.aval) for atom in eqn.invars[: 1 + both]]
-            for value, source in zip(masked, ins, strict=False):
-                self.sizes[value] *= groups
-                self.ops.append(_Op("mask", () if source is None else (source,), (value,)))
-            known = (*masked, *(value for value in ins[1 + both :] if value is not None))
+            known = self._masked(eqn, ins)
         self.ops.append(_Op(name, known, tuple(outs), inner, aliases))
+
+    def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
+        """(bytes that a turn needs, the buffers that the carried values are written into)."""
+        if eqn.primitive.name == "scan":
+            body = eqn.params["jaxpr"]
+            begin, count = scan_counts(eqn)
+            carried = ins[begin : begin + count]
+        else:
+            body, begin = eqn.params["body_jaxpr"], eqn.params["body_nconsts"]
+            carried = ins[eqn.params["cond_nconsts"] + begin :]
+        inner = peak(body.jaxpr, cpu=self.cpu, carried=range(begin, begin + len(carried)), size=self.size)
+        # A literal start is a buffer like any other.
+        pairs = zip(carried, eqn.outvars[: len(carried)], strict=True)
+        return inner, tuple(self.new(var) if value is None else value for value, var in pairs)
+
+    def _masked(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, ...]:
+        """What a grouped product reads on CPUs: operands with each row once for each group, masked."""
+        numbers = eqn.params.get("ragged_dot_dimension_numbers")
+        both = numbers is not None and not numbers.rhs_group_dimensions
+        sizes: Any = eqn.invars[2].aval
+        masked = [self.new(atom) for atom in eqn.invars[: 1 + both]]
+        for value, source in zip(masked, ins, strict=False):
+            self.sizes[value] *= math.prod(sizes.shape)
+            self.ops.append(_Op("mask", () if source is None else (source,), (value,)))
+        return (*masked, *(value for value in ins[1 + both :] if value is not None))
 
 
 def nbytes(avals: Iterable[Any], *, local: bool = False) -> int:
@@ -149,7 +160,12 @@ def nbytes(avals: Iterable[Any], *, local: bool = False) -> int:
     return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
 
 
-def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int:
+def whole(var: Any) -> int:
+    """Bytes of a variable or literal of a jaxpr."""
+    return nbytes([var.aval])
+
+
+def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: Size = whole) -> int:
     """Most bytes alive at once besides inputs and what is written into them.
 
     Args:
@@ -158,18 +174,34 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int
         product becomes a plain one whose left operand has each row once for each group, masked (and so has the right
         one if rows are what is summed over).
       carried: of a loop's body: inputs, over which the first outputs are written.
+      size: gives the bytes that a device has of a variable.
 
     >>> import jax, jax.numpy as jnp
     >>> x = jnp.ones((16, 16))
     >>> peak(jax.make_jaxpr(lambda x: ((x @ x + 1) @ x).sum())(x).jaxpr)  # two products alive
     2048
     """
-    graph = _Graph(cpu)
-    inputs = [graph.new(var.aval) for var in jaxpr.invars]
+    graph = _Graph(cpu, size)
+    inputs = [graph.new(var) for var in jaxpr.invars]
     outputs = graph.add(jaxpr, inputs)
+    results = outputs[: len(carried)]
     # What is added to a carried sum, such as a gradient, XLA adds as soon as it is there, and frees.
-    sums = set() if cpu else {value for value in outputs[: len(carried)] if value is not None} - set(inputs)
+    sums = set() if cpu else {value for value in results if value is not None} - set(inputs)
     sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
+    nodes, roots = _nodes(graph, inputs, sums)
+    ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
+    nodes = [*(_breadth_first(nodes) if cpu else _sums_first(nodes)), _Node((), ends, 0)]
+    theirs = set(inputs) - {inputs[place] for place in carried}
+    owner = _overwrite(nodes, {value: size for value, size in enumerate(graph.sizes) if value not in theirs})
+    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
+    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
+    for value in results:
+        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
+    return _most_alive(nodes, owner, sizes)
+
+
+def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_Node], list[frozenset[int]]]:
+    """(what runs, in the order of the equations; the allocated values that each value is made of)."""
     kept = _allocated(graph, set(inputs)) | sums
     floors = [0] * len(graph.sizes)
     roots: list[frozenset[int]] = [frozenset()] * len(graph.sizes)
@@ -180,22 +212,18 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = ()) -> int
         sources = frozenset[int]().union(*(roots[value] for value in op.ins))
         made = tuple(value for value in op.outs if value in kept)
         floor = len(nodes) if op.name == "optimization_barrier" else max((floors[value] for value in op.ins), default=0)
-        for value in op.outs:
-            floors[value] = floor
         for place, value in enumerate(op.outs):
+            floors[value] = floor
             written = op.aliases and place < len(op.aliases)
             roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
         if made or op.inner or op.aliases or op.name in IN_PLACE:
             elementwise = op.name not in WHOLE and op.name not in REDUCTIONS
             nodes.append(_Node(made, sources, op.inner, elementwise, floor if sums.intersection(made) else None))
-    ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
-    nodes = [*(_breadth_first(nodes) if cpu else _sums_first(nodes)), _Node((), ends, 0)]
-    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
-    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
-    for value in outputs[: len(carried)]:
-        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
-    theirs = set(inputs) - {inputs[place] for place in carried}
-    owner = _overwrite(nodes, {value: size for value, size in enumerate(graph.sizes) if value not in theirs})
+    return nodes, roots
+
+
+def _most_alive(nodes: Sequence[_Node], owner: dict[int, int], sizes: dict[int, int]) -> int:
+    """Bytes at the fullest moment, each value alive from the node that makes it to the last that reads it."""
     last = {owner[value]: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
     live = most = 0
     for index, node in enumerate(nodes):
@@ -301,7 +329,7 @@ def _is_elementwise(op: _Op) -> bool:
     return op.name not in WHOLE | REDUCTIONS | VIEWS | IN_PLACE | {"optimization_barrier"}
 
 
-def _called(eqn: JaxprEqn) -> Jaxpr | None:
+def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
     """The body of an equation that is a call."""
     if eqn.primitive.name in ("scan", "while", "cond", "pallas_call", "shard_map"):
         return None
