@@ -160,13 +160,13 @@ def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
                 found.update(node.outs)
             continue
         found.update(inner for outer, inner in (*scan.consts, *scan.xs) if outer in found)
-        found.update(inner for outer, inner, _, _ in scan.carries if outer in found)
+        found.update(carry.entering for carry in scan.carries if carry.initial in found)
         while True:
             found |= _dependents(scan.nodes, found)
-            grown = {inner for _, inner, out, _ in scan.carries if out in found} - found
+            grown = {carry.entering for carry in scan.carries if carry.leaving in found} - found
             if not grown:
                 break
             found |= grown
-        found.update(final for _, inner, out, final in scan.carries if inner in found or out in found)
+        found.update(carry.final for carry in scan.carries if carry.entering in found or carry.leaving in found)
         found.update(stacked for inner, stacked in scan.ys if inner in found)
     return found

@@ -28,8 +28,8 @@ def eliminate_common_subexpressions(
         node = substitute(node, alias)
         if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
             alias[node.outs[0]] = node.ins[0]
-        elif node.name in LIGHT and (twin := done.get(key(node))):
-            alias.update(zip(node.outs, twin.outs, strict=True))
+        elif node.name in LIGHT and (same := done.get(key(node))):
+            alias.update(zip(node.outs, same.outs, strict=True))
         else:
             kept.append(node)
     return kept
@@ -45,7 +45,7 @@ def substitute(node: Node, alias: dict[Value, Value]) -> Node:
     return dataclasses.replace(
         scan,
         consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
-        carries=tuple((alias.get(init, init), *rest) for init, *rest in scan.carries),
+        carries=tuple(carry._replace(initial=alias.get(carry.initial, carry.initial)) for carry in scan.carries),
         xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
     ).node()
 
