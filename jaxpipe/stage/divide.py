@@ -177,7 +177,7 @@ def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaq
     ]
     second_ys = [pair for pair in scan.ys if pair[1] in for_second and pair not in first_ys]
     reads = {value for node in parts.second for value in node.ins} | {carry.leaving for carry in second_carries}
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & known, scan)]
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & known, scan, parts.first)]
     first = dataclasses.replace(scan, nodes=parts.first, carries=first_carries, ys=(*first_ys, *crossing))
     second = dataclasses.replace(
         scan,
@@ -259,7 +259,7 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     made = {value for node in once if node not in same for value in node.outs}
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan)]
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
     if not stacked_here and not crossing:
         return None, scan.node()
     parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
@@ -273,8 +273,11 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     return before.node(), (after.node() if after.carries or after.ys else None)
 
 
-def _ordered(values: set[Value], scan: Scan) -> list[Value]:
-    """Values in the order in which the scan makes them, so that results do not depend on hashing."""
-    order = [carry.entering for carry in scan.carries] + [value for node in scan.nodes for value in node.outs]
-    others = [value for value in values if value not in set(order)]
-    return [value for value in order if value in values] + others
+def _ordered(values: set[Value], scan: Scan, nodes: Iterable[Node]) -> list[Value]:
+    """Values in the order in which the scan makes them, so that results do not depend on hashing.
+
+    Those that a division of the scan's body has made come last, in the order of its nodes.
+    """
+    made = [value for node in (*scan.nodes, *nodes) for value in node.outs]
+    order = dict.fromkeys((*(carry.entering for carry in scan.carries), *made))
+    return [value for value in order if value in values]
