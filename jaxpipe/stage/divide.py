@@ -7,7 +7,7 @@ the forward pass. Both go into the bodies of scans, which then become two loops,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
@@ -86,7 +86,7 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
     return tuple(once), tuple(rest), sources
 
 
-def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...] | None:
+def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
     """The light nodes that make values from given ones and constants; None if that takes more.
 
     Scans are cut down to what makes the values, and are light if that is.
