@@ -16,7 +16,7 @@ F, B, I, W = range(4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Groups:
     """Groups of actions, numbered rank by rank in each rank's order.
 
     Attributes:
@@ -37,11 +37,11 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Actions(Rows):
+class Actions(Groups):
     """The actions of a schedule, numbered as its groups are.
 
     Attributes:
-      lengths: see `Rows`.
+      lengths: see `Groups`.
       group: ``int[actions]``, the action's group.
       place: ``int[actions]``, 0 or 1: the place in it.
       kind, stage, microbatch: ``int[actions]``.

@@ -17,7 +17,7 @@ from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, al
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
-from jaxpipe.runtime.operations import Operation, Step, make_context, partition, run_branch, run_sequential
+from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.shares import Shares, mean_shares
@@ -96,7 +96,7 @@ def train(
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in chunks))
-    step = Step(
+    step = TrainStep(
         model=model,
         split=split,
         prepared=prepared,

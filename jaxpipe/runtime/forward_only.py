@@ -15,7 +15,7 @@ from jaxpipe.runtime.program import Field, Op
 
 @dataclasses.dataclass(frozen=True)
 class ForwardStep:
-    """What the forward-only operations have in common on one rank; see `operations.Step`."""
+    """What the forward-only operations have in common on one rank; see `operations.TrainStep`."""
 
     model: Model
     chunks: tuple[Any, ...]

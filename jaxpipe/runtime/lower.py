@@ -11,8 +11,8 @@ import dataclasses
 import numpy as np
 
 from jaxpipe.runtime.actions import Actions, B, F, I, W, read_actions
-from jaxpipe.runtime.cells import Operations, Values, find_values, make_operations
-from jaxpipe.runtime.messages import Moves, route
+from jaxpipe.runtime.instructions import Operations, Values, find_values, make_operations
+from jaxpipe.runtime.messages import Messages, route
 from jaxpipe.runtime.pack import Packing, pack_actions
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 from jaxpipe.runtime.slots import colour
@@ -137,7 +137,7 @@ def _fill(
     makespan: float,
     operations: Operations,
     values: Values,
-    moves: Moves,
+    moves: Messages,
     *,
     forward_only: bool,
     shared_ends: bool,

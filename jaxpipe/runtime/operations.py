@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What the operations of one training step have in common on one rank.
 
     Attributes:
