@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
 from jaxpipe.arguments import check_names, entry_axes, to_spec
-from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.model import Params
+from jaxpipe.runtime.options import Axes
 from jaxpipe.schedule.schedule import Schedule
 
 

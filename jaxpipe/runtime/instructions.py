@@ -202,14 +202,13 @@ def find_values(operations: Operations) -> Values:
     writer = made_by[boundary]
     source, target = operations.rank[writer], operations.rank[reader]
     release, deadline = operations.tick[writer], operations.tick[reader]
-    late = np.where(
-        source != target, release >= deadline, operations.instruction[writer] >= operations.instruction[reader]
-    )
+    made_in, read_in = operations.instruction[writer], operations.instruction[reader]
+    late = np.where(source != target, release >= deadline, made_in >= read_in)
     for i in np.flatnonzero((writer < 0) | late)[:1]:
-        need = f"{operations.text(operations.instruction[reader[i]])} on rank {target[i]}"
+        need = f"{operations.text(read_in[i])} on rank {target[i]}"
         if writer[i] < 0:
             raise ValueError(f"no action produces what {need} needs")
-        made = operations.text(operations.instruction[writer[i]])
+        made = operations.text(made_in[i])
         raise ValueError(
             f"{need} in tick {deadline[i]} needs {made} of rank {source[i]}, which runs in tick {release[i]}; messages "
             "move only between ticks, where shared ends run too"
