@@ -1,4 +1,7 @@
-"""Flax NNX and Linen modules as pipeline stages, embeddings and heads."""
+"""Flax NNX and Linen modules as pipeline stages, embeddings and heads.
+
+What ``__all__`` names is public; the rest is internal and may change without a word.
+"""
 
 from __future__ import annotations
 
@@ -17,10 +20,15 @@ from flax import errors, nnx
 from jaxpipe.alike import same
 from jaxpipe.api import stack_stages
 from jaxpipe.inputs import check_same_structure
-from jaxpipe.layers import Choice, Layer, shorten, spread_layers
-from jaxpipe.layers import layered_stages as layered_stages
-from jaxpipe.layers import split_layers as split_layers
-from jaxpipe.layers import unstack_layers as unstack_layers
+from jaxpipe.layers import (
+    Choice,
+    Layer,
+    layered_stages,
+    shorten,
+    split_layers,
+    spread_layers,
+    unstack_layers,
+)
 from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule

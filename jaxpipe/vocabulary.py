@@ -39,6 +39,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpipe.runtime.buffers import accumulation_dtype
 
+__all__ = ["cross_entropy", "embed_tokens", "pad_vocabulary"]
+
 
 def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padded D"]:
     """The table with zero rows added, so that its rows divide into ``parts``.
