@@ -160,11 +160,22 @@ def linen_stages(
     """
     count = schedule.num_stages if num_layers is None else num_layers
     modules = list(module) if isinstance(module, Sequence) else [module] * count
+    _check_linen(modules, count, {"x": x, "data": data})
+    names = _names(uses_rngs)
+    params = _init_linen(modules, rng, x, data, arguments, names)
+    check_same_structure(params)
+    definitions, definition_of = _distinct(modules)
+    layers = [functools.partial(_apply_linen, modules[index], arguments, names) for index in definitions]
+    return _stages(layers, definition_of, params, schedule, num_layers)
+
+
+def _check_linen(modules: Sequence[Any], count: int, examples: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there are as many Linen modules as stages or layers, and examples are arrays."""
     for each in modules:
         if not isinstance(each, nn.Module):
             name = each.__name__ if isinstance(each, type) else type(each).__name__
             raise ValueError(f"linen_stages got {name}, not an instance of a Linen module: pass {name}(...), say")
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"x": x, "data": data}):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(examples):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} is {leaf!r:.60}: give an example as arrays or ShapeDtypeStructs, such "
@@ -172,41 +183,44 @@ def linen_stages(
             )
     if len(modules) != count:
         raise ValueError(f"{len(modules)} modules for {count} stages or layers: give one for each, or one for all")
-    names = _names(uses_rngs)
-    definitions, definition_of = _distinct(modules)
+
+
+def _init_linen(
+    modules: Sequence[nn.Module], rng: jax.Array, x: Any, data: Any, arguments: Arguments | None, names: Sequence[str]
+) -> list[Any]:
+    """The parameters of each module, without boxes."""
 
     def init(index: int) -> Any:
         inputs, example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (x, data))
         key = jax.random.fold_in(rng, index)
-        args, kwargs = _arguments(arguments, Context.make(index, 0, key, example, num_stages=count))
+        args, kwargs = _arguments(arguments, Context.make(index, 0, key, example, num_stages=len(modules)))
         keys = {name: fold_name(key, name) for name in {"dropout", *names}}
         return modules[index].init({**keys, "params": key}, inputs, *args, **kwargs)
 
-    variables = [init(index) for index in range(count)]
+    variables = [init(index) for index in range(len(modules))]
     others = sorted(set(variables[0]) - {"params"})
     if others:
         raise ValueError(
             f"{type(modules[0]).__name__} has variable collections {others} besides 'params': a pipeline stage is a "
             "pure function, so remove them or return their updates as metrics"
         )
-    params = [nn.unbox(each.get("params", {})) for each in variables]
-    check_same_structure(params)
+    return [nn.unbox(each.get("params", {})) for each in variables]
 
-    def call(index: int, params: Any, x: Any, ctx: Context) -> Any:
-        keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in names}
-        args, kwargs = _arguments(arguments, ctx)
-        try:
-            return modules[index].apply({"params": params}, x, *args, rngs=keys, **kwargs)
-        except errors.InvalidRngError as error:
-            keyless = names and ctx.rng is None
-            remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
-            raise ValueError(
-                f"{type(modules[index]).__name__} draws random numbers without a key: {remedy}; or make it "
-                f"deterministic ({error})"
-            ) from error
 
-    layers = [functools.partial(call, index) for index in definitions]
-    return _stages(layers, definition_of, params, schedule, num_layers)
+def _apply_linen(
+    module: nn.Module, arguments: Arguments | None, names: Sequence[str], params: Any, x: Any, ctx: Context
+) -> Any:
+    """Calls a module in a pipeline, with keys of the context for these names."""
+    keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in names}
+    args, kwargs = _arguments(arguments, ctx)
+    try:
+        return module.apply({"params": params}, x, *args, rngs=keys, **kwargs)
+    except errors.InvalidRngError as error:
+        keyless = names and ctx.rng is None
+        remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
+        raise ValueError(
+            f"{type(module).__name__} draws random numbers without a key: {remedy}; or make it deterministic ({error})"
+        ) from error
 
 
 def _stages(
