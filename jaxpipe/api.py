@@ -196,9 +196,9 @@ def value_and_grad(
       mesh: a mesh with Auto axis types, whose ``axis`` has size ``schedule.num_ranks``.
       embed: makes the first stage's input, or None.
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
-      weight: weight of a microbatch in the mean, a number of at least 0; None: all equal. One of weight 0 counts in
-        metrics alone, and its loss and gradients may be NaN, as a mean over no tokens is; but not the activations that
-        stages exchange over ``data_axes``. Where all weights are 0, so are loss and gradients.
+      weight: weight of a microbatch in the mean, a number of at least 0; None: all are equal. A microbatch of weight 0
+        counts in metrics alone. Its loss and gradients may be NaN, as a mean over no tokens is, but the activations
+        that stages exchange over ``data_axes`` may not. Where all weights are 0, loss and gradients are 0.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -206,20 +206,20 @@ def value_and_grad(
         instead of it stands for the default, ``Params(P(axis), P())``. Stage parameters are sharded by rows over
         ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
-      compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
+      compute_dtype: dtype of the working copies of floating parameters, such as bfloat16; None: that of the parameters.
         Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
-      costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
-      dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
-        which XLA copies no buffers; "sequential", such loops also for the halves of an overlapped pair; "unrolled", on
-        one rank, as code that needs no choice and copies nothing into slots, so that it stashes even
-        what is named "recompute". That is two to three times as much code. Default: "unrolled" on one rank where a few
-        rounds of the schedule repeat, else "sequential" on CPU, which overlaps nothing, and "loops" on others.
+      costs: relative times of forward, input gradient and weight gradient, for packing; by default all are equal.
+      dispatch: how a rank runs the branch of a step. "switch" is a conditional. "loops" are loops of no or one trip,
+        for which XLA copies no buffers; "sequential" has such loops for the halves of an overlapped pair too.
+        "unrolled" is for one rank: code that needs no choice and copies nothing into slots. It is two to three times as
+        much code, and it stashes even what is named "recompute". The default is "unrolled" on one rank where a few
+        rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "loops" elsewhere.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
-        it runs, where all run as many; in model order, under schedules that give ranks other stages than those, the
-        working copies of such rows travel once a step, in ``compute_dtype``, and their gradients return. What long runs
-        keep is best in storage order; see `stack_stages`.
+        it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
+        not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
+        runs do best to keep parameters in storage order; see `stack_stages`.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the

@@ -83,7 +83,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function takes so many positional arguments, as far as can be known."""
+    """Whether a function takes this many positional arguments; True where it has no signature."""
     signature = _signature(function)
     if signature is None:
         return True
@@ -177,7 +177,7 @@ def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replica
 
 
 def _names(argument: str, axes: Any) -> tuple[str, ...]:
-    """Names of axes; one may stand alone."""
+    """Names of axes; a single one may be a str."""
     names = (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument}={axes!r}: give names of mesh axes, such as ('dp',)")

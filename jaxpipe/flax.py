@@ -68,8 +68,8 @@ def nnx_stages(
       its place in the module and the context's key, so all are independent. A module in ``eval()`` needs no key.
     * Everything else (a layer's index, a window, an activation function) is static and may differ too. Where the
       stages' programs then differ, they run under a `jax.lax.switch`, which is not divided into input and weight
-      gradients; two that differ in turn need none where each stage holds as many of both (``num_layers``), and numbers
-      that differ need none if they are arrays.
+      gradients. Two kinds of layers in turn need no switch if each stage holds equally many of both (``num_layers``),
+      and numbers that differ need none if they are arrays.
 
     Args:
       make_stage: makes one stage's module, or one layer's; called once per stage or layer, in the order of the forward
@@ -257,7 +257,7 @@ def _arguments(arguments: Arguments | None, ctx: Context) -> tuple[tuple[Any, ..
 def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any], Any]]]:
     """(the group of each layer's constants, alike in structure and shapes; for each group what makes them of a layer).
 
-    What is equal in a whole group is closed over once; the rest is rows of one array, from which the layer takes its.
+    What is equal in a whole group is closed over once. The rest is stacked, and each layer takes its row.
     """
     flat = [jax.tree.flatten(tree) for tree in trees]
     alike = [(structure, [_describe(leaf) for leaf in leaves]) for leaves, structure in flat]
@@ -282,14 +282,14 @@ def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any],
 
 
 def _describe(leaf: Any) -> Any:
-    """What constants must have in common to be rows of one array; a Python number is like none but its equals."""
+    """What constants must have in common to be stacked; Python numbers must be equal."""
     if not hasattr(leaf, "dtype"):
         return leaf
     return type(leaf) is np.ndarray, leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
 
 def _names(uses_rngs: bool | Sequence[str]) -> tuple[str, ...]:
-    """The streams to pass; Linen draws from "params" what it has no stream of that name for."""
+    """The streams to pass. Where Linen has no stream of the name asked for, it draws from "params"."""
     if isinstance(uses_rngs, str):
         return (uses_rngs,)
     if isinstance(uses_rngs, bool):
@@ -310,7 +310,7 @@ def _distinct(definitions: Sequence[Any]) -> tuple[list[int], list[int]]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether definitions are equal; not where one cannot tell, as of static arrays."""
+    """Whether definitions are equal; False where nobody can tell, as of static arrays."""
     try:
         return bool(a == b)
     except (TypeError, ValueError):

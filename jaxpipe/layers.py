@@ -1,4 +1,4 @@
-"""Rows of layers as stages: any number of layers, spread over the stages of a schedule."""
+"""Layers as stages: any number of layers, divided over the stages of a schedule."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def layered_stages(layer: Layer, layers: Any, schedule: Schedule) -> tuple[Layer
 
     Stages hold `split_layers` layers and scan over them. Shorter stages are padded: they run their last layer again,
     on the same input and with the same key, and discard what it returns. A pipeline waits for its longest stage, so
-    this costs memory but no time. Gradients of the padding are exactly zero, and what the layer says besides (auxiliary
-    losses, metrics) does not count; a side effect such as `jax.debug.print` happens again.
+    this costs memory but no time. Gradients of the padding are exactly zero. Its auxiliary losses and metrics do not
+    count, but a side effect such as `jax.debug.print` happens again.
 
     Args:
       layer: ``layer(params, x, ctx) -> y``, y like x, or a `jaxpipe.Output`, whose auxiliary losses and metrics are
@@ -235,7 +235,7 @@ class Choice:
 
 
 def shorten(output: Output) -> Any:
-    """The value alone of an Output that says nothing else."""
+    """The value alone of an Output that has nothing else."""
     return output.value if output.aux_loss is None and not output.metrics else output
 
 
@@ -284,7 +284,7 @@ def _program(layer: Layer, arguments: Any) -> tuple[Any, Output]:
         program, (shapes, _) = jax.make_jaxpr(run, return_shape=True)(*arguments)
         return program, shapes
     except (NotImplementedError, TypeError, ValueError):
-        # No gradient, as a callback's in a program of inference: then each function counts by itself.
+        # A function without a gradient, such as a callback in a program of inference, is like no other.
         return None, jax.eval_shape(functools.partial(_call, layer), *arguments)
 
 

@@ -43,7 +43,7 @@ class Actions(Groups):
     Attributes:
       lengths: see `Groups`.
       group: ``int[actions]``, the action's group.
-      place: ``int[actions]``, 0 or 1: the place in it.
+      place: ``int[actions]``, 0 or 1: the action's place in its group.
       kind, stage, microbatch: ``int[actions]``.
       routes: ``int[directions, stages]``, the rank of each stage.
       num_microbatches: of both directions together.
@@ -74,7 +74,7 @@ class Actions(Groups):
 
     @functools.cached_property
     def where(self) -> np.ndarray:
-        """``int[kinds, stages, microbatches]``: which action that is; -1 if none."""
+        """``int[kinds, stages, microbatches]``: the number of that action; -1 where there is none."""
         found = np.full((4, self.num_stages, self.num_microbatches), -1)
         found[self.kind, self.stage, self.microbatch] = np.arange(len(self.kind))
         return found

@@ -19,8 +19,8 @@ EMBED, HEAD, EMBED_GRAD = (_OPS.index(op) for op in (Op.EMBED, Op.HEAD, Op.EMBED
 BEFORE, GROUP, AFTER = range(3)
 """The parts of a tick: what runs before a group, the group, and what runs after it."""
 
-# What operations read from their message slots and write to them, in the order of Op: how many boundaries after that at
-# the stage's input, and whether its cotangent. Nothing is -1.
+# What operations read from their message slots and write to them, in the order of Op: (how many boundaries after the
+# stage's input, whether it is the cotangent there); (-1, 0) for nothing.
 _READS = np.array([[0, 0], [1, 1], [1, 1], [-1, 0], [-1, 0], [1, 0], [0, 1]])
 _WRITES = np.array([[1, 0], [0, 1], [0, 1], [-1, 0], [0, 0], [1, 1], [-1, 0]])
 
@@ -189,7 +189,7 @@ def _chunks(routes: np.ndarray) -> np.ndarray:
 
 
 def find_values(operations: Operations) -> Values:
-    """Every boundary that an operation reads. One that none reads (dx of stage 0, perhaps) goes nowhere.
+    """Every boundary that an operation reads. One that no operation reads (perhaps dx of stage 0) goes nowhere.
 
     Raises:
       ValueError: what an operation needs is not made, or arrives too late.

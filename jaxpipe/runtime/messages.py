@@ -80,10 +80,10 @@ def exchanges(edges: list[tuple[int, int]]) -> list[Permutation]:
 def _route(
     values: Values, value: np.ndarray, pair: np.ndarray, num_ranks: int, permutations: list[Permutation]
 ) -> Messages:
-    """Decides when each message moves: earliest deadline first, on one channel of its permutation if that does.
+    """Decides when each message moves: earliest deadline first, on one channel of its permutation if one is enough.
 
-    Where a rank must send more than one message of a permutation after a tick, because otherwise, with one after
-    each later tick, one would be late, the permutation gets as many channels as that takes.
+    With one message after each tick, some might be late. A rank then sends several after one tick, and the permutation
+    gets as many channels as that takes.
     """
     channels: list[Permutation] = []
     tick, channel = np.empty_like(value), np.empty_like(value)

@@ -5,8 +5,8 @@ whenever the groups of a tick differ in cost; here a tick may hold several conse
 another rank runs one long group. The order of every rank is kept, so a packing needs no more stash than the
 schedule does.
 
-Most of a long schedule repeats itself, so that what is searched has a few microbatches for each rank, whatever the
-schedule has.
+Most of a long schedule repeats itself, so the search sees a few microbatches for each rank, however many the schedule
+has.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ def _repeated(actions: Actions, costs: Costs, shared_ends: bool, reach: Reach) -
     shorter = make_reach(graph)
     try:
         *paths, naive = (extend(steady, path, shorter.durations(path)) for path in search(graph))
-    except ValueError:  # what remains waits for something that was cut: its ranks repeat themselves, but not together
+    except ValueError:  # ranks repeat themselves, but not in step: what remains waits for something that was cut
         return []
     fitting = [path for path in paths if path is not None and reach.allows(path)]
     if not fitting:

@@ -3,8 +3,8 @@
 From given positions of the ranks, running more groups in a tick of the same length is never worse, so a move is its
 length alone, and the only lengths worth trying are those at which some rank completes a group. The rest of the way is
 bounded from below by the longest path that remains in the asynchronous dependency graph. Some schedules lose time at
-first to gain it in every period of their steady state; a beam ordered by that bound drops such beginnings, so where it
-does poorly it is repeated with the remaining path weighted more than the time already spent.
+first and gain it back in every period of their steady state. A beam ordered by that bound drops such beginnings, so
+where it does poorly it is repeated with more weight on the remaining path than on the time already spent.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Runs a Program of one rank as unrolled code: what each step does, and on which slots, is known when it is traced.
 
 No step chooses among branches, and no value is copied into its slot or out of it: a slot is a name. Steps that come
-again with other microbatches are one loop, whose body is as many steps as it takes until every slot comes round.
+again with other microbatches are one loop, whose body has as many steps as it takes until every slot is used again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Repeat(NamedTuple):
 
 
 def find_repeat(program: Program, longest: int | None = None) -> Repeat:
-    """The repetition in a program of one rank that leaves least code, its period at most ``longest`` steps.
+    """The repetition in a program of one rank that leaves the least code; its period is at most ``longest`` steps.
 
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
@@ -121,7 +121,7 @@ def run_unrolled(program: Program, operation: Callable[[Op, int], Operation], bu
 
 
 def _free(buffers: Buffers, branch: Branch, rows: Sequence[Sequence[Any]]) -> Buffers:
-    """Without the values that a step was the last to read, and without those written to dummy slots."""
+    """The buffers without the values that a step was the last to read, and without those in dummy slots."""
     for (op, _), row in zip(branch, rows, strict=True):
         for name, field in _FREED[op]:
             if name != "in_flight" or row[Field.SOURCE] != row[Field.TARGET]:

@@ -1,4 +1,4 @@
-"""How long a schedule takes and what it holds, if every rank runs as soon as its inputs are there."""
+"""How long a schedule takes and what it holds, if every rank runs as soon as its inputs have arrived."""
 
 from __future__ import annotations
 

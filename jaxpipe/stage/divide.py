@@ -1,4 +1,4 @@
-"""Divides a graph in two: what the first results need, and what the second results need besides.
+"""Divides a graph in two: what the first results need, and what the second results need beyond that.
 
 `divide` cuts the backward pass into input and weight gradients. `hoist` cuts what depends on parameters alone out of
 the forward pass. Both go into the bodies of scans, which then become two loops, the first one stacking for the second.
@@ -30,9 +30,10 @@ class Parts(NamedTuple):
 
 
 def divide(nodes: Sequence[Node], first: Iterable[Value], second: Iterable[Value]) -> Parts:
-    """Divides nodes into those that the values ``first`` need, and those that ``second`` need besides.
+    """Divides nodes into those that the values ``first`` need, and those that ``second`` need beyond these.
 
-    No node is in both, but for constants, which are cheaper made again than kept. Nodes that nothing needs vanish.
+    No node is in both, except those that make constants, which are cheaper to make again than to keep. Nodes that
+    nothing needs vanish.
     """
     need_first, need_second = set(first), set(second)
     firsts: list[Node] = []
@@ -87,7 +88,7 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
 
 
 def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
-    """The light nodes that make values from given ones and constants; None if that takes more.
+    """The light nodes that make values from given ones and constants; None if it takes heavier nodes.
 
     Scans are cut down to what makes the values, and are light if that is.
     """
@@ -195,7 +196,7 @@ def _body_results(scan: Scan, carries: Iterable[Carry], outputs: set[Value]) -> 
 
 
 def _carries_for(scan: Scan, outputs: set[Value], excluded: Sequence[Carry]) -> tuple[Carry, ...]:
-    """The carries that outputs need, besides the excluded ones."""
+    """The carries that outputs need, without the excluded ones."""
     candidates = [carry for carry in scan.carries if carry not in excluded]
     kept = [carry for carry in candidates if carry.final in outputs]
     while True:

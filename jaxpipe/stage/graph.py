@@ -276,7 +276,7 @@ def stack_of(value: Value, length: int) -> Value:
 def has_side_effects(effects: Iterable[Any]) -> bool:
     """Whether any of a jaxpr's or an equation's effects is more than the use of a mesh axis.
 
-    What an unknown effect does cannot be told: it counts.
+    An unknown effect counts, since nobody can tell what it does.
     """
     return any(type(effect).__name__ not in HARMLESS_EFFECTS for effect in effects)
 

@@ -13,10 +13,10 @@ from jaxpipe.stage.graph import Node, Value
 def eliminate_common_subexpressions(
     nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
 ) -> list[Node]:
-    """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.
+    """The nodes of a backward pass that reads other values, as ``alias`` says, without work that ``once`` does already.
 
-    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier; ``alias`` learns of the casts that
-    there are already.
+    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier. ``alias``, which is extended, then
+    leads from the results of these casts to those of ``once``.
     """
 
     def key(node: Node) -> Any:

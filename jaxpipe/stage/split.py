@@ -27,13 +27,14 @@ def split_stage(
     recomputed is recomputed once), scans are divided into two loops. ``stage`` may use collectives over mesh axes if
     this is called where they are bound, inside `jax.shard_map`.
 
-    As few bytes are kept between the parts as light work can make the rest from (`jaxpipe.stage.keep`): elementwise
-    operations, moves and sums over axes are done again where they are read, and so is, with ``again``, what makes a
-    value that `jax.ad_checkpoint.checkpoint_name` names "recompute", back to its last operation that is not light.
+    The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
+    again where their results are read, so a minimum cut (`jaxpipe.stage.keep`) decides which values to keep. With
+    ``again`` the same holds for what makes a value that `jax.ad_checkpoint.checkpoint_name` names "recompute", back to
+    its last operation that is not light.
 
     Side effects, such as `jax.debug.print`, are part of the forward and of no other function: not of what a backward
-    computes again, nor of `SplitStage.prepare`. Those that a custom derivative has run once, in one of the halves. Refs
-    that the stage makes (`jax.new_ref`) become values.
+    computes again, nor of `SplitStage.prepare`. The side effects of a custom derivative run once, in one of the halves.
+    Refs that the stage makes (`jax.new_ref`) become values.
 
     Args:
       stage: ``stage(params, x, *args) -> out``; ``(out, aux)`` with ``has_aux``.
@@ -42,7 +43,7 @@ def split_stage(
       x: like params; where it has no floating leaf, there is no input half.
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
-      again: False where memory is there for what is named "recompute".
+      again: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
 
     Raises:
       ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into

@@ -69,7 +69,7 @@ class SplitStage:
     def backward_input(
         self, prepared: Sequence[jax.Array], residuals: Residuals, out_ct: Any
     ) -> tuple[Any, tuple[jax.Array, ...]]:
-        """``(x's cotangent, crossing)``: the half that the stage before waits for."""
+        """``(x's cotangent, crossing)``: the half that the previous stage waits for."""
         graphs = self._graphs
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
@@ -84,10 +84,10 @@ class SplitStage:
         *,
         narrow: bool = False,
     ) -> Any:
-        """The parameters' cotangent: the half that nobody waits for.
+        """The parameters' cotangent: the half that no other stage waits for.
 
-        With ``narrow``, for who adds it to sums in the parameters' dtype: where its last step is to be cast to that, it
-        is returned as it was before.
+        With ``narrow`` gradients are returned as they are before a last cast to a wider dtype: the caller adds them to
+        sums in the parameters' dtype.
         """
         graphs = self._graphs
         env = self._restore(prepared, (), weight_residuals)
