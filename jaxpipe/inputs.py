@@ -189,11 +189,11 @@ def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
                 "pytree of arrays [B, ...]; lists of numbers are made arrays with np.asarray, and a value that is the "
                 "same in all microbatches goes into params.outer"
             )
-    rows = {np.shape(leaf)[0] for _, leaf in leaves}
-    if len(rows) != 1:
+    leading = {np.shape(leaf)[0] for _, leaf in leaves}
+    if len(leading) != 1:
         shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
         raise ValueError(f"the batch's leaves have shapes {shapes}: all need the same leading (batch) dimension")
-    (size,) = rows
+    (size,) = leading
     sizes = {axis: axes.sizes[axis] for axis in axes.data}
     shards = math.prod(sizes.values())
     if size == 0 or size % (count * shards):

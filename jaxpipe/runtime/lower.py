@@ -88,10 +88,11 @@ def lower(
 
 def forwards(schedule: Schedule) -> Schedule:
     """The schedule's forwards alone, in its order; groups with nothing left vanish."""
-    rows = tuple(
-        tuple(kept for group in row if (kept := tuple(a for a in group if a.kind is Kind.F))) for row in schedule.ranks
+    ranks = tuple(
+        tuple(kept for group in groups if (kept := tuple(a for a in group if a.kind is Kind.F)))
+        for groups in schedule.ranks
     )
-    return dataclasses.replace(schedule, ranks=rows)
+    return dataclasses.replace(schedule, ranks=ranks)
 
 
 class _Pool(NamedTuple):

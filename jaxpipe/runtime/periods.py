@@ -106,8 +106,8 @@ def _find_regions(actions: Actions, shift: int) -> tuple[tuple[Region, ...], int
     if not len(begins) or (counts != counts[0]).any():
         return (), 0
     begins -= actions.offsets[rank]
-    rows = (row.reshape(ranks, -1).T for row in (begins, begins + lengths + steps, steps))
-    return tuple(map(Region, *rows)), int(periods[long].min())
+    columns = (column.reshape(ranks, -1).T for column in (begins, begins + lengths + steps, steps))
+    return tuple(map(Region, *columns)), int(periods[long].min())
 
 
 def _steps(actions: Actions, shift: int, begin: int, end: int) -> np.ndarray:

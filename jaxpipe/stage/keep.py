@@ -13,7 +13,7 @@ from jaxpipe.stage.graph import Node, Value, has_effect, producers
 
 
 def is_light(node: Node, *, again: bool) -> bool:
-    """Whether it costs less to do the node's work again than to keep its result, by primitive or, with ``again``, name."""
+    """Whether doing the node's work again costs less than keeping its result: by primitive or, with ``again``, name."""
     return ((again and node.again) or node.name in LIGHT) and not has_effect(node)
 
 
