@@ -18,6 +18,7 @@ from jaxpipe.inputs import check_same_structure
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition
+from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.schedule.schedule import Schedule
 
 Layer = Callable[[Any, Any, Context], Any]
@@ -221,11 +222,11 @@ class Choice:
         arguments = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         programs, returns = zip(*(_program(function, arguments) for function in self._functions), strict=True)
         for index, other in enumerate(returns):
-            if describe(other) != describe(returns[0]):
+            if shape_texts(other) != shape_texts(returns[0]):
                 layer, first = (self._function_of.index(function) for function in (index, 0))
                 raise ValueError(
-                    f"layer {layer} returns {describe(other)}, but layer {first} returns {describe(returns[0])}: all "
-                    "must return the same structure, shapes and dtypes"
+                    f"layer {layer} returns {shape_texts(other)}, but layer {first} returns "
+                    f"{shape_texts(returns[0])}: all must return the same structure, shapes and dtypes"
                 )
         firsts: list[int] = []
         for index, program in enumerate(programs):
@@ -237,11 +238,6 @@ class Choice:
 def shorten(output: Output) -> Any:
     """The value alone of an Output that has nothing else."""
     return output.value if output.aux_loss is None and not output.metrics else output
-
-
-def describe(tree: Any) -> Any:
-    """Shapes and dtypes as text, in the tree's structure."""
-    return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", tree)
 
 
 def _stacker(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
@@ -293,8 +289,9 @@ def _where(condition: jax.Array, left: Any, right: Any) -> Any:
 
 
 def _check_like(x: Any, y: Any) -> None:
-    if describe(x) != describe(y):
+    given, returned = shape_texts(x), shape_texts(y)
+    if given != returned:
         raise ValueError(
-            f"the layer maps {describe(x)} to {describe(y)}: input and output of a layer must have the same structure, "
+            f"the layer maps {given} to {returned}: input and output of a layer must have the same structure, "
             "shapes and dtypes; move what changes them into embed (before the first layer) or head (after the last)"
         )

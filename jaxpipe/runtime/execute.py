@@ -19,6 +19,7 @@ from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.model import Context, Model, Params
 from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
 from jaxpipe.runtime.options import Axes, Options
+from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.shares import Shares, mean_shares
@@ -329,10 +330,10 @@ def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
 
 def _check_boundary(x: Any, y: Any) -> None:
     """Every stage boundary carries the same shapes, since all of them share buffers and permutes."""
-    describe = functools.partial(jax.tree.map, lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}")
-    if describe(x) != describe(y):
+    given, returned = shape_texts(x), shape_texts(y)
+    if given != returned:
         raise ValueError(
-            f"the stage maps {describe(x)} to {describe(y)}: input and output of a stage must have the same structure, "
+            f"the stage maps {given} to {returned}: input and output of a stage must have the same structure, "
             "shapes and dtypes; move what changes them into embed (before the first stage) or head (after the last), "
             "and return auxiliary losses and metrics as jaxpipe.Output(y, aux_loss, metrics)"
         )

@@ -81,7 +81,7 @@ class _Space:
       start, end: ``int[ranks]``, each rank's first and last place.
       elapsed: ``float[places]``, what the rank has computed there.
       remaining: ``float[places]``, the longest path from there to the end of everything.
-      keys: ``int[ranks]``, numbers whose sum over all finished groups tells positions apart.
+      hashes: ``int[ranks]``, random numbers; their sum over all finished groups is a position's digest.
       tolerance: times that differ by less are equal.
     """
 
@@ -90,7 +90,7 @@ class _Space:
     end: np.ndarray
     elapsed: np.ndarray
     remaining: np.ndarray
-    keys: np.ndarray
+    hashes: np.ndarray
     tolerance: float
 
 
@@ -100,13 +100,13 @@ class _Beam(NamedTuple):
     Attributes:
       places: ``int[n, ranks]``.
       time: ``float[n]``, the sum of the ticks so far.
-      key: ``int[n]``, the same for equal places alone.
+      digest: ``int[n]``, equal for equal places alone.
       parent: ``int[n]``, the position in the beam before.
     """
 
     places: np.ndarray
     time: np.ndarray
-    key: np.ndarray
+    digest: np.ndarray
     parent: np.ndarray
 
 
@@ -119,7 +119,7 @@ def _make_space(reach: Reach, tails: np.ndarray) -> _Space:
         end=start + reach.lengths,
         elapsed=reach.elapsed.reshape(-1),
         remaining=tails.reshape(-1),
-        keys=np.random.default_rng(0).integers(1, 2**61, ranks),
+        hashes=np.random.default_rng(0).integers(1, 2**61, ranks),
         tolerance=1e-9 * float(reach.elapsed.max()),
     )
 
@@ -151,16 +151,16 @@ def _search_beam(reach: Reach, tails: np.ndarray, greed: float) -> np.ndarray:
 def _advance(space: _Space, beam: _Beam) -> _Beam:
     """All positions after one more tick, each of them once."""
     spent = _spent(space, beam.places)
-    parent, length, key = _moves(space, beam, spent)
+    parent, length, digest = _moves(space, beam, spent)
     time = beam.time[parent] + length
     earliest = np.argsort(time, kind="stable")  # of equal positions the earliest stays
-    key, index = np.unique(key[earliest], return_index=True)
+    digest, index = np.unique(digest[earliest], return_index=True)
     chosen = earliest[index]
     parent, time, longest = parent[chosen], time[chosen], length[chosen, None] + space.tolerance
     places = beam.places[parent]
     for cost in spent:
         places += cost[parent] <= longest
-    return _Beam(places, time, key, parent)
+    return _Beam(places, time, digest, parent)
 
 
 def _spent(space: _Space, places: np.ndarray) -> list[np.ndarray]:
@@ -174,7 +174,7 @@ def _spent(space: _Space, places: np.ndarray) -> list[np.ndarray]:
 
 
 def _moves(space: _Space, beam: _Beam, spent: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(position in the beam, length of the tick, key after it) of all moves."""
+    """(position in the beam, length of the tick, digest after it) of all moves."""
     ends = np.stack(spent, -1).reshape(len(beam.places), -1)
     order = np.argsort(ends, axis=1, kind="stable")
     lengths = np.take_along_axis(ends, order, 1)
@@ -183,8 +183,8 @@ def _moves(space: _Space, beam: _Beam, spent: list[np.ndarray]) -> tuple[np.ndar
     edge = np.ones((len(lengths), 1), bool)
     parent, first = np.nonzero(np.hstack([edge, longer]) & np.isfinite(lengths))
     last = np.nonzero(np.hstack([longer, edge]) & np.isfinite(lengths))[1]
-    key = beam.key[parent] + np.cumsum(space.keys.take(order // len(spent)), axis=1)[parent, last]
-    return parent, lengths[parent, first], key
+    digest = beam.digest[parent] + np.cumsum(space.hashes.take(order // len(spent)), axis=1)[parent, last]
+    return parent, lengths[parent, first], digest
 
 
 def _select(space: _Space, beam: _Beam, remaining: np.ndarray, makespan: float, greed: float) -> _Beam:
