@@ -1,26 +1,46 @@
-"""Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program."""
+"""Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program.
+
+What stands here is public; all modules below are internal and may change without a word.
+
+`value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
+forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
+`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer. `schedule` builds, checks, simulates
+and draws schedules, `vocabulary` shards an embedding over the ranks, and `jaxpipe.flax`, imported by its own name
+because it needs Flax, makes stages of Flax modules and of rows of layers.
+"""
 
 import importlib.metadata
 
-from jaxpipe import schedule as schedule
-from jaxpipe import vocabulary as vocabulary
-from jaxpipe.api import Pipeline as Pipeline
-from jaxpipe.api import forward as forward
-from jaxpipe.api import make_mesh as make_mesh
-from jaxpipe.api import stack_stages as stack_stages
-from jaxpipe.api import unstack_stages as unstack_stages
-from jaxpipe.api import value_and_grad as value_and_grad
-from jaxpipe.compiling import compiler_options as compiler_options
-from jaxpipe.optimizer import Unchanged as Unchanged
-from jaxpipe.optimizer import floating_only as floating_only
-from jaxpipe.planning.chips import Achieved as Achieved
-from jaxpipe.planning.chips import Chip as Chip
-from jaxpipe.planning.memory import Memory as Memory
-from jaxpipe.planning.planner import Plan as Plan
-from jaxpipe.planning.planner import plan as plan
-from jaxpipe.runtime.model import Context as Context
-from jaxpipe.runtime.model import Output as Output
-from jaxpipe.runtime.model import Params as Params
+from jaxpipe import schedule, vocabulary
+from jaxpipe.api import Pipeline, forward, make_mesh, stack_stages, unstack_stages, value_and_grad
+from jaxpipe.compiling import compiler_options
+from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.memory import Memory
+from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.runtime.model import Context, Output, Params
+
+__all__ = [
+    "Achieved",
+    "Chip",
+    "Context",
+    "Memory",
+    "Output",
+    "Params",
+    "Pipeline",
+    "Plan",
+    "Unchanged",
+    "compiler_options",
+    "floating_only",
+    "forward",
+    "make_mesh",
+    "plan",
+    "schedule",
+    "stack_stages",
+    "unstack_stages",
+    "value_and_grad",
+    "vocabulary",
+]
 
 try:
     __version__ = importlib.metadata.version("jaxpipe")

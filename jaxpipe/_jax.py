@@ -1,4 +1,4 @@
-"""Every use of JAX beside its documented interface, and what is known of its primitives: for jax 0.10 to 0.12."""
+"""Every use of JAX beyond its documented interface, and what is known of its primitives: for jax 0.10 to 0.12."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ SILENT = ("axis_index", "pvary", "pcast")
 """Primitives that name a mesh axis and wait for no other device."""
 
 HARMLESS_EFFECTS = frozenset({"NamedAxisEffect"})
-"""Effects of equations that do nothing but to compute their results."""
+"""Effects of equations that only compute their results."""
 
 REF_EFFECTS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
 NEW_REF_EFFECT = "InternalMutableArrayEffect"
@@ -97,7 +97,7 @@ NEW_REF_EFFECT = "InternalMutableArrayEffect"
 
 
 def is_heavy(name: str) -> bool:
-    """Whether a primitive is never computed a second time; one that no table knows is not, and is named in the log.
+    """Whether a primitive is never computed a second time. One that no table knows never is, and the log names it.
 
     >>> is_heavy("dot_general"), is_heavy("sort"), is_heavy("a_primitive_of_tomorrow")
     (True, False, True)
@@ -111,7 +111,7 @@ def is_heavy(name: str) -> bool:
 
 @functools.cache
 def _log_unknown(name: str) -> None:
-    """Once for each."""
+    """Logs a name once."""
     logger.warning("the primitive %r is not known here: what it computes is kept, never computed a second time", name)
 
 

@@ -15,9 +15,9 @@ from jaxpipe._jax import CALLS, CUSTOM_RULES, ClosedJaxpr, Jaxpr, Literal, Trace
 def same_program(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
     """Whether two jaxprs have the same equations with the same constants: then they return the same.
 
-    False where that is not certain: functions among an equation's parameters, such as callbacks, count as the same
-    only where they are equal. Not so derivative rules and policies of `jax.checkpoint`, so both jaxprs must be of
-    functions that are not differentiated any more.
+    The answer is False where that is not certain: functions among an equation's parameters, such as callbacks, count as
+    the same only where they are equal. Derivative rules and policies of `jax.checkpoint` are not compared, so both
+    jaxprs must be of functions that are not differentiated any more.
 
     >>> f, g = (jax.make_jaxpr(lambda x, c=c: jnp.tanh(x) * c)(1.0) for c in (2.0, 3.0))
     >>> same_program(f, f), same_program(f, g)
@@ -27,7 +27,7 @@ def same_program(a: ClosedJaxpr, b: ClosedJaxpr) -> bool:
 
 
 def returns_input(jaxpr: Jaxpr, output: int, given: int) -> bool:
-    """Whether an output of a jaxpr is one of its inputs, handed on by itself or by calls.
+    """Whether an output of a jaxpr is one of its inputs, handed on as it is or through calls.
 
     >>> jaxpr = jax.make_jaxpr(lambda x, y: jax.checkpoint(lambda x, y: (x, x + y))(x, y))(1.0, 2.0).jaxpr
     >>> returns_input(jaxpr, 0, 0), returns_input(jaxpr, 1, 0)

@@ -1,4 +1,4 @@
-"""Results of a pipeline say so where they are differentiated in reverse, rather than a loop within."""
+"""Marks the results of a pipeline, so that whoever differentiates them in reverse reads why that cannot be done."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxpipe._jax import Primitive, ad, batching, mlir
 
 
 def not_transposed(tree: Any, message: str) -> Any:
-    """The tree, whose cotangents raise ValueError with a message; tangents pass.
+    """The same tree. A cotangent of it raises ValueError with the message; tangents pass.
 
     >>> function = lambda x: not_transposed(x**2, "its gradient is in the second result")
     >>> jax.jvp(function, (3.0,), (1.0,))[1].item()

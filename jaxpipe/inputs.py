@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
 from jaxpipe.arguments import check_names, entry_axes, to_spec
-from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.model import Params
+from jaxpipe.runtime.options import Axes
 from jaxpipe.schedule.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def check_params(params: Any, schedule: Schedule) -> None:
 
 
 def _check_array(leaf: Any, name: str) -> None:
-    """Raises ValueError unless a leaf is an array of what JAX knows, or a number."""
+    """Raises ValueError unless a leaf is a number, or an array of a dtype that JAX knows."""
     dtype = getattr(leaf, "dtype", None)
     known = isinstance(leaf, bool | int | float | complex) if dtype is None else hasattr(leaf, "shape")
     if not known or getattr(dtype, "kind", "") in ("O", "U", "S", "M", "m"):
@@ -138,7 +138,7 @@ def _check_fits(spec: P, shape: tuple[int, ...], axes: Axes, name: str) -> None:
 
 
 def check_specs(specs: Params, axes: Axes, *, shared_ends: bool) -> None:
-    """Raises ValueError unless stages are sharded by rows, and other parameters as those who run them need."""
+    """Raises ValueError unless stages are sharded by rows, and other parameters so that the ranks that use them can."""
     for path, spec in jax.tree_util.tree_leaves_with_path(specs.stages, is_leaf=is_spec):
         if not spec or spec[0] != axes.pipeline:
             raise ValueError(
@@ -189,11 +189,11 @@ def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
                 "pytree of arrays [B, ...]; lists of numbers are made arrays with np.asarray, and a value that is the "
                 "same in all microbatches goes into params.outer"
             )
-    rows = {np.shape(leaf)[0] for _, leaf in leaves}
-    if len(rows) != 1:
+    leading = {np.shape(leaf)[0] for _, leaf in leaves}
+    if len(leading) != 1:
         shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
         raise ValueError(f"the batch's leaves have shapes {shapes}: all need the same leading (batch) dimension")
-    (size,) = rows
+    (size,) = leading
     sizes = {axis: axes.sizes[axis] for axis in axes.data}
     shards = math.prod(sizes.values())
     if size == 0 or size % (count * shards):
@@ -228,7 +228,7 @@ def check_key(rng: Any) -> None:
 
 
 def check_surroundings(mesh: Any, arrays: Any) -> None:
-    """Raises ValueError where a mesh that JAX was told to use, or that arrays are on, keeps a pipeline from its own."""
+    """Raises ValueError where JAX was told to use another mesh than the pipeline's, or arrays are on another."""
     around, own = jax.sharding.get_abstract_mesh(), mesh.abstract_mesh
     if around.shape and around != own:
         kinds = dict(zip(around.axis_names, map(str, around.axis_types), strict=True))

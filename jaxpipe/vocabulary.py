@@ -39,6 +39,8 @@ from jaxtyping import Array, Float, Int
 
 from jaxpipe.runtime.buffers import accumulation_dtype
 
+__all__ = ["cross_entropy", "embed_tokens", "pad_vocabulary"]
+
 
 def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padded D"]:
     """The table with zero rows added, so that its rows divide into ``parts``.
@@ -54,7 +56,8 @@ def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padd
 def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis: str) -> Float[Array, "*tokens D"]:
     """The tokens' rows of the whole table, on every device.
 
-    Each device looks up the tokens whose rows it holds; one sum over the axis, exact in any dtype, adds zeros to them.
+    Each device looks up the tokens whose rows it holds. One sum over the axis adds zeros to them, which is exact in any
+    dtype.
     A token outside of the vocabulary gets zeros, and changes no row.
 
     Args:

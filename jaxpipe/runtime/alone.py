@@ -1,4 +1,4 @@
-"""What ranks run alone, each at its own time, may not wait for other ranks: it is refused when it is traced."""
+"""Checks that functions which one rank runs alone, at its own time, do not wait for other ranks."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ from jaxpipe.stage.axes import Collectives, collectives_of_jaxpr
 def check_alone(name: str, program: Program, axis: str, used: Collectives) -> None:
     """Raises ValueError if a function that one rank runs alone communicates with other ranks of the pipeline.
 
-    So does a permute over any axis: it has no groups, and its pairs are those of all ranks. XLA pairs it with whatever
-    permute the other ranks are at.
+    A permute over any axis does that, since it has no groups and its pairs are those of all ranks: XLA pairs it with
+    whatever permute the other ranks are at.
     """
     if any(over == axis for _, over in used):
         remedy = (

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 
 HEAD = -2
-"""What the head folds into a microbatch's key, where a layer folds its index and embed -1: as uint32 no layer's."""
+"""What the head folds into a microbatch's key. A layer folds its index and embed -1; as uint32 this is no layer's."""
 
 
 class Params(NamedTuple):
@@ -98,7 +98,7 @@ class Context(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a stage or head returns when it has more to say than its value.
+    """What a stage or head returns when it returns more than its value.
 
     Attributes:
       value: the stage's activations, or the head's loss.

@@ -17,8 +17,8 @@ from jaxpipe.stage.axes import collectives_of_jaxpr
 class Counts(NamedTuple):
     """Which microbatches count where: ``bool[num_microbatches]`` each, or None: all do.
 
-    What does not count is selected away, from sums and from the cotangents sent on, rather than multiplied by zero: it
-    may not be finite.
+    What does not count may not be finite. It is therefore selected away, from sums and from the cotangents that are
+    sent on, and not multiplied by zero.
 
     Attributes:
       loss: those whose weight on this device is not zero.
@@ -63,7 +63,7 @@ def mean_shares(
     Args:
       model: whose weight is used.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
-      axes: over whose devices the mean is taken besides.
+      axes: mesh axes over whose devices the mean is taken, too.
       losses: the head's and the stages'.
       calls: for "embed", "stage" and "head" a function and its arguments, as shapes and dtypes.
 
@@ -109,5 +109,5 @@ def _is_real_scalar(aval: Any) -> bool:
 
 
 def _ratio(part: jax.Array, whole: jax.Array) -> jax.Array:
-    """Part / whole, 0 where whole is."""
+    """Part / whole, 0 where the whole is 0."""
     return jnp.where(whole == 0, 0.0, part / jnp.where(whole == 0, 1.0, whole)).astype(part.dtype)

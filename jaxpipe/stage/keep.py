@@ -1,4 +1,4 @@
-"""Which values to keep so that light work makes all others of them again, in as few bytes as possible.
+"""Which values to keep, in as few bytes as possible, so that light work makes all others from them again.
 
 A minimum cut between what only heavy work can make and what is needed, where cutting a value costs its bytes.
 """
@@ -13,7 +13,7 @@ from jaxpipe.stage.graph import Node, Value, has_effect, producers
 
 
 def is_light(node: Node, *, again: bool) -> bool:
-    """Whether the node's work is lighter than to keep its result: by its primitive or, with ``again``, by its name."""
+    """Whether doing the node's work again costs less than keeping its result: by primitive or, with ``again``, name."""
     return ((again and node.again) or node.name in LIGHT) and not has_effect(node)
 
 
@@ -26,9 +26,9 @@ _ENDLESS = 1 << 62
 def minimum_cut(
     needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value], *, again: bool = True
 ) -> set[Value]:
-    """Values to keep, of which light nodes make the needed ones, together with given values and constants.
+    """Values to keep: light nodes make the needed ones from these, from given values and from constants.
 
-    Of all cuts of as few bytes the one that leaves least to be made again.
+    Of all cuts of fewest bytes, this is the one that leaves least to make again.
 
     Args:
       needed: values among the inputs or results of nodes.
@@ -67,7 +67,7 @@ def minimum_cut(
 
 
 class _Network:
-    """Places joined by pipes of limited capacity."""
+    """A flow network: places joined by edges of limited capacity."""
 
     def __init__(self) -> None:
         self.free: dict[_Place, dict[_Place, int]] = collections.defaultdict(dict)
@@ -105,7 +105,7 @@ class _Network:
     def _shortest_path(
         self, source: _Place, sink: _Place, distance: dict[_Place, int], untried: dict[_Place, list[_Place]]
     ) -> list[tuple[_Place, _Place]]:
-        """Pipes with room from source to sink; empty where there are no more of this length."""
+        """Edges with capacity left, from source to sink; empty where no more path has this length."""
         path: list[tuple[_Place, _Place]] = []
         place = source
         while place != sink:

@@ -1,4 +1,4 @@
-"""`jax.vjp` of a function with side effects, each of which runs once."""
+"""`jax.vjp` of a function whose side effects run once each."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from jaxpipe.stage.trace import inexact, trace
 
 
 def vjp_once(function: Callable[..., Any], *primals: Any, has_aux: bool = False, ran: bool = False) -> Any:
-    """Like `jax.vjp`; what `jax.checkpoint` computes again has no side effects then.
+    """Like `jax.vjp`, but what `jax.checkpoint` computes again has no side effects.
 
     Args:
       function: may close over arrays.

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from jaxpipe.runtime.pack import Packing, pack, pack_naive
-from jaxpipe.schedule import build
+from jaxpipe.schedule import BUILDERS, build
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, simulate
@@ -18,8 +18,7 @@ from jaxpipe.schedule.simulator import Costs, simulate
 UNIT = Costs()
 UNEVEN = Costs(forward=1.0, backward_input=1.2, weight=0.8)
 HIDDEN = 0.85 * 3  # an overlapped pair hides 15% of its time
-SIZES = [("gpipe", 4, 8), ("1f1b", 4, 8), ("interleaved", 4, 8), ("zb1p", 4, 8), ("zbv", 4, 8),
-         ("dualpipe", 4, 8), ("dualpipev", 4, 8)]  # fmt: skip
+SIZES = [(name, 4, 8) for name in BUILDERS]
 
 
 def assert_legal(schedule: Schedule, costs: Costs, packing: Packing) -> None:
@@ -115,7 +114,7 @@ def test_uneven_costs_lose_at_most_three_percent(name: str, ranks: int, microbat
     assert pack(schedule, costs).makespan <= 1.03 * simulate(schedule, costs).makespan
 
 
-@pytest.mark.parametrize("name", ["gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("name", BUILDERS)
 def test_large_schedules_pack_in_seconds(name: str) -> None:
     schedule = build(name, 16, 128)
     begin = time.process_time()
