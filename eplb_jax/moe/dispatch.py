@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
-from eplb_jax.moe.exchange import Moves
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
+from eplb_jax.moe.exchange import RowMap
 
 
 class Capacities(NamedTuple):
@@ -45,7 +45,7 @@ class Sends(NamedTuple):
       dropped: choices of this device's tokens that found no room; int32.
     """
 
-    moves: Moves
+    moves: RowMap
     counts: Int[Array, " ep"]
     slots: Int[Array, "ep C k"]
     choices: Int[Array, "ep C k"]
@@ -63,7 +63,7 @@ class Sorted(NamedTuple):
       dropped: choices that found no room; int32.
     """
 
-    moves: Moves
+    moves: RowMap
     assignment: Int[Array, " R"]
     sizes: Int[Array, " S"]
     dropped: Int[Array, ""]
@@ -144,7 +144,7 @@ def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capac
     local = jnp.where(there, slots[known] % num_slots, -1).reshape(shape)
     choices = jnp.where(there, known[:, None] * top_k + order, tokens * top_k).reshape(shape)
     dropped = ((target >= 0) & (of_choice == nowhere)).sum(dtype=jnp.int32)
-    return Sends(Moves(source, rows), fits.sum(0, dtype=jnp.int32), local, choices, entries, dropped)
+    return Sends(RowMap(source, rows), fits.sum(0, dtype=jnp.int32), local, choices, entries, dropped)
 
 
 def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sorted:
@@ -179,7 +179,7 @@ def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sor
     of_row = jnp.where(used, order[jnp.where(used, begins[owner] + inside, 0)], total)
     rows = jnp.full(total, num_rows, jnp.int32).at[of_row].set(row, mode="drop", unique_indices=True)
     source = jnp.where(used, of_row // top_k, tokens)
-    return Sorted(Moves(source, rows.reshape(tokens, top_k)), of_row, sizes, (wanted - sizes).sum(dtype=jnp.int32))
+    return Sorted(RowMap(source, rows.reshape(tokens, top_k)), of_row, sizes, (wanted - sizes).sum(dtype=jnp.int32))
 
 
 def _limit(wanted: jax.Array, num_rows: int) -> jax.Array:

@@ -6,7 +6,6 @@ E logical experts, P slots of all devices, S of one, D width, F hidden width of 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels import swiglu as gated_rows
-from eplb_jax.kernels.backend import choose_backend, current_target
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import Backend, grouped_matmul, interface
+from eplb_jax.kernels.grouped_gemm import interface
+from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.mesh_axis import same_axes, size_and_index
-
-logger = logging.getLogger(__name__)
+from eplb_jax.kernels.registry import Backend
 
 
 class ExpertParams(NamedTuple):
@@ -190,10 +188,8 @@ def gated_backward(
     Raises:
       ValueError: "mosaic" for what it cannot do.
     """
-    task = "make the gate's gradient"
-    chosen = choose_backend(backend, current_target, lambda: gated_rows.why_not(hidden), task, _log_fallback)
-    kernel = functools.partial(gated_rows.gated_backward, cores=current_target().cores)
-    return interface.dispatch(chosen, gated_backward_by_xla, kernel, hidden, weight, ct)
+    chosen = registry.choose("gate_gradient", backend, hidden)
+    return registry.dispatch(chosen, "gated_backward", gated_backward_by_xla, hidden, weight, ct)
 
 
 def gated_backward_by_xla(
@@ -202,12 +198,6 @@ def gated_backward_by_xla(
     """`gated_backward` for every platform and dtype."""
     hidden_ct, weight_ct = _swiglu_bwd((hidden, weight), ct)
     return hidden_ct, _swiglu(hidden, weight), weight_ct
-
-
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    """Says once per reason that a GPU gets XLA's form."""
-    logger.warning("the gate's gradient is made by XLA's fusions, not by our kernel: %s", reason)
 
 
 def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F"]:

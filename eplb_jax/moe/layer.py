@@ -17,16 +17,16 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import Backend
 from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
+from eplb_jax.kernels.registry import Backend
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
+from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
 from eplb_jax.plan.placement import Placement
 
-EXCHANGES = ("dense", "ragged")
 ROWS = 8
 """Masters have a multiple of so many rows unless told otherwise, and so divide over the devices of a host."""
 
@@ -78,12 +78,12 @@ class MoEConfig:
         check_capacity_factor(self.capacity_factor)
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
-        if self.exchange not in EXCHANGES:
-            raise ValueError(f"exchange={self.exchange!r}: it must be one of {EXCHANGES}")
+        if self.exchange not in DISPATCHERS:
+            raise ValueError(f"exchange={self.exchange!r}: it must be one of {tuple(DISPATCHERS)}")
         if self.fp8 and self.width % exchange.BLOCK:
             raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
-        if self.fp8 and self.exchange == "ragged":
-            raise ValueError("fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False")
+        if reason := DISPATCHERS[self.exchange].why_not(self.fp8):
+            raise ValueError(reason)
 
     @property
     def num_masters(self) -> int:
@@ -284,12 +284,13 @@ def _remote(
     so, because a scheduler that sees forward and backward at once finds other places; transposed they say the same.
     """
     devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    dispatcher = DISPATCHERS[config.exchange]
     hidden: Any = None
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, capacities.exchange)
         sent = exchange.permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
         rows = exchange.permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
-        rows, sent = _return_after(_travel(rows, sends.counts, config, axis), sent)
+        rows, sent = _return_after(dispatcher.dispatch(rows, sends.counts, axis, config.fp8), sent)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
@@ -302,7 +303,7 @@ def _remote(
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
-        back = _travel(y.reshape(shape), sends.counts, config, axis, back=True)
+        back = dispatcher.combine(y.reshape(shape), sends.counts, axis, config.fp8)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
@@ -323,15 +324,6 @@ def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Arra
 _return_after.defvjp(lambda *both: (both, None), lambda _, cts: jax.lax.optimization_barrier(cts))
 
 
-def _travel(rows: jax.Array, counts: jax.Array, config: MoEConfig, axis: str, *, back: bool = False) -> Any:
-    """Rows [ep, C, D] to the devices that they are for, of which counts [ep] are used, or back again."""
-    if config.exchange == "ragged":
-        return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis) if back else counts, axis)
-    if config.fp8:
-        return exchange.all_to_all_fp8_back(rows, axis) if back else exchange.all_to_all_fp8(rows, axis)
-    return exchange.all_to_all(rows, axis)
-
-
 def _check(
     params: MoEParams,
     x: jax.Array,
@@ -344,8 +336,36 @@ def _check(
     experts, width, hidden = config.router.num_experts, config.width, config.hidden
     if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
-    rows = params.experts.w_in.shape[0] * devices
-    total = rows if placement is None and rows == config.num_masters else experts
+    total = _count_slots(params, config, placement, devices, axis)
+    slots = total // devices
+    _check_shapes(
+        "experts",
+        params.experts,
+        {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)},
+        f"{total} slots on {devices} devices need {{}} on each; working_copies makes slots of logical experts",
+    )
+    shared = config.num_shared * hidden
+    if (params.shared is None) != (not shared):
+        raise ValueError(
+            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
+        )
+    if params.shared is not None:
+        wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)}
+        _check_shapes("shared", params.shared, wanted, f"num_shared={config.num_shared} need {{}}")
+    if axis is not None:
+        node_size(devices, config.devices_per_node)
+    if params.router.shape != (width, experts):
+        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
+    return slots
+
+
+def _count_slots(
+    params: MoEParams, config: MoEConfig, placement: Placement | None, devices: int, axis: str | None
+) -> int:
+    """Slots of all devices, over which they divide."""
+    experts = config.router.num_experts
+    masters = params.experts.w_in.shape[0] * devices
+    total = masters if placement is None and masters == config.num_masters else experts
     if placement is not None:
         if placement.phy2log.ndim != 1 or placement.num_experts != experts:
             raise ValueError(
@@ -357,30 +377,13 @@ def _check(
         remedy = f"plan for {total - total % devices} or {total + -total % devices} slots"
         remedy = _nearest(config, devices) if placement is None else remedy
         raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}: {remedy}")
-    slots = total // devices
-    wanted = {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)}
-    for name, shape in wanted.items():
-        found = getattr(params.experts, name).shape
-        if found != shape:
-            raise ValueError(
-                f"experts.{name} has shape {found}: {total} slots on {devices} devices need {shape} on each; "
-                "working_copies makes slots of logical experts"
-            )
-    shared = config.num_shared * hidden
-    wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)} if shared else {}
-    if (params.shared is None) != (not wanted):
-        raise ValueError(
-            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
-        )
-    for name, shape in wanted.items():
-        found = getattr(params.shared, name).shape
-        if found != shape:
-            raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
-    if axis is not None:
-        node_size(devices, config.devices_per_node)
-    if params.router.shape != (width, experts):
-        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
-    return slots
+    return total
+
+
+def _check_shapes(name: str, found: ExpertParams, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
+    for leaf, shape in wanted.items():
+        if getattr(found, leaf).shape != shape:
+            raise ValueError(f"{name}.{leaf} has shape {getattr(found, leaf).shape}: {remedy.format(shape)}")
 
 
 def _check_masters(config: MoEConfig, devices: int, axis: str) -> None:

@@ -12,9 +12,9 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from eplb_jax import working_copies
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
-from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
+from eplb_jax.moe.exchange import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
@@ -200,7 +200,7 @@ def test_moves_and_their_transposes(case, seed):
         rng = np.random.default_rng(seed)
         x, rows = rng.standard_normal((tokens, 3)), rng.standard_normal((num_rows, 3))
         values, ct = rng.standard_normal((tokens, top_k)), rng.standard_normal(num_rows)
-        moves = Moves(*(np.asarray(a) for a in found.moves))
+        moves = RowMap(*(np.asarray(a) for a in found.moves))
         rows[moves.source == tokens], ct[moves.source == tokens] = np.nan, np.nan
         results = transposes(*(jnp.asarray(a) for a in (x, rows, values, ct)), found)
     moved, back, summed, forth, each, pull = (np.asarray(a) for a in results)
@@ -232,7 +232,7 @@ def test_moves_of_sends(x64):
 
 def test_sums_are_wide():
     """bfloat16 rows are added in float32, in either direction."""
-    moves = Moves(jnp.zeros(3, jnp.int32), jnp.array([[0, 1, 2]]))
+    moves = RowMap(jnp.zeros(3, jnp.int32), jnp.array([[0, 1, 2]]))
     rows = jnp.array([[1.0], [2.0**-8], [2.0**-8]], jnp.bfloat16)
     assert unpermute(rows, moves).tolist() == [[1 + 2**-7]]
     (back,) = jax.vjp(lambda x: permute(x, moves), jnp.ones((1, 1), jnp.bfloat16))[1](rows)
