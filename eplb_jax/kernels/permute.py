@@ -291,7 +291,7 @@ def divide(height: int, line_bytes: int, most: int) -> tuple[int, int]:
 
 
 def token_and_part(item: jax.Array, parts: int) -> tuple[jax.Array, jax.Array]:
-    """Token and part."""
+    """The row and the part of it that an item is."""
     token = lax.div(item, jnp.int32(parts))
     return token, item - token * parts
 

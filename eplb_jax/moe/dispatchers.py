@@ -18,6 +18,11 @@ class Dispatcher(Protocol):
     of its axis alone.
     """
 
+    @property
+    def gpu_only(self) -> bool:
+        """Whether it runs on GPUs alone."""
+        ...
+
     def why_not(self, fp8: bool) -> str | None:
         """Why rows cannot travel so, with the remedy; None if they can."""
         ...
@@ -37,6 +42,8 @@ class Dispatcher(Protocol):
 
 class Dense:
     """An all-to-all of fixed size: the default, on every platform."""
+
+    gpu_only = False
 
     def why_not(self, fp8: bool) -> str | None:
         """Nothing keeps rows from it."""
@@ -60,6 +67,8 @@ class Dense:
 
 class Ragged:
     """`jax.lax.ragged_all_to_all`: used rows only, on GPUs only."""
+
+    gpu_only = True
 
     def why_not(self, fp8: bool) -> str | None:
         """It carries no scales."""

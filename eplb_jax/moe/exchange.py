@@ -1,7 +1,7 @@
-"""Rows that move: within a device by index, between devices by all-to-all; each with its own transpose.
+"""Moves rows within a device by index, and between devices by all-to-all; each move has its own transpose.
 
-N tokens, R rows, D width. RowMap within a device are described by two arrays that mirror each other, so that neither a
-move nor its gradient scatters.
+N tokens, R rows, D width. RowMap within a device are described by two arrays, each the inverse of the other, so that
+neither a move nor its gradient scatters.
 """
 
 from __future__ import annotations

@@ -96,7 +96,7 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
 def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
     """``silu(gate) * value * weight`` in float32 (float64 for float64), in the dtype of ``hidden``.
 
-    The backward pass keeps the arguments alone, and makes the rest again.
+    The backward pass keeps the arguments alone and recomputes the rest.
 
     Source: arXiv 2002.05202.
     """
@@ -122,7 +122,7 @@ def _swiglu_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[
     weighted = ct * weight.astype(dtype)[:, None]
     slope = share * (1 + gate * (1 - share))
     hidden_ct = jnp.concatenate([weighted * value * slope, weighted * active], -1).astype(hidden.dtype)
-    # Behind a barrier it is made once, and not by each of the products that read it.
+    # A barrier makes XLA compute it once, and not in each of the products that read it.
     return jax.lax.optimization_barrier(hidden_ct), (ct * active * value).sum(-1).astype(weight.dtype)
 
 
@@ -136,7 +136,7 @@ def apply_experts(
     sizes: Int[Array, " S"],
     backend: Backend = "auto",
 ) -> Float[Array, "R D"]:
-    """Each row through its slot's expert, times its weight; rows of no slot come out unspecified.
+    """Runs each row through its slot's expert, times its weight; rows of no slot come out unspecified.
 
     The weight multiplies the hidden activations, where it is cheap, and where its gradient needs nothing kept.
     """
@@ -158,7 +158,7 @@ def _apply_experts_fwd(params: ExpertParams, rows: Any, weight: Any, sizes: Any,
 
 
 def _apply_experts_bwd(backend: Backend, residuals: Any, ct: jax.Array) -> tuple[Any, ...]:
-    """What is behind the gate is made again beside the gradients; the two products of the weights share nothing."""
+    """Recomputes the gated activations beside the gradients; the two products of the weights share nothing."""
     params, rows, hidden, weight, sizes = residuals
     transposed = functools.partial(grouped_matmul, group_sizes=sizes, backend=backend, transpose_rhs=True)
     gates = "xla" if backend == "xla" else "auto"  # "mosaic" insists on the products alone, which take more widths
@@ -206,7 +206,7 @@ def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F
 
 
 def shared_out(params: ExpertParams, hidden: Float[Array, "T F"]) -> Float[Array, "T D"]:
-    """What `shared_in` made, back to the width."""
+    """Projects what `shared_in` made back to the width."""
     return jnp.matmul(hidden, params.w_out[0])
 
 

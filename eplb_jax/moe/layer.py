@@ -40,9 +40,9 @@ class MoEConfig:
       hidden: of an expert, F.
       router: how tokens choose experts.
       num_shared: shared experts, which every token goes to.
-      masters: rows of the routed experts' masters. Rows behind the last expert are zeros that nothing reads, so that
+      masters: rows of the routed experts' masters. Rows after the last expert are zeros that nothing reads; with them
         masters divide over devices whose number does not divide the experts. None: a multiple of `ROWS`.
-      capacity_factor: room for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
+      capacity_factor: rows for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
         that nothing is ever dropped.
       replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.moe.replica`.
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
@@ -113,11 +113,11 @@ class MoEParams(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What a layer tells besides its output; of this device's tokens, so sums over devices are global.
+    """What a layer returns besides its output; of this device's tokens, so sums over devices are global.
 
     Attributes:
       loads: tokens that chose each logical expert; int32.
-      dropped: choices that found no room, counted where that was found out; int32.
+      dropped: choices that were dropped for lack of capacity, counted on the device that dropped them; int32.
       balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
         devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
     """
@@ -189,7 +189,7 @@ def moe_layer(
     sequences: int = 1,
     mask: Bool[Array, " T"] | None = None,
 ) -> tuple[Float[Array, "T D"], MoEStats]:
-    """Each token through its experts and the shared ones.
+    """Sends each token through its experts and the shared ones.
 
     Args:
       params: experts by slot, this device's slots.
@@ -254,9 +254,21 @@ def local_experts(
     capacities: Capacities,
     config: MoEConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [N, D] with slots and weights [N, k] through this device's experts, and how many choices found no room.
+    """Runs tokens [N, D] with slots and weights [N, k] through this device's experts.
 
-    The part of the layer behind the dispatch and before the combine; slots outside of 0 to num_slots - 1 are nobody's.
+    This is the part of the layer between dispatch and combine. Choices with slots outside of 0 to num_slots - 1 count
+    as no choice.
+
+    Args:
+      experts: by slot, this device's.
+      x: tokens.
+      slots, weights: of each choice.
+      num_slots: slots of this device.
+      capacities: from `make_capacities`.
+      config: the backend of products and moves.
+
+    Returns:
+      The output [N, D], and how many choices were dropped for lack of capacity.
     """
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, capacities.rows)
@@ -280,8 +292,8 @@ def _remote(
 ) -> tuple[jax.Array, jax.Array]:
     """The layer for slots of all devices of the axis: tokens travel there and back.
 
-    The shared experts' first product is made while tokens travel there, the second while they travel back. Barriers say
-    so, because a scheduler that sees forward and backward at once finds other places; transposed they say the same.
+    The shared experts' first product runs while tokens travel there, the second while they travel back. Barriers fix
+    this order, because a scheduler that sees forward and backward at once chooses another. Their transposes do too.
     """
     devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
     dispatcher = DISPATCHERS[config.exchange]
@@ -296,9 +308,9 @@ def _remote(
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
-    listed, heard = (array.reshape(-1, top_k) for array in message)
+    slots_here, weights_here = (array.reshape(-1, top_k) for array in message)
     y, dropped = local_experts(
-        params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, capacities, config
+        params.experts, rows.reshape(-1, x.shape[1]), slots_here, weights_here, num_slots, capacities, config
     )
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
@@ -314,9 +326,10 @@ def _remote(
 
 @jax.custom_vjp
 def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both; the cotangent of rows sets out when that of what was sent has arrived, which then travels beside products.
+    """Returns both, and orders their cotangents: that of the rows is sent when that of the weights has arrived.
 
-    Without an order, XLA's scheduler finds nothing to do while the small one travels.
+    So the small transfer of the weights runs beside matrix products. Without an order, XLA's scheduler finds nothing to
+    do while it travels.
     """
     return rows, sent
 

@@ -14,8 +14,8 @@ from scipy.optimize import linear_sum_assignment
 def repack(weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: float, num_gpus: int) -> np.ndarray | None:
     """Slots [R] with these replica counts [E] and no GPU above target, most of them as in old [R].
 
-    GPUs that are too heavy or lose a replica are opened, and others, in one of two orders, until what the open ones
-    hold can be packed greedily. None if that fails even with all of them open.
+    Opens the GPUs that are too heavy or lose a replica, then others in one of two orders, until what the open GPUs hold
+    can be packed greedily. Returns None if this fails even with all GPUs open.
     """
     capacity = len(old) // num_gpus
     each = weight / np.maximum(counts, 1)

@@ -24,7 +24,8 @@ def assign_tiles(
     """Goes through a worker's share of the output tiles, group after group, which keeps the workers near each other.
 
     A group's rows are divided into tiles from its first row on. One with at most half the rows takes about half the
-    time, so high and low tiles are dealt out apart, the low ones from the last worker on: all get as many of either.
+    time, so high and low tiles are assigned separately, the low ones from the last worker on: numbers of either differ
+    between workers by one at most.
 
     Args:
       size_of: rows of each group; int32, in memory.
@@ -41,21 +42,21 @@ def assign_tiles(
     """
     half = tile.m // 2 if tile.m > CHUNK else 0
 
-    def share(count, dealt, first):
-        """The first of `count` tiles that is the worker's, if `dealt` were dealt out before, and how many are."""
-        start = lax.rem(first + (workers - lax.rem(dealt, jnp.int32(workers))), jnp.int32(workers))
+    def share(count, before, first):
+        """The first of `count` tiles that is the worker's, if `before` tiles were assigned before, and how many are."""
+        start = lax.rem(first + (workers - lax.rem(before, jnp.int32(workers))), jnp.int32(workers))
         return start, lax.div(count - start + (workers - 1), jnp.int32(workers))
 
     def go_through(group, carry):
-        turn, first_row, dealt_high, dealt_low, size = carry
+        turn, first_row, high_before, low_before, size = carry
         next_size = size_of[jnp.minimum(group + 1, groups - 1)]  # early, as it takes long
         high = lax.div(size + (tile.m - half - 1), jnp.int32(tile.m))
         cut = jnp.minimum(high, jnp.where(group == groups - 1, tile.cut, 0)) if half else 0
         high -= cut
         rest = size - high * tile.m
         low = lax.div(jnp.maximum(rest, 0) + (half - 1), jnp.int32(half)) if half else jnp.int32(0)
-        start_high, mine_high = share(high * column_tiles, dealt_high, worker)
-        start_low, mine_low = share(low * column_tiles, dealt_low, workers - 1 - worker)
+        start_high, mine_high = share(high * column_tiles, high_before, worker)
+        start_low, mine_low = share(low * column_tiles, low_before, workers - 1 - worker)
 
         def one(number, _):
             is_high = number < mine_high
@@ -67,8 +68,8 @@ def assign_tiles(
 
         lax.fori_loop(jnp.int32(0), mine_high + mine_low, one, None)
         rounded = (size + (ALIGN - 1)) & -ALIGN
-        dealt = dealt_high + high * column_tiles, dealt_low + low * column_tiles
-        return turn + mine_high + mine_low, first_row + rounded, *dealt, next_size
+        before = high_before + high * column_tiles, low_before + low * column_tiles
+        return turn + mine_high + mine_low, first_row + rounded, *before, next_size
 
     zero = jnp.int32(0)
     return lax.fori_loop(zero, jnp.int32(groups), go_through, (zero, zero, zero, zero, size_of[0]))[0]

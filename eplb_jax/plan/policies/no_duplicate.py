@@ -12,7 +12,7 @@ from jaxtyping import Num
 from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
 from eplb_jax.plan.nodes import Nodes, join_nodes, lightest_packing, pack_nodes, place_idle, place_slots
-from eplb_jax.plan.packing import bits, call, inverse, places, replicate, take
+from eplb_jax.plan.packing import call, descending_ranks, inverse, ordered_bits, replicate, take
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.search import largest_loads, recount, refine, slot_loads
 
@@ -74,7 +74,7 @@ def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array
 def _search(nodes: Nodes, replicas: jax.Array, tolerance: float, gpus: int) -> jax.Array:
     """Slots with these replicas, packed apart, then improved."""
     loads = slot_loads(nodes.weight, replicas)
-    order = inverse(places(bits(loads)))
+    order = inverse(descending_ranks(ordered_bits(loads)))
     slots = jax.vmap(functools.partial(_pack_apart, gpus))(take(loads, order), take(replicas, order))
     return refine(nodes.weight, slots, nodes.target * (1 + tolerance), num_gpus=gpus, duplicates=False)
 

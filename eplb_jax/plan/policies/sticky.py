@@ -30,8 +30,9 @@ def sticky(
     Layers are independent. One that is good enough, or whose heaviest GPU a fresh plan would relieve by less than
     ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
     node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
-    plan, its GPUs numbered so that most replicas stay; that is the plan also where a group of experts is on several
-    nodes and should not be. An expert that stays on its GPU stays in its slot. A layer without load is good enough.
+    plan, its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should not be,
+    only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load is good
+    enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.

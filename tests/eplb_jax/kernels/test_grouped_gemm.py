@@ -19,8 +19,16 @@ from eplb_jax.kernels.grouped_gemm.mosaic_rows import assign_tiles, rows_times_m
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.grouped_gemm.tiles import TABLE, tile_for
 
+
+def marks_of(backend):
+    """Skips a backend where it says that it cannot run."""
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 256), (2, 256, 256))]
+    reason = registry.BACKENDS[backend].why_not("grouped_matmul", current_target(), *operands)
+    return pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")
+
+
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
-BACKENDS = ["xla", pytest.param("mosaic", marks=needs_hopper)]
+BACKENDS = ["xla"] + [pytest.param(name, marks=marks_of(name)) for name in registry.BACKENDS]
 SIZES = {
     "equal": [64, 64, 64, 64],
     "uneven": [3, 130, 17, 71],
@@ -243,7 +251,7 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
 
 
 @pytest.mark.parametrize("tile", [Tile(256, 128, width=2), Tile(256, 128, cut=2), Tile(128, 256), Tile(64, 256)])
-def test_tiles_are_dealt_out_once_and_evenly(tile):
+def test_tiles_are_assigned_once_and_evenly(tile):
     """All rows of all groups in every column, once; high and low tiles differ by at most one between workers."""
     sizes, columns, workers = [3, 70, 0, 130, 300, 700, 0, 1, 256, 513, 0], 3, 5
     seen, counts = set(), []
