@@ -18,7 +18,7 @@ BACKENDS: dict[str, KernelBackend] = {"mosaic": Hopper()}
 """By name, those that "auto" prefers first. XLA, which runs everywhere, is none of them."""
 
 
-class Task(NamedTuple):
+class KernelTask(NamedTuple):
     """What is chosen together.
 
     Attributes:
@@ -31,9 +31,9 @@ class Task(NamedTuple):
 
 
 TASKS = {
-    "grouped_matmul": Task("run this", "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs"),
-    "move_rows": Task("move these rows", "rows are moved by XLA's fusions, not by our kernels"),
-    "gate_gradient": Task(
+    "grouped_matmul": KernelTask("run this", "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs"),
+    "move_rows": KernelTask("move these rows", "rows are moved by XLA's fusions, not by our kernels"),
+    "gate_gradient": KernelTask(
         "make the gate's gradient", "the gate's gradient is made by XLA's fusions, not by our kernel"
     ),
 }
@@ -41,7 +41,7 @@ TASKS = {
 logger = logging.getLogger(__name__)
 
 
-class Choice(NamedTuple):
+class ChosenBackend(NamedTuple):
     """Who runs a task; hashable, so static.
 
     Attributes:
@@ -53,10 +53,10 @@ class Choice(NamedTuple):
     only: bool = False
 
 
-XLA = Choice("xla")
+XLA = ChosenBackend("xla")
 
 
-def choose(task: str, backend: str, *operands: Any) -> Choice:
+def choose(task: str, backend: str, *operands: Any) -> ChosenBackend:
     """Who runs a task on the device that the program in hand is for.
 
     Args:
@@ -68,7 +68,7 @@ def choose(task: str, backend: str, *operands: Any) -> Choice:
       ValueError: an unknown backend; one that cannot run the task.
 
     >>> choose("grouped_matmul", "xla")
-    Choice(backend='xla', only=False)
+    ChosenBackend(backend='xla', only=False)
     """
     if backend not in ("auto", "xla", *BACKENDS):
         *names, last = (f'"{name}"' for name in ("auto", "xla", *BACKENDS))
@@ -79,7 +79,7 @@ def choose(task: str, backend: str, *operands: Any) -> Choice:
     for name in BACKENDS if backend == "auto" else (backend,):
         reason = BACKENDS[name].why_not(task, device, *operands)
         if reason is None:
-            return Choice(name, only=backend != "auto")
+            return ChosenBackend(name, only=backend != "auto")
         reasons.append(reason)
     if backend != "auto":
         verb = TASKS[task].verb
@@ -95,7 +95,7 @@ def _log_fallback(task: str, reason: str) -> None:
     logger.warning("%s: %s", TASKS[task].fallback, reason)
 
 
-def dispatch(choice: Choice, name: str, by_xla: Callable[..., Any], *operands: jax.Array, **static: Any) -> Any:
+def dispatch(choice: ChosenBackend, name: str, by_xla: Callable[..., Any], *operands: jax.Array, **static: Any) -> Any:
     """The results of an operation on the chosen backend.
 
     Under `jax.vmap` a kernel runs once for each part of the batch: it fills a GPU by itself.

@@ -18,7 +18,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.mesh_axis import same_axes
-from eplb_jax.kernels.registry import Backend, Choice
+from eplb_jax.kernels.registry import Backend, ChosenBackend
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
@@ -74,12 +74,12 @@ def unpermute(rows: Float[Array, "R D"], moves: RowMap, *, backend: Backend = "a
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _permute(x: jax.Array, moves: RowMap, chosen: Choice) -> jax.Array:
+def _permute(x: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
     return _dispatch(chosen, "copy_rows", copy_rows_by_xla, x, moves.source, moves.rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _unpermute(rows: jax.Array, moves: RowMap, chosen: Choice) -> jax.Array:
+def _unpermute(rows: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
     return _dispatch(chosen, "add_rows", add_rows_by_xla, rows, moves.rows)
 
 
@@ -93,12 +93,12 @@ _unpermute.defvjp(
 )
 
 
-def _choose(array: jax.Array, moves: RowMap, backend: str) -> Choice:
+def _choose(array: jax.Array, moves: RowMap, backend: str) -> ChosenBackend:
     """Who moves rows in either direction."""
     return registry.choose("move_rows", backend, array, moves.source, moves.rows)
 
 
-def _dispatch(chosen: Choice, name: str, xla: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
+def _dispatch(chosen: ChosenBackend, name: str, xla: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
     """The result on the chosen backend, named so that `jaxpipe` computes it again rather than stash it."""
 
     def move_rows(*arguments: jax.Array) -> jax.Array:

@@ -14,7 +14,7 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.grouped_gemm import xla
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN
 from eplb_jax.kernels.mesh_axis import same_axes
-from eplb_jax.kernels.registry import Backend, Choice
+from eplb_jax.kernels.registry import Backend, ChosenBackend
 
 FLOATS = ("bfloat16", "float16", "float32", "float64")
 
@@ -89,31 +89,33 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
             )
 
 
-def choose(lhs: Any, rhs: Any, backend: str) -> Choice:
+def choose(lhs: Any, rhs: Any, backend: str) -> ChosenBackend:
     """Who makes the products of arguments that `check` accepts."""
     return registry.choose("grouped_matmul", backend, lhs, rhs)
 
 
-def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: Choice, transpose_rhs: bool) -> jax.Array:
+def _matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: ChosenBackend, transpose_rhs: bool
+) -> jax.Array:
     """The product on the chosen backend."""
     return registry.dispatch(chosen, "matmul", xla.matmul, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
 
 
-def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: Choice) -> jax.Array:
+def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: ChosenBackend) -> jax.Array:
     """The gradient of the right-hand side on the chosen backend."""
     return registry.dispatch(chosen, "outer", xla.outer, lhs, dout, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(lhs: Any, rhs: Any, group_sizes: Any, chosen: Choice, transpose_rhs: bool) -> Any:
+def _grouped_matmul(lhs: Any, rhs: Any, group_sizes: Any, chosen: ChosenBackend, transpose_rhs: bool) -> Any:
     return _matmul(lhs, rhs, group_sizes, chosen, transpose_rhs)
 
 
-def _forward(lhs: Any, rhs: Any, group_sizes: Any, chosen: Choice, transpose_rhs: bool) -> Any:
+def _forward(lhs: Any, rhs: Any, group_sizes: Any, chosen: ChosenBackend, transpose_rhs: bool) -> Any:
     return _matmul(lhs, rhs, group_sizes, chosen, transpose_rhs), (lhs, rhs, group_sizes)
 
 
-def _backward(chosen: Choice, transpose_rhs: bool, residuals: Any, dout: Any) -> Any:
+def _backward(chosen: ChosenBackend, transpose_rhs: bool, residuals: Any, dout: Any) -> Any:
     """Two products that share nothing, so that a pipeline can make the weights' gradient later."""
     lhs, rhs, group_sizes = residuals
     dlhs = _matmul(dout, rhs, group_sizes, chosen, not transpose_rhs)

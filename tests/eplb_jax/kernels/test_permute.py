@@ -18,7 +18,7 @@ HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
 
 
 def operands(tokens, choices, slots, num_rows, width, dtype, missing=0.2):
-    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some find no room."""
+    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some lack capacity."""
     rng = np.random.default_rng(tokens)
     chosen = np.argsort(rng.random((tokens, slots)), axis=1)[:, :choices].astype(np.int32)
     chosen[rng.random(chosen.shape) < missing] = -1
