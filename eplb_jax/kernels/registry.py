@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import logging
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 
@@ -13,13 +13,15 @@ from eplb_jax.kernels.backend import KernelBackend, current_target
 from eplb_jax.kernels.hopper import Hopper
 from eplb_jax.kernels.mesh_axis import varying
 
-Backend = Literal["auto", "xla", "mosaic"]
+Backend = str
+"""What a user asks for: "auto", "xla" or a name of `BACKENDS`."""
+
 BACKENDS: dict[str, KernelBackend] = {"mosaic": Hopper()}
 """By name, those that "auto" prefers first. XLA, which runs everywhere, is none of them."""
 
 
 class KernelTask(NamedTuple):
-    """What is chosen together.
+    """Operations that one backend runs all of, and what is said where it cannot.
 
     Attributes:
       verb: what a backend cannot do, for the error.
