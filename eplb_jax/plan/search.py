@@ -109,8 +109,9 @@ def _exchange_one(
         possible = (take(counts, donor) > 1) & (donor != receiver) & (donor != state.received)
         if most is not None:
             possible &= take(counts, receiver) < most
+        possible = possible[:, 0]
         loads = _give(weight, slots, counts, donor, receiver)[0]
-        return jnp.where(possible[:, 0], _packed_heaviest(loads, num_gpus), jnp.inf)
+        return jnp.where(possible, _packed_heaviest(loads, num_gpus), jnp.inf)
 
     heaviest = jax.lax.map(heaviest_after, (donors, receivers))
     chosen = jnp.argmin(heaviest, axis=0)[None, :, None]
