@@ -1,13 +1,12 @@
-"""Rows that move: within a device by index, between devices by all-to-all; each with its own transpose.
+"""Moves rows within a device by index, and between devices by all-to-all; each move has its own transpose.
 
-N tokens, R rows, D width. Moves within a device are described by two arrays that mirror each other, so that neither a
-move nor its gradient scatters.
+N tokens, R rows, D width. RowMap within a device are described by two arrays, each the inverse of the other, so that
+neither a move nor its gradient scatters.
 """
 
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -16,21 +15,19 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels import permute as row_moves
-from eplb_jax.kernels.backend import choose_backend, current_target
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import Backend, interface
 from eplb_jax.kernels.mesh_axis import same_axes
+from eplb_jax.kernels.registry import Backend, ChosenBackend
 
 FP8 = jnp.float8_e4m3fn
 BLOCK = 128
 """Channels that share a scale when rows travel in 8 bits."""
 RECOMPUTE = "recompute"
 """By agreement with `jaxpipe`: a value of this name is cheaper to compute again than to keep."""
-logger = logging.getLogger(__name__)
 
 
-class Moves(NamedTuple):
+class RowMap(NamedTuple):
     """Which row holds a copy of which token.
 
     Attributes:
@@ -42,7 +39,7 @@ class Moves(NamedTuple):
     rows: Int[Array, "N k"]
 
 
-def permute(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
+def permute(x: Float[Array, "N D"], moves: RowMap, *, backend: Backend = "auto") -> Float[Array, "R D"]:
     """A copy of its token in each row, zeros in rows that hold none.
 
     Args:
@@ -55,17 +52,17 @@ def permute(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") 
     Raises:
       ValueError: "mosaic" for what it cannot do.
 
-    >>> moves = Moves(jnp.array([1, 0, 1, 2]), jnp.array([[1, 4], [0, 2]]))
+    >>> moves = RowMap(jnp.array([1, 0, 1, 2]), jnp.array([[1, 4], [0, 2]]))
     >>> permute(jnp.array([[1.0], [5.0]]), moves)[:, 0].tolist()
     [5.0, 1.0, 5.0, 0.0]
     >>> unpermute(jnp.array([[1.0], [2.0], [3.0], [jnp.nan]]), moves)[:, 0].tolist()
     [2.0, 4.0]
     """
     x, *indices = same_axes(x, *moves)
-    return _permute(x, Moves(*indices), _choose(x, moves, backend))
+    return _permute(x, RowMap(*indices), _choose(x, moves, backend))
 
 
-def unpermute(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "N D"]:
+def unpermute(rows: Float[Array, "R D"], moves: RowMap, *, backend: Backend = "auto") -> Float[Array, "N D"]:
     """The sum of each token's rows, added in float32 (float64 for float64); the transpose of `permute`.
 
     Args:
@@ -73,17 +70,17 @@ def unpermute(rows: Float[Array, "R D"], moves: Moves, *, backend: Backend = "au
       moves, backend: as there.
     """
     rows, *indices = same_axes(rows, *moves)
-    return _unpermute(rows, Moves(*indices), _choose(rows, moves, backend))
+    return _unpermute(rows, RowMap(*indices), _choose(rows, moves, backend))
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _permute(x: jax.Array, moves: Moves, chosen: str) -> jax.Array:
-    return _dispatch(chosen, row_moves.copy_rows, copy_rows_by_xla, x, moves.source, moves.rows)
+def _permute(x: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
+    return _dispatch(chosen, "copy_rows", copy_rows_by_xla, x, moves.source, moves.rows)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _unpermute(rows: jax.Array, moves: Moves, chosen: str) -> jax.Array:
-    return _dispatch(chosen, row_moves.add_rows, add_rows_by_xla, rows, moves.rows)
+def _unpermute(rows: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
+    return _dispatch(chosen, "add_rows", add_rows_by_xla, rows, moves.rows)
 
 
 _permute.defvjp(
@@ -96,29 +93,16 @@ _unpermute.defvjp(
 )
 
 
-def _choose(array: jax.Array, moves: Moves, backend: str) -> str:
-    """The backend of moves in either direction, as `choose_backend` names it."""
-
-    def why_not() -> str | None:
-        return row_moves.why_not(array, moves.source, moves.rows)
-
-    return choose_backend(backend, current_target, why_not, "move these rows", _log_fallback)
+def _choose(array: jax.Array, moves: RowMap, backend: str) -> ChosenBackend:
+    """Who moves rows in either direction."""
+    return registry.choose("move_rows", backend, array, moves.source, moves.rows)
 
 
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    """Says once per reason that a GPU gets XLA's form."""
-    logger.warning("rows are moved by XLA's fusions, not by our kernels: %s", reason)
-
-
-def _dispatch(
-    chosen: str, kernel: Callable[..., jax.Array], xla: Callable[..., jax.Array], *arguments: jax.Array
-) -> jax.Array:
+def _dispatch(chosen: ChosenBackend, name: str, xla: Callable[..., jax.Array], *arguments: jax.Array) -> jax.Array:
     """The result on the chosen backend, named so that `jaxpipe` computes it again rather than stash it."""
 
     def move_rows(*arguments: jax.Array) -> jax.Array:
-        rows = interface.dispatch(chosen, xla, functools.partial(kernel, cores=current_target().cores), *arguments)
-        return checkpoint_name(rows, RECOMPUTE)
+        return checkpoint_name(registry.dispatch(chosen, name, xla, *arguments), RECOMPUTE)
 
     return jax.jit(move_rows)(*arguments)
 

@@ -137,7 +137,7 @@ def route(
 
 
 def of_real_tokens(rows: Float[Array, "tokens n"], mask: Bool[Array, " tokens"] | None) -> Float[Array, "tokens n"]:
-    """Zeros in the rows of tokens that are not real, whatever they hold: zero times NaN would be NaN.
+    """Sets the rows of tokens that are not real to zero, whatever they hold: zero times NaN would be NaN.
 
     Raises:
       ValueError: a mask that is not bool, or not of these tokens.

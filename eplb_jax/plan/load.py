@@ -84,7 +84,7 @@ class SlidingWindow:
 
     @classmethod
     def create(cls, window: int, layers: int, experts: int) -> SlidingWindow:
-        """An empty one.
+        """Makes one without any update.
 
         Raises:
           ValueError: a size below 1.
@@ -94,7 +94,7 @@ class SlidingWindow:
         return cls(jnp.zeros((window, layers, experts), jnp.float32), jnp.zeros((), jnp.int32))
 
     def update(self, counts: Num[Array, "layers experts"]) -> SlidingWindow:
-        """With the counts of one more step in place of the oldest; NaN is kept, until it leaves the window.
+        """Returns the window with the counts of one more step in place of the oldest; NaN stays until it leaves.
 
         Raises:
           ValueError: counts of another shape, or that are not numbers.
@@ -137,7 +137,7 @@ class MovingAverage:
 
     @classmethod
     def create(cls, decay: float, layers: int, experts: int) -> MovingAverage:
-        """An empty one.
+        """Makes one without any update.
 
         Raises:
           ValueError: a size below 1, a decay out of [0, 1) or traced.
@@ -151,7 +151,7 @@ class MovingAverage:
         return cls(jnp.zeros((layers, experts), jnp.float32), jnp.zeros((), jnp.int32), float(decay))
 
     def update(self, counts: Num[Array, "layers experts"]) -> MovingAverage:
-        """With the counts of one more step.
+        """Returns the average with the counts of one more step.
 
         Raises:
           ValueError: counts of another shape, or that are not numbers.

@@ -18,14 +18,14 @@ from row_moves import KIB, medians_us
 
 from eplb_jax.kernels import swiglu as gated_rows
 from eplb_jax.kernels.backend import current_target
-from eplb_jax.kernels.permute import Plan
+from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe.experts import gated_backward_by_xla
 
 HEADER = "rows", "by", "difference", "ms", "TB/s"
 PLANS = [
-    gated_rows.GATED, Plan(12 * KIB, 4, 4, 1), Plan(12 * KIB, 4, 4, 2), Plan(12 * KIB, 3, 4, 1),
-    Plan(12 * KIB, 6, 3, 2), Plan(12 * KIB, 5, 3, 1), Plan(12 * KIB, 8, 2, 2), Plan(6 * KIB, 8, 4, 3),
-    Plan(6 * KIB, 6, 5, 2),
+    gated_rows.GATED, Ring(12 * KIB, 4, 4, 1), Ring(12 * KIB, 4, 4, 2), Ring(12 * KIB, 3, 4, 1),
+    Ring(12 * KIB, 6, 3, 2), Ring(12 * KIB, 5, 3, 1), Ring(12 * KIB, 8, 2, 2), Ring(6 * KIB, 8, 4, 3),
+    Ring(6 * KIB, 6, 5, 2),
 ]  # fmt: skip
 
 
@@ -40,7 +40,7 @@ def difference(got: Any, want: Any) -> jax.Array:
     return jnp.stack(jax.tree.leaves(jax.tree.map(share, got, want))).max()
 
 
-def measure(rows: int, width: int, plans: list[Plan], repeats: int) -> None:
+def measure(rows: int, width: int, plans: list[Ring], repeats: int) -> None:
     """Prints the lines of the table for a number of rows."""
     keys = jax.random.split(jax.random.key(rows), 3)
     hidden = jax.random.normal(keys[0], (rows, 2 * width), jnp.bfloat16)

@@ -33,7 +33,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts, mosaic, xla
+from eplb_jax.kernels.grouped_gemm import mosaic, xla
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 
 try:

@@ -20,7 +20,7 @@ import jax.numpy as jnp
 
 from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import current_target
-from eplb_jax.kernels.permute import Plan
+from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 
@@ -28,12 +28,12 @@ HEADER = "tokens", "rows", "move", "by", "equal", "µs", "TB/s"
 EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
-    row_moves.COPIES, Plan(16 * KIB, 12, 1, 4), Plan(16 * KIB, 6, 1, 2), Plan(8 * KIB, 10, 2, 3),
-    Plan(16 * KIB, 3, 4, 1), Plan(16 * KIB, 6, 2, 2),
+    row_moves.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
+    Ring(16 * KIB, 3, 4, 1), Ring(16 * KIB, 6, 2, 2),
 ]  # fmt: skip
 SUMS = [
-    row_moves.SUMS, Plan(32 * KIB, 3, 2), Plan(16 * KIB, 4, 3), Plan(32 * KIB, 2, 3), Plan(16 * KIB, 3, 4),
-    Plan(32 * KIB, 6, 1), Plan(8 * KIB, 4, 6),
+    row_moves.SUMS, Ring(32 * KIB, 3, 2), Ring(16 * KIB, 4, 3), Ring(32 * KIB, 2, 3), Ring(16 * KIB, 3, 4),
+    Ring(32 * KIB, 6, 1), Ring(8 * KIB, 4, 6),
 ]  # fmt: skip
 Call = Callable[[], jax.Array]
 
@@ -55,7 +55,7 @@ def medians_us(calls: dict[str, Call], repeats: int, seconds: float = 0.02) -> d
     return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
 
 
-def forms(xla: Any, kernel: Any, plans: list[Plan], *arguments: jax.Array) -> dict[str, Call]:
+def forms(xla: Any, kernel: Any, plans: list[Ring], *arguments: jax.Array) -> dict[str, Call]:
     """XLA's form, and the kernel with each plan where there is a Hopper GPU."""
     target = current_target()
     functions = {"XLA": xla}

@@ -7,18 +7,18 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax.kernels import permute as row_moves
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
-from eplb_jax.kernels.permute import Plan, add_rows, copy_rows
-from eplb_jax.moe import exchange
+from eplb_jax.kernels.permute import Ring, add_rows, copy_rows
 from eplb_jax.moe.dispatch import sort_by_slot
-from eplb_jax.moe.exchange import Moves, permute, unpermute
+from eplb_jax.moe.exchange import RowMap, permute, unpermute
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
 
 
 def operands(tokens, choices, slots, num_rows, width, dtype, missing=0.2):
-    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some find no room."""
+    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some lack capacity."""
     rng = np.random.default_rng(tokens)
     chosen = np.argsort(rng.random((tokens, slots)), axis=1)[:, :choices].astype(np.int32)
     chosen[rng.random(chosen.shape) < missing] = -1
@@ -40,8 +40,8 @@ def forced_to(backend):
 
 @pytest.mark.parametrize("dtype, shape, copies, sums", [
     ("bfloat16", (9, 3, 4, 32, 512), row_moves.COPIES, row_moves.SUMS),
-    ("float32", (7, 2, 3, 24, 384), Plan(512, 3, 1, 1), Plan(1024, 2, 1)),
-    pytest.param("float16", (2, 1, 2, 24, 512), Plan(512, 5, 2, 3), Plan(1, 3, 2), marks=pytest.mark.slow),
+    ("float32", (7, 2, 3, 24, 384), Ring(512, 3, 1, 1), Ring(1024, 2, 1)),
+    pytest.param("float16", (2, 1, 2, 24, 512), Ring(512, 5, 2, 3), Ring(1, 3, 2), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
     """Two multiprocessors, simulated on the CPU, of which the copy engine's zeros out of bounds are asked for."""
@@ -87,7 +87,7 @@ def test_kernels_can_be_lowered_without_a_gpu(dtype, tokens, choices, num_rows, 
 
 
 def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
-    monkeypatch.setattr(exchange, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     traced = forced_to("auto").trace(*operands(9, 3, 4, 48, 256, "bfloat16"))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
     assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -96,7 +96,7 @@ def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
 
 def test_inside_shard_map(monkeypatch):
     """What the kernels give varies over the mesh axis, as what XLA gives does."""
-    monkeypatch.setattr(exchange, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     x, rows, moves = operands(9, 3, 4, 48, 256, "bfloat16")
     twice = jax.tree.map(lambda array: jnp.concatenate([array, array]), (x, rows, moves))
@@ -120,12 +120,12 @@ def test_auto_runs_everywhere_and_mosaic_says_what_it_cannot_do():
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(exchange, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    exchange._log_fallback.cache_clear()
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    registry._log_fallback.cache_clear()
     x, _, moves = operands(9, 3, 4, 48, 128, "float32")
     for _ in range(2):
         permute(x, moves, backend="auto")
-    assert [record.getMessage() for record in caplog.records if record.name == exchange.logger.name] == [
+    assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "rows are moved by XLA's fusions, not by our kernels: the device is 'NVIDIA A100', no Hopper GPU"
     ]
 
@@ -137,7 +137,7 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     ((4, 128), (4, 65), "bfloat16", "65 choices"),
 ])  # fmt: skip
 def test_what_the_kernels_do_not_take(shape, index, dtype, message):
-    moves = Moves(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), index)))
+    moves = RowMap(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), index)))
     reason = row_moves.why_not(jax.ShapeDtypeStruct(shape, dtype), moves.source, moves.rows)
     assert reason is not None and message in reason
 

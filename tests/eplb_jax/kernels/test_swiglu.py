@@ -8,12 +8,12 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, grouped_matmul
 from eplb_jax.kernels import permute as row_moves
+from eplb_jax.kernels import registry
 from eplb_jax.kernels import swiglu as gated_rows
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import interface
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
-from eplb_jax.kernels.permute import Plan
+from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe import experts
 from eplb_jax.moe.experts import apply_experts, gated_backward_by_xla, init_experts, swiglu
 
@@ -70,9 +70,9 @@ def with_gradients(function):
 
 @pytest.mark.parametrize("rows, width, dtype, plan", [
     (9, 512, "bfloat16", gated_rows.GATED),
-    (7, 384, "float16", Plan(4 * 1024, 3, 1, 1)),
-    (5, 768, "float32", Plan(3 * 1024, 3, 2, 2)),
-    (1, 128, "float32", Plan(1, 2, 1)),
+    (7, 384, "float16", Ring(4 * 1024, 3, 1, 1)),
+    (5, 768, "float32", Ring(3 * 1024, 3, 2, 2)),
+    (1, 128, "float32", Ring(1, 2, 1)),
 ])  # fmt: skip
 def test_kernel_in_the_interpreter(rows, width, dtype, plan):
     """Two multiprocessors, simulated on the CPU; the last rows come twice where they do not fill a slot."""
@@ -140,8 +140,7 @@ def test_no_product_is_made_twice():
 
 
 def on_hopper(monkeypatch):
-    for module in (experts, interface):
-        monkeypatch.setattr(module, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
 
 
 def large_operands():
@@ -186,7 +185,7 @@ def test_what_the_kernel_does_not_take(shape, dtype, message):
 
 
 def test_mosaic_says_what_it_cannot_do_and_auto_does_it(monkeypatch):
-    monkeypatch.setattr(experts, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     arguments = operands(4, 96, "float32")
     with pytest.raises(ValueError, match=r"cannot make the gate's gradient: half of the width 192 .*; take backend="):
         experts.gated_backward(*arguments, "mosaic")
@@ -195,10 +194,10 @@ def test_mosaic_says_what_it_cannot_do_and_auto_does_it(monkeypatch):
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(experts, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    experts._log_fallback.cache_clear()
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    registry._log_fallback.cache_clear()
     for _ in range(2):
         experts.gated_backward(*operands(4, 128, "float32"))
-    assert [record.getMessage() for record in caplog.records if record.name == experts.logger.name] == [
+    assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "the gate's gradient is made by XLA's fusions, not by our kernel: the device is 'NVIDIA A100', no Hopper GPU"
     ]

@@ -10,7 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, init_moe, moe_layer, param_specs, router_logits, working_copies
 from eplb_jax.moe import exchange
-from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
+from eplb_jax.moe.exchange import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.experts import apply_experts, swiglu
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import (
@@ -63,7 +63,7 @@ def test_gradients_of_the_layer_taken_on_each_device(x64, checked, redundant):
     assert_trees_close(jax.jit(mapped)(params, x, target), expected, rtol=1e-10)
 
 
-MOVES = Moves(jnp.array([2, 0, 3, 1, 4, 0], jnp.int32), jnp.array([[1, 5], [3, 6], [0, 6], [2, 6]], jnp.int32))
+MOVES = RowMap(jnp.array([2, 0, 3, 1, 4, 0], jnp.int32), jnp.array([[1, 5], [3, 6], [0, 6], [2, 6]], jnp.int32))
 ASSIGNMENT, ROWS = jnp.array([3, 8, 0], jnp.int32), jnp.array([[2, 3], [3, 0], [3, 3], [3, 3]], jnp.int32)
 SIZES, SLOTS = jnp.array([5, 3], jnp.int32), jnp.array([1, 0, 1], jnp.int32)
 PARTS = {
