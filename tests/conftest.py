@@ -16,6 +16,10 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+from tests import shapes
+
+shapes.install()
+
 import jaxpipe.api
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Shaped
 
 from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import choose_backend, current_target
@@ -38,8 +39,8 @@ class Moves(NamedTuple):
       rows: the rows with a copy of each token, R where there are fewer than k; int32.
     """
 
-    source: Int[Array, " R"]
-    rows: Int[Array, "N k"]
+    source: Int[Array | np.ndarray, " R"]
+    rows: Int[Array | np.ndarray, "N k"]
 
 
 def permute(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
@@ -161,7 +162,7 @@ def _take_or_zero(array: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(found.reshape(found.shape + (1,) * (array.ndim - 1)), taken, jnp.zeros((), array.dtype))
 
 
-def all_to_all(x: Float[Array, "ep C *rest"], axis: str) -> Float[Array, "ep C *rest"]:
+def all_to_all(x: Shaped[Array, "ep *block"], axis: str) -> Shaped[Array, "ep *block"]:
     """Block d goes to device d of the axis; block s of the result came from device s. Its own transpose."""
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 

@@ -23,8 +23,8 @@ class AttentionParams(NamedTuple):
     """Matrices of one layer's attention; norms have no scale of their own here."""
 
     query_down: Float[Array, "D R"]
-    query_up: Float[Array, "R H N+P"]
-    latent_down: Float[Array, "D L+P"]
+    query_up: Float[Array, "R H NP"]
+    latent_down: Float[Array, "D LP"]
     key_up: Float[Array, "L H N"]
     value_up: Float[Array, "L H V"]
     out: Float[Array, "H V D"]
@@ -49,8 +49,8 @@ def init_attention(key: jax.Array, sizes: Sizes, dtype: jax.typing.DTypeLike) ->
 
 
 def attend(
-    params: AttentionParams, x: Float[Array, "B T D"], sizes: Sizes, before: Float[Array, "B S L+P"] | None = None
-) -> tuple[Float[Array, "B T D"], Float[Array, "B T L+P"]]:
+    params: AttentionParams, x: Float[Array, "B T D"], sizes: Sizes, before: Float[Array, "B S LP"] | None = None
+) -> tuple[Float[Array, "B T D"], Float[Array, "B T LP"]]:
     """Causal attention of every token to those before it in its sequence.
 
     Args:
@@ -77,10 +77,10 @@ def attend(
 def attend_cached(
     params: AttentionParams,
     x: Float[Array, "B D"],
-    cache: Float[Array, "B S L+P"],
+    cache: Float[Array, "B S LP"],
     lengths: Int[Array, " B"],
     sizes: Sizes,
-) -> tuple[Float[Array, "B D"], Float[Array, "B S L+P"]]:
+) -> tuple[Float[Array, "B D"], Float[Array, "B S LP"]]:
     """Attention of one new token of each request; key and value matrices are applied to query and result instead.
 
     Args:

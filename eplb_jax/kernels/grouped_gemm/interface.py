@@ -9,7 +9,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels.backend import choose_backend, current_target
 from eplb_jax.kernels.grouped_gemm import mosaic, xla
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 def grouped_matmul(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"],
-    group_sizes: Int[Array, " groups"],
+    rhs: Float[Array, "groups k n"] | Float[Array, "groups n k"],
+    group_sizes: Integer[Array | np.ndarray, " groups"],
     *,
     backend: Backend = "auto",
     transpose_rhs: bool = False,

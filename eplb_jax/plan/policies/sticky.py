@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Num
-from scipy.optimize import linear_sum_assignment
 
 from eplb_jax.plan.arguments import check_loads, check_sizes, on_host, to_float32
 from eplb_jax.plan.metrics import gpu_loads
@@ -131,6 +130,8 @@ def _groups_are_whole(slots: np.ndarray, num_groups: int, num_nodes: int, num_ex
 
 def _renumber(old: np.ndarray, new: np.ndarray, num_nodes: int, num_gpus: int) -> np.ndarray:
     """The new slots with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
+
     common = common_experts(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1))
     common = common.reshape(num_nodes, num_gpus // num_nodes, num_nodes, -1).swapaxes(1, 2)
     stays = [[linear_sum_assignment(block, maximize=True) for block in row] for row in common]
