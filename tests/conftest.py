@@ -20,7 +20,7 @@ from tests import shapes
 
 shapes.install()
 
-import jaxpipe.api
+import jaxpipe.api  # noqa: E402 - its shapes are checked
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 if jax.default_backend() == "cpu":

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int, Shaped
+from jaxtyping import Array, Float, Int, Num
 
 from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import choose_backend, current_target
@@ -162,7 +162,7 @@ def _take_or_zero(array: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(found.reshape(found.shape + (1,) * (array.ndim - 1)), taken, jnp.zeros((), array.dtype))
 
 
-def all_to_all(x: Shaped[Array, "ep *block"], axis: str) -> Shaped[Array, "ep *block"]:
+def all_to_all(x: Num[Array, "ep ..."], axis: str) -> Num[Array, "ep ..."]:
     """Block d goes to device d of the axis; block s of the result came from device s. Its own transpose."""
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 
