@@ -27,7 +27,7 @@ def checked(function):
     def strict():
         # At the first call, when all names of the module are there: what jaxtyping cannot resolve it leaves out.
         for annotation in function.__annotations__.values():
-            if has_shape(ast.parse(str(annotation))):
+            if isinstance(annotation, str) and has_shape(ast.parse(annotation)):
                 eval(annotation, function.__globals__)
         return jaxtyping.jaxtyped(function, typechecker=beartype)
 
