@@ -15,9 +15,10 @@ import sys
 import jax
 import jaxtyping
 import numpy as np
-from beartype import beartype
+from beartype import BeartypeConf, beartype
 
 PACKAGES = ("jaxpipe", "eplb_jax", "profiling")
+strictly = beartype(conf=BeartypeConf(is_pep484_tower=True))  # an int is a float, as type checkers have it
 
 
 def checked(function):
@@ -29,7 +30,7 @@ def checked(function):
         for annotation in function.__annotations__.values():
             if isinstance(annotation, str) and has_shape(ast.parse(annotation)):
                 eval(annotation, function.__globals__)
-        return jaxtyping.jaxtyped(function, typechecker=beartype)
+        return jaxtyping.jaxtyped(function, typechecker=strictly)
 
     refusal = f"Type-check error whilst checking the parameters of {function.__module__}.{function.__qualname__}."
 
@@ -71,7 +72,7 @@ def checked_class(cls):
     scope = {}
     code = f"def {cls.__qualname__}({', '.join(f'{field}: {kind!r}' for field, kind in types.items())}): pass"
     exec(code, vars(sys.modules[cls.__module__]), scope)
-    check = jaxtyping.jaxtyped(scope[cls.__qualname__], typechecker=beartype)
+    check = jaxtyping.jaxtyped(scope[cls.__qualname__], typechecker=strictly)
 
     @functools.wraps(begin)
     def wrapper(self, *args, **kwargs):

@@ -14,7 +14,8 @@ import pytest
 
 import eplb_jax
 from eplb_jax.moe.experts import ExpertParams, swiglu
-from tests import shapes
+
+shapes = pytest.importorskip("tests.shapes", reason="needs the package beartype", exc_type=ImportError)
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 
