@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int, Num
 
@@ -39,8 +38,8 @@ class Moves(NamedTuple):
       rows: the rows with a copy of each token, R where there are fewer than k; int32.
     """
 
-    source: Int[Array | np.ndarray, " R"]
-    rows: Int[Array | np.ndarray, "N k"]
+    source: Int[Array, " R"]
+    rows: Int[Array, "N k"]
 
 
 def permute(x: Float[Array, "N D"], moves: Moves, *, backend: Backend = "auto") -> Float[Array, "R D"]:
