@@ -35,7 +35,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from jaxpipe.runtime.buffers import accumulation_dtype
 
@@ -53,7 +53,7 @@ def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padd
     return jnp.pad(table, ((0, -len(table) % parts), (0, 0)))
 
 
-def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis: str) -> Float[Array, "*tokens D"]:
+def embed_tokens(table: Float[Array, "v D"], tokens: Integer[Array, "*tokens"], axis: str) -> Float[Array, "*tokens D"]:
     """The tokens' rows of the whole table, on every device.
 
     Each device looks up the tokens whose rows it holds. One sum over the axis adds zeros to them, which is exact in any
@@ -84,7 +84,7 @@ def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis
 def cross_entropy(
     y: Float[Array, "*tokens D"],
     table: Float[Array, "v D"],
-    targets: Int[Array, "*tokens"],
+    targets: Integer[Array, "*tokens"],
     axis: str,
     *,
     size: int | None = None,

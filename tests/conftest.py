@@ -16,6 +16,13 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+try:
+    from tests import shapes
+except ImportError:  # no beartype, as on a borrowed machine: shapes are not executed there
+    pass
+else:
+    shapes.install()
+
 import jaxpipe.api
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

@@ -5,6 +5,7 @@ skipped, with that reason.
 """
 
 import ast
+import importlib.util
 import os
 import pathlib
 import re
@@ -38,7 +39,8 @@ def blocks(text, needing):
 def code_of(page):
     """A program that runs the page's blocks, with the page's lines in its tracebacks."""
     made = [(code, page) for _, _, code in blocks(PAGES[page], needing=False)]
-    return "for code, page in " + repr(made) + ":\n    exec(compile(code, page, 'exec'), globals())\n"
+    checked = "from tests import shapes; shapes.install()\n" if importlib.util.find_spec("beartype") else ""
+    return checked + "for code, page in " + repr(made) + ":\n    exec(compile(code, page, 'exec'), globals())\n"
 
 
 WITH_CODE = [page for page, text in PAGES.items() if any(blocks(text, needing=False))]

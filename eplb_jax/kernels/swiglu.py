@@ -39,12 +39,12 @@ def why_not(hidden: Any) -> str | None:
 
 
 def gated_backward(
-    hidden: Float[Array, "R 2F"],
+    hidden: Float[Array, "R FF"],
     weight: Float[Array, " R"],
     ct: Float[Array, "R F"],
     cores: int,
     plan: Ring = GATED,
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """`eplb_jax.moe.experts.swiglu` of these rows again, and the gradients of both arguments.
 
     Args:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
@@ -145,7 +145,7 @@ def _take_or_zero(array: jax.Array, index: jax.Array) -> jax.Array:
     return jnp.where(found.reshape(found.shape + (1,) * (array.ndim - 1)), taken, jnp.zeros((), array.dtype))
 
 
-def all_to_all(x: Float[Array, "ep C *rest"], axis: str) -> Float[Array, "ep C *rest"]:
+def all_to_all(x: Num[Array, "ep ..."], axis: str) -> Num[Array, "ep ..."]:
     """Block d goes to device d of the axis; block s of the result came from device s. Its own transpose."""
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
 

@@ -29,7 +29,7 @@ class ExpertParams(NamedTuple):
       w_out: back to the width.
     """
 
-    w_in: Float[Array, "experts D 2F"]
+    w_in: Float[Array, "experts D FF"]
     w_out: Float[Array, "experts F D"]
 
 
@@ -93,7 +93,7 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
     return jax.tree.map(fetch, masters)
 
 
-def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
+def swiglu(hidden: Float[Array, "rows FF"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
     """``silu(gate) * value * weight`` in float32 (float64 for float64), in the dtype of ``hidden``.
 
     The backward pass keeps the arguments alone and recomputes the rest.
@@ -175,8 +175,8 @@ _apply_experts.defvjp(_apply_experts_fwd, _apply_experts_bwd)
 
 
 def gated_backward(
-    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"], backend: Backend = "auto"
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    hidden: Float[Array, "R FF"], weight: Float[Array, " R"], ct: Float[Array, "R F"], backend: Backend = "auto"
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """The gradients of `swiglu`'s arguments, and between them its result again.
 
     Args:
@@ -193,8 +193,8 @@ def gated_backward(
 
 
 def gated_backward_by_xla(
-    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"]
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    hidden: Float[Array, "R FF"], weight: Float[Array, " R"], ct: Float[Array, "R F"]
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """`gated_backward` for every platform and dtype."""
     hidden_ct, weight_ct = _swiglu_bwd((hidden, weight), ct)
     return hidden_ct, _swiglu(hidden, weight), weight_ct

@@ -5,9 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.sparse
 from jaxtyping import Float, Num
-from scipy.optimize import linprog
 
 from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, make_cluster
@@ -105,6 +103,9 @@ def _cannot_pair(load: float, weight: np.ndarray, num_replicas: int) -> bool:
     Replicas can be paired if and only if, for each x above load / 2, those of at least x are no more than those of at
     most load - x (Hall's theorem). Each expert has one unknown for each possible count: the share of that choice.
     """
+    from scipy import sparse  # noqa: PLC0415 - plans need no SciPy
+    from scipy.optimize import linprog  # noqa: PLC0415
+
     if load <= 0:
         return weight.max() > 0
     needed = np.maximum(np.ceil(weight / load * (1 - ROUNDING)), 1).astype(int)
@@ -116,12 +117,12 @@ def _cannot_pair(load: float, weight: np.ndarray, num_replicas: int) -> bool:
     each = weight[expert] / counts
     limits = np.unique(each[each > load / 2])[:, None]
     more = counts * (each >= limits) - counts * (each <= load - limits + ROUNDING * load)
-    one = scipy.sparse.csr_matrix((np.ones(len(each)), (expert, np.arange(len(each)))))
+    one = sparse.csr_matrix((np.ones(len(each)), (expert, np.arange(len(each)))))
     found = linprog(
         np.zeros(len(each)),
-        A_ub=scipy.sparse.csr_matrix(more) if len(more) else None,
+        A_ub=sparse.csr_matrix(more) if len(more) else None,
         b_ub=np.zeros(len(more)) if len(more) else None,
-        A_eq=scipy.sparse.vstack([one, scipy.sparse.csr_matrix(counts[None])]),
+        A_eq=sparse.vstack([one, sparse.csr_matrix(counts[None])]),
         b_eq=np.append(np.ones(len(weight)), num_replicas),
         method="highs",
     )

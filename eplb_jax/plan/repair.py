@@ -8,7 +8,6 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 def repack(weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: float, num_gpus: int) -> np.ndarray | None:
@@ -82,6 +81,8 @@ def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, capacity: in
 
 def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Which of the packs [G, K] each GPU gets, so that most replicas stay on their GPU; old [G, K] may hold -1."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
+
     return linear_sum_assignment(common_experts(old, new), maximize=True)[1]
 
 

@@ -1,4 +1,4 @@
-"""The overlap of real programs: DualPipe's steady state and an MoE layer, as scheduled here and for eight GPUs."""
+"""The overlap found in real programs: one compiled here, and two stored ones, which say nothing of today's library."""
 
 import dataclasses
 import pathlib
@@ -44,11 +44,14 @@ def test_every_collective_of_the_body_is_found(body):
 
 @pytest.fixture(scope="module")
 def stored():
-    """Compiled by tests/profiling/scheduled.py for eight GPUs of one node: jax 0.11.2, a machine with one H100."""
+    """What XLA for GPUs writes, which no CPU can: texts for the reader and the analysis, with answers by hand.
+
+    Compiled by tests/profiling/scheduled.py for eight GPUs of one node: jax 0.11.2, a machine with one H100.
+    """
     return {name: read(DATA / f"{name}.hlo.gz") for name in scheduled.PROGRAMS}
 
 
-def test_dualpipe_hides_all_that_it_sends(stored):
+def test_in_a_stored_body_all_sends_are_found_hidden(stored):
     found = overlap(stored["dualpipe_body"], chip("H200"))
     assert found.synchronous == () and found.notes == ()
     (loop,) = {one.computation for one in found.collectives if one.kind == "collective-permute"}
@@ -67,7 +70,7 @@ def test_dualpipe_hides_all_that_it_sends(stored):
         assert any(other in label for one in own for label in one.products for other in others), direction
 
 
-def test_a_layer_by_itself_cannot_hide_its_exchanges(stored):
+def test_in_a_stored_layer_exchanges_are_found_partly_hidden(stored):
     """Only the shared expert waits for nobody, and it is too short: 168 MB of products for 338 MB that travel."""
     found = overlap(stored["moe_layer"], chip("H200")).select(kind="all-to-all")
     assert found.synchronous == () and len(found.collectives) == 6
@@ -91,7 +94,7 @@ def test_slower_links_expose_more(stored):
     assert shares[0] > 0.99 and 0.7 < shares[1] < 0.9 and shares[3] < 0.5  # H800s have 200 GB/s
 
 
-def test_nodes_of_four_send_between_stages_through_the_network(stored):
+def test_nodes_of_four_are_found_to_send_through_the_network(stored):
     found = overlap(stored["dualpipe_body"], chip("H200"), node_size=4)
     assert {one.kind for one in found.collectives if one.remote_bytes} == {"collective-permute"}
     sends = found.select(kind="collective-permute").collectives

@@ -8,7 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.grouped_gemm import xla
@@ -21,8 +21,8 @@ FLOATS = ("bfloat16", "float16", "float32", "float64")
 
 def grouped_matmul(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"],
-    group_sizes: Int[Array, " groups"],
+    rhs: Float[Array, "groups k n"] | Float[Array, "groups n k"],
+    group_sizes: Integer[Array | np.ndarray, " groups"],
     *,
     backend: Backend = "auto",
     transpose_rhs: bool = False,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Integer
 
 ALIGN = 8
 """Group g has rows ``[start, start + size)``, and the next starts at the first multiple of ALIGN after them.
@@ -12,7 +13,7 @@ GPUs copy tiles of 8 rows, and ``torch._grouped_mm`` asks for the same in its we
 """
 
 
-def round_up(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
+def round_up(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer[Array | np.ndarray, " groups"]:
     """Rows that each group takes up, the unused ones at its end included; int32.
 
     >>> round_up(jnp.array([3, 0, 8, 9])).tolist()
@@ -21,7 +22,7 @@ def round_up(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
     return (group_sizes.astype(jnp.int32) + (ALIGN - 1)) & -ALIGN
 
 
-def group_starts(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
+def group_starts(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer[Array | np.ndarray, " groups"]:
     """The first row of each group.
 
     Args:
@@ -37,7 +38,7 @@ def group_starts(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
     return jnp.cumsum(rows, dtype=jnp.int32) - rows
 
 
-def used_rows(group_sizes: Int[Array, " groups"], num_rows: int) -> Bool[Array, " rows"]:
+def used_rows(group_sizes: Integer[Array | np.ndarray, " groups"], num_rows: int) -> Bool[Array, " rows"]:
     """Which of the rows belong to a group.
 
     >>> used_rows(jnp.array([3, 1]), 12).astype(int).tolist()

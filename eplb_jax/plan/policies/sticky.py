@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Num
-from scipy.optimize import linear_sum_assignment
 
 from eplb_jax.plan.arguments import check_loads, on_host, to_float32
 from eplb_jax.plan.cluster import Cluster, make_cluster
@@ -130,6 +129,8 @@ def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> 
 
 def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
     """The new slots with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
+
     num_nodes, num_gpus, gpus_per_node = cluster.num_nodes, cluster.num_gpus, cluster.gpus_per_node
     common = common_experts(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1))
     common = common.reshape(num_nodes, gpus_per_node, num_nodes, -1).swapaxes(1, 2)

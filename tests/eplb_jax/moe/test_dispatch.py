@@ -200,7 +200,7 @@ def test_moves_and_their_transposes(case, seed):
         rng = np.random.default_rng(seed)
         x, rows = rng.standard_normal((tokens, 3)), rng.standard_normal((num_rows, 3))
         values, ct = rng.standard_normal((tokens, top_k)), rng.standard_normal(num_rows)
-        moves = RowMap(*(np.asarray(a) for a in found.moves))
+        moves = jax.tree.map(np.asarray, found.moves)
         rows[moves.source == tokens], ct[moves.source == tokens] = np.nan, np.nan
         results = transposes(*(jnp.asarray(a) for a in (x, rows, values, ct)), found)
     moved, back, summed, forth, each, pull = (np.asarray(a) for a in results)
