@@ -80,7 +80,7 @@ def measure(chunk: Chunk, repeats: int) -> dict[str, Any]:
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser.add_argument("--repeats", type=int, default=9, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     rows = (measure(chunk, args.repeats) for chunk in chunks(args.tiny))

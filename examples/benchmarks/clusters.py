@@ -99,14 +99,15 @@ def plot(table: list[dict[str, Any]], path: str) -> None:
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--ranks", default="8,16")
+    parser.add_argument("--ranks", default="8,16", help="of the pipeline")
     parser.add_argument(
         "--microbatches", default="20,64,128,256", help="where there are fewer than twice the ranks, none"
     )
     for field in dataclasses.fields(Costs):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=getattr(MEASURED, field.name))
+        name, default = field.name.replace("_", "-"), getattr(MEASURED, field.name)
+        parser.add_argument(f"--{name}", type=float, default=default, help="milliseconds of a rank's share")
     parser.add_argument("--stash", type=float, metavar="GiB", help="that a rank's share keeps of one microbatch")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture into this file")
     args = parser.parse_args()
     costs = Costs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Costs)})
     report = Report.begin(args, "simulated", f"milliseconds: {costs}")

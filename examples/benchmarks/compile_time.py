@@ -56,7 +56,7 @@ def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, default=4, help="of the pipeline")
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256])
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of a step")
     args = parser.parse_args()
     Report.begin(args, machine(), f"{args.ranks} ranks").table(rows(args.ranks, args.microbatches))
 

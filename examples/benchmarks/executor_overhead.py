@@ -138,9 +138,9 @@ def measure(chunk: Chunk, microbatches: int, repeats: int, dispatch: str | None)
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--microbatches", default="8,16,32,64")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", choices=["moe", "dense", "both"], default="both")
+    parser.add_argument("--microbatches", default="8,16,32,64", help="of a step")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--model", choices=["moe", "dense", "both"], default="both", help="the layers")
     parser.add_argument("--dispatch", choices=["unrolled", "loops"], help="default: unrolled")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()

@@ -57,8 +57,8 @@ def measure(rows: int, width: int, plans: list[Plan], repeats: int) -> Iterator[
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--rows", default="32768,65536,131072")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--rows", default="32768,65536,131072", help="of the activations")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--plans", action="store_true", help="other divisions of the kernel's work, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()

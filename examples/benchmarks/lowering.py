@@ -63,10 +63,10 @@ def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="of the pipeline")
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--schedule", choices=BUILDERS, nargs="+", default=list(BUILDERS))
-    parser.add_argument("--shared-ends", action="store_true")
-    parser.add_argument("--forward-only", action="store_true")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[128, 512, 2048], help="of a step")
+    parser.add_argument("--schedule", choices=BUILDERS, nargs="+", default=list(BUILDERS), help="which")
+    parser.add_argument("--shared-ends", action="store_true", help="all ranks run embedding and head")
+    parser.add_argument("--forward-only", action="store_true", help="programs without a backward pass")
     args = parser.parse_args()
     options = dict(shared_ends=args.shared_ends, forward_only=args.forward_only)
     row("1f1b", 2, 8, shared_ends=False, forward_only=False)  # what runs for the first time takes longer

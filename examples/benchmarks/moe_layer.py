@@ -122,9 +122,9 @@ def _output(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
 def main() -> None:
     """Prints the tables."""
     parser = make_parser(__doc__)
-    parser.add_argument("--tokens", default="4096,8192,16384")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--backend", default="auto", choices=["auto", "xla", "mosaic"])
+    parser.add_argument("--tokens", default="4096,8192,16384", help="of a call")
+    parser.add_argument("--repeats", type=int, default=10, help="runs of which the median counts")
+    parser.add_argument("--backend", default="auto", choices=["auto", "xla", "mosaic"], help="of the grouped products")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     arguments = parser.parse_args()
     config = MoEConfig(router=RouterConfig(32, 8, 1, 1), backend=arguments.backend)

@@ -58,8 +58,8 @@ def products(sizes: tuple[int, int, int]) -> Any:
 def main() -> None:
     """Prints the tables."""
     parser = make_parser(__doc__)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--layers", type=int, default=4, help="of the model's share")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--profile", metavar="FOLDER", help="where a profile goes, replaced if there is one")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()

@@ -153,12 +153,12 @@ def rows(names: list[str], ranks: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Prints the table, or in a process of its own one row."""
     parser = make_parser(__doc__)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--ranks", type=int, default=4, help="of the pipeline")
+    parser.add_argument("--microbatches", type=int, default=8, help="of a step")
+    parser.add_argument("--width", type=int, default=512, help="of the activations")
     parser.add_argument("--layers", type=int, default=2, help="of one of two stages a rank")
     parser.add_argument("--rows", type=int, default=256, help="of a microbatch")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:

@@ -137,10 +137,10 @@ def memory_row(args: argparse.Namespace, setup: Setup, found: Any) -> dict[str, 
 def main() -> None:
     """Measures."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", default="moe-1b")
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--microbatch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--config", default="moe-1b", help="of examples/pretrain.py")
+    parser.add_argument("--microbatches", type=int, default=8, help="of a step")
+    parser.add_argument("--microbatch-size", type=int, default=4, help="sequences")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="the tiny model, to see that the script runs")
     parsed = parser.parse_args()
     flags = ["--config", "tiny" if parsed.tiny else parsed.config, "--mesh", "pp=1,ep=1"]

@@ -86,8 +86,8 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--tokens", default="128,4096,16384")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--tokens", default="128,4096,16384", help="of a call")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--plans", action="store_true", help="other divisions of the kernels' work, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()

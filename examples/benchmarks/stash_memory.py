@@ -126,10 +126,10 @@ def _hlo_dtype(leaf) -> str:
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--width", type=int, default=2048, help="of the activations")
+    parser.add_argument("--layers", type=int, default=4, help="of the model's share")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
-    parser.add_argument("--ranks", default="1,4,8")
+    parser.add_argument("--ranks", default="1,4,8", help="of the pipeline")
     parser.add_argument("--chip", default="H200", help="GPUs that are not there")
     args = parser.parse_args()
     kind = make_mesh(1, args.chip).devices[0].device_kind
