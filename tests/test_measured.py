@@ -1,6 +1,7 @@
 """docs/measured.json and the pages that quote it: every figure has a record, and says what the record says."""
 
 import datetime
+import doctest
 import json
 import pathlib
 import re
@@ -167,3 +168,9 @@ def test_records_are_added_and_replaced(tmp_path):
     found = json.loads(file.read_text())
     assert (found["a/ms"]["value"], found["a/ms"]["command"], found["a/n"]["value"]) == (1.23457, "c", 4)
     assert list(tmp_path.iterdir()) == [file]
+
+
+@pytest.mark.parametrize("module", [pages, record])
+def test_examples_of_docstrings(module):
+    assert doctest.testmod(module).failed == 0
+    assert doctest.testmod(module).attempted > 0
