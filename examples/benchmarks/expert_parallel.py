@@ -255,7 +255,7 @@ def main() -> None:
     mesh = jax.make_mesh((ep,), ("ep",), (AxisType.Auto,), devices=jax.devices()[:ep])
     config = MoEConfig(router=RouterConfig(args.experts * ep, 8, 1, 1))
     if args.tiny:
-        config = dataclasses.replace(config, width=128, hidden=16, router=RouterConfig(2 * ep, 2, 1, 1))
+        config = dataclasses.replace(config, width=128, hidden=16, router=RouterConfig(max(8, 2 * ep), 2, 1, 1))
         args.tokens, args.redundant, args.repeats, args.zipf = "32", 2, 1, "1"
         jax.config.update("jax_disable_most_optimizations", True)
     size = f"{config.router.num_experts} experts, {config.width} x {config.hidden}"
