@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import pathlib
 import runpy
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -140,6 +141,7 @@ def main() -> None:
     if arguments.loads:
         recorded = eplb_jax.read_loads(arguments.loads)
     else:
+        sys.path.insert(0, str(ROOT / "examples"))  # where the lesson imports from, as a script does
         steps = runpy.run_path(str(ROOT / "examples" / "03_rebalance_experts.py"))["record_loads"](steps=192)
         windows = steps[-len(steps) // WINDOW * WINDOW :].reshape(-1, WINDOW, *steps.shape[1:]).sum(1)
         recorded = windows.reshape(-1, EXPERTS)
