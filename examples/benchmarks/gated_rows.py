@@ -8,20 +8,19 @@ TB/s count each byte of arguments and results once; the difference is the larges
 
 from __future__ import annotations
 
-import argparse
-import functools
+from collections.abc import Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from row_moves import KIB, medians_us
+from record import Report, machine, make_parser, medians_ms
+from row_moves import by_plan
 
 from eplb_jax.kernels import swiglu as gated_rows
-from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe.experts import gated_backward_by_xla
 
-HEADER = "rows", "by", "difference", "ms", "TB/s"
+KIB = 1024
 PLANS = [
     gated_rows.GATED, Ring(12 * KIB, 4, 4, 1), Ring(12 * KIB, 4, 4, 2), Ring(12 * KIB, 3, 4, 1),
     Ring(12 * KIB, 6, 3, 2), Ring(12 * KIB, 5, 3, 1), Ring(12 * KIB, 8, 2, 2), Ring(6 * KIB, 8, 4, 3),
@@ -40,40 +39,33 @@ def difference(got: Any, want: Any) -> jax.Array:
     return jnp.stack(jax.tree.leaves(jax.tree.map(share, got, want))).max()
 
 
-def measure(rows: int, width: int, plans: list[Ring], repeats: int) -> None:
-    """Prints the lines of the table for a number of rows."""
+def measure(rows: int, width: int, plans: list[Ring], repeats: int) -> Iterator[dict[str, Any]]:
+    """The lines of the table for a number of rows."""
     keys = jax.random.split(jax.random.key(rows), 3)
     hidden = jax.random.normal(keys[0], (rows, 2 * width), jnp.bfloat16)
     ct = jax.random.normal(keys[1], (rows, width), jnp.bfloat16)
     weight = jax.random.uniform(keys[2], (rows,))
-    functions: dict[str, Any] = {"XLA": gated_backward_by_xla}
-    target = current_target()
-    if target.hopper:
-        for plan in plans:
-            name = f"{plan.part // KIB} KiB x {plan.stages}, {plan.blocks} blocks, {plan.behind} behind"
-            functions[name] = functools.partial(gated_rows.gated_backward, cores=target.cores, plan=plan)
-    calls = {name: functools.partial(jax.jit(function), hidden, weight, ct) for name, function in functions.items()}
+    calls = by_plan(gated_backward_by_xla, gated_rows.gated_backward, plans, hidden, weight, ct)
     want = calls["XLA"]()
-    differences = {name: float(difference(call(), want)) for name, call in calls.items()}
-    for name, micros in medians_us(calls, repeats).items():
-        rate = 6 * rows * width * hidden.dtype.itemsize / micros / 1e6
-        cells = rows, name, f"{differences[name]:.1e}", f"{micros / 1e3:.3f}", f"{rate:.2f}"
-        print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+    differences = [float(difference(call(), want)) for call in calls.values()]
+    times = medians_ms(list(calls.values()), repeats, inner=0.02)
+    for name, off, ms in zip(calls, differences, times, strict=True):
+        rate = 6 * rows * width * hidden.dtype.itemsize / ms / 1e9
+        yield {"rows": rows, "by": name, "difference": off, "ms": ms, "TB/s": rate}
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rows", default="32768,65536,131072")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = make_parser(__doc__)
+    parser.add_argument("--rows", default="32768,65536,131072", help="of the activations")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--plans", action="store_true", help="other divisions of the kernel's work, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
-    arguments = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    plans = PLANS if arguments.plans else PLANS[:1]
-    for rows in [64] if arguments.tiny else map(int, arguments.rows.split(",")):
-        measure(rows, 256 if arguments.tiny else 2048, plans, arguments.repeats)
+    args = parser.parse_args()
+    plans, width = PLANS if args.plans else PLANS[:1], 256 if args.tiny else 2048
+    sizes = [64] if args.tiny else map(int, args.rows.split(","))
+    table = (line for rows in sizes for line in measure(rows, width, plans, args.repeats))
+    Report.begin(args, machine()).table(table, labels=2, formats={"difference": ".1e", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":

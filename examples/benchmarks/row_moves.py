@@ -8,15 +8,13 @@ Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `permu
 
 from __future__ import annotations
 
-import argparse
 import functools
-import statistics
-import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from record import Report, machine, make_parser, medians_ms
 
 from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import current_target
@@ -24,7 +22,6 @@ from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 
-HEADER = "tokens", "rows", "move", "by", "equal", "µs", "TB/s"
 EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
@@ -38,25 +35,8 @@ SUMS = [
 Call = Callable[[], jax.Array]
 
 
-def medians_us(calls: dict[str, Call], repeats: int, seconds: float = 0.02) -> dict[str, float]:
-    """Median times of calls that take turns, each repeated for a while."""
-    counts = {}
-    for name, call in calls.items():
-        jax.block_until_ready(call())
-        start = time.perf_counter()
-        jax.block_until_ready(call())
-        counts[name] = max(1, min(50, round(seconds / (time.perf_counter() - start))))
-    taken: dict[str, list[float]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            jax.block_until_ready([call() for _ in range(counts[name])][-1])
-            taken[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(times) * 1e6 for name, times in taken.items()}
-
-
-def forms(xla: Any, kernel: Any, plans: list[Ring], *arguments: jax.Array) -> dict[str, Call]:
-    """XLA's form, and the kernel with each plan where there is a Hopper GPU."""
+def by_plan(xla: Any, kernel: Any, plans: list[Ring], *arguments: jax.Array) -> dict[str, Call]:
+    """XLA's form of a call, and the kernel with each plan where there is a Hopper GPU."""
     target = current_target()
     functions = {"XLA": xla}
     if target.hopper:
@@ -72,8 +52,8 @@ def equal(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a == b).all()
 
 
-def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> None:
-    """Prints the rows of the table for a number of tokens."""
+def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[dict[str, Any]]:
+    """The rows of the table for a number of tokens."""
     num_rows = make_capacities(tokens, CHOICES, 1, EXPERTS, None).rows
     keys = jax.random.split(jax.random.key(tokens), 3)
     _, slots = jax.lax.top_k(jax.random.uniform(keys[0], (tokens, EXPERTS)), CHOICES)
@@ -94,27 +74,26 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> None:
         ),
     }
     for move, (moved, operands) in moves.items():
-        calls = forms(*operands)
+        calls = by_plan(*operands)
         want = calls["XLA"]()
-        same = {name: bool(equal(call(), want)) for name, call in calls.items()}
-        for name, micros in medians_us(calls, repeats).items():
-            rate = moved * width * 2 / micros / 1e6
-            cells = tokens, num_rows, move, name, "yes" if same[name] else "NO", f"{micros:.0f}", f"{rate:.2f}"
-            print("| " + " | ".join(map(str, cells)) + " |", flush=True)
+        same = [bool(equal(call(), want)) for call in calls.values()]
+        times = medians_ms(list(calls.values()), repeats, inner=0.02)
+        for name, alike, ms in zip(calls, same, times, strict=True):
+            row = {"tokens": tokens, "rows": num_rows, "move": move, "by": name, "equal": "yes" if alike else "NO"}
+            yield row | {"µs": 1e3 * ms, "TB/s": moved * width * 2 / ms / 1e9}
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="128,4096,16384")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokens", default="128,4096,16384", help="of a call")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--plans", action="store_true", help="other divisions of the kernels' work, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
-    arguments = parser.parse_args()
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}\n")
-    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
-    for tokens in [64] if arguments.tiny else map(int, arguments.tokens.split(",")):
-        measure(tokens, 256 if arguments.tiny else 7168, arguments.plans, arguments.repeats)
+    args = parser.parse_args()
+    width, sizes = 256 if args.tiny else 7168, [64] if args.tiny else map(int, args.tokens.split(","))
+    table = (row for tokens in sizes for row in measure(tokens, width, args.plans, args.repeats))
+    Report.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":
