@@ -31,8 +31,7 @@ from profiling.reports.making import Report, report
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
-from profiling.write.chrome import write_chrome
-from profiling.write.perfetto import write_perfetto
+from profiling.write.trace import write_trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -245,9 +244,7 @@ def _write(found: Report, args: argparse.Namespace) -> None:
     if args.markdown:
         args.markdown.write_text(found.markdown() + "\n", encoding="utf-8")
     if args.perfetto:
-        traces = [found.trace, found.predicted] if found.predicted else found.trace
-        write = write_perfetto if args.perfetto.suffix == ".pftrace" else write_chrome
-        write(args.perfetto, traces)
+        write_trace(args.perfetto, [found.trace, found.predicted] if found.predicted else found.trace)
     for path in filter(None, (args.html, args.markdown, args.perfetto)):
         print(f"wrote {path}")
 

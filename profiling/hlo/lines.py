@@ -7,7 +7,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from profiling.read.file_kinds import file_kind, read_unpacked
+from profiling.read.file_kinds import file_kind
+from profiling.read.trace_files import read_unpacked
 
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)

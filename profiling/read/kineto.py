@@ -13,12 +13,38 @@ import numpy as np
 
 from profiling.classify.classifier import Rule, classify, rules_for
 from profiling.event import Event, Step, Trace
+from profiling.read.file_kinds import is_json
 from profiling.read.kineto_file import KinetoFile, NoGpuTrace, read_file
 from profiling.read.kineto_phases import Phases, microbatch
 from profiling.read.kineto_values import integer
-from profiling.read.trace_files import Source, is_json, sources
+from profiling.read.trace_files import Source, sources
 
 Path: TypeAlias = str | os.PathLike[str]
+
+
+class KinetoReader:
+    """PyTorch's traces for `profiling.read_trace`; see `profiling.read.reader.Reader`."""
+
+    profiler = "PyTorch"
+    files = "a PyTorch trace (.json, packed or not)"
+
+    def sniff(self, head: bytes, name: str) -> str:
+        """By the beginning of the text, whatever the name."""
+        return "JSON, as PyTorch's traces are" if is_json(head) else ""
+
+    def find(self, folder: pathlib.Path) -> str:
+        """A JSON file; beside a profile of `jax.profiler`, which writes one too, only one that has a list of events."""
+        found = json_files(folder)[0]
+        profiled = {file.parent for file in folder.rglob("*.xplane.pb*")}
+        found = [source for source in found if source.path.parent not in profiled]
+        if profiled:
+            # Notes of runs and programs lie in such folders, too.
+            found = [source for source in found if b'"traceEvents"' in source.head()]
+        return found[0].label if found else ""
+
+    def read(self, paths: Sequence[pathlib.Path], rules: Sequence[Rule]) -> Trace:
+        """One file a rank, or folders of them."""
+        return read_kineto(paths, rules)
 
 
 def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = ()) -> Trace:
@@ -113,7 +139,7 @@ def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
         if not each.is_dir():
             found += sources(each)
             continue
-        inside, others = folder(each)
+        inside, others = json_files(each)
         if not inside:
             raise ValueError(
                 f"{each}: there is no .json or .json.gz file to read, packed or not; name the folder of the traces"
@@ -125,7 +151,7 @@ def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
     return list(dict.fromkeys(found)), notes
 
 
-def folder(path: pathlib.Path) -> tuple[list[Source], list[str]]:
+def json_files(path: pathlib.Path) -> tuple[list[Source], list[str]]:
     """The JSON files of a folder, or if it has none, of the folders in it; and the names of its other files."""
     for files in (path.iterdir(), path.rglob("*")):
         found: list[Source] = []

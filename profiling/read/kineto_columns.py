@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from profiling.read.kineto_clean import NO_CORRELATION
+from profiling.read.impossible import NO_LAUNCH
 from profiling.read.kineto_collective import NAME, described
 from profiling.read.kineto_values import arguments, integer, last_number, microseconds, short, thread_of
 
@@ -162,7 +162,7 @@ class Collected:
                 self.damaged["GPU events whose correlation is no number, so that their launch is unknown"] += 1
             correlation = number
         if correlation is None or not -(2**63) < correlation < 2**63:
-            correlation = NO_CORRELATION
+            correlation = NO_LAUNCH
         self.correlation.append(correlation)
         grid = args.get("grid")
         self.blocks.append(-1 if grid is None else self._grid(grid))

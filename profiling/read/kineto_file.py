@@ -11,12 +11,13 @@ from typing import Any
 import numpy as np
 
 from profiling.event import Collective
-from profiling.read.kineto_clean import NO_CORRELATION, Columns, far_away, lonely, overrunning
+from profiling.read.file_kinds import is_xspace, refusal
+from profiling.read.impossible import NO_LAUNCH, KernelColumns, far_away, lonely, overrunning
 from profiling.read.kineto_collective import collective, process_groups
 from profiling.read.kineto_columns import GPU, GPU_CATEGORIES, Annotation, Collected
 from profiling.read.kineto_json import CutShort, NoJson, Scan
 from profiling.read.kineto_values import integer
-from profiling.read.trace_files import DAMAGE, HEAD, Source, is_xspace, kind
+from profiling.read.trace_files import DAMAGE, HEAD, Source
 
 
 class NoGpuTrace(ValueError):
@@ -100,7 +101,7 @@ def read_file(source: Source) -> KinetoFile:
     is_empty = not head.strip(b"\0 \t\r\n")
     if is_empty and source.path.stat().st_size < HEAD and not source.is_packed:
         raise ValueError(f"{source.name}: the file is empty; profile again")
-    if what := "" if is_empty else kind(head, source.name):
+    if what := "" if is_empty else refusal(head, source.name):
         raise NoGpuTrace(f"{source.name}: {what}")
     if is_xspace(head, source.name):
         raise NoGpuTrace(f"{source.name}: not text but binary, of jax.profiler; read_xplane reads it")
@@ -141,7 +142,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
         if collected.left_out and any(category in GPU_CATEGORIES for category in collected.categories):
             raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
         raise NoGpuTrace(f"{source.name}: {_refusal(collected, header, scan)}")
-    columns = Columns(
+    columns = KernelColumns(
         *(np.frombuffer(column, dtype) for column, dtype in (
             (collected.start, np.float64), (collected.duration, np.float64), (collected.lane, np.int32),
             (collected.correlation, np.int64), (collected.blocks, np.int64), (collected.external, np.int64),
@@ -228,7 +229,7 @@ def _launches(collected: Collected, correlations: np.ndarray) -> tuple[np.ndarra
         # Of several launches with one number, the last in the file.
         at = np.searchsorted(of[order], correlations, side="right") - 1
         found = order[np.maximum(at, 0)]
-        same = (at >= 0) & (of[found] == correlations) & (correlations != NO_CORRELATION)
+        same = (at >= 0) & (of[found] == correlations) & (correlations != NO_LAUNCH)
         times[same] = np.frombuffer(collected.launch_time, np.float64)[found[same]]
         threads[same] = np.frombuffer(collected.launch_thread, np.int32)[found[same]]
     return times, threads
@@ -271,7 +272,7 @@ def _collectives(
     return found
 
 
-def _possible(collected: Collected, columns: Columns) -> np.ndarray:
+def _possible(collected: Collected, columns: KernelColumns) -> np.ndarray:
     """Which events can have happened when they say; the others are counted with their reasons."""
     kept = np.ones(len(columns.start), bool)
     far = far_away(columns.start, columns.duration)

@@ -1,4 +1,4 @@
-"""Files as profilers, browsers and clusters leave them: packed or not, under any name, and which kind each one is."""
+"""Files as profilers, browsers and clusters leave them: packed or not, under any name."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ import importlib
 import io
 import lzma
 import pathlib
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -156,55 +155,14 @@ def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
     return stream
 
 
-def is_json(head: bytes) -> bool:
-    """Whether a file begins as an object or a list in JSON does.
+def read_unpacked(file: pathlib.Path) -> bytes:
+    """The bytes of a file, unpacked where it is compressed with gzip.
 
-    >>> is_json(b' {"traceEvents": ['), is_json(b"[1]"), is_json(b"step,loss"), is_json(b"{not json")
-    (True, True, False, False)
+    Raises:
+      ValueError: it cannot be read or unpacked.
     """
-    text = head.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0").replace(b"\0", b"")
-    return bool(re.match(rb'\{\s*("|\}|$)|\[\s*([\[{"\d\]tfn-]|$)', text))
-
-
-def is_xspace(head: bytes, name: str) -> bool:
-    """Whether a file is a profile of `jax.profiler`: a protocol buffer that begins with a plane of a host or device.
-
-    >>> is_xspace(b"\\n\\x10\\x12\\x0e/device:GPU:0", "profile"), is_xspace(b"{}", "a.json")
-    (True, False)
-    """
-    begins = head[:1] == b"\n" and any(plane in head for plane in (b"/host:", b"/device:", b"Task Environment"))
-    return begins or name.lower().endswith(".xplane.pb")
-
-
-def kind(head: bytes, name: str) -> str:
-    """What a file that no reader takes is, and what to do, for the end of a sentence.
-
-    >>> kind(b"SQLite format 3\\0", "a.sqlite").split(",")[0]
-    'an SQLite database'
-    """
-    lower = name.lower()
-    text = head.lstrip().lower()
-    return next((sentence for found, sentence in _kinds(head, text, lower) if found), "")
-
-
-def _kinds(head: bytes, text: bytes, name: str) -> Iterator[tuple[bool, str]]:
-    again = "profile with torch.profiler or jax.profiler instead"
-    yield text.startswith(b"version https://git-lfs"), "a pointer of Git LFS, not the file; run `git lfs pull`"
-    yield head.startswith(b"SQLite format 3"), f"an SQLite database, as Nsight Systems and rocprof export; {again}"
-    yield name.endswith((".nsys-rep", ".qdrep")), f"a report of Nsight Systems; {again}"
-    yield name.endswith(".ncu-rep") or head.startswith(b"NVR\0"), f"a report of Nsight Compute; {again}"
-    yield (
-        text.startswith((b"<!doctype html", b"<html")),
-        "a web page; save the trace itself, not the page that shows it",
-    )
-    yield text.startswith(b"<?xml"), f"XML; {again}"
-    yield head[257:262] == b"ustar", "a tar archive; unpack it and name the folder"
-    yield (
-        name.endswith((".pftrace", ".perfetto-trace")) or (head[:1] == b"\n" and b"\0" in head),
-        f"a protocol buffer, such as Perfetto's trace, which only its own viewer reads; {again}",
-    )
-    yield (
-        head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05",
-        "a pickle, such as PyTorch's memory snapshot; export the trace with export_chrome_trace",
-    )
-    yield head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"%PDF")), "a picture or a document; name the trace itself"
+    try:
+        data = file.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None

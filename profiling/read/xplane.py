@@ -11,9 +11,11 @@ from typing import Any
 
 from profiling.classify.classifier import XLA, Rule, classify
 from profiling.event import Event, Step, Trace
+from profiling.read.file_kinds import is_xspace
+from profiling.read.impossible import overrunning_at_end
 from profiling.read.scopes import PARTS
 from profiling.read.wire import messages
-from profiling.read.xplane_events import GPU, HOST, OVERRUN, TPU, Reader, Window, has_events, overrunning
+from profiling.read.xplane_events import GPU, HOST, OVERRUN, TPU, PlaneReader, Window, has_events
 from profiling.read.xplane_files import Clock, clock, find_profile, host_of, read_bytes, sidecar
 from profiling.read.xplane_modules import PLANE, Modules, read_modules
 from profiling.read.xspace import Plane, complaints, plane_name, read_plane
@@ -21,6 +23,27 @@ from profiling.read.xspace import Plane, complaints, plane_name, read_plane
 _DAY = 86_400e6
 _MARGIN = 10e6
 _EPOCH = 10**17  # times in nanoseconds: above, of the epoch, from 1973 on; below, since the profile's start
+
+
+class XplaneReader:
+    """Profiles of `jax.profiler` for `profiling.read_trace`; see `profiling.read.reader.Reader`."""
+
+    profiler = "jax.profiler"
+    files = "a profile of jax.profiler (.xplane.pb)"
+
+    def sniff(self, head: bytes, name: str) -> str:
+        """By the planes that a profile begins with, or by its name."""
+        return "a profile of jax.profiler" if is_xspace(head, name) else ""
+
+    def find(self, folder: pathlib.Path) -> str:
+        """The first profile in the order of the paths."""
+        return next((file.name for file in sorted(folder.rglob("*.xplane.pb*"))), "")
+
+    def read(self, paths: Sequence[pathlib.Path], rules: Sequence[Rule]) -> Trace:
+        """One file, or one folder with those of all processes."""
+        if len(paths) > 1:
+            raise ValueError(f"{paths[0]} and {len(paths) - 1} more: of jax.profiler; name one folder with all of them")
+        return read_xplane(paths[0], rules=rules)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -235,7 +258,7 @@ def _range(numbers: Sequence[int]) -> str:
 def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int | None) -> _Profile:
     metadata: dict[str, Any] = dict(file.known.get("metadata", {}))
     doubts = file.doubts
-    reader = Reader(file.modules, parts, _window(file, origin), doubts)
+    reader = PlaneReader(file.modules, parts, _window(file, origin), doubts)
     notes = list(file.notes)
     devices = [plane for plane in file.planes if has_events(plane)]
     events: list[Event] = []
@@ -248,7 +271,7 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
             for n, plane in local:
                 found = list(read(plane, given[n]))
                 if kind == "GPU":
-                    overrun = set(map(id, overrunning(found)))
+                    overrun = set(map(id, overrunning_at_end(found)))
                     doubts[OVERRUN] += len(overrun)
                     found = [event for event in found if id(event) not in overrun] if overrun else found
                 events += found

@@ -10,8 +10,6 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import heapq
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -34,7 +32,6 @@ LAUNCHES = "launches of kernels on the host were left out, of which no device re
 COPIES = "copies that a TPU makes beside its operations were left out: they are neither compute nor communication"
 
 _LAUNCH = re.compile(r"(hip|cuda|roc|cu)[A-Z]")
-_MOST_OVERRUNNING = 16
 _STREAM = re.compile(r"Stream #(\d+)")
 _GRID = re.compile(r"grid:(\d+),(\d+),(\d+)")
 _COLLECTIVE = re.compile(r"all-|reduce-scatter|collective-|ragged-|send|recv")
@@ -74,7 +71,7 @@ class _Beside(NamedTuple):
     flow: Value | None
 
 
-class Reader:
+class PlaneReader:
     """Makes events of one profile's planes.
 
     It keeps what it found of an operation, since most run many times.
@@ -255,32 +252,12 @@ class Reader:
 
 
 def has_events(plane: Plane) -> bool:
-    """Whether a plane is of a GPU or TPU that did anything, on lines that `Reader` reads."""
+    """Whether a plane is of a GPU or TPU that did anything, on lines that `PlaneReader` reads."""
     if GPU.fullmatch(plane.name):
         return any(line.count and _STREAM.match(line.name) for line in plane.lines)
     return bool(TPU.fullmatch(plane.name)) and any(
         line.count and line.name in (_OPERATIONS, _BESIDE) for line in plane.lines
     )
-
-
-def overrunning(events: Sequence[Event]) -> list[Event]:
-    """Events of a GPU whose ends are impossible: a stream runs one after another, and these contain others of theirs.
-
-    Kernels of a graph may contain each other. So such an event must also last ten times as long as all else goes on
-    after its start: what a bit error or a lost time makes.
-
-    >>> short = [Event(0, "stream 7", float(i), i + 1.0, "k") for i in range(3)]
-    >>> [event.name for event in overrunning([*short, Event(0, "stream 7", 0.5, 1e6, "odd")])]
-    ['odd']
-    """
-    found: list[Event] = []
-    latest = heapq.nlargest(_MOST_OVERRUNNING + 1, events, key=lambda event: event.end)
-    for last, before in itertools.pairwise(latest):
-        is_long = last.start < before.end and last.duration >= 10 * (before.end - last.start)
-        if not is_long or not any(e.lane == last.lane and last.start < e.start and e.end < last.end for e in events):
-            break
-        found.append(last)
-    return found
 
 
 def _ordinal(stats: Mapping[str, Value]) -> int:

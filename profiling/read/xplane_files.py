@@ -15,7 +15,8 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from profiling.read.file_kinds import file_kind, read_unpacked
+from profiling.read.file_kinds import file_kind
+from profiling.read.trace_files import read_unpacked
 from profiling.read.wire import messages
 from profiling.read.xspace import plane_name, read_plane
 

@@ -21,7 +21,7 @@ from profiling.event import Event, Trace
 from profiling.metrics import sides
 from profiling.reports.making import EXPLAINED, Report
 from profiling.table import LONGEST_TEXT, TIMES, Column, Figure, Table, Value, cut
-from profiling.write.tracks import Row, device_label, offsets, row_label, rows, step_rows
+from profiling.write.tracks import TrackRow, device_label, offsets, row_label, rows, step_rows
 
 SCRIPTS = ("model.js", "timeline.js", "controls.js")
 """In this order, as each uses those before."""
@@ -177,7 +177,7 @@ class _Tables:
         self.numbers: dict[tuple[Any, ...], int] = {}
         self.strings: dict[str, int] = {}
 
-    def row(self, row: Row, shift: float, facts: dict[str, Any], group: str | None = None) -> str:
+    def row(self, row: TrackRow, shift: float, facts: dict[str, Any], group: str | None = None) -> str:
         count = len(row.events)
         starts = _nanoseconds(np.fromiter((event.start for event in row.events), np.float64, count) + shift)
         ends = _nanoseconds(np.fromiter((event.end for event in row.events), np.float64, count) + shift)

@@ -14,30 +14,28 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from profiling.event import Event, Trace
 from profiling.write.tracks import (
-    Link,
-    Row,
-    arrows,
-    as_traces,
-    counters,
-    device_label,
+    PhaseLink,
+    TrackRow,
     facts,
+    flows,
     lane_label,
-    offsets,
-    rows,
-    step_rows,
+    panels,
+    side_by_side,
 )
 
 Packet = tuple[int, bytes]
 """Nanoseconds and the fields of a TrackEvent."""
 BEGIN, END, COUNTER = 1, 2, 4
 """TrackEvent.Type."""
+FLOW, TERMINATING_FLOW = 47, 48
+"""The fields of a TrackEvent that number arrows: those that it begins, those that end at it."""
 
 
 def write_perfetto(
     path: str | os.PathLike[str],
     traces: Trace | Sequence[Trace],
     *,
-    links: Iterable[Link] = (),
+    links: Iterable[PhaseLink] = (),
     counted: bool = True,
 ) -> None:
     """Writes one trace, or several side by side with their first events at the same time.
@@ -61,18 +59,14 @@ def write_perfetto(
     >>> b"a kernel" in path.read_bytes()
     True
     """
-    traces = as_traces(traces)
-    if not os.fspath(path).endswith(".pftrace"):
-        raise ValueError(f"{os.fspath(path)!r} must end in '.pftrace'")
-    links = tuple(links)
-    writer = _Writer()
-    for trace, offset in zip(traces, offsets(traces), strict=True):
-        writer.add(trace, offset, f"{trace.title}: " if len(traces) > 1 else "", links, counted)
+    links, writer = tuple(links), _PerfettoWriter()
+    for trace, offset, prefix in side_by_side(path, traces, (".pftrace",)):
+        writer.add(trace, offset, prefix, links, counted)
     with pathlib.Path(path).open("wb") as file:
         file.writelines(writer.packets())
 
 
-class _Writer:
+class _PerfettoWriter:
     """Numbers tracks and flows, and what is interned, over all traces of a file."""
 
     def __init__(self) -> None:
@@ -90,26 +84,16 @@ class _Writer:
         for time, event in heapq.merge(*self.streams, key=lambda packet: packet[0]):
             yield _packet(_number(8, time) + self.interned.pending() + _message(11, event))
 
-    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[Link, ...], counted: bool) -> None:
-        flows: dict[Event, list[tuple[int, int]]] = {}
-        for source, target in arrows(trace, links):
-            flow = next(self.flow_ids)
-            flows.setdefault(source, []).append((47, flow))  # flow_ids
-            flows.setdefault(target, []).append((48, flow))  # terminating_flow_ids
-        values = counters(trace) if counted else {}
-        parent, device = 0, None
-        if trace.steps:
-            parent = self.track(f"{prefix}host")
-            for row in step_rows(trace):
-                self.streams.append(self.slices(self.track(row.lane, parent), row, offset, {}))
-        for row in rows(trace):
-            if row.device != device:
-                device = row.device
-                parent = self.track(prefix + device_label(trace, device))
-                for name, samples in values.get(device, {}).items():
-                    self.streams.append(_counter(self.track(name, parent, counter=True), samples, offset))
-            # Tracks of one name under one parent are drawn as one, as high as it needs to be.
-            self.streams.append(self.slices(self.track(lane_label(row.lane), parent), row, offset, flows))
+    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[PhaseLink, ...], counted: bool) -> None:
+        joined = flows(trace, links, self.flow_ids, FLOW, TERMINATING_FLOW)
+        for panel in panels(trace, counted):
+            parent = self.track(prefix + panel.label)
+            for name, samples in panel.counters.items():
+                self.streams.append(_counter(self.track(name, parent, counter=True), samples, offset))
+            for row in panel.rows:
+                # Tracks of one name under one parent are drawn as one, as high as it needs to be.
+                track = self.track(lane_label(row.lane), parent)
+                self.streams.append(self.slices(track, row, offset, {} if panel.is_host else joined))
 
     def track(self, name: str, parent: int = 0, counter: bool = False) -> int:
         track = next(self.track_ids)
@@ -123,7 +107,7 @@ class _Writer:
         return track
 
     def slices(
-        self, track: int, row: Row, offset: float, flows: dict[Event, list[tuple[int, int]]]
+        self, track: int, row: TrackRow, offset: float, joined: dict[Event, list[tuple[int, int]]]
     ) -> Iterator[Packet]:
         """Begins and ends in such an order that each end closes the last begin: the row's events nest."""
         end = _number(9, END) + _number(11, track)
@@ -132,17 +116,17 @@ class _Writer:
             start = _nanoseconds(event.start, offset)
             while running and running[-1] <= start:
                 yield running.pop(), end
-            yield start, self.begin(track, event, flows.get(event, ()) if flows else ())
+            yield start, self.begin(track, event, joined.get(event, ()) if joined else ())
             running.append(_nanoseconds(event.end, offset))
         while running:
             yield running.pop(), end
 
-    def begin(self, track: int, event: Event, flows: Iterable[tuple[int, int]]) -> bytes:
+    def begin(self, track: int, event: Event, ends: Iterable[tuple[int, int]]) -> bytes:
         key = _what(event)
         if key not in self.encoded:
             self.encoded[key] = self.encode(event)
         body = _BEGIN + _number(11, track) + self.encoded[key]
-        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in flows)
+        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in ends)
 
     def encode(self, event: Event) -> bytes:
         """Everything but times and flows, the same for many events."""

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from profiling.event import Event, Trace
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
+class TrackRow:
     """Events of one lane that can be drawn in one row.
 
     Attributes:
@@ -27,7 +32,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Link:
+class PhaseLink:
     """Two phases of one microbatch, the second of which takes what the first made.
 
     Attributes:
@@ -41,18 +46,18 @@ class Link:
 
 
 MOE_LINKS = (
-    Link("attn(F)", "dispatch(F)"),
-    Link("dispatch(F)", "mlp(F)"),
-    Link("mlp(F)", "combine(F)"),
-    Link("combine(F)", "attn(F)", 1),
-    Link("combine(B)", "mlp(B)"),
-    Link("mlp(B)", "dispatch(B)"),
-    Link("dispatch(B)", "attn(B)"),
+    PhaseLink("attn(F)", "dispatch(F)"),
+    PhaseLink("dispatch(F)", "mlp(F)"),
+    PhaseLink("mlp(F)", "combine(F)"),
+    PhaseLink("combine(F)", "attn(F)", 1),
+    PhaseLink("combine(B)", "mlp(B)"),
+    PhaseLink("mlp(B)", "dispatch(B)"),
+    PhaseLink("dispatch(B)", "attn(B)"),
 )
 """How a microbatch walks through a mixture-of-experts layer, forward and backward."""
 
 
-def rows(trace: Trace, nested: bool = True) -> tuple[Row, ...]:
+def rows(trace: Trace, nested: bool = True) -> tuple[TrackRow, ...]:
     """Each lane's events, divided over as few rows as their order allows.
 
     Args:
@@ -80,7 +85,7 @@ def rows(trace: Trace, nested: bool = True) -> tuple[Row, ...]:
     found = []
     for device, lane in sorted(lanes, key=lambda key: (trace.ranks.get(key[0], key[0]), key[0], _natural(key[1]))):
         placed = _place(lanes[device, lane], nested)
-        found += [Row(device, lane, index, tuple(events)) for index, events in enumerate(placed)]
+        found += [TrackRow(device, lane, index, tuple(events)) for index, events in enumerate(placed)]
     return tuple(found)
 
 
@@ -108,7 +113,7 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def arrows(trace: Trace, links: Iterable[Link]) -> tuple[tuple[Event, Event], ...]:
+def arrows(trace: Trace, links: Iterable[PhaseLink]) -> tuple[tuple[Event, Event], ...]:
     """For each link, the last event of the source before an event of the target, and the first of the target after it.
 
     Both are of one device and one microbatch, known or not; both layers must be known.
@@ -202,10 +207,9 @@ def offsets(traces: Sequence[Trace]) -> tuple[float, ...]:
     return tuple(shift - earliest for shift in shifts)
 
 
-def step_rows(trace: Trace) -> tuple[Row, ...]:
+def step_rows(trace: Trace) -> tuple[TrackRow, ...]:
     """The host's steps as rows of events.
 
-    >>> from profiling.event import Step
     >>> [row.events[0].name for row in step_rows(Trace("", "xplane", (), (Step("train", 7, 0.0, 5.0),)))]
     ['train 7']
     """
@@ -226,10 +230,10 @@ def facts(event: Event) -> dict[str, str | int]:
     return {field: value for field in fields if (value := getattr(event, field)) not in ("", None)}
 
 
-def row_label(row: Row) -> str:
+def row_label(row: TrackRow) -> str:
     """A row's name for people.
 
-    >>> row_label(Row(0, "7", 0, ())), row_label(Row(0, "compute", 1, ()))
+    >>> row_label(TrackRow(0, "7", 0, ())), row_label(TrackRow(0, "compute", 1, ()))
     ('stream 7', 'compute (2)')
     """
     lane = lane_label(row.lane)
@@ -254,13 +258,77 @@ def device_label(trace: Trace, device: int) -> str:
     return f"rank {trace.ranks[device]}, device {device}" if device in trace.ranks else f"device {device}"
 
 
-def as_traces(traces: Trace | Sequence[Trace]) -> tuple[Trace, ...]:
-    """One trace or several, as several.
+Samples = tuple[tuple[float, float], ...]
+"""Microseconds, and the value from then on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """What a viewer shows under one heading.
+
+    Attributes:
+      label: the heading.
+      rows: what stands under it, from the top down.
+      counters: curves beside the rows, by name.
+      is_host: whether it shows the host's steps and not a device.
+    """
+
+    label: str
+    rows: tuple[TrackRow, ...]
+    counters: Mapping[str, Samples]
+    is_host: bool = False
+
+
+def panels(trace: Trace, counted: bool = True) -> Iterator[Panel]:
+    """The host's steps if there are any, then each device, with its counters if they are wanted.
+
+    >>> trace = Trace("", "simulated", (Event(3, "gpu", 1.0, 2.5, "a"),), (Step("train", 7, 0.0, 5.0),))
+    >>> [(panel.label, [row.lane for row in panel.rows]) for panel in panels(trace)]
+    [('host', ['steps']), ('device 3', ['gpu'])]
+    """
+    values = counters(trace) if counted else {}
+    if trace.steps:
+        yield Panel("host", step_rows(trace), {}, is_host=True)
+    for device, found in itertools.groupby(rows(trace), key=lambda row: row.device):
+        yield Panel(device_label(trace, device), tuple(found), values.get(device, {}))
+
+
+def flows(
+    trace: Trace, links: Iterable[PhaseLink], numbers: Iterator[int], begin: T, end: T
+) -> dict[Event, list[tuple[T, int]]]:
+    """The arrows that begin or end at each event, as ``(begin or end, number of the arrow)``.
+
+    Args:
+      trace: whose events are joined.
+      links: phases to join; see `arrows`.
+      numbers: of arrows, the next one for each.
+      begin, end: what a format calls the two ends.
+    """
+    found: dict[Event, list[tuple[T, int]]] = {}
+    for source, target in arrows(trace, links):
+        number = next(numbers)
+        found.setdefault(source, []).append((begin, number))
+        found.setdefault(target, []).append((end, number))
+    return found
+
+
+def side_by_side(
+    path: str | os.PathLike[str], traces: Trace | Sequence[Trace], endings: Sequence[str]
+) -> list[tuple[Trace, float, str]]:
+    """Each trace with the microseconds to add to its times and what to put before its labels, for a file.
+
+    Args:
+      path: of the file.
+      traces: one or several.
+      endings: that the file may have.
 
     Raises:
-      ValueError: none at all.
+      ValueError: no traces, or a file of another ending.
     """
-    found = (traces,) if isinstance(traces, Trace) else tuple(traces)
-    if not found:
+    whole = (traces,) if isinstance(traces, Trace) else tuple(traces)
+    if not whole:
         raise ValueError("no traces: give at least one")
-    return found
+    if not os.fspath(path).endswith(tuple(endings)):
+        raise ValueError(f"{os.fspath(path)!r} must end in {' or '.join(map(repr, endings))}")
+    prefixes = [f"{trace.title}: " if len(whole) > 1 else "" for trace in whole]
+    return list(zip(whole, offsets(whole), prefixes, strict=True))

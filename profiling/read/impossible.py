@@ -1,23 +1,34 @@
-"""Which GPU events cannot have happened when a profile says."""
+"""Which GPU events cannot have happened when a profile says: bit errors and lost times make such.
+
+A stream runs one event after another, so that an event with whole later events of its stream inside it has a wrong end.
+But kernels of a graph share one stream and one launch and may contain each other. Hence an event is also suspected only
+if it lasts ten times as long as everything else goes on. `overrunning` knows the launches, as Kineto's files tell them;
+`overrunning_at_end` does not, and looks at the last events of a device alone.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import heapq
+import itertools
+from collections.abc import Sequence
 
 import numpy as np
 
+from profiling.event import Event
 from profiling.read.kineto_values import short
 
-NO_CORRELATION = -(2**63)
+NO_LAUNCH = -(2**63)
 """Stands for the launch of an event that names none."""
 
 _HOUR = 3_600e6
+_MOST_AT_END = 16
 _FAR = 10.0
 """How often as long as everything else an event must be for its end to be no end."""
 
 
 @dataclasses.dataclass(frozen=True)
-class Columns:
+class KernelColumns:
     """N GPU events of one file: microseconds, index of the lane, launch, thread blocks, "External id"; -1: unknown."""
 
     start: np.ndarray
@@ -44,12 +55,11 @@ def far_away(start: np.ndarray, duration: np.ndarray) -> np.ndarray:
     return np.concatenate(far) if far else order[:0]
 
 
-def overrunning(columns: Columns, kept: np.ndarray) -> np.ndarray:
+def overrunning(columns: KernelColumns, kept: np.ndarray) -> np.ndarray:
     """Indices of events whose ends are impossible, as whole later events of their own stream lie within them.
 
-    A stream runs one event after another. Two may overlap at the edge, where the second was let in early, or in a
-    graph, whose branches have one stream and one launch. So an event must contain others of other launches and last
-    ten times as long as to the first of them, or be ten times as long as all else until the end of the trace.
+    Two events may overlap at the edge, where the second was let in early. So an event must contain others of other
+    launches and last ten times as long as to the first of them, or ten times as long as all else goes on.
     """
     order = kept[np.lexsort((-columns.duration[kept], columns.start[kept], columns.lane[kept]))]
     lane, start = columns.lane[order], columns.start[order]
@@ -69,14 +79,35 @@ def overrunning(columns: Columns, kept: np.ndarray) -> np.ndarray:
     last = end[others].max() if others.any() else -np.inf
     impossible = []
     for at, inside in containing:
-        length = end[at] - start[at]
         launches = np.unique(columns.correlation[order[np.append(inside, at)]])
-        apart = len(launches[launches != NO_CORRELATION]) > 1
-        if (last > start[at] and length >= _FAR * (last - start[at])) or (
-            apart and length >= _FAR * (start[inside[0]] - start[at])
-        ):
+        apart = len(launches[launches != NO_LAUNCH]) > 1
+        is_far = end[at] - start[at] >= _FAR * (start[inside[0]] - start[at])
+        if _outlasts(start[at], end[at], last) or (apart and is_far):
             impossible.append(order[at])
     return np.array(impossible, kept.dtype)
+
+
+def overrunning_at_end(events: Sequence[Event]) -> list[Event]:
+    """Those of the last events of one GPU whose ends are impossible: they contain others of their stream.
+
+    >>> short = [Event(0, "stream 7", float(i), i + 1.0, "k") for i in range(3)]
+    >>> [event.name for event in overrunning_at_end([*short, Event(0, "stream 7", 0.5, 1e6, "odd")])]
+    ['odd']
+    """
+    found: list[Event] = []
+    latest = heapq.nlargest(_MOST_AT_END + 1, events, key=lambda event: event.end)
+    for last, before in itertools.pairwise(latest):
+        if not _outlasts(last.start, last.end, before.end) or not any(
+            event.lane == last.lane and last.start < event.start and event.end < last.end for event in events
+        ):
+            break
+        found.append(last)
+    return found
+
+
+def _outlasts(start: float, end: float, last: float) -> bool:
+    """Whether an event lasts ten times as long as all else, which ends at `last`, goes on after its start."""
+    return last > start and end - start >= _FAR * (last - start)
 
 
 def lonely(start: np.ndarray, duration: np.ndarray, names: list[str]) -> list[str]:
