@@ -17,8 +17,7 @@ import jax.numpy as jnp
 from profiling.classify.rules import Rule, load_rules
 from profiling.event import Trace
 from profiling.hlo.chips import Chip, chip
-from profiling.hlo.hiding import Overlap as Schedule
-from profiling.hlo.hiding import overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.lines import find_text
 from profiling.hlo.text import read
 from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
@@ -161,7 +160,7 @@ def _overlap(args: argparse.Namespace) -> None:
     print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
 
 
-def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> CompiledOverlap:
     """The overlap of the program in a file or folder; of a folder, a note says which file."""
     file, why = find_text(path)
     module = read(file)

@@ -36,7 +36,7 @@ from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.runtime.program import Program
 from profiling.hlo.chips import Achieved, Chip, chip
-from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.text import Instruction, parse
 from profiling.hlo.timeline import Settings, Timeline, play
 from profiling.hlo.topologies import topology
@@ -86,7 +86,7 @@ def kernel_times() -> list[tuple[str, Callable[[Instruction], float]]]:
     ]
 
 
-def in_loop(found: Overlap, program: Program | None) -> Overlap:
+def in_loop(found: CompiledOverlap, program: Program | None) -> CompiledOverlap:
     """Its collectives in the steady state: those of the scan; of a whole step, those of pairs, and sends."""
     pairs = [i for i, branch in enumerate(program.branches) if len(branch) == 2] if program else []
     return found.select(label=f"{LOOP}.*(branch_({'|'.join(map(str, pairs))})/|/send/)" if pairs else LOOP)

@@ -22,7 +22,7 @@ from pretraining.config import ModelConfig
 from pretraining.durations import durations
 from pretraining.model import build_model
 from profiling.hlo.chips import Achieved, Chip
-from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 
@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
 
     arguments: int
     temporary: int
-    overlap: Overlap
+    overlap: CompiledOverlap
     seconds: float
 
 

@@ -25,7 +25,7 @@ _WRAPPERS = re.compile(r"^(jit\(.*|shard_map|while|body|closed_call|pjit|checkpo
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
+class CompiledCollective:
     """One collective of a schedule.
 
     Attributes:
@@ -81,7 +81,7 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap:
+class CompiledOverlap:
     """The communication of a program, and how much of it is hidden.
 
     Attributes:
@@ -98,8 +98,8 @@ class Overlap:
 
     module: str
     chip: str
-    collectives: tuple[Collective, ...]
-    synchronous: tuple[Collective, ...]
+    collectives: tuple[CompiledCollective, ...]
+    synchronous: tuple[CompiledCollective, ...]
     us: float
     compute_us: float
     events: tuple[Event, ...] = ()
@@ -111,7 +111,7 @@ class Overlap:
         """The kinds of collectives that occur."""
         return tuple(sorted({one.kind for one in (*self.collectives, *self.synchronous)}))
 
-    def select(self, kind: str = "", label: str = "", computation: str = "") -> Overlap:
+    def select(self, kind: str = "", label: str = "", computation: str = "") -> CompiledOverlap:
         """The same with only those collectives whose kind is this and whose label and computation contain these.
 
         Args:
@@ -119,7 +119,7 @@ class Overlap:
           label, computation: regular expressions, searched for anywhere.
         """
 
-        def kept(found: Sequence[Collective]) -> tuple[Collective, ...]:
+        def kept(found: Sequence[CompiledCollective]) -> tuple[CompiledCollective, ...]:
             return tuple(
                 one
                 for one in found
@@ -141,7 +141,7 @@ class Overlap:
         total = self.communication_us(kind)
         return 1 - self.exposed_us(kind) / total if total else None
 
-    def _of(self, kind: str) -> list[Collective]:
+    def _of(self, kind: str) -> list[CompiledCollective]:
         return [one for one in (*self.collectives, *self.synchronous) if kind in ("", one.kind)]
 
     def tables(self) -> tuple[Table, ...]:
@@ -189,7 +189,7 @@ def overlap(
     node_size: int = 8,
     internode: float | None = None,
     intranode: float | None = None,
-) -> Overlap:
+) -> CompiledOverlap:
     """What a scheduled program hides of its communication on a chip.
 
     Args:
@@ -233,7 +233,7 @@ def overlap(
     timeline = play(module, Settings(chip, achieved, times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
     sent = [transfer.exchange for run in timeline.runs for transfer in run.transfers]
-    return Overlap(
+    return CompiledOverlap(
         module=module.name,
         chip=chip.name,
         collectives=tuple(one for one in found if one.is_asynchronous),
@@ -246,7 +246,7 @@ def overlap(
     )
 
 
-def _collectives(run: Run) -> list[Collective]:
+def _collectives(run: Run) -> list[CompiledCollective]:
     needs = _needs(run.computation) if run.transfers else []
     return [_collective(run, transfer, needs) for transfer in run.transfers]
 
@@ -276,7 +276,7 @@ def _needs(computation: Computation) -> list[int]:
     return needs
 
 
-def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collective:
+def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> CompiledCollective:
     instructions = run.computation.instructions
     start, end = transfer.start, transfer.start if transfer.done is None else transfer.done
     between = range(start + 1, end)
@@ -286,7 +286,7 @@ def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collectiv
     feeds_product = any(p and a for p, a in zip(run.is_product, after, strict=True))
     independent = (us for us, b, a in zip(run.us, before, after, strict=True) if not (a or b))
     place = {(True, True): "inner", (False, True): "first", (True, False): "last", (False, False): "alone"}
-    return Collective(
+    return CompiledCollective(
         computation=run.computation.name,
         name=instructions[start].name,
         kind=transfer.exchange.kind,
@@ -323,7 +323,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _row(one: Collective) -> tuple[Value, ...]:
+def _row(one: CompiledCollective) -> tuple[Value, ...]:
     return (
         one.verdict,
         "async" if one.is_asynchronous else "sync",

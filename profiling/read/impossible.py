@@ -82,7 +82,7 @@ def overrunning(columns: KernelColumns, kept: np.ndarray) -> np.ndarray:
         launches = np.unique(columns.correlation[order[np.append(inside, at)]])
         apart = len(launches[launches != NO_LAUNCH]) > 1
         is_far = end[at] - start[at] >= _FAR * (start[inside[0]] - start[at])
-        if _outlasts(start[at], end[at], last) or (apart and is_far):
+        if _outlasts(float(start[at]), float(end[at]), last) or (apart and is_far):
             impossible.append(order[at])
     return np.array(impossible, kept.dtype)
 

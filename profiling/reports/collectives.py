@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-from profiling.metrics import CollectiveRow, Measurement
+from collections.abc import Sequence
+
+from profiling.metrics import CollectiveRow
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, Value, duration
 
 
-def collectives_table(measured: Measurement) -> Table:
-    """Empty where the profiler says nothing of collectives."""
-    rows = measured.collectives
+def collectives(found: Findings) -> Table:
+    """Kinds, groups and sizes; empty where the profiler says nothing of collectives."""
+    rows = found.measured.collectives
     caption = (
         "Sizes, and algorithm and bus bandwidth, as NCCL's tests define them (their doc/PERFORMANCE.md). Times are "
         "those of the kernels, which wait in them for late ranks, so that bandwidths are lower bounds. Hidden: "
         "share of the time in which the device computes as well."
     )
-    if len(measured.devices) > 1:
+    if len(found.measured.devices) > 1:
         caption += " Calls and times are added up over the devices."
     if any(row.matched for row in rows):
         caption += (
@@ -44,31 +47,27 @@ def collectives_table(measured: Measurement) -> Table:
     )  # fmt: skip
 
 
-def skew_tables(measured: Measurement) -> tuple[Table, ...]:
-    """Devices, and process groups where there are several; empty where no collective is common to several devices."""
-    found = measured.skew
-    return () if found is None else (_devices(measured), _groups(measured))
-
-
-def _devices(measured: Measurement) -> Table:
-    found = measured.skew
-    assert found is not None
-    seen = f"Seen in {found.matched:,} collectives that several devices have in common"
-    if found.start_spread is None:
+def skew_of_devices(found: Findings) -> Sequence[Table]:
+    """Who is late; nothing where no collective is common to several devices."""
+    skew = found.measured.skew
+    if skew is None:
+        return ()
+    seen = f"Seen in {skew.matched:,} collectives that several devices have in common"
+    if skew.start_spread is None:
         caption = f"{seen}. Their clocks differ, so that starts cannot be compared; notes say by how much."
     else:
         late = (
-            f"Device {found.straggler} joins latest."
-            if found.straggler is not None
-            else f"No device is late by more than the {duration(found.resolution)} that starts can be told apart by."
+            f"Device {skew.straggler} joins latest."
+            if skew.straggler is not None
+            else f"No device is late by more than the {duration(skew.resolution)} that starts can be told apart by."
         )
         starts, ends = (
             f"{duration(mean)} apart on average and {duration(most)} at most"
-            for mean, most in ((found.start_spread, found.max_start_spread), (found.end_spread, found.max_end_spread))
+            for mean, most in ((skew.start_spread, skew.max_start_spread), (skew.end_spread, skew.max_end_spread))
         )
         caption = f"{seen}: starts lie {starts}, ends {ends}. {late}"
     caption += " Who waits least in transfers is whom the others wait for, whatever the clocks."
-    return Table(
+    table = Table(
         "skew",
         "Stragglers",
         caption,
@@ -76,12 +75,14 @@ def _devices(measured: Measurement) -> Table:
             Column("device", "n"), Column("joins late by", "us"), Column("is last", "%", is_share=True),
             Column("waits in barriers", "us"), Column("waits in transfers", "us"),
         ),
-        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in found.devices),
+        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in skew.devices),
     )  # fmt: skip
+    return (table,)
 
 
-def _groups(measured: Measurement) -> Table:
-    groups = measured.skew.groups if measured.skew else ()
+def skew_of_groups(found: Findings) -> Table:
+    """The same by process group; empty where there are fewer than two."""
+    groups = found.measured.skew.groups if found.measured.skew else ()
     return Table(
         "skew-groups",
         "Stragglers by process group",

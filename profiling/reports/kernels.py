@@ -3,20 +3,26 @@
 from __future__ import annotations
 
 from profiling.event import Trace
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, written
 
 KERNELS = 30
 """How many of the kernels a report lists."""
 
 
-def kernels(trace: Trace, top: int = KERNELS) -> Table:
+def kernels(found: Findings) -> Table:
+    """The `KERNELS` with most time; see `kernel_table`."""
+    return kernel_table(found.trace)
+
+
+def kernel_table(trace: Trace, top: int = KERNELS) -> Table:
     """Events of one name and kind added up over all devices, the longest in all first.
 
     Loops, branches and calls round operations that have events of their own are left out: their time counts nowhere.
 
     >>> from profiling.event import Event
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 3.0, "gemm", kind="GEMM", group="compute") for i in range(3)]
-    >>> kernels(Trace("", "kineto", tuple(events))).rows
+    >>> kernel_table(Trace("", "kineto", tuple(events))).rows
     (('gemm', 9.0, 1.0, 3, 3.0, 3.0, 'GEMM', 'compute'),)
     """
     found: dict[tuple[str, str, str], list[float]] = {}

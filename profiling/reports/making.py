@@ -7,9 +7,10 @@ import dataclasses
 from profiling.classify.classifier import OTHER, unclassified_names
 from profiling.classify.names import kernel_label
 from profiling.event import Trace
-from profiling.hlo.hiding import Overlap as Schedule
+from profiling.hlo.hiding import CompiledOverlap
 from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure, window_in, window_of_step
 from profiling.predict import Comparison, compare
+from profiling.reports.section import Findings
 from profiling.reports.tables import report_tables
 from profiling.table import (
     TIMES,
@@ -178,7 +179,7 @@ class Report:
 def report(
     trace: Trace,
     predicted: Trace | None = None,
-    schedule: Schedule | None = None,
+    schedule: CompiledOverlap | None = None,
     *,
     window: tuple[float | None, float | None] | None = None,
     step: int | None = None,
@@ -215,7 +216,7 @@ def report(
         predicted=predicted,
         measurement=measured,
         figures=tuple(_bounded(_figures(measured, expected, comparison, asked), measured.bounds)),
-        tables=report_tables(trace, measured, expected, comparison, schedule),
+        tables=report_tables(Findings(trace, measured, expected, comparison, schedule)),
         notes=tuple(_notes(trace, measured, predicted, comparison, schedule)),
         window=asked,
     )
@@ -347,7 +348,7 @@ def _notes(
     measured: Measurement,
     predicted: Trace | None,
     comparison: Comparison | None,
-    schedule: Schedule | None,
+    schedule: CompiledOverlap | None,
 ) -> list[str]:
     """Those of all sources, each once."""
     found = dict.fromkeys([*_unknown(trace, measured), *trace.notes, *measured.notes])

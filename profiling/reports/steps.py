@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from profiling.metrics import Measurement, StepRow
+from profiling.metrics import StepRow
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, Value
 
 
-def steps_table(measured: Measurement) -> Table:
-    """Left out with fewer than two steps."""
+def steps(found: Findings) -> Table:
+    """Each step; empty where there are fewer than two."""
+    measured = found.measured
     rows = measured.steps if len(measured.steps) > 1 else ()
 
     def cells(place: int, row: StepRow) -> tuple[Value, ...]:
