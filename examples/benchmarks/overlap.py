@@ -38,7 +38,7 @@ from jaxpipe.runtime.program import Program
 from profiling.hlo.chips import Achieved, Chip, chip
 from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.text import Instruction, parse
-from profiling.hlo.timeline import Settings, Timeline, play
+from profiling.hlo.timeline import ProgramTimeline, Settings, play
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 from profiling.workloads.sizes import Sizes
@@ -131,7 +131,7 @@ def h200(link: float) -> Chip:
     return dataclasses.replace(chip("H200"), interconnect=link * 1e9)
 
 
-def costs(timeline: Timeline) -> str:
+def costs(timeline: ProgramTimeline) -> str:
     """Microseconds of each instruction, as the compiler reads them (tensorflow.profiler.ProfiledInstructionsProto)."""
     found: dict[str, float] = {}
     for run in timeline.runs:
@@ -142,7 +142,7 @@ def costs(timeline: Timeline) -> str:
     return "".join(f'costs {{ name: "{name}" cost_us: {us:.3f} }}\n' for name, us in found.items() if us)
 
 
-def loop_us(timeline: Timeline) -> float:
+def loop_us(timeline: ProgramTimeline) -> float:
     """Microseconds that the longest loop of the program computes."""
     entry = timeline.runs[-1]
     return max(us for us, one in zip(entry.us, entry.computation.instructions, strict=True) if one.opcode == "while")

@@ -92,7 +92,7 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timeline:
+class ProgramTimeline:
     """A program on the clock.
 
     Attributes:
@@ -156,7 +156,7 @@ class _Clock:
         return fits
 
 
-def play(module: Module, settings: Settings) -> Timeline:
+def play(module: Module, settings: Settings) -> ProgramTimeline:
     """The module on the clock of one device, from the entry computation on.
 
     Nothing crosses the edge of a loop or a branch by itself, but a collective that is started before one and waited
@@ -174,7 +174,7 @@ def play(module: Module, settings: Settings) -> Timeline:
     clock = walk.run(module[module.entry], _Clock(), 1)
     events = tuple(sorted(clock.events, key=lambda event: event.start))
     notes = tuple(f"{text}: {_few(names)}" for text, names in walk.doubts.items())
-    return Timeline(tuple(walk.runs), events, clock.now, clock.busy[-1], notes)
+    return ProgramTimeline(tuple(walk.runs), events, clock.now, clock.busy[-1], notes)
 
 
 @dataclasses.dataclass(frozen=True)

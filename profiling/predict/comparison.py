@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from profiling.event import Event, Trace
 from profiling.metrics import breakdown, by_device
@@ -195,19 +195,20 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
     parts = by_device(predicted), by_device(measured)
     rows: list[TaskRow] = []
     devices = []
-    only: tuple[list[str], list[str]] = ([], [])
+    only_predicted: list[str] = []
+    only_measured: list[str] = []
     for theirs, device in pairs:
         lanes: dict[str, list[tuple[float, float]]] = {}
         for key in dict.fromkeys((*expected[theirs], *found[device])):
             left, right = _matched(expected[theirs].get(key, []), found[device].get(key, []))
             if len(left) != len(right):
-                for names, tasks in zip(only, (left, right), strict=True):
-                    names += [f"{len(tasks)} x {_name(key)} on device {device}"] if tasks else []
+                where = f"{_name(key)} on device {device}"
+                only_predicted += [f"{len(left)} x {where}"] if left else []
+                only_measured += [f"{len(right)} x {where}"] if right else []
                 continue
-            for occurrence, (task, real) in enumerate(zip(left, right, strict=True)):
-                start, real_start = task.start - windows[0][0], real.start - windows[1][0]
-                rows.append(TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration))
-                lanes.setdefault(task.lane, []).append((start, real_start))
+            for row, lane in _task_rows(device, key, left, right, (windows[0][0], windows[1][0])):
+                rows.append(row)
+                lanes.setdefault(lane, []).append((row.predicted_start, row.measured_start))
         devices.append(
             DeviceRow(
                 device=device,
@@ -225,9 +226,18 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
         measured_makespan=windows[1][1] - windows[1][0],
         tasks=tuple(sorted(rows, key=lambda row: row.measured_start)),
         devices=tuple(devices),
-        only_predicted=tuple(only[0]),
-        only_measured=tuple(only[1]),
+        only_predicted=tuple(only_predicted),
+        only_measured=tuple(only_measured),
     )
+
+
+def _task_rows(
+    device: int, key: Key, predicted: Sequence[_Task], measured: Sequence[_Task], origins: tuple[float, float]
+) -> Iterator[tuple[TaskRow, str]]:
+    """The n-th task predicted beside the n-th measured, and the lane that it was predicted on."""
+    for occurrence, (task, real) in enumerate(zip(predicted, measured, strict=True)):
+        start, real_start = task.start - origins[0], real.start - origins[1]
+        yield TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration), task.lane
 
 
 def _pairs(predicted: Trace, measured: Trace) -> list[tuple[int, int]]:

@@ -15,7 +15,7 @@ from profiling.read.file_kinds import is_xspace, refusal
 from profiling.read.impossible import NO_LAUNCH, KernelColumns, far_away, lonely, overrunning
 from profiling.read.kineto_collective import collective, process_groups
 from profiling.read.kineto_columns import GPU, GPU_CATEGORIES, Annotation, Collected
-from profiling.read.kineto_json import CutShort, NoJson, Scan
+from profiling.read.kineto_json import CutShort, NoJson, TraceScan
 from profiling.read.kineto_values import integer
 from profiling.read.trace_files import DAMAGE, HEAD, Source
 
@@ -108,7 +108,7 @@ def read_file(source: Source) -> KinetoFile:
     collected = Collected()
     with source.open() as stream:
         try:
-            scan = Scan(stream, collected.take)
+            scan = TraceScan(stream, collected.take)
         except NoJson as error:
             if is_empty:
                 raise ValueError(f"{source.name}: the file is damaged or cut short ({error}); copy it again") from error
@@ -126,7 +126,7 @@ def read_file(source: Source) -> KinetoFile:
     return _assembled(collected, source, scan)
 
 
-def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
+def _assembled(collected: Collected, source: Source, scan: TraceScan) -> KinetoFile:
     """All that was taken, once the text is read.
 
     Raises:
@@ -152,13 +152,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     if not kept.any():
         raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
     launched, thread = _launches(collected, columns.correlation)
-    distributed = header.get("distributedInfo")
-    if distributed is not None and not isinstance(distributed, dict):
-        collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
-    base = header.get("baseTimeNanoseconds")
-    if base is not None and integer(base) is None:
-        collected.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
-    groups = process_groups(distributed) if isinstance(distributed, dict) else {}
+    base, groups = _checked_header(header, collected)
     collectives = _collectives(collected, columns.external, launched, thread, groups)
     names = collected.name
     if not kept.all():
@@ -172,7 +166,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     notes += lonely(start, duration, names)
     return KinetoFile(
         source=source,
-        base=integer(base) or 0,
+        base=base,
         header=header,
         categories=dict(collected.categories),
         start=start,
@@ -189,7 +183,17 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     )
 
 
-def _refusal(collected: Collected, header: Mapping[str, Any], scan: Scan) -> str:
+def _checked_header(header: Mapping[str, Any], collected: Collected) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """What times count from, in nanoseconds of the epoch, and the ranks of each process group; damage is counted."""
+    distributed, base = header.get("distributedInfo"), header.get("baseTimeNanoseconds")
+    if distributed is not None and not isinstance(distributed, dict):
+        collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
+    if base is not None and integer(base) is None:
+        collected.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
+    return integer(base) or 0, process_groups(distributed) if isinstance(distributed, dict) else {}
+
+
+def _refusal(collected: Collected, header: Mapping[str, Any], scan: TraceScan) -> str:
     """Why there is no GPU event, and what to do."""
     if not scan.has_events:
         if "rocprofiler-sdk-tool" in header:
@@ -263,10 +267,8 @@ def _collectives(
         if args is None and not math.isnan(launched[i]):
             at = int(np.searchsorted(starts, launched[i], side="right")) - 1
             # Operators nest within a few others at most.
-            for comm in comms[max(at - 8, 0) : at + 1][::-1]:
-                if comm[3] == thread[i] and comm[2] >= launched[i]:
-                    args = comm[4]
-                    break
+            around = comms[max(at - 8, 0) : at + 1][::-1]
+            args = next((comm[4] for comm in around if comm[3] == thread[i] and comm[2] >= launched[i]), None)
         if args is not None and (made := collective(args, groups)):
             found[i] = shared.setdefault(made, made)
     return found

@@ -42,7 +42,7 @@ class NoJson(ValueError):
     """The text does not begin as JSON does."""
 
 
-class Scan:
+class TraceScan:
     """A Chrome trace, read through; each event goes to `take`.
 
     Attributes:
@@ -57,7 +57,7 @@ class Scan:
     >>> import io
     >>> found = []
     >>> text = b'{"a": 1, "traceEvents": [{"ph": "X", "name": "torch\\\\cuda"}, {"ph": 3 4}, ]}'
-    >>> scan = Scan(io.BytesIO(text), found.append)
+    >>> scan = TraceScan(io.BytesIO(text), found.append)
     >>> found, scan.header
     ([{'ph': 'X', 'name': 'torch\\\\cuda'}], {'a': 1})
     >>> scan.damage["events whose text is no JSON, left out"], len(scan.damage)

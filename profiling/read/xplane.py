@@ -270,11 +270,7 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
             given = numbers.give(file, kind, (n for n, _ in local))
             for n, plane in local:
                 found = list(read(plane, given[n]))
-                if kind == "GPU":
-                    overrun = set(map(id, overrunning_at_end(found)))
-                    doubts[OVERRUN] += len(overrun)
-                    found = [event for event in found if id(event) not in overrun] if overrun else found
-                events += found
+                events += _possible(found, doubts) if kind == "GPU" else found
                 metadata |= _of_plane(plane, metadata)
                 metadata.setdefault("platform", kind.lower())
         for plane in file.planes:
@@ -298,6 +294,13 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
     if metadata["platform"] == "tpu":
         notes.append("a TPU's planes are read as their format is described in public, without a TPU to check it on")
     return _Profile(events, steps, metadata, notes)
+
+
+def _possible(events: list[Event], doubts: collections.Counter[str]) -> list[Event]:
+    """The events of one GPU without those whose ends are impossible, which are counted."""
+    overrun = set(map(id, overrunning_at_end(events)))
+    doubts[OVERRUN] += len(overrun)
+    return [event for event in events if id(event) not in overrun] if overrun else events
 
 
 def _of_plane(plane: Plane, known: Mapping[str, Any]) -> dict[str, Any]:

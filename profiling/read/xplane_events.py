@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from profiling.event import Event, Step
 from profiling.read.scopes import Place, place
-from profiling.read.xplane_modules import CONTAINERS, Instruction, Modules
+from profiling.read.xplane_modules import CONTAINERS, ModuleInstruction, Modules
 from profiling.read.xspace import Doubts, Entry, Line, Plane, Value
 
 GPU = re.compile(r"/device:GPU:(\d+)")
@@ -90,7 +90,7 @@ class PlaneReader:
         self._window = window
         self._doubts = doubts
         self._places: dict[str, Place] = {}
-        self._operations: dict[tuple[Value | None, ...], tuple[str, str, Instruction | None]] = {}
+        self._operations: dict[tuple[Value | None, ...], tuple[str, str, ModuleInstruction | None]] = {}
         self._blocks: dict[Value, int | None] = {}
 
     def gpu(self, plane: Plane, device: int) -> Iterator[Event]:
@@ -208,7 +208,7 @@ class PlaneReader:
         stats = {key: value for key, value in known.stats.items() if key in _TPU_STATS} if known else {}
         return name, op, opcode[1] if opcode else "", stats
 
-    def _operation(self, stats: Mapping[str, Value]) -> tuple[str, str, Instruction | None]:
+    def _operation(self, stats: Mapping[str, Value]) -> tuple[str, str, ModuleInstruction | None]:
         """The instruction, its scope, and what its module says of it."""
         key = tuple(map(stats.get, _OF_OPERATION))
         if key not in self._operations:

@@ -10,6 +10,7 @@ called_computation_ids = 38; OpMetadata.op_name = 2 (xla/service/hlo.proto).
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
 from typing import NamedTuple
 
 from profiling.read.wire import integer, integers, messages, text
@@ -19,7 +20,7 @@ CONTAINERS = frozenset({"while", "conditional", "call"})
 """Opcodes of instructions that only run other instructions, which have events of their own."""
 
 
-class Instruction(NamedTuple):
+class ModuleInstruction(NamedTuple):
     """What a module says of one instruction; scope is that of its computation where XLA added it."""
 
     opcode: str
@@ -31,7 +32,7 @@ PLANE = "/host:metadata"
 
 DAMAGED = "compiled modules in the profile are damaged: their operations lack scopes"
 
-Modules = dict[str, dict[str, Instruction]]
+Modules = dict[str, dict[str, ModuleInstruction]]
 """``{"jit_step(7)": {instruction: ...}}``, by the module's name and the program's id."""
 
 
@@ -47,26 +48,27 @@ def read_modules(xspace: bytes, doubts: Doubts | None = None) -> Modules:
     """
     found: Modules = {}
     for plane in messages(xspace, 1):
-        if plane_name(plane) != PLANE:
-            continue
-        stat_names = {}
-        for entry in messages(plane, 5):
-            for stat in messages(entry, 2):
-                stat_names[integer(stat, 1)] = text(stat, 2)
-        for entry in messages(plane, 4):
-            for program in messages(entry, 2):
-                for stat in messages(program, 5):
-                    if stat_names.get(integer(stat, 1)) == "Hlo Proto":
-                        try:
-                            found[text(program, 2)] = _instructions(messages(stat, 6)[-1])
-                        except (ValueError, IndexError) as error:
-                            if doubts is None:
-                                raise ValueError(f"a module of the profile is damaged: {error}") from error
-                            doubts[DAMAGED] += 1
+        for program, module in _programs(plane) if plane_name(plane) == PLANE else ():
+            try:
+                found[text(program, 2)] = _instructions(messages(module, 6)[-1])
+            except (ValueError, IndexError) as error:
+                if doubts is None:
+                    raise ValueError(f"a module of the profile is damaged: {error}") from error
+                doubts[DAMAGED] += 1
     return found
 
 
-def _instructions(hlo_proto: memoryview) -> dict[str, Instruction]:
+def _programs(plane: memoryview) -> Iterator[tuple[memoryview, memoryview]]:
+    """The metadata of each program of a plane, with the stat that holds its module."""
+    stats = (stat for entry in messages(plane, 5) for stat in messages(entry, 2))
+    names = {integer(stat, 1): text(stat, 2) for stat in stats}
+    for program in (program for entry in messages(plane, 4) for program in messages(entry, 2)):
+        for stat in messages(program, 5):
+            if names.get(integer(stat, 1)) == "Hlo Proto":
+                yield program, stat
+
+
+def _instructions(hlo_proto: memoryview) -> dict[str, ModuleInstruction]:
     computations: dict[int, list[memoryview]] = {}
     for module in messages(hlo_proto, 1):
         for computation in messages(module, 3):
@@ -76,7 +78,7 @@ def _instructions(hlo_proto: memoryview) -> dict[str, Instruction]:
         scopes = [_scope(instruction) or _scope_within(instruction, computations) for instruction in instructions]
         around = _common([scope for scope in scopes if "/" in scope])  # a parameter has its name, no path
         for instruction, scope in zip(instructions, scopes, strict=True):
-            found[text(instruction, 1)] = Instruction(text(instruction, 2), scope or around)
+            found[text(instruction, 1)] = ModuleInstruction(text(instruction, 2), scope or around)
     return found
 
 

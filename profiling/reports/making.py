@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from profiling.classify.classifier import OTHER, unclassified_names
 from profiling.classify.names import kernel_label
@@ -240,68 +241,65 @@ def _chosen(
 def _figures(
     measured: Measurement, expected: Measurement | None, comparison: Comparison | None, asked: str
 ) -> list[Figure]:
-    overlaps, whole = measured.summary.overlaps, measured.summary.breakdown
-    transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
-
-    def percent(share: float | None) -> str:
-        return "none" if share is None else written(share, "%")
-
-    devices = len(measured.devices)
-    the_window = "the window" if devices == 1 else f"the windows of {devices} devices"
-    moved = transfers.communication or waits.communication
+    """The numbers at the top of a report, in their order."""
+    whole, devices = measured.summary.breakdown, len(measured.devices)
+    window = "the window" if devices == 1 else f"the windows of {devices} devices"
     gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
-    found = [
+    return [
         Figure("makespan", "makespan", measured.makespan, "us", asked or "from the first start to the last end"),
-        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"),
+        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {window}"),
         Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
-        Figure(
-            "overlap",
-            "overlap ratio",
-            transfers.ratio,
-            "%",
-            f"of {duration(transfers.communication)} in transfers; with waits {percent(waits.ratio)}, "
-            f"by lanes {percent(lanes.ratio)}"
-            if moved
-            else "no communication in this trace",
-        ),
-        Figure(
-            "exposed",
-            "exposed communication",
-            waits.exposed if moved else None,
-            "us",
-            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {duration(transfers.exposed)}"
-            if moved
-            else "",
-        ),
+        *_communication_figures(measured, window),
+        *_bubble_figures(measured, expected),
+        *_prediction_figures(comparison),
+        _unclassified_figure(measured),
     ]
+
+
+def _communication_figures(measured: Measurement, window: str) -> Iterator[Figure]:
+    transfers, waits, lanes = (measured.summary.overlaps[name] for name in DEFINITIONS)
     steady = measured.summary.steady.get("transfer+wait")
+    if transfers.communication or waits.communication:
+        ratios = f"with waits {_percent(waits.ratio)}, by lanes {_percent(lanes.ratio)}"
+        hidden = f"of {duration(transfers.communication)} in transfers; {ratios}"
+        alone = f"with waits; transfers alone {duration(transfers.exposed)}"
+        yield Figure("overlap", "overlap ratio", transfers.ratio, "%", hidden)
+        note = f"{_percent(waits.exposed_share)} of {window}, {alone}"
+        yield Figure("exposed", "exposed communication", waits.exposed, "us", note)
+    else:
+        yield Figure("overlap", "overlap ratio", transfers.ratio, "%", "no communication in this trace")
+        yield Figure("exposed", "exposed communication", None, "us")
     if steady and steady.ratio is not None:
-        found.append(
-            Figure(
-                "steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed"
-            )
-        )
-    if bubbles := measured.summary.bubbles:
-        mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
-        simulated = expected.summary.bubbles if expected else ()
-        beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
-        note = "mean over ranks" + ("" if beside is None else f"; simulated {percent(beside)}")
-        found.append(Figure("bubble", "bubble", mean, "%", note))
-    unattributed = measured.unattributed_share
+        note = f"with waits; {duration(steady.exposed)} exposed"
+        yield Figure("steady", "steady-state overlap", steady.ratio, "%", note)
+
+
+def _bubble_figures(measured: Measurement, expected: Measurement | None) -> Iterator[Figure]:
+    bubbles = measured.summary.bubbles
+    if not bubbles:
+        return
+    mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
+    simulated = expected.summary.bubbles if expected else ()
+    beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
+    note = "mean over ranks" + ("" if beside is None else f"; simulated {_percent(beside)}")
+    yield Figure("bubble", "bubble", mean, "%", note)
+
+
+def _prediction_figures(comparison: Comparison | None) -> Iterator[Figure]:
     if comparison:
         error = comparison.makespan_error
         note = "" if error is None else f"{100 * error:+,.2f}% off the measured"
-        found.append(Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note))
-    found.append(
-        Figure(
-            "unclassified",
-            "unclassified",
-            measured.unclassified_share,
-            "%",
-            "of the events' time" + (f"; {percent(unattributed)} of it belongs to no phase" if unattributed else ""),
-        )
-    )
-    return found
+        yield Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note)
+
+
+def _unclassified_figure(measured: Measurement) -> Figure:
+    unattributed = measured.unattributed_share
+    more = f"; {_percent(unattributed)} of it belongs to no phase" if unattributed else ""
+    return Figure("unclassified", "unclassified", measured.unclassified_share, "%", f"of the events' time{more}")
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else written(share, "%")
 
 
 def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
