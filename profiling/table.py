@@ -326,14 +326,31 @@ def as_markdown(table: Table, most: int | None = None) -> str:
     | a\\|b | 5.0 |
     """
     table = table.filled()
-    lines = [
-        _markdown_row(table.headings),
-        "|" + "|".join("---" if column.is_text else "--:" for column in table.columns) + "|",
-        *map(_markdown_row, table.cells()[:most]),
-    ]
+    head = markdown_head(table.headings, [not column.is_text for column in table.columns])
+    lines = [head, *map(markdown_row, table.cells()[:most])]
     caption = [escape_markdown(table.caption), ""] if table.caption else []
     left_out = _left_out(table, most)
     return "\n".join([f"### {table.title}", "", *caption, *lines, *([""] if left_out else []), *left_out])
+
+
+def markdown_head(headings: Sequence[str], are_numbers: Sequence[bool] = ()) -> str:
+    """The first two lines of a table in Markdown, columns of numbers to the right.
+
+    >>> print(markdown_head(["kind", "us"], [False, True]))
+    | kind | us |
+    |---|--:|
+    """
+    right = are_numbers or [False] * len(headings)
+    return f"{markdown_row(headings)}\n|" + "|".join("--:" if number else "---" for number in right) + "|"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a table in Markdown; texts are escaped, and cut where they are too long for a table.
+
+    >>> markdown_row(["a|b", "5.0"])
+    '| a\\\\|b | 5.0 |'
+    """
+    return "| " + " | ".join(escape_markdown(cut(" ".join(cell.split()), LONGEST_TEXT)) for cell in cells) + " |"
 
 
 def escape_markdown(text: str) -> str:
@@ -344,10 +361,6 @@ def escape_markdown(text: str) -> str:
     """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in text)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(escape_markdown(cut(" ".join(cell.split()), LONGEST_TEXT)) for cell in cells) + " |"
 
 
 def _left_out(table: Table, most: int | None) -> list[str]:

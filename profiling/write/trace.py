@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterable, Mapping, Sequence
-from types import MappingProxyType
 
 from profiling.event import Trace
 from profiling.write.chrome import write_chrome
@@ -12,9 +11,7 @@ from profiling.write.perfetto import write_perfetto
 from profiling.write.tracks import PhaseLink
 from profiling.write.writer import Writer
 
-WRITERS: Mapping[str, Writer] = MappingProxyType(
-    {".pftrace": write_perfetto, ".json": write_chrome, ".json.gz": write_chrome}
-)
+WRITERS: Mapping[str, Writer] = {".pftrace": write_perfetto, ".json": write_chrome, ".json.gz": write_chrome}
 """The writers by the endings of their files; of several that fit, the longest counts."""
 
 

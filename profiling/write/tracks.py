@@ -210,6 +210,7 @@ def offsets(traces: Sequence[Trace]) -> tuple[float, ...]:
 def step_rows(trace: Trace) -> tuple[TrackRow, ...]:
     """The host's steps as rows of events.
 
+    >>> from profiling.event import Step
     >>> [row.events[0].name for row in step_rows(Trace("", "xplane", (), (Step("train", 7, 0.0, 5.0),)))]
     ['train 7']
     """
@@ -282,6 +283,7 @@ class Panel:
 def panels(trace: Trace, counted: bool = True) -> Iterator[Panel]:
     """The host's steps if there are any, then each device, with its counters if they are wanted.
 
+    >>> from profiling.event import Step
     >>> trace = Trace("", "simulated", (Event(3, "gpu", 1.0, 2.5, "a"),), (Step("train", 7, 0.0, 5.0),))
     >>> [(panel.label, [row.lane for row in panel.rows]) for panel in panels(trace)]
     [('host', ['steps']), ('device 3', ['gpu'])]
