@@ -1,4 +1,4 @@
-"""A predicted trace against a measured one, task by task."""
+"""Compares a predicted trace with a measured one, task by task."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ Key = tuple[str, int | None, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class TaskRow:
-    """One task in both traces; times in microseconds, each from the start of its own trace.
+    """One task in both traces; times are in microseconds since the start of its own trace.
 
     Attributes:
-      device: of the measured trace.
-      phase, layer, microbatch: what was matched by.
-      occurrence: how many tasks of that phase, layer and microbatch the device had run before.
-      predicted_start, measured_start: first start of its events.
-      predicted_duration, measured_duration: time with any of its events.
+      device: device of the measured trace.
+      phase, layer, microbatch: what tasks are matched by.
+      occurrence: number of earlier tasks of that phase, layer and microbatch on the device.
+      predicted_start, measured_start: first start of the events.
+      predicted_duration, measured_duration: time with any of the events.
     """
 
     device: int
@@ -53,9 +53,9 @@ class DeviceRow:
     """One device in both traces.
 
     Attributes:
-      device, rank: of the measured trace; None without a pipeline.
-      predicted_bubble, measured_bubble: share of the whole trace's window without compute.
-      inversions: pairs of tasks on one lane of the prediction that started in the other order, of so many `pairs`.
+      device, rank: device and pipeline rank of the measured trace; the rank is None without a pipeline.
+      predicted_bubble, measured_bubble: share of the trace's window without compute.
+      inversions: number of pairs of tasks on one predicted lane that started in the other order; pairs: of how many.
     """
 
     device: int
@@ -68,14 +68,14 @@ class DeviceRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A prediction against what was measured.
+    """A predicted trace against a measured one.
 
     Attributes:
-      predicted, measured: titles.
-      predicted_makespan, measured_makespan: lengths of the windows in microseconds.
-      tasks: what both have, in the order of the measured starts.
+      predicted, measured: titles of the traces.
+      predicted_makespan, measured_makespan: lengths of the windows, in microseconds.
+      tasks: tasks of both traces, in the order of the measured starts.
       devices: one row for each measured device that was predicted.
-      only_predicted, only_measured: tasks that the other trace has not, or has another number of.
+      only_predicted, only_measured: tasks that the other trace does not have as often.
     """
 
     predicted: str
@@ -89,14 +89,14 @@ class Comparison:
 
     @property
     def makespan_error(self) -> float | None:
-        """Predicted less measured makespan as a share of the measured one; None if that is 0."""
+        """The predicted less the measured makespan, as a share of the measured one; None if that is 0."""
         if not self.measured_makespan:
             return None
         return self.predicted_makespan / self.measured_makespan - 1
 
     @property
     def inversions(self) -> int:
-        """Order inversions of all devices."""
+        """The number of order inversions on all devices."""
         return sum(row.inversions for row in self.devices)
 
     @property
@@ -166,15 +166,15 @@ class _Task:
 
 
 def compare(predicted: Trace, measured: Trace) -> Comparison:
-    """A predicted trace against a measured one.
+    """Compares a predicted trace with a measured one.
 
-    A task is what a device does without a break on one lane for one phase, layer and microbatch; the n-th such task
-    predicted is the n-th measured. Where one trace has a single task for what the other has in pieces, kernels on two
-    streams for instance, the pieces are one task. Where both traces have pipeline ranks, each measured device is
-    compared with the one predicted for its rank, otherwise with that of its own number.
+    A task is what a device does without a break on one lane for one phase, layer and microbatch. The n-th predicted
+    task is compared with the n-th measured one. If one trace has a single task that the other has in pieces, such as
+    kernels on two streams, the pieces are joined. If both traces have pipeline ranks, devices are compared by rank,
+    otherwise by number.
 
     Raises:
-      ValueError: a trace without events; no device in common.
+      ValueError: a trace has no events, or the traces have no device in common.
 
     >>> from profiling.predict.replaying import Task, replay
     >>> found = compare(replay([Task("a", 3.0, phase="F")]), replay([Task("a", 4.0, phase="F")]))
@@ -234,14 +234,14 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
 def _task_rows(
     device: int, key: Key, predicted: Sequence[_Task], measured: Sequence[_Task], origins: tuple[float, float]
 ) -> Iterator[tuple[TaskRow, str]]:
-    """The n-th task predicted beside the n-th measured, and the lane that it was predicted on."""
+    """The n-th predicted task beside the n-th measured one, with the lane of the prediction."""
     for occurrence, (task, real) in enumerate(zip(predicted, measured, strict=True)):
         start, real_start = task.start - origins[0], real.start - origins[1]
         yield TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration), task.lane
 
 
 def _pairs(predicted: Trace, measured: Trace) -> list[tuple[int, int]]:
-    """Each measured device with the predicted one that it is compared with."""
+    """Each measured device, after the predicted device that it is compared with."""
     if not (predicted.ranks and measured.ranks):
         known = predicted.devices
         return [(device, device) for device in measured.devices if device in known]
@@ -278,7 +278,7 @@ def _tasks(trace: Trace) -> dict[int, dict[Key, list[_Task]]]:
 
 
 def _matched(left: list[_Task], right: list[_Task]) -> tuple[list[_Task], list[_Task]]:
-    """Both as they are, or with the pieces of one joined where the other has a single task."""
+    """Both lists; the pieces of one are joined if the other has a single task."""
     if len(left) == 1 < len(right):
         return left, [_joined(right)]
     if len(right) == 1 < len(left):
@@ -291,7 +291,7 @@ def _joined(tasks: Sequence[_Task]) -> _Task:
 
 
 def _inversions(starts: Sequence[tuple[float, float]]) -> int:
-    """Pairs whose second numbers are in the other order than their first."""
+    """The number of pairs whose second numbers are in the other order than their first."""
     seen: list[float] = []
     count = 0
     for _, start in sorted(starts):

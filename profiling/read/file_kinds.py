@@ -1,4 +1,4 @@
-"""What a file is, told by its first bytes or its name: a trace, a compiled program, or what no reader takes."""
+"""Tells what a file is from its first bytes or its name: a trace, a compiled program, or something else."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ class FileKind(NamedTuple):
     """A kind of file that is neither a trace nor a compiled program.
 
     Attributes:
-      what: what such a file is, with an article, in words that fit behind "this is".
-      remedy: how to get a trace instead; "" where `what` says it all.
-      beginnings: bytes that such a file begins with, in small letters where letters of either size count.
-      endings: of its name, in small letters.
-      offset: where in the file the beginnings stand.
+      what: what such a file is, with an article, in words that fit after "this is".
+      remedy: how to get a trace instead; "" if `what` says it.
+      beginnings: first bytes of such files, in small letters if the case of letters does not matter.
+      endings: endings of such files' names, in small letters.
+      offset: position of the beginnings in the file.
     """
 
     what: str
@@ -48,13 +48,13 @@ OTHER_KINDS = (
         (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05"),
     ),
 )
-"""The first that fits counts."""
+"""Kinds that no reader takes, in the order in which they are tried."""
 
 _LOOKED_AT = 1 << 20
 
 
 def is_json(head: bytes) -> bool:
-    """Whether a file begins as an object or a list in JSON does.
+    """Whether a file begins like an object or a list in JSON.
 
     >>> is_json(b' {"traceEvents": ['), is_json(b"[1]"), is_json(b"step,loss"), is_json(b"{not json")
     (True, True, False, False)
@@ -64,7 +64,7 @@ def is_json(head: bytes) -> bool:
 
 
 def is_xspace(head: bytes, name: str) -> bool:
-    """Whether a file is a profile of `jax.profiler`: a protocol buffer that begins with a plane of a host or device.
+    """Whether a file is a profile of `jax.profiler`: it begins with a plane of a host or a device, or its name says so.
 
     >>> is_xspace(b"\\n\\x10\\x12\\x0e/device:GPU:0", "profile"), is_xspace(b"{}", "a.json")
     (True, False)
@@ -74,7 +74,7 @@ def is_xspace(head: bytes, name: str) -> bool:
 
 
 def refusal(head: bytes, name: str) -> str:
-    """What a file that no reader of traces takes is, and what to do instead; "" where it may be a trace.
+    """Says what a file is that no reader of traces takes, and what to do; "" if it may be a trace.
 
     >>> refusal(b"SQLite format 3\\0", "a.sqlite").split(";")[0]
     'an SQLite database, as Nsight Systems and rocprof export'
@@ -88,7 +88,7 @@ def refusal(head: bytes, name: str) -> str:
 
 
 def file_kind(data: bytes) -> str:
-    """What the bytes of a file are, with an article, in words that fit behind "this is".
+    """What the bytes of a file are, with an article, in words that fit after "this is".
 
     >>> file_kind(b'{"traceEvents": []}'), file_kind(b"<!DOCTYPE html>"), file_kind(b"")
     ('a Chrome trace in JSON', 'a page of HTML', 'empty')
@@ -125,5 +125,5 @@ def _other_kind(head: bytes, name: str = "") -> FileKind | None:
 
 
 def _text(head: bytes) -> bytes:
-    """Without the mark of UTF-8 and space before the text."""
+    """The text without the mark of UTF-8 and white space before it."""
     return head.removeprefix(b"\xef\xbb\xbf").lstrip()

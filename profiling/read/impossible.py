@@ -1,9 +1,9 @@
-"""Which GPU events cannot have happened when a profile says: bit errors and lost times make such.
+"""Finds GPU events that cannot have happened when a profile says so. Bit errors and lost times make such events.
 
-A stream runs one event after another, so that an event with whole later events of its stream inside it has a wrong end.
-But kernels of a graph share one stream and one launch and may contain each other. Hence an event is also suspected only
-if it lasts ten times as long as everything else goes on. `overrunning` knows the launches, as Kineto's files tell them;
-`overrunning_at_end` does not, and looks at the last events of a device alone.
+A stream runs one event after another, so an event that contains whole later events of its stream has a wrong end. But
+kernels of a graph share a stream and a launch and may contain each other. Therefore such an event must also last ten
+times as long as everything else goes on. `overrunning` knows the launches, which Kineto's files have; without them,
+`overrunning_at_end` looks only at the last events of a device.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ NO_LAUNCH = -(2**63)
 _HOUR = 3_600e6
 _MOST_AT_END = 16
 _FAR = 10.0
-"""How often as long as everything else an event must be for its end to be no end."""
+"""How many times as long as everything else an event must last to be impossible."""
 
 
 @dataclasses.dataclass(frozen=True)
 class KernelColumns:
-    """N GPU events of one file: microseconds, index of the lane, launch, thread blocks, "External id"; -1: unknown."""
+    """N GPU events of one file: microseconds, index of lane, launch, thread blocks, "External id"; -1 if unknown."""
 
     start: np.ndarray
     duration: np.ndarray
@@ -40,7 +40,7 @@ class KernelColumns:
 
 
 def far_away(start: np.ndarray, duration: np.ndarray) -> np.ndarray:
-    """Indices of events that lie more than an hour from the largest group, or at 0 where nothing else does."""
+    """Indices of events that lie more than an hour from the largest group, or that lie at 0 while no others do."""
     order = np.argsort(start, kind="stable")
     cuts = np.flatnonzero(np.diff(start[order]) > _HOUR) + 1
     groups = np.split(order, cuts)
@@ -56,10 +56,10 @@ def far_away(start: np.ndarray, duration: np.ndarray) -> np.ndarray:
 
 
 def overrunning(columns: KernelColumns, kept: np.ndarray) -> np.ndarray:
-    """Indices of events whose ends are impossible, as whole later events of their own stream lie within them.
+    """Indices of events whose ends are impossible: whole later events of their own stream lie within them.
 
-    Two events may overlap at the edge, where the second was let in early. So an event must contain others of other
-    launches and last ten times as long as to the first of them, or ten times as long as all else goes on.
+    Two events may overlap at the edge, where the second began early. So an event must also contain events of other
+    launches and last ten times as long as the time until the first of them, or ten times as long as all else goes on.
     """
     order = kept[np.lexsort((-columns.duration[kept], columns.start[kept], columns.lane[kept]))]
     lane, start = columns.lane[order], columns.start[order]
@@ -88,7 +88,7 @@ def overrunning(columns: KernelColumns, kept: np.ndarray) -> np.ndarray:
 
 
 def overrunning_at_end(events: Sequence[Event]) -> list[Event]:
-    """Those of the last events of one GPU whose ends are impossible: they contain others of their stream.
+    """The last events of one GPU, as far as their ends are impossible: they contain others of their stream.
 
     >>> short = [Event(0, "stream 7", float(i), i + 1.0, "k") for i in range(3)]
     >>> [event.name for event in overrunning_at_end([*short, Event(0, "stream 7", 0.5, 1e6, "odd")])]
@@ -106,12 +106,12 @@ def overrunning_at_end(events: Sequence[Event]) -> list[Event]:
 
 
 def _outlasts(start: float, end: float, last: float) -> bool:
-    """Whether an event lasts ten times as long as all else, which ends at `last`, goes on after its start."""
+    """Whether an event lasts ten times as long as the time from its start to `last`, where all else has ended."""
     return last > start and end - start >= _FAR * (last - start)
 
 
 def lonely(start: np.ndarray, duration: np.ndarray, names: list[str]) -> list[str]:
-    """A note on an event that lasts ten times as long as the rest of the trace: a hang, or a wrong end."""
+    """A note about an event that lasts ten times as long as the rest of the trace, a hang or a wrong end."""
     if len(start) < 2:
         return []
     longest = int(np.argmax(duration))

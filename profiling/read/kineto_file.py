@@ -1,4 +1,4 @@
-"""One Kineto file: its GPU events with their launches and collectives, and what had to be left out or repaired."""
+"""Reads one Kineto file: its GPU events with launches and collectives, and what was left out or repaired."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from profiling.read.trace_files import DAMAGE, HEAD, Source
 
 
 class NoGpuTrace(ValueError):
-    """A whole file, but none of what happened on GPUs: one beside the traces of a folder may be left out."""
+    """The file is whole and holds nothing about GPUs; in a folder of traces it may be left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,18 +29,18 @@ class KinetoFile:
     """One file; N GPU events; times in microseconds since `base` nanoseconds of the epoch.
 
     Attributes:
-      source: where it was read from.
-      base: nanoseconds of the epoch.
-      header: what stands beside the events.
-      categories: how many events there are of each.
+      source: the file or the member of an archive.
+      base: origin of the times, in nanoseconds of the epoch.
+      header: entries beside the events.
+      categories: number of events of each category.
       start, duration: float64[N].
-      name: of each GPU event.
-      lane: int[N], which of `lanes`.
+      name: name of each GPU event.
+      lane: int[N], index in `lanes`.
       lanes: device, context and stream.
-      blocks: int64[N], -1 where unknown.
-      launched: float64[N], when the host launched it, NaN where no launch is known; thread: int[N], by which thread.
-      collectives: of the GPU events that have one, by index.
-      annotations: of the user, in the order of their starts.
+      blocks: int64[N], number of thread blocks; -1 if unknown.
+      launched: float64[N], when the host launched the event; NaN if unknown. thread: int[N], by which thread.
+      collectives: collectives of the GPU events that have one, by index.
+      annotations: the user's annotations in the order of their starts.
       notes: what was left out, repaired or looks doubtful.
     """
 
@@ -62,19 +62,19 @@ class KinetoFile:
 
     @property
     def distributed(self) -> Mapping[str, Any]:
-        """What the file says of its job; empty if nothing."""
+        """What the file says about its job; empty if it says nothing."""
         found = self.header.get("distributedInfo")
         return found if isinstance(found, dict) else {}
 
     @property
     def own_rank(self) -> int | None:
-        """The rank that the profiler noted in the file."""
+        """The rank that the profiler noted in the file; None without one."""
         rank = integer(self.distributed.get("rank"))
         return rank if rank is not None and rank >= 0 else None
 
     @property
     def rank(self) -> int | None:
-        """The rank that stands in the file, or failing that, in its name, as in "rank-3.trace.json"."""
+        """The rank in the file, or else in its name, as in "rank-3.trace.json"; None without one."""
         named = re.search(r"(?:^|[^a-z])rank[-_ ]?(\d{1,6})", self.source.label, re.IGNORECASE)
         return int(named[1]) if self.own_rank is None and named else self.own_rank
 
@@ -85,7 +85,7 @@ class KinetoFile:
 
     @property
     def window(self) -> tuple[float, float]:
-        """First start and last end, in microseconds of the epoch."""
+        """The first start and the last end, in microseconds of the epoch."""
         epoch = self.base / 1e3
         return epoch + float(self.start.min()), epoch + float((self.start + self.duration).max())
 
@@ -94,8 +94,8 @@ def read_file(source: Source) -> KinetoFile:
     """Reads one file.
 
     Raises:
-      NoGpuTrace: it is whole, but no trace of a GPU.
-      ValueError: no such file, damaged or cut short; or no GPU event of it can be used.
+      NoGpuTrace: the file is whole and is no trace of a GPU.
+      ValueError: the file does not exist, is damaged or cut short, or has no GPU event that can be used.
     """
     head = source.head()
     is_empty = not head.strip(b"\0 \t\r\n")
@@ -127,11 +127,11 @@ def read_file(source: Source) -> KinetoFile:
 
 
 def _assembled(collected: Collected, source: Source, scan: TraceScan) -> KinetoFile:
-    """All that was taken, once the text is read.
+    """Makes a file of what was collected, after its text was read.
 
     Raises:
-      NoGpuTrace: there is no GPU event in it.
-      ValueError: there are some, but none that can be used.
+      NoGpuTrace: there is no GPU event.
+      ValueError: there are GPU events, and none can be used.
     """
     header = scan.header or {}
     for begun in collected.begun.values():
@@ -184,7 +184,7 @@ def _assembled(collected: Collected, source: Source, scan: TraceScan) -> KinetoF
 
 
 def _checked_header(header: Mapping[str, Any], collected: Collected) -> tuple[int, dict[str, tuple[int, ...]]]:
-    """What times count from, in nanoseconds of the epoch, and the ranks of each process group; damage is counted."""
+    """The origin of times in nanoseconds of the epoch, and the ranks of each process group; damage is counted."""
     distributed, base = header.get("distributedInfo"), header.get("baseTimeNanoseconds")
     if distributed is not None and not isinstance(distributed, dict):
         collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
@@ -194,7 +194,7 @@ def _checked_header(header: Mapping[str, Any], collected: Collected) -> tuple[in
 
 
 def _refusal(collected: Collected, header: Mapping[str, Any], scan: TraceScan) -> str:
-    """Why there is no GPU event, and what to do."""
+    """Says why there is no GPU event, and what to do."""
     if not scan.has_events:
         if "rocprofiler-sdk-tool" in header:
             return "the JSON of rocprofv3, no Chrome trace; profile with torch.profiler or jax.profiler instead"
@@ -225,12 +225,12 @@ def _refusal(collected: Collected, header: Mapping[str, Any], scan: TraceScan) -
 
 
 def _launches(collected: Collected, correlations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """When each GPU event was launched, and by which thread; NaN and -1 where that is unknown."""
+    """When each GPU event was launched and by which thread; NaN and -1 if unknown."""
     times, threads = np.full(len(correlations), np.nan), np.full(len(correlations), -1, np.int32)
     if len(collected.launch_time):
         of = np.frombuffer(collected.launch_correlation, np.int64)
         order = np.argsort(of, kind="stable")
-        # Of several launches with one number, the last in the file.
+        # Of several launches with one number, the last in the file counts.
         at = np.searchsorted(of[order], correlations, side="right") - 1
         found = order[np.maximum(at, 0)]
         same = (at >= 0) & (of[found] == correlations) & (correlations != NO_LAUNCH)
@@ -246,12 +246,12 @@ def _collectives(
     thread: np.ndarray,
     groups: Mapping[str, tuple[int, ...]],
 ) -> dict[int, Collective]:
-    """From the kernels' own arguments; where they have none, from the operator round their launch."""
+    """The collectives of kernels: from their own arguments, or else from the operator around their launch."""
     shared: dict[Collective, Collective] = {}
     found: dict[int, Collective] = {}
     by_id = {comm[0]: comm[4] for comm in collected.comms if comm[0] >= 0}
     for i, args in collected.described.items():
-        # A kernel's list of ranks may be cut short where the operator says how they follow one another.
+        # The operator may give the start and stride of the ranks where the kernel's list is cut short.
         whole = {**by_id.get(int(external[i]), {}), **args}
         if made := collective(whole, groups):
             found[i] = shared.setdefault(made, made)
@@ -266,7 +266,7 @@ def _collectives(
         args = by_id.get(int(external[i]))
         if args is None and not math.isnan(launched[i]):
             at = int(np.searchsorted(starts, launched[i], side="right")) - 1
-            # Operators nest within a few others at most.
+            # Operators nest a few levels deep at most.
             around = comms[max(at - 8, 0) : at + 1][::-1]
             args = next((comm[4] for comm in around if comm[3] == thread[i] and comm[2] >= launched[i]), None)
         if args is not None and (made := collective(args, groups)):
@@ -275,7 +275,7 @@ def _collectives(
 
 
 def _possible(collected: Collected, columns: KernelColumns) -> np.ndarray:
-    """Which events can have happened when they say; the others are counted with their reasons."""
+    """Which events are possible; the others are counted with their reasons."""
     kept = np.ones(len(columns.start), bool)
     far = far_away(columns.start, columns.duration)
     _drop(collected, kept, far, "more than an hour from all others, or at 0, as where CUPTI could note no time")

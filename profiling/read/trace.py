@@ -1,4 +1,4 @@
-"""Any trace by what is in it; here the readers are registered."""
+"""Reads any trace by its content. The readers are registered here."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from profiling.read.trace_files import Source, sources
 from profiling.read.xplane import XplaneReader
 
 READERS: tuple[Reader, ...] = (XplaneReader(), KinetoReader())
-"""The readers in the order in which they are asked. The last is given what none of them knows, and says what it is."""
+"""The readers in the order in which they are asked. The last one gets files that none knows, and says what they are."""
 
 
 def read_trace(
@@ -23,16 +23,17 @@ def read_trace(
     *,
     readers: Sequence[Reader] = READERS,
 ) -> Trace:
-    """A trace, whatever wrote it and whatever its name: content decides.
+    """Reads a trace. Its content decides which reader does, not its name.
 
     Args:
-      path: a file of PyTorch's or several, one a rank; an ``.xplane.pb`` file; or a folder of either. See `read_kineto`
-        and `read_xplane`.
-      rules: of your own, tried before the tables of this package; see `load_rules`.
-      readers: that are asked, in this order; the last is given what none knows. Put your own before `READERS`.
+      path: a file of PyTorch or several, one for each rank; an ``.xplane.pb`` file; or a folder of either. See
+        `read_kineto` and `read_xplane`.
+      rules: your own rules, tried before the tables of this package; see `load_rules`.
+      readers: readers to ask, in this order; the last one gets files that none knows. Put your own before `READERS`.
 
     Raises:
-      ValueError: no such file or folder, none that can be read, or files of two profilers at once; the file is named.
+      ValueError: a file or folder does not exist or cannot be read, or the files are of two profilers; the message
+        names it.
     """
     paths = [pathlib.Path(each) for each in ([path] if isinstance(path, (str, os.PathLike)) else path)]
     for each in paths:
@@ -56,12 +57,12 @@ def read_trace(
 
 
 def _found(path: pathlib.Path, readers: Sequence[Reader]) -> dict[int, str]:
-    """The readers of what is at a path or in a folder, by their numbers, each with the name of one of its files."""
+    """``{number of a reader: name of one of its files}`` for a file or a folder."""
     if path.is_dir():
         return {number: name for number, reader in enumerate(readers) if (name := reader.find(path))}
     head, name = Source(path, str(path)).head(), path.name.removesuffix(".gz")
     for number, reader in enumerate(readers):
         if reader.sniff(head, name):
             return {number: path.name}
-    # An archive is named by what is in it.
+    # An archive is named after the first file in it.
     return {len(readers) - 1: sources(path)[0].label}

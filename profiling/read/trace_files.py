@@ -1,4 +1,4 @@
-"""Files as profilers, browsers and clusters leave them: packed or not, under any name."""
+"""Opens files as profilers, browsers and clusters leave them: packed or not, under any name."""
 
 from __future__ import annotations
 
@@ -15,21 +15,21 @@ from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 HEAD = 1 << 16
-"""Bytes by which the kind of a file is told."""
+"""How many bytes of a file tell its kind."""
 
 _ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
-"""What unpacking raises for a file that is damaged or cut short."""
+"""Exceptions that unpacking raises for a damaged or cut file."""
 
 
 class Source(NamedTuple):
     """One trace: a file, or a member of an archive.
 
     Attributes:
-      path: of the file.
-      name: for messages: the path, and behind it the member of an archive.
-      member: of an archive, "" for a file of its own.
+      path: path of the file.
+      name: name for messages: the path, followed by the member of an archive.
+      member: member of an archive; "" for the file itself.
     """
 
     path: pathlib.Path
@@ -43,15 +43,15 @@ class Source(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether its bytes are those of a packed file."""
+        """Whether the file is packed."""
         return bool(self.member) or _begins(self.path, tuple(_PACKED))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """What is inside, unpacked.
+        """Opens the unpacked content.
 
         Raises:
-          ValueError: no such file, none that may be read, or packed in a way that this Python cannot unpack.
+          ValueError: the file does not exist, may not be read, or is packed in a way that this Python cannot unpack.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -74,7 +74,7 @@ class Source(NamedTuple):
             yield unpacked
 
     def head(self) -> bytes:
-        """The first bytes of what is inside; all that there are if it is damaged behind them."""
+        """The first bytes of the content; fewer if it is damaged after them."""
         found = b""
         with self.open() as stream:
             try:
@@ -86,10 +86,10 @@ class Source(NamedTuple):
 
 
 def sources(path: pathlib.Path) -> list[Source]:
-    """A file as what there is to read in it: itself, or the JSON files and profiles in a zip archive.
+    """The traces in a file: the file itself, or the JSON files in a zip archive, or all its files if none is JSON.
 
     Raises:
-      ValueError: an archive that is damaged or holds nothing of the kind.
+      ValueError: the archive is damaged or empty.
     """
     if not path.is_file() or not _begins(path, _ARCHIVE):
         return [Source(path, str(path))]
@@ -114,7 +114,7 @@ def _begins(path: pathlib.Path, magic: tuple[bytes, ...]) -> bool:
 
 
 class _Zstandard(io.RawIOBase):
-    """Python has it from 3.14 on; before, a package does. Its errors become those of the other packings."""
+    """Unpacks Zstandard, with Python 3.14 or with the package `zstandard`, and raises what other packings raise."""
 
     def __init__(self, stream: Any) -> None:
         try:
@@ -144,7 +144,7 @@ _PACKED: dict[bytes, Callable[[Any], Any]] = {
 
 
 def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
-    """By its first bytes, not its name: browsers unpack downloads and keep the name. Some pack what is packed."""
+    """Unpacks by the first bytes: browsers unpack downloads and keep the name. Some files are packed twice."""
     for _ in range(3):
         stream = stack.enter_context(io.BufferedReader(stream, HEAD))
         first = stream.peek(8)[:8]
@@ -156,10 +156,10 @@ def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
 
 
 def read_unpacked(file: pathlib.Path) -> bytes:
-    """The bytes of a file, unpacked where it is compressed with gzip.
+    """The bytes of a file, unpacked if it is compressed with gzip.
 
     Raises:
-      ValueError: it cannot be read or unpacked.
+      ValueError: the file cannot be read or unpacked.
     """
     try:
         data = file.read_bytes()

@@ -1,9 +1,10 @@
-"""Events of devices from the planes of a profile, on GPU, TPU and CPU.
+"""Turns the planes of a profile into events of devices, on GPU, TPU and CPU.
 
-They differ: a GPU has a plane for every device and a line for every stream, and its events carry their scopes; a TPU
-has a plane for every device, a line of operations in which loops enclose what they run, and a line of those that run
-beside them; on CPU there is one plane of host threads, a device's operations hop between them, an asynchronous
-operation ends with a second event, and scopes stand in the compiled modules.
+* A GPU has a plane for every device and a line for every stream, and its events carry their scopes.
+* A TPU has a plane for every device, a line of operations in which loops enclose what they run, and a line of
+  operations that run beside them.
+* CPUs share one plane of host threads. The operations of a device hop between threads, an asynchronous operation ends
+  with a second event, and scopes stand in the compiled modules.
 """
 
 from __future__ import annotations
@@ -48,11 +49,11 @@ _CPU_STATS = (*_OF_OPERATION, "device_ordinal", "correlation_id", "_p", "_c", "s
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Which times can be: bit errors make others.
+    """The times that are possible; bit errors make others.
 
     Attributes:
-      zero_ns: what the lines' times count from.
-      low, high: in microseconds since then.
+      zero_ns: origin of the lines' times, in nanoseconds.
+      low, high: first and last possible time, in microseconds since the origin.
     """
 
     zero_ns: int
@@ -61,7 +62,7 @@ class Window:
 
 
 class _Beside(NamedTuple):
-    """What runs beside a TPU's operations; its start and its end may be two events of one flow."""
+    """Something that runs beside a TPU's operations; its start and its end may be two events of one flow."""
 
     start: float
     end: float
@@ -72,15 +73,13 @@ class _Beside(NamedTuple):
 
 
 class PlaneReader:
-    """Makes events of one profile's planes.
-
-    It keeps what it found of an operation, since most run many times.
+    """Turns the planes of one profile into events. Facts about an operation are kept, as most run many times.
 
     Args:
-      modules: the compiled modules that the profile carries.
+      modules: compiled modules that the profile carries.
       parts: names of a layer's parts; see `profiling.read.scopes.place`.
-      window: times that can be.
-      doubts: gets what had to be left out.
+      window: times that are possible.
+      doubts: counts what is left out.
     """
 
     def __init__(self, modules: Modules, parts: Mapping[str, str], window: Window, doubts: Doubts) -> None:
@@ -94,7 +93,7 @@ class PlaneReader:
         self._blocks: dict[Value, int | None] = {}
 
     def gpu(self, plane: Plane, device: int) -> Iterator[Event]:
-        """Kernels and copies on a GPU's streams; other lines are what other tools derive from these."""
+        """Kernels and copies on the streams of a GPU. Other tools derive the other lines from these."""
         for line in plane.lines:
             stream = _STREAM.match(line.name)
             if not stream:
@@ -106,7 +105,7 @@ class PlaneReader:
                 yield self._event(device, lane, start, end, self._name(plane, entry), op, scope, self._grid(details))
 
     def tpu(self, plane: Plane, device: int) -> Iterator[Event]:
-        """Operations of a TPU's core but loops, branches and calls, and the collectives that run beside them."""
+        """Operations of a TPU's core without loops, branches and calls, and the collectives that run beside them."""
         shared: dict[int, tuple[str, str, str, dict[str, Value]]] = {}
         beside: list[_Beside] = []
         for line in plane.lines:
@@ -133,8 +132,8 @@ class PlaneReader:
     def cpu(self, plane: Plane, number: Callable[[Iterable[int]], Mapping[int, int]]) -> Iterator[Event]:
         """Operations of all CPU devices, without those that only run others.
 
-        An operation's event lasts as long as the call that starts it; a second one says when it was done. What a host
-        launches on another device bears a correlation's number and is no operation.
+        The event of an operation lasts as long as the call that starts it; a second event says when it was done. An
+        event with a correlation's number is a launch on another device and no operation.
         """
         ends: dict[Any, float] = {}
         calls = []
@@ -162,7 +161,7 @@ class PlaneReader:
             yield self._event(devices[_ordinal(stats)], lane, start, end, name, op, scope, None)
 
     def steps(self, plane: Plane) -> Iterator[Step]:
-        """What `jax.profiler.StepTraceAnnotation` marked on the host's Python threads."""
+        """Steps that `jax.profiler.StepTraceAnnotation` marked on the host's Python threads."""
         for line in plane.lines:
             if not line.name.startswith("python"):
                 continue
@@ -172,14 +171,14 @@ class PlaneReader:
                     yield Step(self._name(plane, entry), number, start, end)
 
     def count_host_operations(self, plane: Plane) -> None:
-        """Counts what a host computed itself beside its devices, which `cpu` would read."""
+        """Counts the operations that a host ran itself beside its devices; `cpu` would read them."""
         if "hlo_op" in plane.stat_names.values():
             for line in plane.lines:
                 for entry, _, _ in self._entries(plane, line, ("hlo_op", "device_ordinal")):
                     self._doubts[HOST_OPERATIONS] += len(entry.stats) == 2
 
     def _entries(self, plane: Plane, line: Line, wanted: Sequence[str]) -> Iterator[tuple[Entry, float, float]]:
-        """Events with their start and end in microseconds, if they can be."""
+        """The possible events, with start and end in microseconds."""
         zero = (line.timestamp_ns - self._window.zero_ns) * 1000
         low, high = self._window.low, self._window.high
         for entry in plane.entries(line, wanted, self._doubts):
@@ -198,7 +197,7 @@ class PlaneReader:
         return known.name or known.display_name
 
     def _tpu_metadata(self, plane: Plane, entry: Entry) -> tuple[str, str, str, dict[str, Value]]:
-        """A TPU's name for the events, the operation, its opcode, and the stats that all of them share."""
+        """The name, operation, opcode and stats that TPU events of one kind share."""
         known = plane.metadata.get(entry.metadata)
         whole = self._name(plane, entry)
         text = _TEXT.match(whole)
@@ -209,7 +208,7 @@ class PlaneReader:
         return name, op, opcode[1] if opcode else "", stats
 
     def _operation(self, stats: Mapping[str, Value]) -> tuple[str, str, ModuleInstruction | None]:
-        """The instruction, its scope, and what its module says of it."""
+        """The name of the instruction, its scope, and the instruction in its module if that is known."""
         key = tuple(map(stats.get, _OF_OPERATION))
         if key not in self._operations:
             op = str(stats.get("hlo_op", ""))
@@ -270,7 +269,7 @@ def _is_launch(name: str, stats: Mapping[str, Value]) -> bool:
 
 
 def _joined(beside: Sequence[_Beside]) -> Iterator[_Beside]:
-    """What runs beside a TPU's operations, from its start to its end: one event, or two that share a flow."""
+    """Joins what runs beside a TPU's operations: one event from start to end, or two that share a flow."""
     flows: dict[Any, list[_Beside]] = collections.defaultdict(list)
     for i, one in enumerate(beside):
         flows[("alone", i) if one.flow is None else one.flow].append(one)

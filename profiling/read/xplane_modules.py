@@ -1,4 +1,4 @@
-"""The compiled modules that a profile carries: for every instruction its opcode and the scope it was traced under.
+"""Reads the compiled modules in a profile: the opcode of every instruction and the scope it was traced under.
 
 `jax.profiler.ProfileData` does not show them, so they are read from the file: XSpace.planes = 1, XPlane.name = 2,
 event_metadata = 4, stat_metadata = 5; XEventMetadata.name = 2, stats = 5; XStat.metadata_id = 1, bytes = 6
@@ -17,18 +17,18 @@ from profiling.read.wire import integer, integers, messages, text
 from profiling.read.xspace import Doubts, plane_name
 
 CONTAINERS = frozenset({"while", "conditional", "call"})
-"""Opcodes of instructions that only run other instructions, which have events of their own."""
+"""Opcodes of instructions that only run others, which have events of their own."""
 
 
 class ModuleInstruction(NamedTuple):
-    """What a module says of one instruction; scope is that of its computation where XLA added it."""
+    """One instruction in a module; if XLA added it, its scope is that of its computation."""
 
     opcode: str
     scope: str
 
 
 PLANE = "/host:metadata"
-"""The plane that carries them."""
+"""The plane that holds the modules."""
 
 DAMAGED = "compiled modules in the profile are damaged: their operations lack scopes"
 
@@ -37,14 +37,14 @@ Modules = dict[str, dict[str, ModuleInstruction]]
 
 
 def read_modules(xspace: bytes, doubts: Doubts | None = None) -> Modules:
-    """The modules of all programs that ran while the profile was taken; {} if it carries none.
+    """The modules of all programs that ran while the profile was taken; empty if it holds none.
 
     Args:
-      xspace: the profile's bytes.
-      doubts: gets how many modules are damaged and were left out; None: such a module is refused.
+      xspace: bytes of the profile.
+      doubts: counts the damaged modules, which are left out; with None, a damaged module is an error.
 
     Raises:
-      ValueError: the profile is damaged, or one of its modules.
+      ValueError: the profile or one of its modules is damaged.
     """
     found: Modules = {}
     for plane in messages(xspace, 1):
@@ -83,7 +83,7 @@ def _instructions(hlo_proto: memoryview) -> dict[str, ModuleInstruction]:
 
 
 def _common(scopes: list[str]) -> str:
-    """The path that all scopes of a computation begin with: what an operation that XLA added there belongs to."""
+    """The path that all scopes of a computation begin with; operations that XLA added there belong to it."""
     together = zip(*(scope.split("/") for scope in scopes), strict=False)
     return "/".join(parts[0] for parts in itertools.takewhile(lambda parts: len(set(parts)) == 1, together))
 
@@ -94,7 +94,7 @@ def _scope(instruction: memoryview) -> str:
 
 
 def _scope_within(instruction: memoryview, computations: dict[int, list[memoryview]]) -> str:
-    """The scope of the last instruction with one in what a fusion computes: the nearest to its result."""
+    """The scope of the last instruction of a fusion that has one, which is the nearest to its result."""
     inner = [
         scope
         for computation in integers(instruction, 38)

@@ -1,4 +1,4 @@
-"""The tables of a report about collectives: their bandwidth, and who is late for them."""
+"""The sections of a report about collectives: their bandwidths, and which devices are late."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from profiling.table import Column, Table, Value, duration
 
 
 def collectives(found: Findings) -> Table:
-    """Kinds, groups and sizes; empty where the profiler says nothing of collectives."""
+    """Collectives by kind, group and size; empty if the profiler says nothing about them."""
     rows = found.measured.collectives
     caption = (
         "Sizes, and algorithm and bus bandwidth, as NCCL's tests define them (their doc/PERFORMANCE.md). Times are "
@@ -48,7 +48,7 @@ def collectives(found: Findings) -> Table:
 
 
 def skew_of_devices(found: Findings) -> Sequence[Table]:
-    """Who is late; nothing where no collective is common to several devices."""
+    """How late each device is; nothing if no collective is common to several devices."""
     skew = found.measured.skew
     if skew is None:
         return ()
@@ -81,7 +81,7 @@ def skew_of_devices(found: Findings) -> Sequence[Table]:
 
 
 def skew_of_groups(found: Findings) -> Table:
-    """The same by process group; empty where there are fewer than two."""
+    """How late devices are in each process group; empty if there are fewer than two groups."""
     groups = found.measured.skew.groups if found.measured.skew else ()
     return Table(
         "skew-groups",

@@ -1,4 +1,4 @@
-"""The kernels with most time: the first thing that people look for in a profile."""
+"""The section of a report on the kernels with most time."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from profiling.reports.section import Findings
 from profiling.table import Column, Table, written
 
 KERNELS = 30
-"""How many of the kernels a report lists."""
+"""The number of kernels that a report lists."""
 
 
 def kernels(found: Findings) -> Table:
@@ -16,9 +16,9 @@ def kernels(found: Findings) -> Table:
 
 
 def kernel_table(trace: Trace, top: int = KERNELS) -> Table:
-    """Events of one name and kind added up over all devices, the longest in all first.
+    """Sums of events of one name and kind over all devices, the longest first.
 
-    Loops, branches and calls round operations that have events of their own are left out: their time counts nowhere.
+    Loops, branches and calls are left out, as the operations in them have events of their own.
 
     >>> from profiling.event import Event
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 3.0, "gemm", kind="GEMM", group="compute") for i in range(3)]

@@ -1,4 +1,4 @@
-"""What a trace amounts to, beside what was predicted, as text, as Markdown, and as the tables of the page."""
+"""Makes the report of a trace, with a prediction beside it: figures, tables and notes, as text and as Markdown."""
 
 from __future__ import annotations
 
@@ -74,20 +74,20 @@ EXPLAINED = (
         "all-gather, reduce-scatter or all-to-all, 1 for the rest: what each link carries, as in NCCL's tests.",
     ),
 )
-"""What every number means."""
+"""The definitions of all numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Made by `report`.
+    """The figures, tables and notes of a trace; `report` makes it.
 
     Attributes:
-      trace: what was measured, cut to the window if one was asked for; predicted: what was expected, None if nothing.
+      trace: the measured trace, cut to the window if one was asked for; predicted: the prediction, None without one.
       measurement: the metrics of the trace.
       figures: the numbers at the top.
-      tables: all others.
+      tables: the tables, in their order; ``report["kinds"]`` is the one named "kinds".
       notes: what is missing or doubtful.
-      window: which part of the trace was asked for, "step 3" for instance; "" for all of it.
+      window: the part of the trace that was asked for, such as "step 3"; "" for all of it.
     """
 
     trace: Trace
@@ -102,7 +102,7 @@ class Report:
         """The table of a name.
 
         Raises:
-          KeyError: the report has none, perhaps because there is nothing to show.
+          KeyError: the report has no such table, perhaps because there is nothing to show.
         """
         found = {table.name: table for table in self.tables}
         if name not in found:
@@ -110,11 +110,11 @@ class Report:
         return found[name]
 
     def text(self, most: int | None = 30, width: int | None = 120) -> str:
-        """For a terminal.
+        """The report for a terminal.
 
         Args:
-          most: rows of a table at most; how many are left out is said. None for all.
-          width: characters of a line, to which texts in tables are cut. None for no limit.
+          most: most rows of a table; a last line counts the others. None for all.
+          width: characters of a line, which tables keep to; None for no limit.
         """
         shown = self.shown
         wide = max(len(figure.label) for figure in shown)
@@ -132,7 +132,7 @@ class Report:
         )
 
     def markdown(self, most: int | None = 100) -> str:
-        """For a document; see `text`."""
+        """The report for a document; `most` is that of `text`."""
         figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.shown]
         return "\n\n".join(
             [
@@ -148,12 +148,12 @@ class Report:
 
     @property
     def shown(self) -> tuple[Figure, ...]:
-        """The figures that say something: a value, or why there is none."""
+        """The figures that have a value, or a reason for having none."""
         return tuple(figure for figure in self.figures if figure.value is not None or figure.note)
 
     @property
     def doubt(self) -> str:
-        """What could be wrong with the figures, in a sentence or two; "" where nothing could that would matter."""
+        """A sentence or two on how far the figures could be wrong; "" if that does not matter."""
         bounds = self.measurement.bounds
         if bounds is None or not bounds.matter:
             return ""
@@ -166,7 +166,7 @@ class Report:
 
     @property
     def facts(self) -> tuple[str, ...]:
-        """Where the trace comes from, in a few words each."""
+        """Facts about the trace, in a few words each."""
         devices, events = len(self.measurement.devices), len(self.trace.events)
         return (
             f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
@@ -185,18 +185,18 @@ def report(
     window: tuple[float | None, float | None] | None = None,
     step: int | None = None,
 ) -> Report:
-    """All metrics of a classified trace, ready to be read.
+    """Makes the report of a trace.
 
     Args:
-      trace: from any reader.
-      predicted: the same step simulated or predicted; its devices or ranks are compared with the trace's.
+      trace: trace of any reader.
+      predicted: the same step, simulated or predicted; its devices or ranks are compared with those of the trace.
       schedule: what `profiling.overlap` found in the compiled program.
-      window: start and end in microseconds to look at, None for a side that is the trace's; by default everything.
-      step: number of the step to look at instead, see `profiling.metrics.step_windows`.
+      window: start and end to look at, in microseconds; None for a side stands for the trace's. By default everything.
+      step: number of a step to look at instead of a window.
 
     Raises:
-      ValueError: a trace without events, a prediction of other devices, a window in which nothing runs or a step that
-        does not exist, or both a window and a step.
+      ValueError: the trace has no events, the prediction is of other devices, nothing runs in the window, the step does
+        not exist, or both a window and a step are given.
 
     >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
@@ -226,7 +226,7 @@ def report(
 def _chosen(
     trace: Trace, window: tuple[float | None, float | None] | None, step: int | None
 ) -> tuple[tuple[float, float] | None, str]:
-    """The window that is looked at, None for all, and what it is in words."""
+    """The window to look at, None for all, and its description."""
     if step is not None:
         if window is not None:
             raise ValueError(f"step {step} and window {window}: ask for one of them")
@@ -303,7 +303,7 @@ def _percent(share: float | None) -> str:
 
 
 def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
-    """The same as ranges, where kernels that no rule knows could move them."""
+    """The figures, as ranges if kernels that no rule knows could move them."""
     if bounds is None or not bounds.matter:
         return figures
     ranges = {"overlap": bounds.overlap, "exposed": bounds.exposed, "compute": bounds.compute}
@@ -322,13 +322,13 @@ def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
 
 
 def _between(ends: tuple[float | None, float | None], unit: str) -> str:
-    """A range in words, and one number where both ends are written the same."""
+    """A range in words, or one number if both ends are written the same."""
     low, high = (Figure("", "", end, unit).written for end in ends)
     return low if low == high else f"between {low} and {high}"
 
 
 def _unknown(trace: Trace, measured: Measurement) -> list[str]:
-    """What no rule knows, how much of the time it has, and what to do about it."""
+    """A note about the kernels that no rule knows, their share of the time, and the remedy."""
     if measured.bounds is None:
         return []
     names = unclassified_names(trace, len(trace.events))
@@ -348,7 +348,7 @@ def _notes(
     comparison: Comparison | None,
     schedule: CompiledOverlap | None,
 ) -> list[str]:
-    """Those of all sources, each once."""
+    """The notes of all sources, each once."""
     found = dict.fromkeys([*_unknown(trace, measured), *trace.notes, *measured.notes])
     found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
     found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
@@ -361,5 +361,5 @@ def _notes(
 
 
 def _is_short(name: str, value: object) -> bool:
-    """Whether a fact stands at the top: names like identifiers' are for programs, long ones and paths for the table."""
+    """Whether a fact stands at the top. Names with underscores are for programs; long facts and paths are not short."""
     return "_" not in name and isinstance(value, str | int) and 0 < len(str(value)) <= 40 and "/" not in str(value)

@@ -1,4 +1,4 @@
-"""The sections of a report that lay a prediction beside what was measured."""
+"""The sections of a report that compare a prediction with the measured trace."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ from profiling.reports.section import Findings
 from profiling.table import Column, Table, Value
 
 TASKS = 100
-"""How many tasks a report lists, those furthest off the prediction."""
+"""The number of tasks that a report lists."""
 
 
 def bubbles(found: Findings) -> Table:
-    """Each rank; empty where the trace has no ranks."""
+    """The bubble of each rank, measured and simulated; empty if the trace has no ranks."""
     expected = found.expected
     beside = {bubble.rank: bubble.compute_bubble for bubble in expected.summary.bubbles} if expected else {}
     return Table(
@@ -33,7 +33,7 @@ def bubbles(found: Findings) -> Table:
 
 
 def predicted_phases(found: Findings) -> Table:
-    """Each phase; empty without a prediction."""
+    """Predicted and measured times of each phase; empty without a prediction."""
     phases: dict[str, list[TaskRow]] = {}
     for task in found.comparison.tasks if found.comparison else ():
         phases.setdefault(task.phase, []).append(task)
@@ -57,7 +57,7 @@ def predicted_phases(found: Findings) -> Table:
 
 
 def predicted_tasks(found: Findings) -> Table:
-    """The tasks whose starts are furthest off; empty without a prediction."""
+    """The tasks whose starts differ most; empty without a prediction."""
     matched = found.comparison.tasks if found.comparison else ()
     tasks = sorted(matched, key=lambda task: -abs(task.start_error))[:TASKS]
     return Table(
@@ -78,7 +78,7 @@ def predicted_tasks(found: Findings) -> Table:
 
 
 def predicted_order(found: Findings) -> Table:
-    """Each device, with the order of its tasks; empty without a prediction."""
+    """The order of tasks on each device; empty without a prediction."""
     return Table(
         "predicted-order",
         "Predicted and measured, by device",

@@ -1,4 +1,4 @@
-"""What a section of a report must do; `profiling.reports.tables.SECTIONS` lists those that there are."""
+"""What a section of a report must do. `profiling.reports.tables.SECTIONS` lists the sections."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ from profiling.table import Table
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """Everything that a report knows.
+    """Everything that the sections of a report may show.
 
     Attributes:
-      trace: what was measured, cut to the window if one was asked for.
-      measured: the metrics of the trace.
-      expected: the metrics of the prediction; None without one.
-      comparison: of the prediction with the trace; None without one.
-      compiled: the communication of the compiled program; None if it was not given.
+      trace: the measured trace, cut to the window if one was asked for.
+      measured: metrics of the trace.
+      expected: metrics of the prediction; None without one.
+      comparison: the prediction against the trace; None without one.
+      compiled: communication of the compiled program; None if it was not given.
     """
 
     trace: Trace
@@ -33,8 +33,8 @@ class Findings:
 
 
 class Section(Protocol):
-    """Shows one side of what was found."""
+    """Makes tables of what was found."""
 
     def __call__(self, found: Findings, /) -> Table | Sequence[Table]:
-        """One table or several; a table without rows is left out of the report."""
+        """Makes one table or several; the report leaves out tables without rows."""
         ...

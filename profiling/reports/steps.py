@@ -1,4 +1,4 @@
-"""The table of a report that has a row for each step."""
+"""The section of a report on steps."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from profiling.table import Column, Table, Value
 
 
 def steps(found: Findings) -> Table:
-    """Each step; empty where there are fewer than two."""
+    """One row for each step; empty if there are fewer than two."""
     measured = found.measured
     rows = measured.steps if len(measured.steps) > 1 else ()
 

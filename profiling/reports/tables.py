@@ -1,4 +1,4 @@
-"""The sections of a report on lanes, devices and communication; here all sections are registered."""
+"""The sections of a report on communication, devices and lanes. All sections are registered here."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from profiling.table import Column, Table, Value
 from profiling.write.tracks import lane_label
 
 NAMES = {"transfer": "A transfers", "transfer+wait": "B transfers and waits", "lanes": "C communication lanes"}
-"""The definitions of `profiling.metrics.DEFINITIONS` for people."""
+"""The names of `profiling.metrics.DEFINITIONS` for people."""
 
 SEGMENTS = 20
-"""How many of the longest exposed stretches a report lists."""
+"""The number of exposed stretches that a report lists."""
 
 
 def overlaps(found: Findings) -> Table:
-    """By each definition of communication; empty where there is none."""
+    """What hides communication, by each definition; empty if there is no communication."""
     measured = found.measured
 
     def row(name: str, of: Overlap) -> tuple[Value, ...]:
@@ -54,7 +54,7 @@ def overlaps(found: Findings) -> Table:
 
 
 def sensitivity(found: Findings) -> Table:
-    """Ratios of the sums over devices."""
+    """How gaps that count as compute would change the figures; ratios are those of sums over devices."""
     by_gap: dict[float, list[Value]] = {}
     for name in DEFINITIONS:
         for same_gap in zip(*(metrics.sensitivity[name] for metrics in found.measured.devices), strict=True):
@@ -79,7 +79,7 @@ def sensitivity(found: Findings) -> Table:
 
 
 def devices(found: Findings) -> Table:
-    """Left out for one device, of which the figures tell the same."""
+    """The shares of each device; empty for a single device, as the figures tell the same."""
 
     def row(metrics: Metrics) -> tuple[Value, ...]:
         of, whole = metrics.overlaps, metrics.breakdown
@@ -102,7 +102,7 @@ def devices(found: Findings) -> Table:
 
 
 def lanes(found: Findings) -> Table:
-    """Each lane of each device."""
+    """The busy time of each lane."""
     measured = found.measured
     return Table(
         "lanes",
@@ -122,7 +122,7 @@ def lanes(found: Findings) -> Table:
 
 
 def segments(found: Findings) -> Table:
-    """Where communication is exposed for longest."""
+    """The longest stretches of exposed communication."""
     longest = exposed_segments(found.trace, top=SEGMENTS)
     return Table(
         "exposed-segments",
@@ -141,13 +141,13 @@ def segments(found: Findings) -> Table:
 
 
 def compiled(found: Findings) -> list[Table]:
-    """Under names of their own: kinds are also what events of the trace are of."""
+    """The tables of the compiled program; "schedule-" before their names tells them from those of the trace."""
     tables = found.compiled.tables() if found.compiled else ()
     return [dataclasses.replace(table, name=f"schedule-{table.name}") for table in tables]
 
 
 def unclassified(found: Findings) -> Table:
-    """The names with most time."""
+    """The kernels that no rule knows, the longest first."""
     return Table(
         "unclassified",
         "Kernels that no rule knows",
@@ -158,7 +158,7 @@ def unclassified(found: Findings) -> Table:
 
 
 def metadata(found: Findings) -> Table:
-    """The facts that a reader noted."""
+    """The facts about the trace that its reader noted."""
     return Table(
         "metadata",
         "Where the trace comes from",
@@ -169,7 +169,7 @@ def metadata(found: Findings) -> Table:
 
 
 def _fact(value: object) -> str:
-    """A fact for people: lists and mappings without their brackets, "" where nothing is known."""
+    """A fact for people: lists and mappings without their brackets; "" if nothing is known."""
     if isinstance(value, Mapping):
         return ", ".join(f"{name} {text}" for name, of in value.items() if (text := _fact(of)))
     if isinstance(value, list | tuple | set):

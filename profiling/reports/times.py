@@ -13,16 +13,16 @@ ACTIONS = frozenset(("F", "B", "I", "W", "FB"))
 """What a schedule's actions are called."""
 
 MOST_PHASES = 12
-"""How many phases the table of layers has columns for."""
+"""The most phases that the table of layers has columns for."""
 
 
 def kinds(found: Findings) -> Table:
-    """What events do."""
+    """Time by what events do."""
     return _times("kinds", "Time by kind", "What the events do.", [of.kinds for of in found.measured.devices])
 
 
 def _times(name: str, title: str, caption: str, per_device: Sequence[Sequence[TimeRow]]) -> Table:
-    """Rows of one name added up over devices, the longest first."""
+    """A table of rows by name, added up over devices, the longest first."""
     pooled: dict[str, list[TimeRow]] = {}
     for rows in per_device:
         for row in rows:
@@ -52,14 +52,14 @@ def _times(name: str, title: str, caption: str, per_device: Sequence[Sequence[Ti
 
 
 def phases(found: Findings) -> Table:
-    """Left out where no event has a phase."""
+    """Time by phase; empty if no event has a phase."""
     rows_of = [metrics.phases for metrics in found.measured.devices]
     known = any(row.name for rows in rows_of for row in rows)
     return _times("phases", "Time by phase", "Parts of the step.", rows_of if known else [])
 
 
 def actions(found: Findings) -> Table:
-    """Left out where it would only repeat the phases, or where no phase names an action of a schedule."""
+    """Time by action; empty if it would only repeat the phases, or if no phase names an action of a schedule."""
     rows_of = [metrics.actions for metrics in found.measured.devices]
     names = {row.name for rows in rows_of for row in rows}
     if not names & ACTIONS or names == {row.name for metrics in found.measured.devices for row in metrics.phases}:
@@ -68,7 +68,7 @@ def actions(found: Findings) -> Table:
 
 
 def layers(found: Findings) -> Table:
-    """Busy time of each phase, the mean over devices that have the layer; phases in the order of their first starts."""
+    """Busy time of each layer by phase, the mean over devices that have the layer."""
     busy: dict[int, dict[str, list[float]]] = {}
     totals: dict[str, float] = {}
     for metrics in found.measured.devices:

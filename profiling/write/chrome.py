@@ -1,4 +1,4 @@
-"""Traces as Chrome's JSON, which ui.perfetto.dev and chrome://tracing open."""
+"""Writes traces as Chrome's JSON, which ui.perfetto.dev and chrome://tracing open."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ COLOURS = {
     "unclassified": "yellow",
     "control": "grey",
 }
-"""Names of chrome://tracing's palette, by group; Perfetto takes its own."""
+"""Names of colours in chrome://tracing, by group; Perfetto takes its own."""
 
 Json = dict[str, Any]
 
@@ -44,17 +44,17 @@ def write_chrome(
 ) -> None:
     """Writes one trace, or several side by side with their first events at the same time.
 
-    Each device is a process and each row of a lane a thread, on which events nest; the host's steps are a process of
+    Each device is a process, and each row of a lane is a thread on which events nest. The host's steps are a process of
     their own. Times are in microseconds, to the nanosecond.
 
     Args:
-      path: ends in ".json", or in ".json.gz" to be compressed.
-      traces: as the readers make them; several are told apart by their titles.
-      links: phases to join by arrows, such as `profiling.write.tracks.MOE_LINKS`.
-      counted: whether to add the counters of `profiling.write.tracks.counters`.
+      path: path that ends in ".json", or in ".json.gz" for a compressed file.
+      traces: traces of any reader; several are told apart by their titles.
+      links: phases to join by arrows, such as `MOE_LINKS`.
+      counted: whether to add counters of exposed communication and of thread blocks in transfers.
 
     Raises:
-      ValueError: another ending, no traces, or an event whose times are out of order.
+      ValueError: the path has another ending, there are no traces, or an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import json, pathlib, tempfile
@@ -89,7 +89,7 @@ def write_chrome(
 
 
 class _ChromeWriter:
-    """Numbers processes and threads from 1 (0 is the idle process to viewers), no thread's number being used twice."""
+    """Numbers processes and threads from 1, as 0 is the idle process to viewers. No thread's number is used twice."""
 
     def __init__(self) -> None:
         self.header: list[Json] = []

@@ -1,4 +1,4 @@
-"""Traces in Perfetto's own format: TrackEvent packets, encoded here so that nothing need be installed."""
+"""Writes traces in Perfetto's own format: TrackEvent packets, encoded here without any dependency."""
 
 from __future__ import annotations
 
@@ -40,17 +40,17 @@ def write_perfetto(
 ) -> None:
     """Writes one trace, or several side by side with their first events at the same time.
 
-    Tracks nest: device, then lane; the host's steps are a track of their own. Slices carry the group as their category
-    and what else is known as annotations. Times are in nanoseconds; names are written once and referred to by number.
+    Each device is a track with its lanes below; the host's steps are a track of their own. A slice has its group as
+    category and the other facts as annotations. Times are in nanoseconds. Names are written once and numbered.
 
     Args:
-      path: ends in ".pftrace".
-      traces: as the readers make them; several are told apart by their titles.
-      links: phases to join by arrows, such as `profiling.write.tracks.MOE_LINKS`.
-      counted: whether to add the counters of `profiling.write.tracks.counters`.
+      path: path that ends in ".pftrace".
+      traces: traces of any reader; several are told apart by their titles.
+      links: phases to join by arrows, such as `MOE_LINKS`.
+      counted: whether to add counters of exposed communication and of thread blocks in transfers.
 
     Raises:
-      ValueError: another ending, no traces, or an event whose times are out of order.
+      ValueError: the path has another ending, there are no traces, or an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import pathlib, tempfile
@@ -67,7 +67,7 @@ def write_perfetto(
 
 
 class _PerfettoWriter:
-    """Numbers tracks and flows, and what is interned, over all traces of a file."""
+    """Numbers the tracks, flows and interned texts of all traces in a file."""
 
     def __init__(self) -> None:
         self.header: list[bytes] = []
@@ -78,7 +78,7 @@ class _PerfettoWriter:
         self.flow_ids = itertools.count(1)
 
     def packets(self) -> Iterator[bytes]:
-        """All packets in the order of their times; the first one says that nothing has been interned before."""
+        """All packets in the order of their times; the first one says that nothing was interned before."""
         for i, descriptor in enumerate(self.header):
             yield _packet(_message(60, descriptor), first=not i)
         for time, event in heapq.merge(*self.streams, key=lambda packet: packet[0]):
@@ -109,7 +109,7 @@ class _PerfettoWriter:
     def slices(
         self, track: int, row: TrackRow, offset: float, joined: dict[Event, list[tuple[int, int]]]
     ) -> Iterator[Packet]:
-        """Begins and ends in such an order that each end closes the last begin: the row's events nest."""
+        """Begins and ends of slices, in an order in which each end closes the last begin; events of a row nest."""
         end = _number(9, END) + _number(11, track)
         running: list[int] = []
         for event in row.events:
@@ -129,7 +129,7 @@ class _PerfettoWriter:
         return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in ends)
 
     def encode(self, event: Event) -> bytes:
-        """Everything but times and flows, the same for many events."""
+        """The fields of an event besides times and flows, which are the same for many events."""
         number = self.interned.number
         body = _number(3, number(1, event.group)) + _number(10, number(2, event.name))
         for name, value in facts(event).items():
@@ -140,10 +140,10 @@ class _PerfettoWriter:
 
 
 class _Interned:
-    """Texts by number, per field of InternedData.
+    """Numbers of texts for each field of InternedData.
 
-    A text is pending from when an event that refers to it is made, which is before that event is written, until the
-    next packet is: readers meet every text in time.
+    A text is pending until the next packet is written. It is numbered when an event that refers to it is encoded, which
+    is before that event is written, so readers get every text in time.
     """
 
     def __init__(self) -> None:
@@ -169,7 +169,7 @@ def _counter(track: int, samples: Iterable[tuple[float, float]], offset: float) 
 
 
 def _packet(fields: bytes, first: bool = False) -> bytes:
-    """Trace.packet of the one sequence, whose first says that no text has been interned before."""
+    """A Trace.packet of the only sequence; its first one says that no text was interned before."""
     return _message(1, (_FIRST if first else _LATER) + fields)
 
 

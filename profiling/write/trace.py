@@ -1,4 +1,4 @@
-"""Traces as files, told by their endings; here the writers are registered."""
+"""Writes traces in the format that the ending of a file names. The writers are registered here."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from profiling.write.tracks import PhaseLink
 from profiling.write.writer import Writer
 
 WRITERS: Mapping[str, Writer] = {".pftrace": write_perfetto, ".json": write_chrome, ".json.gz": write_chrome}
-"""The writers by the endings of their files; of several that fit, the longest counts."""
+"""The writers by the endings of their files. If several endings fit, the longest counts."""
 
 
 def write_trace(
@@ -26,12 +26,12 @@ def write_trace(
     """Writes one trace, or several side by side, in the format that the file's ending names.
 
     Args:
-      path: ends in ".pftrace" for Perfetto, in ".json" or ".json.gz" for Chrome.
+      path: path that ends in ".pftrace" for Perfetto, in ".json" or ".json.gz" for Chrome.
       traces, links, counted: as in `write_perfetto`.
-      writers: by ending; add your own as ``{**WRITERS, ".csv": write_csv}``.
+      writers: writers by ending; add your own as ``{**WRITERS, ".csv": write_csv}``.
 
     Raises:
-      ValueError: an ending that no writer has, no traces, or an event whose times are out of order.
+      ValueError: no writer has the ending, there are no traces, or an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import pathlib, tempfile

@@ -1,4 +1,4 @@
-"""What a viewer is given: rows in which events nest, arrows between phases, counters, one clock for several traces."""
+"""Arranges traces for viewers: rows in which events nest, arrows between phases, counters, one clock for all traces."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ T = TypeVar("T")
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class TrackRow:
-    """Events of one lane that can be drawn in one row.
+    """Events of one lane that fit into one row.
 
     Attributes:
-      device, lane: of all its events.
-      index: 0 for the lane's first row; further ones hold what overlaps without nesting.
-      events: in the order of their starts, an outer event before those inside it.
+      device, lane: device and lane of all events.
+      index: 0 for the lane's first row; further rows hold events that overlap without nesting.
+      events: events in the order of their starts, an outer event before those inside it.
     """
 
     device: int
@@ -33,11 +33,11 @@ class TrackRow:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class PhaseLink:
-    """Two phases of one microbatch, the second of which takes what the first made.
+    """An arrow between two phases of one microbatch: the target takes what the source made.
 
     Attributes:
-      source, target: as in `Event.phase`.
-      layers: how many layers further on the target is.
+      source, target: phases, as in `Event.phase`.
+      layers: number of layers from the source to the target.
     """
 
     source: str
@@ -54,18 +54,18 @@ MOE_LINKS = (
     PhaseLink("mlp(B)", "dispatch(B)"),
     PhaseLink("dispatch(B)", "attn(B)"),
 )
-"""How a microbatch walks through a mixture-of-experts layer, forward and backward."""
+"""The way of a microbatch through a mixture-of-experts layer, forward and backward."""
 
 
 def rows(trace: Trace, nested: bool = True) -> tuple[TrackRow, ...]:
-    """Each lane's events, divided over as few rows as their order allows.
+    """Divides the events of each lane over as few rows as their order allows.
 
     Args:
-      trace: of any reader.
-      nested: events inside others share their row, as viewers draw them; otherwise no two events of a row overlap.
+      trace: any trace.
+      nested: whether events inside others share their row, as viewers draw them; else no events of a row overlap.
 
     Raises:
-      ValueError: an event with a time that is not finite, or that ends before it starts.
+      ValueError: an event has a time that is not finite, or ends before it starts.
 
     >>> times = {"a": (0.0, 9.0), "b": (1.0, 2.0), "c": (5.0, 12.0)}
     >>> trace = Trace("", "simulated", tuple(Event(0, "gpu", *span, name) for name, span in times.items()))
@@ -114,9 +114,9 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
 
 
 def arrows(trace: Trace, links: Iterable[PhaseLink]) -> tuple[tuple[Event, Event], ...]:
-    """For each link, the last event of the source before an event of the target, and the first of the target after it.
+    """Pairs of events that each link joins: the last of the source, and the first of the target after it.
 
-    Both are of one device and one microbatch, known or not; both layers must be known.
+    Both events are of one device and one microbatch, which may be unknown; their layers must be known.
 
     >>> dispatch = Event(0, "stream 23", 0.0, 2.0, "a2a", phase="dispatch(F)", layer=1)
     >>> mlp = Event(0, "stream 7", 3.0, 4.0, "gemm", phase="mlp(F)", layer=1)
@@ -138,7 +138,7 @@ def arrows(trace: Trace, links: Iterable[PhaseLink]) -> tuple[tuple[Event, Event
 
 
 def _adjacent(sources: list[Event], targets: list[Event]) -> Iterator[tuple[Event, Event]]:
-    """Walks through both in time: a source is pending from its end until a target starts."""
+    """Goes through both in the order of time: a source is pending from its end until a target starts."""
     marks = [(event.end, 0, i) for i, event in enumerate(sources)]
     marks += [(event.start, 1, i) for i, event in enumerate(targets)]
     pending = None
@@ -151,10 +151,10 @@ def _adjacent(sources: list[Event], targets: list[Event]) -> Iterator[tuple[Even
 
 
 def counters(trace: Trace) -> dict[int, dict[str, tuple[tuple[float, float], ...]]]:
-    """Of each device, named step functions of time as ``(microseconds, value from then on)``; all end at 0.
+    """Named step functions of time for each device, as ``(microseconds, value from then on)``; all end at 0.
 
-    "exposed communication" is 1 while data travels or is waited for and nothing is computed. "thread blocks in
-    transfers" is left out where no transfer's blocks are known.
+    "exposed communication" is 1 while data is moved or waited for and nothing is computed. "thread blocks in transfers"
+    is left out if the blocks of no transfer are known.
 
     >>> gemm = Event(0, "stream 7", 0.0, 4.0, "gemm", group="compute")
     >>> dispatch = Event(0, "stream 23", 2.0, 6.0, "dispatch", group="transfer", blocks=20)
@@ -184,7 +184,7 @@ def counters(trace: Trace) -> dict[int, dict[str, tuple[tuple[float, float], ...
 
 
 def _changes(samples: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The last value of each time, where it differs from the one before; 0 before the first."""
+    """The last value of each time, if it differs from the one before; the first is compared with 0."""
     last = dict(samples)
     values = list(last.items())
     before = [0.0, *last.values()]
@@ -222,7 +222,7 @@ def step_rows(trace: Trace) -> tuple[TrackRow, ...]:
 
 
 def facts(event: Event) -> dict[str, str | int]:
-    """What is known of an event beyond its name, its times and its group.
+    """The known facts of an event besides its name, times and group.
 
     >>> facts(Event(0, "gpu", 0.0, 1.0, "a", kind="grouped GEMM", layer=0))
     {'kind': 'grouped GEMM', 'layer': 0}
@@ -242,7 +242,7 @@ def row_label(row: TrackRow) -> str:
 
 
 def lane_label(lane: str) -> str:
-    """A lane's name for people: one that is a number is a GPU's stream.
+    """A lane's name for people; a number is a GPU's stream.
 
     >>> lane_label("7"), lane_label("compute")
     ('stream 7', 'compute')
@@ -260,18 +260,18 @@ def device_label(trace: Trace, device: int) -> str:
 
 
 Samples = tuple[tuple[float, float], ...]
-"""Microseconds, and the value from then on."""
+"""Points in microseconds, each with the value from then on."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Panel:
-    """What a viewer shows under one heading.
+    """The rows that a viewer shows under one heading.
 
     Attributes:
       label: the heading.
-      rows: what stands under it, from the top down.
+      rows: rows from the top down.
       counters: curves beside the rows, by name.
-      is_host: whether it shows the host's steps and not a device.
+      is_host: whether the rows are the host's steps and not a device's lanes.
     """
 
     label: str
@@ -281,7 +281,7 @@ class Panel:
 
 
 def panels(trace: Trace, counted: bool = True) -> Iterator[Panel]:
-    """The host's steps if there are any, then each device, with its counters if they are wanted.
+    """The panels of a trace: the host's steps if there are any, then each device, with its counters if wanted.
 
     >>> from profiling.event import Step
     >>> trace = Trace("", "simulated", (Event(3, "gpu", 1.0, 2.5, "a"),), (Step("train", 7, 0.0, 5.0),))
@@ -301,10 +301,10 @@ def flows(
     """The arrows that begin or end at each event, as ``(begin or end, number of the arrow)``.
 
     Args:
-      trace: whose events are joined.
+      trace: trace whose events are joined.
       links: phases to join; see `arrows`.
-      numbers: of arrows, the next one for each.
-      begin, end: what a format calls the two ends.
+      numbers: gives each arrow its number.
+      begin, end: marks of a file format for the two ends of an arrow.
     """
     found: dict[Event, list[tuple[T, int]]] = {}
     for source, target in arrows(trace, links):
@@ -317,15 +317,15 @@ def flows(
 def side_by_side(
     path: str | os.PathLike[str], traces: Trace | Sequence[Trace], endings: Sequence[str]
 ) -> list[tuple[Trace, float, str]]:
-    """Each trace with the microseconds to add to its times and what to put before its labels, for a file.
+    """Each trace of a file with the microseconds to add to its times and the prefix of its labels.
 
     Args:
-      path: of the file.
-      traces: one or several.
-      endings: that the file may have.
+      path: path of the file.
+      traces: one trace or several.
+      endings: endings that the file may have.
 
     Raises:
-      ValueError: no traces, or a file of another ending.
+      ValueError: there are no traces, or the file has another ending.
     """
     whole = (traces,) if isinstance(traces, Trace) else tuple(traces)
     if not whole:

@@ -1,4 +1,4 @@
-"""What a writer of traces must do; `profiling.write.trace.WRITERS` lists those that there are."""
+"""What a writer of traces must do. `profiling.write.trace.WRITERS` lists the writers."""
 
 from __future__ import annotations
 
@@ -28,13 +28,13 @@ class Writer(Protocol):
         """Writes one trace, or several side by side with their first events at the same time.
 
         Args:
-          path: of the file, with an ending that `WRITERS` gives this writer.
-          traces: as the readers make them; several are told apart by their titles.
+          path: path of the file; its ending is one that the writer is registered for.
+          traces: traces of any reader; several are told apart by their titles.
           links: phases to join by arrows.
           counted: whether to add the counters of `profiling.write.tracks.counters`.
 
         Raises:
-          ValueError: another ending, no traces, or an event whose times are out of order.
+          ValueError: the path has another ending, there are no traces, or an event ends before it starts.
           OSError: the file cannot be written.
         """
         ...
