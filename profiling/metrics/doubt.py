@@ -89,7 +89,7 @@ def _within(frame: Spans, events: Iterable[Event]) -> Spans:
 
 
 def _times(transfer: Spans, wait: Spans, compute: Spans) -> tuple[float, float, float, float]:
-    """Microseconds of transfers, of transfers beside compute, of transfers and waits without compute, and of compute."""
+    """Microseconds of transfers, transfers beside compute, transfers and waits without compute, and compute."""
     compute = union(compute)
     communication = np.concatenate([transfer, wait])
     return (
