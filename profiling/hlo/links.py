@@ -112,7 +112,7 @@ def links_table(links: Sequence[Link]) -> Table:
     return Table(
         name="links",
         title="Links that the estimates take",
-        caption="Which devices take part decides what is sent between nodes; the slower way decides the time.",
+        caption="The devices that take part decide what is sent between nodes. The slower way decides the time.",
         columns=_COLUMNS,
         rows=tuple(map(_row, links)),
     )

@@ -167,7 +167,7 @@ def play(module: Module, settings: Settings) -> ProgramTimeline:
     """
     if not module.is_scheduled:
         raise ValueError(
-            f"module {module.name!r} is not scheduled, its text is in no order of execution: give the text of a "
+            f"module {module.name!r} is not scheduled, so the order of its text means nothing: give the text of a "
             "compiled program (`jax.jit(f).lower(...).compile().as_text()`)"
         )
     walk = _Walk(module, settings, [], {})

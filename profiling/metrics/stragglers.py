@@ -263,7 +263,7 @@ def _clocks(of: GroupSkew) -> str:
     return (
         f"stragglers: in group {of.group.label} {of.impossible:,} of {of.matched:,} collectives ended on one device "
         f"before another one began them, so that the clocks differ: device {ahead}'s is ahead of device {behind}'s by "
-        f"about {apart:,.0f} us, going by when the collectives end. Who joins late is not told"
+        f"about {apart:,.0f} us, as estimated from when the collectives end. No straggler is named"
     )
 
 

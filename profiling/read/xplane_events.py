@@ -25,11 +25,11 @@ TPU = re.compile(r"/device:TPU:(\d+)")
 HOST = "/host:CPU"
 
 IMPOSSIBLE = "events at times outside of the profile were left out"
-OVERRUN = "events of a stream that end long after all else, round others of their stream, were left out"
+OVERRUN = "events that contain others of their stream and end long after all else were left out"
 NAMELESS = "events have no name in the profile, shown as ?"
 ENDLESS = "operations have no end, so that asynchronous ones look too short"
-HOST_OPERATIONS = "operations of the host's own CPU backend were left out, beside those of its devices"
-LAUNCHES = "launches of kernels on the host were left out, of which no device reports the kernel"
+HOST_OPERATIONS = "operations of the host's own CPU backend were left out, as its devices have operations"
+LAUNCHES = "launches on the host were left out, as no device reports their kernels"
 COPIES = "copies that a TPU makes beside its operations were left out: they are neither compute nor communication"
 
 _LAUNCH = re.compile(r"(hip|cuda|roc|cu)[A-Z]")

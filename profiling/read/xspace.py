@@ -26,7 +26,7 @@ Doubts: TypeAlias = "collections.Counter[str]"
 
 BROKEN = "events whose bytes are damaged were left out"
 NEGATIVE = "events of negative duration were left out"
-AGGREGATED = "events that stand for several at no time of their own were left out"
+AGGREGATED = "events that stand for several and have no time of their own were left out"
 NO_UTF8 = "names hold bytes that are not UTF-8, shown as �"
 
 _MOST_CACHED = 200_000

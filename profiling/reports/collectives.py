@@ -13,16 +13,16 @@ def collectives(found: Findings) -> Table:
     """Collectives by kind, group and size; empty if the profiler says nothing about them."""
     rows = found.measured.collectives
     caption = (
-        "Sizes, and algorithm and bus bandwidth, as NCCL's tests define them (their doc/PERFORMANCE.md). Times are "
-        "those of the kernels, which wait in them for late ranks, so that bandwidths are lower bounds. Hidden: "
-        "share of the time in which the device computes as well."
+        "Sizes and bandwidths are defined as in NCCL's tests (doc/PERFORMANCE.md). Times are those of the kernels and "
+        "include their waits for late ranks, so bandwidths are lower bounds. Hidden: share of the time in which the "
+        "device also computes."
     )
     if len(found.measured.devices) > 1:
         caption += " Calls and times are added up over the devices."
     if any(row.matched for row in rows):
         caption += (
-            " Least: where several ranks of a group are in the trace, by the time on the rank where a collective was "
-            "shortest, as it waits least there; the better estimate."
+            " Least: by the time on the rank where a collective was shortest and waited least, if several ranks of a "
+            "group are in the trace; this is the better estimate."
         )
 
     def cells(row: CollectiveRow) -> tuple[Value, ...]:
@@ -54,7 +54,7 @@ def skew_of_devices(found: Findings) -> Sequence[Table]:
         return ()
     seen = f"Seen in {skew.matched:,} collectives that several devices have in common"
     if skew.start_spread is None:
-        caption = f"{seen}. Their clocks differ, so that starts cannot be compared; notes say by how much."
+        caption = f"{seen}. Their clocks differ, so starts cannot be compared; the notes say by how much."
     else:
         late = (
             f"Device {skew.straggler} joins latest."
@@ -66,7 +66,7 @@ def skew_of_devices(found: Findings) -> Sequence[Table]:
             for mean, most in ((skew.start_spread, skew.max_start_spread), (skew.end_spread, skew.max_end_spread))
         )
         caption = f"{seen}: starts lie {starts}, ends {ends}. {late}"
-    caption += " Who waits least in transfers is whom the others wait for, whatever the clocks."
+    caption += " The others wait for the device that waits least in transfers, whatever the clocks."
     table = Table(
         "skew",
         "Stragglers",
@@ -87,7 +87,7 @@ def skew_of_groups(found: Findings) -> Table:
         "skew-groups",
         "Stragglers by process group",
         "Apart: mean and maximum time from the first device's start, or end, to the last one's. Told apart by: how "
-        "far ends of collectives that end together lie apart. Nothing of starts is said where the clocks differ.",
+        "far ends lie apart of collectives that end together. Starts are left out if the clocks differ.",
         (
             Column("group"), Column("ranks", "n"), Column("devices here", "n"), Column("collectives", "n"),
             Column("starts apart", "us"), Column("at most", "us"), Column("ends apart", "us"),

@@ -35,7 +35,7 @@ def kernel_table(trace: Trace, top: int = KERNELS) -> Table:
     everything = sum(total for _, total, _ in found.values())
     longest = sorted(found.items(), key=lambda item: -item[1][1])
     rest = longest[top:]
-    caption = "By name, over all devices; sums of durations, as if one ran after the other."
+    caption = "Sums of durations by name, over all devices, as if events ran one after another."
     if rest:
         share = sum(total for _, (_, total, _) in rest) / everything if everything else 0.0
         caption += f" The {top} longest of {len(longest):,}: the other {len(rest):,} take {written(share, '%')}."

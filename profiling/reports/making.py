@@ -29,49 +29,53 @@ from profiling.table import (
 EXPLAINED = (
     (
         "A transfers",
-        "Communication is what moves data between devices. Where a kernel waits for its peers itself, as NCCL's do, "
-        "that wait is part of the transfer.",
+        "What moves data between devices is communication. A kernel that waits for its peers, as NCCL's do, counts "
+        "with its wait.",
     ),
-    ("B transfers and waits", "Barriers and notifications, in which nothing moves, count as communication too."),
+    ("B transfers and waits", "Barriers and notifications, which move no data, also count as communication."),
     (
         "C communication lanes",
         "Everything on lanes that mostly communicate, casts and layouts included, against everything on the others.",
     ),
     (
         "overlap ratio",
-        "Time with both communication and compute, divided by the time with communication. Times are unions: what "
-        "runs twice at once counts once. None where there is no communication.",
+        "Time with both communication and compute, divided by the time with communication. Times with several "
+        "events at once count once. None without communication.",
     ),
-    ("exposed", "Time with communication and without compute, launch gaps between compute kernels included."),
-    ("compute share, idle share", "Time with compute, and with nothing at all, divided by the window."),
+    ("exposed", "Time with communication and without compute; launch gaps between compute kernels count."),
+    ("compute share, idle share", "Time with compute, and time with nothing at all, divided by the window."),
     (
         "window",
-        "From the first start to the last end over all devices, or the step or times asked for; the same for each "
-        "device.",
+        "The time from the first start to the last end over all devices, or the step or the times that were asked "
+        "for. It is the same for each device.",
     ),
     ("bubble", "Share of the window in which a rank does not compute; the mean over its devices."),
-    ("total, busy", "The sum of durations, and the time with any of them: less where they run beside each other."),
+    (
+        "total, busy",
+        "The sum of durations, and the time with any of the events, which is less if they run beside each other.",
+    ),
     (
         "speed-up, efficiency",
-        "Communication and compute one after the other, divided by the window; and which share of the gain that "
-        "hiding the shorter side entirely would bring was had; none where the window is longer than both together, as "
-        "idle time then decides.",
+        "Speed-up: the time of communication and compute one after the other, divided by the window. Efficiency: the "
+        "share that was reached of the gain from hiding the shorter side entirely. None if the window is longer than "
+        "both together, as idle time then decides.",
     ),
     (
         "a range",
-        "What no rule knows counts as compute, and might communicate: the figure with all of it computing and with all "
-        "of it communicating.",
+        "Kernels that no rule knows count as compute and might communicate. The range goes from the figure with all of "
+        "them computing to that with all communicating.",
     ),
-    ("over several devices", "Times are added up, and ratios are those of the sums."),
+    ("over several devices", "Times are added up, and ratios are ratios of the sums."),
     (
         "steady state",
-        "From the start of the second layer to that of the last, where at least three layers that compute and have a "
-        "phase in common follow one another.",
+        "The time from the start of the second layer to that of the last, if at least three layers follow one another "
+        "that compute and have a phase in common.",
     ),
     (
         "algorithm and bus bandwidth",
-        "The bytes of a collective by its time; and times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an "
-        "all-gather, reduce-scatter or all-to-all, 1 for the rest: what each link carries, as in NCCL's tests.",
+        "Algorithm bandwidth: the bytes of a collective divided by its time. Bus bandwidth, which each link carries: "
+        "that times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an all-gather, reduce-scatter or all-to-all, "
+        "and 1 for the rest. Both are those of NCCL's tests.",
     ),
 )
 """The definitions of all numbers."""

@@ -17,7 +17,7 @@ def bubbles(found: Findings) -> Table:
     return Table(
         "bubbles",
         "Bubble per rank",
-        "Share of the common window in which a rank does not compute, beside the simulated one.",
+        "Share of the common window in which a rank does not compute, measured and simulated.",
         (
             Column("rank", "n"), Column("bubble", "%", is_share=True), Column("simulated", "%"),
             Column("difference", "%"), Column("device idle", "%"),
@@ -47,7 +47,7 @@ def predicted_phases(found: Findings) -> Table:
     return Table(
         "predicted-phases",
         "Predicted and measured, by phase",
-        "Tasks that both have: what a device does for one phase, layer and microbatch without a break.",
+        "Tasks of both traces. A task is what a device does for one phase, layer and microbatch without a break.",
         (
             Column("phase"), Column("tasks", "n"), Column("measured", "us"), Column("predicted", "us"),
             Column("error", "%"), Column("starts off by", "us"),
@@ -63,7 +63,7 @@ def predicted_tasks(found: Findings) -> Table:
     return Table(
         "predicted-tasks",
         "Predicted and measured, by task",
-        "Errors are predicted less measured, starts counted from the start of either trace; the furthest off first.",
+        "Errors are predicted less measured. Starts count from the start of each trace. The largest errors come first.",
         (
             Column("device", "n"), Column("phase"), Column("layer", "n"), Column("microbatch", "n"),
             Column("measured start", "us"), Column("start error", "us"), Column("measured time", "us"),
@@ -82,7 +82,7 @@ def predicted_order(found: Findings) -> Table:
     return Table(
         "predicted-order",
         "Predicted and measured, by device",
-        "Inversions: pairs of tasks of one predicted lane that ran in the other order.",
+        "Inversions: pairs of tasks on one predicted lane that ran in the other order.",
         (
             Column("device", "n"), Column("rank", "n"), Column("bubble", "%"), Column("predicted bubble", "%"),
             Column("inversions", "n"), Column("of pairs", "n"),

@@ -23,8 +23,8 @@ def steps(found: Findings) -> Table:
     return Table(
         "steps",
         "Steps",
-        f"From the first start to the last end of what a step launched, over all devices{several}; communication with "
-        "waits. The first may be cold and is left out of the others' median.",
+        f"A step goes from the first start to the last end of what it launched, over all devices{several}. "
+        "Communication includes waits. The first step may be cold and is left out of the others' median.",
         (
             Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
             Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),

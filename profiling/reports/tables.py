@@ -42,7 +42,7 @@ def overlaps(found: Findings) -> Table:
     return Table(
         "overlap",
         "Communication and what hides it",
-        "By what counts as communication. No speed-up where the window is longer than both one after the other.",
+        "By what counts as communication. No speed-up if the window is longer than both one after the other.",
         (
             Column("communication"), Column("time", "us"), Column("overlapped", "us"), Column("overlap ratio", "%"),
             Column("exposed", "us"), Column("of window", "%"), Column("of compute under it", "%"),
@@ -65,7 +65,7 @@ def sensitivity(found: Findings) -> Table:
     return Table(
         "gaps",
         "Sensitivity to launch gaps",
-        "The same if gaps in compute up to so long counted as compute.",
+        "The figures if gaps in compute up to this length counted as compute.",
         (
             Column("gap", "us"),
             *(
@@ -107,7 +107,7 @@ def lanes(found: Findings) -> Table:
     return Table(
         "lanes",
         "Lanes",
-        "Alone: time in which no other lane of the device is busy.",
+        "Alone: time in which only this lane of the device is busy.",
         (
             Column("device", "n"), Column("lane"), Column("events", "n"), Column("busy", "us"),
             Column("of window", "%", is_share=True), Column("alone", "us"),
@@ -127,7 +127,7 @@ def segments(found: Findings) -> Table:
     return Table(
         "exposed-segments",
         "Longest exposed communication",
-        "Stretches in which data travels or is waited for and the device does not compute.",
+        "Stretches in which data is moved or waited for and the device does not compute.",
         (
             Column("device", "n"), Column("start", "us"), Column("length", "us"),
             Column("of device's exposed", "%", is_share=True), Column("what waits for what"), Column("on the wire"),
@@ -151,7 +151,7 @@ def unclassified(found: Findings) -> Table:
     return Table(
         "unclassified",
         "Kernels that no rule knows",
-        "They count as compute: say in a file of rules what they are.",
+        "They count as compute. A file of rules can say what they are.",
         (Column("name", "name"), Column("time", "us")),
         unclassified_names(found.trace),
     )
@@ -162,7 +162,7 @@ def metadata(found: Findings) -> Table:
     return Table(
         "metadata",
         "Where the trace comes from",
-        "As its reader noted it.",
+        "Facts that the reader noted.",
         (Column("fact"), Column("value")),
         tuple((name, text) for name, value in found.trace.metadata.items() if (text := _fact(value))),
     )
