@@ -292,7 +292,7 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
     if metadata["platform"] == "cpu" and events:
         notes.append("CPU devices share cores: their times tell what happens in which order, not how fast a GPU is")
     if metadata["platform"] == "tpu":
-        notes.append("the reader of a TPU's planes follows their public description and was not checked on a TPU")
+        notes.append("planes of TPUs are read by the public description of their format, without a TPU to check it on")
     return _Profile(events, steps, metadata, notes)
 
 

@@ -29,7 +29,7 @@ OVERRUN = "events that contain others of their stream and end long after all els
 NAMELESS = "events have no name in the profile, shown as ?"
 ENDLESS = "operations have no end, so that asynchronous ones look too short"
 HOST_OPERATIONS = "operations of the host's own CPU backend were left out, as its devices have operations"
-LAUNCHES = "launches on the host were left out, as no device reports their kernels"
+LAUNCHES = "launches of kernels on the host were left out, as no device reports the kernels"
 COPIES = "copies that a TPU makes beside its operations were left out: they are neither compute nor communication"
 
 _LAUNCH = re.compile(r"(hip|cuda|roc|cu)[A-Z]")
