@@ -37,9 +37,9 @@ from record import Report, make_parser
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.planning.chips import Achieved, Chip, chip
 from jaxpipe.runtime.program import Program
-from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.text import Instruction, parse
-from profiling.hlo.timeline import Settings, Timeline, play
+from profiling.hlo.timeline import ProgramTimeline, Settings, play
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 from profiling.workloads import SIZES
@@ -87,7 +87,7 @@ def kernel_times() -> list[tuple[str, Callable[[Instruction], float]]]:
     ]
 
 
-def in_loop(found: Overlap, program: Program | None) -> Overlap:
+def in_loop(found: CompiledOverlap, program: Program | None) -> CompiledOverlap:
     """Its collectives in the steady state: those of the scan; of a whole step, those of pairs, and sends."""
     pairs = [i for i, branch in enumerate(program.branches) if len(branch) == 2] if program else []
     return found.select(label=f"{LOOP}.*(branch_({'|'.join(map(str, pairs))})/|/send/)" if pairs else LOOP)
@@ -134,7 +134,7 @@ def h200(link: float) -> Chip:
     return dataclasses.replace(chip("H200"), interconnect=link * 1e9)
 
 
-def costs(timeline: Timeline) -> str:
+def costs(timeline: ProgramTimeline) -> str:
     """Microseconds of each instruction, as the compiler reads them (tensorflow.profiler.ProfiledInstructionsProto)."""
     found: dict[str, float] = {}
     for run in timeline.runs:
@@ -145,7 +145,7 @@ def costs(timeline: Timeline) -> str:
     return "".join(f'costs {{ name: "{name}" cost_us: {us:.3f} }}\n' for name, us in found.items() if us)
 
 
-def loop_us(timeline: Timeline) -> float:
+def loop_us(timeline: ProgramTimeline) -> float:
     """Microseconds that the longest loop of the program computes."""
     entry = timeline.runs[-1]
     return max(us for us, one in zip(entry.us, entry.computation.instructions, strict=True) if one.opcode == "while")

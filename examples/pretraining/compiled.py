@@ -22,7 +22,7 @@ from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.work import attention_flops
 from pretraining import trainer
-from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 
@@ -43,7 +43,7 @@ class Compiled(NamedTuple):
 
     arguments: int
     temporary: int
-    overlap: Overlap
+    overlap: CompiledOverlap
     seconds: float
 
 

@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program costs on a chip: products, bytes, microseconds."""
+"""Estimates what one instruction of a compiled program costs on a chip: products, bytes, microseconds."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Array, Computation, Instruction, Module
 
 Times = Sequence[tuple[str, float | Callable[[Instruction], float]]]
-"""Measured times: a regular expression for an instruction's name or op_name, and microseconds or a function of it."""
+"""Measured times: a regular expression for names or op_names, with microseconds or a function of the instruction."""
 
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -26,13 +26,13 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode: which operand ho
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an instruction costs.
+    """The cost of an instruction.
 
     Attributes:
       us: microseconds.
-      flops: of matrix products and convolutions; nothing else is counted.
-      bytes: read and written.
-      is_known: False for a kernel of which nothing but its operands is known; its time is that of its bytes alone.
+      flops: FLOPs of matrix products and convolutions; nothing else is counted.
+      bytes: bytes read and written.
+      is_known: False for a kernel of which only the operands are known; its time is that of its bytes.
     """
 
     us: float
@@ -46,7 +46,7 @@ class Product:
     """Matrix products of one precision.
 
     Attributes:
-      dtype: what the chip multiplies, a name that `Chip.flops` takes.
+      dtype: type that the chip multiplies, a name that `Chip.flops` takes.
       flops: two for each multiplication and addition.
       passes: how often the chip multiplies to get the precision that was asked for.
     """
@@ -64,9 +64,9 @@ def cost(
     achieved: Achieved,
     times: Times = (),
 ) -> Cost:
-    """What an instruction costs: the longer of its products and its bytes, and a kernel's launch; or its measured time.
+    """The cost of an instruction: the longer of its products and its bytes, plus a launch; or its measured time.
 
-    Loops, branches, calls and collectives are not looked into.
+    The insides of loops, branches, calls and collectives do not count.
     """
     found = products(module, computation, instruction)
     flops = sum(product.flops for product in found)
@@ -83,7 +83,7 @@ def cost(
 
 
 def measured_us(instruction: Instruction, times: Times) -> float | None:
-    """The first of the measured times that is meant for an instruction, None if there is none.
+    """The first measured time that fits an instruction; None if there is none.
 
     >>> measured_us(Instruction("fusion.3", "fusion", ()), [("^fusion", 12.0)])
     12.0
@@ -137,7 +137,7 @@ def _precision(instruction: Instruction) -> str:
 
 
 def _unit(operands: Sequence[Array], precision: str) -> tuple[str, int]:
-    """What multiplies operands of these types, and how often it does."""
+    """The type in which the chip multiplies operands of these types, and the number of passes."""
     passes = re.search(r"_x(\d)", precision)
     if "tf32_tf32" in precision:
         return "tf32", int(passes[1]) if passes else 1
@@ -178,9 +178,9 @@ def _attention(operands: Sequence[Array], instruction: Instruction) -> tuple[Pro
 
 
 def _grouped(operands: Sequence[Array], instruction: Instruction) -> tuple[Product, ...]:
-    """A grouped product by its shapes: rows [m, k], one matrix [k, n] a group, rows [m, n], in whichever places.
+    """A grouped product, known by its shapes in any order: rows [m, k], a matrix [k, n] for each group, rows [m, n].
 
-    Every row counts, those that a capacity reserves and no token uses included. Other shapes: nothing is known.
+    Every row counts, also rows of the capacity that no token uses. Other shapes are unknown.
     """
     floats = [array for array in (*operands, *instruction.arrays) if array.dtype[0] in "bf" and len(array.dims) > 1]
     rows = [array for array in floats if len(array.dims) == 2]
@@ -194,7 +194,7 @@ def _grouped(operands: Sequence[Array], instruction: Instruction) -> tuple[Produ
 
 
 def bytes_moved(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads and writes, each once: of what it slices or updates in place, only that part."""
+    """The bytes that an instruction reads and writes, each once; of a slice or an update in place, only that part."""
     opcode = _opcode(instruction)
     if opcode in _FREE or opcode.endswith(_WAITS):
         return 0.0
@@ -212,7 +212,7 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
 
 
 def _read(body: Computation, value: Instruction) -> float:
-    """Bytes of a fusion's parameter that the fusion reads."""
+    """The bytes of a fusion's parameter that the fusion reads."""
     whole = float(sum(array.bytes for array in value.arrays))
     parts = 0.0
     for user in body.users[value.name]:
@@ -228,7 +228,7 @@ def _read(body: Computation, value: Instruction) -> float:
 
 
 def _written(body: Computation, value: Instruction) -> float:
-    """Bytes that a fusion writes of a result."""
+    """The bytes of a result that a fusion writes."""
     if value.opcode == "tuple":
         return sum(_written(body, operand) for operand in body.operands(value))
     if value.opcode == "bitcast":

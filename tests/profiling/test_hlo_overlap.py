@@ -290,7 +290,7 @@ def test_measured_times_come_first():
 def test_only_scheduled_programs():
     text = program("a = f32[1000] all-to-all(p)")
     assert overlap(parse(text), CHIP).module == "m"
-    with pytest.raises(ValueError, match="module 'm' is not scheduled, its text is in no order"):
+    with pytest.raises(ValueError, match="module 'm' is not scheduled, so the order of its text"):
         overlap(text.replace("is_scheduled=true", "is_scheduled=false"), CHIP)
 
 

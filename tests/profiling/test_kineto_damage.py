@@ -268,7 +268,7 @@ class TestOtherFiles:
         ("content", "what"),
         [
             (b"SQLite format 3\0", "an SQLite database"),
-            (b"<!DOCTYPE html><html>", "a web page"),
+            (b"<!DOCTYPE html><html>", "a page of HTML"),
             (b"\n\x1f\x12\x00\x00\x10", "a protocol buffer, such as Perfetto's trace"),
             (b"\x80\x04\x95", "a pickle"),
             (b"version https://git-lfs.github.com/spec/v1", "a pointer of Git LFS"),

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from profiling.event import Event, Trace
-from profiling.hlo.hiding import Collective, Overlap
+from profiling.hlo.hiding import CompiledCollective, CompiledOverlap
 from profiling.metrics import measure
 from profiling.reports.making import EXPLAINED, report
 from profiling.table import Column, Table, as_markdown, as_text, written
@@ -158,12 +158,14 @@ def test_a_prediction_of_other_devices_is_refused():
 
 
 def test_compiled_schedule():
-    one = Collective(
+    one = CompiledCollective(
         computation="main", name="all-to-all-start.1", kind="all-to-all", label="jit(step)/F/dispatch",
         is_asynchronous=True, count=4, devices=8, bytes=2e6, remote_bytes=0.0, us=50.0, hidden_us=40.0,
         between_us=40.0, between_flops=1e9, products=(), could_hide_us=60.0, place="inner",
     )  # fmt: skip
-    made = report(layer_trace(), schedule=Overlap("jit_step", "H200", (one,), (), 500.0, 400.0, notes=("guessed",)))
+    made = report(
+        layer_trace(), schedule=CompiledOverlap("jit_step", "H200", (one,), (), 500.0, 400.0, notes=("guessed",))
+    )
     table = made["schedule-collectives"]
     assert table.title == "Collectives of jit_step on H200"
     assert table.rows[0][:6] == ("partial", "async", "all-to-all", 4, 2.0, 50.0)

@@ -4,7 +4,7 @@ import pytest
 
 from profiling.read.scopes import Place, action_of, place
 from profiling.read.wire import fields, integer, integers, messages, text
-from profiling.read.xplane_modules import Instruction, read_modules
+from profiling.read.xplane_modules import ModuleInstruction, read_modules
 
 
 @pytest.mark.parametrize(
@@ -90,9 +90,9 @@ def test_instructions_without_a_scope_take_that_of_what_they_fuse_or_of_their_co
     stat = field(5, field(1, 4) + field(2, field(1, 4) + field(2, "Hlo Proto")))
     plane = field(2, "/host:metadata") + stat + field(4, field(1, 1) + field(2, program))
     found = read_modules(field(1, plane))["jit_f(7)"]
-    assert found["fusion.1"] == Instruction("fusion", "jit(f)/F/mlp/add")
+    assert found["fusion.1"] == ModuleInstruction("fusion", "jit(f)/F/mlp/add")
     assert found["dot.1"].scope == "jit(f)/F/attention/dot"
-    assert found["copy.1"] == Instruction("copy", "jit(f)/F")
+    assert found["copy.1"] == ModuleInstruction("copy", "jit(f)/F")
 
 
 def test_a_profile_without_modules():

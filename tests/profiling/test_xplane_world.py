@@ -235,7 +235,7 @@ def test_packed_files_and_names_in_capitals(tmp_path):
         ("a.json", b'{"schemaVersion": 1}', "but JSON: give a"),
         ("a.html", b"<!DOCTYPE html><html>", "but a page of HTML"),
         ("a.xplane.pb", b"", "the file is empty"),
-        ("a.xplane.pb", b"version https://git-lfs.github.com/spec/v1\n", "Git LFS pointer"),
+        ("a.xplane.pb", b"version https://git-lfs.github.com/spec/v1\n", "pointer of Git LFS"),
         ("a.zip", b"PK\x03\x04 something", "a zip archive: unpack it"),
         ("a.hlo", b"HloModule jit_f\n", "text of an HLO module"),
         ("a.xplane.pb.gz", gzip.compress(one_gpu(), mtime=0)[:60], "damaged or cut short"),
