@@ -81,7 +81,7 @@ def replicate_experts(
     return call(_replicate_jit, weight, num_replicas=int(num_replicas))
 
 
-def call(function: Any, weight: Array, **arguments: float) -> Any:
+def call(function: Any, weight: Array, **arguments: Any) -> Any:
     """Calls a jitted function of float32 loads; NumPy loads give NumPy results, made on the CPU."""
     if isinstance(weight, jax.Array):
         return function(to_float32(weight), **arguments)
