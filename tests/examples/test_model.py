@@ -34,7 +34,11 @@ def test_what_is_computed_again_is_the_same(remat):
 
 @pytest.mark.parametrize(
     ("name", "ranks", "shared_ends"),
-    [("1f1b", 3, False), pytest.param("dualpipe", 2, True, marks=pytest.mark.slow), ("dualpipev", 2, True)],
+    [
+        pytest.param("1f1b", 3, False, marks=pytest.mark.slow),
+        pytest.param("dualpipe", 2, True, marks=pytest.mark.slow),
+        ("dualpipev", 2, True),
+    ],
 )
 def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, ranks, shared_ends):
     config = dataclasses.replace(SMALL, shared_ends=shared_ends)

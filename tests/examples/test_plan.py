@@ -86,6 +86,7 @@ def test_compiled_table():
     assert small.startswith("| 1f1b | 20.0 | 0.0 | 20.0 | -")
 
 
+@pytest.mark.slow
 def test_gradients_between_nodes_take_longer():
     """More expert parallelism leaves each device fewer experts; summing the rest between nodes takes longer."""
 

@@ -42,7 +42,7 @@ def plain_loss(layers, x, devices):
     return total
 
 
-@pytest.mark.parametrize("devices", [pytest.param(2, marks=pytest.mark.slow), 4])
+@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
 def test_overlapped_pairs_have_the_plain_programs_gradients(devices, x64):
     mesh = mesh_of(devices)
     function, (layers, x) = prepare("train", TINY, mesh, jnp.float64, pairs=2)

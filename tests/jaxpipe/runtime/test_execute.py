@@ -31,7 +31,7 @@ GRID = [
     ("dualpipe", 2, 4),
     ("dualpipe", 4, 8),
     ("dualpipe", 6, 14),
-    ("dualpipe", 8, 20),
+    pytest.param("dualpipe", 8, 20, marks=pytest.mark.slow),
     ("dualpipev", 1, 2),
     ("dualpipev", 2, 4),
     pytest.param("dualpipev", 3, 6, marks=pytest.mark.slow),
