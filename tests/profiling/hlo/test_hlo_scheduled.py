@@ -13,7 +13,7 @@ from profiling.hlo.hiding import overlap
 from profiling.hlo.text import read
 from tests.profiling import scheduled
 
-DATA = pathlib.Path(__file__).parent / "data"
+DATA = pathlib.Path(__file__).parents[1] / "data"
 SMALL = MoEConfig(width=64, hidden=32, router=RouterConfig(16, 2, 4, 2), capacity_factor=1.25)
 
 

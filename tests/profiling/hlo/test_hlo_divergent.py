@@ -145,7 +145,7 @@ def test_shared_ends_may_communicate_over_the_ranks(dispatch, shared):
 
 HANGS = """
 import jax, jax.numpy as jnp, jaxpipe, sys
-from tests.profiling.test_hlo_divergent import *
+from tests.profiling.hlo.test_hlo_divergent import *
 stage, batch_spec = globals()[sys.argv[1]], P("tp") if sys.argv[1] == "rolled" else None
 mesh, schedule = jaxpipe.make_mesh(pp=2, tp=2), jaxpipe.schedule.build("1f1b", 2, 4)
 step = jaxpipe.value_and_grad(stage, schedule, mesh, head=lambda o, y, d, c: jnp.mean(y**2), batch_spec=batch_spec,
@@ -163,7 +163,7 @@ print("done", flush=True)
 def test_what_is_found_does_hang(name, ends):
     """Run for 20 seconds after it was compiled; XLA ends a program that waits longer than it is told to."""
     flags = "--xla_force_host_platform_device_count=4 --xla_cpu_collective_call_terminate_timeout_seconds=20"
-    root = pathlib.Path(__file__).resolve().parent.parent.parent
+    root = pathlib.Path(__file__).resolve().parents[3]
     env = {**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu", "PYTHONPATH": str(root)}
     run = subprocess.run([sys.executable, "-c", HANGS, name], env=env, cwd=root, capture_output=True, text=True)
     assert run.stdout.split() == ["compiled", "done"][: 1 + ends], run.stderr[-2000:]

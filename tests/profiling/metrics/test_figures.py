@@ -11,7 +11,7 @@ from profiling.reports.making import report
 
 KNOWN = [
     line.split("\t")
-    for line in (pathlib.Path(__file__).parent / "data" / "kernels.txt").read_text(encoding="utf-8").splitlines()
+    for line in (pathlib.Path(__file__).parents[1] / "data" / "kernels.txt").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#") and not line.endswith("other kernel")
 ]
 

@@ -23,7 +23,7 @@ from profiling.event import Collective, Event, Trace
 
 KNOWN = [
     line.split("\t")
-    for line in (pathlib.Path(__file__).parent / "data" / "kernels.txt").read_text(encoding="utf-8").splitlines()
+    for line in (pathlib.Path(__file__).parents[1] / "data" / "kernels.txt").read_text(encoding="utf-8").splitlines()
     if not line.startswith("#")
 ]
 

@@ -13,7 +13,7 @@ from profiling.reports.making import EXPLAINED, report
 from profiling.table import Column, Table, as_markdown, as_text, written
 from tests.profiling.traces import HOSTILE, layer_trace, tangled_trace
 
-DEEPSEEK = pathlib.Path(__file__).resolve().parents[3] / "shared" / "data" / "deepseek_profile_train.json.gz"
+DEEPSEEK = pathlib.Path(__file__).resolve().parents[4] / "shared" / "data" / "deepseek_profile_train.json.gz"
 
 
 def figures(made):
