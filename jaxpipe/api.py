@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.arguments import check_model, check_options, check_schedule
-from jaxpipe.differentiated import not_transposed
+from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.runtime import execute
 from jaxpipe.runtime.copies import stage_of_rows
 from jaxpipe.runtime.lower import lower

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
-from jaxpipe.alike import same
+from jaxpipe.jaxpr_equality import same
 from jaxpipe.api import stack_stages
 from jaxpipe.inputs import check_same_structure
 from jaxpipe.layers import (

@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.alike import same_program
+from jaxpipe.jaxpr_equality import same_program
 from jaxpipe.api import stack_stages, unstack_stages
 from jaxpipe.inputs import check_same_structure
 from jaxpipe.runtime.buffers import accumulation_dtype

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_alone, check_gradients_of_ends, check_weight
+from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
@@ -22,7 +22,7 @@ from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
-from jaxpipe.runtime.shares import Shares, mean_shares
+from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.unrolled import run_unrolled
 from jaxpipe.stage import SplitStage, split_stage
 from jaxpipe.stage.axes import collectives_of_jaxpr

@@ -9,7 +9,7 @@ and `matmul_flops` counts products.
 
 from jaxpipe.stage.effects import check_effects
 from jaxpipe.stage.flops import matmul_flops
-from jaxpipe.stage.once import vjp_once
+from jaxpipe.stage.vjp import vjp_once
 from jaxpipe.stage.split import split_stage
 from jaxpipe.stage.stage import Residuals, SplitStage
 

@@ -10,7 +10,7 @@ import jax
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import minimum_cut
+from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -28,7 +28,7 @@ def split_stage(
     this is called where they are bound, inside `jax.shard_map`.
 
     The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
-    again where their results are read, so a minimum cut (`jaxpipe.stage.keep`) decides which values to keep. With
+    again where their results are read, so a minimum cut (`jaxpipe.stage.residuals`) decides which values to keep. With
     ``again`` the same holds for what makes a value that `jax.ad_checkpoint.checkpoint_name` names "recompute", back to
     its last operation that is not light.
 

@@ -14,7 +14,7 @@ from jaxpipe._jax import LIGHT
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import RECOMPUTE, Node, Value
-from jaxpipe.stage.keep import minimum_cut
+from jaxpipe.stage.residuals import minimum_cut
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
