@@ -17,9 +17,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
-from jaxpipe.jaxpr_equality import same
 from jaxpipe.api import stack_stages
 from jaxpipe.inputs import check_same_structure
+from jaxpipe.jaxpr_equality import same
 from jaxpipe.layers import (
     Choice,
     Layer,

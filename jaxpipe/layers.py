@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.jaxpr_equality import same_program
 from jaxpipe.api import stack_stages, unstack_stages
 from jaxpipe.inputs import check_same_structure
+from jaxpipe.jaxpr_equality import same_program
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition

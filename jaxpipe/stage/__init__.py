@@ -9,9 +9,9 @@ and `matmul_flops` counts products.
 
 from jaxpipe.stage.effects import check_effects
 from jaxpipe.stage.flops import matmul_flops
-from jaxpipe.stage.vjp import vjp_once
 from jaxpipe.stage.split import split_stage
 from jaxpipe.stage.stage import Residuals, SplitStage
+from jaxpipe.stage.vjp import vjp_once
 
 __all__ = [
     "Residuals",
