@@ -10,6 +10,7 @@ from typing import Any
 from jax.core import Tracer as Tracer
 from jax.extend import source_info_util as source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Effect as Effect
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
@@ -186,6 +187,13 @@ def causal_attention_of_cudnn() -> Callable[..., Any]:
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
 
     return functools.partial(dot_product_attention, mask_type=MaskType.CAUSAL)
+
+
+def has_backends() -> bool:
+    """Whether JAX has started any backend, which it does when it is first asked for devices."""
+    from jax._src.xla_bridge import backends_are_initialized  # noqa: PLC0415
+
+    return backends_are_initialized()
 
 
 def distributed_state() -> Any:

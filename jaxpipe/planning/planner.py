@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpipe import inputs
 from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
+from jaxpipe.params import Params
 from jaxpipe.planning import chips
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
@@ -22,7 +23,6 @@ from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import DeviceWork, Works, works
-from jaxpipe.runtime.model import Params
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, Timeline, simulate
 
@@ -331,10 +331,12 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
     """The pipeline as a mesh of chips, or of CPUs, has it: CPUs run the halves of a pair one after the other."""
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
     if cpu and pipeline.dispatch == "loops":
-        return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch="sequential"))
-    if not cpu and on_cpu and pipeline.dispatch == "sequential":
-        return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch="loops"))
-    return pipeline
+        dispatch = "sequential"
+    elif not cpu and on_cpu and pipeline.dispatch == "sequential":
+        dispatch = "loops"
+    else:
+        return pipeline
+    return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))
 
 
 def _shape(leaf: Any) -> Any:

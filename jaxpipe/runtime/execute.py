@@ -12,12 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
-from jaxpipe.runtime.model import Context, Model, Params
+from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts

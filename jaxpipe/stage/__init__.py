@@ -1,6 +1,6 @@
 """One stage of a pipeline, its backward pass divided.
 
-What stands here is public; all modules below are internal and may change without a word.
+What `__all__` names is public; all modules below are internal and may change without notice.
 
 `split_stage` makes a `SplitStage` of a function: its forward, and its backward in the halves for the input and for the
 weights. `vjp_once` is `jax.vjp` for functions with side effects, `check_effects` refuses those that JAX cannot order,
