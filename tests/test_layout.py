@@ -199,7 +199,7 @@ def test_public_packages_say_what_is_public(package):
         said = "What `__all__` names is public; all modules below are internal and may change without notice."
     else:
         said = "What `__all__` names is public; all else here is internal and may change without notice."
-    assert said in module.__doc__
+    assert said in str(module.__doc__)
 
 
 def test_schedules_are_plain_python():

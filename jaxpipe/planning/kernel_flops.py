@@ -27,7 +27,8 @@ def kernel_flops(eqn: JaxprEqn, rules: Mapping[str, FlopsRule]) -> float | None:
     The first of these that there is: a rule of its name, its own estimate, attention's and a grouped product's shapes.
     """
     name = kernel_name(eqn)
-    operands, results = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
+    operands: list[Any] = [atom.aval for atom in eqn.invars]
+    results: list[Any] = [var.aval for var in eqn.outvars]
     if name in rules:
         return float(rules[name](operands, results))
     estimate = eqn.params.get("cost_estimate")
