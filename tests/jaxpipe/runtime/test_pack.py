@@ -116,7 +116,7 @@ def test_uneven_costs_lose_at_most_three_percent(name: str, ranks: int, microbat
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_large_schedules_take_few_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The search looks at as many positions of the ranks as it takes, and not at more for more microbatches."""
+    """Counted are the positions of the ranks that the search goes on from, most of the work of packing."""
     advance, looked_at = search._advance, []
 
     def counted(space: search._Space, beam: search._Beam) -> search._Beam:
