@@ -1,24 +1,28 @@
 """Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program.
 
-What stands here is public; all modules below are internal and may change without a word.
+What `__all__` names is public; all modules below are internal and may change without notice.
 
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
-`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer. `schedule` builds, checks, simulates
-and draws schedules, `vocabulary` shards an embedding over the ranks, and `jaxpipe.flax`, imported by its own name
-because it needs Flax, makes stages of Flax modules and of rows of layers.
+`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer, and `plan` foretells memory and time.
+
+Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
+`jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
+Imported by their own names, because they need Flax, are `jaxpipe.flax`, which makes stages of Flax modules and of rows
+of layers, and `jaxpipe.deepseek`, DeepSeek-V3's model.
 """
 
 import importlib.metadata
 
 from jaxpipe import schedule, vocabulary
-from jaxpipe.api import Pipeline, forward, make_mesh, stack_stages, unstack_stages, value_and_grad
+from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
 from jaxpipe.compiling import compiler_options
 from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
-from jaxpipe.runtime.model import Context, Output, Params
+from jaxpipe.runtime.model import Context, Output
 
 __all__ = [
     "Achieved",

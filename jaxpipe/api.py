@@ -5,21 +5,20 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.arguments import check_model, check_options, check_schedule
-from jaxpipe.differentiated import not_transposed
+from jaxpipe.not_differentiable import not_transposed
+from jaxpipe.params import Params
 from jaxpipe.runtime import execute
-from jaxpipe.runtime.copies import stage_of_rows
 from jaxpipe.runtime.lower import lower
-from jaxpipe.runtime.model import Model, Params
+from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.runtime.unrolled import is_short
@@ -52,7 +51,7 @@ class Pipeline:
 
     program: Program
     model: Model
-    mesh: Mesh
+    mesh: Mesh | AbstractMesh
     options: Options
 
     @property
@@ -144,7 +143,7 @@ class Pipeline:
 def value_and_grad(
     stage: Callable[..., Any],
     schedule: Schedule,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
@@ -256,7 +255,7 @@ def value_and_grad(
 def forward(
     stage: Callable[..., Any],
     schedule: Schedule,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
@@ -307,50 +306,9 @@ def make_mesh(**sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
 
 
-def stack_stages(stages: Any, schedule: Schedule, order: str = "model") -> Any:
-    """Stacks the parameters of stages 0, 1, ... into rows.
-
-    Args:
-      stages: a list, tuple or iterator of the parameters of each stage, in the order of the forward pass; or these
-        stacked already, a pytree whose leaves are ``[num_stages, ...]`` with stage i in row i.
-      schedule: gives the number of stages and, for storage order, their rows.
-      order: that of the result and of the pipeline that it is for: "model", row i is stage i; "storage", row i is stage
-        ``schedule.storage_order[i]``.
-
-    Raises:
-      ValueError: another number of stages than the schedule's, or stages that are not alike.
-
-    >>> from jaxpipe.schedule import build
-    >>> import numpy as np
-    >>> stack_stages([np.float32(stage) for stage in range(4)], build("dualpipev", 2, 4)).tolist()
-    [0.0, 1.0, 2.0, 3.0]
-    >>> stack_stages(np.arange(4), build("dualpipev", 2, 4), order="storage").tolist()
-    [0, 3, 1, 2]
-    """
-    rows = stage_of_rows(schedule, order)
-    if isinstance(stages, Iterator):
-        stages = list(stages)
-    if isinstance(stages, (list, tuple)) and not hasattr(stages, "_fields"):
-        inputs.check_alike(stages, schedule)
-        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(stages[stage] for stage in rows))
-    inputs.check_rows(stages, schedule, "stacked")
-    return stages if rows == tuple(range(len(rows))) else jax.tree.map(lambda leaf: leaf[np.asarray(rows)], stages)
-
-
-def unstack_stages(stacked: Any, schedule: Schedule, order: str = "model") -> list[Any]:
-    """The inverse of `stack_stages`: the parameters (or gradients) of stages 0, 1, ... as a list.
-
-    >>> import jaxpipe, numpy as np
-    >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
-    >>> unstack_stages({"w": np.asarray([0, 3, 1, 2])}, schedule, order="storage")[1]["w"].item()
-    1
-    """
-    inputs.check_rows(stacked, schedule, "stacked")
-    row_of = {stage: row for row, stage in enumerate(stage_of_rows(schedule, order))}
-    return [jax.tree.map(lambda leaf, row=row_of[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
-
-
-def _pipeline(model: Model, schedule: Schedule, mesh: Mesh, *, forward_only: bool, **given: Any) -> Pipeline:
+def _pipeline(
+    model: Model, schedule: Schedule, mesh: Mesh | AbstractMesh, *, forward_only: bool, **given: Any
+) -> Pipeline:
     """The pipeline; ``given`` are the options of `check_options`."""
     check_schedule(schedule)
     check(schedule)
@@ -368,7 +326,7 @@ def _pipeline(model: Model, schedule: Schedule, mesh: Mesh, *, forward_only: boo
     return Pipeline(program, model, mesh, options)
 
 
-def _default_dispatch(program: Program, mesh: Mesh) -> str:
+def _default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     """The fastest way to run branches that copies nothing it need not."""
     if is_short(program):
         return "unrolled"

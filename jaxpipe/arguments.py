@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.runtime.copies import stage_of_rows
-from jaxpipe.runtime.model import Model, Params
+from jaxpipe.params import Params, stage_of_rows
+from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule

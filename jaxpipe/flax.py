@@ -1,6 +1,6 @@
 """Flax NNX and Linen modules as pipeline stages, embeddings and heads.
 
-What ``__all__`` names is public; the rest is internal and may change without a word.
+What `__all__` names is public; all else here is internal and may change without notice.
 """
 
 from __future__ import annotations
@@ -17,19 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
-from jaxpipe.alike import same
-from jaxpipe.api import stack_stages
-from jaxpipe.inputs import check_same_structure
+from jaxpipe.jaxpr_equality import same
 from jaxpipe.layers import (
     Choice,
     Layer,
     layered_stages,
     shorten,
     split_layers,
-    spread_layers,
+    stages_of_mixed_layers,
     unstack_layers,
 )
 from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
+from jaxpipe.params import check_same_structure, stack_stages
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 
@@ -232,7 +231,7 @@ def _stages(
 ) -> tuple[Layer, Any]:
     """(stage function, stacked parameters) of modules with functions of their own."""
     if layers is not None:
-        return spread_layers(functions, function_of, params, schedule)
+        return stages_of_mixed_layers(functions, function_of, params, schedule)
     choice = Choice(functions, function_of)
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:

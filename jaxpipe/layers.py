@@ -12,9 +12,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.alike import same_program
-from jaxpipe.api import stack_stages, unstack_stages
-from jaxpipe.inputs import check_same_structure
+from jaxpipe.jaxpr_equality import same_program
+from jaxpipe.params import check_same_structure, stack_stages, unstack_stages
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition
@@ -61,10 +60,10 @@ def layered_stages(layer: Layer, layers: Any, schedule: Schedule) -> tuple[Layer
     >>> stages.shape  # 3 layers and 2
     (2, 3, 4, 4)
     """
-    return spread_layers((layer,), None, layers, schedule)
+    return stages_of_mixed_layers((layer,), None, layers, schedule)
 
 
-def spread_layers(
+def stages_of_mixed_layers(
     functions: Sequence[Layer], function_of: Sequence[int] | None, layers: Any, schedule: Schedule
 ) -> tuple[Layer, Any]:
     """`layered_stages` of layers with functions of their own: layer i runs ``functions[function_of[i]]``.

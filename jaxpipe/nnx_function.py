@@ -14,7 +14,7 @@ import numpy as np
 from flax import nnx
 
 from jaxpipe._jax import Tracer
-from jaxpipe.alike import returns_input
+from jaxpipe.jaxpr_equality import returns_input
 from jaxpipe.runtime.model import Context
 
 MUTABLE = (nnx.BatchStat, nnx.Cache, nnx.Intermediate)

@@ -1,5 +1,7 @@
 """Embedding and cross-entropy of a vocabulary whose rows are sharded over a mesh axis.
 
+What `__all__` names is public; all else here is internal and may change without notice.
+
 To be called where every device of the axis takes part with the same tokens: inside ``embed`` and ``head`` of
 `jaxpipe.value_and_grad` with ``shared_ends=True``, or in any `jax.shard_map`. Vocabulary parallelism for pipelines:
 Yeung et al. 2024, https://arxiv.org/abs/2411.05288.

@@ -1,6 +1,6 @@
 """Timelines of training steps: captured, read, measured, drawn and predicted.
 
-What stands here is public; all modules below are internal and may change without a word.
+What `__all__` names is public; all modules below are internal and may change without notice.
 """
 
 from jaxpipe.planning.chips import Achieved, Chip, chip

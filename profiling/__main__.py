@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.planning.chips import Chip, chip
+from jaxpipe.planning.mesh import mesh_sizes
 from profiling.classify.rules import Rule, load_rules
 from profiling.event import Trace
 from profiling.hlo.hiding import CompiledOverlap, overlap
@@ -203,10 +204,10 @@ def _run(args: argparse.Namespace) -> None:
     sizes = _sizes(args.size or ("dsv3" if on_gpu else "tiny"), args.layers, args.experts)
     devices = None
     if args.mesh:
-        axis, _, count = args.mesh.partition("=")
-        if axis != "ep" or not count.isdigit():
+        axes = mesh_sizes(args.mesh)
+        if set(axes) != {"ep"}:
             raise ValueError(f"--mesh {args.mesh}: workloads run on one axis; write ep=N")
-        devices = int(count)
+        devices = axes["ep"]
     ran = run(
         args.workload,
         sizes,

@@ -74,7 +74,7 @@ def stash_bytes(chunk: Chunk, step: jaxpipe.Pipeline, masters: Any, mesh: Any) -
     def inspect(params: Any, x: jax.Array) -> jax.Array:
         index = jax.ShapeDtypeStruct((), jnp.int32)
         ctx = Context(index, index, None, x)
-        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True, again=pools))
+        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True, recompute=pools))
         return x
 
     jax.eval_shape(jax.shard_map(inspect, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False), one, x)

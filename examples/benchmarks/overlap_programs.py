@@ -23,6 +23,7 @@ import jaxpipe
 from eplb_jax import init_moe, moe_layer
 from jaxpipe.deepseek import apply_block, attend, init_mla, rms_norm, stand_in
 from jaxpipe.deepseek.block import Part
+from jaxpipe.inputs import is_spec
 from jaxpipe.runtime import execute
 from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.execute import run_steps
@@ -97,7 +98,7 @@ class Job:
     def specs(self, *front: str | None) -> list[Any]:
         """PartitionSpecs of the layers, after those of the leading dimensions."""
         layer = layer_specs(self.sizes)[0]
-        return [jax.tree.map(lambda spec: P(*front, *spec), layer, is_leaf=_is_spec)] * self.sizes.layers
+        return [jax.tree.map(lambda spec: P(*front, *spec), layer, is_leaf=is_spec)] * self.sizes.layers
 
     def params(self, *front: int, specs: Any) -> Any:
         """Shapes of the layers on the mesh, after the leading dimensions."""
@@ -279,7 +280,3 @@ EXECUTORS = {
     "w_beside_sends": w_beside_sends,
     "without_switch": without_switch,
 }
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, P)

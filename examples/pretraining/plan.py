@@ -20,9 +20,9 @@ import jaxpipe
 from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
+from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.planner import PROGRAMS
-from jaxpipe.planning.work import FlopsRule, attention_flops
 from jaxpipe.schedule.registry import BUILDERS
 from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table

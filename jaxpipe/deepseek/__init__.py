@@ -1,5 +1,7 @@
 """DeepSeek-V3's model, once: sizes, attention, layers, embedding and head, and all of them as pipeline stages.
 
+What `__all__` names is public; all modules below are internal and may change without notice.
+
 `build_model` gives what `jaxpipe.value_and_grad` takes; `attend`, `attend_cached` and `apply_block` are the layer as
 functions of arrays, for those who put it together otherwise.
 """

@@ -47,7 +47,7 @@ class Arrangement:
 
     @property
     def slots(self) -> int:
-        """Layers that a stage has room for."""
+        """Layers that a stage can hold."""
         return max(self.counts)
 
     @property

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from types import MappingProxyType
 
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe import flops
 
 REMATS = ("none", "attention", "layer")
 
@@ -88,7 +89,7 @@ class LayerConfig:
         >>> MODELS["dsv3-671b"].score_flops(4096)
         167772160
         """
-        return sequence * self.heads * (self.content + self.rotary + self.value)
+        return int(flops.score_flops(sequence * self.heads, self.content + self.rotary, self.value))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -158,7 +158,7 @@ class DeepSeekModel:
         return aux["loads"][jnp.asarray(stages), jnp.asarray(slots)]
 
     def dropped_of(self, aux: Any) -> jax.Array:
-        """Choices of the step that found no room."""
+        """Choices of experts that the step dropped, beyond the capacity."""
         return aux["dropped"]
 
     def placements(self, params: Any) -> Placement | None:

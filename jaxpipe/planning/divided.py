@@ -13,9 +13,9 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe._jax import Jaxpr, JaxprEqn, Literal
+from jaxpipe._jax import REDUCTIONS, Jaxpr, JaxprEqn, Literal
 from jaxpipe.arguments import entry_axes
-from jaxpipe.planning.liveness import REDUCTIONS, called_jaxpr, whole
+from jaxpipe.planning.liveness import called_jaxpr, whole
 from jaxpipe.stage.graph import scan_counts
 
 Dims = tuple[frozenset[str], ...]

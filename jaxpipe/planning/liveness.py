@@ -13,65 +13,27 @@ import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
-from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn, Literal
+from jaxpipe._jax import (
+    BODY_PARAMETERS,
+    COMPUTED_ONCE,
+    READS_WHOLE,
+    REDUCTIONS,
+    VIEWS,
+    WITH_BODIES,
+    WRITES_IN_PLACE,
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+)
 from jaxpipe.stage.graph import scan_counts
-
-VIEWS = {"reshape", "squeeze", "expand_dims", "transpose", "copy", "copy_p", "stop_gradient", "sharding_constraint"}
-"""Operations whose result is their operand in other words."""
-
-IN_PLACE = {"dynamic_update_slice"}
-"""Operations that write into their first operand."""
-
-WHOLE = {
-    "dot_general",
-    "ragged_dot",
-    "ragged_dot_general",
-    "conv_general_dilated",
-    "sort",
-    "top_k",
-    "gather",
-    "scatter",
-    "scatter-add",
-    "scatter_add",
-    "cumsum",
-    "cumlogsumexp",
-    "argmax",
-    "argmin",
-    "all_to_all",
-    "all_gather",
-    "pmax",
-    "psum",
-    "psum2",
-    "psum_invariant",
-    "reduce_scatter",
-    "psum_scatter",
-    "ppermute",
-    "while",
-    "scan",
-    "cond",
-    "pallas_call",
-    "ffi_call",
-    "custom_call",
-}
-"""Operations that need their operands whole and make a whole result."""
-
-REDUCTIONS = {"reduce_sum", "reduce_max", "reduce_min", "reduce_and", "reduce_or", "reduce_prod"}
-"""Operations that make a whole result of operands computed on the way."""
-
-EXPENSIVE = {
-    "cbrt", "cos", "div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "sqrt",
-    "tan", "tanh",
-}  # fmt: skip
-"""Elementwise operations that XLA computes once for several readers; cheaper ones it repeats in each, on GPUs."""
-
-CALLS = ("jaxpr", "call_jaxpr", "fun_jaxpr", "call")
 
 Size = Callable[[Any], int]
 """Bytes of a variable of a jaxpr."""
 
 
 @dataclasses.dataclass(frozen=True)
-class _Op:
+class _InlinedOp:
     """An equation whose calls are inlined; values are numbers."""
 
     name: str
@@ -87,7 +49,7 @@ class _Graph:
     def __init__(self, cpu: bool, size: Size):
         self.cpu = cpu
         self.size = size
-        self.ops: list[_Op] = []
+        self.ops: list[_InlinedOp] = []
         self.sizes: list[int] = []
 
     def new(self, var: Any) -> int:
@@ -117,7 +79,7 @@ class _Graph:
         name, known = eqn.primitive.name, tuple(value for value in ins if value is not None)
         if name == "optimization_barrier":  # one alias for each value, or all would live as long as any
             pairs = zip(ins, outs, strict=True)
-            self.ops += [_Op(name, () if value is None else (value,), (out,)) for value, out in pairs]
+            self.ops += [_InlinedOp(name, () if value is None else (value,), (out,)) for value, out in pairs]
             return
         inner, aliases = 0, ()
         if name in ("scan", "while"):
@@ -126,7 +88,7 @@ class _Graph:
             inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in eqn.params["branches"])
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
-        self.ops.append(_Op(name, known, tuple(outs), inner, aliases))
+        self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
 
     def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
         """(bytes that a turn needs, the buffers that the carried values are written into)."""
@@ -150,7 +112,7 @@ class _Graph:
         masked = [self.new(atom) for atom in eqn.invars[: 1 + both]]
         for value, source in zip(masked, ins, strict=False):
             self.sizes[value] *= math.prod(sizes.shape)
-            self.ops.append(_Op("mask", () if source is None else (source,), (value,)))
+            self.ops.append(_InlinedOp("mask", () if source is None else (source,), (value,)))
         return (*masked, *(value for value in ins[1 + both :] if value is not None))
 
 
@@ -216,8 +178,8 @@ def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_
             floors[value] = floor
             written = op.aliases and place < len(op.aliases)
             roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
-        if made or op.inner or op.aliases or op.name in IN_PLACE:
-            elementwise = op.name not in WHOLE and op.name not in REDUCTIONS
+        if made or op.inner or op.aliases or op.name in WRITES_IN_PLACE:
+            elementwise = op.name not in READS_WHOLE and op.name not in REDUCTIONS
             nodes.append(_Node(made, sources, op.inner, elementwise, floor if sums.intersection(made) else None))
     return nodes, roots
 
@@ -308,13 +270,13 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
     whole: set[int] = set()
     kept: set[int] = set()
     for op in reversed(graph.ops):
-        shared = op.name in VIEWS or op.name in IN_PLACE or op.name == "optimization_barrier"
+        shared = op.name in VIEWS or op.name in WRITES_IN_PLACE or op.name == "optimization_barrier"
         for place, value in enumerate(op.outs):
-            shared_by_readers = readers.get(value, 0) > 1 and (graph.cpu or op.name in EXPENSIVE)
-            own = value in whole or shared_by_readers or op.name in WHOLE or op.name in REDUCTIONS
+            shared_by_readers = readers.get(value, 0) > 1 and (graph.cpu or op.name in COMPUTED_ONCE)
+            own = value in whole or shared_by_readers or op.name in READS_WHOLE or op.name in REDUCTIONS
             if own and not shared and place >= len(op.aliases):
                 kept.add(value)
-        needed = op.name in WHOLE or op.name == "optimization_barrier"
+        needed = op.name in READS_WHOLE or op.name == "optimization_barrier"
         if op.name in VIEWS and any(value in whole or readers.get(value, 0) > 1 for value in op.outs):
             needed = True
         for value in dict.fromkeys(op.ins):
@@ -324,16 +286,16 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
     return {value for value in kept if value not in inputs}
 
 
-def _is_elementwise(op: _Op) -> bool:
+def _is_elementwise(op: _InlinedOp) -> bool:
     """Whether an operation is computed element by element, and is one: no view, nothing written into a part."""
-    return op.name not in WHOLE | REDUCTIONS | VIEWS | IN_PLACE | {"optimization_barrier"}
+    return op.name not in READS_WHOLE | REDUCTIONS | VIEWS | WRITES_IN_PLACE | {"optimization_barrier"}
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
     """The body of an equation that is a call."""
-    if eqn.primitive.name in ("scan", "while", "cond", "pallas_call", "shard_map"):
+    if eqn.primitive.name in WITH_BODIES or eqn.primitive.name == "pallas_call":
         return None
-    for name in CALLS:
+    for name in BODY_PARAMETERS:
         body = eqn.params.get(name)
         if isinstance(body, ClosedJaxpr):
             return body.jaxpr

@@ -6,8 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpipe._jax import Jaxpr, Literal
-from jaxpipe.planning.liveness import VIEWS, Size, peak
+from jaxpipe._jax import VIEWS, Jaxpr, Literal
+from jaxpipe.planning.liveness import Size, peak
 from jaxpipe.stage.graph import scan_counts
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -15,13 +15,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpipe import inputs
 from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
+from jaxpipe.params import Params
 from jaxpipe.planning import chips
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
+from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
-from jaxpipe.planning.work import FlopsRule, Work, Works, works
-from jaxpipe.runtime.model import Params
+from jaxpipe.planning.work import DeviceWork, Works, works
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, Timeline, simulate
 
@@ -196,41 +197,21 @@ def _plan(
     *,
     updated: bool,
 ) -> Plan:
-    program = pipeline.program
-    schedule = program.schedule
-    timeline = simulate(schedule, costs) if not program.forward_only else simulate(_forwards(schedule), costs)
-
-    def seconds(*letters: str) -> float:
-        each = [found.actions.get(letter, Work()) for letter in letters]
-        return sum(work.compute(chip, achieved) + work.communicate(network) for work in each)
-
-    embed, head = seconds("E", "G"), seconds("H")
+    """The plan, of a step's work and the costs of its actions; ``updated``: whether an optimizer updates the state."""
+    seconds = {
+        letter: work.compute(chip, achieved) + work.communicate(network) for letter, work in found.actions.items()
+    }
+    embed, head = sum(seconds.get(letter, 0.0) for letter in "EG"), seconds.get("H", 0.0)
     once = found.once.compute(chip, achieved) + found.once.communicate(network)
     if updated:  # all state is read and written
         once += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    timeline = _timeline(pipeline, costs)
     runs = _runs(pipeline, timeline)
-    ends = np.zeros(schedule.num_ranks)
-    for rank in range(schedule.num_ranks):
-        ends[rank] = runs[rank].get("E", 0) * embed + runs[rank].get("H", 0) * head
     # Nothing hides the work of embedding and head on the rank that has most of it.
-    total = timeline.makespan + float(ends.max()) + once
+    ends = max(counts.get("E", 0) * embed + counts.get("H", 0) * head for counts in runs)
+    total = timeline.makespan + ends + once
     others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
-    executed = flops = 0.0
-    uncounted: dict[str, float] = {}
-    # Backward takes two products for each of forward; a head computes both at once.
-    factors = {"F": 1, "E": 1, "H": 1} if program.forward_only else {"F": 3, "E": 3, "H": 1}
-    for counts in runs:
-        for letter, count in counts.items():
-            work = found.actions.get(letter, Work())
-            executed += count * work.flops * others
-            if program.shared_ends and letter in "EH":  # all ranks run the same one together
-                flops += count / schedule.num_ranks * factors[letter] * work.model_flops(schedule.num_ranks) * others
-            else:
-                flops += count * factors.get(letter, 0) * work.model_flops() * others
-            for name, times in work.unknown:
-                uncounted[name] = max(uncounted.get(name, 0.0), count * times)
-    rates = [task.unit for work in found.actions.values() for task in work.tasks if task.unit]
-    best = chip.flops(max(sorted(set(rates)), key=rates.count)) if rates else chip.bf16
+    flops, executed = _step_flops(pipeline, found, runs, others)
     return Plan(
         name=pipeline.__name__,
         mesh=network.axes,
@@ -245,10 +226,57 @@ def _plan(
         bubble=max(timeline.bubble) / total if total else 0.0,
         flops=flops,
         executed=executed,
-        mfu=flops / total / (best * others * schedule.num_ranks) if total else 0.0,
-        uncounted=tuple(uncounted.items()),
+        mfu=flops / total / (_best_rate(found, chip) * others * len(runs)) if total else 0.0,
+        uncounted=_uncounted(found, runs),
         work=found,
     )
+
+
+def _timeline(pipeline: Pipeline, costs: Costs) -> Timeline:
+    """The schedule with these costs, of a forward pass its forwards alone."""
+    schedule = pipeline.program.schedule
+    return simulate(_forwards(schedule) if pipeline.program.forward_only else schedule, costs)
+
+
+def _step_flops(
+    pipeline: Pipeline, found: Works, runs: Sequence[Mapping[str, int]], others: int
+) -> tuple[float, float]:
+    """(FLOPs of a step on all devices as the model needs them, those that the devices run).
+
+    Args:
+      pipeline: gives who runs the ends.
+      found: the work of one run of each kind of action.
+      runs: how often each rank runs each.
+      others: devices that do what a rank does, each on its part.
+    """
+    # Backward takes two products for each of forward; a head computes both at once.
+    factors = {"F": 1, "E": 1, "H": 1} if pipeline.program.forward_only else {"F": 3, "E": 3, "H": 1}
+    executed = flops = 0.0
+    for counts in runs:
+        for letter, count in counts.items():
+            work = found.actions.get(letter, DeviceWork())
+            executed += count * work.flops * others
+            if pipeline.program.shared_ends and letter in "EH":  # all ranks run the same one together
+                flops += count / len(runs) * factors[letter] * work.model_flops(len(runs)) * others
+            else:
+                flops += count * factors.get(letter, 0) * work.model_flops() * others
+    return flops, executed
+
+
+def _uncounted(found: Works, runs: Sequence[Mapping[str, int]]) -> tuple[tuple[str, float], ...]:
+    """(kernel whose FLOPs no rule knows, times a step on the device that runs it most)."""
+    uncounted: dict[str, float] = {}
+    for counts in runs:
+        for letter, count in counts.items():
+            for name, times in found.actions.get(letter, DeviceWork()).unknown:
+                uncounted[name] = max(uncounted.get(name, 0.0), count * times)
+    return tuple(uncounted.items())
+
+
+def _best_rate(found: Works, chip: Chip) -> float:
+    """FLOP/s of what multiplies in most of the kernels."""
+    units = [kernel.unit for work in found.actions.values() for kernel in work.kernels if kernel.unit]
+    return chip.flops(max(sorted(set(units)), key=units.count)) if units else chip.bf16
 
 
 def _costs(found: Works, chip: Chip, achieved: Achieved, network: Network, axis: str) -> Costs:
@@ -302,11 +330,12 @@ def _runs(pipeline: Pipeline, timeline: Timeline) -> list[dict[str, int]]:
 def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
     """The pipeline as a mesh of chips, or of CPUs, has it: CPUs run the halves of a pair one after the other."""
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
-    dispatch = pipeline.dispatch
-    if cpu and dispatch == "loops":
+    if cpu and pipeline.dispatch == "loops":
         dispatch = "sequential"
-    elif not cpu and on_cpu and dispatch == "sequential":
+    elif not cpu and on_cpu and pipeline.dispatch == "sequential":
         dispatch = "loops"
+    else:
+        return pipeline
     return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))
 
 

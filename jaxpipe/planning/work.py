@@ -8,52 +8,47 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-import math
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
-
-from jaxpipe._jax import ELEMENTWISE, HEAVY, MOVING, Jaxpr, JaxprEqn, Literal
+from jaxpipe._jax import (
+    COLLECTIVES,
+    COMPUTED_ONCE,
+    ELEMENTWISE,
+    HEAVY,
+    MOVING,
+    PRODUCTS,
+    READS_PART,
+    REDUCTIONS,
+    WITH_BODIES,
+    WITHOUT_KERNEL,
+    WRITES_IN_PLACE,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+)
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.liveness import EXPENSIVE, IN_PLACE, REDUCTIONS, VIEWS, called_jaxpr
+from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
+from jaxpipe.planning.liveness import called_jaxpr
 from jaxpipe.planning.mesh import Network
 from jaxpipe.stage.flops import eqn_flops
-
-FlopsRule = Callable[[Sequence[Any], Sequence[Any]], float]
-"""FLOPs of a kernel, of the shapes of its operands and results."""
 
 RECOMPUTED = "rematted_computation"
 """JAX's scope for what `jax.checkpoint` computes again."""
 
-COLLECTIVES = {
-    "psum": "all-reduce", "psum2": "all-reduce", "psum_invariant": "all-reduce", "pmax": "all-reduce",
-    "pmin": "all-reduce", "all_gather": "all-gather", "all_gather_invariant": "all-gather",
-    "all_gather_reduced": "all-gather", "reduce_scatter": "reduce-scatter", "psum_scatter": "reduce-scatter",
-    "unreduced_psum": "all-reduce", "unreduced_reduce_scatter": "reduce-scatter", "all_to_all": "all-to-all",
-    "ragged_all_to_all": "all-to-all", "ppermute": "permute",
-}  # fmt: skip
-"""What each primitive of JAX makes devices do together."""
-
-PRODUCTS = ("dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated")
-LOOPS = ("scan", "while", "cond", "shard_map")
-
-_FUSED = (ELEMENTWISE | MOVING) - REDUCTIONS
-_FREE = VIEWS | {"optimization_barrier", "axis_index", "platform_index", "pvary", "pcast", "iota", "name"}
+_FUSED = ELEMENTWISE | MOVING
 _ENDS = frozenset({"prepare", "reduce"})
 """Scopes of what is done once a step."""
 
-_SLICES = {"dynamic_slice", "slice"}
 _SCALARS = 256
 """Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
 
 _ACTION = re.compile(r"(?:^|/)(branch_\d+(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
-_ATTENTION = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
 
 
-class Task(NamedTuple):
+class Kernel(NamedTuple):
     """One kernel.
 
     Attributes:
@@ -85,46 +80,49 @@ class Message(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Work:
+class DeviceWork:
     """What one device does in a part of a program.
 
     Attributes:
-      tasks: kernels.
+      kernels: in the order of the program.
       messages: collectives.
       unknown: (kernel that no rule knows, times): its bytes count, its FLOPs do not.
     """
 
-    tasks: tuple[Task, ...] = ()
+    kernels: tuple[Kernel, ...] = ()
     messages: tuple[Message, ...] = ()
     unknown: tuple[tuple[str, float], ...] = ()
 
     @property
     def flops(self) -> float:
         """Of all products."""
-        return sum(task.flops * task.times for task in self.tasks)
+        return sum(kernel.flops * kernel.times for kernel in self.kernels)
 
     def model_flops(self, ranks: int = 1) -> float:
         """Without what a backward pass computes again; of ``ranks`` together, what each of them does whole once."""
         return sum(
-            task.flops * task.times * (ranks if task.parted else 1) for task in self.tasks if not task.recomputed
+            kernel.flops * kernel.times * (ranks if kernel.parted else 1)
+            for kernel in self.kernels
+            if not kernel.recomputed
         )
 
     @property
     def nbytes(self) -> float:
         """That kernels read from memory and write."""
-        return sum(task.nbytes * task.times for task in self.tasks)
+        return sum(kernel.nbytes * kernel.times for kernel in self.kernels)
 
     def compute(self, chip: Chip, achieved: Achieved) -> float:
         """Seconds of all kernels: of each its products or its bytes, whichever takes longer."""
         memory = chip.hbm * achieved.memory
-        rates = {unit: chip.flops(unit) * achieved.matmul for unit in {task.unit for task in self.tasks if task.unit}}
+        units = {kernel.unit for kernel in self.kernels if kernel.unit}
+        rates = {unit: chip.flops(unit) * achieved.matmul for unit in units}
         return sum(
-            task.times
+            kernel.times
             * (
-                max(task.flops / rates[task.unit] if task.unit else 0.0, task.nbytes / memory)
+                max(kernel.flops / rates[kernel.unit] if kernel.unit else 0.0, kernel.nbytes / memory)
                 + achieved.kernel_us / 1e6
             )
-            for task in self.tasks
+            for kernel in self.kernels
         )
 
     def communicate(self, network: Network) -> float:
@@ -143,8 +141,8 @@ class Works:
       boundary: bytes of each array between stages; empty where nothing is kept in slots.
     """
 
-    actions: Mapping[str, Work]
-    once: Work
+    actions: Mapping[str, DeviceWork]
+    once: DeviceWork
     boundary: tuple[int, ...]
 
 
@@ -160,7 +158,7 @@ def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis:
     found = _Collector(divided, kernels, axis)
     found.piece(body, "", "", 1.0)
     once = found.work(())
-    actions: dict[str, Work] = {}
+    actions: dict[str, DeviceWork] = {}
     for label in found.labels:
         match = _ACTION.search(label)
         if match:  # branches of a kind do the same; where one is free of something, the fuller one counts
@@ -172,7 +170,7 @@ def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis:
     return Works(actions, once, tuple(boundary))
 
 
-class _Op(NamedTuple):
+class _ScopedOp(NamedTuple):
     """An equation whose calls are inlined; values are numbers."""
 
     eqn: JaxprEqn
@@ -187,7 +185,7 @@ class _Flat:
     """Equations in order, those of calls among them."""
 
     def __init__(self) -> None:
-        self.ops: list[_Op] = []
+        self.ops: list[_ScopedOp] = []
         self.atoms: list[Any] = []
 
     def new(self, atom: Any) -> int:
@@ -211,32 +209,32 @@ class _Flat:
             env.update(zip(eqn.outvars, outs, strict=True))
             if name == "optimization_barrier":
                 pairs = zip(ins, outs, strict=True)
-                self.ops += [_Op(eqn, name, (value,), (out,), inner, mine) for value, out in pairs]
+                self.ops += [_ScopedOp(eqn, name, (value,), (out,), inner, mine) for value, out in pairs]
             else:
-                self.ops.append(_Op(eqn, name, tuple(ins), tuple(outs), inner, mine))
+                self.ops.append(_ScopedOp(eqn, name, tuple(ins), tuple(outs), inner, mine))
         return [None if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
 
 
 class _Collector:
-    """Tasks, messages and unknown kernels by label; "" is what is done once a step."""
+    """Kernels, messages and unknown kernels by label; "" is what is done once a step."""
 
-    def __init__(self, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> None:
-        self.divided, self.kernels, self.axis = divided, kernels, axis
-        self.tasks: dict[str, list[Task]] = collections.defaultdict(list)
+    def __init__(self, divided: Divided, rules: Mapping[str, FlopsRule], axis: str) -> None:
+        self.divided, self.rules, self.axis = divided, rules, axis
+        self.kernels: dict[str, list[Kernel]] = collections.defaultdict(list)
         self.messages: dict[str, list[Message]] = collections.defaultdict(list)
         self.unknown: dict[str, dict[str, float]] = collections.defaultdict(dict)
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
-    def work(self, labels: Iterable[str]) -> Work:
+    def work(self, labels: Iterable[str]) -> DeviceWork:
         """The work of some labels; of none, that of what has no label."""
         labels = list(labels) or [""]
         unknown: dict[str, float] = {}
         for label in labels:
             for name, times in self.unknown[label].items():
                 unknown[name] = unknown.get(name, 0.0) + times
-        return Work(
-            tuple(task for label in labels for task in self.tasks[label]),
+        return DeviceWork(
+            tuple(kernel for label in labels for kernel in self.kernels[label]),
             tuple(message for label in labels for message in self.messages[label]),
             tuple(unknown.items()),
         )
@@ -254,28 +252,28 @@ class _Collector:
             roots[value] = frozenset({value})
         for op in ops:
             sources = frozenset[int]().union(*(roots[value] for value in op.ins if value is not None))
-            own = op.name in _SLICES or op.name in IN_PLACE or op.name in LOOPS
+            own = op.name in READS_PART or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES
             for value in op.outs:
                 roots[value] = frozenset({value}) if own or value in kept else sources
-            if op.name in LOOPS:
+            if op.name in WITH_BODIES:
                 self._inside(op, times)
             elif not op.label and (in_loop or _ENDS.isdisjoint(op.path.split("/"))):
                 continue  # of the loop over steps: its tables, slots, and the messages that the simulation counts
             elif op.name in COLLECTIVES:
                 self._message(op, times)
-            elif op.name not in _FREE:
+            elif op.name not in WITHOUT_KERNEL:
                 if op.name == "dynamic_slice" and op.path.endswith(f"{op.label}/read"):
                     self.boundaries[op.label].append(self.divided.nbytes(flat.atoms[op.outs[0]]))
                 read = sum(self.divided.nbytes(flat.atoms[value]) for value in sources)
-                self._task(op, read, any(value in kept for value in op.outs), roots, flat, times)
+                self._kernel(op, read, any(value in kept for value in op.outs), roots, flat, times)
 
-    def _inside(self, op: _Op, times: float) -> None:
+    def _inside(self, op: _ScopedOp, times: float) -> None:
         """The bodies of loops, conditionals and nested shard_maps."""
         params = op.eqn.params
         if op.name == "cond":
             options = []
             for branch in params["branches"]:
-                other = _Collector(self.divided, self.kernels, self.axis)
+                other = _Collector(self.divided, self.rules, self.axis)
                 other.piece(branch.jaxpr, op.path, op.label, times, in_loop=True)
                 options.append(other)
             if not op.label:  # branches of a pipeline's own switch, all of which count
@@ -300,14 +298,14 @@ class _Collector:
 
     def _merge(self, other: _Collector, labels: Iterable[str]) -> None:
         for label in labels:
-            self.tasks[label] += other.tasks[label]
+            self.kernels[label] += other.kernels[label]
             self.messages[label] += other.messages[label]
             for name, times in other.unknown[label].items():
                 self._tell_unknown(label, name, times)
             self.boundaries[label] += other.boundaries[label]
             self.labels[label] = None
 
-    def _message(self, op: _Op, times: float) -> None:
+    def _message(self, op: _ScopedOp, times: float) -> None:
         params, kind = op.eqn.params, COLLECTIVES[op.name]
         names = params.get("axes", params.get("axis_name", ()))
         axes = tuple(name for name in ((names,) if isinstance(names, str) else names) if isinstance(name, str))
@@ -316,31 +314,31 @@ class _Collector:
         nbytes = sum(self.divided.nbytes(atom) for atom in arrays[:count])
         self.messages[op.label].append(Message(kind, axes, nbytes, times))
 
-    def _task(
-        self, op: _Op, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
+    def _kernel(
+        self, op: _ScopedOp, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
     ) -> None:
-        """The kernel that an operation is, if it is one."""
+        """Adds the kernel that an operation is, if it is one."""
         written = sum(self.divided.nbytes(flat.atoms[value]) for value in op.outs)
         again = RECOMPUTED in op.path.split("/")
         name, unit, flops, nbytes = op.name, "", 0.0, read + written
         if op.name in PRODUCTS:
-            flops, unit = self._product(op, times), _unit(op.eqn)
+            flops, unit = self._product(op, times), multiplying_unit(op.eqn)
         elif op.name in HEAVY or "kernel" in op.name or op.name == "core_map":
-            name = _kernel_name(op.eqn)
-            known = self._kernel(op.eqn, name)
+            name, known = kernel_name(op.eqn), kernel_flops(op.eqn, self.rules)
             if known is None:
                 self._tell_unknown(op.label, name, times)
-            else:
-                flops, unit = known, _unit(op.eqn) if known else ""
-        elif op.name in IN_PLACE or op.name.startswith("scatter"):
-            place = 1 if op.name in IN_PLACE else 2
+            elif known:
+                axes = frozenset[str]().union(*(axes for var in op.eqn.outvars for axes in self.divided.dims(var)))
+                flops, unit = known / self.divided.share(axes), multiplying_unit(op.eqn)
+        elif op.name in WRITES_IN_PLACE or op.name.startswith("scatter"):
+            place = 1 if op.name in WRITES_IN_PLACE else 2
             value, atom = op.ins[place], op.eqn.invars[place]
             sources = () if value is None else roots[value]
             size = self.divided.nbytes(atom)
-            nbytes = size * (1 if op.name in IN_PLACE else 2) + sum(self.divided.nbytes(flat.atoms[v]) for v in sources)
+            nbytes = size * place + sum(self.divided.nbytes(flat.atoms[v]) for v in sources)
         elif op.name == "gather":
             nbytes = 2 * written
-        elif op.name in _SLICES:
+        elif op.name in READS_PART:
             if not made:
                 return
             nbytes = 2 * written
@@ -348,9 +346,9 @@ class _Collector:
             return
         if flops or nbytes > _SCALARS:
             parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
-            self.tasks[op.label].append(Task(name, unit, flops, nbytes, times, again, parted))
+            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted))
 
-    def _product(self, op: _Op, times: float) -> float:
+    def _product(self, op: _ScopedOp, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
         eqn, divided = op.eqn, self.divided
         marks = frozenset(name for name, size in divided.sizes.items() if size == 1)
@@ -369,80 +367,30 @@ class _Collector:
                 self._compilers("all-reduce", summed, divided.nbytes(eqn.outvars[0]), op, times)
         return eqn_flops(eqn) / divided.share(out | summed)
 
-    def _compilers(self, kind: str, axes: frozenset[str], nbytes: float, op: _Op, times: float) -> None:
+    def _compilers(self, kind: str, axes: frozenset[str], nbytes: float, op: _ScopedOp, times: float) -> None:
         self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times))
 
-    def _kernel(self, eqn: JaxprEqn, name: str) -> float | None:
-        """FLOPs of a kernel, or None where nothing is known of it."""
-        operands, results = [atom.aval for atom in eqn.invars], [var.aval for var in eqn.outvars]
-        share = self.divided.share(
-            frozenset[str]().union(*(axes for var in eqn.outvars for axes in self.divided.dims(var)))
-        )
-        if name in self.kernels:
-            return float(self.kernels[name](operands, results)) / share
-        estimate = eqn.params.get("cost_estimate")
-        if estimate is not None:
-            return float(estimate.flops) / share
-        if name in _ATTENTION:
-            return attention_flops(*operands[:3], products=_ATTENTION[name], causal=_is_causal(eqn)) / share
-        found = grouped_flops(operands, results)
-        return None if found is None else found / share
 
-
-def attention_flops(query: Any, key: Any, value: Any, *, products: int, causal: bool) -> float:
-    """FLOPs of attention of queries ``[B, T, H, C]`` to keys ``[B, S, H, C]`` and values ``[B, S, H, V]``.
-
-    ``products``: 2 forward, 5 backward, of scores or the like; a causal mask halves them.
-
-    >>> import jax
-    >>> q = jax.ShapeDtypeStruct((1, 4, 2, 8), "bfloat16")
-    >>> attention_flops(q, q, q, products=2, causal=True)
-    512.0
-    """
-    batch, queries, heads, width = query.shape
-    scores = batch * heads * queries * key.shape[1]
-    return scores * products * (width + value.shape[-1]) * (0.5 if causal else 1.0)
-
-
-def grouped_flops(operands: Sequence[Any], results: Sequence[Any]) -> float | None:
-    """FLOPs of a product of rows ``[m, k]`` with one matrix ``[k, n]`` a group, told by its shapes; else None.
-
-    Rows, results ``[m, n]`` and matrices ``[g, k, n]`` stand in whichever places, for gradients too.
-
-    >>> import jax
-    >>> rows, matrices, out = (jax.ShapeDtypeStruct(s, "bfloat16") for s in ((8, 2), (4, 2, 3), (8, 3)))
-    >>> grouped_flops([rows, matrices], [out])
-    96.0
-    """
-    floats = [a for a in (*operands, *results) if jnp.issubdtype(a.dtype, jnp.floating) and len(a.shape) > 1]
-    rows, matrices = ([a for a in floats if len(a.shape) == rank] for rank in (2, 3))
-    if len(floats) != 3 or len(rows) != 2 or len(matrices) != 1 or rows[0].shape[0] != rows[1].shape[0]:
-        return None
-    if sorted(matrices[0].shape[1:]) != sorted(a.shape[1] for a in rows):
-        return None
-    return 2.0 * rows[0].shape[0] * math.prod(matrices[0].shape[1:])
-
-
-def _needed(ops: Sequence[_Op], outputs: set[int]) -> list[_Op]:
+def _needed(ops: Sequence[_ScopedOp], outputs: set[int]) -> list[_ScopedOp]:
     """Without operations whose results nobody reads; a compiler removes them."""
     needed, found = set(outputs), []
     for op in reversed(ops):
-        if needed.intersection(op.outs) or (not op.outs) or (op.eqn.effects and op.name not in LOOPS):
+        if needed.intersection(op.outs) or (not op.outs) or (op.eqn.effects and op.name not in WITH_BODIES):
             found.append(op)
             needed.update(value for value in op.ins if value is not None)
     return found[::-1]
 
 
-def _materialized(ops: Sequence[_Op], outputs: set[int]) -> set[int]:
+def _materialized(ops: Sequence[_ScopedOp], outputs: set[int]) -> set[int]:
     """The values that are written to memory."""
     readers: dict[int, list[str]] = collections.defaultdict(list)
     needed, kept = set(outputs), set()
     for op in reversed(ops):
-        fused = op.name in _FUSED or op.name in _FREE or op.name in REDUCTIONS or op.name in _SLICES
+        fused = op.name in _FUSED or op.name in WITHOUT_KERNEL or op.name in REDUCTIONS or op.name in READS_PART
         for value in op.outs:
-            several = len(readers[value]) > 1 and op.name in EXPENSIVE
+            several = len(readers[value]) > 1 and op.name in COMPUTED_ONCE
             outside = any(label != op.label for label in readers[value])
-            if op.name in _FREE or op.name in IN_PLACE or op.name in LOOPS:
+            if op.name in WITHOUT_KERNEL or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES:
                 continue
             if value in needed or several or outside or not fused or op.name in REDUCTIONS:
                 kept.add(value)
@@ -450,30 +398,8 @@ def _materialized(ops: Sequence[_Op], outputs: set[int]) -> set[int]:
             if value is None:
                 continue
             readers[value].append(op.label)
-            passed = op.name in _FREE and any(out in needed for out in op.outs)
+            passed = op.name in WITHOUT_KERNEL and any(out in needed for out in op.outs)
             # A gather computes what it takes, and a slot what is written into it.
-            if passed or not (fused or op.name == "gather" or op.name in IN_PLACE):
+            if passed or not (fused or op.name == "gather" or op.name in WRITES_IN_PLACE):
                 needed.add(value)
     return kept
-
-
-def _unit(eqn: JaxprEqn) -> str:
-    """What multiplies the operands of a product or kernel, as `Chip.flops` names it: by default float32 as TF32."""
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
-    floats = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
-    if eqn.primitive.name in PRODUCTS:
-        widest = max(floats[:2], default=1)  # integers multiply as 8-bit numbers do
-    else:
-        widest = max(sorted(set(floats)), key=floats.count, default=4)
-    if widest == 4:
-        return "f32" if "HIGHEST" in str(eqn.params.get("precision")) else "tf32"
-    return {1: "fp8", 2: "bf16"}.get(widest, "f64")
-
-
-def _kernel_name(eqn: JaxprEqn) -> str:
-    params = eqn.params
-    return str(params.get("name") or params.get("target_name") or params.get("call_target_name") or eqn.primitive.name)
-
-
-def _is_causal(eqn: JaxprEqn) -> bool:
-    return "CAUSAL" in str(eqn.params.get("mask_type", "")).upper()

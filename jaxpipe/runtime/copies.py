@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.params import stage_of_rows
 from jaxpipe.schedule.schedule import Schedule
-
-ORDERS = ("model", "storage")
-"""Which stage a row of stacked parameters belongs to: row i to stage i, or to stage ``schedule.storage_order[i]``."""
 
 
 class Move(NamedTuple):
@@ -37,17 +35,6 @@ class Move(NamedTuple):
     def stays(self) -> bool:
         """Whether owners hold their own rows, so that nothing is sent."""
         return all(owner == holder for owner, holder in self.pairs)
-
-
-def stage_of_rows(schedule: Schedule, order: str) -> tuple[int, ...]:
-    """``[num_stages]``: the stage in each row of stacked parameters.
-
-    Raises:
-      ValueError: an unknown order.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r}; choose one of {ORDERS}")
-    return schedule.storage_order if order == "storage" else tuple(range(schedule.num_stages))
 
 
 def plan_moves(schedule: Schedule, order: str) -> tuple[tuple[Move, ...], ...]:

@@ -12,17 +12,18 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_alone, check_gradients_of_ends, check_weight
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
-from jaxpipe.runtime.model import Context, Model, Params
+from jaxpipe.runtime.loss_weights import Shares, mean_shares
+from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
-from jaxpipe.runtime.shares import Shares, mean_shares
 from jaxpipe.runtime.unrolled import run_unrolled
 from jaxpipe.stage import SplitStage, split_stage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -104,8 +105,8 @@ def _start(
 
 def _split_stage(program: Program, options: Options, local: _Local) -> SplitStage:
     """The stage in its parts, after checks."""
-    again = options.dispatch != "unrolled"  # where what is stashed is not copied, to make it again costs more
-    split = split_stage(local.model.run_stage, local.chunks[0], local.x, local.ctx, has_aux=True, again=again)
+    recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
+    split = split_stage(local.model.run_stage, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
     check_alone("stage", program, options.axes.pipeline, split.collectives)
     _check_boundary(local.x, split.out[0])
     return split

@@ -102,7 +102,7 @@ class _Pool(NamedTuple):
     count: int
 
 
-class _Slots(NamedTuple):
+class _SlotTables(NamedTuple):
     """Where each value lives.
 
     Attributes:
@@ -132,7 +132,7 @@ def _last_steps(ticks: np.ndarray) -> np.ndarray:
 
 def _allocate(
     actions: Actions, operations: Operations, values: Values, messages: Messages, moved: np.ndarray
-) -> _Slots:
+) -> _SlotTables:
     """As few slots as the order of each rank allows.
 
     Moments: ``2 * step`` is the branch of a step, ``2 * step + 1`` its communication. ``moved``, ``int[messages]``, is
@@ -140,7 +140,7 @@ def _allocate(
     """
     sent = np.full(len(values.boundary), -1)
     sent[messages.value] = moved
-    return _Slots(
+    return _SlotTables(
         *_message_slots(operations, values, sent),
         stash=_stash_slots(actions, operations, F, (B, I)),
         weight=_stash_slots(actions, operations, F, (B, W)),
@@ -202,7 +202,7 @@ def _branches(operations: Operations) -> tuple[tuple[Branch, ...], np.ndarray]:
 
 
 def _write_operands(
-    operations: Operations, values: Values, slots: _Slots, num_ranks: int
+    operations: Operations, values: Values, slots: _SlotTables, num_ranks: int
 ) -> tuple[tuple[Branch, ...], np.ndarray, np.ndarray]:
     """(branches, branch, operands) of the `Program`."""
     branches, which = _branches(operations)
@@ -223,7 +223,7 @@ def _write_operands(
     return branches, branch, operands
 
 
-def _slots_of_operations(operations: Operations, values: Values, slots: _Slots) -> np.ndarray:
+def _slots_of_operations(operations: Operations, values: Values, slots: _SlotTables) -> np.ndarray:
     """``int[operations, 5]``: the columns SOURCE to CROSS of each operation's operands."""
     found = np.full((len(operations.op), 5), -1)
     found[values.reader, 0], found[values.writer, 1] = slots.kept_in, slots.sent_from
@@ -235,7 +235,7 @@ def _slots_of_operations(operations: Operations, values: Values, slots: _Slots) 
 
 
 def _write_messages(
-    operations: Operations, values: Values, messages: Messages, moved: np.ndarray, slots: _Slots, num_ranks: int
+    operations: Operations, values: Values, messages: Messages, moved: np.ndarray, slots: _SlotTables, num_ranks: int
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(communicate, send, receive) of the `Program`."""
     num_steps, num_channels = len(operations.ticks), len(messages.channels)

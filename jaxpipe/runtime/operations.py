@@ -15,9 +15,9 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
-from jaxpipe.runtime.shares import Shares
 from jaxpipe.stage import SplitStage, vjp_once
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.runtime.model import Params
+from jaxpipe.params import Params
 from jaxpipe.schedule.simulator import Costs
 
 DISPATCHERS = ("unrolled", "switch", "loops", "sequential")

@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_alone
+from jaxpipe.runtime.collective_checks import check_alone
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule

@@ -1,6 +1,6 @@
 """Pipeline schedules as data, in plain Python: build, check, simulate, draw.
 
-What stands here is public; all modules below are internal and may change without a word.
+What `__all__` names is public; all modules below are internal and may change without notice.
 
 `build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
 that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, and ``draw_`` functions draw that.

@@ -138,7 +138,7 @@ def _cut_down(node: Node, values: set[Value]) -> Node:
 def _light(node: Node) -> bool:
     if node.scan is not None:
         return all(map(_light, node.scan.nodes))
-    return (node.again or not is_heavy(node.name)) and not has_effect(node)
+    return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 
 
 def _divide_node(

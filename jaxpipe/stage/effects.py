@@ -96,7 +96,7 @@ def _silence(nodes: Iterable[Node], chosen: Callable[[Node], bool]) -> tuple[Nod
             kept.append(node)
         elif node.eqn and (outs := tuple(value for value in node.outs if not value.effect)):
             quiet = eqn_node(_silent_eqn(node.eqn), node.ins, outs, node.context)
-            kept.append(dataclasses.replace(quiet, again=node.again, recomputed=node.recomputed))
+            kept.append(dataclasses.replace(quiet, recompute=node.recompute, recomputed=node.recomputed))
     return tuple(kept)
 
 

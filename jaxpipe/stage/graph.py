@@ -50,7 +50,7 @@ class Value:
 class Node:
     """Outputs computed from inputs.
 
-    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``again``
+    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``recompute``
     if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
     """
 
@@ -61,7 +61,7 @@ class Node:
     eqn: JaxprEqn | None = None
     scan: Scan | None = None
     context: tuple[JaxprEqn, ...] = ()
-    again: bool = False
+    recompute: bool = False
     recomputed: bool = False
 
 
@@ -220,8 +220,8 @@ def _mark_recomputed(nodes: Sequence[Node]) -> None:
     pending = [value for node in named for value in node.ins]
     while pending:
         node = made.get(pending.pop())
-        if node is not None and not node.again:
-            node.again = True
+        if node is not None and not node.recompute:
+            node.recompute = True
             if node.name in LIGHT:
                 pending += node.ins
 

@@ -10,15 +10,15 @@ import jax
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.keep import minimum_cut
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
 from jaxpipe.stage.trace import Traced, shape_of, trace
 
 
 def split_stage(
-    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, again: bool = True
+    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, recompute: bool = True
 ) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
@@ -28,9 +28,9 @@ def split_stage(
     this is called where they are bound, inside `jax.shard_map`.
 
     The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
-    again where their results are read, so a minimum cut (`jaxpipe.stage.keep`) decides which values to keep. With
-    ``again`` the same holds for what makes a value that `jax.ad_checkpoint.checkpoint_name` names "recompute", back to
-    its last operation that is not light.
+    again where their results are read, so a minimum cut (`jaxpipe.stage.residuals`) decides which values to keep. With
+    ``recompute`` the same holds for what makes a value that `jax.ad_checkpoint.checkpoint_name` names "recompute",
+    back to its last operation that is not light.
 
     Side effects, such as `jax.debug.print`, are part of the forward and of no other function: not of what a backward
     computes again, nor of `SplitStage.prepare`. The side effects of a custom derivative run once, in one of the halves.
@@ -43,7 +43,7 @@ def split_stage(
       x: like params; where it has no floating leaf, there is no input half.
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
-      again: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
+      recompute: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
 
     Raises:
       ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
@@ -67,9 +67,9 @@ def split_stage(
 
     divided = _divide_backward(backward)
     halves = _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
-    kept = _choose_residuals(forward, halves, again=again)
+    kept = _choose_residuals(forward, halves, recompute=recompute)
     first, second = (_remake_residuals(half, forward, kept) for half in halves)
-    second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, again=again)
+    second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, recompute=recompute)
 
     for_first, for_second = first.reads(), second.reads()
     weight = tuple(value for value in kept if value in for_second)
@@ -152,7 +152,7 @@ def _read_forward(traced: Traced, num_params: int) -> _Forward:
 
 
 def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
-    """The backward that reads the forward's own values; what these are made of can then be made again."""
+    """The backward that reads the forward's own values; what these are made of can then be computed again."""
     graph = traced.backward
     cotangents = graph.inputs[len(forward.residuals) :]
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
@@ -173,7 +173,7 @@ def _divide_backward(backward: _Backward) -> Parts:
     return divide(nodes, first, second)
 
 
-def _choose_residuals(forward: _Forward, halves: Iterable[_Half], *, again: bool) -> dict[Value, None]:
+def _choose_residuals(forward: _Forward, halves: Iterable[_Half], *, recompute: bool) -> dict[Value, None]:
     """What the forward keeps for the backward, in the order in which it is made.
 
     Light work on parameters and constants costs nothing to do again. Of the rest as few bytes are kept as make all of
@@ -182,7 +182,7 @@ def _choose_residuals(forward: _Forward, halves: Iterable[_Half], *, again: bool
     needed = set().union(*(half.reads() for half in halves))
     shared = _shared(forward, needed)
     costly = [value for value in shared if closure([value], forward.rest, forward.known) is None]
-    chosen = minimum_cut(costly, forward.rest, light_results(forward.rest, forward.known), again=again)
+    chosen = minimum_cut(costly, forward.rest, light_results(forward.rest, forward.known), recompute=recompute)
     return dict.fromkeys(value for value in (*forward.arguments, *_results(forward.rest)) if value in chosen)
 
 
@@ -194,7 +194,13 @@ def _remake_residuals(half: _Half, forward: _Forward, kept: Collection[Value]) -
 
 
 def _choose_crossing(
-    first: _Half, second: _Half, forward: _Forward, cotangents: Iterable[Value], kept: Collection[Value], *, again: bool
+    first: _Half,
+    second: _Half,
+    forward: _Forward,
+    cotangents: Iterable[Value],
+    kept: Collection[Value],
+    *,
+    recompute: bool,
 ) -> tuple[_Half, tuple[Value, ...]]:
     """The weights' half, which makes what it can again, and what the input's half hands to it.
 
@@ -207,7 +213,7 @@ def _choose_crossing(
     between = [value for value in order if value in reads]
     at_hand = {*forward.known, *(value for value in kept if value in reads)}
     given = at_hand | light_results(first.nodes, forward.known)
-    handed = minimum_cut(between, first.nodes, given, again=again)
+    handed = minimum_cut(between, first.nodes, given, recompute=recompute)
     nodes = _remake([value for value in between if value not in handed], first.nodes, at_hand | handed)
     crossing = tuple(value for value in order if value in handed and value not in kept)
     return second._replace(nodes=in_time(nodes, second.nodes)), crossing

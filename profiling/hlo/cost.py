@@ -7,6 +7,7 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
+from jaxpipe import flops as formulas
 from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Array, Computation, Instruction, Module
 
@@ -144,53 +145,38 @@ def _unit(operands: Sequence[Array], precision: str) -> tuple[str, int]:
     if "bf16_bf16" in precision:
         return "bf16", int(passes[1]) if passes else 1
     widest = max(array.bytes / array.elements for array in operands if array.elements)
-    if widest >= 8:
-        return "f64", 1
-    if widest >= 4:
-        return ("f32" if "highest" in precision or "f32_f32" in precision else "tf32"), 1
-    return ("bf16" if widest >= 2 else "fp8"), 1
+    return formulas.multiplying_unit(widest, highest="highest" in precision or "f32_f32" in precision), 1
 
 
 def _dot(operands: Sequence[Array], result: Array, contracted: Sequence[int], precision: str) -> Product:
     unit, passes = _unit(operands[:2], precision)
-    inner = math.prod(operands[0].dims[d] for d in contracted)
-    return Product(unit, 2.0 * result.elements * inner, passes)
+    return Product(unit, float(formulas.dot_flops(operands[0].dims, contracted, result.dims)), passes)
 
 
 def _convolution(operands: Sequence[Array], instruction: Instruction) -> Product:
-    """Every output is a sum over the kernel of one output feature: its window and the input features."""
     kernel = instruction.attributes.get("dim_labels", "").partition("_")[2].partition("-")[0]
-    features = operands[1].dims[kernel.index("o")]
+    flops = formulas.convolution_flops(operands[1].dims, kernel.index("o"), instruction.arrays[0].dims)
     unit, passes = _unit(operands[:2], _precision(instruction))
-    return Product(unit, 2.0 * instruction.arrays[0].elements * operands[1].elements / features, passes)
+    return Product(unit, float(flops), passes)
 
 
 def _attention(operands: Sequence[Array], instruction: Instruction) -> tuple[Product, ...]:
-    """Two products forward, five backward, of the scores' size times the head's; a causal mask halves them."""
     config = instruction.config.get("cudnn_fmha_backend_config", {})
     scores = [int(size) for size in config.get("intermediate_tensor_shape", {}).get("dimensions", ())]
     if len(scores) != 4:
         return ()
     head = operands[0].elements / (scores[0] * scores[1] * scores[2])
     count = 5 if "Backward" in instruction.target else 2
-    share = 0.5 if "CAUSAL" in config.get("mask_type", "") else 1.0
-    return (Product(_unit(operands[:1], "")[0], 2.0 * count * share * math.prod(scores) * head),)
+    causal = "CAUSAL" in config.get("mask_type", "")
+    flops = formulas.score_flops(math.prod(scores), head, head, products=count, causal=causal)
+    return (Product(_unit(operands[:1], "")[0], flops),)
 
 
 def _grouped(operands: Sequence[Array], instruction: Instruction) -> tuple[Product, ...]:
-    """A grouped product, known by its shapes in any order: rows [m, k], a matrix [k, n] for each group, rows [m, n].
-
-    Every row counts, also rows of the capacity that no token uses. Other shapes are unknown.
-    """
+    """A grouped product, known by its shapes in any order; floating arrays of other ranks may stand beside them."""
     floats = [array for array in (*operands, *instruction.arrays) if array.dtype[0] in "bf" and len(array.dims) > 1]
-    rows = [array for array in floats if len(array.dims) == 2]
-    matrices = [array for array in floats if len(array.dims) == 3]
-    if len(rows) != 2 or len(matrices) != 1 or rows[0].dims[0] != rows[1].dims[0]:
-        return ()
-    if sorted(matrices[0].dims[1:]) != sorted(array.dims[1] for array in rows):
-        return ()
-    inputs = [array for array in operands if array in floats]
-    return (Product(_unit(inputs, "")[0], 2.0 * rows[0].dims[0] * math.prod(matrices[0].dims[1:])),)
+    flops = formulas.grouped_flops(array.dims for array in floats if len(array.dims) < 4)
+    return () if flops is None else (Product(_unit([a for a in operands if a in floats], "")[0], flops),)
 
 
 def bytes_moved(module: Module, computation: Computation, instruction: Instruction) -> float:

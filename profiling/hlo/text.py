@@ -134,11 +134,6 @@ class Instruction:
         return None if known is None else int(known)
 
     @property
-    def control_predecessors(self) -> tuple[str, ...]:
-        """Instructions that must run first although their results are not used."""
-        return tuple(re.findall(r"%?([\w.\-]+)", self.attributes.get("control-predecessors", "")))
-
-    @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """(source, target) devices of a collective-permute, a send or a receive."""
         text = self.attributes.get("source_target_pairs", "")

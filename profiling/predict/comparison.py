@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 from profiling.event import Event, Trace
 from profiling.metrics import breakdown, by_device
@@ -98,16 +98,6 @@ class Comparison:
     def inversions(self) -> int:
         """The number of order inversions on all devices."""
         return sum(row.inversions for row in self.devices)
-
-    @property
-    def mean_start_error(self) -> float | None:
-        """Mean size of the start errors in microseconds; None without matched tasks."""
-        return _mean(abs(row.start_error) for row in self.tasks)
-
-    @property
-    def mean_duration_error(self) -> float | None:
-        """Mean size of the duration errors in microseconds; None without matched tasks."""
-        return _mean(abs(row.duration_error) for row in self.tasks)
 
     def table(self, most: int = 20) -> str:
         """The comparison as text, with the tasks whose starts are furthest off."""
@@ -304,8 +294,3 @@ def _name(key: Key, occurrence: int = 0) -> str:
     phase, layer, microbatch = key
     parts = [phase, *(f"{what} {n}" for what, n in (("layer", layer), ("microbatch", microbatch)) if n is not None)]
     return ", ".join([*parts, *([f"again {occurrence}"] if occurrence else [])])
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None

@@ -7,7 +7,7 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
+class ClusterNetwork:
     """Rates that a device gets in each direction while it uses both, and the other costs of exchanges.
 
     The defaults are what DeepSeek's DeepEP reports for H800s with 400 Gb/s InfiniBand: 51 GB/s between nodes at 64
@@ -36,7 +36,7 @@ class Network:
 
 
 def exchange_us(
-    network: Network,
+    network: ClusterNetwork,
     devices: int,
     tokens: int,
     top_k: int,
@@ -62,7 +62,7 @@ def exchange_us(
     Raises:
       ValueError: a size is below 1.
 
-    >>> low_latency = Network(internode=39e9, latency_us=0.0, sms=0)
+    >>> low_latency = ClusterNetwork(internode=39e9, latency_us=0.0, sms=0)
     >>> round(exchange_us(low_latency, 128, 128, 8, 4, 7168 * (1 + 4 / 128), direct=True))  # DeepEP reports 192
     182
     """

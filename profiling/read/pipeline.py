@@ -155,7 +155,7 @@ def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
     return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
 
 
-class _Run(NamedTuple):
+class _OperationRun(NamedTuple):
     """One run of one operation: its event in the trace, and its place in the tables of the program."""
 
     index: int
@@ -166,7 +166,7 @@ class _Run(NamedTuple):
     trips: int
 
 
-def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_Run]:
+def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_OperationRun]:
     operations: dict[tuple[int, str, int, range | None], list[int]] = collections.defaultdict(list)
     place_once = functools.cache(place)
     for i, event in enumerate(trace.events):
@@ -188,7 +188,7 @@ def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) 
         for n, i in enumerate(indices):
             run, trip = divmod(n, trips)
             step, row = divmod(run, len(rows))
-            yield _Run(i, branch, step, int(rows[row]), trip, trips)
+            yield _OperationRun(i, branch, step, int(rows[row]), trip, trips)
     if unplaced > MOST_UNPLACED * total:
         raise ValueError(
             f"operations with {unplaced / total:.0%} of the time in the program's branches did not run a whole number "

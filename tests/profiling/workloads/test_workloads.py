@@ -14,7 +14,7 @@ from eplb_jax.moe.experts import ExpertParams
 from jaxpipe.deepseek import LayerConfig, ModelConfig, MoEBlock, attend, rms_norm
 from profiling.__main__ import main
 from profiling.metrics import measure
-from profiling.predict.network import Network, exchange_us
+from profiling.predict.network import ClusterNetwork, exchange_us
 from profiling.workloads import SIZES
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, init_layers, layer_specs
 from profiling.workloads.predict import predict
@@ -112,7 +112,7 @@ def test_one_device_stands_for_one_of_many(workload, tmp_path):
     layers = init_layers(jax.random.key(0), TINY, workload, mesh_of(1), jnp.float32)
     assert layers[0].moe.experts.w_in.shape[0] == held and layers[0].moe.router.shape[1] == 16
     slow, fast = (
-        predict(ran.trace, workload, TINY, Network(internode=rate, intranode=rate, latency_us=latency, sms=0))
+        predict(ran.trace, workload, TINY, ClusterNetwork(internode=rate, intranode=rate, latency_us=latency, sms=0))
         for rate, latency in ((1e6, 1.0), (1e15, 0.0))
     )
     assert slow.window[1] > fast.window[1]
@@ -124,14 +124,14 @@ def test_one_device_stands_for_one_of_many(workload, tmp_path):
 
 def test_exchanges_of_low_latency_kernels_are_near_the_published_ones():
     """DeepEP, docs/legacy.md: 128 tokens of width 7168, e4m3 there and bfloat16 back, 128 devices: 192 and 369 us."""
-    network = Network(internode=39e9, latency_us=5.0, sms=0)
+    network = ClusterNetwork(internode=39e9, latency_us=5.0, sms=0)
     there = exchange_us(network, 128, 128, 8, 4, 7168 * (1 + 4 / 128), direct=True)
     back = exchange_us(network, 128, 128, 8, 4, 7168 * 2, direct=True)
     assert there == pytest.approx(192, rel=0.1) and back == pytest.approx(369, rel=0.1)
 
 
 def test_exchanges_stay_within_a_node_where_there_is_but_one():
-    network = Network(internode=1.0, intranode=100e9, latency_us=0.0)
+    network = ClusterNetwork(internode=1.0, intranode=100e9, latency_us=0.0)
     assert exchange_us(network, 8, 1000, 8, 4, 1000) == pytest.approx(1e6 * 1000 * 8 * 1000 * 7 / 8 / 100e9)
 
 
@@ -152,9 +152,9 @@ def test_bad_input_is_refused(tmp_path):
     with pytest.raises(ValueError, match="take a number of devices"):
         prepare("train", dataclasses.replace(TINY, expert_parallel={"train": 2}), mesh_of(4), jnp.float32)
     with pytest.raises(ValueError, match="at least 1"):
-        exchange_us(Network(), 0, 1, 1, 1, 1.0)
+        exchange_us(ClusterNetwork(), 0, 1, 1, 1, 1.0)
     with pytest.raises(ValueError, match="positive"):
-        Network(internode=0.0)
+        ClusterNetwork(internode=0.0)
 
 
 def test_the_command_line_runs_reports_compares_and_predicts(tmp_path, capsys, monkeypatch):

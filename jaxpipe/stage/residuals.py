@@ -12,9 +12,9 @@ from jaxpipe._jax import LIGHT
 from jaxpipe.stage.graph import Node, Value, has_effect, producers
 
 
-def is_light(node: Node, *, again: bool) -> bool:
-    """Whether doing the node's work again costs less than keeping its result: by primitive or, with ``again``, name."""
-    return ((again and node.again) or node.name in LIGHT) and not has_effect(node)
+def is_light(node: Node, *, recompute: bool) -> bool:
+    """Whether doing the node's work again costs less than keeping its result: by primitive or, if asked, by name."""
+    return ((recompute and node.recompute) or node.name in LIGHT) and not has_effect(node)
 
 
 _Place = tuple[str, Value | None]
@@ -24,17 +24,17 @@ _ENDLESS = 1 << 62
 
 
 def minimum_cut(
-    needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value], *, again: bool = True
+    needed: Iterable[Value], nodes: Sequence[Node], given: Collection[Value], *, recompute: bool = True
 ) -> set[Value]:
     """Values to keep: light nodes make the needed ones from these, from given values and from constants.
 
-    Of all cuts of fewest bytes, this is the one that leaves least to make again.
+    Of all cuts of fewest bytes, this is the one that leaves least to compute again.
 
     Args:
       needed: values among the inputs or results of nodes.
       nodes: in an order in which they can run.
       given: values that cost nothing.
-      again: whether what makes a value named "recompute" counts as light.
+      recompute: whether what makes a value named "recompute" counts as light.
 
     >>> import jax, jax.numpy as jnp
     >>> from jaxpipe.stage.graph import make_graph
@@ -51,7 +51,7 @@ def minimum_cut(
         value = pending.pop()
         network.join(("in", value), ("out", value), value.nbytes + 1)
         node = made.get(value)
-        if node is None or not is_light(node, again=again):
+        if node is None or not is_light(node, recompute=recompute):
             network.join(_SOURCE, ("in", value), _ENDLESS)
             continue
         for origin in node.ins:

@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from jax.ad_checkpoint import checkpoint_name
 
+from jaxpipe import _jax
 from jaxpipe._jax import LIGHT
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import RECOMPUTE, Node, Value
-from jaxpipe.stage.keep import minimum_cut
+from jaxpipe.stage.residuals import minimum_cut
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -52,6 +53,14 @@ def test_no_choice_takes_fewer_bytes(seed):
     assert cost(chosen) == min(cost(kept) for kept in others if enough(kept))
 
 
+def test_the_one_table_knows_what_is_told_of_primitives():
+    """Every set of primitives has only names that some table of how heavy they are knows."""
+    known = LIGHT | _jax.CHEAP | _jax.HEAVY
+    told = ("VIEWS", "WRITES_IN_PLACE", "READS_PART", "READS_WHOLE", "REDUCTIONS", "COMPUTED_ONCE", "WITHOUT_KERNEL",
+            "PRODUCTS", "ATTENTION_PRODUCTS", "WITH_BODIES", "COLLECTIVES", "SILENT")  # fmt: skip
+    assert {name: set(getattr(_jax, name)) - known for name in told} == {name: set() for name in told}
+
+
 def test_light_work_is_known_to_jax():
     """Names of primitives that this JAX has; those of other versions match nothing."""
     jaxpr = jax.make_jaxpr(lambda x: jnp.pad(jnp.tanh(x).reshape(2, 2).T.sum(0) > 0, 1))(jnp.ones(4))
@@ -60,7 +69,7 @@ def test_light_work_is_known_to_jax():
 
 
 def test_a_gated_layer_keeps_what_its_products_made(x64):
-    """Input and the first product's result; norm, gate and their product are made again in both halves."""
+    """Input and the first product's result; norm, gate and their product are computed again in both halves."""
 
     def stage(p, x):
         normal = x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6)
