@@ -18,13 +18,13 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.deepseek import build_model, stand_in
-from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
+from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.planner import PROGRAMS
 from jaxpipe.planning.work import FlopsRule, attention_flops
 from jaxpipe.schedule.registry import BUILDERS
-from pretraining import trainer
+from pretraining import flags, trainer
 from pretraining.compiled import Compiled, compile_step, table
 
 GIGA = 1e9
@@ -196,14 +196,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
-    parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
+    flags.add_sizes(parser, "dsv3-671b")
     parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
     parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
-    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--remat", choices=REMATS, help="default: the model's")
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
@@ -216,17 +214,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       ValueError: arguments that do not fit.
     """
-    config = model_config(args.config)
-    if args.remat:
-        config = dataclasses.replace(config, remat=args.remat)
     try:
         sizes = mesh_sizes(args.mesh)
     except ValueError as error:
         raise ValueError(f"--mesh {error}") from None
-    if args.slots is not None:
-        config = config.over_devices(max(sizes.get("ep", 1), 1), args.slots)
     found = plan(
-        config,
+        flags.sized_config(args, max(sizes.get("ep", 1), 1)),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,

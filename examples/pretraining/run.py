@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, balancedness
-from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model, model_config
+from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.planning.chips import chip_of
-from pretraining import data, hosts, loop, trainer
+from pretraining import data, flags, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -74,10 +74,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
-    config = model_config(args.config)
-    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    config = config.over_devices(args.mesh.get("ep", 1), args.slots)
+    config = flags.sized_config(args, args.mesh.get("ep", 1))
     ranks = args.mesh["pp"]
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)

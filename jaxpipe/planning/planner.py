@@ -303,10 +303,12 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
     """The pipeline as a mesh of chips, or of CPUs, has it: CPUs run the halves of a pair one after the other."""
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
     if cpu and pipeline.dispatch == "loops":
-        return dataclasses.replace(pipeline, dispatch="sequential")
-    if not cpu and on_cpu and pipeline.dispatch == "sequential":
-        return dataclasses.replace(pipeline, dispatch="loops")
-    return pipeline
+        dispatch = "sequential"
+    elif not cpu and on_cpu and pipeline.dispatch == "sequential":
+        dispatch = "loops"
+    else:
+        return pipeline
+    return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))
 
 
 def _shape(leaf: Any) -> Any:
