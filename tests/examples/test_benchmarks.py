@@ -19,8 +19,8 @@ RECORDED = {
     "lockstep": ("--schedule dualpipev --quick", 20),
     "clusters": ("--ranks 8 --microbatches 20", 40),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
-    "row_moves": ("--tiny --repeats 1", 4),
-    "gated_rows": ("--tiny --repeats 1", 3),
+    "permute_rows": ("--tiny --repeats 1", 4),
+    "swiglu": ("--tiny --repeats 1", 3),
     "shared_ends": ("--tiny --repeats 1", 6),
 }
 
