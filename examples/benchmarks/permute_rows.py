@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 from eplb_jax.kernels import permute
 from eplb_jax.kernels.backend import current_target
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     width, sizes = 256 if args.tiny else 7168, [64] if args.tiny else map(int, args.tokens.split(","))
     table = (row for tokens in sizes for row in measure(tokens, width, args.plans, args.repeats))
-    Report.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
+    Recorder.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":

@@ -104,7 +104,7 @@ def medians_ms(
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Recorder:
     """What a run prints and records.
 
     Attributes:
@@ -118,7 +118,7 @@ class Report:
     file: pathlib.Path | None = None
 
     @classmethod
-    def begin(cls, args: argparse.Namespace, machine: str, *notes: object) -> Report:
+    def begin(cls, args: argparse.Namespace, machine: str, *notes: object) -> Recorder:
         """Prints the machine and what else the tables are of."""
         print(", ".join(map(str, (machine, *notes))) + "\n", flush=True)
         return cls(args.record_as or pathlib.Path(sys.argv[0]).stem, machine, args.record)

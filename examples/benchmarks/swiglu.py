@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from permute_rows import by_plan
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 from eplb_jax.kernels import swiglu
 from eplb_jax.kernels.permute import Ring
@@ -65,7 +65,7 @@ def main() -> None:
     plans, width = PLANS if args.plans else PLANS[:1], 256 if args.tiny else 2048
     sizes = [64] if args.tiny else map(int, args.rows.split(","))
     table = (line for rows in sizes for line in measure(rows, width, plans, args.repeats))
-    Report.begin(args, machine()).table(table, labels=2, formats={"difference": ".1e", "TB/s": ".2f"})
+    Recorder.begin(args, machine()).table(table, labels=2, formats={"difference": ".1e", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":

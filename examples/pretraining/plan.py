@@ -66,7 +66,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """What `plan` found; prints as text.
 
     Attributes:
@@ -136,7 +136,7 @@ def plan(
     dtype: Any = jnp.bfloat16,
     devices_per_node: int = 8,
     cpu: bool = False,
-) -> Plan:
+) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
     Args:
@@ -156,7 +156,7 @@ def plan(
     """
     sizes = {**mesh, "ep": mesh.get("ep", 1)}
     if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
-        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
+        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are sharded")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
     rows, held = [], 0
@@ -186,7 +186,7 @@ def plan(
         tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
         rows.append(Row(name, None, *measures, tokens, model.arrangement.slots, found.uncounted))
-    return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
+    return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -234,7 +234,7 @@ def run(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def _compile(found: Plan, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
+def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
     """Each schedule that there is, compiled when asked for."""
     for name in (row.name for row in found.rows if row.memory is not None):
         schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)

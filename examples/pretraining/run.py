@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Devices that a microbatch is spread over."""
+        """Devices that a microbatch is sharded over."""
         return self.mesh.size // self.mesh.shape["pp"]
 
 
@@ -149,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
     throughput = Throughput(setup.batch * setup.config.sequence, setup.config.flops_per_token, _peak(setup, args))
     with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
         observer.note(_describe(args, setup, out, restored))
-        program = loop.Program(
+        program = loop.TrainFunctions(
             trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
             _batches(setup.corpus.train, args.seed, setup),
             jax.random.key(args.seed),

@@ -13,7 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" 
 import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Report.begin(" in path.read_text(encoding="utf-8"))
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
