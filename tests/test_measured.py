@@ -14,6 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples" 
 import pages
 import record
 
+from tests import commands
+
 ROOT = record.ROOT
 RECORDS = record.read_records()
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages.pages()}
@@ -110,6 +112,15 @@ def test_records_are_whole():
         datetime.date.fromisoformat(entry["date"])
         for script in scripts.findall(entry.get("command", "")):
             assert (ROOT / script).exists(), key
+
+
+COMMANDS = sorted({entry["command"] for entry in RECORDS.values() if "command" in entry})
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if not each.startswith("not kept: ")])
+def test_recorded_commands_are_parsed(command):
+    (words,) = commands.commands(command)
+    commands.check(words)
 
 
 def test_the_file_is_written_as_benchmarks_write_it():
