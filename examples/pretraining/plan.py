@@ -26,7 +26,12 @@ from jaxpipe.planning.work import FlopsRule, attention_flops
 from jaxpipe.schedule.registry import BUILDERS
 from pretraining import flags, trainer
 from pretraining.compiled import Compiled, compile_step, table
+from pretraining.tables import markdown_head, markdown_row
 
+COLUMNS = (
+    "schedule", "masters", "optimizer", "working copy", "gradients", "stash", "in transit", "at work", "total",
+    "seconds", "bubble", "MFU", "tokens/s",
+)  # fmt: skip
 GIGA = 1e9
 
 
@@ -104,22 +109,18 @@ class PlannedRun:
             "",
             "Memory of the device that needs most, in GB; time of a step",
             "",
-            "| schedule | masters | optimizer | working copy | gradients | stash | in transit | at work | total | "
-            "seconds | bubble | MFU | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            markdown_head(COLUMNS),
         ]
         for row in self.rows:
             if row.memory is None:
-                lines.append(f"| {row.name} | {row.reason}" + " |" * 12)
+                lines.append(markdown_row([row.name, row.reason, *[""] * (len(COLUMNS) - 2)]))
                 continue
             m = row.memory
             parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.in_flight, m.transient, m.total)
-            sizes = " | ".join(_short(part / GIGA) for part in parts)
-            fits = "" if m.total <= self.chip.memory else " (too much)"
-            lines.append(
-                f"| {row.name} | {sizes}{fits} | {_short(row.seconds)} | {row.bubble:.1%} | {row.mfu:.1%} | "
-                f"{row.tokens:,.0f} |"
-            )
+            sizes = [_short(part / GIGA) for part in parts]
+            sizes[-1] += "" if m.total <= self.chip.memory else " (too much)"
+            measures = _short(row.seconds), f"{row.bubble:.1%}", f"{row.mfu:.1%}", f"{row.tokens:,.0f}"
+            lines.append(markdown_row([row.name, *sizes, *measures]))
         missing = {name for row in self.rows for name, _ in row.uncounted}
         return "\n".join([*lines, *(f"not counted: {name}" for name in sorted(missing))])
 
