@@ -14,6 +14,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1] / "examples" 
 import pages
 import record
 
+from tests import commands
+
 ROOT = record.ROOT
 RECORDS = record.read_records()
 PAGES = {str(path.relative_to(ROOT)): path.read_text(encoding="utf-8") for path in pages.pages()}
@@ -26,7 +28,7 @@ MEASURED = re.compile(
 
 UNTIED = {
     # What looks like a measurement and is none. Whole pages are those whose figures another test holds.
-    "docs/guides/memory.md": "figures of plans, which the tests of the planner check",
+    "docs/guides/memory.md: 6%": "what tests/examples/test_plan.py allows",
     "docs/guides/schedules.md": "printed by the command that the page shows; test_readme.py runs it",
     "README.md: 10.4%|9.1%|5.5%|25.9%": "of that same table, as test_readme.py checks",
     "docs/guides/kernels.md: 2%": "a threshold of the report",
@@ -110,6 +112,15 @@ def test_records_are_whole():
         datetime.date.fromisoformat(entry["date"])
         for script in scripts.findall(entry.get("command", "")):
             assert (ROOT / script).exists(), key
+
+
+COMMANDS = sorted({entry["command"] for entry in RECORDS.values() if "command" in entry})
+
+
+@pytest.mark.parametrize("command", [each for each in COMMANDS if not each.startswith("not kept: ")])
+def test_recorded_commands_are_parsed(command):
+    (words,) = commands.commands(command)
+    commands.check(words)
 
 
 def test_the_file_is_written_as_benchmarks_write_it():

@@ -44,7 +44,7 @@ class Ring:
 
 COPIES = Ring(4 * 1024, 12, 4, 4)
 SUMS = Ring(16 * 1024, 6, 2)
-"""The fastest on an H100 of those that `examples/benchmarks/row_moves.py --plans` tries."""
+"""The fastest on an H100 of those that `examples/benchmarks/permute_rows.py --plans` tries."""
 MOST_ADDED = 32 * 128
 """Elements of a part that is added: 32 registers of each thread."""
 

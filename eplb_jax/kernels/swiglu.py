@@ -20,7 +20,7 @@ from eplb_jax.kernels.permute import DTYPES, LINES, Ring, Share, divide, launch,
 
 GATED = Ring(24 * 1024, 4, 2, 1)
 """A slot of ``part`` bytes holds gate, value and cotangent of a part of a row, or of several rows where they fit. The
-fastest on an H100 of those that `examples/benchmarks/gated_rows.py --plans` tries."""
+fastest on an H100 of those that `examples/benchmarks/swiglu.py --plans` tries."""
 MOST_ROWS = 4
 """Rows of a slot, each of which is summed by itself."""
 

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from chunks import Chunk, chunks, gib, nbytes
 from jax.sharding import PartitionSpec as P
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.stage import split_stage
@@ -84,7 +84,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     rows = (measure(chunk, args.repeats) for chunk in chunks(args.tiny))
-    Report.begin(args, machine(), "bfloat16, one microbatch").table(rows)
+    Recorder.begin(args, machine(), "bfloat16, one microbatch").table(rows)
 
 
 if __name__ == "__main__":

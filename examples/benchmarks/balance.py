@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-from record import Report, machine, make_parser
+from record import Recorder, machine, make_parser
 
 import eplb_jax
 from eplb_jax import balanced, duplicates, gpu_loads, lower_bound, moved, no_duplicate, sticky
@@ -147,7 +147,9 @@ def main() -> None:
         recorded = windows.reshape(-1, EXPERTS)
     all_loads = {kind: synthetic(kind, arguments.layers, EXPERTS) for kind in SYNTHETIC}
     all_loads["recorded"] = recorded[-arguments.layers :].astype(np.float32)
-    report = Report.begin(arguments, machine(), f"{arguments.layers} layers; 5 steps in which loads drift by 2% a step")
+    report = Recorder.begin(
+        arguments, machine(), f"{arguments.layers} layers; 5 steps in which loads drift by 2% a step"
+    )
     formats = {"ratio": ".2f", "mean / max: DeepSeek's": ".4f", "mean / max: no_duplicate": ".4f"}
     report.table(gaps(all_loads), labels=2, formats=formats)
     print()

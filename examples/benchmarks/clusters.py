@@ -15,7 +15,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from record import Report, make_parser
+from record import Recorder, make_parser
 
 from jaxpipe.runtime.lower import lower
 from jaxpipe.schedule import build, simulate
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--plot", metavar="FILE", help="draw a picture into this file")
     args = parser.parse_args()
     costs = Costs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Costs)})
-    report = Report.begin(args, "simulated", f"milliseconds: {costs}")
+    report = Recorder.begin(args, "simulated", f"milliseconds: {costs}")
     table = []
     for ranks in map(int, args.ranks.split(",")):
         for microbatches in map(int, args.microbatches.split(",")):

@@ -12,7 +12,7 @@ os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
-from record import Report, machine, make_parser
+from record import Recorder, machine, make_parser
 
 import jaxpipe
 
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, default=4, help="of the pipeline")
     parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of a step")
     args = parser.parse_args()
-    Report.begin(args, machine(), f"{args.ranks} ranks").table(rows(args.ranks, args.microbatches))
+    Recorder.begin(args, machine(), f"{args.ranks} ranks").table(rows(args.ranks, args.microbatches))
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ import jax.numpy as jnp
 from chunks import Chunk, chunks, compile_all, gib, nbytes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
@@ -148,7 +148,7 @@ def main() -> None:
     models = {"moe": [moe], "dense": [dense], "both": [moe, dense]}[args.model]
     counts = [int(count) for count in args.microbatches.split(",")]
     rows = (measure(chunk, count, args.repeats, args.dispatch) for chunk in models for count in counts)
-    Report.begin(args, machine(), "bfloat16, one microbatch is one sequence").table(rows, labels=3)
+    Recorder.begin(args, machine(), "bfloat16, one microbatch is one sequence").table(rows, labels=3)
 
 
 if __name__ == "__main__":

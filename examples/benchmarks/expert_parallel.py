@@ -6,8 +6,8 @@ DeepSeek-V3's widths in bfloat16, 16 experts a device, 8 a token, one shared. Ti
 turns; "both" is forward and backward, each device's gradients of router and shared expert left its own.
 
 1. An exchange, one of eight in a row, and what a device sends to the others; FP8's is rounded and read back within.
-2. The layer, with room for the worst case or a factor of what even loads need: tokens to each device, and rows.
-   "difference" is the largest from the dense exchange's output with that room, over the largest value.
+2. The layer, with capacity for the worst case or a factor of what even loads need: tokens to each device, and rows.
+   "difference" is the largest from the dense exchange's output with that capacity, over the largest value.
 3. Loads by a Zipf law, 0 is even; then redundant experts, placed by the loads just counted. "expert" and "device" are
    the heaviest's load over the mean, "products" the layer's six grouped ones alone, of as many rows. Not in the layer's
    time: "copies", gathered and gradients summed once a step (in order none is needed); "plan", a layer's, on the CPU.
@@ -30,7 +30,7 @@ from chunks import gib
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_layer import products, with_gradient
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 from scipy import optimize, special
 
 from eplb_jax import (
@@ -147,7 +147,7 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
 
 
 def layer_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, x: jax.Array, ct: jax.Array) -> Table:
-    """The layer with each kind of exchange, worst-case and limited room."""
+    """The layer with each kind of exchange, worst-case and limited capacity."""
     ep, router = mesh.size, config.router
     kinds: dict[str, Any] = {"dense": {}, "ragged": {"exchange": "ragged"}, "fp8": {"fp8": True}}
     cases = [(kind, factor) for factor in (None, args.capacity) for kind in kinds]
@@ -245,7 +245,7 @@ def main() -> None:
     parser.add_argument("--tokens", default="4096", help="of a device")
     parser.add_argument("--experts", type=int, default=16, help="of a device")
     parser.add_argument("--redundant", type=int, default=4, help="experts of a device")
-    parser.add_argument("--capacity", type=float, default=1.25, help="factor of the limited room")
+    parser.add_argument("--capacity", type=float, default=1.25, help="factor of the limited capacity")
     parser.add_argument("--zipf", default="0.5,1", help="exponents")
     parser.add_argument("--repeats", type=int, default=10, help="runs of which the median counts")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further table after this long")
@@ -259,7 +259,7 @@ def main() -> None:
         args.tokens, args.redundant, args.repeats, args.zipf = "32", 2, 1, "1"
         jax.config.update("jax_disable_most_optimizations", True)
     size = f"{config.router.num_experts} experts, {config.width} x {config.hidden}"
-    report = Report.begin(args, machine(ep), f"ep={ep}", size)
+    report = Recorder.begin(args, machine(ep), f"ep={ep}", size)
     specs: Any = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, "ep"))
     params = jax.jit(init_moe, static_argnums=(1, 2), out_shardings=specs)(jax.random.key(0), config, jnp.bfloat16)
     for tokens in map(int, args.tokens.split(",")):

@@ -29,7 +29,7 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import jax.numpy as jnp
 import numpy as np
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 from eplb_jax.kernels.grouped_gemm import mosaic, xla
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
@@ -116,7 +116,7 @@ def program(case: Case, function: Callable[..., Any], options: tuple[tuple[str, 
 def compile_all(chosen: list[Case]) -> None:
     """Compiles our products of all cases, several at a time; what is wrong with one shows when it is measured."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = [pool.submit(Work.program, case) for case in {_same_program(case) for case in chosen}]
+        made = [pool.submit(GroupedProduct.program, case) for case in {_same_program(case) for case in chosen}]
         concurrent.futures.wait(made)
 
 
@@ -125,7 +125,7 @@ def _same_program(case: Case) -> Case:
     return case._replace(balance="")
 
 
-class Work:
+class GroupedProduct:
     """Operands of a case, and what can be done with them."""
 
     def __init__(self, case: Case):
@@ -263,7 +263,7 @@ def attempt(make: Callable[[], Any], what: str) -> Any:
 
 def measure(case: Case, repeats: int, ragged_dot: bool) -> dict[str, Any]:
     """A row of the table."""
-    work = Work(case)
+    work = GroupedProduct(case)
     calls = {"ours": work.ours()}
     if not case.decoding:
         calls["plain"] = work.plain()
@@ -315,7 +315,7 @@ def _short(tile: Tile) -> str:
 
 def sweep(case: Case, repeats: int, clusters: list[int]) -> list[dict[str, Any]]:
     """Rows of a table of tiles and of PyTorch's products, the fastest first."""
-    work = Work(case)
+    work = GroupedProduct(case)
     tiles = [tile for tile in candidates(case) if tile.cluster in clusters]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda tile: attempt(lambda: work.ours(tile=tile), _short(tile)), tiles))
@@ -367,7 +367,7 @@ def main() -> None:
 
     if not arguments.sweep:
         compile_all(chosen)
-    report = Report.begin(arguments, f"{machine()}, torch {torch.__version__ if torch else '-'}", "bfloat16")
+    report = Recorder.begin(arguments, f"{machine()}, torch {torch.__version__ if torch else '-'}", "bfloat16")
     columns = (
         "µs",
         "ours µs",

@@ -13,7 +13,7 @@ import time
 from collections.abc import Iterator
 from typing import Any
 
-from record import Report, make_parser, processor
+from record import Recorder, make_parser, processor
 
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.pack import pack, pack_naive
@@ -82,7 +82,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="unit costs and at most 8 ranks")
     args = parser.parse_args()
     table = rows([args.schedule] if args.schedule else list(SIZES), args.quick)
-    Report.begin(args, processor(), "simulated").table(
+    Recorder.begin(args, processor(), "simulated").table(
         table, labels=3, formats={"asynchronous": "g", "search s": ".2f"}
     )
 

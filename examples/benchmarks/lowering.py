@@ -16,7 +16,7 @@ import itertools
 import time
 from typing import Any
 
-from record import Report, make_parser, processor
+from record import Recorder, make_parser, processor
 
 from jaxpipe.runtime.actions import read_actions
 from jaxpipe.runtime.execute import make_tables
@@ -72,7 +72,7 @@ def main() -> None:
     row("1f1b", 2, 8, shared_ends=False, forward_only=False)  # what runs for the first time takes longer
     sizes = itertools.product(args.schedule, args.ranks, args.microbatches)
     table = (row(name, ranks, microbatches, **options) for name, ranks, microbatches in sizes)
-    Report.begin(args, processor()).table(table, labels=3, formats=dict.fromkeys(SECONDS, ".2f"))
+    Recorder.begin(args, processor()).table(table, labels=3, formats=dict.fromkeys(SECONDS, ".2f"))
 
 
 if __name__ == "__main__":

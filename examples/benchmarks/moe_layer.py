@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 from eplb_jax import (
     ExpertParams,
@@ -133,7 +133,7 @@ def main() -> None:
         config = dataclasses.replace(config, width=64, hidden=32)
         tokens = [128]
     rows = (measure(count, config, arguments.repeats) for count in tokens)
-    Report.begin(arguments, machine(), f"backend {config.backend}").table(rows)
+    Recorder.begin(arguments, machine(), f"backend {config.backend}").table(rows)
 
 
 if __name__ == "__main__":

@@ -32,7 +32,7 @@ import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
-from record import Report, make_parser
+from record import Recorder, make_parser
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.planning.chips import Achieved, Chip, chip
@@ -192,7 +192,7 @@ def main() -> None:
 
     machine = f"compiled for 8 {device.device_kind}, jax {jax.__version__}; nothing ran"
     formats = {"a step ms": ".1f", "temporaries GB": ".1f"}
-    Report.begin(args, machine, size).table(rows(), labels=3, formats=formats)
+    Recorder.begin(args, machine, size).table(rows(), labels=3, formats=formats)
 
 
 def _mesh(text: str) -> tuple[int, int]:

@@ -7,7 +7,7 @@ that computes nothing, as cuDNN compiles only where there is a GPU: these progra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
@@ -117,14 +117,21 @@ class Job:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
-def lower_body(job: Job, variant: Variant) -> Any:
-    """The steady state by hand. A rank holds two stages: one runs forward, one backward."""
-    ranks = job.mesh.shape["pp"]
-    swap = [(rank, rank ^ 1) for rank in range(ranks)]
+def device_body(stage: Callable[[Any, Any], Any], swap: Sequence[tuple[int, int]], variant: Variant) -> Callable:
+    """The steady state by hand, on one device. A rank holds two stages: one runs forward, one backward.
+
+    Args:
+      stage: ``(layers, x) -> y``.
+      swap: pairs of ranks that send to each other.
+      variant: how it is written.
+
+    Returns:
+      ``(params [rank, chunk, ...], x, dy) -> (x, dy, gradients [rank, ...])`` after `BODY_STEPS` steps.
+    """
 
     def device(params: Any, x: jax.Array, dy: jax.Array) -> Any:
         here, there = ([jax.tree.map(lambda leaf, c=c: leaf[0, c], layer) for layer in params] for c in range(2))
-        split = split_stage(job.stage, here, x)
+        split = split_stage(stage, here, x)
         forward, backward = split.prepare(here), split.prepare(there)
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -152,6 +159,13 @@ def lower_body(job: Job, variant: Variant) -> Any:
         x, dy, _, grads = lax.scan(step, carry, None, length=BODY_STEPS, unroll=variant.unroll)[0]
         return x, dy, jax.tree.map(lambda leaf: leaf[None], grads)
 
+    return device
+
+
+def lower_body(job: Job, variant: Variant) -> Any:
+    """`device_body` on the job's mesh."""
+    ranks = job.mesh.shape["pp"]
+    device = device_body(job.stage, [(rank, rank ^ 1) for rank in range(ranks)], variant)
     rows, specs = P(("pp", "ep")), job.specs("pp", None)
     mapped = jax.shard_map(
         device, mesh=job.mesh, in_specs=(specs, rows, rows), out_specs=(rows, rows, job.specs("pp")), check_vma=False

@@ -18,7 +18,7 @@ import tracemalloc
 from collections.abc import Callable
 from typing import Any
 
-from record import Report, make_parser, processor
+from record import Recorder, make_parser, processor
 
 from profiling import Event, Step, Trace
 from profiling.reports.html import write_html
@@ -157,7 +157,7 @@ def main() -> None:
         folder = arguments.folder or pathlib.Path(scratch)
         rows = (row(count, folder, browser, arguments.screenshot) for count in arguments.events)
         formats = {"written, CPU s": ".1f", "page MB": ".1f"}
-        Report.begin(arguments, processor(), "drawn without a GPU").table(rows, formats=formats)
+        Recorder.begin(arguments, processor(), "drawn without a GPU").table(rows, formats=formats)
         browser.close()
 
 

@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from chunks import compile_all
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 from profiling.metrics import time_by
 from profiling.workloads import SIZES, Sizes
@@ -64,7 +64,7 @@ def main() -> None:
     pair = (three - one) / 2
     rates = [2 * a * b * c / ms / 1e9 for (a, b, c), ms in zip(plain, alone, strict=True)]
     flops = 3 * forward_flops(sizes) * sizes.sequence
-    report = Report.begin(args, machine(), f"{sizes.layers} layers, {sizes.sequence} tokens, bfloat16")
+    report = Recorder.begin(args, machine(), f"{sizes.layers} layers, {sizes.sequence} tokens, bfloat16")
     report.table(
         [
             {

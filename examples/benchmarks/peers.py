@@ -22,7 +22,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from record import Report, make_parser, medians_ms, processor
+from record import Recorder, make_parser, medians_ms, processor
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 
@@ -167,7 +167,7 @@ def main() -> None:
     size = f"{args.ranks} ranks, {args.microbatches} microbatches of {args.rows} x {args.width}"
     names = ["plain", *SCHEDULES, *(["spectrax"] if importlib.util.find_spec("spectrax") else [])]
     formats = {"first step s": ".1f", "step ms": ".0f", "of plain": ".2f", "peak memory MiB": ".0f", "loss": ".4f"}
-    Report.begin(args, processor(), size).table(rows(names, args.ranks), formats=formats)
+    Recorder.begin(args, processor(), size).table(rows(names, args.ranks), formats=formats)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from typing import Any
 
 import jax
 import numpy as np
-from record import Report, machine, make_parser, medians_ms, processor
+from record import Recorder, machine, make_parser, medians_ms, processor
 
 import eplb_jax
 
@@ -86,7 +86,7 @@ def main() -> None:
     parser.add_argument("--no-growth", action="store_true", help="leave the second table out")
     args = parser.parse_args()
     gpus = [device for device in jax.devices() if device.platform == "gpu"]
-    report = Report.begin(args, f"{processor()}, {machine()}" if gpus else machine(), "58 layers of 256 experts")
+    report = Recorder.begin(args, f"{processor()}, {machine()}" if gpus else machine(), "58 layers of 256 experts")
     formats = {"CPU ms": ".2f", "GPU ms": ".2f", "plain Python loop ms": ".0f", "loop / CPU": ".0f"}
     report.table(deepseek_sizes(gpus, args.repeats, not args.no_specification), labels=2, formats=formats)
     if not args.no_growth:

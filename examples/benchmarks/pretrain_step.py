@@ -18,7 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from chunks import compile_all, gib
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
@@ -65,7 +65,7 @@ def measure(args: argparse.Namespace, parsed: argparse.Namespace) -> None:
     batch = jax.device_put(batch, setup.sharding)
     rng = jax.random.key(args.seed)
     size = f"{setup.batch} sequences of {setup.config.sequence} tokens a step"
-    report = Report.begin(parsed, machine(), args.config, size)
+    report = Recorder.begin(parsed, machine(), args.config, size)
     steps = {
         "DualPipeV, one rank": trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
         "plain gradient accumulation": trainer.make_step(accumulate(setup), setup.model, setup.optimizer, setup.mesh),

@@ -25,6 +25,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "examples"))
+
+from pretraining.tables import markdown_head, markdown_row
+
 MEASURED = ROOT / "docs" / "measured.json"
 UNITS = ("ms", "s", "us", "µs", "%", "kB", "MB", "GB", "MiB", "GiB", "TFLOP", "TFLOP/s", "GB/s", "TB/s", "tokens/s")
 
@@ -104,7 +108,7 @@ def medians_ms(
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class Recorder:
     """What a run prints and records.
 
     Attributes:
@@ -118,7 +122,7 @@ class Report:
     file: pathlib.Path | None = None
 
     @classmethod
-    def begin(cls, args: argparse.Namespace, machine: str, *notes: object) -> Report:
+    def begin(cls, args: argparse.Namespace, machine: str, *notes: object) -> Recorder:
         """Prints the machine and what else the tables are of."""
         print(", ".join(map(str, (machine, *notes))) + "\n", flush=True)
         return cls(args.record_as or pathlib.Path(sys.argv[0]).stem, machine, args.record)
@@ -144,8 +148,8 @@ class Report:
         try:
             for i, row in enumerate(rows):
                 if not i:
-                    print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-                print("| " + " | ".join(_cell(row[name], (formats or {}).get(name)) for name in row) + " |", flush=True)
+                    print(markdown_head(row))
+                print(markdown_row(_cell(row[name], (formats or {}).get(name)) for name in row), flush=True)
                 parts = [self.name, *([title] if title else []), *map(str, list(row.values())[:labels])]
                 for column in list(row)[labels:]:
                     if _is_number(row[column]):

@@ -34,7 +34,7 @@ from chunks import Chunk, dense_chunk, gib, moe_chunk, nbytes
 from executor_overhead import embed, head
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.planning.mesh import mesh_sizes
@@ -226,7 +226,7 @@ def main() -> None:
     size = (
         f"{axes['pp'] * args.layers} times {model.chunk.name}, {model.chunk.tokens} tokens of a microbatch on a device"
     )
-    report = Report.begin(args, machine(mesh.size), args.mesh, size)
+    report = Recorder.begin(args, machine(mesh.size), args.mesh, size)
     jax.config.update("jax_disable_most_optimizations", args.tiny)
     layers_of = {name: args.layers // (2 if name in HALVED else 1) for name in args.schedules.split(",")}
     with ThreadPoolExecutor(8) as pool:

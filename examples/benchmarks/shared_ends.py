@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from chunks import compile_all
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.vocabulary import cross_entropy, embed_tokens
@@ -81,7 +81,9 @@ def main() -> None:
     width, hidden, tokens, vocabulary = (32, 64, 16, 256) if args.tiny else (2048, 8192, 4096, 129280)
     mesh = jaxpipe.make_mesh(pp=args.ranks)
     schedule = jaxpipe.schedule.build("dualpipev", args.ranks, args.microbatches)
-    report = Report.begin(args, machine(args.ranks), f"dualpipev, {args.microbatches} microbatches of {tokens} tokens")
+    report = Recorder.begin(
+        args, machine(args.ranks), f"dualpipev, {args.microbatches} microbatches of {tokens} tokens"
+    )
 
     @jax.jit
     def init() -> jaxpipe.Params:

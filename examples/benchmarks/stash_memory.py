@@ -18,7 +18,7 @@ import numpy as np
 from chunks import nbytes
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from record import Report, make_parser
+from record import Recorder, make_parser
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
@@ -142,7 +142,7 @@ def main() -> None:
                 yield measure(mesh, factor * ranks + 2, args.layers, args.width, args.tokens)
 
     machine = f"compiled for {kind}, jax {jax.__version__}"
-    Report.begin(args, machine, size).table(rows(), labels=2, formats={"temp / predicted": ".2f"})
+    Recorder.begin(args, machine, size).table(rows(), labels=2, formats={"temp / predicted": ".2f"})
 
 
 if __name__ == "__main__":

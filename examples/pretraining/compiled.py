@@ -22,6 +22,7 @@ from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.kernel_flops import attention_flops
 from pretraining import trainer
+from pretraining.tables import markdown_head, markdown_row
 from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
@@ -106,8 +107,7 @@ def _attention_us(config: ModelConfig, microbatch_size: int, chip: Chip, dtype: 
 
 def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
     """Lines of Markdown, a row as soon as it is asked for; bytes in GB."""
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|" + "---|" * len(COLUMNS)
+    yield from markdown_head(COLUMNS).splitlines()
     for name, one in rows:
         total = one.arguments + one.temporary
         fits = "" if total <= chip.memory else " (too much)"
@@ -115,5 +115,4 @@ def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
         hidden = ["-" if share is None else f"{share:.1%}" for share in shares]
         arguments, temporary, whole = (f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total))
         estimates = [*hidden, str(len(one.overlap.synchronous)), f"{one.overlap.us / 1e6:.2f}"]
-        parts = [name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"]
-        yield "| " + " | ".join(parts) + " |"
+        yield markdown_row([name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"])

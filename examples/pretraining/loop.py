@@ -62,7 +62,7 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainFunctions:
     """What the loop calls.
 
     Attributes:
@@ -101,7 +101,7 @@ class Result:
 
 def train(
     config: LoopConfig,
-    program: Program,
+    program: TrainFunctions,
     state: Any,
     observer: Observer,
     *,
@@ -128,7 +128,7 @@ def train(
       TooManySkips: see ``config.max_skipped``; the last checkpoint is whole then.
       SaveError: a checkpoint cannot be written.
     """
-    run = _Run(config, program, observer, checkpoints, rebalancer, facts or {}, state, int(state.step))
+    run = _TrainLoop(config, program, observer, checkpoints, rebalancer, facts or {}, state, int(state.step))
     while run.done < config.steps:
         run.advance()
         interrupted = stop(run.done)
@@ -168,13 +168,13 @@ class _Due:
     evaluate: bool
 
 
-class _Run:
+class _TrainLoop:
     """A run on its way: the state, the steps done, and the metrics of the last step, which nobody has read yet."""
 
     def __init__(
         self,
         config: LoopConfig,
-        program: Program,
+        program: TrainFunctions,
         observer: Observer,
         checkpoints: Checkpoints | None,
         rebalancer: Rebalances | None,

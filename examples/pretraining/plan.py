@@ -18,15 +18,20 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.deepseek import build_model, stand_in
-from jaxpipe.deepseek.config import MODELS, REMATS, ModelConfig, model_config
+from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.planner import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
-from pretraining import trainer
+from pretraining import flags, trainer
 from pretraining.compiled import Compiled, compile_step, table
+from pretraining.tables import markdown_head, markdown_row
 
+COLUMNS = (
+    "schedule", "masters", "optimizer", "working copy", "gradients", "stash", "in transit", "at work", "total",
+    "seconds", "bubble", "MFU", "tokens/s",
+)  # fmt: skip
 GIGA = 1e9
 
 
@@ -66,7 +71,7 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """What `plan` found; prints as text.
 
     Attributes:
@@ -104,22 +109,18 @@ class Plan:
             "",
             "Memory of the device that needs most, in GB; time of a step",
             "",
-            "| schedule | masters | optimizer | working copy | gradients | stash | in transit | at work | total | "
-            "seconds | bubble | MFU | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            markdown_head(COLUMNS),
         ]
         for row in self.rows:
             if row.memory is None:
-                lines.append(f"| {row.name} | {row.reason}" + " |" * 12)
+                lines.append(markdown_row([row.name, row.reason, *[""] * (len(COLUMNS) - 2)]))
                 continue
             m = row.memory
             parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.in_flight, m.transient, m.total)
-            sizes = " | ".join(_short(part / GIGA) for part in parts)
-            fits = "" if m.total <= self.chip.memory else " (too much)"
-            lines.append(
-                f"| {row.name} | {sizes}{fits} | {_short(row.seconds)} | {row.bubble:.1%} | {row.mfu:.1%} | "
-                f"{row.tokens:,.0f} |"
-            )
+            sizes = [_short(part / GIGA) for part in parts]
+            sizes[-1] += "" if m.total <= self.chip.memory else " (too much)"
+            measures = _short(row.seconds), f"{row.bubble:.1%}", f"{row.mfu:.1%}", f"{row.tokens:,.0f}"
+            lines.append(markdown_row([row.name, *sizes, *measures]))
         missing = {name for row in self.rows for name, _ in row.uncounted}
         return "\n".join([*lines, *(f"not counted: {name}" for name in sorted(missing))])
 
@@ -136,7 +137,7 @@ def plan(
     dtype: Any = jnp.bfloat16,
     devices_per_node: int = 8,
     cpu: bool = False,
-) -> Plan:
+) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
     Args:
@@ -156,7 +157,7 @@ def plan(
     """
     sizes = {**mesh, "ep": mesh.get("ep", 1)}
     if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
-        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
+        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are sharded")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
     rows, held = [], 0
@@ -186,7 +187,7 @@ def plan(
         tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
         rows.append(Row(name, None, *measures, tokens, model.arrangement.slots, found.uncounted))
-    return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
+    return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -196,14 +197,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
-    parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
+    flags.add_sizes(parser, "dsv3-671b")
     parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
     parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
-    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--remat", choices=REMATS, help="default: the model's")
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
@@ -216,17 +215,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       ValueError: arguments that do not fit.
     """
-    config = model_config(args.config)
-    if args.remat:
-        config = dataclasses.replace(config, remat=args.remat)
     try:
         sizes = mesh_sizes(args.mesh)
     except ValueError as error:
         raise ValueError(f"--mesh {error}") from None
-    if args.slots is not None:
-        config = config.over_devices(max(sizes.get("ep", 1), 1), args.slots)
     found = plan(
-        config,
+        flags.sized_config(args, max(sizes.get("ep", 1), 1)),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
@@ -241,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def _compile(found: Plan, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
+def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
     """Each schedule that there is, compiled when asked for."""
     for name in (row.name for row in found.rows if row.memory is not None):
         schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)

@@ -19,7 +19,7 @@ class Rebalancer:
 
     Args:
       model: with redundant slots, ``config.redundant > 0``.
-      devices: that the experts are spread over, the size of the mesh's axis.
+      devices: that the experts are sharded over, the size of the mesh's axis.
       interval: steps between decisions.
       decay: share of the average load that a step's counts leave; see `MovingAverage`.
       nodes: that the devices are on.

@@ -18,9 +18,9 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, balancedness
-from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model, model_config
+from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.planning.chips import chip_of
-from pretraining import data, hosts, loop, trainer
+from pretraining import data, flags, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Devices that a microbatch is spread over."""
+        """Devices that a microbatch is sharded over."""
         return self.mesh.size // self.mesh.shape["pp"]
 
 
@@ -74,10 +74,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
-    config = model_config(args.config)
-    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    config = config.over_devices(args.mesh.get("ep", 1), args.slots)
+    config = flags.sized_config(args, args.mesh.get("ep", 1))
     ranks = args.mesh["pp"]
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)
@@ -152,7 +149,7 @@ def train(args: argparse.Namespace) -> None:
     throughput = Throughput(setup.batch * setup.config.sequence, setup.config.flops_per_token, _peak(setup, args))
     with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
         observer.note(_describe(args, setup, out, restored))
-        program = loop.Program(
+        program = loop.TrainFunctions(
             trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
             _batches(setup.corpus.train, args.seed, setup),
             jax.random.key(args.seed),

@@ -232,7 +232,7 @@ def plain_value_and_grad(model: DeepSeekModel, *, parts: int) -> Callable[..., A
             return None, (loss, *others)
 
         split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-        # Made again in the backward pass, or the activations of all parts would be kept at once.
+        # Recomputed in the backward pass, or the activations of all parts would be kept at once.
         _, sums = jax.lax.scan(jax.checkpoint(body), None, (jnp.arange(parts, dtype=jnp.int32), split))
         losses, aux_losses, weights, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), sums)
         return losses / weights, {**metrics, "aux_loss": aux_losses / weights}

@@ -13,14 +13,14 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" 
 import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
-BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Report.begin(" in path.read_text(encoding="utf-8"))
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
     "clusters": ("--ranks 8 --microbatches 20", 40),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
-    "row_moves": ("--tiny --repeats 1", 4),
-    "gated_rows": ("--tiny --repeats 1", 3),
+    "permute_rows": ("--tiny --repeats 1", 4),
+    "swiglu": ("--tiny --repeats 1", 3),
     "shared_ends": ("--tiny --repeats 1", 6),
 }
 

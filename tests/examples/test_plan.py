@@ -22,7 +22,7 @@ from profiling.hlo.topologies import has_cuda
 
 @pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
 def test_memory_is_that_of_the_compiled_program(name):
-    """The tiny model on pp=4 x ep=2: arguments exactly, temporaries and the whole within a tenth."""
+    """The tiny model on pp=4 x ep=2: arguments exactly, the whole within 6%."""
     if jax.device_count() < 8:
         pytest.skip(f"8 devices are needed, there are {jax.device_count()}")
     config, sizes = model_config("tiny"), {"pp": 4, "ep": 2}
@@ -40,8 +40,8 @@ def test_memory_is_that_of_the_compiled_program(name):
     assert abs(row.memory.arguments - arguments) < 1000
     assert abs(compiled.output_size_in_bytes - (row.memory.masters + row.memory.optimizer)) < 4000
     assert compiled.alias_size_in_bytes >= 0.99 * (row.memory.masters + row.memory.optimizer)
-    assert row.memory.temporary == pytest.approx(temporary, rel=0.1)
-    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.1)
+    assert row.memory.temporary == pytest.approx(temporary, rel=0.07)
+    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.06)  # as docs/guides/memory.md says
 
 
 @pytest.mark.slow

@@ -6,10 +6,9 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
-from eplb_jax.kernels.permute import Ring, add_rows, copy_rows
+from eplb_jax.kernels.permute import COPIES, DTYPES, SUMS, Ring, add_rows, copy_rows, divide, why_not
 from eplb_jax.moe.dispatch import sort_by_slot
 from eplb_jax.moe.exchange import RowMap, permute, unpermute
 
@@ -39,7 +38,7 @@ def forced_to(backend):
 
 
 @pytest.mark.parametrize("dtype, shape, copies, sums", [
-    ("bfloat16", (9, 3, 4, 32, 512), row_moves.COPIES, row_moves.SUMS),
+    ("bfloat16", (9, 3, 4, 32, 512), COPIES, SUMS),
     ("float32", (7, 2, 3, 24, 384), Ring(512, 3, 1, 1), Ring(1024, 2, 1)),
     pytest.param("float16", (2, 1, 2, 24, 512), Ring(512, 5, 2, 3), Ring(1, 3, 2), marks=pytest.mark.slow),
 ])  # fmt: skip
@@ -68,16 +67,16 @@ def test_kernels_equal_xla(dtype, shape):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
-@pytest.mark.parametrize("dtype", row_moves.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, choices, num_rows, width", [
     (16384, 8, 131296, 7168), (128, 64, 1280, 256), (5, 3, 40, 384), (64, 2, 200, 128 * 131),
 ])  # fmt: skip
 def test_kernels_can_be_lowered_without_a_gpu(dtype, tokens, choices, num_rows, width):
-    while choices * 256 * jnp.dtype(dtype).itemsize > row_moves.SUMS.part:
+    while choices * 256 * jnp.dtype(dtype).itemsize > SUMS.part:
         choices //= 2
     x, rows = (jax.ShapeDtypeStruct((n, width), dtype) for n in (tokens, num_rows))
     source, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_rows,), (tokens, choices)))
-    assert row_moves.why_not(x, source, index) is None
+    assert why_not(x, source, index) is None
 
     def both(x, rows, source, index):
         return copy_rows(x, source, index, HOPPER_SMS), add_rows(rows, index, HOPPER_SMS)
@@ -138,12 +137,12 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
 ])  # fmt: skip
 def test_what_the_kernels_do_not_take(shape, index, dtype, message):
     moves = RowMap(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), index)))
-    reason = row_moves.why_not(jax.ShapeDtypeStruct(shape, dtype), moves.source, moves.rows)
+    reason = why_not(jax.ShapeDtypeStruct(shape, dtype), moves.source, moves.rows)
     assert reason is not None and message in reason
 
 
 def test_parts_make_up_a_row():
     for height in (1, 5, 28, 131, 1000):
         for most in (1, 512, 4096, 1 << 20):
-            lines, parts = row_moves.divide(height, 512, most)
+            lines, parts = divide(height, 512, most)
             assert 1 <= lines <= min(max(most // 512, 1), 256) and lines * parts == height

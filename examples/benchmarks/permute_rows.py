@@ -3,7 +3,7 @@
 Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `permute` copies each token to its rows,
 `unpermute` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once.
 
-    python examples/benchmarks/row_moves.py [--tokens 128,4096,16384] [--plans] [--tiny]
+    python examples/benchmarks/permute_rows.py [--tokens 128,4096,16384] [--plans] [--tiny]
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from record import Report, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
-from eplb_jax.kernels import permute as row_moves
+from eplb_jax.kernels import permute
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe import exchange
@@ -25,11 +25,11 @@ from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
-    row_moves.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
+    permute.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
     Ring(16 * KIB, 3, 4, 1), Ring(16 * KIB, 6, 2, 2),
 ]  # fmt: skip
 SUMS = [
-    row_moves.SUMS, Ring(32 * KIB, 3, 2), Ring(16 * KIB, 4, 3), Ring(32 * KIB, 2, 3), Ring(16 * KIB, 3, 4),
+    permute.SUMS, Ring(32 * KIB, 3, 2), Ring(16 * KIB, 4, 3), Ring(32 * KIB, 2, 3), Ring(16 * KIB, 3, 4),
     Ring(32 * KIB, 6, 1), Ring(8 * KIB, 4, 6),
 ]  # fmt: skip
 Call = Callable[[], jax.Array]
@@ -66,11 +66,11 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[
     moves = {
         "permute": (
             num_rows + tokens,
-            (exchange.copy_rows_by_xla, row_moves.copy_rows, COPIES[:plans], x, source, index),
+            (exchange.copy_rows_by_xla, permute.copy_rows, COPIES[:plans], x, source, index),
         ),
         "unpermute": (
             tokens * (CHOICES + 1),
-            (exchange.add_rows_by_xla, row_moves.add_rows, SUMS[:plans], rows, index),
+            (exchange.add_rows_by_xla, permute.add_rows, SUMS[:plans], rows, index),
         ),
     }
     for move, (moved, operands) in moves.items():
@@ -93,7 +93,7 @@ def main() -> None:
     args = parser.parse_args()
     width, sizes = 256 if args.tiny else 7168, [64] if args.tiny else map(int, args.tokens.split(","))
     table = (row for tokens in sizes for row in measure(tokens, width, args.plans, args.repeats))
-    Report.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
+    Recorder.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":

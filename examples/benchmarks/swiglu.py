@@ -3,7 +3,7 @@
 Hidden activations of DeepSeek-V3's experts, two halves of 2048 in bfloat16. Times are medians of calls that take turns;
 TB/s count each byte of arguments and results once; the difference is the largest, as a share of the largest value.
 
-    python examples/benchmarks/gated_rows.py [--rows 32768,65536,131072] [--plans] [--tiny]
+    python examples/benchmarks/swiglu.py [--rows 32768,65536,131072] [--plans] [--tiny]
 """
 
 from __future__ import annotations
@@ -13,16 +13,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from record import Report, machine, make_parser, medians_ms
-from row_moves import by_plan
+from permute_rows import by_plan
+from record import Recorder, machine, make_parser, medians_ms
 
-from eplb_jax.kernels import swiglu as gated_rows
+from eplb_jax.kernels import swiglu
 from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe.experts import gated_backward_by_xla
 
 KIB = 1024
 PLANS = [
-    gated_rows.GATED, Ring(12 * KIB, 4, 4, 1), Ring(12 * KIB, 4, 4, 2), Ring(12 * KIB, 3, 4, 1),
+    swiglu.GATED, Ring(12 * KIB, 4, 4, 1), Ring(12 * KIB, 4, 4, 2), Ring(12 * KIB, 3, 4, 1),
     Ring(12 * KIB, 6, 3, 2), Ring(12 * KIB, 5, 3, 1), Ring(12 * KIB, 8, 2, 2), Ring(6 * KIB, 8, 4, 3),
     Ring(6 * KIB, 6, 5, 2),
 ]  # fmt: skip
@@ -45,7 +45,7 @@ def measure(rows: int, width: int, plans: list[Ring], repeats: int) -> Iterator[
     hidden = jax.random.normal(keys[0], (rows, 2 * width), jnp.bfloat16)
     ct = jax.random.normal(keys[1], (rows, width), jnp.bfloat16)
     weight = jax.random.uniform(keys[2], (rows,))
-    calls = by_plan(gated_backward_by_xla, gated_rows.gated_backward, plans, hidden, weight, ct)
+    calls = by_plan(gated_backward_by_xla, swiglu.gated_backward, plans, hidden, weight, ct)
     want = calls["XLA"]()
     differences = [float(difference(call(), want)) for call in calls.values()]
     times = medians_ms(list(calls.values()), repeats, inner=0.02)
@@ -65,7 +65,7 @@ def main() -> None:
     plans, width = PLANS if args.plans else PLANS[:1], 256 if args.tiny else 2048
     sizes = [64] if args.tiny else map(int, args.rows.split(","))
     table = (line for rows in sizes for line in measure(rows, width, plans, args.repeats))
-    Report.begin(args, machine()).table(table, labels=2, formats={"difference": ".1e", "TB/s": ".2f"})
+    Recorder.begin(args, machine()).table(table, labels=2, formats={"difference": ".1e", "TB/s": ".2f"})
 
 
 if __name__ == "__main__":
