@@ -19,7 +19,7 @@ from record import Report, machine, make_parser, medians_ms
 from eplb_jax.kernels import permute as row_moves
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Ring
-from eplb_jax.moe import exchange
+from eplb_jax.moe import permute
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 
 EXPERTS, CHOICES = 32, 8
@@ -66,11 +66,11 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[
     moves = {
         "permute": (
             num_rows + tokens,
-            (exchange.copy_rows_by_xla, row_moves.copy_rows, COPIES[:plans], x, source, index),
+            (permute.copy_rows_by_xla, row_moves.copy_rows, COPIES[:plans], x, source, index),
         ),
         "unpermute": (
             tokens * (CHOICES + 1),
-            (exchange.add_rows_by_xla, row_moves.add_rows, SUMS[:plans], rows, index),
+            (permute.add_rows_by_xla, row_moves.add_rows, SUMS[:plans], rows, index),
         ),
     }
     for move, (moved, operands) in moves.items():
