@@ -292,9 +292,8 @@ def local_experts(
         rows = permute(x, found.moves, backend=config.backend)
         weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
-        operands = experts, rows
-        operands = jax.tree.map(lambda leaf: leaf.astype(config.recipe.product_dtype(leaf.dtype)), operands)
-        rows = apply_experts(*operands, weight, found.sizes, config.backend).astype(x.dtype)
+        experts, rows = jax.tree.map(lambda leaf: leaf.astype(config.recipe.product_dtype(leaf.dtype)), (experts, rows))
+        rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
         return unpermute(rows, found.moves, backend=config.backend), found.dropped
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -15,11 +15,11 @@ GPUs copy tiles of 8 rows, and ``torch._grouped_mm`` asks for the same in its we
 """
 
 
-Rows = TypeVar("Rows", int, Array, np.ndarray)
-
-
-def round_up(rows: Rows) -> Rows:
+def round_up(rows: Any) -> Any:
     """The multiple of `ALIGN` at or after a number of rows, or after each: what groups of these sizes take up.
+
+    Args:
+      rows: an int, or an array of signed integers of any shape; the result is of the same type.
 
     >>> round_up(17), round_up(jnp.array([3, 0, 8, 9])).tolist()
     (24, [8, 0, 8, 16])
