@@ -67,8 +67,9 @@ def assign_tiles(
             work(turn + number, group, first_row + offset, valid, column_tile)
 
         lax.fori_loop(jnp.int32(0), mine_high + mine_low, one, None)
+        rounded = round_up(size)
         before = high_before + high * column_tiles, low_before + low * column_tiles
-        return turn + mine_high + mine_low, first_row + round_up(size), *before, next_size
+        return turn + mine_high + mine_low, first_row + rounded, *before, next_size
 
     zero = jnp.int32(0)
     return lax.fori_loop(zero, jnp.int32(groups), go_through, (zero, zero, zero, zero, size_of[0]))[0]
