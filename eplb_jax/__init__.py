@@ -1,6 +1,6 @@
 """Expert-parallel load balancing, and the mixture-of-experts layer that it feeds.
 
-The names of this package are public; all modules below are internal and may change without notice.
+What `__all__` names is public; all modules below are internal and may change without notice.
 
 Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, made of `balanced_packing` and `replicate_experts`;
 `balanced`, `no_duplicate`, `sticky` and `elastic` go beyond it. All return a `Placement`. `gpu_loads`, `balancedness`,

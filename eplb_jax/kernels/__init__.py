@@ -1,1 +1,1 @@
-"""What runs on the chip: grouped matrix products, moves of rows, the gradient of the gate; internal."""
+"""What runs on the chip: grouped matrix products, moves of rows, the gradient of the gate, precision. Internal."""

@@ -50,7 +50,7 @@ MOST_ADDED = 32 * 128
 
 
 def why_not(array: Any, source: Any, rows: Any) -> str | None:
-    """Why the kernels do not move such arrays by these `eplb_jax.moe.exchange.RowMap`; None if they do.
+    """Why the kernels do not move such arrays by these `eplb_jax.moe.permute.RowMap`; None if they do.
 
     >>> indices = [jax.ShapeDtypeStruct(shape, "int32") for shape in ((64,), (32, 2))]
     >>> why_not(jax.ShapeDtypeStruct((64, 96), "float16"), *indices)
@@ -102,11 +102,11 @@ class Share:
 def copy_rows(
     x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"], cores: int, plan: Ring = COPIES
 ) -> Float[Array, "R D"]:
-    """`eplb_jax.moe.exchange.permute`: reads each token once and stores it to each of its rows, zeros to the others.
+    """`eplb_jax.moe.permute.permute`: reads each token once and stores it to each of its rows, zeros to the others.
 
     Args:
       x: the tokens, for which `why_not` has no reason.
-      source, rows: see `eplb_jax.moe.exchange.RowMap`.
+      source, rows: see `eplb_jax.moe.permute.RowMap`.
       cores: multiprocessors.
       plan: how to divide the work.
     """
@@ -202,7 +202,7 @@ def _clear_rows(share: Share, source_of: Any, tokens: int, total: int, out_ref: 
 
 
 def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, plan: Ring = SUMS) -> Float[Array, "N D"]:
-    """`eplb_jax.moe.exchange.unpermute`: loads a part of all rows of a token, adds them in float32, stores the sum.
+    """`eplb_jax.moe.permute.unpermute`: loads a part of all rows of a token, adds them in float32, stores the sum.
 
     Args:
       rows, index: for which `why_not` has no reason.

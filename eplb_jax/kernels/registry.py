@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import jax
 
 from eplb_jax.kernels.backend import KernelBackend, current_target
+from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.hopper import Hopper
 from eplb_jax.kernels.mesh_axis import varying
 
@@ -87,14 +88,8 @@ def choose(task: str, backend: str, *operands: Any) -> ChosenBackend:
         verb = TASKS[task].verb
         raise ValueError(f'backend="{backend}" cannot {verb}: {reasons[0]}; take backend="auto" or "xla"')
     if device.platform == "gpu":
-        _log_fallback(task, "; ".join(reasons))
+        log_fallback(logger, TASKS[task].fallback, "; ".join(reasons))
     return XLA
-
-
-@functools.cache
-def _log_fallback(task: str, reason: str) -> None:
-    """Says once per task and reason that a GPU gets XLA's form."""
-    logger.warning("%s: %s", TASKS[task].fallback, reason)
 
 
 def dispatch(choice: ChosenBackend, name: str, by_xla: Callable[..., Any], *operands: jax.Array, **static: Any) -> Any:

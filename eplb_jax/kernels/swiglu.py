@@ -70,7 +70,7 @@ def gated_backward(
             worker = lax.axis_index("worker")
             mine = turns(pl.cdiv(total, rows) * parts, worker, workers)
             share = _GateShare(plan, worker, workers, lines, parts, mine, total, rows)
-            slots = _Slots(pairs, singles, filled)
+            slots = _GateRing(pairs, singles, filled)
             memory = _Memory(weight_of, hidden_ref, ct_ref, hidden_ct_ref, act_ref, sums_ref)
             pl.when(mine > 0)(lambda: _go_through(share, memory, slots))
 
@@ -101,7 +101,7 @@ class _Memory(NamedTuple):
     sums: Any
 
 
-class _Slots(NamedTuple):
+class _GateRing(NamedTuple):
     """The ring in shared memory: gate and value, the cotangent, and the barriers of filled slots."""
 
     pairs: Any
@@ -133,7 +133,7 @@ class _GateShare(Share):
         return pairs.at[here, :, there], singles.at[here, there]
 
 
-def _go_through(share: _GateShare, memory: _Memory, slots: _Slots) -> None:
+def _go_through(share: _GateShare, memory: _Memory, slots: _GateRing) -> None:
     """Loads the block's rows, makes their gradients in the slots, and stores them."""
     plan, mine = share.plan, share.mine
     ahead = plan.stages - plan.behind
@@ -174,7 +174,7 @@ def _go_through(share: _GateShare, memory: _Memory, slots: _Slots) -> None:
 
 
 def _differentiate(
-    slots: _Slots, slot: jax.Array, row: int, weight: jax.Array, sums: Any, place: tuple[jax.Array, jax.Array]
+    slots: _GateRing, slot: jax.Array, row: int, weight: jax.Array, sums: Any, place: tuple[jax.Array, jax.Array]
 ) -> None:
     """Puts the gradients of one row of a slot in place of what they are made of, and the weight's into ``sums``.
 

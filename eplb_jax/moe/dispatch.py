@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
-from eplb_jax.moe.exchange import RowMap
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts, round_up
+from eplb_jax.moe.permute import RowMap
 
 
 class Capacities(NamedTuple):
@@ -97,11 +97,11 @@ def make_capacities(
     gaps = (ALIGN - 1) * num_slots
     most = num_devices * tokens * min(top_k, num_slots)
     if capacity_factor is None:
-        return Capacities(tokens, _round_up(most + gaps))
+        return Capacities(tokens, round_up(most + gaps))
     visited = num_devices * (1 - (1 - 1 / num_devices) ** top_k)  # devices that a token has experts on, on average
-    exchange = min(tokens, _round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
+    exchange = min(tokens, round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
     rows = min(num_devices * exchange * min(top_k, num_slots), math.ceil(capacity_factor * tokens * top_k))
-    return Capacities(exchange, _round_up(rows + gaps))
+    return Capacities(exchange, round_up(rows + gaps))
 
 
 def check_capacity_factor(factor: float | None) -> None:
@@ -192,7 +192,3 @@ def _limit(wanted: jax.Array, num_rows: int) -> jax.Array:
     left = capacity - jnp.minimum(blocks, level).sum(dtype=jnp.int32)
     level = level + jnp.where(more.any(), left // jnp.maximum(more.sum(dtype=jnp.int32), 1), 0)
     return jnp.minimum(wanted, level * ALIGN)
-
-
-def _round_up(rows: int) -> int:
-    return -(-rows // ALIGN) * ALIGN

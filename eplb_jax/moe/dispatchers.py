@@ -6,6 +6,7 @@ from typing import Protocol
 
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.kernels.recipe import Recipe
 from eplb_jax.moe import exchange
 
 
@@ -23,18 +24,18 @@ class Dispatcher(Protocol):
         """Whether it runs on GPUs alone."""
         ...
 
-    def why_not(self, fp8: bool) -> str | None:
-        """Why rows cannot travel so, with the remedy; None if they can."""
+    def why_not(self, recipe: Recipe) -> str | None:
+        """Why rows cannot travel so by a recipe, with the remedy; None if they can."""
         ...
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
-        """Rows to the devices that they are for; with ``fp8`` as 8-bit numbers with scales."""
+        """Rows to the devices that they are for, encoded as the recipe says."""
         ...
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
         """Rows back to the devices that `dispatch` took them from, with the counts that it was given."""
         ...
@@ -45,24 +46,28 @@ class Dense:
 
     gpu_only = False
 
-    def why_not(self, fp8: bool) -> str | None:
+    def why_not(self, recipe: Recipe) -> str | None:
         """Nothing keeps rows from it."""
-        del fp8
+        del recipe
         return None
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
         """All rows, used or not."""
         del counts
-        return exchange.all_to_all_fp8(rows, axis) if fp8 else exchange.all_to_all(rows, axis)
+        if recipe.encoding is None:
+            return exchange.all_to_all(rows, axis)
+        return exchange.all_to_all_encoded(rows, axis, recipe.encoding)
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
-        """All rows; with ``fp8`` only the gradients travel in 8 bits."""
+        """All rows as they are; their gradients encoded."""
         del counts
-        return exchange.all_to_all_fp8_back(rows, axis) if fp8 else exchange.all_to_all(rows, axis)
+        if recipe.encoding is None:
+            return exchange.all_to_all(rows, axis)
+        return exchange.all_to_all_encoded_back(rows, axis, recipe.encoding)
 
 
 class Ragged:
@@ -70,22 +75,24 @@ class Ragged:
 
     gpu_only = True
 
-    def why_not(self, fp8: bool) -> str | None:
-        """It carries no scales."""
-        return "fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False" if fp8 else None
+    def why_not(self, recipe: Recipe) -> str | None:
+        """It carries rows alone, nothing that belongs to them."""
+        if recipe.encoding is None:
+            return None
+        return f"{recipe.name} travels by the dense exchange only: choose exchange='dense' or fp8=False ('bf16')"
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
         """The used rows; zeros in place of the others."""
-        del fp8
+        del recipe
         return exchange.all_to_all_ragged(rows, counts, axis)
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, fp8: bool
+        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
     ) -> Float[Array, "ep C D"]:
         """The rows that came, as many as each device sent."""
-        del fp8
+        del recipe
         return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis), axis)
 
 

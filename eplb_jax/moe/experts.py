@@ -183,7 +183,7 @@ def gated_backward(
       hidden, weight: its arguments.
       ct: the gradient of its result.
       backend: "auto" takes our own kernel for Hopper GPUs, `eplb_jax.kernels.swiglu`, where it can, and else "xla", as
-        in `eplb_jax.moe.exchange.permute`.
+        in `eplb_jax.moe.permute.permute`.
 
     Raises:
       ValueError: "mosaic" for what it cannot do.

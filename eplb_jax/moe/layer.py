@@ -18,11 +18,13 @@ from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
+from eplb_jax.kernels.recipe import RECIPES, Recipe
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
+from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
 from eplb_jax.plan.placement import Placement
@@ -48,11 +50,14 @@ class MoEConfig:
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
       fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
+        Short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
+      precision: "bf16", which leaves all numbers as they are, "fp8", or another name of
+        `eplb_jax.kernels.recipe.RECIPES`: how rows travel and what products are made of. None: what ``fp8`` says.
 
     Raises:
-      ValueError: sizes below 1 or that do not fit, unknown choices.
+      ValueError: sizes below 1 or that do not fit, unknown choices, two different recipes.
     """
 
     width: int = 7168
@@ -66,6 +71,7 @@ class MoEConfig:
     exchange: str = "dense"
     fp8: bool = False
     backend: Backend = "auto"
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         """Checks sizes and choices."""
@@ -80,10 +86,21 @@ class MoEConfig:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
         if self.exchange not in DISPATCHERS:
             raise ValueError(f"exchange={self.exchange!r}: it must be one of {tuple(DISPATCHERS)}")
-        if self.fp8 and self.width % exchange.BLOCK:
-            raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
-        if reason := DISPATCHERS[self.exchange].why_not(self.fp8):
+        if self.precision not in (None, *RECIPES):
+            raise ValueError(f"precision={self.precision!r}: it must be one of {tuple(RECIPES)}, or None")
+        if self.fp8 and self.precision not in (None, "fp8"):
+            raise ValueError(f"fp8=True and precision={self.precision!r} ask for two recipes: give one of them")
+        if reason := self.recipe.why_not(self.width) or DISPATCHERS[self.exchange].why_not(self.recipe):
             raise ValueError(reason)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that ``precision`` names, or ``fp8`` where it is None.
+
+        >>> MoEConfig(fp8=True).recipe is MoEConfig(precision="fp8").recipe
+        True
+        """
+        return RECIPES[self.precision or ("fp8" if self.fp8 else "bf16")]
 
     @property
     def num_masters(self) -> int:
@@ -265,19 +282,20 @@ def local_experts(
       slots, weights: of each choice.
       num_slots: slots of this device.
       capacities: from `make_capacities`.
-      config: the backend of products and moves.
+      config: the backend of products and moves, and the recipe's dtype of products.
 
     Returns:
       The output [N, D], and how many choices were dropped for lack of capacity.
     """
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, capacities.rows)
-        rows = exchange.permute(x, found.moves, backend=config.backend)
-        weight = exchange.permute_each(weights, found.assignment, found.moves.rows)
+        rows = permute(x, found.moves, backend=config.backend)
+        weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
-        rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
+        experts, rows = jax.tree.map(lambda leaf: leaf.astype(config.recipe.product_dtype(leaf.dtype)), (experts, rows))
+        rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
-        return exchange.unpermute(rows, found.moves, backend=config.backend), found.dropped
+        return unpermute(rows, found.moves, backend=config.backend), found.dropped
 
 
 def _remote(
@@ -300,9 +318,9 @@ def _remote(
     hidden: Any = None
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, capacities.exchange)
-        sent = exchange.permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
-        rows = exchange.permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
-        rows, sent = _return_after(dispatcher.dispatch(rows, sends.counts, axis, config.fp8), sent)
+        sent = permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
+        rows = permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
+        rows, sent = _return_after(dispatcher.dispatch(rows, sends.counts, axis, config.recipe), sent)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
@@ -315,12 +333,12 @@ def _remote(
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
-        back = dispatcher.combine(y.reshape(shape), sends.counts, axis, config.fp8)
+        back = dispatcher.combine(y.reshape(shape), sends.counts, axis, config.recipe)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
     with jax.named_scope("combine"):
-        y = exchange.unpermute(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
+        y = unpermute(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
     return y if shared is None else y + hidden, dropped + sends.dropped
 
 

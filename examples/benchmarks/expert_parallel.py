@@ -48,6 +48,7 @@ from eplb_jax import (
     router_logits,
     working_copies,
 )
+from eplb_jax.kernels.fp8 import BLOCK, BlocksOfE4M3
 from eplb_jax.moe import dispatch, exchange
 from jaxpipe.planning.chips import chip_of
 
@@ -122,7 +123,7 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
     kinds: dict[str, tuple[Any, int]] = {
         "dense": (lambda x: exchange.all_to_all(x, "ep"), tokens * 2 * width),
         "ragged": (lambda x: exchange.all_to_all_ragged(x, jnp.full(ep, sent), "ep"), sent * 2 * width),
-        "fp8": (lambda x: exchange.all_to_all_fp8(x, "ep"), tokens * (width + 4 * width // exchange.BLOCK)),
+        "fp8": (lambda x: exchange.all_to_all_encoded(x, "ep", BlocksOfE4M3()), tokens * (width + 4 * width // BLOCK)),
     }
 
     def chain(kind: Any, x: jax.Array) -> jax.Array:

@@ -29,7 +29,7 @@ from eplb_jax import (
     route,
     router_logits,
 )
-from eplb_jax.moe import exchange
+from eplb_jax.moe import permute
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 from eplb_jax.moe.experts import gated_backward, shared_in, shared_out, swiglu
 
@@ -108,8 +108,8 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> dict[str, Any]:
         "beside the products ms": whole - alone,
         "router ms": time_of(chosen, routing.weights, x, params.router),
         "sort ms": time_of(lambda slots: sort_by_slot(slots, experts, capacities.rows), routing.experts),
-        "permute ms": time_of(with_gradient(lambda x: exchange.permute(x, found.moves)), ct_rows, x),
-        "unpermute ms": time_of(with_gradient(lambda rows: exchange.unpermute(rows, found.moves)), ct, rows),
+        "permute ms": time_of(with_gradient(lambda x: permute.permute(x, found.moves)), ct_rows, x),
+        "unpermute ms": time_of(with_gradient(lambda rows: permute.unpermute(rows, found.moves)), ct, rows),
         "SwiGLU ms": time_of(gate, ct_hidden[:, : config.hidden], ct_hidden, weight),
         "shared expert ms": time_of(shared, ct, params.shared, x),
     }

@@ -16,20 +16,20 @@ import jax
 import jax.numpy as jnp
 from record import Recorder, machine, make_parser, medians_ms
 
-from eplb_jax.kernels import permute
+from eplb_jax.kernels import permute as kernels
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Ring
-from eplb_jax.moe import exchange
+from eplb_jax.moe import permute as permute_in_xla
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 
 EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
-    permute.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
+    kernels.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
     Ring(16 * KIB, 3, 4, 1), Ring(16 * KIB, 6, 2, 2),
 ]  # fmt: skip
 SUMS = [
-    permute.SUMS, Ring(32 * KIB, 3, 2), Ring(16 * KIB, 4, 3), Ring(32 * KIB, 2, 3), Ring(16 * KIB, 3, 4),
+    kernels.SUMS, Ring(32 * KIB, 3, 2), Ring(16 * KIB, 4, 3), Ring(32 * KIB, 2, 3), Ring(16 * KIB, 3, 4),
     Ring(32 * KIB, 6, 1), Ring(8 * KIB, 4, 6),
 ]  # fmt: skip
 Call = Callable[[], jax.Array]
@@ -66,11 +66,11 @@ def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[
     moves = {
         "permute": (
             num_rows + tokens,
-            (exchange.copy_rows_by_xla, permute.copy_rows, COPIES[:plans], x, source, index),
+            (permute_in_xla.copy_rows_by_xla, kernels.copy_rows, COPIES[:plans], x, source, index),
         ),
         "unpermute": (
             tokens * (CHOICES + 1),
-            (exchange.add_rows_by_xla, permute.add_rows, SUMS[:plans], rows, index),
+            (permute_in_xla.add_rows_by_xla, kernels.add_rows, SUMS[:plans], rows, index),
         ),
     }
     for move, (moved, operands) in moves.items():

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from eplb_jax.kernels.fallback import log_fallback
 from jaxpipe._jax import causal_attention_of_cudnn
 from jaxpipe.stage.graph import RECOMPUTE
 
@@ -51,13 +52,13 @@ def causal_attention(
     whole = queries == keys
     cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
     if cudnn and (refusal := _refusal(queries, keys, width)):
-        _log_once("attention is XLA's, not cuDNN's", refusal)
+        log_fallback(logger, "attention is XLA's, not cuDNN's", refusal)
         cudnn = False
     if cudnn and whole and narrow < width and (kernel := _latent_kernel(narrow)):
         try:
             return kernel(query, key, value, scale=width**-0.5)
         except NotImplementedError as error:
-            _log_once(PADDING, str(error))
+            log_fallback(logger, PADDING, str(error))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
     mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
@@ -106,16 +107,10 @@ def _is_hopper_or_later() -> bool:
 def _latent_kernel(narrow: int) -> Callable[..., Any] | None:
     """Attention of cuDNN below the public function that checks widths; None where it takes no values of this width."""
     if narrow % 8:
-        _log_once(PADDING, f"values of width {narrow}; multiples of 8 will do")
+        log_fallback(logger, PADDING, f"values of width {narrow}; multiples of 8 will do")
         return None
     try:
         return causal_attention_of_cudnn()
     except ImportError as error:  # JAX has moved it
-        _log_once(PADDING, str(error))
+        log_fallback(logger, PADDING, str(error))
         return None
-
-
-@functools.cache
-def _log_once(what: str, reason: str) -> None:
-    """Says once per reason what is done instead on a GPU."""
-    logger.warning("%s: %s", what, reason)

@@ -58,6 +58,8 @@ def feed_forward(
     >>> feed_forward(jnp.ones((3, 4)), jnp.ones((4, 10)), jnp.ones((5, 4))).shape
     (3, 4)
     """
+    # The experts' `swiglu` multiplies in float32, by the weight of each row, and keeps its arguments alone for its own
+    # backward pass. Here everything is in x's dtype, and the pipeline decides what is kept.
     gate, value = jnp.split(x @ w_in.astype(x.dtype), 2, -1)
     return (jax.nn.silu(gate) * value) @ w_out.astype(x.dtype)
 

@@ -86,7 +86,7 @@ def apply_layer(
       attention: of a layer, (params, normalised tokens) -> (tokens, what else it has to tell).
 
     Returns:
-      The tokens, what else the attention told, and how many choices of experts found no room.
+      The tokens, what else the attention told, and how many choices of experts were dropped for lack of capacity.
     """
 
     def experts(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -101,8 +101,8 @@ def apply_layer(
 def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """One device of many, without the others: its experts get as many rows as all devices together would send it.
 
-    Tokens of this device stand for those of the others. Their choices among all experts are dealt to those held here,
-    so that each gets what balanced routing gives it.
+    Tokens of this device stand for those of the others. Their choices among all experts go to those held here in
+    turn, so that each gets what balanced routing gives it.
     """
     config = sizes.moe
     held = params.experts.w_in.shape[0]

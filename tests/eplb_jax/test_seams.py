@@ -1,17 +1,23 @@
-"""A policy, a dispatcher and a backend of kernels are added by one line of a table each, as CONTRIBUTING shows it."""
+"""A policy, a dispatcher, a recipe and a backend of kernels are each one line of a table, as CONTRIBUTING shows it."""
+
+import dataclasses
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 import eplb_jax
 from eplb_jax.__main__ import main
 from eplb_jax.kernels.grouped_gemm import xla
+from eplb_jax.kernels.recipe import RECIPES
 from eplb_jax.kernels.registry import BACKENDS
 from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.plan.cluster import make_cluster
 from eplb_jax.plan.policies.registry import POLICIES
 from tests.eplb_jax.moe.test_dispatchers import check_equals_dense
+from tests.eplb_jax.moe.test_fp8 import CONFIG, make, relative, run
 
 
 def in_turn(weight, num_replicas, num_groups, num_nodes, num_gpus):
@@ -36,11 +42,11 @@ class Shifts:
 
     gpu_only = False
 
-    def why_not(self, fp8):
-        """It has no 8-bit form."""
-        return "exchange='shifts' sends no 8-bit numbers: choose fp8=False" if fp8 else None
+    def why_not(self, recipe):
+        """It sends rows as they are."""
+        return None if recipe.encoding is None else f"exchange='shifts' does not know the recipe {recipe.name}"
 
-    def dispatch(self, rows, counts, axis, fp8):
+    def dispatch(self, rows, counts, axis, recipe):
         """All rows."""
         size, here = jax.lax.axis_size(axis), jax.lax.axis_index(axis)
         out = jnp.zeros_like(rows)
@@ -50,14 +56,61 @@ class Shifts:
             out = out.at[(here - d) % size].set(came)
         return out
 
-    def combine(self, rows, counts, axis, fp8):
+    def combine(self, rows, counts, axis, recipe):
         """All rows."""
-        return self.dispatch(rows, counts, axis, fp8)
+        return self.dispatch(rows, counts, axis, recipe)
 
 
 def test_a_dispatcher(monkeypatch, x64):
     monkeypatch.setitem(DISPATCHERS, "shifts", Shifts())
     check_equals_dense("shifts", 2, None)
+
+
+class Halves:
+    """Rows travel and are multiplied in float16, divided by their largest value."""
+
+    name = "halves"
+
+    @property
+    def encoding(self):
+        """Itself."""
+        return self
+
+    def why_not(self, width):
+        """Every width will do."""
+
+    def encode(self, rows):
+        """Rows of at most 1, and what they were divided by."""
+        scales = jnp.abs(rows).max(-1, keepdims=True)
+        return (rows / jnp.maximum(scales, 1e-30)).astype(jnp.float16), scales
+
+    def decode(self, parts, dtype):
+        """Their product."""
+        return parts[0].astype(dtype) * parts[1]
+
+    def product_dtype(self, dtype):
+        """Half."""
+        return jnp.float16
+
+
+def test_a_recipe(monkeypatch):
+    monkeypatch.setitem(RECIPES, "halves", Halves())
+    with pytest.raises(ValueError, match="halves travels by the dense exchange only: choose exchange='dense'"):
+        dataclasses.replace(CONFIG, precision="halves", exchange="ragged")
+    params, x, ct = make("float32", CONFIG)
+    exact, rough = (run(dataclasses.replace(CONFIG, precision=name), 4, params, x, ct) for name in ("bf16", "halves"))
+    assert [leaf.dtype for leaf in jax.tree.leaves(rough)] == [leaf.dtype for leaf in jax.tree.leaves(exact)]
+    errors = [relative(rough[0], exact[0]), relative(rough[1][1], exact[1][1])]
+    assert all(1e-5 < error < 5e-3 for error in errors), errors
+    travels = {str(dtype) for dtype in travelling(dataclasses.replace(CONFIG, precision="halves"), params, x, ct)}
+    assert travels == {"float16", "float32", "int32"}
+
+
+def travelling(config, params, x, ct):
+    """The dtypes of what the layer's program sends to other devices."""
+    text = str(jax.make_jaxpr(lambda *arrays: run(config, 4, *arrays))(params, x, ct))
+    names = {"f16": "float16", "f32": "float32", "i32": "int32"}
+    return {names[dtype] for dtype in re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = all_to_all", text)}
 
 
 class Counting:

@@ -12,7 +12,7 @@ from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.grouped_gemm import xla
-from eplb_jax.kernels.grouped_gemm.layout import ALIGN
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
 from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.kernels.registry import Backend, ChosenBackend
 
@@ -81,7 +81,7 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes has dtype {group_sizes.dtype}: it must hold numbers of rows; cast it to int32")
     if isinstance(group_sizes, np.ndarray):
-        needed = int((-(-group_sizes // ALIGN) * ALIGN).sum())
+        needed = int(round_up(group_sizes.astype(np.int64)).sum())
         if (group_sizes < 0).any() or needed > lhs.shape[0]:
             raise ValueError(
                 f"group_sizes {group_sizes.tolist()} need {needed} rows when each is rounded up to {ALIGN}, and lhs "

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Integer
@@ -13,13 +15,16 @@ GPUs copy tiles of 8 rows, and ``torch._grouped_mm`` asks for the same in its we
 """
 
 
-def round_up(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer[Array | np.ndarray, " groups"]:
-    """Rows that each group takes up, the unused ones at its end included; int32.
+def round_up(rows: Any) -> Any:
+    """The multiple of `ALIGN` at or after a number of rows, or after each: what groups of these sizes take up.
 
-    >>> round_up(jnp.array([3, 0, 8, 9])).tolist()
-    [8, 0, 8, 16]
+    Args:
+      rows: an int, or an array of signed integers of any shape; the result is of the same type.
+
+    >>> round_up(17), round_up(jnp.array([3, 0, 8, 9])).tolist()
+    (24, [8, 0, 8, 16])
     """
-    return (group_sizes.astype(jnp.int32) + (ALIGN - 1)) & -ALIGN
+    return (rows + (ALIGN - 1)) & -ALIGN
 
 
 def group_starts(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer[Array | np.ndarray, " groups"]:
@@ -34,7 +39,7 @@ def group_starts(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer
     >>> group_starts(jnp.array([3, 0, 8, 9])).tolist()
     [0, 8, 8, 16]
     """
-    rows = round_up(group_sizes)
+    rows = round_up(group_sizes.astype(jnp.int32))
     return jnp.cumsum(rows, dtype=jnp.int32) - rows
 
 

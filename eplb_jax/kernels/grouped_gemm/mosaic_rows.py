@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.layout import ALIGN
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
 from eplb_jax.kernels.grouped_gemm.ring import CHUNK, CONSUMERS, Tile
 
 
@@ -67,7 +67,7 @@ def assign_tiles(
             work(turn + number, group, first_row + offset, valid, column_tile)
 
         lax.fori_loop(jnp.int32(0), mine_high + mine_low, one, None)
-        rounded = (size + (ALIGN - 1)) & -ALIGN
+        rounded = round_up(size)
         before = high_before + high * column_tiles, low_before + low * column_tiles
         return turn + mine_high + mine_low, first_row + rounded, *before, next_size
 

@@ -72,4 +72,4 @@ def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, numbers:
     def product(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=wide(lhs.dtype))
 
-    return product(lhs, rhs, round_up(group_sizes)).astype(lhs.dtype)
+    return product(lhs, rhs, round_up(group_sizes.astype(jnp.int32))).astype(lhs.dtype)

@@ -26,12 +26,12 @@ def sticky(
 ) -> Placement:
     """Changes a placement until its heaviest GPU is within ``tolerance`` of a fresh plan's, moving few replicas.
 
-    Layers are independent. One that is good enough, or whose heaviest GPU a fresh plan would relieve by less than
-    ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
-    node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
-    plan, its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should not be,
-    only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load is good
-    enough.
+    Layers are independent. One that is good enough, or whose heaviest GPU would lose less than ``min_gain`` of its load
+    in a fresh plan, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within
+    each node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the
+    fresh plan, its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
+    not be, only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load
+    is good enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.

@@ -12,12 +12,14 @@ from jax.sharding import PartitionSpec as P
 from eplb_jax import grouped_matmul
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
+from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.grouped_gemm import mosaic
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.kernels.grouped_gemm.mosaic_outer import outer_products
 from eplb_jax.kernels.grouped_gemm.mosaic_rows import assign_tiles, rows_times_matrices
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.grouped_gemm.tiles import TABLE, tile_for
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 
 def marks_of(backend):
@@ -242,7 +244,7 @@ def test_results_vary_as_their_operands_do(monkeypatch, kind):
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    registry._log_fallback.cache_clear()
+    log_fallback.cache_clear()
     for _ in range(2):
         grouped_matmul(jnp.ones((16, 4)), jnp.ones((2, 4, 6)), jnp.array([8, 8]))
     assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
@@ -280,9 +282,8 @@ def test_tiles_are_assigned_once_and_evenly(tile):
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(tile):
     """Four multiprocessors, simulated on the CPU: results and barriers; waits for wgmma are not checked."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     lhs, rhs, dout, sizes = make([3, 70, 0, 130], jnp.bfloat16)
-    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+    with interpreted():
         out = rows_times_matrices(lhs, rhs, sizes, False, tile, 4)
         dlhs = rows_times_matrices(dout, rhs, sizes, True, tile, 4)
         drhs = outer_products(lhs, dout, sizes, tile, 4) if tile.m >= 128 else None

@@ -8,9 +8,11 @@ from jax.sharding import PartitionSpec as P
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
+from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.permute import COPIES, DTYPES, SUMS, Ring, add_rows, copy_rows, divide, why_not
 from eplb_jax.moe.dispatch import sort_by_slot
-from eplb_jax.moe.exchange import RowMap, permute, unpermute
+from eplb_jax.moe.permute import RowMap, permute, unpermute
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
@@ -30,9 +32,9 @@ def forced_to(backend):
     """Both moves and both gradients."""
 
     def step(x, rows, moves):
-        spread_x, back = jax.vjp(lambda x: permute(x, moves, backend=backend), x)
+        copied, back = jax.vjp(lambda x: permute(x, moves, backend=backend), x)
         summed, forth = jax.vjp(lambda rows: unpermute(rows, moves, backend=backend), rows)
-        return spread_x, back(rows)[0], summed, forth(x)[0]
+        return copied, back(rows)[0], summed, forth(x)[0]
 
     return jax.jit(step)
 
@@ -44,10 +46,8 @@ def forced_to(backend):
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
     """Two multiprocessors, simulated on the CPU, of which the copy engine's zeros out of bounds are asked for."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     x, rows, moves = operands(*shape, dtype)
-    parameters = interpreter.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-    with interpreter.force_gpu_interpret_mode(parameters):
+    with interpreted(out_of_bounds_reads="uninitialized", uninitialized_memory="zero"):
         copied = copy_rows(x, moves.source, moves.rows, 2, copies)
         added = add_rows(rows, moves.rows, 2, sums)
     assert copied.dtype == added.dtype == x.dtype
@@ -120,7 +120,7 @@ def test_auto_runs_everywhere_and_mosaic_says_what_it_cannot_do():
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    registry._log_fallback.cache_clear()
+    log_fallback.cache_clear()
     x, _, moves = operands(9, 3, 4, 48, 128, "float32")
     for _ in range(2):
         permute(x, moves, backend="auto")

@@ -10,11 +10,13 @@ from eplb_jax import ExpertParams, grouped_matmul
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
 from eplb_jax.kernels.permute import DTYPES, Ring
 from eplb_jax.kernels.swiglu import GATED, gated_backward, why_not
 from eplb_jax.moe import experts
 from eplb_jax.moe.experts import apply_experts, gated_backward_by_xla, init_experts, swiglu
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
@@ -75,9 +77,8 @@ def with_gradients(function):
 ])  # fmt: skip
 def test_kernel_in_the_interpreter(rows, width, dtype, plan):
     """Two multiprocessors, simulated on the CPU; the last rows come twice where they do not fill a slot."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     arguments = operands(rows, width, dtype, range(1, rows, 3))
-    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams(uninitialized_memory="zero")):
+    with interpreted(uninitialized_memory="zero"):
         found = gated_backward(*arguments, 2, plan)
     check_close(found, gated_backward_by_xla(*arguments), dtype)
 
@@ -194,7 +195,7 @@ def test_mosaic_says_what_it_cannot_do_and_auto_does_it(monkeypatch):
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    registry._log_fallback.cache_clear()
+    log_fallback.cache_clear()
     for _ in range(2):
         experts.gated_backward(*operands(4, 128, "float32"))
     assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [

@@ -1,4 +1,4 @@
-"""Who sends what where, as plain loops: sends, rows by slot, rooms, moves and their transposes, replicas, copies."""
+"""Who sends what where, as plain loops: sends, rows by slot, capacities, moves and transposes, replicas, copies."""
 
 import functools
 
@@ -14,7 +14,7 @@ from jax.test_util import check_grads
 from eplb_jax import working_copies
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
-from eplb_jax.moe.exchange import RowMap, permute, permute_each, unpermute
+from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
@@ -138,7 +138,7 @@ def test_many_assignments_are_sorted_too():
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)])
-def test_rooms_without_a_factor_drop_nothing(shape):
+def test_capacities_without_a_factor_drop_nothing(shape):
     """Whatever is chosen; all tokens on one device too."""
     tokens, top_k, devices, num_slots = shape
     capacities = make_capacities(*shape, None)
@@ -159,7 +159,7 @@ def test_rooms_without_a_factor_drop_nothing(shape):
             assert (slots // num_slots == 0).sum() == devices * tokens * most
 
 
-def test_rooms_of_a_factor():
+def test_capacities_of_a_factor():
     """What evenly spread choices need: T * (1 - (1 - 1/ep)**k) tokens to a device, T * k rows and gaps."""
     for factor in (1, 1.25, 2):
         capacities = make_capacities(4096, 8, 8, 32, factor)

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eplb_jax.kernels.fallback import log_fallback
 from jaxpipe.deepseek import kernels
 from jaxpipe.deepseek.kernels import causal_attention
 
@@ -59,7 +60,7 @@ def test_cudnn_is_chosen_for_shapes_that_it_takes(monkeypatch, caplog, queries, 
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
     monkeypatch.setattr(jax.nn, "dot_product_attention", spy)
     monkeypatch.setattr(kernels, "_is_hopper_or_later", lambda: True)
-    kernels._log_once.cache_clear()
+    log_fallback.cache_clear()
     kernels._latent_kernel.cache_clear()
     arrays = operands(queries, keys, 2, width, narrow, jnp.bfloat16)
     assert causal_attention(*arrays).shape == causal_attention(*arrays).shape == (2, queries, 2, narrow)
