@@ -1,13 +1,14 @@
 """Expert-parallel load balancing, and the mixture-of-experts layer that it feeds.
 
-What stands here is public; all modules below are internal and may change without a word.
+What `__all__` names is public; all modules below are internal and may change without notice.
 
-Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, of `balanced_packing` and `replicate_experts`;
+Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, made of `balanced_packing` and `replicate_experts`;
 `balanced`, `no_duplicate`, `sticky` and `elastic` go beyond it. All return a `Placement`. `gpu_loads`, `balancedness`,
 `moved`, `moved_bytes`, `duplicates` and `lower_bound` say what a plan is worth, `draw_loads` shows it, ``save_`` and
 ``read_`` keep it in files, and ``python -m eplb_jax plan`` does all of that from the command line.
 
-The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`.
+The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`. Its parts:
+`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`.
 
 While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
 `update_bias` moves a router's bias.
@@ -19,6 +20,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
+from eplb_jax.kernels.grouped_gemm.layout import group_starts
+from eplb_jax.moe.dispatch import Capacities, make_capacities
 from eplb_jax.moe.experts import ExpertParams, working_copies
 from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, local_experts, moe_layer, param_specs
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
     from eplb_jax.moe.flax import LinenMoE, MoE, PlacementParam, RouterBias
 
 __all__ = [
+    "Capacities",
     "Decision",
     "ExpertParams",
     "LinenMoE",
@@ -65,11 +69,13 @@ __all__ = [
     "duplicates",
     "elastic",
     "gpu_loads",
+    "group_starts",
     "grouped_matmul",
     "init_moe",
     "initial_placement",
     "local_experts",
     "lower_bound",
+    "make_capacities",
     "moe_layer",
     "moved",
     "moved_bytes",

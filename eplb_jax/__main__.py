@@ -1,7 +1,7 @@
 """Plans placements from recorded loads: ``python -m eplb_jax plan LOADS.npz --replicas 288 --nodes 4 --gpus 32``.
 
-Files that are read are never written: neither LOADS nor the placement of ``--previous``. Without ``--output`` no file
-is overwritten at all. What cannot be done is a sentence and exit status 2.
+The command never writes to a file that it reads, LOADS or the placement of ``--previous``. Without ``--output`` it
+overwrites no file at all. An error is one sentence and exit status 2.
 """
 
 from __future__ import annotations
@@ -20,13 +20,9 @@ from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_pla
 from eplb_jax.plan.metrics import balancedness, duplicates, gpu_loads, moved
 from eplb_jax.plan.placement import Placement
 from eplb_jax.plan.plot import draw_loads
-from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.elastic import elastic
-from eplb_jax.plan.policies.no_duplicate import no_duplicate
+from eplb_jax.plan.policies.registry import POLICIES
 from eplb_jax.plan.policies.sticky import sticky
-from eplb_jax.plan.rebalance import rebalance_experts
-
-POLICIES = ("deepseek", "balanced", "no-duplicate", "sticky", "elastic")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -50,7 +46,7 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument("--gpus", type=int, required=True)
     plan.add_argument("--nodes", type=int, default=1)
     plan.add_argument("--groups", type=int, default=1, help="groups of experts that stay on one node")
-    plan.add_argument("--policy", choices=POLICIES, default="balanced")
+    plan.add_argument("--policy", choices=(*POLICIES, "sticky", "elastic"), default="balanced")
     plan.add_argument("--previous", type=pathlib.Path, help="npz of the placement so far, only read; sticky needs it")
     plan.add_argument("--dead", type=int, nargs="+", default=[], metavar="GPU", help="for elastic: GPUs that are dead")
     plan.add_argument(
@@ -130,8 +126,7 @@ def _make(args: argparse.Namespace, loads: np.ndarray, previous: Placement | Non
         if previous.num_replicas != args.replicas:
             raise ValueError(f"{args.previous} has {previous.num_replicas} replicas, --replicas is {args.replicas}")
         return sticky(loads, previous, *sizes[1:])
-    policies = {"deepseek": rebalance_experts, "balanced": balanced, "no-duplicate": no_duplicate}
-    return policies[args.policy](loads, *sizes)
+    return POLICIES[args.policy](loads, *sizes)
 
 
 def _before(shape: tuple[int, ...], num_gpus: int) -> dict[str, tuple[Placement, int]]:

@@ -14,10 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from pretraining.data import load_corpus, make_batch
+from pretraining.tables import markdown_head, markdown_row
 
 import eplb_jax
 import eplb_jax.plan.plot
 from eplb_jax import balanced, balancedness, count_tokens, duplicates, moved, no_duplicate, sticky
+from jaxpipe.deepseek import causal_attention, rms_norm
 
 LAYERS, EXPERTS, TOP_K, WIDTH, HIDDEN = 4, 256, 8, 64, 16
 BATCH, SEQUENCE = 8, 128
@@ -53,19 +55,14 @@ def initial_params(key: jax.Array) -> dict[str, jax.Array]:
     return {name: jax.random.normal(keys[name], shape) / WIDTH**0.5 for name, shape in shapes.items()}
 
 
-def normal(x: jax.Array) -> jax.Array:
-    """Root-mean-square normalisation."""
-    return x * jax.lax.rsqrt(jnp.mean(x * x, -1, keepdims=True) + 1e-6)
-
-
 def layer(x: jax.Array, params: dict[str, jax.Array]) -> tuple[jax.Array, jax.Array]:
     """Attention, then a mixture of experts, computed densely; and how many bytes chose each expert."""
-    q, k, v = (part[:, :, None] for part in jnp.split(normal(x) @ params["qkv"], 3, -1))
-    x = x + jax.nn.dot_product_attention(q, k, v, is_causal=True)[:, :, 0]
-    scores = jax.nn.sigmoid(normal(x) @ params["router"])
+    q, k, v = (part[:, :, None] for part in jnp.split(rms_norm(x) @ params["qkv"], 3, -1))
+    x = x + causal_attention(q, k, v)[:, :, 0]
+    scores = jax.nn.sigmoid(rms_norm(x) @ params["router"])
     best, chosen = jax.lax.top_k(scores, TOP_K)
     shares = (jax.nn.one_hot(chosen, EXPERTS) * (best / best.sum(-1, keepdims=True))[..., None]).sum(-2)
-    hidden = jax.nn.silu(jnp.einsum("btd,deh->bteh", normal(x), params["up"])) * shares[..., None]
+    hidden = jax.nn.silu(jnp.einsum("btd,deh->bteh", rms_norm(x), params["up"])) * shares[..., None]
     return x + jnp.einsum("bteh,ehd->btd", hidden, params["down"]), count_tokens(chosen, EXPERTS)
 
 
@@ -73,7 +70,7 @@ def loss_and_loads(params: dict[str, jax.Array], data: dict[str, jax.Array]) -> 
     """Mean cross-entropy in nats a byte, and the loads [layers, experts] of its batch."""
     layers = {name: value for name, value in params.items() if name != "embedding"}
     x, loads = jax.lax.scan(layer, params["embedding"][data["tokens"]], layers)
-    losses = optax.softmax_cross_entropy_with_integer_labels(normal(x) @ params["embedding"].T, data["targets"])
+    losses = optax.softmax_cross_entropy_with_integer_labels(rms_norm(x) @ params["embedding"].T, data["targets"])
     return (losses * data["mask"]).sum() / data["mask"].sum(), loads
 
 
@@ -124,14 +121,14 @@ def main() -> None:
         "sticky": sticky(now, before, *list(sizes.values())[1:]),
     }
     print(f"\n{SIZES}\n")
-    print("| plan | mean / max of GPUs: planned steps | next 24 steps | duplicates | moved from 24 steps ago |")
-    print("|---|---|---|---|---|")
+    columns = "plan", "mean / max of GPUs: planned steps", "next 24 steps", "duplicates", "moved from 24 steps ago"
+    print(markdown_head(columns))
     figures = {}
     for name, plan in plans.items():
         figures[name] = [balancedness(plan, loads, gpus).mean() for loads in (now, later)]
         moves = moved(before, plan, gpus).sum()
-        cells = name, *(f"{share:.4f}" for share in figures[name]), duplicates(plan, gpus).sum(), moves
-        print("| " + " | ".join(map(str, cells)) + " |")
+        shares = (f"{share:.4f}" for share in figures[name])
+        print(markdown_row([name, *shares, duplicates(plan, gpus).sum(), moves]))
     if arguments.plot:
         eplb_jax.draw_loads(now, {name: plans[name] for name in ("24 steps old", "deepseek", "balanced")}, gpus,
                                  arguments.plot)  # fmt: skip

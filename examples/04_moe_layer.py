@@ -15,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from pretraining.tables import markdown_head, markdown_row
 
 import eplb_jax.plan.plot
 from eplb_jax import (
@@ -68,10 +69,10 @@ def main() -> None:
 
     print(f"{TOKENS} tokens on each of {DEVICES} devices, {CONFIG.router.top_k} of {EXPERTS} experts, "
           f"{REBALANCE.num_replicas} slots; {decision.moved} replicas moved")  # fmt: skip
-    print("| placement | tokens of each device | mean / max |\n|---|---|---|")
+    print(markdown_head(["placement", "tokens of each device", "mean / max"]))
     for name, plan, share in (("first", start, decision.before), ("rebalanced", decision.placement, decision.after)):
         counts = gpu_loads(plan, np.asarray(loads)[None], DEVICES)[0]
-        print(f"| {name} | {' '.join(f'{count:.0f}' for count in counts)} | {share:.3f} |")
+        print(markdown_row([name, " ".join(f"{count:.0f}" for count in counts), f"{share:.3f}"]))
     if arguments.plot:
         plans = {"first": start, "rebalanced": decision.placement}
         eplb_jax.draw_loads(np.asarray(loads)[None], plans, DEVICES, arguments.plot)

@@ -1,21 +1,50 @@
-"""Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program."""
+"""Pipeline parallelism for JAX: DualPipe, DualPipeV and their rivals as one SPMD program.
+
+What `__all__` names is public; all modules below are internal and may change without notice.
+
+`value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
+forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
+`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer, and `plan` foretells memory and time.
+
+Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
+`jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
+Imported by their own names, because they need Flax, are `jaxpipe.flax`, which makes stages of Flax modules and of rows
+of layers, and `jaxpipe.deepseek`, DeepSeek-V3's model.
+"""
 
 import importlib.metadata
 
-from jaxpipe import schedule as schedule
-from jaxpipe import vocabulary as vocabulary
-from jaxpipe.api import Pipeline as Pipeline
-from jaxpipe.api import forward as forward
-from jaxpipe.api import make_mesh as make_mesh
-from jaxpipe.api import stack_stages as stack_stages
-from jaxpipe.api import unstack_stages as unstack_stages
-from jaxpipe.api import value_and_grad as value_and_grad
-from jaxpipe.compiling import compiler_options as compiler_options
-from jaxpipe.optimizer import Unchanged as Unchanged
-from jaxpipe.optimizer import floating_only as floating_only
-from jaxpipe.runtime.model import Context as Context
-from jaxpipe.runtime.model import Output as Output
-from jaxpipe.runtime.model import Params as Params
+from jaxpipe import schedule, vocabulary
+from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
+from jaxpipe.compiling import compiler_options
+from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.params import Params, stack_stages, unstack_stages
+from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.memory import Memory
+from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.runtime.model import Context, Output
+
+__all__ = [
+    "Achieved",
+    "Chip",
+    "Context",
+    "Memory",
+    "Output",
+    "Params",
+    "Pipeline",
+    "Plan",
+    "Unchanged",
+    "compiler_options",
+    "floating_only",
+    "forward",
+    "make_mesh",
+    "plan",
+    "schedule",
+    "stack_stages",
+    "unstack_stages",
+    "value_and_grad",
+    "vocabulary",
+]
 
 try:
     __version__ = importlib.metadata.version("jaxpipe")

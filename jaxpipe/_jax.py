@@ -1,4 +1,4 @@
-"""Every use of JAX beside its documented interface, and what is known of its primitives: for jax 0.10 to 0.12."""
+"""Every use of JAX beyond its documented interface, and what is known of its primitives: for jax 0.10 to 0.12."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 from jax.core import Tracer as Tracer
 from jax.extend import source_info_util as source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
+from jax.extend.core import Effect as Effect
 from jax.extend.core import Jaxpr as Jaxpr
 from jax.extend.core import JaxprEqn as JaxprEqn
 from jax.extend.core import Literal as Literal
@@ -85,11 +86,62 @@ HEAVY = frozenset({
 })  # fmt: skip
 """Primitives that are never computed a second time."""
 
+VIEWS = frozenset({
+    "reshape", "squeeze", "expand_dims", "transpose", "copy", "stop_gradient", "sharding_constraint",
+})  # fmt: skip
+"""Primitives whose result is their operand in other words."""
+
+WRITES_IN_PLACE = frozenset({"dynamic_update_slice"})
+"""Primitives that write into their first operand."""
+
+READS_PART = frozenset({"dynamic_slice", "slice"})
+"""Primitives that read only that part of their operand which they return."""
+
+READS_WHOLE = frozenset({
+    "dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated", "sort", "top_k", "gather", "scatter",
+    "scatter-add", "scatter_add", "cumsum", "cumlogsumexp", "argmax", "argmin", "all_to_all", "all_gather", "pmax",
+    "psum", "psum_invariant", "reduce_scatter", "ppermute", "while", "scan", "cond", "pallas_call", "ffi_call",
+    "custom_call",
+})  # fmt: skip
+"""Primitives that need their operands whole in memory and make a whole result."""
+
+REDUCTIONS = REDUCING | {"reduce_prod"}
+"""Primitives that make a whole result of operands computed on the way."""
+
+COMPUTED_ONCE = frozenset({
+    "cbrt", "cos", "div", "erf", "exp", "exp2", "expm1", "log", "log1p", "logistic", "pow", "rsqrt", "sin", "sqrt",
+    "tan", "tanh",
+})  # fmt: skip
+"""Elementwise primitives that XLA computes once for several readers; cheaper ones it repeats in each, on GPUs."""
+
+WITHOUT_KERNEL = VIEWS | {"optimization_barrier", "axis_index", "platform_index", "pvary", "pcast", "iota", "name"}
+"""Primitives that compute nothing."""
+
+PRODUCTS = frozenset({"dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated"})
+"""Primitives that multiply matrices."""
+
+ATTENTION_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+"""Primitives of attention, and how many products of the scores' size each computes."""
+
+WITH_BODIES = frozenset({"scan", "while", "cond", "shard_map"})
+"""Primitives that run jaxprs of their own, never inlined."""
+
+COLLECTIVES = {
+    "psum": "all-reduce", "psum_invariant": "all-reduce", "pmax": "all-reduce", "pmin": "all-reduce",
+    "all_gather": "all-gather", "all_gather_invariant": "all-gather", "all_gather_reduced": "all-gather",
+    "reduce_scatter": "reduce-scatter", "unreduced_psum": "all-reduce", "unreduced_reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all", "ragged_all_to_all": "all-to-all", "ppermute": "permute",
+}  # fmt: skip
+"""What each primitive makes devices do together."""
+
+BODY_PARAMETERS = tuple(dict.fromkeys(CALLS.values()))
+"""Parameters that hold a call's jaxpr."""
+
 SILENT = ("axis_index", "pvary", "pcast")
 """Primitives that name a mesh axis and wait for no other device."""
 
 HARMLESS_EFFECTS = frozenset({"NamedAxisEffect"})
-"""Effects of equations that do nothing but to compute their results."""
+"""Effects of equations that only compute their results."""
 
 REF_EFFECTS = frozenset({"ReadEffect", "WriteEffect", "AccumEffect"})
 NEW_REF_EFFECT = "InternalMutableArrayEffect"
@@ -97,7 +149,7 @@ NEW_REF_EFFECT = "InternalMutableArrayEffect"
 
 
 def is_heavy(name: str) -> bool:
-    """Whether a primitive is never computed a second time; one that no table knows is not, and is named in the log.
+    """Whether a primitive is never computed a second time. One that no table knows never is, and the log names it.
 
     >>> is_heavy("dot_general"), is_heavy("sort"), is_heavy("a_primitive_of_tomorrow")
     (True, False, True)
@@ -111,7 +163,7 @@ def is_heavy(name: str) -> bool:
 
 @functools.cache
 def _log_unknown(name: str) -> None:
-    """Once for each."""
+    """Logs a name once."""
     logger.warning("the primitive %r is not known here: what it computes is kept, never computed a second time", name)
 
 
@@ -135,6 +187,13 @@ def causal_attention_of_cudnn() -> Callable[..., Any]:
     from jax._src.cudnn.fused_attention_stablehlo import MaskType, dot_product_attention  # noqa: PLC0415
 
     return functools.partial(dot_product_attention, mask_type=MaskType.CAUSAL)
+
+
+def has_backends() -> bool:
+    """Whether JAX has started any backend, which it does when it is first asked for devices."""
+    from jax._src.xla_bridge import backends_are_initialized  # noqa: PLC0415
+
+    return backends_are_initialized()
 
 
 def distributed_state() -> Any:

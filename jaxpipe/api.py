@@ -5,39 +5,27 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import numpy as np
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
-from jaxpipe.arguments import (
-    check_batch_spec,
-    check_costs,
-    check_dtype,
-    check_mesh,
-    check_model,
-    check_schedule,
-    check_specs_given,
-)
-from jaxpipe.differentiated import not_transposed
+from jaxpipe.arguments import check_model, check_options, check_schedule
+from jaxpipe.not_differentiable import not_transposed
+from jaxpipe.params import Params
 from jaxpipe.runtime import execute
-from jaxpipe.runtime.copies import stage_of_rows
-from jaxpipe.runtime.execute import Axes
 from jaxpipe.runtime.lower import lower
-from jaxpipe.runtime.model import Model, Params
+from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
-
-DISPATCHERS = ("unrolled", "switch", "loops", "sequential")
-
 
 _NO_GRADIENT = (
     "a pipeline's result cannot be differentiated, since it holds the gradients already: take them from "
@@ -58,23 +46,43 @@ class Pipeline:
       program: the lowered schedule, for its tables, slots and predicted makespan.
       model: the user's functions.
       mesh: the device mesh.
-      axes: the mesh axes handled by hand.
-      specs: PartitionSpec of every parameter, as a tree prefix of Params.
-      batch_spec: PartitionSpec of every leaf of the batch.
-      compute_dtype: dtype of the working copies, or None.
-      dispatch: one of `DISPATCHERS`.
-      order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+      options: what else `value_and_grad` or `forward` was asked for, checked, with defaults filled in.
     """
 
     program: Program
     model: Model
-    mesh: Mesh
-    axes: Axes
-    specs: Params
-    batch_spec: P
-    compute_dtype: Any
-    dispatch: str
-    order: str
+    mesh: Mesh | AbstractMesh
+    options: Options
+
+    @property
+    def axes(self) -> Axes:
+        """The mesh axes handled by hand."""
+        return self.options.axes
+
+    @property
+    def specs(self) -> Params:
+        """PartitionSpec of every parameter, as a tree prefix of Params."""
+        return self.options.specs
+
+    @property
+    def batch_spec(self) -> P:
+        """PartitionSpec of every leaf of the batch."""
+        return self.options.batch_spec
+
+    @property
+    def compute_dtype(self) -> Any:
+        """The dtype of the working copies, or None: that of the parameters."""
+        return self.options.compute_dtype
+
+    @property
+    def dispatch(self) -> str:
+        """How a rank runs the branch of a step: "unrolled", "switch", "loops" or "sequential"."""
+        return self.options.dispatch
+
+    @property
+    def order(self) -> str:
+        """Which stage a row of the stages' parameters belongs to, "model" or "storage"."""
+        return self.options.order
 
     @property
     def __name__(self) -> str:
@@ -88,42 +96,41 @@ class Pipeline:
 
     def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
         """Runs the pipeline; see `value_and_grad` and `forward`."""
-        schedule, shared_ends = self.program.schedule, self.program.shared_ends
+        schedule, axes, shared_ends = self.program.schedule, self.axes, self.program.shared_ends
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
-        specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
-        inputs.check_specs(specs, self.axes, shared_ends=shared_ends)
-        inputs.refuse_sharded_by_compiler(specs, self.batch_spec, self.axes, self.mesh, shared_ends=shared_ends)
-        inputs.check_batch(batch, schedule.num_microbatches, self.axes, self.batch_spec)
+        specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
+        inputs.check_specs(specs, axes, shared_ends=shared_ends)
+        inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
+        inputs.check_batch(batch, schedule.num_microbatches, axes, self.batch_spec)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
-        microbatches = inputs.split_batch(batch, schedule.num_microbatches, self.axes)
+        microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
         result = self._run(params, microbatches, rng, specs)
         return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
 
     def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
         """The result, of a batch in microbatches."""
-        tables = execute.make_tables(self.program)
-        manual = functools.partial(inputs.manual_part, self.axes.names)
+        axes, batch_spec = self.axes, P(None, *self.batch_spec)
+        manual = functools.partial(inputs.manual_part, axes.names)
         param_specs = jax.tree.map(manual, specs, is_leaf=inputs.is_spec)
-        batch_specs = jax.tree.map(lambda _: manual(P(None, *self.batch_spec)), batch)
+        batch_specs = jax.tree.map(lambda _: manual(batch_spec), batch)
         params = jax.tree.map(self._constrain, params, specs)
-        batch = jax.tree.map(lambda leaf: self._constrain(leaf, P(None, *self.batch_spec)), batch)
-        common = (self.program, self.model, self.axes, self.compute_dtype, self.dispatch, self.order)
+        batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
         if self.program.forward_only:
-            body = functools.partial(execute.infer, *common)
+            body = functools.partial(execute.infer, self.program, self.model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
             spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
-            body = functools.partial(execute.train, *common, spec_axes)
+            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes)
             out_specs = (P(), param_specs)
         result = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(param_specs, batch_specs, P(), (P(None, self.axes.pipeline), P())),
+            in_specs=(param_specs, batch_specs, P(), (P(None, axes.pipeline), P())),
             out_specs=out_specs,
-            axis_names=set(self.axes.names),
+            axis_names=set(axes.names),
             check_vma=False,
-        )(params, batch, rng, tables)
+        )(params, batch, rng, execute.make_tables(self.program))
         if self.program.forward_only:
             return result
         value, grads = result
@@ -136,7 +143,7 @@ class Pipeline:
 def value_and_grad(
     stage: Callable[..., Any],
     schedule: Schedule,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
@@ -188,9 +195,9 @@ def value_and_grad(
       mesh: a mesh with Auto axis types, whose ``axis`` has size ``schedule.num_ranks``.
       embed: makes the first stage's input, or None.
       head: makes the loss, or None: the objective is then the stages' auxiliary losses alone.
-      weight: weight of a microbatch in the mean, a number of at least 0; None: all equal. One of weight 0 counts in
-        metrics alone, and its loss and gradients may be NaN, as a mean over no tokens is; but not the activations that
-        stages exchange over ``data_axes``. Where all weights are 0, so are loss and gradients.
+      weight: weight of a microbatch in the mean, a number of at least 0; None: all are equal. A microbatch of weight 0
+        counts in metrics alone. Its loss and gradients may be NaN, as a mean over no tokens is, but the activations
+        that stages exchange over ``data_axes`` may not. Where all weights are 0, loss and gradients are 0.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -198,20 +205,20 @@ def value_and_grad(
         instead of it stands for the default, ``Params(P(axis), P())``. Stage parameters are sharded by rows over
         ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
-      compute_dtype: dtype of the working copies of floating parameters, such as bfloat16, or None: as they are.
+      compute_dtype: dtype of the working copies of floating parameters, such as bfloat16; None: that of the parameters.
         Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
-      costs: relative times of forward, input gradient and weight gradient, for packing; default all equal.
-      dispatch: how a rank runs the branch of a step: "switch", a conditional; "loops", loops of no or one trip, for
-        which XLA copies no buffers; "sequential", such loops also for the halves of an overlapped pair; "unrolled", on
-        one rank, as code that needs no choice and copies nothing into slots, so that it stashes even
-        what is named "recompute". That is two to three times as much code. Default: "unrolled" on one rank where a few
-        rounds of the schedule repeat, else "sequential" on CPU, which overlaps nothing, and "loops" on others.
+      costs: relative times of forward, input gradient and weight gradient, for packing; by default all are equal.
+      dispatch: how a rank runs the branch of a step. "switch" is a conditional. "loops" are loops of no or one trip,
+        for which XLA copies no buffers; "sequential" has such loops for the halves of an overlapped pair too.
+        "unrolled" is for one rank: code that needs no choice and copies nothing into slots. It is two to three times as
+        much code, and it stashes even what is named "recompute". The default is "unrolled" on one rank where a few
+        rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "loops" elsewhere.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
-        it runs, where all run as many; in model order, under schedules that give ranks other stages than those, the
-        working copies of such rows travel once a step, in ``compute_dtype``, and their gradients return. What long runs
-        keep is best in storage order; see `stack_stages`.
+        it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
+        not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
+        runs do best to keep parameters in storage order; see `stack_stages`.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
@@ -238,15 +245,17 @@ def value_and_grad(
     (8, 16, 16)
     """
     return _pipeline(
-        Model(stage, embed, head, weight), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, shared_ends, order, forward_only=False,
+        Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
+        axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
+        batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
+        order=order,
     )  # fmt: skip
 
 
 def forward(
     stage: Callable[..., Any],
     schedule: Schedule,
-    mesh: Mesh,
+    mesh: Mesh | AbstractMesh,
     *,
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
@@ -271,8 +280,10 @@ def forward(
       ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed.
     """
     return _pipeline(
-        Model(stage, embed, head), schedule, mesh, axis, data_axes, replicated_axes, specs, batch_spec,
-        compute_dtype, costs, dispatch, shared_ends, order, forward_only=True,
+        Model(stage, embed, head), schedule, mesh, forward_only=True,
+        axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
+        batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
+        order=order,
     )  # fmt: skip
 
 
@@ -295,92 +306,29 @@ def make_mesh(**sizes: int) -> Mesh:
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
 
 
-def stack_stages(stages: Any, schedule: Schedule, order: str = "model") -> Any:
-    """Stacks the parameters of stages 0, 1, ... into rows.
-
-    Args:
-      stages: a list, tuple or iterator of the parameters of each stage, in the order of the forward pass; or these
-        stacked already, a pytree whose leaves are ``[num_stages, ...]`` with stage i in row i.
-      schedule: gives the number of stages and, for storage order, their rows.
-      order: that of the result and of the pipeline that it is for: "model", row i is stage i; "storage", row i is stage
-        ``schedule.storage_order[i]``.
-
-    Raises:
-      ValueError: another number of stages than the schedule's, or stages that are not alike.
-
-    >>> from jaxpipe.schedule import build
-    >>> import numpy as np
-    >>> stack_stages([np.float32(stage) for stage in range(4)], build("dualpipev", 2, 4)).tolist()
-    [0.0, 1.0, 2.0, 3.0]
-    >>> stack_stages(np.arange(4), build("dualpipev", 2, 4), order="storage").tolist()
-    [0, 3, 1, 2]
-    """
-    rows = stage_of_rows(schedule, order)
-    if isinstance(stages, Iterator):
-        stages = list(stages)
-    if isinstance(stages, (list, tuple)) and not hasattr(stages, "_fields"):
-        inputs.check_alike(stages, schedule)
-        return jax.tree.map(lambda *leaves: jax.numpy.stack(leaves), *(stages[stage] for stage in rows))
-    inputs.check_rows(stages, schedule, "stacked")
-    return stages if rows == tuple(range(len(rows))) else jax.tree.map(lambda leaf: leaf[np.asarray(rows)], stages)
-
-
-def unstack_stages(stacked: Any, schedule: Schedule, order: str = "model") -> list[Any]:
-    """The inverse of `stack_stages`: the parameters (or gradients) of stages 0, 1, ... as a list.
-
-    >>> import jaxpipe, numpy as np
-    >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
-    >>> unstack_stages({"w": np.asarray([0, 3, 1, 2])}, schedule, order="storage")[1]["w"].item()
-    1
-    """
-    inputs.check_rows(stacked, schedule, "stacked")
-    row_of = {stage: row for row, stage in enumerate(stage_of_rows(schedule, order))}
-    return [jax.tree.map(lambda leaf, row=row_of[stage]: leaf[row], stacked) for stage in range(schedule.num_stages)]
-
-
 def _pipeline(
-    model: Model,
-    schedule: Schedule,
-    mesh: Mesh,
-    axis: str,
-    data_axes: Sequence[str],
-    replicated_axes: Sequence[str],
-    specs: Params | None,
-    batch_spec: P | None,
-    compute_dtype: Any,
-    costs: Costs | None,
-    dispatch: str | None,
-    shared_ends: bool,
-    order: str,
-    *,
-    forward_only: bool,
+    model: Model, schedule: Schedule, mesh: Mesh | AbstractMesh, *, forward_only: bool, **given: Any
 ) -> Pipeline:
+    """The pipeline; ``given`` are the options of `check_options`."""
     check_schedule(schedule)
     check(schedule)
     check_model(model)
-    axes = check_mesh(schedule, mesh, axis, data_axes, replicated_axes)
-    stage_of_rows(schedule, order)
-    if dispatch is not None and dispatch not in DISPATCHERS:
-        raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
-    if dispatch == "unrolled" and schedule.num_ranks != 1:
-        raise ValueError(
-            f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
-        )
+    options = check_options(schedule, mesh, **given)
     program = lower(
-        schedule, check_costs(costs), embed_grad=model.embed is not None, forward_only=forward_only,
-        shared_ends=shared_ends,
-    )  # fmt: skip
-    if dispatch is None:
-        on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-        dispatch = "unrolled" if is_short(program) else "sequential" if on_cpu else "loops"
-    return Pipeline(
-        program=program,
-        model=model,
-        mesh=mesh,
-        axes=axes,
-        specs=check_specs_given(specs, axis),
-        batch_spec=check_batch_spec(batch_spec, axes, mesh),
-        compute_dtype=check_dtype(compute_dtype),
-        dispatch=dispatch,
-        order=order,
+        schedule,
+        options.costs,
+        embed_grad=model.embed is not None,
+        forward_only=forward_only,
+        shared_ends=options.shared_ends,
     )
+    if options.dispatch == AUTOMATIC:
+        options = dataclasses.replace(options, dispatch=_default_dispatch(program, mesh))
+    return Pipeline(program, model, mesh, options)
+
+
+def _default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
+    """The fastest way to run branches that copies nothing it need not."""
+    if is_short(program):
+        return "unrolled"
+    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
+    return "sequential" if on_cpu else "loops"

@@ -1,4 +1,4 @@
-"""What `value_and_grad` and `forward` are given, checked: functions, schedule, mesh and its axes, dtype."""
+"""What `value_and_grad` and `forward` are given, checked: functions, schedule, mesh, and options as one record."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.runtime.execute import Axes
-from jaxpipe.runtime.model import Model, Params
+from jaxpipe.params import Params, stage_of_rows
+from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
@@ -22,6 +23,40 @@ _CALLS = {
     "head": ("outer", "y", "data", "ctx"),
     "weight": ("data",),
 }
+
+
+def check_options(
+    schedule: Schedule,
+    mesh: Any,
+    *,
+    axis: Any,
+    data_axes: Any,
+    replicated_axes: Any,
+    specs: Any,
+    batch_spec: Any,
+    compute_dtype: Any,
+    costs: Any,
+    dispatch: Any,
+    shared_ends: bool,
+    order: Any,
+) -> Options:
+    """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
+
+    Raises:
+      ValueError: an option is not what it is documented to be, or does not fit the schedule or the mesh.
+    """
+    axes = check_mesh(schedule, mesh, axis, data_axes, replicated_axes)
+    stage_of_rows(schedule, order)
+    return Options(
+        axes=axes,
+        specs=_check_specs_given(specs, axis),
+        batch_spec=_check_batch_spec(batch_spec, axes, mesh),
+        compute_dtype=_check_dtype(compute_dtype),
+        costs=_check_costs(costs),
+        dispatch=_check_dispatch(dispatch, schedule),
+        shared_ends=shared_ends,
+        order=order,
+    )
 
 
 def check_model(model: Model) -> None:
@@ -48,7 +83,7 @@ def _signature(function: Callable[..., Any]) -> inspect.Signature | None:
 
 
 def _takes(function: Callable[..., Any], count: int) -> bool:
-    """Whether a function takes so many positional arguments, as far as can be known."""
+    """Whether a function takes this many positional arguments; True where it has no signature."""
     signature = _signature(function)
     if signature is None:
         return True
@@ -71,14 +106,14 @@ def check_schedule(schedule: Any) -> None:
         )
 
 
-def check_costs(costs: Any) -> Costs:
+def _check_costs(costs: Any) -> Costs:
     """The costs, or the default; raises ValueError where they are something else."""
     if costs is not None and not isinstance(costs, Costs):
         raise ValueError(f"costs={costs!r:.80}: pass jaxpipe.schedule.Costs(forward, backward_input, weight), or None")
     return costs or Costs()
 
 
-def check_dtype(dtype: Any) -> Any:
+def _check_dtype(dtype: Any) -> Any:
     """The compute dtype, or None; raises ValueError unless it is floating."""
     if dtype is None:
         return None
@@ -89,6 +124,19 @@ def check_dtype(dtype: Any) -> Any:
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"compute_dtype={dtype!r}: give a floating dtype, such as jnp.bfloat16, or None")
     return dtype
+
+
+def _check_dispatch(dispatch: Any, schedule: Schedule) -> str:
+    """The way to run branches; `AUTOMATIC` of None."""
+    if dispatch is None:
+        return AUTOMATIC
+    if dispatch not in DISPATCHERS:
+        raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
+    if dispatch == "unrolled" and schedule.num_ranks != 1:
+        raise ValueError(
+            f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
+        )
+    return dispatch
 
 
 def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replicated_axes: Any) -> Axes:
@@ -129,14 +177,14 @@ def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replica
 
 
 def _names(argument: str, axes: Any) -> tuple[str, ...]:
-    """Names of axes; one may stand alone."""
+    """Names of axes; a single one may be a str."""
     names = (axes,) if isinstance(axes, str) else axes
     if not isinstance(names, Sequence) or not all(isinstance(name, str) for name in names):
         raise ValueError(f"{argument}={axes!r}: give names of mesh axes, such as ('dp',)")
     return tuple(names)
 
 
-def check_specs_given(specs: Any, axis: str) -> Params:
+def _check_specs_given(specs: Any, axis: str) -> Params:
     """The specs, or the default: stages by rows, the others whole."""
     default = Params(P(axis), P())
     if specs is None:
@@ -146,7 +194,7 @@ def check_specs_given(specs: Any, axis: str) -> Params:
     return Params(*(given if given is not None else other for given, other in zip(specs, default, strict=True)))
 
 
-def check_batch_spec(batch_spec: Any, axes: Axes, mesh: Any) -> P:
+def _check_batch_spec(batch_spec: Any, axes: Axes, mesh: Any) -> P:
     """The batch's spec, or the default: the leading dimension over the data axes."""
     if batch_spec is None:
         return P(axes.data or None)

@@ -1,4 +1,4 @@
-"""Options for XLA's compiler that a pipelined step on GPUs wants."""
+"""Options of XLA's compiler for a pipelined step on GPUs."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ XLA_SHARE = 0.8
 def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> dict[str, int]:
     """Lets XLA's scheduler use the memory that there is: for ``jax.jit(step, compiler_options=...)`` on GPUs.
 
-    XLA hides communication behind compute until it thinks that memory runs short: at 80% of the GPU's, less what goes
-    in and out, less 5% of the rest. From there on it orders operations to save memory, and collectives that could have
-    been hidden are not. A large model's step always gets there: its parameters and sums of gradients take most of the
-    GPU. DeepSeek-V2-Lite's on eight H100s needs 69 GB with either limit; by the order of its operations 29% of its
-    all-to-alls' time is hidden with XLA's, 83% with this one. Between two GPUs of a node such a difference was worth 1%
-    of a step (docs/measured/gpus.md); slower links have more to hide.
+    XLA hides communication behind compute until it takes memory to run short: at 80% of the GPU's, less inputs and
+    outputs, less 5% of the rest. From there on it orders operations to save memory, and does not hide collectives that
+    it could have hidden. A large model's step always gets there, since its parameters and sums of gradients take most
+    of the GPU. The step of DeepSeek-V2-Lite on eight H100s needs 69 GB with either limit; by the order of its
+    operations 29% of the time of its all-to-alls is hidden with XLA's limit and 83% with this one. Between two GPUs of
+    a node such a difference was worth 1% of a step (docs/measured/gpus.md); slower links have more to hide.
 
     Args:
       arguments: bytes of a device's inputs; outputs that are not written over them count too.
       memory: bytes of the device.
-      share: of it, what the step may use. The rest is for code, NCCL, and fragmentation; set the environment variable
-        XLA_PYTHON_CLIENT_MEM_FRACTION to as much, or JAX's allocator takes 75%.
+      share: the part of it that the step may use. The rest is for code, NCCL, and fragmentation. Set the environment
+        variable XLA_PYTHON_CLIENT_MEM_FRACTION to the same number, or JAX's allocator takes 75%.
 
     Returns:
       Options; none where the arguments alone exceed XLA's limit, since no factor helps there.

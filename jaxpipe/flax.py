@@ -1,4 +1,7 @@
-"""Flax NNX and Linen modules as pipeline stages, embeddings and heads."""
+"""Flax NNX and Linen modules as pipeline stages, embeddings and heads.
+
+What `__all__` names is public; all else here is internal and may change without notice.
+"""
 
 from __future__ import annotations
 
@@ -14,14 +17,18 @@ import jax.numpy as jnp
 import numpy as np
 from flax import errors, nnx
 
-from jaxpipe.alike import same
-from jaxpipe.api import stack_stages
-from jaxpipe.inputs import check_same_structure
-from jaxpipe.layers import Choice, Layer, shorten, spread_layers
-from jaxpipe.layers import layered_stages as layered_stages
-from jaxpipe.layers import split_layers as split_layers
-from jaxpipe.layers import unstack_layers as unstack_layers
+from jaxpipe.jaxpr_equality import same
+from jaxpipe.layers import (
+    Choice,
+    Layer,
+    layered_stages,
+    shorten,
+    split_layers,
+    stages_of_mixed_layers,
+    unstack_layers,
+)
 from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
+from jaxpipe.params import check_same_structure, stack_stages
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 
@@ -60,8 +67,8 @@ def nnx_stages(
       its place in the module and the context's key, so all are independent. A module in ``eval()`` needs no key.
     * Everything else (a layer's index, a window, an activation function) is static and may differ too. Where the
       stages' programs then differ, they run under a `jax.lax.switch`, which is not divided into input and weight
-      gradients; two that differ in turn need none where each stage holds as many of both (``num_layers``), and numbers
-      that differ need none if they are arrays.
+      gradients. Two kinds of layers in turn need no switch if each stage holds equally many of both (``num_layers``),
+      and numbers that differ need none if they are arrays.
 
     Args:
       make_stage: makes one stage's module, or one layer's; called once per stage or layer, in the order of the forward
@@ -152,11 +159,22 @@ def linen_stages(
     """
     count = schedule.num_stages if num_layers is None else num_layers
     modules = list(module) if isinstance(module, Sequence) else [module] * count
+    _check_linen(modules, count, {"x": x, "data": data})
+    names = _names(uses_rngs)
+    params = _init_linen(modules, rng, x, data, arguments, names)
+    check_same_structure(params)
+    definitions, definition_of = _distinct(modules)
+    layers = [functools.partial(_apply_linen, modules[index], arguments, names) for index in definitions]
+    return _stages(layers, definition_of, params, schedule, num_layers)
+
+
+def _check_linen(modules: Sequence[Any], count: int, examples: Mapping[str, Any]) -> None:
+    """Raises ValueError unless there are as many Linen modules as stages or layers, and examples are arrays."""
     for each in modules:
         if not isinstance(each, nn.Module):
             name = each.__name__ if isinstance(each, type) else type(each).__name__
             raise ValueError(f"linen_stages got {name}, not an instance of a Linen module: pass {name}(...), say")
-    for path, leaf in jax.tree_util.tree_leaves_with_path({"x": x, "data": data}):
+    for path, leaf in jax.tree_util.tree_leaves_with_path(examples):
         if not hasattr(leaf, "shape") or not hasattr(leaf, "dtype"):
             raise ValueError(
                 f"{jax.tree_util.keystr(path)} is {leaf!r:.60}: give an example as arrays or ShapeDtypeStructs, such "
@@ -164,41 +182,44 @@ def linen_stages(
             )
     if len(modules) != count:
         raise ValueError(f"{len(modules)} modules for {count} stages or layers: give one for each, or one for all")
-    names = _names(uses_rngs)
-    definitions, definition_of = _distinct(modules)
+
+
+def _init_linen(
+    modules: Sequence[nn.Module], rng: jax.Array, x: Any, data: Any, arguments: Arguments | None, names: Sequence[str]
+) -> list[Any]:
+    """The parameters of each module, without boxes."""
 
     def init(index: int) -> Any:
         inputs, example = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, leaf.dtype), (x, data))
         key = jax.random.fold_in(rng, index)
-        args, kwargs = _arguments(arguments, Context.make(index, 0, key, example, num_stages=count))
+        args, kwargs = _arguments(arguments, Context.make(index, 0, key, example, num_stages=len(modules)))
         keys = {name: fold_name(key, name) for name in {"dropout", *names}}
         return modules[index].init({**keys, "params": key}, inputs, *args, **kwargs)
 
-    variables = [init(index) for index in range(count)]
+    variables = [init(index) for index in range(len(modules))]
     others = sorted(set(variables[0]) - {"params"})
     if others:
         raise ValueError(
             f"{type(modules[0]).__name__} has variable collections {others} besides 'params': a pipeline stage is a "
             "pure function, so remove them or return their updates as metrics"
         )
-    params = [nn.unbox(each.get("params", {})) for each in variables]
-    check_same_structure(params)
+    return [nn.unbox(each.get("params", {})) for each in variables]
 
-    def call(index: int, params: Any, x: Any, ctx: Context) -> Any:
-        keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in names}
-        args, kwargs = _arguments(arguments, ctx)
-        try:
-            return modules[index].apply({"params": params}, x, *args, rngs=keys, **kwargs)
-        except errors.InvalidRngError as error:
-            keyless = names and ctx.rng is None
-            remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
-            raise ValueError(
-                f"{type(modules[index]).__name__} draws random numbers without a key: {remedy}; or make it "
-                f"deterministic ({error})"
-            ) from error
 
-    layers = [functools.partial(call, index) for index in definitions]
-    return _stages(layers, definition_of, params, schedule, num_layers)
+def _apply_linen(
+    module: nn.Module, arguments: Arguments | None, names: Sequence[str], params: Any, x: Any, ctx: Context
+) -> Any:
+    """Calls a module in a pipeline, with keys of the context for these names."""
+    keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in names}
+    args, kwargs = _arguments(arguments, ctx)
+    try:
+        return module.apply({"params": params}, x, *args, rngs=keys, **kwargs)
+    except errors.InvalidRngError as error:
+        keyless = names and ctx.rng is None
+        remedy = "call step(params, batch, rng)" if keyless else "pass uses_rngs=True, or all streams' names"
+        raise ValueError(
+            f"{type(module).__name__} draws random numbers without a key: {remedy}; or make it deterministic ({error})"
+        ) from error
 
 
 def _stages(
@@ -210,7 +231,7 @@ def _stages(
 ) -> tuple[Layer, Any]:
     """(stage function, stacked parameters) of modules with functions of their own."""
     if layers is not None:
-        return spread_layers(functions, function_of, params, schedule)
+        return stages_of_mixed_layers(functions, function_of, params, schedule)
     choice = Choice(functions, function_of)
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:
@@ -235,7 +256,7 @@ def _arguments(arguments: Arguments | None, ctx: Context) -> tuple[tuple[Any, ..
 def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any], Any]]]:
     """(the group of each layer's constants, alike in structure and shapes; for each group what makes them of a layer).
 
-    What is equal in a whole group is closed over once; the rest is rows of one array, from which the layer takes its.
+    What is equal in a whole group is closed over once. The rest is stacked, and each layer takes its row.
     """
     flat = [jax.tree.flatten(tree) for tree in trees]
     alike = [(structure, [_describe(leaf) for leaf in leaves]) for leaves, structure in flat]
@@ -260,14 +281,14 @@ def _constants_of(trees: Sequence[Any]) -> tuple[list[int], list[Callable[[Any],
 
 
 def _describe(leaf: Any) -> Any:
-    """What constants must have in common to be rows of one array; a Python number is like none but its equals."""
+    """What constants must have in common to be stacked; Python numbers must be equal."""
     if not hasattr(leaf, "dtype"):
         return leaf
     return type(leaf) is np.ndarray, leaf.shape, leaf.dtype, getattr(leaf, "weak_type", False)
 
 
 def _names(uses_rngs: bool | Sequence[str]) -> tuple[str, ...]:
-    """The streams to pass; Linen draws from "params" what it has no stream of that name for."""
+    """The streams to pass. Where Linen has no stream of the name asked for, it draws from "params"."""
     if isinstance(uses_rngs, str):
         return (uses_rngs,)
     if isinstance(uses_rngs, bool):
@@ -288,7 +309,7 @@ def _distinct(definitions: Sequence[Any]) -> tuple[list[int], list[int]]:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Whether definitions are equal; not where one cannot tell, as of static arrays."""
+    """Whether definitions are equal; False where nobody can tell, as of static arrays."""
     try:
         return bool(a == b)
     except (TypeError, ValueError):

@@ -14,8 +14,8 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
 from jaxpipe.arguments import check_names, entry_axes, to_spec
-from jaxpipe.runtime.execute import Axes
-from jaxpipe.runtime.model import Params
+from jaxpipe.params import Params, check_rows
+from jaxpipe.runtime.options import Axes
 from jaxpipe.schedule.schedule import Schedule
 
 
@@ -29,7 +29,7 @@ def check_params(params: Any, schedule: Schedule) -> None:
 
 
 def _check_array(leaf: Any, name: str) -> None:
-    """Raises ValueError unless a leaf is an array of what JAX knows, or a number."""
+    """Raises ValueError unless a leaf is a number, or an array of a dtype that JAX knows."""
     dtype = getattr(leaf, "dtype", None)
     known = isinstance(leaf, bool | int | float | complex) if dtype is None else hasattr(leaf, "shape")
     if not known or getattr(dtype, "kind", "") in ("O", "U", "S", "M", "m"):
@@ -37,51 +37,12 @@ def _check_array(leaf: Any, name: str) -> None:
         raise ValueError(f"{name} is {leaf!r:.80}, a {kind}: pass a pytree of arrays; keep what is no array outside")
 
 
-def check_rows(stages: Any, schedule: Schedule, name: str) -> None:
-    """Raises ValueError unless all leaves are ``[num_stages, ...]``."""
-    for path, leaf in jax.tree_util.tree_leaves_with_path(stages):
-        if np.ndim(leaf) == 0 or np.shape(leaf)[0] != schedule.num_stages:
-            raise ValueError(
-                f"{name}{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but schedule {schedule.name!r} has "
-                f"{schedule.num_stages} stages: stack the parameters of all stages in rows, "
-                f"[{schedule.num_stages}, ...], with jaxpipe.stack_stages"
-            )
-
-
-def check_alike(stages: Sequence[Any], schedule: Schedule) -> None:
-    """Raises ValueError unless there is one tree for each stage, all of the same structure, shapes and dtypes."""
-    if len(stages) != schedule.num_stages:
-        raise ValueError(f"{len(stages)} stages for schedule {schedule.name!r}, which has {schedule.num_stages}")
-    check_same_structure(stages)
-
-
-def check_same_structure(params: Sequence[Any]) -> None:
-    """Raises ValueError where parameters of a stage or layer differ from the first one's, naming the leaves."""
-    first = _describe(params[0])
-    for index, other in enumerate(map(_describe, params)):
-        paths = [path for path in {**first, **other} if first.get(path) != other.get(path)]
-        if paths or jax.tree.structure(params[index]) != jax.tree.structure(params[0]):
-            here, there = ({path or "all": leaves.get(path) for path in paths} for leaves in (other, first))
-            raise ValueError(
-                f"parameters {index} have shapes {here or other}, parameters 0 {there or first} (None: not there): all "
-                "stages (or layers) must be alike; put what differs into embed or head, or pad it"
-            )
-
-
-def _describe(tree: Any) -> dict[str, str]:
-    """Shape and dtype of each leaf, by path."""
-    return {
-        jax.tree_util.keystr(path): f"{jnp.result_type(leaf)}{list(np.shape(leaf))}"
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
-    }
-
-
 def broadcast_specs(specs: Params, params: Params, axes: Axes, mesh: Any) -> Params:
     """A PartitionSpec for every leaf of params.
 
     Args:
       specs: a prefix of params with PartitionSpecs or NamedShardings; None stands for the default, rows of stages over
-        the pipeline axis and other parameters whole.
+        the pipeline axis and other parameters whole. A tree without leaves needs none, and may have one.
       params: the parameters.
       axes: those handled by hand.
       mesh: the pipeline's mesh.
@@ -100,7 +61,7 @@ def broadcast_specs(specs: Params, params: Params, axes: Axes, mesh: Any) -> Par
         given[tuple(map(str, path))] = default if spec is None else to_spec(spec, mesh, name)
         check_names(given[tuple(map(str, path))], mesh, name)
     leaves, tree = jax.tree_util.tree_flatten_with_path(params)
-    everything = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: node is None)
+    everything = jax.tree_util.tree_leaves_with_path(params, is_leaf=lambda node: not jax.tree.leaves(node))
     for path in given:
         if not any(tuple(map(str, place))[: len(path)] == path for place, _ in everything):
             raise ValueError(f"specs{''.join(path)} is for no parameter: there are {_names(leaves)}")
@@ -138,7 +99,7 @@ def _check_fits(spec: P, shape: tuple[int, ...], axes: Axes, name: str) -> None:
 
 
 def check_specs(specs: Params, axes: Axes, *, shared_ends: bool) -> None:
-    """Raises ValueError unless stages are sharded by rows, and other parameters as those who run them need."""
+    """Raises ValueError unless stages are sharded by rows, and other parameters so that the ranks that use them can."""
     for path, spec in jax.tree_util.tree_leaves_with_path(specs.stages, is_leaf=is_spec):
         if not spec or spec[0] != axes.pipeline:
             raise ValueError(
@@ -189,11 +150,11 @@ def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
                 "pytree of arrays [B, ...]; lists of numbers are made arrays with np.asarray, and a value that is the "
                 "same in all microbatches goes into params.outer"
             )
-    rows = {np.shape(leaf)[0] for _, leaf in leaves}
-    if len(rows) != 1:
+    leading = {np.shape(leaf)[0] for _, leaf in leaves}
+    if len(leading) != 1:
         shapes = {jax.tree_util.keystr(path): np.shape(leaf) for path, leaf in leaves}
         raise ValueError(f"the batch's leaves have shapes {shapes}: all need the same leading (batch) dimension")
-    (size,) = rows
+    (size,) = leading
     sizes = {axis: axes.sizes[axis] for axis in axes.data}
     shards = math.prod(sizes.values())
     if size == 0 or size % (count * shards):
@@ -228,7 +189,7 @@ def check_key(rng: Any) -> None:
 
 
 def check_surroundings(mesh: Any, arrays: Any) -> None:
-    """Raises ValueError where a mesh that JAX was told to use, or that arrays are on, keeps a pipeline from its own."""
+    """Raises ValueError where JAX was told to use another mesh than the pipeline's, or arrays are on another."""
     around, own = jax.sharding.get_abstract_mesh(), mesh.abstract_mesh
     if around.shape and around != own:
         kinds = dict(zip(around.axis_names, map(str, around.axis_types), strict=True))

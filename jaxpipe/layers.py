@@ -1,7 +1,8 @@
-"""Rows of layers as stages: any number of layers, spread over the stages of a schedule."""
+"""Layers as stages: any number of layers, divided over the stages of a schedule."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Sequence
@@ -11,12 +12,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.alike import same_program
-from jaxpipe.api import stack_stages, unstack_stages
-from jaxpipe.inputs import check_same_structure
+from jaxpipe.jaxpr_equality import same_program
+from jaxpipe.params import check_same_structure, stack_stages, unstack_stages
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition
+from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.schedule.schedule import Schedule
 
 Layer = Callable[[Any, Any, Context], Any]
@@ -39,8 +40,8 @@ def layered_stages(layer: Layer, layers: Any, schedule: Schedule) -> tuple[Layer
 
     Stages hold `split_layers` layers and scan over them. Shorter stages are padded: they run their last layer again,
     on the same input and with the same key, and discard what it returns. A pipeline waits for its longest stage, so
-    this costs memory but no time. Gradients of the padding are exactly zero, and what the layer says besides (auxiliary
-    losses, metrics) does not count; a side effect such as `jax.debug.print` happens again.
+    this costs memory but no time. Gradients of the padding are exactly zero. Its auxiliary losses and metrics do not
+    count, but a side effect such as `jax.debug.print` happens again.
 
     Args:
       layer: ``layer(params, x, ctx) -> y``, y like x, or a `jaxpipe.Output`, whose auxiliary losses and metrics are
@@ -59,10 +60,10 @@ def layered_stages(layer: Layer, layers: Any, schedule: Schedule) -> tuple[Layer
     >>> stages.shape  # 3 layers and 2
     (2, 3, 4, 4)
     """
-    return spread_layers((layer,), None, layers, schedule)
+    return stages_of_mixed_layers((layer,), None, layers, schedule)
 
 
-def spread_layers(
+def stages_of_mixed_layers(
     functions: Sequence[Layer], function_of: Sequence[int] | None, layers: Any, schedule: Schedule
 ) -> tuple[Layer, Any]:
     """`layered_stages` of layers with functions of their own: layer i runs ``functions[function_of[i]]``.
@@ -75,14 +76,18 @@ def spread_layers(
 
 def stack_layers(layers: Any, schedule: Schedule, order: str = "model") -> tuple[Any, int]:
     """(the stacked parameters of `layered_stages`, in rows of an order; the number of layers)."""
-    num_layers, rows_of = _rows(layers)
-    places = _places(num_layers, schedule)
-    return stack_stages([rows_of(row) for row in places], schedule, order), num_layers
+    num_layers, stack = _stacker(layers)
+    rows = _layers_of_stages(split_layers(num_layers, schedule.num_stages))
+    return stack_stages([stack(layers) for layers in rows], schedule, order), num_layers
 
 
-def _places(num_layers: int, schedule: Schedule) -> list[list[int]]:
-    """The layer in each slot of each stage: the last one again where there is none."""
-    counts = split_layers(num_layers, schedule.num_stages)
+def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], schedule: Schedule) -> Layer:
+    """The stage that scans over its layers, of parameters as `stack_layers` stacks them."""
+    return _LayerStage(Choice(functions, function_of), split_layers(len(function_of), schedule.num_stages)).run
+
+
+def _layers_of_stages(counts: Sequence[int]) -> list[list[int]]:
+    """``[stages][slots]``: the layer in each slot; in padding the stage's last one again."""
     starts = [0, *itertools.accumulate(counts)][:-1]
     return [
         [start + min(slot, count - 1) for slot in range(max(counts))]
@@ -90,53 +95,87 @@ def _places(num_layers: int, schedule: Schedule) -> list[list[int]]:
     ]
 
 
-def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], schedule: Schedule) -> Layer:
-    """The stage that scans over its layers, of parameters as `stack_layers` stacks them."""
-    num_layers = len(function_of)
-    counts = split_layers(num_layers, schedule.num_stages)
-    slots, starts = max(counts), [0, *itertools.accumulate(counts)][:-1]
-    places = _places(num_layers, schedule)
-    members = [sorted({row[slot] for row in places}) for slot in range(slots)]
-    padded = len(set(counts)) > 1
-    choice = Choice(functions, function_of)
+@dataclasses.dataclass(frozen=True)
+class _LayerStage:
+    """A stage of layers. All stages have as many slots for layers, the shorter ones padding in the last.
 
-    def stage(params: Any, x: Any, ctx: Context) -> Any:
-        start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (starts, counts))
+    Attributes:
+      choice: the functions of all layers.
+      counts: the layers of each stage.
+    """
 
-        def run(x: Any, last: Any, slot: Any, params: Any, layers: Sequence[int]) -> Any:
-            """(y, the layer's input, (auxiliary loss, metrics)) of a slot; ``last`` is the input of the slot before."""
-            real = jnp.asarray(slot < count)
-            # Padding computes the last layer on that layer's input: it need not be defined on its own output.
-            given = _where(real, x, last) if padded else x
-            output = choice.run(layers, params, given, ctx.at_layer(start + jnp.minimum(slot, count - 1)))
-            y, others = output.value, (output.aux_loss, output.metrics)
-            _check_like(x, y)
-            if padded:
-                y, others = _where(real, y, x), _where(real, others, jax.tree.map(jnp.zeros_like, others))
-            return y, given, others
+    choice: Choice
+    counts: tuple[int, ...]
 
-        kinds = choice.kinds(jax.tree.map(lambda leaf: leaf[0], params), x, ctx.at_layer(start))
-        last, parts = x, []
-        if len(set(kinds)) > 1 and all(len({kinds[i] for i in layers}) == 1 for layers in members):
-            # Layers in turn, such as local and global attention, alike in all stages: nothing is left to decide.
-            for slot, layers in enumerate(members):
-                row = jax.tree.map(lambda leaf, slot=slot: leaf[slot], params)
-                x, last, part = run(x, last, slot, row, layers)
-                parts.append(part)
-            others = jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
-        else:
+    @functools.cached_property
+    def starts(self) -> list[int]:
+        """The first layer of each stage."""
+        return [0, *itertools.accumulate(self.counts)][:-1]
 
-            def body(carry: Any, row: Any) -> Any:
-                (x, last), (slot, params) = carry, row
-                y, given, part = run(x, last, slot, params, range(num_layers))
-                return (y, given if padded else None), part
+    @functools.cached_property
+    def layers(self) -> list[list[int]]:
+        """``[stages][slots]``: the layer in each slot."""
+        return _layers_of_stages(self.counts)
 
-            carry, inputs = (x, x if padded else None), (jnp.arange(slots, dtype=jnp.int32), params)
-            (x, _), others = jax.lax.scan(body, carry, inputs)
+    @property
+    def padded(self) -> bool:
+        """Whether some stages have padding."""
+        return len(set(self.counts)) > 1
+
+    def run(self, params: Any, x: Any, ctx: Context) -> Any:
+        """The stage function; leaves of ``params`` are ``[slots, ...]``."""
+        start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (self.starts, self.counts))
+        run_slot = functools.partial(self._run_slot, ctx, start, count)
+        kinds = self.choice.kinds(jax.tree.map(lambda leaf: leaf[0], params), x, ctx.at_layer(start))
+        members = [sorted(set(layers)) for layers in zip(*self.layers, strict=True)]  # of each slot, in all stages
+        in_turn = len(set(kinds)) > 1 and all(len({kinds[i] for i in layers}) == 1 for layers in members)
+        y, others = self._run_in_turn(run_slot, members, params, x) if in_turn else self._scan(run_slot, params, x)
         aux_loss, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=accumulation_dtype(leaf.dtype)), others)
-        return shorten(Output(x, aux_loss, metrics))
+        return shorten(Output(y, aux_loss, metrics))
 
-    return stage
+    def _run_slot(
+        self, ctx: Context, start: Any, count: Any, x: Any, last: Any, slot: Any, params: Any, layers: Sequence[int]
+    ) -> tuple[Any, Any, Any]:
+        """(y, the layer's input, (auxiliary loss, metrics)) of a slot, which holds one of some layers.
+
+        ``last`` is the input of the slot before. Padding computes the last layer on that layer's input: it need not be
+        defined on its own output.
+        """
+        real = jnp.asarray(slot < count)
+        given = _where(real, x, last) if self.padded else x
+        output = self.choice.run(layers, params, given, ctx.at_layer(start + jnp.minimum(slot, count - 1)))
+        y, others = output.value, (output.aux_loss, output.metrics)
+        _check_like(x, y)
+        if self.padded:
+            y, others = _where(real, y, x), _where(real, others, jax.tree.map(jnp.zeros_like, others))
+        return y, given, others
+
+    def _run_in_turn(
+        self, run_slot: Callable[..., Any], members: Sequence[Sequence[int]], params: Any, x: Any
+    ) -> tuple[Any, Any]:
+        """(y, auxiliary losses and metrics stacked) where functions differ but in all stages in the same way.
+
+        Such as local and global attention in turn: nothing is left to decide when it runs.
+        """
+        last, parts = x, []
+        for slot, layers in enumerate(members):
+            row = jax.tree.map(lambda leaf, slot=slot: leaf[slot], params)
+            x, last, part = run_slot(x, last, slot, row, layers)
+            parts.append(part)
+        return x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *parts)
+
+    def _scan(self, run_slot: Callable[..., Any], params: Any, x: Any) -> tuple[Any, Any]:
+        """(y, auxiliary losses and metrics stacked), by one loop over the slots."""
+        layers = range(sum(self.counts))
+
+        def body(carry: Any, row: Any) -> Any:
+            (x, last), (slot, params) = carry, row
+            y, given, part = run_slot(x, last, slot, params, layers)
+            return (y, given if self.padded else None), part
+
+        carry = x, x if self.padded else None
+        (y, _), others = jax.lax.scan(body, carry, (jnp.arange(max(self.counts), dtype=jnp.int32), params))
+        return y, others
 
 
 def unstack_layers(stacked: Any, num_layers: int, schedule: Schedule, order: str = "model") -> list[Any]:
@@ -197,11 +236,11 @@ class Choice:
         arguments = jax.tree.unflatten(tree, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
         programs, returns = zip(*(_program(function, arguments) for function in self._functions), strict=True)
         for index, other in enumerate(returns):
-            if describe(other) != describe(returns[0]):
+            if shape_texts(other) != shape_texts(returns[0]):
                 layer, first = (self._function_of.index(function) for function in (index, 0))
                 raise ValueError(
-                    f"layer {layer} returns {describe(other)}, but layer {first} returns {describe(returns[0])}: all "
-                    "must return the same structure, shapes and dtypes"
+                    f"layer {layer} returns {shape_texts(other)}, but layer {first} returns "
+                    f"{shape_texts(returns[0])}: all must return the same structure, shapes and dtypes"
                 )
         firsts: list[int] = []
         for index, program in enumerate(programs):
@@ -211,22 +250,17 @@ class Choice:
 
 
 def shorten(output: Output) -> Any:
-    """The value alone of an Output that says nothing else."""
+    """The value alone of an Output that has nothing else."""
     return output.value if output.aux_loss is None and not output.metrics else output
 
 
-def describe(tree: Any) -> Any:
-    """Shapes and dtypes as text, in the tree's structure."""
-    return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", tree)
-
-
-def _rows(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
+def _stacker(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
     """(number of layers; a function that stacks the parameters of some)."""
     if isinstance(layers, list | tuple) and not hasattr(layers, "_fields"):
         if not layers:
             raise ValueError("there are no layers; give the parameters of at least one for each stage")
         check_same_structure(layers)
-        return len(layers), lambda row: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in row))
+        return len(layers), lambda some: jax.tree.map(lambda *leaves: jnp.stack(leaves), *(layers[i] for i in some))
     leaves = jax.tree_util.tree_leaves_with_path(layers)
     lengths = {np.shape(leaf)[:1] for _, leaf in leaves}
     if len(lengths) != 1 or () in lengths:
@@ -235,7 +269,7 @@ def _rows(layers: Any) -> tuple[int, Callable[[Sequence[int]], Any]]:
             f"the stacked layers have leaves of shapes {shapes}: all need the number of layers as leading dimension; "
             "or give a list with one pytree a layer"
         )
-    return lengths.pop()[0], lambda row: jax.tree.map(lambda leaf: leaf[np.asarray(row)], layers)
+    return lengths.pop()[0], lambda some: jax.tree.map(lambda leaf: leaf[np.asarray(some)], layers)
 
 
 def _call(layer: Layer, params: Any, x: Any, ctx: Context) -> Output:
@@ -260,7 +294,7 @@ def _program(layer: Layer, arguments: Any) -> tuple[Any, Output]:
         program, (shapes, _) = jax.make_jaxpr(run, return_shape=True)(*arguments)
         return program, shapes
     except (NotImplementedError, TypeError, ValueError):
-        # No gradient, as a callback's in a program of inference: then each function counts by itself.
+        # A function without a gradient, such as a callback in a program of inference, is like no other.
         return None, jax.eval_shape(functools.partial(_call, layer), *arguments)
 
 
@@ -269,8 +303,9 @@ def _where(condition: jax.Array, left: Any, right: Any) -> Any:
 
 
 def _check_like(x: Any, y: Any) -> None:
-    if describe(x) != describe(y):
+    given, returned = shape_texts(x), shape_texts(y)
+    if given != returned:
         raise ValueError(
-            f"the layer maps {describe(x)} to {describe(y)}: input and output of a layer must have the same structure, "
+            f"the layer maps {given} to {returned}: input and output of a layer must have the same structure, "
             "shapes and dtypes; move what changes them into embed (before the first layer) or head (after the last)"
         )

@@ -16,7 +16,8 @@ from jax.sharding import Mesh
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.inputs import check_same_structure
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.runtime.model import Context, Params
+from jaxpipe.params import Params
+from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, pipelined
 

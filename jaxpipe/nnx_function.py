@@ -14,11 +14,11 @@ import numpy as np
 from flax import nnx
 
 from jaxpipe._jax import Tracer
-from jaxpipe.alike import returns_input
+from jaxpipe.jaxpr_equality import returns_input
 from jaxpipe.runtime.model import Context
 
 MUTABLE = (nnx.BatchStat, nnx.Cache, nnx.Intermediate)
-"""Variables that a call changes."""
+"""Kinds of variables that a call changes."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,7 +120,7 @@ class NNXFunction:
         return nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
 
     def _changed(self, after: Callable[[NNXFunction], Mapping[Any, Any]], before: Mapping[Any, Any]) -> list[Any]:
-        """Paths of variables that are not after a call what they were before."""
+        """Paths of variables that a call changes."""
         paths, flat = list(before), dict(nnx.to_flat_state(self.constants))
 
         def values(*before: Any) -> list[Any]:
@@ -241,5 +241,5 @@ def _values(module: Any) -> dict[tuple[Any, ...], Any]:
 
 
 def dotted(path: Iterable[Any]) -> str:
-    """A variable's path as one writes it."""
+    """A variable's path as text, with dots."""
     return ".".join(map(str, path))

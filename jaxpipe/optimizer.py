@@ -1,4 +1,4 @@
-"""Optimizers of parameters of which some are integers, bools or keys."""
+"""Optimizers for parameters some of which are integers, bools or keys."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ class Unchanged:
         return leaf
 
     def __repr__(self) -> str:
-        """As it is made."""
+        """The call that makes one."""
         return "Unchanged()"
 
     def __eq__(self, other: object) -> bool:
-        """All are alike."""
+        """All `Unchanged` are equal."""
         return isinstance(other, Unchanged)
 
     def __hash__(self) -> int:
-        """All are alike."""
+        """All `Unchanged` are equal."""
         return hash(Unchanged)
 
 
@@ -41,15 +41,15 @@ def floating_only(transformation: optax.GradientTransformation) -> optax.Gradien
     """The optimizer for the floating and complex leaves alone; `optax.apply_updates` leaves all others as they are.
 
     Integers, bools and keys among parameters (a placement of experts, a mask) have gradients of dtype float0, as
-    `jax.grad` with ``allow_int=True`` gives them: no arithmetic takes them, so no optimizer does by mistake. It would
-    take zeros, and then `optax.adamw` decays the integers and `optax.apply_updates` truncates what is left of them.
+    `jax.grad` with ``allow_int=True`` gives them. No arithmetic takes these, so no optimizer takes them by mistake. It
+    would take zeros: `optax.adamw` then decays the integers, and `optax.apply_updates` truncates the result.
 
     Put it outermost, round clipping, accumulation and masks: what it returns has `Unchanged` in place of the updates of
-    those leaves. To log the norm of gradients, take the floating leaves'. Keys have to be updated inside of `jax.jit`:
-    eagerly, `optax.apply_updates` cannot cast them.
+    those leaves. To log the norm of gradients, take that of the floating leaves. Update keys inside of `jax.jit`, since
+    `optax.apply_updates` cannot cast them eagerly.
 
     Args:
-      transformation: of optax; it sees no other leaves, and has no state for them.
+      transformation: an optax optimizer; it sees the floating leaves alone, and has no state for others.
 
     >>> import optax
     >>> params = {"w": jnp.ones(2), "placement": jnp.array([0, 5, 7, 2])}

@@ -1,5 +1,7 @@
 """Embedding and cross-entropy of a vocabulary whose rows are sharded over a mesh axis.
 
+What `__all__` names is public; all else here is internal and may change without notice.
+
 To be called where every device of the axis takes part with the same tokens: inside ``embed`` and ``head`` of
 `jaxpipe.value_and_grad` with ``shared_ends=True``, or in any `jax.shard_map`. Vocabulary parallelism for pipelines:
 Yeung et al. 2024, https://arxiv.org/abs/2411.05288.
@@ -35,9 +37,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from jaxpipe.runtime.buffers import accumulation_dtype
+
+__all__ = ["cross_entropy", "embed_tokens", "pad_vocabulary"]
 
 
 def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padded D"]:
@@ -51,10 +55,11 @@ def pad_vocabulary(table: Float[Array, "V D"], parts: int) -> Float[Array, "padd
     return jnp.pad(table, ((0, -len(table) % parts), (0, 0)))
 
 
-def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis: str) -> Float[Array, "*tokens D"]:
+def embed_tokens(table: Float[Array, "v D"], tokens: Integer[Array, "*tokens"], axis: str) -> Float[Array, "*tokens D"]:
     """The tokens' rows of the whole table, on every device.
 
-    Each device looks up the tokens whose rows it holds; one sum over the axis, exact in any dtype, adds zeros to them.
+    Each device looks up the tokens whose rows it holds. One sum over the axis adds zeros to them, which is exact in any
+    dtype.
     A token outside of the vocabulary gets zeros, and changes no row.
 
     Args:
@@ -81,7 +86,7 @@ def embed_tokens(table: Float[Array, "v D"], tokens: Int[Array, "*tokens"], axis
 def cross_entropy(
     y: Float[Array, "*tokens D"],
     table: Float[Array, "v D"],
-    targets: Int[Array, "*tokens"],
+    targets: Integer[Array, "*tokens"],
     axis: str,
     *,
     size: int | None = None,

@@ -15,8 +15,9 @@ from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
+from jaxpipe.params import Params
 from jaxpipe.runtime.copies import cast
-from jaxpipe.runtime.model import Context, Output, Params
+from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
 
 

@@ -1,4 +1,4 @@
-"""The command line: ``python -m profiling report TRACE``, ``compare A B``, ``overlap HLO``, ``run``, ``predict``."""
+"""Measures, compares, draws and predicts timelines of training steps."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.planning.chips import Chip, chip
+from jaxpipe.planning.mesh import mesh_sizes
 from profiling.classify.rules import Rule, load_rules
 from profiling.event import Trace
-from profiling.hlo.chips import Chip, chip
-from profiling.hlo.hiding import Overlap as Schedule
-from profiling.hlo.hiding import overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.lines import find_text
 from profiling.hlo.text import read
 from profiling.metrics import parse_window, phase_durations, window_in, window_of_step
@@ -31,12 +31,11 @@ from profiling.reports.making import Report, report
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.predict import NETWORKS, predict
 from profiling.workloads.run import WORKLOADS, make_mesh, run
-from profiling.write.chrome import write_chrome
-from profiling.write.perfetto import write_perfetto
+from profiling.write.trace import WRITERS, write_trace
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a command; bad input ends it with a message and status 2."""
+    """Runs a command and returns its exit status: 2 with a message where the input is bad."""
     parser = _parser()
     args = parser.parse_args(arguments)
     try:
@@ -50,88 +49,110 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m profiling", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True)
-
-    show = commands.add_parser("report", help="what a trace amounts to")
-    show.add_argument(
-        "trace", nargs="+", help="a folder or .xplane.pb of jax.profiler, or a folder or .json of PyTorch's, one a rank"
-    )
-    show.add_argument("--predicted", metavar="TRACE", help="lay this one beside it")
-    show.add_argument("--hlo", metavar="FILE", type=pathlib.Path, help="the compiled program, for its overlap")
-    show.add_argument("--pair", action="store_true", help="predict DualPipe's overlapped pair from the phases' times")
-    _rules(show)
-    _window(show)
-    _chip(show)
-    _outputs(show)
-    show.set_defaults(run=_report)
-
-    versus = commands.add_parser("compare", help="one trace against another")
-    versus.add_argument("a")
-    versus.add_argument("b")
-    _rules(versus)
-    _window(versus)
-    versus.set_defaults(run=_compare)
-
-    hidden = commands.add_parser("overlap", help="which communication a compiled program hides; no device is needed")
-    hidden.add_argument("hlo", type=pathlib.Path, help="text of a scheduled module, or .gz, or a folder of XLA's dumps")
-    _chip(hidden)
-    _links(hidden)
-    hidden.set_defaults(run=_overlap)
-
-    execute = commands.add_parser("run", help="run a workload of DeepSeek's, profile it and report")
-    execute.add_argument("workload", choices=WORKLOADS)
-    execute.add_argument("--size", choices=tuple(SIZES), help="default: dsv3 on a GPU, tiny elsewhere")
-    execute.add_argument("--mesh", metavar="ep=N", help="devices; default: all")
-    execute.add_argument("--cpu-devices", type=int, default=8, help="fake devices where there is no GPU")
-    execute.add_argument("--layers", type=int, help="instead of the size's own")
-    execute.add_argument("--experts", type=int, help="instead of the size's own: in all")
-    execute.add_argument("--split-prompts", action="store_true", help="prefill: both microbatches share every prompt")
-    execute.add_argument("--calls", type=int, default=2, help="profiled calls")
-    execute.add_argument("--out", type=pathlib.Path, default=pathlib.Path("profile"))
-    _chip(execute)
-    execute.set_defaults(run=_run)
-
-    cluster = commands.add_parser("predict", help="a workload on a cluster, from its profile on one device")
-    cluster.add_argument("workload", choices=WORKLOADS)
-    cluster.add_argument("trace", help="the folder that `run` wrote on one device")
-    cluster.add_argument("--size", choices=tuple(SIZES), default="dsv3")
-    _links(cluster)
-    cluster.add_argument("--latency", type=float, metavar="US")
-    cluster.add_argument("--sms", type=int, help="that exchanges occupy")
-    _rules(cluster)
-    _outputs(cluster)
-    cluster.set_defaults(run=_predict)
+    _add_report(commands.add_parser("report", help="measure a trace and draw it"))
+    _add_compare(commands.add_parser("compare", help="show what became faster and slower between two traces"))
+    hides = "show which communication a compiled program hides; no device is needed"
+    _add_overlap(commands.add_parser("overlap", help=hides))
+    _add_run(commands.add_parser("run", help="run one of DeepSeek's workloads, profile it and report"))
+    elsewhere = "predict a workload on a cluster from its profile on one device"
+    _add_predict(commands.add_parser("predict", help=elsewhere))
     return parser
 
 
-def _outputs(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write a page for a browser")
-    parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path)
-    parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=".pftrace, or .json(.gz) for Chrome")
+def _add_report(parser: argparse.ArgumentParser) -> None:
+    files = "a folder or an .xplane.pb file of jax.profiler; PyTorch's .json files, one for each rank, or their folder"
+    parser.add_argument("trace", nargs="+", help=files)
+    parser.add_argument("--predicted", metavar="TRACE", help="a prediction to compare the trace with")
+    parser.add_argument(
+        "--hlo",
+        metavar="FILE",
+        type=pathlib.Path,
+        help="text of the compiled program, to report what its schedule hides",
+    )
+    parser.add_argument(
+        "--pair", action="store_true", help="predict DualPipe's overlapped pair from the times of the phases"
+    )
+    _add_rules(parser)
+    _add_window(parser)
+    _add_chip(parser)
+    _add_outputs(parser)
+    parser.set_defaults(run=_report)
 
 
-def _rules(parser: argparse.ArgumentParser) -> None:
+def _add_compare(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("a", help="the trace before")
+    parser.add_argument("b", help="the trace after")
+    _add_rules(parser)
+    _add_window(parser)
+    parser.set_defaults(run=_compare)
+
+
+def _add_overlap(parser: argparse.ArgumentParser) -> None:
+    text = "text of a scheduled module, .gz or not, or a folder of XLA's dumps"
+    parser.add_argument("hlo", type=pathlib.Path, help=text)
+    _add_chip(parser)
+    _add_links(parser)
+    parser.set_defaults(run=_overlap)
+
+
+def _add_run(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("--size", choices=tuple(SIZES), help="default: dsv3 on a GPU, tiny elsewhere")
+    parser.add_argument("--mesh", metavar="ep=N", help="number of devices; default: all")
+    fake = "number of fake devices where there is no GPU; default: 8"
+    parser.add_argument("--cpu-devices", type=int, default=8, help=fake)
+    parser.add_argument("--layers", type=int, help="number of layers; default: the size's own")
+    parser.add_argument("--experts", type=int, help="number of experts in all; default: the size's own")
+    parser.add_argument("--split-prompts", action="store_true", help="prefill: both microbatches share every prompt")
+    parser.add_argument("--calls", type=int, default=2, help="number of calls to profile; default: 2")
+    parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("profile"), help="folder; default: profile")
+    _add_chip(parser)
+    parser.set_defaults(run=_run)
+
+
+def _add_predict(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("workload", choices=WORKLOADS)
+    parser.add_argument("trace", help="the folder that `run` wrote on one device")
+    parser.add_argument("--size", choices=tuple(SIZES), default="dsv3", help="default: dsv3")
+    _add_links(parser)
+    parser.add_argument("--latency", type=float, metavar="US", help="microseconds that the smallest exchange takes")
+    parser.add_argument("--sms", type=int, help="number of SMs that exchanges occupy")
+    _add_rules(parser)
+    _add_outputs(parser)
+    parser.set_defaults(run=_predict)
+
+
+def _add_outputs(parser: argparse.ArgumentParser) -> None:
+    timeline = f"write the timeline for a viewer: {', '.join(WRITERS)}"
+    parser.add_argument("--html", metavar="FILE", type=pathlib.Path, help="write the report as a page for a browser")
+    parser.add_argument("--markdown", metavar="FILE", type=pathlib.Path, help="write the report as Markdown")
+    parser.add_argument("--perfetto", metavar="FILE", type=pathlib.Path, help=timeline)
+
+
+def _add_rules(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--rules",
         metavar="FILE",
         type=pathlib.Path,
-        help='what kernels of your own do: [{"pattern": "^my_exchange", "kind": "all-to-all", "group": "transfer"}]',
+        help="a file that says what kernels of your own do: "
+        '[{"pattern": "^my_exchange", "kind": "all-to-all", "group": "transfer"}]',
     )
 
 
-def _window(parser: argparse.ArgumentParser) -> None:
+def _add_window(parser: argparse.ArgumentParser) -> None:
     part = parser.add_mutually_exclusive_group()
-    part.add_argument("--step", metavar="N", type=int, help="only the step of this number")
-    part.add_argument("--window", metavar="A:B", help="only from A to B, in us or with a unit: 12ms:30ms")
+    part.add_argument("--step", metavar="N", type=int, help="look only at the step of this number")
+    part.add_argument("--window", metavar="A:B", help="look only at the time from A to B, in us or as in 12ms:30ms")
 
 
-def _links(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--internode", type=float, metavar="GB/s", help="that a device gets between nodes")
-    parser.add_argument("--intranode", type=float, metavar="GB/s", help="likewise within a node")
-    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="devices of a node; default: 8")
+def _add_links(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--internode", type=float, metavar="GB/s", help="rate that a device gets between nodes")
+    parser.add_argument("--intranode", type=float, metavar="GB/s", help="rate that a device gets within a node")
+    parser.add_argument("--per-node", type=int, default=8, metavar="N", help="number of devices in a node; default: 8")
 
 
-def _chip(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--chip", default="H200", help="for estimates of a compiled program's overlap")
+def _add_chip(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--chip", default="H200", help="chip whose times are estimated; default: H200")
 
 
 def _report(args: argparse.Namespace) -> None:
@@ -146,7 +167,7 @@ def _report(args: argparse.Namespace) -> None:
 
 
 def _part(trace: Trace, args: argparse.Namespace) -> Trace:
-    """The trace, or what of it lies in the window that was asked for."""
+    """The trace, or the part of it in the window that was asked for."""
     if args.step is not None:
         return trace.clip(*window_in(trace, *window_of_step(trace, args.step)))
     return trace.clip(*window_in(trace, *parse_window(args.window))) if args.window else trace
@@ -162,8 +183,8 @@ def _overlap(args: argparse.Namespace) -> None:
     print(_schedule(args.hlo, chip(args.chip), node_size=args.per_node, **rates).table())
 
 
-def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> Schedule:
-    """The overlap of the program in a file or folder; of a folder, a note says which file."""
+def _schedule(path: pathlib.Path, on: Chip, **options: Any) -> CompiledOverlap:
+    """The overlap of the program in a file or folder. A note says which file of a folder was read."""
     file, why = find_text(path)
     module = read(file)
     try:
@@ -183,10 +204,10 @@ def _run(args: argparse.Namespace) -> None:
     sizes = _sizes(args.size or ("dsv3" if on_gpu else "tiny"), args.layers, args.experts)
     devices = None
     if args.mesh:
-        axis, _, count = args.mesh.partition("=")
-        if axis != "ep" or not count.isdigit():
+        axes = mesh_sizes(args.mesh)
+        if set(axes) != {"ep"}:
             raise ValueError(f"--mesh {args.mesh}: workloads run on one axis; write ep=N")
-        devices = int(count)
+        devices = axes["ep"]
     ran = run(
         args.workload,
         sizes,
@@ -203,7 +224,7 @@ def _run(args: argparse.Namespace) -> None:
 
 
 def _files(args: argparse.Namespace, name: str) -> argparse.Namespace:
-    """The arguments, with files of a name in the folder of a run."""
+    """The arguments, with report files of this name in the folder of the run."""
     made = {"html": f"{name}.html", "markdown": f"{name}.md", "perfetto": f"{name}.pftrace"}
     return argparse.Namespace(**{**vars(args), **{key: args.out / file for key, file in made.items()}})
 
@@ -245,9 +266,7 @@ def _write(found: Report, args: argparse.Namespace) -> None:
     if args.markdown:
         args.markdown.write_text(found.markdown() + "\n", encoding="utf-8")
     if args.perfetto:
-        traces = [found.trace, found.predicted] if found.predicted else found.trace
-        write = write_perfetto if args.perfetto.suffix == ".pftrace" else write_chrome
-        write(args.perfetto, traces)
+        write_trace(args.perfetto, [found.trace, found.predicted] if found.predicted else found.trace)
     for path in filter(None, (args.html, args.markdown, args.perfetto)):
         print(f"wrote {path}")
 

@@ -1,4 +1,4 @@
-"""What every reader makes and every metric, writer and report takes: events on lanes of devices."""
+"""The event model that readers make and metrics, writers and reports take: events on lanes of devices."""
 
 from __future__ import annotations
 
@@ -8,22 +8,22 @@ from collections.abc import Mapping
 from typing import Any, TypeVar
 
 GROUPS = ("compute", "transfer", "wait", "unclassified", "control")
-"""What the time of an event counts as. Transfers move data between devices; a wait is a barrier or a notification,
-in which nothing moves; control is a loop, branch or call round operations that have events of their own, so that its
-time counts nowhere; all else that a device does is compute, copies within the device included."""
+"""What the time of an event counts as. A transfer moves data between devices. A wait is a barrier or a notification and
+moves nothing. Control is a loop, branch or call around operations that have events of their own, so its time is not
+counted again. Everything else that a device does is compute, copies within the device included."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Collective:
-    """What a profiler says of the communication that an event is part of; None or "" where it does not say.
+    """What a profiler says about the communication that an event is part of; None or "" where it says nothing.
 
     Attributes:
       kind: "all-reduce", "all-gather", "reduce-scatter", "all-to-all", "broadcast", "reduce", "send", "receive" ...
       group: name of the process group.
-      ranks: of the group, in the order of the group; None where the list is missing or was cut by the profiler.
+      ranks: members of the group in its order; None if the list is missing or the profiler cut it.
       size: number of ranks in the group.
       sent, received: bytes of the input and of the output on this rank.
-      dtype: of the elements, as the profiler names it.
+      dtype: type of the elements, in the profiler's words.
       sequence: number of the collective within its group.
     """
 
@@ -42,20 +42,20 @@ class Event:
     """Something that one lane of one device did, from start to end.
 
     Attributes:
-      device: index over all processes; on a pipeline it is what `Trace.ranks` maps to a pipeline rank.
+      device: index over all processes; `Trace.ranks` maps it to a pipeline rank.
       lane: what runs one event after another: a GPU stream, or a name such as "compute".
       start, end: microseconds since the trace's origin.
-      name: of the kernel or the operation, as the profiler gave it.
-      hlo_op: the instruction of the compiled module; "" where there is none.
-      scope: the path of named scopes that it was traced under, "jit(step)/F/layer_0/attention"; "" if unknown.
-      kind: what it does, a row of the classification, such as "grouped GEMM".
+      name: name of the kernel or the operation, as the profiler gave it.
+      hlo_op: name of the instruction in the compiled module; "" if there is none.
+      scope: path of named scopes that it was traced under, "jit(step)/F/layer_0/attention"; "" if unknown.
+      kind: what it does, such as "grouped GEMM"; the classification sets it.
       group: one of `GROUPS`.
-      phase: the part of the step that it belongs to: an action's kind ("F", "B", "I", "W", "FB") or a finer name such
-        as "attn(F)"; "" if unattributed.
-      layer, microbatch: indices, None if unknown.
-      blocks: thread blocks that a kernel was launched with, None if unknown.
-      step: number of the step of the host that launched it, None if unknown.
-      collective: what the profiler says of it where it communicates, None if nothing.
+      phase: part of the step that it belongs to: an action's kind ("F", "B", "I", "W", "FB") or a finer name such as
+        "attn(F)"; "" if unknown.
+      layer, microbatch: indices; None if unknown.
+      blocks: number of thread blocks that a kernel was launched with; None if unknown.
+      step: number of the host's step that launched it; None if unknown.
+      collective: what the profiler says about its communication; None if it says nothing.
     """
 
     device: int
@@ -82,11 +82,11 @@ class Event:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Step:
-    """A stretch of the host's time that the user named, a training step for instance.
+    """A stretch of the host's time that the user named, such as a training step.
 
     Attributes:
-      name: of the annotation.
-      number: of the step, None if it has none.
+      name: name of the annotation.
+      number: number of the step; None if it has none.
       start, end: microseconds since the trace's origin.
     """
 
@@ -102,15 +102,15 @@ _START, _END, _DEVICE = map(operator.attrgetter, ("start", "end", "device"))
 
 @dataclasses.dataclass(frozen=True)
 class Trace:
-    """Events in the order of their starts, and what is known about where they come from.
+    """Events in the order of their starts, and where they come from.
 
     Attributes:
-      title: for headings.
+      title: title for headings.
       source: which reader made it: "kineto", "xplane" or "simulated".
-      events: device events; host threads are not among them.
-      steps: annotations of the host.
-      ranks: pipeline rank of each device, ``{device: rank}``; empty without a pipeline.
-      metadata: facts for a reader, such as the chip and its number of SMs.
+      events: events of the devices, without those of host threads.
+      steps: steps that the host annotated.
+      ranks: ``{device: pipeline rank}``; empty without a pipeline.
+      metadata: facts for people, such as the chip and its number of SMs.
       notes: what is missing or doubtful in this trace; every report prints them.
 
     >>> Trace("two ops", "simulated", (Event(0, "compute", 0.0, 2.0, "a"), Event(0, "compute", 3.0, 4.0, "b"))).window
@@ -127,7 +127,7 @@ class Trace:
 
     @property
     def window(self) -> tuple[float, float]:
-        """First start and last end over all devices, in microseconds; (0, 0) without events."""
+        """The first start and the last end over all devices, in microseconds; (0, 0) without events."""
         if not self.events:
             return 0.0, 0.0
         return min(map(_START, self.events)), max(map(_END, self.events))
@@ -138,7 +138,10 @@ class Trace:
         return tuple(sorted(set(map(_DEVICE, self.events))))
 
     def clip(self, start: float, end: float) -> Trace:
-        """The same trace between two times: events and steps outside are left out, those across an edge are cut there.
+        """The part of the trace between two times, in microseconds. Events and steps across an edge are cut there.
+
+        Raises:
+          ValueError: the start does not lie before the end.
 
         >>> Trace("", "simulated", (Event(0, "compute", 0.0, 2.0, "a"),)).clip(1.0, 5.0).events[0].duration
         1.0
@@ -151,7 +154,7 @@ class Trace:
 
 
 def _cut(of: T, start: float, end: float) -> T:
-    """The same where it lies within, else its part."""
+    """The event or step itself if it lies within the two times, otherwise the part that does."""
     if start <= of.start and of.end <= end:
         return of
     return dataclasses.replace(of, start=max(of.start, start), end=min(of.end, end))

@@ -1,4 +1,4 @@
-"""Profiles of steps, with what the readers need beside them."""
+"""Captures profiles of steps, and the facts that the readers need beside them."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def capture(
     session: str | None = None,
     host_level: int = 1,
 ) -> Iterator[pathlib.Path]:
-    """Profiles what runs within the context, device work included: let the last step end before the context does.
+    """Profiles everything that runs within the context. Let the last step end on the devices before the context does.
 
     Args:
-      folder: gets a folder for every process, ``proc0`` and so on, so that processes on one host overwrite nothing.
+      folder: folder to write into. Each process writes a folder of its own, ``proc0`` and so on.
       ranks: pipeline rank of each device; see `profiling.read.pipeline.pipeline_ranks`.
-      session: a name for this profile that all processes must share; None: the time, in one process only.
-      host_level: of host tracing. At least 1: below that XLA reports no operation of a CPU device.
+      session: name of this profile, the same in all processes; None stands for the time, with a single process only.
+      host_level: level of host tracing, at least 1: below that XLA reports no operation of a CPU device.
 
     Yields:
       The folder of this process.
@@ -40,8 +40,8 @@ def capture(
       ValueError: host_level below 1, or several processes without a session's name.
 
     Warns:
-      UserWarning: on GPU when command buffers are on, since they hide which operation a kernel belongs to. No flag is
-        set here: XLA reads them once, before the first computation.
+      UserWarning: command buffers are on, on a GPU. They hide which operation a kernel belongs to. This function sets
+        no flag, because XLA reads its flags only once, before the first computation.
 
     >>> import jax.numpy as jnp, tempfile
     >>> from profiling.read.xplane import read_xplane
@@ -80,9 +80,9 @@ def capture(
 
 
 def annotate_step(number: int, name: str = "step") -> jax.profiler.StepTraceAnnotation:
-    """Marks a step on the host's track, for ``with``.
+    """Marks a step on the host's track; use it in ``with``.
 
-    Its times are the host's, which runs ahead of the devices: measure devices by their events.
+    The host runs ahead of the devices, so take the devices' times from their events.
     """
     return jax.profiler.StepTraceAnnotation(name, step_num=number)
 

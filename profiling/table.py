@@ -1,4 +1,4 @@
-"""Numbers with headings, written once for a terminal, for Markdown and for a page."""
+"""Tables of numbers, and how a terminal, Markdown and a page show them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeAlias
 from profiling.classify.names import kernel_labels
 
 Value: TypeAlias = str | int | float | None
-"""A cell: None where there is nothing to measure."""
+"""A cell; None if there is nothing to measure."""
 
 TIMES = {"us": 1.0, "ms": 1e3, "s": 1e6}
 """Units of time, in microseconds."""
@@ -26,14 +26,14 @@ NARROWEST = {"name": 28, "": 12}
 
 @dataclasses.dataclass(frozen=True)
 class Column:
-    """A title, and how what stands under it is written.
+    """The heading of a column and the unit of its values.
 
     Attributes:
-      title: what the heading says, before the unit.
-      unit: "us" for microseconds, which are written in the unit that the column's largest needs; "%" for shares of 1,
-        "x" for factors, "n" for whole numbers, "range" for two of them, "name" for whole names of kernels, which are
-        written as labels, "" for texts.
-      is_share: whether a page may draw a bar as long as the share.
+      title: text of the heading, without the unit.
+      unit: "us" for microseconds, written in the unit that the largest value of the column needs; "%" for shares of 1;
+        "x" for factors; "n" for whole numbers; "range" for two of them; "name" for names of kernels, written as labels;
+        "" for texts.
+      is_share: whether a page may draw a bar of that length.
     """
 
     title: str
@@ -42,7 +42,7 @@ class Column:
 
     @property
     def is_text(self) -> bool:
-        """Whether texts stand under it."""
+        """Whether the values are texts."""
         return self.unit in ("", "name")
 
 
@@ -52,12 +52,12 @@ class Table:
 
     Attributes:
       name: a word for links and tests.
-      title: for people.
-      caption: what the numbers mean, in a sentence or two.
-      columns: of every row.
-      rows: ``[rows][columns]``; times in microseconds, shares of 1, names whole, whatever is written.
-      spans: for each row, the start and end in microseconds of what it tells of; empty where rows have none.
-      events: for each row, name and kind of the events that it tells of; empty where rows have none.
+      title: title for people.
+      caption: a sentence or two on what the numbers mean.
+      columns: headings and units.
+      rows: ``[rows][columns]``; times in microseconds, shares of 1, whole names, however they are written.
+      spans: start and end in microseconds of what each row describes; empty if rows have none.
+      events: name and kind of the events that each row describes; empty if rows have none.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Table:
 
     @property
     def units(self) -> tuple[str, ...]:
-        """Of each column, its times in that of the largest.
+        """The unit of each column; times have the unit of the largest.
 
         >>> Table("t", "T", "", (Column("kind"), Column("time", "us")), (("GEMM", 123456.0), ("copy", 7.0))).units
         ('', 'ms')
@@ -86,7 +86,7 @@ class Table:
 
     @property
     def headings(self) -> tuple[str, ...]:
-        """Titles, cut where they are long, with the unit where the numbers themselves do not show it.
+        """Titles, shortened if they are long, with the unit if the numbers do not show it.
 
         >>> Table("t", "T", "", (Column("busy", "us"), Column("share", "%")), ((12.5, 0.5),)).headings
         ('busy us', 'share')
@@ -98,7 +98,7 @@ class Table:
         )
 
     def cells(self, most: int = LONGEST_NAME) -> list[list[str]]:
-        """``[rows][columns]``: the values as they are written, names of kernels as labels of at most ``most`` letters.
+        """``[rows][columns]``: the values as text; names of kernels become labels of at most ``most`` letters.
 
         >>> Table("t", "T", "", (Column("kind"), Column("time", "us")), (("GEMM", 1234.5),)).cells()
         [['GEMM', '1,234.5']]
@@ -115,7 +115,7 @@ class Table:
         ]
 
     def filled(self) -> Table:
-        """The same without the columns in which no row has a value.
+        """The table without the columns in which no row has a value.
 
         >>> table = Table("t", "T", "", (Column("kind"), Column("rank", "n")), (("GEMM", None), ("copy", None)))
         >>> table.filled().rows
@@ -133,14 +133,14 @@ class Table:
 
 @dataclasses.dataclass(frozen=True)
 class Figure:
-    """One number that stands for itself.
+    """One number with its meaning.
 
     Attributes:
       name: a word for tests.
-      label: what it is.
-      value, unit: as in a table: a time in microseconds, whatever is written.
-      note: what puts it in proportion.
-      shown: what is written instead of the value, such as a range; "" for the value.
+      label: what the number is.
+      value, unit: as in a table; times are in microseconds, however they are written.
+      note: a remark that puts the number in proportion.
+      shown: text to write instead of the value, such as a range; "" for the value.
     """
 
     name: str
@@ -152,7 +152,7 @@ class Figure:
 
     @property
     def written(self) -> str:
-        """The value with its unit, None as "none".
+        """The value with its unit; "none" for None.
 
         >>> Figure("makespan", "makespan", 129012.0, "us").written
         '129.012 ms'
@@ -165,7 +165,7 @@ class Figure:
 
 
 def time_unit(times: Iterable[Value]) -> str:
-    """The unit in which the largest of some microseconds has at most four digits before its point, or seconds.
+    """The unit, "us", "ms" or "s", in which the largest of some microseconds has at most four digits before its point.
 
     >>> time_unit([9999.0, None]), time_unit([5.0, -10_000.0]), time_unit([1e7]), time_unit([])
     ('us', 'ms', 's', 'us')
@@ -175,7 +175,7 @@ def time_unit(times: Iterable[Value]) -> str:
 
 
 def duration(microseconds: float | None) -> str:
-    """A time with its unit, as all reports write it in a sentence.
+    """A time with its unit, as reports write it in a sentence.
 
     >>> duration(4149.0), duration(129012.0), duration(61_500_000.0), duration(None)
     ('4,149.0 us', '129.012 ms', '61.500 s', 'none')
@@ -187,7 +187,7 @@ def duration(microseconds: float | None) -> str:
 
 
 def counted(count: int, what: str) -> str:
-    """A number of things.
+    """A count with its noun.
 
     >>> counted(1, "gap"), counted(1516, "gap")
     ('1 gap', '1,516 gaps')
@@ -196,7 +196,7 @@ def counted(count: int, what: str) -> str:
 
 
 def written(value: Value, unit: str) -> str:
-    """A value as all reports write it; what is not 0, rounding errors aside, is never written as 0.
+    """A value as reports write it. A value other than 0 is never written as 0.
 
     >>> written(0.96342, "%"), written(1234.56, "us"), written(1.8511, "x"), written(12, "n"), written(None, "us")
     ('96.34%', '1,234.6', '1.851', '12', '-')
@@ -222,7 +222,7 @@ def _rounded(value: float, digits: int) -> str:
 
 
 def cut(text: str, most: int) -> str:
-    """A text of at most so many characters: what is too much is left out before its last third.
+    """A text of at most `most` characters: an ellipsis before its last third stands for what is left out.
 
     >>> cut("ncclDevKernel_AllReduce_Sum_bf16_RING_LL", 20)
     'ncclDevKernel…ING_LL'
@@ -234,13 +234,13 @@ def cut(text: str, most: int) -> str:
 
 
 def as_text(table: Table, most: int | None = None, width: int | None = None) -> str:
-    """For a terminal: columns of equal width, numbers to the right; columns without a value are left out.
+    """A table for a terminal: aligned columns, numbers to the right, without the columns that have no value.
 
     Args:
-      table: what to write.
-      most: rows at most; how many are left out is said. None for all.
-      width: characters of a line: headings are broken, then texts are cut, then the last columns are left out, which
-        is said; numbers are never cut. None for no limit.
+      table: the table.
+      most: most rows to write; a last line counts the others. None for all.
+      width: characters of a line, None for no limit. Headings are broken first, then texts are cut, then the last
+        columns are left out and counted. Numbers are never cut.
 
     >>> print(as_text(Table("t", "Kinds", "", (Column("kind"), Column("time", "us")), (("GEMM", 5.0), ("copy", 12.5)))))
     Kinds
@@ -281,7 +281,7 @@ def as_text(table: Table, most: int | None = None, width: int | None = None) -> 
 
 
 def _fitting(table: Table, most: int | None, width: int) -> int:
-    """How many columns fit into a line where headings are broken and texts are cut as far as they may be."""
+    """How many columns fit into a line once headings are broken and texts are cut as far as they may be."""
     body = _body(table, most)
     widths = [
         max(
@@ -301,7 +301,7 @@ def _body(table: Table, most: int | None, names: int = LONGEST_NAME) -> list[lis
 
 
 def _narrowed(widths: list[int], least: list[int], columns: Sequence[Column], width: int) -> list[int]:
-    """Takes from the widest of the texts until a line fits, or until every text is narrow."""
+    """Narrows the widest column of texts until a line fits, or until every text is narrow."""
     texts = [i for i, column in enumerate(columns) if column.is_text]
     while _line(widths) > width:
         open_to_it = [i for i in texts if widths[i] > max(NARROWEST[columns[i].unit], least[i])]
@@ -316,7 +316,7 @@ def _line(widths: Sequence[int]) -> int:
 
 
 def as_markdown(table: Table, most: int | None = None) -> str:
-    """For documents; the arguments are those of `as_text`. Texts are cut where they are too long for a table.
+    """A table for a document; the arguments are those of `as_text`. Long texts are cut.
 
     >>> print(as_markdown(Table("t", "Kinds", "", (Column("kind"), Column("time", "us")), (("a|b", 5.0),))))
     ### Kinds
@@ -326,28 +326,41 @@ def as_markdown(table: Table, most: int | None = None) -> str:
     | a\\|b | 5.0 |
     """
     table = table.filled()
-    lines = [
-        _markdown_row(table.headings),
-        "|" + "|".join("---" if column.is_text else "--:" for column in table.columns) + "|",
-        *map(_markdown_row, table.cells()[:most]),
-    ]
+    head = markdown_head(table.headings, [not column.is_text for column in table.columns])
+    lines = [head, *map(markdown_row, table.cells()[:most])]
     caption = [escape_markdown(table.caption), ""] if table.caption else []
     left_out = _left_out(table, most)
     return "\n".join([f"### {table.title}", "", *caption, *lines, *([""] if left_out else []), *left_out])
 
 
+def markdown_head(headings: Sequence[str], are_numbers: Sequence[bool] = ()) -> str:
+    """The first two lines of a table in Markdown; columns of numbers are aligned to the right.
+
+    >>> print(markdown_head(["kind", "us"], [False, True]))
+    | kind | us |
+    |---|--:|
+    """
+    right = are_numbers or [False] * len(headings)
+    return f"{markdown_row(headings)}\n|" + "|".join("--:" if number else "---" for number in right) + "|"
+
+
+def markdown_row(cells: Sequence[str]) -> str:
+    """One line of a table in Markdown; texts are escaped, and long ones are cut.
+
+    >>> markdown_row(["a|b", "5.0"])
+    '| a\\\\|b | 5.0 |'
+    """
+    return "| " + " | ".join(escape_markdown(cut(" ".join(cell.split()), LONGEST_TEXT)) for cell in cells) + " |"
+
+
 def escape_markdown(text: str) -> str:
-    """A text that Markdown shows as it is.
+    """A text, escaped so that Markdown shows it unchanged.
 
     >>> escape_markdown("gemm<a|b>*")
     'gemm&lt;a\\\\|b&gt;\\\\*'
     """
     text = " ".join(text.split()).replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
     return "".join(f"\\{letter}" if letter in "\\`*_[]|" else letter for letter in text)
-
-
-def _markdown_row(cells: Sequence[str]) -> str:
-    return "| " + " | ".join(escape_markdown(cut(" ".join(cell.split()), LONGEST_TEXT)) for cell in cells) + " |"
 
 
 def _left_out(table: Table, most: int | None) -> list[str]:

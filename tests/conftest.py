@@ -16,6 +16,13 @@ os.environ["XLA_FLAGS"] = (
 import jax
 import pytest
 
+try:
+    from tests import shapes
+except ImportError:  # without beartype shapes are not executed, and test_shapes.py says so
+    collect_ignore = ["shapes.py"]
+else:
+    shapes.install()
+
 import jaxpipe.api
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")

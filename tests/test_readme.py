@@ -1,10 +1,12 @@
-"""README and the documentation: their Python runs, their commands print what they show, their links lead somewhere.
+"""README and the documentation: their Python runs, their commands exist, their links lead somewhere.
 
 The blocks of a page share one process, in order, as a reader would run them. A fence with ``title="needs ..."`` is
 skipped, with that reason.
 """
 
 import ast
+import importlib.util
+import json
 import os
 import pathlib
 import re
@@ -14,6 +16,7 @@ import sys
 import pytest
 
 from jaxpipe.__main__ import main
+from tests import commands
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 PAGES = {
@@ -22,6 +25,7 @@ PAGES = {
 }
 README = PAGES["README.md"]
 FENCE = re.compile(r'^```python(?: title="(?P<title>[^"\n]*)")?\n(?P<code>.*?)^```$', re.DOTALL | re.MULTILINE)
+ANY_FENCE = re.compile(r"^ *```(?P<language>\w*)[^\n]*\n(?P<text>.*?)^ *```$", re.DOTALL | re.MULTILINE)
 COMPARISON = re.compile(r"`python -m jaxpipe (compare [^`]*)` prints\n\n(.*?\n\n.*?)\n\n", re.DOTALL)
 LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
 PICTURES = {".svg", ".png"}
@@ -38,7 +42,8 @@ def blocks(text, needing):
 def code_of(page):
     """A program that runs the page's blocks, with the page's lines in its tracebacks."""
     made = [(code, page) for _, _, code in blocks(PAGES[page], needing=False)]
-    return "for code, page in " + repr(made) + ":\n    exec(compile(code, page, 'exec'), globals())\n"
+    checked = "from tests import shapes; shapes.install()\n" if importlib.util.find_spec("beartype") else ""
+    return checked + "for code, page in " + repr(made) + ":\n    exec(compile(code, page, 'exec'), globals())\n"
 
 
 WITH_CODE = [page for page, text in PAGES.items() if any(blocks(text, needing=False))]
@@ -72,6 +77,53 @@ def test_other_python_blocks_are_python(needs, code):
 def test_no_python_block_is_missed():
     for page, text in PAGES.items():
         assert len(re.findall(r"^ *(?:```|~~~) *\{?\.?py", text, re.MULTILINE)) == len(FENCE.findall(text)), page
+
+
+def other_blocks(language):
+    """(page, text) of the blocks in another language than Python; "" for shell and what has no name."""
+    return [(p, m["text"]) for p, text in PAGES.items() for m in ANY_FENCE.finditer(text) if m["language"] == language]
+
+
+def strings(value):
+    """All texts of what YAML or JSON made."""
+    if isinstance(value, dict | list):
+        return [text for each in (value.values() if isinstance(value, dict) else value) for text in strings(each)]
+    return [value] if isinstance(value, str) else []
+
+
+SHELL = [(page, words) for page, text in other_blocks("") for words in commands.commands(text)]
+
+
+@pytest.mark.parametrize(("page", "words"), SHELL, ids=lambda value: value if isinstance(value, str) else value[-1])
+def test_commands_are_parsed(page, words):
+    commands.check(words)
+
+
+def test_no_command_is_missed():
+    assert {language["language"] for text in PAGES.values() for language in ANY_FENCE.finditer(text)} == {
+        "", "python", "json", "yaml",
+    }  # fmt: skip
+    for page, text in other_blocks(""):
+        ours = re.findall(
+            r"^(?!#).*(?:-m (?:jaxpipe|eplb_jax|profiling)|examples/\w+\.py|\bmake \w)", text, re.MULTILINE
+        )
+        assert len(ours) == len(commands.commands(text)), page
+
+
+@pytest.mark.parametrize("words", [["-m", "jaxpipe", "shows"], ["make", "tests"], ["examples/pretrain.py", "--step"]])
+def test_what_is_no_command_is_refused(words, capsys):
+    with pytest.raises(AssertionError):
+        commands.check([*words, "--unknown"])
+
+
+def test_json_and_yaml_are_read():
+    assert [json.loads(text) for _, text in other_blocks("json")]
+    yaml = pytest.importorskip("yaml", reason="needs the package PyYAML")
+    found = [words for _, text in other_blocks("yaml") for value in strings(yaml.safe_load(text))
+             for words in commands.commands(value)]  # fmt: skip
+    assert found
+    for words in found:
+        commands.check(words)
 
 
 def test_one_comparison_is_shown():

@@ -1,1 +1,1 @@
-"""What runs on the chip: grouped matrix products, moved rows, the gate's gradient; internal."""
+"""What runs on the chip: grouped matrix products, moves of rows, the gradient of the gate, precision. Internal."""

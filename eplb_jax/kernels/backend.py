@@ -1,11 +1,11 @@
-"""What a program is being traced for: the device of the mesh in scope, otherwise the default device."""
+"""What a program is being traced for, and what a backend of kernels must say and do."""
 
 from __future__ import annotations
 
 import dataclasses
 import re
 from collections.abc import Callable
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 
@@ -51,36 +51,23 @@ def current_target() -> Target:
     return Target(device.platform, device.device_kind, getattr(device, "core_count", None) or HOPPER_SMS, hopper)
 
 
-def choose_backend(
-    backend: str,
-    target: Callable[[], Target],
-    why_not: Callable[[], str | None],
-    task: str,
-    tell: Callable[[str], None],
-) -> str:
-    """The backend of an operation that XLA and a Hopper kernel can do: "xla", "mosaic", or "either": lowering decides.
+class KernelBackend(Protocol):
+    """Kernels that do what XLA can do, faster, on one kind of device; a line of `eplb_jax.kernels.registry.BACKENDS`.
 
-    Args:
-      backend: that was asked for: "auto", "xla" or "mosaic".
-      target: gives the device.
-      why_not: gives what keeps the kernel from it on a Hopper GPU; None: nothing.
-      task: what cannot be done, for the message.
-      tell: is told why a GPU gets XLA's form without being asked for it.
-
-    Raises:
-      ValueError: an unknown backend; "mosaic" where it cannot run.
+    XLA's form of each operation is what the kernels must agree with, for values and for gradients. There are three
+    tasks: "grouped_matmul" with the operations "matmul" and "outer", "move_rows" with "copy_rows" and "add_rows", and
+    "gate_gradient" with "gated_backward".
     """
-    if backend not in ("auto", "xla", "mosaic"):
-        raise ValueError(f'backend={backend!r}: it must be "auto", "xla" or "mosaic"')
-    if backend == "xla":
-        return "xla"
-    device, reason = target(), why_not()
-    if not device.hopper:
-        reason = f"the device is {device.kind!r}, no Hopper GPU"
-    if reason is None:
-        return "mosaic" if backend == "mosaic" else "either"
-    if backend == "mosaic":
-        raise ValueError(f'backend="mosaic" cannot {task}: {reason}; take backend="auto" or "xla"')
-    if device.platform == "gpu":
-        tell(reason)
-    return "xla"
+
+    @property
+    def platform(self) -> str:
+        """The platform that its programs are lowered for, as `jax.lax.platform_dependent` names it."""
+        ...
+
+    def why_not(self, task: str, device: Target, *operands: Any) -> str | None:
+        """What keeps the kernels from a task for operands of these shapes and dtypes; None where nothing does."""
+        ...
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """The function of an operation, which takes what XLA's form takes."""
+        ...

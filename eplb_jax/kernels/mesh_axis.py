@@ -35,10 +35,10 @@ def is_bound(axis: str) -> bool:
 
 
 def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
-    """The arrays varying over the mesh axes of all of them.
+    """Makes the arrays vary over the mesh axes of all of them.
 
-    What a custom derivative takes goes through here first, for its rule gives every cotangent the axes of the results.
-    The transpose of varying is a sum over the axis, so gradients of what was the same on all devices come out summed.
+    A function with a custom derivative calls this first, because its rule gives every cotangent the results' axes. The
+    transpose of varying is a sum over the axis, so gradients of what was the same on all devices come out summed.
     With ``check_vma=False`` nothing is known to vary, this does nothing, and the sum is the caller's.
     """
     axes = _axes_of(arrays)

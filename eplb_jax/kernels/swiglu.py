@@ -6,7 +6,8 @@ bytes on their way. Results take the place of what they were made of in a slot, 
 
 from __future__ import annotations
 
-from typing import Any
+import dataclasses
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -15,11 +16,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from eplb_jax.kernels.permute import DTYPES, LINES, Plan, divide, launch, token_and_part, turns
+from eplb_jax.kernels.permute import DTYPES, LINES, Ring, Share, divide, launch, turns
 
-GATED = Plan(24 * 1024, 4, 2, 1)
+GATED = Ring(24 * 1024, 4, 2, 1)
 """A slot of ``part`` bytes holds gate, value and cotangent of a part of a row, or of several rows where they fit. The
-fastest on an H100 of those that `examples/benchmarks/gated_rows.py --plans` tries."""
+fastest on an H100 of those that `examples/benchmarks/swiglu.py --plans` tries."""
 MOST_ROWS = 4
 """Rows of a slot, each of which is summed by itself."""
 
@@ -38,8 +39,12 @@ def why_not(hidden: Any) -> str | None:
 
 
 def gated_backward(
-    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"], cores: int, plan: Plan = GATED
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    hidden: Float[Array, "R FF"],
+    weight: Float[Array, " R"],
+    ct: Float[Array, "R F"],
+    cores: int,
+    plan: Ring = GATED,
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """`eplb_jax.moe.experts.swiglu` of these rows again, and the gradients of both arguments.
 
     Args:
@@ -59,67 +64,15 @@ def gated_backward(
     lines, parts = divide(height, line_bytes, plan.part)
     rows = min(max(plan.part // (height * line_bytes), 1), MOST_ROWS, total)
     workers = cores * plan.blocks
-    ahead = plan.stages - plan.behind
 
     def body(weight_of, hidden_ref, ct_ref, hidden_ct_ref, act_ref, sums_ref):
         def scoped(pairs, singles, filled):
             worker = lax.axis_index("worker")
             mine = turns(pl.cdiv(total, rows) * parts, worker, workers)
-
-            def place(turn):
-                """First row and part; the last rows come twice rather than too few."""
-                group, part = token_and_part(worker + turn * workers, parts)
-                return jnp.minimum(group * rows, total - rows), part
-
-            def items(turn, pairs_ref, singles_ref):
-                first, part = place(turn)
-                here, there = pl.ds(first, rows), pl.ds(part * lines, lines)
-                return pairs_ref.at[here, :, there], singles_ref.at[here, there]
-
-            def look_up(turn):
-                first, _ = place(jnp.minimum(turn, mine - 1))
-                return [weight_of[first + i] for i in range(rows)]
-
-            def load(turn, _=None):
-                slot = lax.rem(turn, jnp.int32(plan.stages))
-                pair, single = items(turn, hidden_ref, ct_ref)
-                plgpu.copy_gmem_to_smem(pair, pairs.at[slot], filled.at[slot])
-                plgpu.copy_gmem_to_smem(single, singles.at[slot], filled.at[slot])
-
-            def step(turn, weights):
-                slot = lax.rem(turn, jnp.int32(plan.stages))
-                first, part = place(turn)
-                following = look_up(turn + 1)  # early, as it takes long
-                plgpu.barrier_wait(filled.at[slot])
-                for i, weight in enumerate(weights):
-                    gate, value = (pairs[slot, i, half].astype(jnp.float32) for half in range(2))
-                    ct = singles[slot, i].astype(jnp.float32)
-                    share = lax.logistic(gate)
-                    active = gate * share
-                    sums_ref[first + i, part] = (ct * active * value).sum()  # all threads have read before any writes
-                    weighted = ct * weight
-                    slope = share * (1 + gate * (1 - share))
-                    pairs[slot, i, 0] = (weighted * value * slope).astype(pairs.dtype)
-                    pairs[slot, i, 1] = (weighted * active).astype(pairs.dtype)
-                    singles[slot, i] = (active * value * weight).astype(singles.dtype)
-                plgpu.commit_smem()
-                pair, single = items(turn, hidden_ct_ref, act_ref)
-                plgpu.copy_smem_to_gmem(pairs.at[slot], pair, commit_group=False)
-                plgpu.copy_smem_to_gmem(singles.at[slot], single, commit_group=False)
-                plgpu.commit_smem_to_gmem_group()
-
-                @pl.when(turn + ahead < mine)
-                def _():
-                    plgpu.wait_smem_to_gmem(plan.behind, wait_read_only=True)
-                    load(turn + ahead)
-
-                return following
-
-            @pl.when(mine > 0)
-            def _():
-                lax.fori_loop(jnp.int32(0), jnp.minimum(mine, ahead), load, None)
-                lax.fori_loop(jnp.int32(0), mine, step, look_up(jnp.int32(0)))
-                plgpu.wait_smem_to_gmem(0)
+            share = _GateShare(plan, worker, workers, lines, parts, mine, total, rows)
+            slots = _GateRing(pairs, singles, filled)
+            memory = _Memory(weight_of, hidden_ref, ct_ref, hidden_ct_ref, act_ref, sums_ref)
+            pl.when(mine > 0)(lambda: _go_through(share, memory, slots))
 
         pl.run_scoped(
             scoped,
@@ -135,3 +88,107 @@ def gated_backward(
     operands = weight.astype(jnp.float32), hidden.reshape(pairs), ct.reshape(singles)
     hidden_ct, act, sums = launch(body, "gated_backward", workers, 1, (*out, sums), *operands)
     return hidden_ct.reshape(hidden.shape), act.reshape(ct.shape), sums.sum(1).astype(weight.dtype)
+
+
+class _Memory(NamedTuple):
+    """The arrays of `gated_backward` in memory: three that are read and three that are written."""
+
+    weight: Any
+    hidden: Any
+    ct: Any
+    hidden_ct: Any
+    act: Any
+    sums: Any
+
+
+class _GateRing(NamedTuple):
+    """The ring in shared memory: gate and value, the cotangent, and the barriers of filled slots."""
+
+    pairs: Any
+    singles: Any
+    filled: Any
+
+
+@dataclasses.dataclass(frozen=True)
+class _GateShare(Share):
+    """A `Share` of parts of several rows.
+
+    Attributes:
+      total: rows of the arrays.
+      rows: rows of a slot.
+    """
+
+    total: int
+    rows: int
+
+    def first_and_part(self, turn: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """First row and part; the last rows come twice rather than too few."""
+        group, part = self.row_and_part(turn)
+        return jnp.minimum(group * self.rows, self.total - self.rows), part
+
+    def items(self, turn: jax.Array, pairs: Any, singles: Any) -> tuple[Any, Any]:
+        """What a turn works on, of an array of pairs and one of single rows."""
+        first, part = self.first_and_part(turn)
+        here, there = pl.ds(first, self.rows), pl.ds(part * self.lines, self.lines)
+        return pairs.at[here, :, there], singles.at[here, there]
+
+
+def _go_through(share: _GateShare, memory: _Memory, slots: _GateRing) -> None:
+    """Loads the block's rows, makes their gradients in the slots, and stores them."""
+    plan, mine = share.plan, share.mine
+    ahead = plan.stages - plan.behind
+
+    def look_up(turn):
+        first, _ = share.first_and_part(jnp.minimum(turn, mine - 1))
+        return [memory.weight[first + i] for i in range(share.rows)]
+
+    def load(turn, _=None):
+        slot = share.slot(turn)
+        pair, single = share.items(turn, memory.hidden, memory.ct)
+        plgpu.copy_gmem_to_smem(pair, slots.pairs.at[slot], slots.filled.at[slot])
+        plgpu.copy_gmem_to_smem(single, slots.singles.at[slot], slots.filled.at[slot])
+
+    def step(turn, weights):
+        slot = share.slot(turn)
+        first, part = share.first_and_part(turn)
+        following = look_up(turn + 1)  # early, as it takes long
+        plgpu.barrier_wait(slots.filled.at[slot])
+        for i, weight in enumerate(weights):
+            _differentiate(slots, slot, i, weight, memory.sums, (first, part))
+        plgpu.commit_smem()
+        pair, single = share.items(turn, memory.hidden_ct, memory.act)
+        plgpu.copy_smem_to_gmem(slots.pairs.at[slot], pair, commit_group=False)
+        plgpu.copy_smem_to_gmem(slots.singles.at[slot], single, commit_group=False)
+        plgpu.commit_smem_to_gmem_group()
+
+        @pl.when(turn + ahead < mine)
+        def _():
+            plgpu.wait_smem_to_gmem(plan.behind, wait_read_only=True)
+            load(turn + ahead)
+
+        return following
+
+    lax.fori_loop(jnp.int32(0), jnp.minimum(mine, ahead), load, None)
+    lax.fori_loop(jnp.int32(0), mine, step, look_up(jnp.int32(0)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _differentiate(
+    slots: _GateRing, slot: jax.Array, row: int, weight: jax.Array, sums: Any, place: tuple[jax.Array, jax.Array]
+) -> None:
+    """Puts the gradients of one row of a slot in place of what they are made of, and the weight's into ``sums``.
+
+    ``place`` is the slot's first row and the part.
+    """
+    pairs, singles = slots.pairs, slots.singles
+    gate, value = (pairs[slot, row, half].astype(jnp.float32) for half in range(2))
+    ct = singles[slot, row].astype(jnp.float32)
+    share = lax.logistic(gate)
+    active = gate * share
+    first, part = place
+    sums[first + row, part] = (ct * active * value).sum()  # all threads have read before any writes
+    weighted = ct * weight
+    slope = share * (1 + gate * (1 - share))
+    pairs[slot, row, 0] = (weighted * value * slope).astype(pairs.dtype)
+    pairs[slot, row, 1] = (weighted * active).astype(pairs.dtype)
+    singles[slot, row] = (active * value * weight).astype(singles.dtype)

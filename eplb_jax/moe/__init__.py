@@ -1,1 +1,1 @@
-"""The mixture-of-experts layer: router, dispatch, exchange, experts, combine; internal."""
+"""The mixture-of-experts layer: router, dispatch, permutation, exchange, experts, combine. Internal."""

@@ -1,8 +1,8 @@
 """Tokens to experts and back: who sends what to whom, and how received tokens are sorted by expert.
 
 A token travels once to each device that holds experts of it, with the list of them and their weights, and one row
-comes back from each: the sum over the experts there. Where capacity is limited, later tokens find none; what is
-dropped is counted.
+comes back from each: the sum over the experts there. Where capacity is limited, later tokens are dropped
+and counted.
 
 Shapes: T tokens of this device, k choices, ep devices, S slots of a device, C tokens from one device to another,
 N = ep * C tokens received (T where there is one device), R rows sorted by slot, D width.
@@ -17,8 +17,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
-from eplb_jax.moe.exchange import Moves
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts, round_up
+from eplb_jax.moe.permute import RowMap
 
 
 class Capacities(NamedTuple):
@@ -42,10 +42,10 @@ class Sends(NamedTuple):
       slots: the slots, there, that the token of each row goes to, -1 for none; int32.
       choices: which choice, token * k + its place, each of these is, T * k for none; int32.
       entries: where in slots each choice is, ep * C * k for none; int32.
-      dropped: choices of this device's tokens that found no room; int32.
+      dropped: choices of this device's tokens that were dropped for lack of capacity; int32.
     """
 
-    moves: Moves
+    moves: RowMap
     counts: Int[Array, " ep"]
     slots: Int[Array, "ep C k"]
     choices: Int[Array, "ep C k"]
@@ -60,10 +60,10 @@ class Sorted(NamedTuple):
       moves: from tokens [N] to rows [R].
       assignment: the token * k + choice of each row, N * k for none; int32.
       sizes: rows of each slot; int32. Groups begin where `group_starts` says.
-      dropped: choices that found no room; int32.
+      dropped: choices that were dropped for lack of capacity; int32.
     """
 
-    moves: Moves
+    moves: RowMap
     assignment: Int[Array, " R"]
     sizes: Int[Array, " S"]
     dropped: Int[Array, ""]
@@ -97,11 +97,11 @@ def make_capacities(
     gaps = (ALIGN - 1) * num_slots
     most = num_devices * tokens * min(top_k, num_slots)
     if capacity_factor is None:
-        return Capacities(tokens, _round_up(most + gaps))
+        return Capacities(tokens, round_up(most + gaps))
     visited = num_devices * (1 - (1 - 1 / num_devices) ** top_k)  # devices that a token has experts on, on average
-    exchange = min(tokens, _round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
+    exchange = min(tokens, round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
     rows = min(num_devices * exchange * min(top_k, num_slots), math.ceil(capacity_factor * tokens * top_k))
-    return Capacities(exchange, _round_up(rows + gaps))
+    return Capacities(exchange, round_up(rows + gaps))
 
 
 def check_capacity_factor(factor: float | None) -> None:
@@ -111,7 +111,7 @@ def check_capacity_factor(factor: float | None) -> None:
 
 
 def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capacity: int) -> Sends:
-    """Gives each token a row for each device that it has choices on, as long as there is room.
+    """Gives each token a row for each device that it has choices on, while the capacity lasts.
 
     Args:
       slots: the slot of each choice among all devices' slots, -1 for none.
@@ -144,13 +144,13 @@ def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capac
     local = jnp.where(there, slots[known] % num_slots, -1).reshape(shape)
     choices = jnp.where(there, known[:, None] * top_k + order, tokens * top_k).reshape(shape)
     dropped = ((target >= 0) & (of_choice == nowhere)).sum(dtype=jnp.int32)
-    return Sends(Moves(source, rows), fits.sum(0, dtype=jnp.int32), local, choices, entries, dropped)
+    return Sends(RowMap(source, rows), fits.sum(0, dtype=jnp.int32), local, choices, entries, dropped)
 
 
 def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sorted:
-    """Gives each choice a row among those of its slot, as long as there is room.
+    """Gives each choice a row among those of its slot, while the capacity lasts.
 
-    Where there is too little, the slots with most rows get fewer, all of them equally many; later tokens find none.
+    If all choices need more rows than there are, the fullest slots are cut to one size, and their last tokens dropped.
 
     Args:
       slots: the slot of each choice, -1 for none.
@@ -179,7 +179,7 @@ def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sor
     of_row = jnp.where(used, order[jnp.where(used, begins[owner] + inside, 0)], total)
     rows = jnp.full(total, num_rows, jnp.int32).at[of_row].set(row, mode="drop", unique_indices=True)
     source = jnp.where(used, of_row // top_k, tokens)
-    return Sorted(Moves(source, rows.reshape(tokens, top_k)), of_row, sizes, (wanted - sizes).sum(dtype=jnp.int32))
+    return Sorted(RowMap(source, rows.reshape(tokens, top_k)), of_row, sizes, (wanted - sizes).sum(dtype=jnp.int32))
 
 
 def _limit(wanted: jax.Array, num_rows: int) -> jax.Array:
@@ -192,7 +192,3 @@ def _limit(wanted: jax.Array, num_rows: int) -> jax.Array:
     left = capacity - jnp.minimum(blocks, level).sum(dtype=jnp.int32)
     level = level + jnp.where(more.any(), left // jnp.maximum(more.sum(dtype=jnp.int32), 1), 0)
     return jnp.minimum(wanted, level * ALIGN)
-
-
-def _round_up(rows: int) -> int:
-    return -(-rows // ALIGN) * ALIGN

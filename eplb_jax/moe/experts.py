@@ -6,7 +6,6 @@ E logical experts, P slots of all devices, S of one, D width, F hidden width of 
 from __future__ import annotations
 
 import functools
-import logging
 from typing import Any, NamedTuple
 
 import jax
@@ -14,13 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels import swiglu as gated_rows
-from eplb_jax.kernels.backend import choose_backend, current_target
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import Backend, grouped_matmul, interface
+from eplb_jax.kernels.grouped_gemm import interface
+from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.mesh_axis import same_axes, size_and_index
-
-logger = logging.getLogger(__name__)
+from eplb_jax.kernels.registry import Backend
 
 
 class ExpertParams(NamedTuple):
@@ -31,7 +29,7 @@ class ExpertParams(NamedTuple):
       w_out: back to the width.
     """
 
-    w_in: Float[Array, "experts D 2F"]
+    w_in: Float[Array, "experts D FF"]
     w_out: Float[Array, "experts F D"]
 
 
@@ -95,10 +93,10 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
     return jax.tree.map(fetch, masters)
 
 
-def swiglu(hidden: Float[Array, "rows 2F"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
+def swiglu(hidden: Float[Array, "rows FF"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
     """``silu(gate) * value * weight`` in float32 (float64 for float64), in the dtype of ``hidden``.
 
-    The backward pass keeps the arguments alone, and makes the rest again.
+    The backward pass keeps the arguments alone and recomputes the rest.
 
     Source: arXiv 2002.05202.
     """
@@ -124,7 +122,7 @@ def _swiglu_bwd(residuals: tuple[jax.Array, jax.Array], ct: jax.Array) -> tuple[
     weighted = ct * weight.astype(dtype)[:, None]
     slope = share * (1 + gate * (1 - share))
     hidden_ct = jnp.concatenate([weighted * value * slope, weighted * active], -1).astype(hidden.dtype)
-    # Behind a barrier it is made once, and not by each of the products that read it.
+    # A barrier makes XLA compute it once, and not in each of the products that read it.
     return jax.lax.optimization_barrier(hidden_ct), (ct * active * value).sum(-1).astype(weight.dtype)
 
 
@@ -138,7 +136,7 @@ def apply_experts(
     sizes: Int[Array, " S"],
     backend: Backend = "auto",
 ) -> Float[Array, "R D"]:
-    """Each row through its slot's expert, times its weight; rows of no slot come out unspecified.
+    """Runs each row through its slot's expert, times its weight; rows of no slot come out unspecified.
 
     The weight multiplies the hidden activations, where it is cheap, and where its gradient needs nothing kept.
     """
@@ -160,7 +158,7 @@ def _apply_experts_fwd(params: ExpertParams, rows: Any, weight: Any, sizes: Any,
 
 
 def _apply_experts_bwd(backend: Backend, residuals: Any, ct: jax.Array) -> tuple[Any, ...]:
-    """What is behind the gate is made again beside the gradients; the two products of the weights share nothing."""
+    """Recomputes the gated activations beside the gradients; the two products of the weights share nothing."""
     params, rows, hidden, weight, sizes = residuals
     transposed = functools.partial(grouped_matmul, group_sizes=sizes, backend=backend, transpose_rhs=True)
     gates = "xla" if backend == "xla" else "auto"  # "mosaic" insists on the products alone, which take more widths
@@ -177,37 +175,29 @@ _apply_experts.defvjp(_apply_experts_fwd, _apply_experts_bwd)
 
 
 def gated_backward(
-    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"], backend: Backend = "auto"
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    hidden: Float[Array, "R FF"], weight: Float[Array, " R"], ct: Float[Array, "R F"], backend: Backend = "auto"
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """The gradients of `swiglu`'s arguments, and between them its result again.
 
     Args:
       hidden, weight: its arguments.
       ct: the gradient of its result.
       backend: "auto" takes our own kernel for Hopper GPUs, `eplb_jax.kernels.swiglu`, where it can, and else "xla", as
-        in `eplb_jax.moe.exchange.permute`.
+        in `eplb_jax.moe.permute.permute`.
 
     Raises:
       ValueError: "mosaic" for what it cannot do.
     """
-    task = "make the gate's gradient"
-    chosen = choose_backend(backend, current_target, lambda: gated_rows.why_not(hidden), task, _log_fallback)
-    kernel = functools.partial(gated_rows.gated_backward, cores=current_target().cores)
-    return interface.dispatch(chosen, gated_backward_by_xla, kernel, hidden, weight, ct)
+    chosen = registry.choose("gate_gradient", backend, hidden)
+    return registry.dispatch(chosen, "gated_backward", gated_backward_by_xla, hidden, weight, ct)
 
 
 def gated_backward_by_xla(
-    hidden: Float[Array, "R 2F"], weight: Float[Array, " R"], ct: Float[Array, "R F"]
-) -> tuple[Float[Array, "R 2F"], Float[Array, "R F"], Float[Array, " R"]]:
+    hidden: Float[Array, "R FF"], weight: Float[Array, " R"], ct: Float[Array, "R F"]
+) -> tuple[Float[Array, "R FF"], Float[Array, "R F"], Float[Array, " R"]]:
     """`gated_backward` for every platform and dtype."""
     hidden_ct, weight_ct = _swiglu_bwd((hidden, weight), ct)
     return hidden_ct, _swiglu(hidden, weight), weight_ct
-
-
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    """Says once per reason that a GPU gets XLA's form."""
-    logger.warning("the gate's gradient is made by XLA's fusions, not by our kernel: %s", reason)
 
 
 def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F"]:
@@ -216,7 +206,7 @@ def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F
 
 
 def shared_out(params: ExpertParams, hidden: Float[Array, "T F"]) -> Float[Array, "T D"]:
-    """What `shared_in` made, back to the width."""
+    """Projects what `shared_in` made back to the width."""
     return jnp.matmul(hidden, params.w_out[0])
 
 

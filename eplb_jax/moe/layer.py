@@ -17,16 +17,18 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import Backend
 from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
+from eplb_jax.kernels.recipe import RECIPES, Recipe
+from eplb_jax.kernels.registry import Backend
 from eplb_jax.moe import exchange
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
+from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
+from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
 from eplb_jax.plan.placement import Placement
 
-EXCHANGES = ("dense", "ragged")
 ROWS = 8
 """Masters have a multiple of so many rows unless told otherwise, and so divide over the devices of a host."""
 
@@ -40,19 +42,22 @@ class MoEConfig:
       hidden: of an expert, F.
       router: how tokens choose experts.
       num_shared: shared experts, which every token goes to.
-      masters: rows of the routed experts' masters. Rows behind the last expert are zeros that nothing reads, so that
+      masters: rows of the routed experts' masters. Rows after the last expert are zeros that nothing reads; with them
         masters divide over devices whose number does not divide the experts. None: a multiple of `ROWS`.
-      capacity_factor: room for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
+      capacity_factor: rows for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
         that nothing is ever dropped.
       replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.moe.replica`.
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
       fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
+        Short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
+      precision: "bf16", which leaves all numbers as they are, "fp8", or another name of
+        `eplb_jax.kernels.recipe.RECIPES`: how rows travel and what products are made of. None: what ``fp8`` says.
 
     Raises:
-      ValueError: sizes below 1 or that do not fit, unknown choices.
+      ValueError: sizes below 1 or that do not fit, unknown choices, two different recipes.
     """
 
     width: int = 7168
@@ -66,6 +71,7 @@ class MoEConfig:
     exchange: str = "dense"
     fp8: bool = False
     backend: Backend = "auto"
+    precision: str | None = None
 
     def __post_init__(self) -> None:
         """Checks sizes and choices."""
@@ -78,12 +84,23 @@ class MoEConfig:
         check_capacity_factor(self.capacity_factor)
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
-        if self.exchange not in EXCHANGES:
-            raise ValueError(f"exchange={self.exchange!r}: it must be one of {EXCHANGES}")
-        if self.fp8 and self.width % exchange.BLOCK:
-            raise ValueError(f"fp8 needs a width that is a multiple of {exchange.BLOCK}, not {self.width}")
-        if self.fp8 and self.exchange == "ragged":
-            raise ValueError("fp8 travels by the dense exchange only: choose exchange='dense' or fp8=False")
+        if self.exchange not in DISPATCHERS:
+            raise ValueError(f"exchange={self.exchange!r}: it must be one of {tuple(DISPATCHERS)}")
+        if self.precision not in (None, *RECIPES):
+            raise ValueError(f"precision={self.precision!r}: it must be one of {tuple(RECIPES)}, or None")
+        if self.fp8 and self.precision not in (None, "fp8"):
+            raise ValueError(f"fp8=True and precision={self.precision!r} ask for two recipes: give one of them")
+        if reason := self.recipe.why_not(self.width) or DISPATCHERS[self.exchange].why_not(self.recipe):
+            raise ValueError(reason)
+
+    @property
+    def recipe(self) -> Recipe:
+        """The recipe that ``precision`` names, or ``fp8`` where it is None.
+
+        >>> MoEConfig(fp8=True).recipe is MoEConfig(precision="fp8").recipe
+        True
+        """
+        return RECIPES[self.precision or ("fp8" if self.fp8 else "bf16")]
 
     @property
     def num_masters(self) -> int:
@@ -113,11 +130,11 @@ class MoEParams(NamedTuple):
 
 
 class MoEStats(NamedTuple):
-    """What a layer tells besides its output; of this device's tokens, so sums over devices are global.
+    """What a layer returns besides its output; of this device's tokens, so sums over devices are global.
 
     Attributes:
       loads: tokens that chose each logical expert; int32.
-      dropped: choices that found no room, counted where that was found out; int32.
+      dropped: choices that were dropped for lack of capacity, counted on the device that dropped them; int32.
       balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
         devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
     """
@@ -189,7 +206,7 @@ def moe_layer(
     sequences: int = 1,
     mask: Bool[Array, " T"] | None = None,
 ) -> tuple[Float[Array, "T D"], MoEStats]:
-    """Each token through its experts and the shared ones.
+    """Sends each token through its experts and the shared ones.
 
     Args:
       params: experts by slot, this device's slots.
@@ -254,18 +271,31 @@ def local_experts(
     capacities: Capacities,
     config: MoEConfig,
 ) -> tuple[jax.Array, jax.Array]:
-    """Tokens [N, D] with slots and weights [N, k] through this device's experts, and how many choices found no room.
+    """Runs tokens [N, D] with slots and weights [N, k] through this device's experts.
 
-    The part of the layer behind the dispatch and before the combine; slots outside of 0 to num_slots - 1 are nobody's.
+    This is the part of the layer between dispatch and combine. Choices with slots outside of 0 to num_slots - 1 count
+    as no choice.
+
+    Args:
+      experts: by slot, this device's.
+      x: tokens.
+      slots, weights: of each choice.
+      num_slots: slots of this device.
+      capacities: from `make_capacities`.
+      config: the backend of products and moves, and the recipe's dtype of products.
+
+    Returns:
+      The output [N, D], and how many choices were dropped for lack of capacity.
     """
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, capacities.rows)
-        rows = exchange.permute(x, found.moves, backend=config.backend)
-        weight = exchange.permute_each(weights, found.assignment, found.moves.rows)
+        rows = permute(x, found.moves, backend=config.backend)
+        weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
-        rows = apply_experts(experts, rows, weight, found.sizes, config.backend)
+        experts, rows = jax.tree.map(lambda leaf: leaf.astype(config.recipe.product_dtype(leaf.dtype)), (experts, rows))
+        rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
-        return exchange.unpermute(rows, found.moves, backend=config.backend), found.dropped
+        return unpermute(rows, found.moves, backend=config.backend), found.dropped
 
 
 def _remote(
@@ -280,56 +310,49 @@ def _remote(
 ) -> tuple[jax.Array, jax.Array]:
     """The layer for slots of all devices of the axis: tokens travel there and back.
 
-    The shared experts' first product is made while tokens travel there, the second while they travel back. Barriers say
-    so, because a scheduler that sees forward and backward at once finds other places; transposed they say the same.
+    The shared experts' first product runs while tokens travel there, the second while they travel back. Barriers fix
+    this order, because a scheduler that sees forward and backward at once chooses another. Their transposes do too.
     """
     devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    dispatcher = DISPATCHERS[config.exchange]
     hidden: Any = None
     with jax.named_scope("dispatch"):
         sends = plan_sends(slots, devices, num_slots, capacities.exchange)
-        sent = exchange.permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
-        rows = exchange.permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
-        rows, sent = _return_after(_travel(rows, sends.counts, config, axis), sent)
+        sent = permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
+        rows = permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
+        rows, sent = _return_after(dispatcher.dispatch(rows, sends.counts, axis, config.recipe), sent)
         message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
-    listed, heard = (array.reshape(-1, top_k) for array in message)
+    slots_here, weights_here = (array.reshape(-1, top_k) for array in message)
     y, dropped = local_experts(
-        params.experts, rows.reshape(-1, x.shape[1]), listed, heard, num_slots, capacities, config
+        params.experts, rows.reshape(-1, x.shape[1]), slots_here, weights_here, num_slots, capacities, config
     )
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):
-        back = _travel(y.reshape(shape), sends.counts, config, axis, back=True)
+        back = dispatcher.combine(y.reshape(shape), sends.counts, axis, config.recipe)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             back, hidden = jax.lax.optimization_barrier((back, shared_out(shared, hidden)))
     with jax.named_scope("combine"):
-        y = exchange.unpermute(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
+        y = unpermute(back.reshape(-1, x.shape[1]), sends.moves, backend=config.backend)
     return y if shared is None else y + hidden, dropped + sends.dropped
 
 
 @jax.custom_vjp
 def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Both; the cotangent of rows sets out when that of what was sent has arrived, which then travels beside products.
+    """Returns both, and orders their cotangents: that of the rows is sent when that of the weights has arrived.
 
-    Without an order, XLA's scheduler finds nothing to do while the small one travels.
+    So the small transfer of the weights runs beside matrix products. Without an order, XLA's scheduler finds nothing to
+    do while it travels.
     """
     return rows, sent
 
 
 _return_after.defvjp(lambda *both: (both, None), lambda _, cts: jax.lax.optimization_barrier(cts))
-
-
-def _travel(rows: jax.Array, counts: jax.Array, config: MoEConfig, axis: str, *, back: bool = False) -> Any:
-    """Rows [ep, C, D] to the devices that they are for, of which counts [ep] are used, or back again."""
-    if config.exchange == "ragged":
-        return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis) if back else counts, axis)
-    if config.fp8:
-        return exchange.all_to_all_fp8_back(rows, axis) if back else exchange.all_to_all_fp8(rows, axis)
-    return exchange.all_to_all(rows, axis)
 
 
 def _check(
@@ -344,8 +367,36 @@ def _check(
     experts, width, hidden = config.router.num_experts, config.width, config.hidden
     if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
-    rows = params.experts.w_in.shape[0] * devices
-    total = rows if placement is None and rows == config.num_masters else experts
+    total = _count_slots(params, config, placement, devices, axis)
+    slots = total // devices
+    _check_shapes(
+        "experts",
+        params.experts,
+        {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)},
+        f"{total} slots on {devices} devices need {{}} on each; working_copies makes slots of logical experts",
+    )
+    shared = config.num_shared * hidden
+    if (params.shared is None) != (not shared):
+        raise ValueError(
+            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
+        )
+    if params.shared is not None:
+        wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)}
+        _check_shapes("shared", params.shared, wanted, f"num_shared={config.num_shared} need {{}}")
+    if axis is not None:
+        node_size(devices, config.devices_per_node)
+    if params.router.shape != (width, experts):
+        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
+    return slots
+
+
+def _count_slots(
+    params: MoEParams, config: MoEConfig, placement: Placement | None, devices: int, axis: str | None
+) -> int:
+    """Slots of all devices, over which they divide."""
+    experts = config.router.num_experts
+    masters = params.experts.w_in.shape[0] * devices
+    total = masters if placement is None and masters == config.num_masters else experts
     if placement is not None:
         if placement.phy2log.ndim != 1 or placement.num_experts != experts:
             raise ValueError(
@@ -357,30 +408,13 @@ def _check(
         remedy = f"plan for {total - total % devices} or {total + -total % devices} slots"
         remedy = _nearest(config, devices) if placement is None else remedy
         raise ValueError(f"{total} slots do not divide over the {devices} devices of axis {axis!r}: {remedy}")
-    slots = total // devices
-    wanted = {"w_in": (slots, width, 2 * hidden), "w_out": (slots, hidden, width)}
-    for name, shape in wanted.items():
-        found = getattr(params.experts, name).shape
-        if found != shape:
-            raise ValueError(
-                f"experts.{name} has shape {found}: {total} slots on {devices} devices need {shape} on each; "
-                "working_copies makes slots of logical experts"
-            )
-    shared = config.num_shared * hidden
-    wanted = {"w_in": (1, width, 2 * shared), "w_out": (1, shared, width)} if shared else {}
-    if (params.shared is None) != (not wanted):
-        raise ValueError(
-            f"num_shared={config.num_shared}, but params.shared is {'None' if params.shared is None else 'not None'}"
-        )
-    for name, shape in wanted.items():
-        found = getattr(params.shared, name).shape
-        if found != shape:
-            raise ValueError(f"shared.{name} has shape {found}: num_shared={config.num_shared} need {shape}")
-    if axis is not None:
-        node_size(devices, config.devices_per_node)
-    if params.router.shape != (width, experts):
-        raise ValueError(f"router has shape {params.router.shape}: it must be ({width}, {experts})")
-    return slots
+    return total
+
+
+def _check_shapes(name: str, found: ExpertParams, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
+    for leaf, shape in wanted.items():
+        if getattr(found, leaf).shape != shape:
+            raise ValueError(f"{name}.{leaf} has shape {getattr(found, leaf).shape}: {remedy.format(shape)}")
 
 
 def _check_masters(config: MoEConfig, devices: int, axis: str) -> None:

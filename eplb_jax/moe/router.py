@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.mesh_axis import same_axes
@@ -137,7 +137,7 @@ def route(
 
 
 def of_real_tokens(rows: Float[Array, "tokens n"], mask: Bool[Array, " tokens"] | None) -> Float[Array, "tokens n"]:
-    """Zeros in the rows of tokens that are not real, whatever they hold: zero times NaN would be NaN.
+    """Sets the rows of tokens that are not real to zero, whatever they hold: zero times NaN would be NaN.
 
     Raises:
       ValueError: a mask that is not bool, or not of these tokens.
@@ -270,8 +270,8 @@ def balance_loss(
 
 
 def update_bias(
-    bias: Float[Array, "*layers experts"],
-    loads: Int[Array | np.ndarray, "*layers experts"] | Float[Array | np.ndarray, "*layers experts"],
+    bias: Float[Array | np.ndarray, "*layers experts"],
+    loads: Num[Array | np.ndarray, "*layers experts"],
     rate: float | Float[Array, ""] = 1e-3,
 ) -> Float[Array, "*layers experts"]:
     """The selection bias after a step: more for experts with less than their layer's mean load, less for the others.

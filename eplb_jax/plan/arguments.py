@@ -1,4 +1,4 @@
-"""The checks that all balancers make of their arguments, and where they run."""
+"""What all balancers make of their loads, and where they run."""
 
 from __future__ import annotations
 
@@ -61,30 +61,6 @@ def to_float32(weight: Any) -> Any:
     if isinstance(extreme, np.ndarray) and not extreme.any():
         return weight.astype(np.float32)
     return xp.ldexp(weight, xp.where(extreme, -exponent, 0)).astype(np.float32)
-
-
-def check_sizes(num_experts: int, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int) -> None:
-    """Raises ValueError unless experts, replicas, nodes and GPUs fit each other."""
-    sizes = {"num_replicas": num_replicas, "num_groups": num_groups, "num_nodes": num_nodes, "num_gpus": num_gpus}
-    for name, value in sizes.items():
-        if not isinstance(value, int | np.integer) or isinstance(value, bool) or not 0 < value < 2**31:
-            raise ValueError(f"{name}={value!r}: it must be a positive int below 2**31")
-    if num_replicas < num_experts:
-        raise ValueError(
-            f"num_replicas={num_replicas} is less than the {num_experts} experts: each needs one, "
-            f"so ask for at least {-(-num_experts // num_gpus) * num_gpus}"
-        )
-    if num_replicas % num_gpus:
-        below = num_replicas // num_gpus * num_gpus
-        choices = f"{below} or {below + num_gpus}" if below >= num_experts else below + num_gpus
-        raise ValueError(
-            f"num_replicas={num_replicas} is not a multiple of num_gpus={num_gpus}: take {choices}, "
-            "so that every GPU has as many slots"
-        )
-    if num_experts % num_groups:
-        raise ValueError(f"the {num_experts} experts do not divide into num_groups={num_groups}; 1 group always fits")
-    if num_gpus % num_nodes:
-        raise ValueError(f"num_gpus={num_gpus} do not divide over num_nodes={num_nodes}: nodes have equally many GPUs")
 
 
 @contextlib.contextmanager

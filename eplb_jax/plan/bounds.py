@@ -5,11 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import numpy as np
-import scipy.sparse
 from jaxtyping import Float, Num
-from scipy.optimize import linprog
 
-from eplb_jax.plan.arguments import check_loads, check_sizes
+from eplb_jax.plan.arguments import check_loads
+from eplb_jax.plan.cluster import Cluster, make_cluster
 from eplb_jax.plan.placement import Array
 
 ROUNDING = 1e-12
@@ -43,15 +42,12 @@ def lower_bound(
     """
     weight = check_loads(weight)
     weight = np.asarray(weight, np.float64)
-    check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    return np.array([_bound_layer(w, num_replicas, num_groups, num_nodes, num_gpus, tight) for w in weight])
+    cluster = make_cluster(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
+    return np.array([_bound_layer(w, cluster, tight) for w in weight])
 
 
-def _bound_layer(
-    weight: np.ndarray, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, tight: bool
-) -> float:
+def _bound_layer(weight: np.ndarray, cluster: Cluster, tight: bool) -> float:
+    num_groups, num_nodes, num_gpus = cluster.num_groups, cluster.num_nodes, cluster.num_gpus
     groups = weight.reshape(num_groups, -1)
     loads = -np.sort(-groups.sum(1))
     if num_groups == 2 * num_nodes:  # the best pairs are the heaviest with the lightest, and so on
@@ -61,11 +57,11 @@ def _bound_layer(
     mean = max(weight.sum() / num_gpus, node * num_nodes / num_gpus)
     if num_nodes > 1 and num_groups > num_nodes:  # any experts could share a node
         return mean
-    replicas, gpus = num_replicas // num_nodes, num_gpus // num_nodes
-    return max(mean, *(_bound_row(row, replicas, gpus, tight) for row in weight.reshape(num_nodes, -1)))
+    replicas, gpus = cluster.replicas_per_node, cluster.gpus_per_node
+    return max(mean, *(_bound_node(node, replicas, gpus, tight) for node in weight.reshape(num_nodes, -1)))
 
 
-def _bound_row(weight: np.ndarray, num_replicas: int, num_gpus: int, tight: bool) -> float:
+def _bound_node(weight: np.ndarray, num_replicas: int, num_gpus: int, tight: bool) -> float:
     """The least load at which there are replicas enough."""
     low, high = weight.sum() / num_gpus, weight.sum()
     low = _bisect(lambda load: _too_many(load, weight, num_replicas, num_gpus), low, high, 48)
@@ -107,6 +103,9 @@ def _cannot_pair(load: float, weight: np.ndarray, num_replicas: int) -> bool:
     Replicas can be paired if and only if, for each x above load / 2, those of at least x are no more than those of at
     most load - x (Hall's theorem). Each expert has one unknown for each possible count: the share of that choice.
     """
+    from scipy import sparse  # noqa: PLC0415 - plans need no SciPy
+    from scipy.optimize import linprog  # noqa: PLC0415
+
     if load <= 0:
         return weight.max() > 0
     needed = np.maximum(np.ceil(weight / load * (1 - ROUNDING)), 1).astype(int)
@@ -118,12 +117,12 @@ def _cannot_pair(load: float, weight: np.ndarray, num_replicas: int) -> bool:
     each = weight[expert] / counts
     limits = np.unique(each[each > load / 2])[:, None]
     more = counts * (each >= limits) - counts * (each <= load - limits + ROUNDING * load)
-    one = scipy.sparse.csr_matrix((np.ones(len(each)), (expert, np.arange(len(each)))))
+    one = sparse.csr_matrix((np.ones(len(each)), (expert, np.arange(len(each)))))
     found = linprog(
         np.zeros(len(each)),
-        A_ub=scipy.sparse.csr_matrix(more) if len(more) else None,
+        A_ub=sparse.csr_matrix(more) if len(more) else None,
         b_ub=np.zeros(len(more)) if len(more) else None,
-        A_eq=scipy.sparse.vstack([one, scipy.sparse.csr_matrix(counts[None])]),
+        A_eq=sparse.vstack([one, sparse.csr_matrix(counts[None])]),
         b_eq=np.append(np.ones(len(weight)), num_replicas),
         method="highs",
     )

@@ -10,16 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Bool, Float, Int, Num
+from jaxtyping import Array, Bool, Float, Int, Integer, Num
 
 from eplb_jax._jax import Tracer
 
 
 def count_tokens(
-    experts: Int[Array, "*tokens k"],
+    experts: Integer[Array | np.ndarray, "*tokens k"],
     num_experts: int,
     *,
-    mask: Bool[Array, "*tokens"] | Int[Array, "*tokens"] | None = None,
+    mask: Bool[Array | np.ndarray, "*tokens"] | Integer[Array | np.ndarray, "*tokens"] | None = None,
     axis_name: Hashable | tuple[Hashable, ...] | None = None,
 ) -> Int[Array, " experts"]:
     """How many tokens each expert gets.
@@ -84,7 +84,7 @@ class SlidingWindow:
 
     @classmethod
     def create(cls, window: int, layers: int, experts: int) -> SlidingWindow:
-        """An empty one.
+        """Makes one without any update.
 
         Raises:
           ValueError: a size below 1.
@@ -93,8 +93,8 @@ class SlidingWindow:
             raise ValueError(f"window={window}, layers={layers}, experts={experts}: all must be at least 1")
         return cls(jnp.zeros((window, layers, experts), jnp.float32), jnp.zeros((), jnp.int32))
 
-    def update(self, counts: Num[Array, "layers experts"]) -> SlidingWindow:
-        """With the counts of one more step in place of the oldest; NaN is kept, until it leaves the window.
+    def update(self, counts: Num[Array | np.ndarray, "layers experts"]) -> SlidingWindow:
+        """Returns the window with the counts of one more step in place of the oldest; NaN stays until it leaves.
 
         Raises:
           ValueError: counts of another shape, or that are not numbers.
@@ -137,7 +137,7 @@ class MovingAverage:
 
     @classmethod
     def create(cls, decay: float, layers: int, experts: int) -> MovingAverage:
-        """An empty one.
+        """Makes one without any update.
 
         Raises:
           ValueError: a size below 1, a decay out of [0, 1) or traced.
@@ -150,8 +150,8 @@ class MovingAverage:
             raise ValueError(f"decay={decay}: it must be at least 0 and less than 1; 1 - 1/n remembers about n steps")
         return cls(jnp.zeros((layers, experts), jnp.float32), jnp.zeros((), jnp.int32), float(decay))
 
-    def update(self, counts: Num[Array, "layers experts"]) -> MovingAverage:
-        """With the counts of one more step.
+    def update(self, counts: Num[Array | np.ndarray, "layers experts"]) -> MovingAverage:
+        """Returns the average with the counts of one more step.
 
         Raises:
           ValueError: counts of another shape, or that are not numbers.

@@ -1,4 +1,4 @@
-"""A layer's nodes as rows of their own: what policies work on, and the way back to a Placement."""
+"""The nodes of all layers side by side, as policies work on them, and the way back to a Placement."""
 
 from __future__ import annotations
 
@@ -8,13 +8,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from eplb_jax.plan.cluster import Cluster
 from eplb_jax.plan.packing import take
 from eplb_jax.plan.placement import Array, Placement, list_slots
 from eplb_jax.plan.rebalance import experts_of_nodes, group_loads
 from eplb_jax.plan.search import largest_loads, refine
 
 
-class Rows(NamedTuple):
+class Nodes(NamedTuple):
     """The experts of each layer's nodes, for P ways of packing groups onto nodes: one, or DeepSeek's and another.
 
     Attributes:
@@ -29,13 +30,14 @@ class Rows(NamedTuple):
     target: jax.Array
 
 
-def make_rows(weight: jax.Array, num_groups: int, num_nodes: int, num_gpus: int) -> Rows:
-    """Groups packed onto nodes as DeepSeek does, then better than greedily, where that may differ.
+def pack_nodes(weight: jax.Array, cluster: Cluster) -> Nodes:
+    """Packs groups onto nodes as DeepSeek does and, where it may differ, better than greedily.
 
-    Nodes of closer loads make closer GPUs only where there are spares enough: with few, the heaviest GPU has a heavy
-    expert, and which light ones share its node decides. So both packings are worth a search.
+    Nodes of closer loads make closer GPUs only where there are enough spares. With few, the heaviest GPU has a heavy
+    expert, and the light experts that share its node decide. So both packings are worth a search.
     """
     layers, num_experts = weight.shape
+    num_groups, num_nodes = cluster.num_groups, cluster.num_nodes
     experts = experts_of_nodes(weight, num_groups, num_nodes)
     size = num_experts // num_groups
     if num_nodes > 1 and num_groups > 2 * num_nodes:  # one or two a node are packed best by greed
@@ -44,45 +46,45 @@ def make_rows(weight: jax.Array, num_groups: int, num_nodes: int, num_gpus: int)
         other = (groups[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(layers, num_experts)
         experts, weight = jnp.concatenate([experts, other]), jnp.concatenate([weight, weight])
     of_nodes = take(weight, experts).reshape(-1, num_experts // num_nodes)
-    means = of_nodes.sum(1).reshape(-1, num_nodes) * (num_nodes / num_gpus)
-    return Rows(experts, of_nodes, jnp.repeat(means.max(1), num_nodes))
+    means = of_nodes.sum(1).reshape(-1, num_nodes) * (num_nodes / cluster.num_gpus)
+    return Nodes(experts, of_nodes, jnp.repeat(means.max(1), num_nodes))
 
 
-def spread_idle(rows: Rows, slots: jax.Array, num_gpus: int) -> jax.Array:
-    """The slots, of rows without load those where replicas and spares are as even as they can be.
+def place_idle(nodes: Nodes, slots: jax.Array, num_gpus: int) -> jax.Array:
+    """The slots, with an even plan for each node without load.
 
-    Replicas of an expert are dealt to GPUs in turn: counts differ by one at most, and no GPU has an expert twice unless
+    Replicas of an expert go to GPUs in turn: counts differ by one at most, and no GPU has an expert twice unless
     there are more replicas of each than GPUs.
     """
-    replicas, experts = slots.shape[1], rows.weight.shape[1]
+    replicas, experts = slots.shape[1], nodes.weight.shape[1]
     counts = replicas // experts + (np.arange(experts) < replicas % experts)
     even = np.repeat(np.arange(experts, dtype=np.int32), counts).reshape(-1, num_gpus).T.reshape(-1)
-    return jnp.where(rows.weight.max(1, keepdims=True) > 0, slots, even)
+    return jnp.where(nodes.weight.max(1, keepdims=True) > 0, slots, even)
 
 
-def lightest_packing(rows: Rows, slots: jax.Array, layers: int, num_gpus: int, *others: jax.Array) -> Any:
-    """Rows and slots of each layer's packing whose heaviest GPU is lightest, and what belongs to it of other arrays."""
-    loads = heaviest_of(rows, slots, num_gpus).reshape(-1, layers)
+def lightest_packing(nodes: Nodes, slots: jax.Array, layers: int, num_gpus: int, *others: jax.Array) -> Any:
+    """Nodes and slots of each layer's packing whose heaviest GPU is lightest, and its part of the other arrays."""
+    loads = heaviest_of(nodes, slots, num_gpus).reshape(-1, layers)
     chosen = jnp.argmin(loads, axis=0), jnp.arange(layers)
 
     def pick(array: jax.Array) -> jax.Array:
-        row = array.shape[1:]
-        return array.reshape(len(loads), layers, -1, *row)[chosen].reshape(-1, *row)
+        shape = array.shape[1:]
+        return array.reshape(len(loads), layers, -1, *shape)[chosen].reshape(-1, *shape)
 
-    return jax.tree.map(pick, (rows, slots, *others))
+    return jax.tree.map(pick, (nodes, slots, *others))
 
 
-def heaviest_of(rows: Rows, slots: jax.Array, num_gpus: int) -> jax.Array:
+def heaviest_of(nodes: Nodes, slots: jax.Array, num_gpus: int) -> jax.Array:
     """Load of the heaviest GPU [P * layers], of all nodes."""
-    return largest_loads(rows.weight, slots, num_gpus).reshape(len(rows.experts), -1).max(1)
+    return largest_loads(nodes.weight, slots, num_gpus).reshape(len(nodes.experts), -1).max(1)
 
 
-def join_rows(rows: Rows, slots: jax.Array) -> jax.Array:
-    """phy2log [P * layers, replicas] of slots [P * layers * nodes, replicas / nodes] that number the row's experts."""
-    layers, num_experts = rows.experts.shape
-    size = rows.weight.shape[1]
+def join_nodes(nodes: Nodes, slots: jax.Array) -> jax.Array:
+    """phy2log [P * layers, replicas] of slots [P * layers * nodes, replicas / nodes] that number the node's experts."""
+    layers, num_experts = nodes.experts.shape
+    size = nodes.weight.shape[1]
     first = jnp.arange(0, num_experts, size, dtype=jnp.int32)[:, None]
-    return take(rows.experts, (slots.reshape(layers, num_experts // size, -1) + first).reshape(layers, -1))
+    return take(nodes.experts, (slots.reshape(layers, num_experts // size, -1) + first).reshape(layers, -1))
 
 
 def place_slots(phy2log: Array, num_experts: int) -> Placement:

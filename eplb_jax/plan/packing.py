@@ -29,7 +29,7 @@ def balanced_packing(
 ) -> tuple[Int[Array, "layers items"], Int[Array, "layers items"]]:
     """Packs items so that each pack holds equally many and their loads are close.
 
-    From the heaviest item on, each goes to the lightest pack that has room.
+    Items go, heaviest first, to the lightest pack that is not full.
 
     Args:
       weight: loads of at least zero; taken as float32. NumPy in, NumPy out; JAX arrays may be traced.
@@ -81,7 +81,7 @@ def replicate_experts(
     return call(_replicate_jit, weight, num_replicas=int(num_replicas))
 
 
-def call(function: Any, weight: Array, **arguments: float) -> Any:
+def call(function: Any, weight: Array, **arguments: Any) -> Any:
     """Calls a jitted function of float32 loads; NumPy loads give NumPy results, made on the CPU."""
     if isinstance(weight, jax.Array):
         return function(to_float32(weight), **arguments)
@@ -96,7 +96,7 @@ def pack(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:
     if capacity == 1:
         each = jnp.broadcast_to(jnp.arange(items, dtype=jnp.int32), weight.shape)
         return each, jnp.zeros_like(each)
-    place = places(bits(weight))
+    place = descending_ranks(ordered_bits(weight))
     if num_packs == 1:
         return jnp.zeros_like(place), place
     weight = take(weight, inverse(place))
@@ -123,7 +123,7 @@ def _pack_sorted(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Arra
 
 
 def _pack_pairs(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """`_pack_sorted` with room for two, without its loop.
+    """`_pack_sorted` for packs of two, without its loop.
 
     The heavier half opens the packs in order, the other half closes them from the lightest on. Items without load fill
     one empty pack after the other.
@@ -132,7 +132,7 @@ def _pack_pairs(weight: jax.Array) -> tuple[jax.Array, jax.Array]:
     item = jnp.arange(2 * half, dtype=jnp.int32)
     opened = (weight[:, :half] > 0).sum(1, dtype=jnp.int32, keepdims=True)
     idle = item - opened  # counts the items without load that come before the closing ones
-    closing = inverse(places(~bits(weight[:, :half])))
+    closing = inverse(descending_ranks(~ordered_bits(weight[:, :half])))
     closing = jnp.concatenate([jnp.zeros_like(closing), closing], axis=1)
     middle = (idle >= 0) & (item < 2 * half - opened)
     chosen = jnp.where(idle < 0, item, jnp.where(middle, opened + idle // 2, closing))
@@ -169,7 +169,7 @@ def replicate(weight: jax.Array, num_replicas: int, most: int | None = None) -> 
     return phy2log.T, jnp.concatenate([jnp.zeros_like(first), rank]).T, counts.T
 
 
-def places(keys: jax.Array) -> jax.Array:
+def descending_ranks(keys: jax.Array) -> jax.Array:
     """The place of each int32 key of [L, N] in stable descending order."""
     index = jnp.arange(keys.shape[1], dtype=jnp.int32)
     if keys.shape[1] > MOST_COUNTED:
@@ -179,7 +179,7 @@ def places(keys: jax.Array) -> jax.Array:
     return (keys[:, None, :] + before > keys[:, :, None]).astype(jnp.int32).sum(-1, dtype=jnp.int32)
 
 
-def bits(weight: jax.Array) -> jax.Array:
+def ordered_bits(weight: jax.Array) -> jax.Array:
     """float32 loads of at least zero as int32 keys of the same order."""
     return jax.lax.bitcast_convert_type(jnp.abs(weight), jnp.int32)  # -0.0 is zero
 

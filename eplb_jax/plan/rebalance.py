@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import functools
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from eplb_jax.plan.arguments import check_loads, check_sizes
+from eplb_jax.plan.arguments import check_loads
+from eplb_jax.plan.cluster import Cluster, make_cluster
 from eplb_jax.plan.packing import call, divide, inverse, pack, replicate, take
 from eplb_jax.plan.placement import Array, Placement, list_slots
 
@@ -54,15 +52,10 @@ def rebalance_experts(
     """
     weight = check_loads(weight)
     num_experts = weight.shape[1]
-    check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    sizes: dict[str, Any] = dict(
-        num_replicas=num_replicas, num_groups=num_groups, num_nodes=num_nodes, num_gpus=num_gpus
-    )
-    phy2log, rank, logcnt = call(_place_jit, weight, **sizes)
+    cluster = make_cluster(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
+    phy2log, rank, logcnt = call(_place_jit, weight, cluster=cluster)
     if isinstance(phy2log, jax.Array):
-        most = (num_replicas - num_experts) // num_nodes + 1
+        most = (num_replicas - num_experts) // cluster.num_nodes + 1
         return Placement(phy2log, _list_slots_jit(phy2log, rank, num_experts, most), logcnt)
     layers = np.arange(len(phy2log))[:, None]
     log2phy = np.full((*logcnt.shape, logcnt.max()), -1, np.int32)
@@ -70,26 +63,25 @@ def rebalance_experts(
     return Placement(phy2log, log2phy, logcnt)
 
 
-def place(
-    weight: jax.Array, *, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int
-) -> tuple[jax.Array, jax.Array, jax.Array]:
+def place(weight: jax.Array, cluster: Cluster) -> tuple[jax.Array, jax.Array, jax.Array]:
     """phy2log and replica rank [layers, replicas] and logcnt [layers, experts] by the hierarchical policy."""
     layers, num_experts = weight.shape
+    num_nodes = cluster.num_nodes
 
     # Step 1: pack groups of experts onto nodes. Within a node experts have new numbers, mlog.
-    mlog2log = experts_of_nodes(weight, num_groups, num_nodes)
+    mlog2log = experts_of_nodes(weight, cluster.num_groups, num_nodes)
 
     # Step 2: replicate experts within their node.
     of_node = take(weight, mlog2log).reshape(layers * num_nodes, num_experts // num_nodes)
-    phy2mlog, rank, counts = replicate(of_node, num_replicas // num_nodes)
+    phy2mlog, rank, counts = replicate(of_node, cluster.replicas_per_node)
 
     # Step 3: pack replicas onto the GPUs of the node.
-    gpu, slot = pack(take(divide(of_node, counts), phy2mlog), num_gpus // num_nodes)
-    pphy2phy = inverse(gpu * (num_replicas // num_gpus) + slot)
+    gpu, slot = pack(take(divide(of_node, counts), phy2mlog), cluster.gpus_per_node)
+    pphy2phy = inverse(gpu * cluster.replicas_per_gpu + slot)
     first = jnp.arange(0, num_experts, num_experts // num_nodes, dtype=jnp.int32)[:, None]
     pphy2mlog = take(phy2mlog, pphy2phy).reshape(layers, num_nodes, -1) + first
-    phy2log = take(mlog2log, pphy2mlog.reshape(layers, num_replicas))
-    rank = take(rank, pphy2phy).reshape(layers, num_replicas)
+    phy2log = take(mlog2log, pphy2mlog.reshape(layers, cluster.num_replicas))
+    rank = take(rank, pphy2phy).reshape(layers, cluster.num_replicas)
     return phy2log, rank, take(counts.reshape(layers, num_experts), inverse(mlog2log))
 
 
@@ -109,9 +101,5 @@ def group_loads(weight: jax.Array, num_groups: int) -> jax.Array:
     return jax.lax.scan(lambda total, expert: (total + expert, None), start, experts, unroll=8)[0]
 
 
-@functools.partial(jax.jit, static_argnames=("num_replicas", "num_groups", "num_nodes", "num_gpus"))
-def _place_jit(weight: jax.Array, **sizes: int) -> tuple[jax.Array, jax.Array, jax.Array]:
-    return place(weight, **sizes)
-
-
+_place_jit = jax.jit(place, static_argnames="cluster")
 _list_slots_jit = jax.jit(list_slots, static_argnums=(2, 3))

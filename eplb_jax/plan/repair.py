@@ -1,6 +1,6 @@
-"""Repair of one row's plan on the host: other replica counts, and the fewest GPUs packed anew.
+"""Repair of one node's plan on the host: other replica counts, and the fewest GPUs packed anew.
 
-As in `eplb_jax.plan.search`, a row is a layer's node: E experts, G GPUs of K slots, R = G K replicas.
+As in `eplb_jax.plan.search`, a node has E experts and G GPUs of K slots, R = G K replicas.
 """
 
 from __future__ import annotations
@@ -8,14 +8,13 @@ from __future__ import annotations
 import heapq
 
 import numpy as np
-from scipy.optimize import linear_sum_assignment
 
 
 def repack(weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: float, num_gpus: int) -> np.ndarray | None:
     """Slots [R] with these replica counts [E] and no GPU above target, most of them as in old [R].
 
-    GPUs that are too heavy or lose a replica are opened, and others, in one of two orders, until what the open ones
-    hold can be packed greedily. None if that fails even with all of them open.
+    Opens the GPUs that are too heavy or lose a replica, then others in one of two orders, until what the open GPUs hold
+    can be packed greedily. Returns None if this fails even with all GPUs open.
     """
     capacity = len(old) // num_gpus
     each = weight / np.maximum(counts, 1)
@@ -66,7 +65,7 @@ def _open_fewest(
 
 
 def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, capacity: int, target: float) -> np.ndarray | None:
-    """Experts [packs, room], heaviest first onto the lightest pack with room; None if one gets above target."""
+    """Experts [packs, K], heaviest first onto the lightest pack with a free slot; None if one gets above target."""
     out = np.full((packs, capacity), -1, np.int32)
     lightest = [(0.0, pack, 0) for pack in range(packs)]
     for expert in items[np.argsort(-each[items], kind="stable")]:
@@ -82,6 +81,8 @@ def _pack_greedily(each: np.ndarray, items: np.ndarray, packs: int, capacity: in
 
 def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """Which of the packs [G, K] each GPU gets, so that most replicas stay on their GPU; old [G, K] may hold -1."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
+
     return linear_sum_assignment(common_experts(old, new), maximize=True)[1]
 
 

@@ -8,13 +8,13 @@ crosses from the first half to the second.
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import Chunk, chunks, gib, machine, medians_ms, nbytes, print_table
+from chunks import Chunk, chunks, gib, nbytes
 from jax.sharding import PartitionSpec as P
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.stage import split_stage
@@ -79,12 +79,12 @@ def measure(chunk: Chunk, repeats: int) -> dict[str, Any]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--repeats", type=int, default=9)
+    parser = make_parser(__doc__)
+    parser.add_argument("--repeats", type=int, default=9, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
-    print(f"{machine()}, bfloat16, one microbatch\n")
-    print_table([measure(chunk, args.repeats) for chunk in chunks(args.tiny)])
+    rows = (measure(chunk, args.repeats) for chunk in chunks(args.tiny))
+    Recorder.begin(args, machine(), "bfloat16, one microbatch").table(rows)
 
 
 if __name__ == "__main__":

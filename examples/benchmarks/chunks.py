@@ -1,4 +1,4 @@
-"""What the benchmarks of one device run: a chunk of a model as a pipeline stage, and timers.
+"""What the benchmarks run: a chunk of a model as a pipeline stage, compiled several at a time.
 
 Shapes: T tokens of a microbatch, D width.
 """
@@ -6,9 +6,7 @@ Shapes: T tokens of a microbatch, D width.
 from __future__ import annotations
 
 import dataclasses
-import statistics
-import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -18,8 +16,8 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.deepseek import attend, causal_attention, feed_forward
 from profiling.workloads import SIZES, Sizes
-from profiling.workloads.attention import attend
 from profiling.workloads.layer import AXIS, apply_layer, init_layers, layer_specs
 
 HEADS = 128
@@ -73,7 +71,8 @@ def moe_chunk(layers: int, size: str = "dsv3", tokens: int | None = None, mesh: 
     def init(key: jax.Array) -> Any:
         return init_layers(key, sizes, "train", mesh, jnp.float32)
 
-    return Chunk(f"{layers} MoE layers, {size}", sizes.width, tokens, stage, init, layer_specs(sizes))
+    name = "DeepSeek-V3" if size == "dsv3" else size
+    return Chunk(f"{layers} MoE layers of {name}", sizes.width, tokens, stage, init, layer_specs(sizes))
 
 
 def dense_chunk(layers: int, width: int = 2048, tokens: int = 4096) -> Chunk:
@@ -82,19 +81,14 @@ def dense_chunk(layers: int, width: int = 2048, tokens: int = 4096) -> Chunk:
     head = width // heads
 
     def stage(params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jax.Array:
-        cudnn = jax.default_backend() == "gpu" and x.dtype == jnp.bfloat16
         for i in range(layers):
             with jax.named_scope(f"layer_{i}"):
                 with jax.named_scope("attention"):
                     qkv = (x @ params["qkv"][i]).reshape(*x.shape[:2], 3, heads, head)
-                    query, key, value = (qkv[:, :, part] for part in range(3))
-                    mixed = jax.nn.dot_product_attention(
-                        query, key, value, is_causal=True, implementation="cudnn" if cudnn else "xla"
-                    )
+                    mixed = causal_attention(*(qkv[:, :, part] for part in range(3)))
                     x = x + mixed.reshape(x.shape) @ params["out"][i]
                 with jax.named_scope("mlp"):
-                    gate, up = jnp.split(x @ params["up"][i], 2, -1)
-                    x = x + (jax.nn.silu(gate) * up) @ params["down"][i]
+                    x = x + feed_forward(x, params["up"][i], params["down"][i])
         return x
 
     shapes = {"qkv": (width, 3 * width), "out": (width, width), "up": (width, 8 * width), "down": (4 * width, width)}
@@ -123,18 +117,6 @@ def compile_all(lowered: Sequence[Any]) -> list[Any]:
         return list(pool.map(lambda program: program.compile(), lowered))
 
 
-def medians_ms(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median milliseconds of calls that take turns, after one turn that does not count."""
-    taken: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 1):
-        for call, times in zip(calls, taken, strict=True):
-            start = time.perf_counter()
-            jax.block_until_ready(call())
-            if turn:
-                times.append(time.perf_counter() - start)
-    return [statistics.median(times) * 1e3 for times in taken]
-
-
 def gib(size: float) -> float:
     """Bytes in GiB."""
     return size / 2**30
@@ -143,18 +125,3 @@ def gib(size: float) -> float:
 def nbytes(tree: Any) -> int:
     """Bytes of a tree of arrays or shapes."""
     return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
-
-
-def print_table(rows: Iterable[dict[str, Any]]) -> None:
-    """A Markdown table, row by row as they come."""
-    for i, row in enumerate(rows):
-        if not i:
-            print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-        print(
-            "| " + " | ".join(f"{v:.3f}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True
-        )
-
-
-def machine() -> str:
-    """The machine, for the head of a table."""
-    return f"{jax.devices()[0].device_kind}, jax {jax.__version__}"

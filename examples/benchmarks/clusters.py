@@ -12,11 +12,10 @@ flight are those of the rank that holds most.
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 from typing import Any
 
-from chunks import print_table
+from record import Recorder, make_parser
 
 from jaxpipe.runtime.lower import lower
 from jaxpipe.schedule import build, simulate
@@ -54,8 +53,7 @@ def rows(ranks: int, microbatches: int, costs: Costs, stash_gib: float | None) -
         packed = lower(schedule, costs=share).makespan / simulate(schedule, share).makespan
         found.append(
             {
-                "ranks": ranks,
-                "microbatches": microbatches,
+                "ranks, microbatches": f"{ranks}, {microbatches}",
                 "schedule": row.name,
                 "step s": row.makespan / 1e3,
                 "of 1F1B": 0.0,
@@ -80,11 +78,13 @@ def plot(table: list[dict[str, Any]], path: str) -> None:
     matplotlib.use("agg")
     import matplotlib.pyplot as plt  # noqa: PLC0415
 
+    for row in table:
+        row["ranks"], row["count"] = map(int, row["ranks, microbatches"].split(", "))
     sizes = sorted({row["ranks"] for row in table})
     figure, panels = plt.subplots(1, len(sizes), figsize=(5.5 * len(sizes), 4), sharey=True, squeeze=False)
     for panel, ranks in zip(panels[0], sizes, strict=True):
         for name in dict.fromkeys(row["schedule"] for row in table):
-            points = [(r["microbatches"], r["of 1F1B"]) for r in table if (r["ranks"], r["schedule"]) == (ranks, name)]
+            points = [(r["count"], r["of 1F1B"]) for r in table if (r["ranks"], r["schedule"]) == (ranks, name)]
             panel.plot(*zip(*points, strict=True), marker="o", label=name, linewidth=2 if "dualpipe" in name else 1)
         panel.set(title=f"{ranks} pipeline ranks", xlabel="microbatches", xscale="log")
         panel.set_xticks([p for p, _ in points], [str(p) for p, _ in points], minor=False)
@@ -98,24 +98,25 @@ def plot(table: list[dict[str, Any]], path: str) -> None:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", default="8,16")
+    parser = make_parser(__doc__)
+    parser.add_argument("--ranks", default="8,16", help="of the pipeline")
     parser.add_argument(
         "--microbatches", default="20,64,128,256", help="where there are fewer than twice the ranks, none"
     )
     for field in dataclasses.fields(Costs):
-        parser.add_argument(f"--{field.name.replace('_', '-')}", type=float, default=getattr(MEASURED, field.name))
+        name, default = field.name.replace("_", "-"), getattr(MEASURED, field.name)
+        parser.add_argument(f"--{name}", type=float, default=default, help="milliseconds of a rank's share")
     parser.add_argument("--stash", type=float, metavar="GiB", help="that a rank's share keeps of one microbatch")
-    parser.add_argument("--plot", metavar="FILE")
+    parser.add_argument("--plot", metavar="FILE", help="draw a picture into this file")
     args = parser.parse_args()
     costs = Costs(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Costs)})
-    print(f"milliseconds: {costs}; simulated\n")
+    report = Recorder.begin(args, "simulated", f"milliseconds: {costs}")
     table = []
     for ranks in map(int, args.ranks.split(",")):
         for microbatches in map(int, args.microbatches.split(",")):
             if microbatches >= 2 * ranks:
                 table += rows(ranks, microbatches, costs, args.stash)
-    print_table(table)
+    report.table(table, labels=2, formats={"in flight": "g"})
     if args.plot:
         plot(table, args.plot)
 

@@ -1,17 +1,18 @@
 """Compile time and program size of a DualPipeV training step against the number of microbatches.
 
-python examples/benchmarks/compile_time.py [--ranks 4]
+python examples/benchmarks/compile_time.py [--ranks 4] [--microbatches 8 16 32]
 """
 
-import argparse
 import os
-import platform
 import time
+from collections.abc import Iterator
+from typing import Any
 
 os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 
 import jax
 import jax.numpy as jnp
+from record import Recorder, machine, make_parser
 
 import jaxpipe
 
@@ -28,16 +29,9 @@ def head(outer, y, data, ctx):
     return jnp.mean(y**2)
 
 
-def main() -> None:
-    """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4)
-    ranks = parser.parse_args().ranks
-    print(f"{platform.processor() or platform.machine()}, {os.cpu_count()} cores, jax {jax.__version__}, "
-          f"{ranks} ranks\n")  # fmt: skip
-    print("| microbatches | lowering tables s | tracing s | compiling s | HLO kB | steps |")
-    print("|---|---|---|---|---|---|")
-    for microbatches in (8, 16, 32, 64, 128, 256):
+def rows(ranks: int, counts: list[int]) -> Iterator[dict[str, Any]]:
+    """The table's, one for each number of microbatches."""
+    for microbatches in counts:
         start = time.perf_counter()
         schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
         step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks), head=head, order="storage")
@@ -47,9 +41,24 @@ def main() -> None:
         traced = time.perf_counter()
         compiled = lowered.compile()
         done = time.perf_counter()
-        size = len(compiled.as_text() or "") / 1e3
-        print(f"| {microbatches} | {tables - start:.2f} | {traced - tables:.2f} | {done - traced:.2f} "
-              f"| {size:.0f} | {step.program.num_steps} |")  # fmt: skip
+        yield {
+            "microbatches": microbatches,
+            "lowering tables s": tables - start,
+            "tracing s": traced - tables,
+            "compiling s": done - traced,
+            "tracing and compiling s": done - tables,
+            "HLO kB": round(len(compiled.as_text() or "") / 1e3),
+            "steps": step.program.num_steps,
+        }
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--ranks", type=int, default=4, help="of the pipeline")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[8, 16, 32, 64, 128, 256], help="of a step")
+    args = parser.parse_args()
+    Recorder.begin(args, machine(), f"{args.ranks} ranks").table(rows(args.ranks, args.microbatches))
 
 
 if __name__ == "__main__":

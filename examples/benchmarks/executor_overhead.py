@@ -3,22 +3,22 @@
     python examples/benchmarks/executor_overhead.py [--microbatches 8,16,32,64] [--tiny]
 
 Both hold float32 masters, compute in bfloat16 and add up gradients in float32. One rank runs both stages of DualPipeV,
-so that every action, slot and loop of the executor is there and no waiting is. "stash" is what the schedule says is
-held at once: slots times their size, gradients and working copies; "temp" is what the compiler allocates. Slots in
-pools (``--dispatch loops``) are one more in each pool than are alive; unrolled code frees what a backward has read
-while the forward beside it writes.
+so that every action, slot and loop of the executor is there and no waiting is. "slots" is what the schedule says is
+held at once: slots times their size, gradients and working copies; "temporaries" is what the compiler allocates.
+Slots in pools (``--dispatch loops``) are one more in each pool than are alive; unrolled code frees what a backward
+has read while the forward beside it writes.
 """
 
 from __future__ import annotations
 
-import argparse
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import Chunk, chunks, compile_all, gib, machine, medians_ms, nbytes, print_table
+from chunks import Chunk, chunks, compile_all, gib, nbytes
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
@@ -74,7 +74,7 @@ def stash_bytes(chunk: Chunk, step: jaxpipe.Pipeline, masters: Any, mesh: Any) -
     def inspect(params: Any, x: jax.Array) -> jax.Array:
         index = jax.ShapeDtypeStruct((), jnp.int32)
         ctx = Context(index, index, None, x)
-        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True, again=pools))
+        found.append(split_stage(Model(chunk.stage).run_stage, params, x, ctx, has_aux=True, recompute=pools))
         return x
 
     jax.eval_shape(jax.shard_map(inspect, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False), one, x)
@@ -124,31 +124,31 @@ def measure(chunk: Chunk, microbatches: int, repeats: int, dispatch: str | None)
     return {
         "model": f"2 stages of {chunk.name}",
         "microbatches": microbatches,
-        "dispatch": step.dispatch,
+        "code": step.dispatch,
         "DualPipeV ms": ours,
         "plain ms": theirs,
         "ratio": ours / theirs,
-        "temp GiB": gib(memory.temp_size_in_bytes),
-        "stash GiB": gib(stash),
-        "temp / stash": memory.temp_size_in_bytes / stash,
-        "plain temp GiB": gib(other.temp_size_in_bytes),
+        "temporaries GiB": gib(memory.temp_size_in_bytes),
+        "slots GiB": gib(stash),
+        "temporaries / slots": memory.temp_size_in_bytes / stash,
+        "plain temporaries GiB": gib(other.temp_size_in_bytes),
     }
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--microbatches", default="8,16,32,64")
-    parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--model", choices=["moe", "dense", "both"], default="both")
+    parser = make_parser(__doc__)
+    parser.add_argument("--microbatches", default="8,16,32,64", help="of a step")
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--model", choices=["moe", "dense", "both"], default="both", help="the layers")
     parser.add_argument("--dispatch", choices=["unrolled", "loops"], help="default: unrolled")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
-    print(f"{machine()}, bfloat16, one microbatch is one sequence\n")
     moe, dense = chunks(args.tiny)
     models = {"moe": [moe], "dense": [dense], "both": [moe, dense]}[args.model]
     counts = [int(count) for count in args.microbatches.split(",")]
-    print_table(measure(chunk, count, args.repeats, args.dispatch) for chunk in models for count in counts)
+    rows = (measure(chunk, count, args.repeats, args.dispatch) for chunk in models for count in counts)
+    Recorder.begin(args, machine(), "bfloat16, one microbatch is one sequence").table(rows, labels=3)
 
 
 if __name__ == "__main__":

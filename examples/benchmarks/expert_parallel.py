@@ -6,8 +6,8 @@ DeepSeek-V3's widths in bfloat16, 16 experts a device, 8 a token, one shared. Ti
 turns; "both" is forward and backward, each device's gradients of router and shared expert left its own.
 
 1. An exchange, one of eight in a row, and what a device sends to the others; FP8's is rounded and read back within.
-2. The layer, with room for the worst case or a factor of what even loads need: tokens to each device, and rows.
-   "difference" is the largest from the dense exchange's output with that room, over the largest value.
+2. The layer, with capacity for the worst case or a factor of what even loads need: tokens to each device, and rows.
+   "difference" is the largest from the dense exchange's output with that capacity, over the largest value.
 3. Loads by a Zipf law, 0 is even; then redundant experts, placed by the loads just counted. "expert" and "device" are
    the heaviest's load over the mean, "products" the layer's six grouped ones alone, of as many rows. Not in the layer's
    time: "copies", gathered and gradients summed once a step (in order none is needed); "plan", a layer's, on the CPU.
@@ -15,7 +15,6 @@ turns; "both" is forward and backward, each device's gradients of router and sha
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 import math
@@ -27,10 +26,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from chunks import gib, machine, medians_ms, print_table
+from chunks import gib
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from moe_layer import products, with_gradient
+from record import Recorder, machine, make_parser, medians_ms
 from scipy import optimize, special
 
 from eplb_jax import (
@@ -48,8 +48,9 @@ from eplb_jax import (
     router_logits,
     working_copies,
 )
+from eplb_jax.kernels.fp8 import BLOCK, BlocksOfE4M3
 from eplb_jax.moe import dispatch, exchange
-from profiling.hlo.chips import chip_of
+from jaxpipe.planning.chips import chip_of
 
 CHAIN = 8  # exchanges in a row, so that starting a program weighs little
 ROWS, WHOLE = P("ep"), P()
@@ -122,7 +123,7 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
     kinds: dict[str, tuple[Any, int]] = {
         "dense": (lambda x: exchange.all_to_all(x, "ep"), tokens * 2 * width),
         "ragged": (lambda x: exchange.all_to_all_ragged(x, jnp.full(ep, sent), "ep"), sent * 2 * width),
-        "fp8": (lambda x: exchange.all_to_all_fp8(x, "ep"), tokens * (width + 4 * width // exchange.BLOCK)),
+        "fp8": (lambda x: exchange.all_to_all_encoded(x, "ep", BlocksOfE4M3()), tokens * (width + 4 * width // BLOCK)),
     }
 
     def chain(kind: Any, x: jax.Array) -> jax.Array:
@@ -135,13 +136,19 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
     table = []
     for name, (total, _, error) in measure(run, args.repeats).items():
         size, ms = (ep - 1) * kinds[name][1], total / CHAIN
-        row = {"exchange": name, "room MB": rows.nbytes / ep / 1e6, "sent MB": size / 1e6, "ms": ms}
-        table.append(row | {"GB/s": size / ms / 1e6, "of the link": size / ms * 1e3 / link, "error": error})
+        row = {
+            "tokens": tokens,
+            "exchange": name,
+            "capacity MB": rows.nbytes / ep / 1e6,
+            "sent MB": size / 1e6,
+            "ms": ms,
+        }
+        table.append(row | {"GB/s": size / ms / 1e6, "of the link %": 1e5 * size / ms / link, "error": error})
     return table
 
 
 def layer_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, x: jax.Array, ct: jax.Array) -> Table:
-    """The layer with each kind of exchange, worst-case and limited room."""
+    """The layer with each kind of exchange, worst-case and limited capacity."""
     ep, router = mesh.size, config.router
     kinds: dict[str, Any] = {"dense": {}, "ragged": {"exchange": "ragged"}, "fp8": {"fp8": True}}
     cases = [(kind, factor) for factor in (None, args.capacity) for kind in kinds]
@@ -152,13 +159,20 @@ def layer_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, x: 
         (forward, call, error), (both, program, other) = (found[kind, factor, backward] for backward in (False, True))
         capacities = dispatch.make_capacities(len(x) // ep, router.top_k, ep, router.num_experts // ep, factor)
         row = {
+            "tokens": len(x) // ep,
             "exchange": kind,
-            "room": factor or "worst case",
+            "capacity": factor or "worst case",
             "to each": capacities.exchange,
             "rows": capacities.rows,
         }
         temp = gib(program.func.memory_analysis().temp_size_in_bytes) if program else "-"
-        row |= {"forward": forward, "both": both, "temp GiB": temp, "dropped": "-", "difference": "-"}
+        row |= {
+            "forward ms": forward,
+            "forward and backward ms": both,
+            "temporaries GiB": temp,
+            "dropped": "-",
+            "difference": "-",
+        }
         if call:
             y, dropped = call()
             dense |= {factor: y.astype(jnp.float32)} if kind == "dense" else {}
@@ -196,14 +210,30 @@ def placement_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams,
             run[zipf, name, "both"] = step, case._replace(experts=slots), where, x, ct
             run[zipf, name, "products"] = alone, slots, rows, hidden, rows, double, sizes
             run[zipf, name, "copies"] = back, slots, params.experts, where.phy2log
-            row = {"zipf": zipf, "placed": name, "slots": len(sizes), "expert": loads.max() / loads.mean()}
+            row = {
+                "tokens": len(x) // ep,
+                "exponent": f"{zipf:g}",
+                "placement": name,
+                "slots": len(sizes),
+                "expert": loads.max() / loads.mean(),
+            }
             device = 1 / balancedness(placement, loads, ep).item()
-            table.append(row | {"device": device, "plan": medians_ms([plan], 3)[0]})
+            table.append(row | {"device": device, "plan ms": medians_ms([plan], 3)[0]})
     found = measure(run, args.repeats)
     for row in table:
-        both, six, copies = (found[row["zipf"], row["placed"], part] for part in ("both", "products", "copies"))
-        row |= {"copies": copies[0], "both": both[0], "of even": both[0] / found[0.0, "in order", "both"][0]}
-        row |= {"products": six[0], "share": six[0] / both[0], "dropped": int(both[1]()[1].sum()) if both[1] else "-"}
+        both, six, copies = (
+            found[float(row["exponent"]), row["placement"], part] for part in ("both", "products", "copies")
+        )
+        row |= {
+            "copies ms": copies[0],
+            "forward and backward ms": both[0],
+            "of even": both[0] / found[0.0, "in order", "both"][0],
+        }
+        row |= {
+            "products ms": six[0],
+            "products / both": six[0] / both[0],
+            "dropped": int(both[1]()[1].sum()) if both[1] else "-",
+        }
         row["error"] = both[2] or six[2] or copies[2]
     return table
 
@@ -211,14 +241,14 @@ def placement_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams,
 def main() -> None:
     """Prints the tables."""
     start = time.perf_counter()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mesh", default=f"ep={jax.device_count()}")
+    parser = make_parser(__doc__)
+    parser.add_argument("--mesh", default=f"ep={jax.device_count()}", help="devices of the expert group")
     parser.add_argument("--tokens", default="4096", help="of a device")
     parser.add_argument("--experts", type=int, default=16, help="of a device")
     parser.add_argument("--redundant", type=int, default=4, help="experts of a device")
-    parser.add_argument("--capacity", type=float, default=1.25, help="factor of the limited room")
+    parser.add_argument("--capacity", type=float, default=1.25, help="factor of the limited capacity")
     parser.add_argument("--zipf", default="0.5,1", help="exponents")
-    parser.add_argument("--repeats", type=int, default=10)
+    parser.add_argument("--repeats", type=int, default=10, help="runs of which the median counts")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further table after this long")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
@@ -226,20 +256,21 @@ def main() -> None:
     mesh = jax.make_mesh((ep,), ("ep",), (AxisType.Auto,), devices=jax.devices()[:ep])
     config = MoEConfig(router=RouterConfig(args.experts * ep, 8, 1, 1))
     if args.tiny:
-        config = dataclasses.replace(config, width=128, hidden=16, router=RouterConfig(2 * ep, 2, 1, 1))
+        config = dataclasses.replace(config, width=128, hidden=16, router=RouterConfig(max(8, 2 * ep), 2, 1, 1))
         args.tokens, args.redundant, args.repeats, args.zipf = "32", 2, 1, "1"
         jax.config.update("jax_disable_most_optimizations", True)
-    print(f"{ep} x {machine()}: {config.router.num_experts} experts, {config.width} x {config.hidden}", flush=True)
+    size = f"{config.router.num_experts} experts, {config.width} x {config.hidden}"
+    report = Recorder.begin(args, machine(ep), f"ep={ep}", size)
     specs: Any = jax.tree.map(lambda spec: NamedSharding(mesh, spec), param_specs(config, "ep"))
     params = jax.jit(init_moe, static_argnums=(1, 2), out_shardings=specs)(jax.random.key(0), config, jnp.bfloat16)
     for tokens in map(int, args.tokens.split(",")):
         x, ct = (random_rows(mesh, seed, ep * tokens, config.width) for seed in (1, 2))
         for make in (exchange_table, layer_table, placement_table):
             if time.perf_counter() - start < args.seconds:
-                print(f"\n{make.__name__.replace('_', ' ')}, {tokens} tokens a device\n", flush=True)
                 table: Any = attempt(make, args, mesh, config, params, x, ct)
                 table = [{"error": table}] if isinstance(table, str) else table
-                print_table(table)
+                title = make.__name__.removesuffix("_table")
+                report.table(table, labels=3 if len(table[0]) > 1 and title != "exchange" else 2, title=title)
                 off = [row["difference"] for row in table if row.get("exchange") == "ragged" and "difference" in row]
                 assert all(difference == "-" or difference < 0.01 for difference in off), off
 

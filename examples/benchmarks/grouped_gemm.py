@@ -15,16 +15,13 @@ eplb_jax/kernels/grouped_gemm/tiles.py holds them.
 
 from __future__ import annotations
 
-import argparse
 import concurrent.futures
 import dataclasses
 import functools
 import importlib
 import os
-import platform
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs memory, too
@@ -32,8 +29,10 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")  # PyTorch needs
 import jax
 import jax.numpy as jnp
 import numpy as np
+from record import Recorder, machine, make_parser, medians_ms
 
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts, mosaic, xla
+from eplb_jax.kernels.grouped_gemm import mosaic, xla
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 
 try:
@@ -117,7 +116,7 @@ def program(case: Case, function: Callable[..., Any], options: tuple[tuple[str, 
 def compile_all(chosen: list[Case]) -> None:
     """Compiles our products of all cases, several at a time; what is wrong with one shows when it is measured."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
-        made = [pool.submit(Work.program, case) for case in {_same_program(case) for case in chosen}]
+        made = [pool.submit(GroupedProduct.program, case) for case in {_same_program(case) for case in chosen}]
         concurrent.futures.wait(made)
 
 
@@ -126,7 +125,7 @@ def _same_program(case: Case) -> Case:
     return case._replace(balance="")
 
 
-class Work:
+class GroupedProduct:
     """Operands of a case, and what can be done with them."""
 
     def __init__(self, case: Case):
@@ -249,22 +248,8 @@ def wait(value: Any) -> None:
 
 def interleaved(calls: dict[str, Callable[[], Any]], repeats: int, products: int = 1) -> dict[str, float]:
     """Median seconds of each product; the calls take turns, some of them without a pause at a time."""
-    seconds: dict[str, list[float]] = {name: [] for name in calls}
-    counts = {}
-    for name, call in calls.items():
-        wait(call())
-        start = time.perf_counter()
-        wait(call())
-        counts[name] = max(1, min(50, round(12e-3 / (time.perf_counter() - start))))
-    for _ in range(repeats):
-        for name, call in calls.items():
-            start = time.perf_counter()
-            value = None
-            for _ in range(counts[name]):
-                value = call()
-            wait(value)
-            seconds[name].append((time.perf_counter() - start) / counts[name])
-    return {name: statistics.median(values) / products for name, values in seconds.items()}
+    times = medians_ms(list(calls.values()), repeats, inner=12e-3, wait=wait)
+    return {name: ms / 1e3 / products for name, ms in zip(calls, times, strict=True)}
 
 
 def attempt(make: Callable[[], Any], what: str) -> Any:
@@ -276,9 +261,9 @@ def attempt(make: Callable[[], Any], what: str) -> Any:
         return None
 
 
-def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
+def measure(case: Case, repeats: int, ragged_dot: bool) -> dict[str, Any]:
     """A row of the table."""
-    work = Work(case)
+    work = GroupedProduct(case)
     calls = {"ours": work.ours()}
     if not case.decoding:
         calls["plain"] = work.plain()
@@ -290,15 +275,23 @@ def measure(case: Case, repeats: int, ragged_dot: bool) -> str:
     ours = seconds["ours"]
     best_torch = min((value for name, value in seconds.items() if name.startswith("torch")), default=None)
 
-    def rate(value):
-        return "-" if value is None else f"{work.flops / value / 1e12:.0f}"
+    def rate(value: float | None) -> float | str:
+        return "-" if value is None else work.flops / value / 1e12
 
-    cells = [
-        f"{case.groups}", f"{case.rows} x {case.k} → {case.n}", case.kind, case.balance, f"{ours * 1e6:.0f}",
-        rate(ours), rate(best_torch), "-" if best_torch is None else f"{best_torch / ours:.2f}",
-        rate(seconds.get("plain")), rate(seconds.get("ragged")), f"{work.bytes / ours / 1e9:.0f}", f"{error:.1e}",
-    ]  # fmt: skip
-    return "| " + " | ".join(cells) + " |"
+    return {
+        "experts": case.groups,
+        "rows x k → n": f"{case.rows} x {case.k} → {case.n}",
+        "pass": case.kind,
+        "groups": case.balance,
+        "ours µs": ours * 1e6,
+        "ours TFLOP/s": rate(ours),
+        "torch TFLOP/s": rate(best_torch),
+        "ours / torch": "-" if best_torch is None else best_torch / ours,
+        "plain TFLOP/s": rate(seconds.get("plain")),
+        "ragged dot TFLOP/s": rate(seconds.get("ragged")),
+        "GB/s": work.bytes / ours / 1e9,
+        "error": error,
+    }
 
 
 def candidates(case: Case) -> list[Tile]:
@@ -320,56 +313,75 @@ def _short(tile: Tile) -> str:
     return str(tuple(dataclasses.astuple(tile)))
 
 
-def sweep(case: Case, repeats: int, clusters: list[int]) -> list[str]:
+def sweep(case: Case, repeats: int, clusters: list[int]) -> list[dict[str, Any]]:
     """Rows of a table of tiles and of PyTorch's products, the fastest first."""
-    work = Work(case)
+    work = GroupedProduct(case)
     tiles = [tile for tile in candidates(case) if tile.cluster in clusters]
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         made = list(pool.map(lambda tile: attempt(lambda: work.ours(tile=tile), _short(tile)), tiles))
     calls = {_short(tile): call for tile, call in zip(tiles, made, strict=True) if call}
-    errors = {name: f"{work.error(call()):.1e}" for name, call in calls.items()}
+    errors = {name: work.error(call()) for name, call in calls.items()}
     calls |= work.torch_calls()
     if not case.decoding and torch is not None:
         calls["plain"] = work.plain()
     seconds = interleaved(calls, repeats, case.products)
     return [
-        f"| {case.name} | {name} | {seconds[name] * 1e6:.0f} | {work.flops / seconds[name] / 1e12:.0f} | "
-        f"{work.bytes / seconds[name] / 1e9:.0f} | {errors.get(name, '')} |"
+        {
+            "case": case.name,
+            "tile": name,
+            "µs": seconds[name] * 1e6,
+            "TFLOP/s": work.flops / seconds[name] / 1e12,
+            "GB/s": work.bytes / seconds[name] / 1e9,
+            "error": errors.get(name, "-"),
+        }
         for name in sorted(seconds, key=lambda name: seconds[name])
     ]
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sweep", action="store_true")
+    parser = make_parser(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="try divisions of the work")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases to run")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--clusters", type=int, nargs="*", default=[1, 2], help="sizes that --sweep tries")
-    parser.add_argument("--no-ragged-dot", action="store_true")
+    parser.add_argument("--no-ragged-dot", action="store_true", help="leave XLA's ragged dot out: it is slow")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this long")
     arguments = parser.parse_args()
-    versions = f"jax {jax.__version__}, torch {torch.__version__ if torch else '-'}, Python {platform.python_version()}"
-    print(f"{jax.devices()[0].device_kind}, {versions}, bfloat16\n")
-    if arguments.sweep:
-        print("| case | tile | µs | TFLOP/s | GB/s | error |\n" + "|---" * 6 + "|")
-    else:
-        head = "groups, rows x k → n, pass, sizes, µs, TFLOP/s, torch, ours / torch, plain, ragged dot, GB/s, error"
-        print(f"| {head.replace(', ', ' | ')} |\n" + "|---" * 12 + "|")
     start = time.perf_counter()
     chosen = [case for case in cases(ragged=not arguments.sweep) if any(part in case.name for part in arguments.only)]
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for case in chosen:
+            if time.perf_counter() - start > arguments.seconds:
+                print(f"{case.name}: out of time")
+                continue
+            if arguments.sweep:
+                yield from (
+                    attempt(lambda case=case: sweep(case, arguments.repeats, arguments.clusters), case.name) or []
+                )
+            elif row := attempt(
+                lambda case=case: measure(case, arguments.repeats, not arguments.no_ragged_dot), case.name
+            ):
+                yield row
+
     if not arguments.sweep:
         compile_all(chosen)
-    for case in chosen:
-        if time.perf_counter() - start > arguments.seconds:
-            print(f"{case.name}: out of time")
-            continue
-        if arguments.sweep:
-            lines = attempt(lambda case=case: sweep(case, arguments.repeats, arguments.clusters), case.name) or []
-        else:
-            line = attempt(lambda case=case: measure(case, arguments.repeats, not arguments.no_ragged_dot), case.name)
-            lines = [line] if line else []
-        print("\n".join(lines), flush=True)
+    report = Recorder.begin(arguments, f"{machine()}, torch {torch.__version__ if torch else '-'}", "bfloat16")
+    columns = (
+        "µs",
+        "ours µs",
+        "TFLOP/s",
+        "ours TFLOP/s",
+        "torch TFLOP/s",
+        "plain TFLOP/s",
+        "ragged dot TFLOP/s",
+        "GB/s",
+    )
+    formats = {**dict.fromkeys(columns, ".0f"), "ours / torch": ".2f", "error": ".1e"}
+    report.table(
+        rows(), labels=2 if arguments.sweep else 4, title="sweep" if arguments.sweep else None, formats=formats
+    )
 
 
 if __name__ == "__main__":

@@ -9,9 +9,11 @@ one group a tick take; simulated, in units of one forward.
 
 from __future__ import annotations
 
-import argparse
-import platform
 import time
+from collections.abc import Iterator
+from typing import Any
+
+from record import Recorder, make_parser, processor
 
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.pack import pack, pack_naive
@@ -36,7 +38,7 @@ SIZES = {
 }
 
 
-def row(name: str, ranks: int, microbatches: int, label: str) -> str:
+def row(name: str, ranks: int, microbatches: int, label: str) -> dict[str, Any]:
     """One line of the table."""
     costs, schedule = COSTS[label], build(name, ranks, microbatches)
     ideal = simulate(schedule, costs).makespan
@@ -45,32 +47,44 @@ def row(name: str, ranks: int, microbatches: int, label: str) -> str:
     seconds = time.perf_counter() - begin
     naive = pack_naive(schedule, costs)
     program = lower(schedule, packing=packed)
-    cells = (
-        name, f"{ranks}, {microbatches}", label, f"{ideal:.1f}", f"{packed.makespan / ideal:.3f}", packed.num_ticks,
-        program.num_steps, int(program.communicate.sum()), f"{naive.makespan / ideal:.3f}", naive.num_ticks,
-        f"{seconds:.2f}", program.num_message_slots, program.num_stash_slots, program.num_weight_stash_slots,
-    )  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return {
+        "schedule": name,
+        "ranks, microbatches": f"{ranks}, {microbatches}",
+        "costs": label,
+        "asynchronous": ideal,
+        "packed": packed.makespan / ideal,
+        "ticks": packed.num_ticks,
+        "steps": program.num_steps,
+        "permutes": int(program.communicate.sum()),
+        "naive": naive.makespan / ideal,
+        "naive ticks": naive.num_ticks,
+        "search s": seconds,
+        "in flight": program.num_message_slots,
+        "stash": program.num_stash_slots,
+        "weight stash": program.num_weight_stash_slots,
+    }
+
+
+def rows(names: list[str], quick: bool) -> Iterator[dict[str, Any]]:
+    """The table's."""
+    for name in names:
+        for ranks, microbatches in SIZES[name]:
+            for label in COSTS:
+                skipped = quick and (ranks > 8 or label != "F=I=W=1")
+                if not skipped and (name in PAIRED or "pair" not in label):
+                    yield row(name, ranks, microbatches, label)
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description="What lockstep costs each schedule.")
+    parser = make_parser(__doc__)
     parser.add_argument("--schedule", choices=SIZES, help="only this schedule")
     parser.add_argument("--quick", action="store_true", help="unit costs and at most 8 ranks")
-    arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}, simulated\n")
-    header = (
-        "schedule", "ranks, microbatches", "costs", "asynchronous", "packed", "ticks", "steps", "permutes", "naive",
-        "naive ticks", "search s", "in flight", "stash", "weight stash",
-    )  # fmt: skip
-    print("| " + " | ".join(header) + " |\n" + "|---" * len(header) + "|")
-    for name in [arguments.schedule] if arguments.schedule else SIZES:
-        for ranks, microbatches in SIZES[name]:
-            for label in COSTS:
-                skipped = arguments.quick and (ranks > 8 or label != "F=I=W=1")
-                if not skipped and (name in PAIRED or "pair" not in label):
-                    print(row(name, ranks, microbatches, label), flush=True)
+    args = parser.parse_args()
+    table = rows([args.schedule] if args.schedule else list(SIZES), args.quick)
+    Recorder.begin(args, processor(), "simulated").table(
+        table, labels=3, formats={"asynchronous": "g", "search s": ".2f"}
+    )
 
 
 if __name__ == "__main__":

@@ -11,11 +11,12 @@ their inputs alone, simulated, F = I = W = 1.
 
 from __future__ import annotations
 
-import argparse
 import gc
 import itertools
-import platform
 import time
+from typing import Any
+
+from record import Recorder, make_parser, processor
 
 from jaxpipe.runtime.actions import read_actions
 from jaxpipe.runtime.execute import make_tables
@@ -25,13 +26,10 @@ from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule import BUILDERS, Costs, build, check, simulate
 
-HEADER = (
-    "schedule", "ranks", "microbatches", "build", "check", "pack", "lower", "total s", "processor s", "searched",
-    "steps", "packed / asynchronous",
-)  # fmt: skip
+SECONDS = ("build s", "check s", "pack s", "lower s", "total s", "processor s")
 
 
-def row(name: str, ranks: int, microbatches: int, *, shared_ends: bool, forward_only: bool) -> str:
+def row(name: str, ranks: int, microbatches: int, *, shared_ends: bool, forward_only: bool) -> dict[str, Any]:
     """One line of the table."""
     gc.collect()
     begun, times = time.process_time(), [time.perf_counter()]
@@ -46,34 +44,35 @@ def row(name: str, ranks: int, microbatches: int, *, shared_ends: bool, forward_
     is_short(program)
     make_tables(program)
     times.append(time.perf_counter())
-    processor = time.process_time() - begun
+    used = time.process_time() - begun
     steady = find_steady(read_actions(kept))
     searched = microbatches if steady is None else steady.actions.num_microbatches
     seconds = [after - before for before, after in itertools.pairwise(times)]
-    cells = (
-        name, ranks, microbatches, *(f"{s:.2f}" for s in (*seconds, times[-1] - times[0], processor)), searched,
-        program.num_steps, f"{program.makespan / simulate(kept).makespan:.3f}",
-    )  # fmt: skip
-    return "| " + " | ".join(map(str, cells)) + " |"
+    return {
+        "schedule": name,
+        "ranks": ranks,
+        "microbatches": microbatches,
+        **dict(zip(SECONDS, [*seconds, times[-1] - times[0], used], strict=True)),
+        "searched": searched,
+        "steps": program.num_steps,
+        "packed / asynchronous": program.makespan / simulate(kept).makespan,
+    }
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[8])
-    parser.add_argument("--microbatches", type=int, nargs="+", default=[128, 512, 2048])
-    parser.add_argument("--schedule", choices=BUILDERS, nargs="+", default=list(BUILDERS))
-    parser.add_argument("--shared-ends", action="store_true")
-    parser.add_argument("--forward-only", action="store_true")
-    arguments = parser.parse_args()
-    print(f"{platform.processor() or platform.machine()}, Python {platform.python_version()}\n")
-    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|")
+    parser = make_parser(__doc__)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[8], help="of the pipeline")
+    parser.add_argument("--microbatches", type=int, nargs="+", default=[128, 512, 2048], help="of a step")
+    parser.add_argument("--schedule", choices=BUILDERS, nargs="+", default=list(BUILDERS), help="which")
+    parser.add_argument("--shared-ends", action="store_true", help="all ranks run embedding and head")
+    parser.add_argument("--forward-only", action="store_true", help="programs without a backward pass")
+    args = parser.parse_args()
+    options = dict(shared_ends=args.shared_ends, forward_only=args.forward_only)
     row("1f1b", 2, 8, shared_ends=False, forward_only=False)  # what runs for the first time takes longer
-    for name in arguments.schedule:
-        for ranks in arguments.ranks:
-            for microbatches in arguments.microbatches:
-                options = dict(shared_ends=arguments.shared_ends, forward_only=arguments.forward_only)
-                print(row(name, ranks, microbatches, **options), flush=True)
+    sizes = itertools.product(args.schedule, args.ranks, args.microbatches)
+    table = (row(name, ranks, microbatches, **options) for name, ranks, microbatches in sizes)
+    Recorder.begin(args, processor()).table(table, labels=3, formats=dict.fromkeys(SECONDS, ".2f"))
 
 
 if __name__ == "__main__":

@@ -9,16 +9,14 @@ forward and backward. Times are medians in ms of calls one behind the other, rat
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
-import statistics
-import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from record import Recorder, machine, make_parser, medians_ms
 
 from eplb_jax import (
     ExpertParams,
@@ -31,33 +29,18 @@ from eplb_jax import (
     route,
     router_logits,
 )
-from eplb_jax.moe import exchange
+from eplb_jax.moe import permute
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
 from eplb_jax.moe.experts import gated_backward, shared_in, shared_out, swiglu
-
-HEADER = (
-    "tokens", "rows", "products", "TFLOP/s", "without shared expert", "ratio", "layer", "ratio",
-    "router", "sort", "permute", "unpermute", "SwiGLU", "shared expert",
-)  # fmt: skip
-
 
 ON_THEIR_WAY = 4
 """Calls of a turn, one behind the other, so that the host's share hides behind the device's as in a training step."""
 
 
-def medians_ms(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int) -> list[float]:
-    """Median times of functions with their arguments, compiled, taking turns: a hot GPU is slower."""
-    compiled = [(jax.jit(function), arguments) for function, arguments in calls]
-    seconds: list[list[float]] = [[] for _ in calls]
-    for turn in range(repeats + 2):
-        for (call, arguments), taken in zip(compiled, seconds, strict=True):
-            start, result = time.perf_counter(), None
-            for _ in range(ON_THEIR_WAY):
-                result = call(*arguments)
-            jax.block_until_ready(result)
-            if turn > 1:
-                taken.append((time.perf_counter() - start) / ON_THEIR_WAY)
-    return [statistics.median(taken) * 1e3 for taken in seconds]
+def times_ms(calls: list[tuple[Callable[..., Any], tuple[Any, ...]]], repeats: int) -> list[float]:
+    """Median times of functions with their arguments, compiled, taking turns."""
+    compiled = [functools.partial(jax.jit(function), *arguments) for function, arguments in calls]
+    return medians_ms(compiled, repeats, inner=ON_THEIR_WAY, warm=2)
 
 
 def with_gradient(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -83,7 +66,7 @@ def products(experts: ExpertParams, rows: jax.Array, hidden: jax.Array, ct: jax.
     return first, second, pull_first(ct_hidden), pull_second(ct)
 
 
-def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
+def measure(tokens: int, config: MoEConfig, repeats: int) -> dict[str, Any]:
     """A row of the table."""
     router, experts = config.router, config.router.num_experts
     params = init_moe(jax.random.key(0), config, jnp.bfloat16)
@@ -101,10 +84,10 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
     weight = jnp.ones(capacities.rows, jnp.float32)
     gemms = functools.partial(products, backend=config.backend)
     operands = params.experts, rows, ct_hidden[:, : config.hidden], ct_rows, ct_hidden, found.sizes
-    alone, routed, whole = medians_ms([(gemms, operands), (without, (ct, part, x)), (layer, (ct, params, x))], repeats)
+    alone, routed, whole = times_ms([(gemms, operands), (without, (ct, part, x)), (layer, (ct, params, x))], repeats)
 
     def time_of(function: Callable[..., Any], *arguments: Any) -> float:
-        return medians_ms([(function, arguments)], repeats)[0]
+        return times_ms([(function, arguments)], repeats)[0]
 
     flops = 6 * 3 * tokens * router.top_k * config.width * config.hidden
     chosen = with_gradient(lambda x, w: route(router_logits(x, w), router, bias=params.bias).weights)
@@ -113,17 +96,23 @@ def measure(tokens: int, config: MoEConfig, repeats: int) -> str:
         return swiglu(hidden, weight), gated_backward(hidden, weight, ct, config.backend)
 
     shared = with_gradient(lambda shared, x: shared_out(shared, shared_in(shared, x)))
-    parts = [
-        time_of(chosen, routing.weights, x, params.router),
-        time_of(lambda slots: sort_by_slot(slots, experts, capacities.rows), routing.experts),
-        time_of(with_gradient(lambda x: exchange.permute(x, found.moves)), ct_rows, x),
-        time_of(with_gradient(lambda rows: exchange.unpermute(rows, found.moves)), ct, rows),
-        time_of(gate, ct_hidden[:, : config.hidden], ct_hidden, weight),
-        time_of(shared, ct, params.shared, x),
-    ]
-    cells = [str(tokens), str(tokens * router.top_k), f"{alone:.2f}", f"{flops / alone / 1e9:.0f}"]
-    cells += [f"{routed:.2f}", f"{routed / alone:.3f}", f"{whole:.2f}", f"{whole / alone:.3f}"]
-    return "| " + " | ".join([*cells, *(f"{ms:.2f}" for ms in parts)]) + " |"
+    return {
+        "tokens": tokens,
+        "rows": tokens * router.top_k,
+        "products ms": alone,
+        "TFLOP/s": round(flops / alone / 1e9),
+        "without shared expert ms": routed,
+        "without / products": routed / alone,
+        "layer ms": whole,
+        "layer / products": whole / alone,
+        "beside the products ms": whole - alone,
+        "router ms": time_of(chosen, routing.weights, x, params.router),
+        "sort ms": time_of(lambda slots: sort_by_slot(slots, experts, capacities.rows), routing.experts),
+        "permute ms": time_of(with_gradient(lambda x: permute.permute(x, found.moves)), ct_rows, x),
+        "unpermute ms": time_of(with_gradient(lambda rows: permute.unpermute(rows, found.moves)), ct, rows),
+        "SwiGLU ms": time_of(gate, ct_hidden[:, : config.hidden], ct_hidden, weight),
+        "shared expert ms": time_of(shared, ct, params.shared, x),
+    }
 
 
 def _output(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
@@ -132,10 +121,10 @@ def _output(params: MoEParams, x: jax.Array, config: MoEConfig) -> jax.Array:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", default="4096,8192,16384")
-    parser.add_argument("--repeats", type=int, default=10)
-    parser.add_argument("--backend", default="auto", choices=["auto", "xla", "mosaic"])
+    parser = make_parser(__doc__)
+    parser.add_argument("--tokens", default="4096,8192,16384", help="of a call")
+    parser.add_argument("--repeats", type=int, default=10, help="runs of which the median counts")
+    parser.add_argument("--backend", default="auto", choices=["auto", "xla", "mosaic"], help="of the grouped products")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     arguments = parser.parse_args()
     config = MoEConfig(router=RouterConfig(32, 8, 1, 1), backend=arguments.backend)
@@ -143,10 +132,8 @@ def main() -> None:
     if arguments.tiny:
         config = dataclasses.replace(config, width=64, hidden=32)
         tokens = [128]
-    print(f"{jax.devices()[0].device_kind}, jax {jax.__version__}, backend {config.backend}\n")
-    print("| " + " | ".join(HEADER) + " |\n" + "|---" * len(HEADER) + "|", flush=True)
-    for count in tokens:
-        print(measure(count, config, arguments.repeats), flush=True)
+    rows = (measure(count, config, arguments.repeats) for count in tokens)
+    Recorder.begin(arguments, machine(), f"backend {config.backend}").table(rows)
 
 
 if __name__ == "__main__":

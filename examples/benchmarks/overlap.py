@@ -18,7 +18,6 @@ needs a CUDA build of JAX: pip install "jax[cuda13]". Without --variants each pr
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import gzip
 import pathlib
@@ -26,22 +25,24 @@ import re
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from typing import Any
 
 import jax
 import numpy as np
 from jax.sharding import AxisType, Mesh
 from overlap_programs import BODY_STEPS, Job, Variant, lower_body, lower_step
+from record import Recorder, make_parser
 
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe.planning.chips import Achieved, Chip, chip
 from jaxpipe.runtime.program import Program
-from profiling.hlo.chips import Achieved, Chip, chip
-from profiling.hlo.hiding import Overlap, overlap
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.text import Instruction, parse
-from profiling.hlo.timeline import Settings, Timeline, play
+from profiling.hlo.timeline import ProgramTimeline, Settings, play
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
-from profiling.workloads.sizes import Sizes
+from profiling.workloads import SIZES
 
 MEASURED = Achieved(matmul=0.70, memory=0.81, interconnect=1.0)
 """One H100: 692 TFLOP/s over all products, grouped and dense; fusions at 2.7 TB/s. Links are given as reached."""
@@ -49,7 +50,7 @@ MEASURED = Achieved(matmul=0.70, memory=0.81, interconnect=1.0)
 ATTENTION_US = {"attention_forward": 1565.0, "attention_backward": 8170.0}
 """cuDNN 9 on one H100: a causal sequence of 4096, 128 heads of width 192, values padded."""
 
-Row = dict[str, str]
+Row = dict[str, Any]
 
 LOOP = "/while/body/"
 OPT_LEVEL = "xla_gpu_experimental_pipeline_parallelism_opt_level"
@@ -86,7 +87,7 @@ def kernel_times() -> list[tuple[str, Callable[[Instruction], float]]]:
     ]
 
 
-def in_loop(found: Overlap, program: Program | None) -> Overlap:
+def in_loop(found: CompiledOverlap, program: Program | None) -> CompiledOverlap:
     """Its collectives in the steady state: those of the scan; of a whole step, those of pairs, and sends."""
     pairs = [i for i, branch in enumerate(program.branches) if len(branch) == 2] if program else []
     return found.select(label=f"{LOOP}.*(branch_({'|'.join(map(str, pairs))})/|/send/)" if pairs else LOOP)
@@ -105,7 +106,9 @@ def measure(job: Job, variant: Variant, schedule: str, links: tuple[float, ...],
             path = pathlib.Path(folder, "costs.pbtxt")
             path.write_text(costs(play(parse(compiled.as_text()), given[0])))
             compiled = lowered.compile(compiler_options={**variant.options, PROFILE: str(path)})
-    row, seconds = {"program": variant.program, "variant": variant.name}, time.perf_counter() - start
+    program_name = variant.program if by_hand else f"{variant.program} {schedule}"
+    row: Row = {"program, layers": f"{program_name}, {job.sizes.layers}", "variant": variant.name}
+    seconds = time.perf_counter() - start
     text = compiled.as_text() or ""
     if out:
         name = re.sub(r"\W+", "_", f"{variant.program}_{variant.name}_{dict(job.mesh.shape)}").strip("_")
@@ -116,14 +119,14 @@ def measure(job: Job, variant: Variant, schedule: str, links: tuple[float, ...],
         steady = in_loop(found, program if variant.program == "whole" else None)
         for kind, title in (("all-to-all", "all-to-all"), ("collective-permute", "permutes")):
             share = steady.hidden_share(kind)
-            row[f"{title} at {link:.0f}"] = "-" if share is None else f"{share:.3f}"
+            row[f"at {link:.0f}: {title}"] = "-" if share is None else share
         exposed = steady.exposed_us() / steps
-        row[f"exposed us at {link:.0f}"] = f"{exposed:.0f}"
+        row[f"at {link:.0f}: exposed us"] = round(exposed)
         if link == links[0]:
             us = loop_us(play(module, settings)) / steps + exposed
-            row |= {"synchronous": str(len(steady.synchronous)), "ms a step": f"{us / 1e3:.1f}"}
+            row |= {"synchronous": len(steady.synchronous), "a step ms": round(us / 1e3, 1)}
     memory = compiled.memory_analysis()
-    return row | {"temp GB": f"{memory.temp_size_in_bytes / 1e9:.1f}", "compiled in s": f"{seconds:.0f}"}
+    return row | {"temporaries GB": round(memory.temp_size_in_bytes / 1e9, 1), "compiled in s": round(seconds)}
 
 
 def h200(link: float) -> Chip:
@@ -131,7 +134,7 @@ def h200(link: float) -> Chip:
     return dataclasses.replace(chip("H200"), interconnect=link * 1e9)
 
 
-def costs(timeline: Timeline) -> str:
+def costs(timeline: ProgramTimeline) -> str:
     """Microseconds of each instruction, as the compiler reads them (tensorflow.profiler.ProfiledInstructionsProto)."""
     found: dict[str, float] = {}
     for run in timeline.runs:
@@ -142,7 +145,7 @@ def costs(timeline: Timeline) -> str:
     return "".join(f'costs {{ name: "{name}" cost_us: {us:.3f} }}\n' for name, us in found.items() if us)
 
 
-def loop_us(timeline: Timeline) -> float:
+def loop_us(timeline: ProgramTimeline) -> float:
     """Microseconds that the longest loop of the program computes."""
     entry = timeline.runs[-1]
     return max(us for us, one in zip(entry.us, entry.computation.instructions, strict=True) if one.opcode == "while")
@@ -153,12 +156,12 @@ def make_job(mesh: tuple[int, int], layers: int, tokens: int) -> Job:
     devices = mesh[1]
     axes = Mesh(np.array(topology("H200", 8).devices).reshape(mesh), ("pp", "ep"), axis_types=(AxisType.Auto,) * 2)
     moe = MoEConfig(router=RouterConfig(4 * devices, 8, 4, 4, balanced=True), capacity_factor=1.25)
-    return Job(axes, Sizes(layers=layers, moe=moe, expert_parallel={}), tokens)
+    return Job(axes, dataclasses.replace(SIZES["dsv3"], layers=layers, moe=moe, expert_parallel={}), tokens)
 
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = make_parser(__doc__)
     parser.add_argument("--quick", action="store_true", help="one layer, the body alone, one mesh")
     parser.add_argument("--variants", default="(body|steady) as it is", help='regular expression for "PROGRAM NAME"')
     parser.add_argument("--meshes", default="2x4,4x2", help="pipeline ranks x devices of an expert group")
@@ -181,15 +184,15 @@ def main() -> None:
         sys.exit(str(error))
     device = next(iter(jobs.values())).mesh.devices.flat[0]
     size = f"{args.layers} layers a stage, {args.tokens} tokens, {args.schedule}"
-    print(f"compiled for 8 {device.device_kind}, jax {jax.__version__}: {size}\n")
-    first = True
-    for mesh, job in jobs.items():
-        for variant in chosen:
-            row = {"pp x ep": mesh, **measure(job, variant, args.schedule, links, args.out)}
-            if first:
-                print("| " + " | ".join(row) + " |\n|" + "---|" * len(row))
-            print("| " + " | ".join(row.values()) + " |", flush=True)
-            first = False
+
+    def rows() -> Iterator[Row]:
+        for mesh, job in jobs.items():
+            for variant in chosen:
+                yield {"pp x ep": mesh, **measure(job, variant, args.schedule, links, args.out)}
+
+    machine = f"compiled for 8 {device.device_kind}, jax {jax.__version__}; nothing ran"
+    formats = {"a step ms": ".1f", "temporaries GB": ".1f"}
+    Recorder.begin(args, machine, size).table(rows(), labels=3, formats=formats)
 
 
 def _mesh(text: str) -> tuple[int, int]:

@@ -7,28 +7,30 @@ that computes nothing, as cuDNN compiles only where there is a GPU: these progra
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 from unittest import mock
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax import lax
-from jax.experimental import pallas as pl
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax import init_moe, moe_layer, param_specs
+from eplb_jax import init_moe, moe_layer
+from jaxpipe.deepseek import apply_block, attend, init_mla, rms_norm, stand_in
+from jaxpipe.deepseek.block import Part
+from jaxpipe.inputs import is_spec
 from jaxpipe.runtime import execute
 from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.execute import run_steps
 from jaxpipe.runtime.operations import run_branch
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.stage import split_stage
-from profiling.workloads.attention import AttentionParams, init_attention, rms_norm
-from profiling.workloads.layer import LayerParams
+from profiling.workloads.layer import LayerParams, layer_specs
 from profiling.workloads.sizes import Sizes
 
 BODY_STEPS = 8
@@ -60,53 +62,6 @@ class Variant:
     profile: bool = False
 
 
-def stand_in(name: str, *results: jax.ShapeDtypeStruct) -> Callable[..., Any]:
-    """A kernel of these results that is there to be scheduled, not to be run."""
-
-    def body(*refs: Any) -> None:
-        for ref in refs[-len(results) :]:
-            ref[(0,) * ref.ndim] = jnp.zeros((), ref.dtype)
-
-    return pl.pallas_call(body, out_shape=results, grid=(1,), name=name)
-
-
-def like(x: jax.Array) -> jax.ShapeDtypeStruct:
-    """Its shape and dtype."""
-    return jax.ShapeDtypeStruct(x.shape, x.dtype)
-
-
-@jax.custom_vjp
-def mix(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Where attention's kernel would be: [tokens, heads, width] each."""
-    return mix_forward(query, key, value)[0]
-
-
-def mix_forward(query: jax.Array, key: jax.Array, value: jax.Array) -> tuple[jax.Array, Any]:
-    """Its forward pass, which keeps a statistic of every row."""
-    rows = jax.ShapeDtypeStruct((*query.shape[:2], 1), jnp.float32)
-    mixed, statistic = stand_in("attention_forward", like(value), rows)(query, key, value)
-    return mixed, (query, key, value, mixed, statistic)
-
-
-def mix_backward(kept: Any, ct: jax.Array) -> tuple[jax.Array, ...]:
-    """Its backward pass."""
-    return tuple(stand_in("attention_backward", *map(like, kept[:3]))(*kept, ct))
-
-
-mix.defvjp(mix_forward, mix_backward)
-
-
-def attend(params: AttentionParams, x: jax.Array, sizes: Sizes) -> jax.Array:
-    """Latent attention over one sequence, [tokens, width], without the rotation of its rotary part."""
-    query = jnp.einsum("tr,rhn->thn", rms_norm(x @ params.query_down), params.query_up)
-    both = x @ params.latent_down
-    latent, rotary = rms_norm(both[:, : sizes.latent]), both[:, None, sizes.latent :]
-    key = jnp.einsum("tl,lhn->thn", latent, params.key_up)
-    key = jnp.concatenate([key, jnp.broadcast_to(rotary, (*key.shape[:2], sizes.rotary))], -1)
-    value = jnp.einsum("tl,lhv->thv", latent, params.value_up)
-    return jnp.einsum("thv,hvd->td", mix(query, key, value), params.out)
-
-
 @dataclasses.dataclass(frozen=True, eq=False)
 class Job:
     """A model on a mesh of axes "pp" and "ep".
@@ -125,23 +80,33 @@ class Job:
         """One stage on this device's tokens."""
         for i, layer in enumerate(layers):
             with jax.named_scope(f"layer_{i}"):
-                with jax.named_scope("attention"):
-                    x = x + attend(layer.attention, rms_norm(x), self.sizes)
-                x = x + moe_layer(layer.moe, rms_norm(x), self.sizes.moe, axis="ep")[0]
+                x = apply_block(x, rms_norm, self.attention(layer), rms_norm, self.experts(layer))[0]
         return x
+
+    def attention(self, layer: LayerParams) -> Part:
+        """A layer's attention, with a kernel that computes nothing."""
+
+        def attention(x: jax.Array) -> tuple[jax.Array, None]:
+            return attend(layer.attention, x[None], self.sizes, core=stand_in.attention)[0][0], None
+
+        return attention
+
+    def experts(self, layer: LayerParams) -> Part:
+        """A layer's experts."""
+        return lambda x: moe_layer(layer.moe, x, self.sizes.moe, axis="ep")
 
     def specs(self, *front: str | None) -> list[Any]:
         """PartitionSpecs of the layers, after those of the leading dimensions."""
-        whole: Any = P()
-        layer = LayerParams(AttentionParams(*(whole,) * 6), param_specs(self.sizes.moe, "ep"))
-        return [jax.tree.map(lambda spec: P(*front, *spec), layer, is_leaf=_is_spec)] * self.sizes.layers
+        layer = layer_specs(self.sizes)[0]
+        return [jax.tree.map(lambda spec: P(*front, *spec), layer, is_leaf=is_spec)] * self.sizes.layers
 
     def params(self, *front: int, specs: Any) -> Any:
         """Shapes of the layers on the mesh, after the leading dimensions."""
 
         def layer(key: jax.Array) -> LayerParams:
             return LayerParams(
-                init_attention(key, self.sizes, jnp.bfloat16), init_moe(key, self.sizes.moe, jnp.bfloat16)
+                init_mla(nnx.Rngs(key), self.sizes, jnp.bfloat16, scales=False),
+                init_moe(key, self.sizes.moe, jnp.bfloat16),
             )
 
         shapes = [jax.eval_shape(layer, jax.random.key(0))] * self.sizes.layers
@@ -152,14 +117,21 @@ class Job:
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(self.mesh, spec))
 
 
-def lower_body(job: Job, variant: Variant) -> Any:
-    """The steady state by hand. A rank holds two stages: one runs forward, one backward."""
-    ranks = job.mesh.shape["pp"]
-    swap = [(rank, rank ^ 1) for rank in range(ranks)]
+def device_body(stage: Callable[[Any, Any], Any], swap: Sequence[tuple[int, int]], variant: Variant) -> Callable:
+    """The steady state by hand, on one device. A rank holds two stages: one runs forward, one backward.
+
+    Args:
+      stage: ``(layers, x) -> y``.
+      swap: pairs of ranks that send to each other.
+      variant: how it is written.
+
+    Returns:
+      ``(params [rank, chunk, ...], x, dy) -> (x, dy, gradients [rank, ...])`` after `BODY_STEPS` steps.
+    """
 
     def device(params: Any, x: jax.Array, dy: jax.Array) -> Any:
         here, there = ([jax.tree.map(lambda leaf, c=c: leaf[0, c], layer) for layer in params] for c in range(2))
-        split = split_stage(job.stage, here, x)
+        split = split_stage(stage, here, x)
         forward, backward = split.prepare(here), split.prepare(there)
 
         def step(carry: Any, _: None) -> tuple[Any, None]:
@@ -187,6 +159,13 @@ def lower_body(job: Job, variant: Variant) -> Any:
         x, dy, _, grads = lax.scan(step, carry, None, length=BODY_STEPS, unroll=variant.unroll)[0]
         return x, dy, jax.tree.map(lambda leaf: leaf[None], grads)
 
+    return device
+
+
+def lower_body(job: Job, variant: Variant) -> Any:
+    """`device_body` on the job's mesh."""
+    ranks = job.mesh.shape["pp"]
+    device = device_body(job.stage, [(rank, rank ^ 1) for rank in range(ranks)], variant)
     rows, specs = P(("pp", "ep")), job.specs("pp", None)
     mapped = jax.shard_map(
         device, mesh=job.mesh, in_specs=(specs, rows, rows), out_specs=(rows, rows, job.specs("pp")), check_vma=False
@@ -315,7 +294,3 @@ EXECUTORS = {
     "w_beside_sends": w_beside_sends,
     "without_switch": without_switch,
 }
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, P)

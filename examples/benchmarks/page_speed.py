@@ -9,9 +9,7 @@ frame after it, hence never below a frame or two of 17 ms; each is the longest o
 
 from __future__ import annotations
 
-import argparse
 import pathlib
-import platform
 import random
 import runpy
 import tempfile
@@ -19,6 +17,8 @@ import time
 import tracemalloc
 from collections.abc import Callable
 from typing import Any
+
+from record import Recorder, make_parser, processor
 
 from profiling import Event, Step, Trace
 from profiling.reports.html import write_html
@@ -114,7 +114,7 @@ LATENCY = """(async () => {
 })()"""
 
 
-def row(count: int, folder: pathlib.Path, browser: Any, screenshot: pathlib.Path | None) -> dict[str, str]:
+def row(count: int, folder: pathlib.Path, browser: Any, screenshot: pathlib.Path | None) -> dict[str, Any]:
     """What one size costs."""
     trace = model_run(count)
     made, _ = timed(lambda: report(trace))
@@ -128,10 +128,10 @@ def row(count: int, folder: pathlib.Path, browser: Any, screenshot: pathlib.Path
     opened = browser.evaluate("performance.now()")
     if screenshot:
         browser.screenshot(screenshot)
-    found = {"events": f"{count:,}", "written, CPU s": f"{seconds:.1f}", "peak MB": f"{peak / 1e6:.0f}",
-             "page MB": f"{path.stat().st_size / 1e6:.1f}", "open ms": f"{opened:.0f}"}  # fmt: skip
-    found |= {f"{name} ms": f"{value:.0f}" for name, value in browser.evaluate(LATENCY).items()}
-    return found | {"complaints": str(len(browser.problems))}
+    found = {"events": f"{count:,}", "written, CPU s": round(seconds, 1), "peak MB": round(peak / 1e6),
+             "page MB": round(path.stat().st_size / 1e6, 1), "open ms": round(opened)}  # fmt: skip
+    found |= {f"{name} ms": round(value) for name, value in browser.evaluate(LATENCY).items()}
+    return found | {"complaints": len(browser.problems)}
 
 
 def timed(call: Callable[[], Any]) -> tuple[Any, float]:
@@ -143,8 +143,8 @@ def timed(call: Callable[[], Any]) -> tuple[Any, float]:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, nargs="+", default=[20_000, 200_000, 1_500_000])
+    parser = make_parser(__doc__)
+    parser.add_argument("--events", type=int, nargs="+", default=[20_000, 200_000, 1_500_000], help="of the traces")
     parser.add_argument("--folder", type=pathlib.Path, help="keep the pages here")
     parser.add_argument("--screenshot", type=pathlib.Path, help="a picture of the last page")
     arguments = parser.parse_args()
@@ -155,13 +155,10 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         browser = chromium["Browser"](executable, pathlib.Path(scratch) / "browser", timeout=300.0)
         folder = arguments.folder or pathlib.Path(scratch)
-        rows = [row(count, folder, browser, arguments.screenshot) for count in arguments.events]
+        rows = (row(count, folder, browser, arguments.screenshot) for count in arguments.events)
+        formats = {"written, CPU s": ".1f", "page MB": ".1f"}
+        Recorder.begin(arguments, processor(), "drawn without a GPU").table(rows, formats=formats)
         browser.close()
-    print(f"{platform.processor() or platform.machine()}, drawn without a GPU, Python {platform.python_version()}\n")
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "--:|" * len(rows[0]))
-    for cells in rows:
-        print("| " + " | ".join(cells.values()) + " |")
 
 
 if __name__ == "__main__":

@@ -4,21 +4,21 @@
 
 The pair is the body of `python -m profiling run train`: four MoE layers, 4,096 tokens each way, bfloat16, the experts
 of one device of 64. Its time is half of what two more pairs in a call take. FLOPs are the model's: matrix products, and
-causal attention's, three times the forward; nothing counts that is computed again. "ceiling" is the best of some plain
+causal attention's, three times the forward; nothing counts that is computed again. "plain product" is the best of some
 bfloat16 matrix products, which take turns with the pair. With --profile a table follows of where the time goes, from a
 profile of the same program; XLA_FLAGS=--xla_gpu_enable_command_buffer= lets it name operations.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import functools
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import compile_all, machine, medians_ms, print_table
+from chunks import compile_all
+from record import Recorder, machine, make_parser, medians_ms
 
 from profiling.metrics import time_by
 from profiling.workloads import SIZES, Sizes
@@ -33,17 +33,8 @@ MOST = 40
 
 def forward_flops(sizes: Sizes) -> float:
     """Of one token through all layers, its attention to half of the sequence included."""
-    heads, head = sizes.heads, sizes.content + sizes.rotary
-    attention = (
-        sizes.width * (sizes.query_rank + sizes.latent + sizes.rotary)
-        + sizes.query_rank * heads * head
-        + sizes.latent * heads * (sizes.content + sizes.value)
-        + heads * sizes.value * sizes.width
-    )
-    moe = sizes.moe
-    experts = (moe.router.top_k + moe.num_shared) * 3 * moe.width * moe.hidden + moe.width * moe.router.num_experts
-    scores = sizes.sequence / 2 * heads * (head + sizes.value)
-    return 2.0 * sizes.layers * (attention + experts + scores)
+    matrices = sizes.layer_matrices(sizes.moe.router.top_k)
+    return float(sizes.layers * (2 * matrices + sizes.score_flops(sizes.sequence)))
 
 
 def products(sizes: tuple[int, int, int]) -> Any:
@@ -57,9 +48,9 @@ def products(sizes: tuple[int, int, int]) -> Any:
 
 def main() -> None:
     """Prints the tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = make_parser(__doc__)
+    parser.add_argument("--layers", type=int, default=4, help="of the model's share")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--profile", metavar="FOLDER", help="where a profile goes, replaced if there is one")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
@@ -73,25 +64,26 @@ def main() -> None:
     pair = (three - one) / 2
     rates = [2 * a * b * c / ms / 1e9 for (a, b, c), ms in zip(plain, alone, strict=True)]
     flops = 3 * forward_flops(sizes) * sizes.sequence
-    print(f"{machine()}, {sizes.layers} layers, {sizes.sequence} tokens, bfloat16\n")
-    print_table(
+    report = Recorder.begin(args, machine(), f"{sizes.layers} layers, {sizes.sequence} tokens, bfloat16")
+    report.table(
         [
             {
                 "pair ms": pair,
                 "TFLOP": flops / 1e12,
                 "TFLOP/s": flops / pair / 1e9,
-                "ceiling TFLOP/s": max(rates),
+                "plain product TFLOP/s": max(rates),
                 "share %": 100 * flops / pair / 1e9 / max(rates),
             }
-        ]
+        ],
+        labels=0,
     )
     if args.profile:
         found = run("train", sizes, args.profile, mesh=mesh, dtype=jnp.bfloat16)
         events = [event for event in found.trace.events if event.group != "control"]
         whole = sum(event.duration for event in events)
         rows = time_by(events, lambda event: f"{event.phase or 'else'}: {event.kind}")
-        print()
-        print_table([{"phase and kind": row.name, "share %": 100 * row.total / whole} for row in rows[:MOST]])
+        shares = [{"phase and kind": row.name, "share %": 100 * row.total / whole} for row in rows[:MOST]]
+        report.table(shares, title="profile")
 
 
 if __name__ == "__main__":

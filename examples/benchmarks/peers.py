@@ -16,12 +16,13 @@ import importlib.util
 import json
 import os
 import resource
-import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
+
+from record import Recorder, make_parser, medians_ms, processor
 
 SCHEDULES = ("gpipe", "1f1b", "interleaved", "zb1p", "zbv", "dualpipe", "dualpipev")
 
@@ -31,13 +32,9 @@ def run(step: Callable[[], Any], block: Callable[[Any], Any], repeats: int) -> d
     start = time.perf_counter()
     result = block(step())
     first = time.perf_counter() - start
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        result = block(step())
-        seconds.append(time.perf_counter() - start)
+    (ms,) = medians_ms([step], repeats, warm=0, wait=block)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-    return {"first": first, "step": statistics.median(seconds), "peak": peak, "loss": float(result[0])}
+    return {"first": first, "step": ms, "peak": peak, "loss": float(result[0])}
 
 
 def ours(name: str, args: argparse.Namespace) -> dict[str, float]:
@@ -135,39 +132,42 @@ def measure(name: str, argv: list[str], ranks: int) -> dict[str, Any] | None:
     return json.loads(lines[-1])
 
 
+def rows(names: list[str], ranks: int) -> Iterator[dict[str, Any]]:
+    """The table's; the first is what the others are compared with."""
+    plain = None
+    for name in names:
+        row = measure(name, sys.argv[1:], ranks)
+        if row is None:
+            continue
+        plain = row["step"] if plain is None else plain
+        yield {
+            "program": "SpectraX DualPipeV" if name == "spectrax" else name,
+            "first step s": row["first"],
+            "step ms": row["step"],
+            "of plain": row["step"] / plain,
+            "peak memory MiB": row["peak"] / 2**20,
+            "loss": row["loss"],
+        }
+
+
 def main() -> None:
     """Prints the table, or in a process of its own one row."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, default=4)
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--width", type=int, default=512)
+    parser = make_parser(__doc__)
+    parser.add_argument("--ranks", type=int, default=4, help="of the pipeline")
+    parser.add_argument("--microbatches", type=int, default=8, help="of a step")
+    parser.add_argument("--width", type=int, default=512, help="of the activations")
     parser.add_argument("--layers", type=int, default=2, help="of one of two stages a rank")
     parser.add_argument("--rows", type=int, default=256, help="of a microbatch")
-    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.row:
         print(json.dumps(spectrax(args) if args.row == "spectrax" else ours(args.row, args)))
         return
-    print(
-        f"{os.cpu_count()} cores, {args.ranks} ranks, {args.microbatches} microbatches of {args.rows} x {args.width}\n"
-    )
-    print("| program | first step s | step ms | of plain | peak memory MiB | loss |\n|---|---|---|---|---|---|")
-    names = ["plain", *SCHEDULES]
-    if importlib.util.find_spec("spectrax"):
-        names.append("spectrax")
-    plain = None
-    for name in names:
-        row = measure(name, [arg for arg in sys.argv[1:] if arg], args.ranks)
-        if row is None:
-            continue
-        plain = row["step"] if plain is None else plain
-        label = "SpectraX DualPipeV" if name == "spectrax" else name
-        print(
-            f"| {label} | {row['first']:.1f} | {1e3 * row['step']:.0f} | {row['step'] / plain:.2f} | "
-            f"{row['peak'] / 2**20:.0f} | {row['loss']:.4f} |",
-            flush=True,
-        )
+    size = f"{args.ranks} ranks, {args.microbatches} microbatches of {args.rows} x {args.width}"
+    names = ["plain", *SCHEDULES, *(["spectrax"] if importlib.util.find_spec("spectrax") else [])]
+    formats = {"first step s": ".1f", "step ms": ".0f", "of plain": ".2f", "peak memory MiB": ".0f", "loss": ".4f"}
+    Recorder.begin(args, processor(), size).table(rows(names, args.ranks), formats=formats)
 
 
 if __name__ == "__main__":

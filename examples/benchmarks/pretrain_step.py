@@ -17,16 +17,17 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import compile_all, gib, machine, medians_ms, print_table
+from chunks import compile_all, gib
+from record import Recorder, machine, make_parser, medians_ms
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pretraining import data, trainer
 from pretraining import plan as planning
 from pretraining.flags import train_parser
-from pretraining.run import Setup, flops_per_token, set_up
+from pretraining.run import Setup, set_up
 
-from profiling.hlo.chips import chip_of
+from jaxpipe.planning.chips import chip_of
 
 
 def accumulate(setup: Setup) -> Any:
@@ -57,16 +58,17 @@ def accumulate(setup: Setup) -> Any:
     return jax.shard_map(device, mesh=setup.mesh, in_specs=jax.P(), out_specs=jax.P(), check_vma=False)
 
 
-def measure(args: argparse.Namespace, repeats: int) -> None:
+def measure(args: argparse.Namespace, parsed: argparse.Namespace) -> None:
     """Prints both tables."""
     setup = set_up(args)
     batch = data.make_batch(setup.corpus.train, args.seed, 0, setup.batch, setup.config.sequence)
     batch = jax.device_put(batch, setup.sharding)
     rng = jax.random.key(args.seed)
-    print(f"{machine()}, {args.config}, {setup.batch} sequences of {setup.config.sequence} tokens a step\n", flush=True)
+    size = f"{setup.batch} sequences of {setup.config.sequence} tokens a step"
+    report = Recorder.begin(parsed, machine(), args.config, size)
     steps = {
         "DualPipeV, one rank": trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
-        "plain accumulation": trainer.make_step(accumulate(setup), setup.model, setup.optimizer, setup.mesh),
+        "plain gradient accumulation": trainer.make_step(accumulate(setup), setup.model, setup.optimizer, setup.mesh),
     }
     abstract = trainer.abstract_state(setup.model, setup.optimizer, setup.mesh)
     compiled = dict(zip(steps, compile_all([step.lower(abstract, batch, rng) for step in steps.values()]), strict=True))
@@ -80,14 +82,14 @@ def measure(args: argparse.Namespace, repeats: int) -> None:
             return metrics
 
         found[name] = call()
-        (times[name],) = medians_ms([call], repeats)
+        (times[name],) = medians_ms([call], parsed.repeats)
         del states[name]
-    plain = times["plain accumulation"]
+    plain = times["plain gradient accumulation"]
     tokens = setup.batch * setup.config.sequence
     chip = chip_of(jax.devices()[0].device_kind)
     table = []
     for name, ms in times.items():
-        mfu = flops_per_token(setup.config) * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")
+        mfu = setup.config.flops_per_token * tokens / ms * 1e3 / chip.flops("bf16") if chip else float("nan")
         temp: Any = compiled[name].memory_analysis()
         table.append(
             {
@@ -96,16 +98,16 @@ def measure(args: argparse.Namespace, repeats: int) -> None:
                 "tokens/s": round(tokens / ms * 1e3),
                 "MFU %": 100 * mfu,
                 "speed / plain": plain / ms,
-                "temp GiB": gib(temp.temp_size_in_bytes),
+                "temporaries GiB": gib(temp.temp_size_in_bytes),
                 "first loss": float(found[name]["loss"]),
                 "choices dropped": int(found[name]["dropped"]),
             }
         )
-    print_table(table)
+    report.table(table)
     first, second = (float(metrics["loss"]) for metrics in found.values())
     assert abs(first - second) < 2e-2 * abs(second), (first, second)
-    print()
-    print_table([memory_row(args, setup, compiled["DualPipeV, one rank"].memory_analysis())])
+    memory = memory_row(args, setup, compiled["DualPipeV, one rank"].memory_analysis())
+    report.table([memory], labels=0, title="memory")
 
 
 def memory_row(args: argparse.Namespace, setup: Setup, found: Any) -> dict[str, Any]:
@@ -125,25 +127,25 @@ def memory_row(args: argparse.Namespace, setup: Setup, found: Any) -> dict[str, 
     return {
         "planned arguments GiB": gib(row.memory.arguments),
         "arguments GiB": gib(found.argument_size_in_bytes),
-        "planned temp GiB": gib(row.memory.temporary),
-        "temp GiB": gib(found.temp_size_in_bytes),
-        "planned / actual temp": row.memory.temporary / found.temp_size_in_bytes,
+        "planned temporaries GiB": gib(row.memory.temporary),
+        "temporaries GiB": gib(found.temp_size_in_bytes),
+        "planned / actual temporaries": row.memory.temporary / found.temp_size_in_bytes,
         "planned / actual": row.memory.total / actual,
     }
 
 
 def main() -> None:
     """Measures."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--config", default="moe-1b")
-    parser.add_argument("--microbatches", type=int, default=8)
-    parser.add_argument("--microbatch-size", type=int, default=4)
-    parser.add_argument("--repeats", type=int, default=7)
+    parser = make_parser(__doc__)
+    parser.add_argument("--config", default="moe-1b", help="of examples/pretrain.py")
+    parser.add_argument("--microbatches", type=int, default=8, help="of a step")
+    parser.add_argument("--microbatch-size", type=int, default=4, help="sequences")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="the tiny model, to see that the script runs")
     parsed = parser.parse_args()
     flags = ["--config", "tiny" if parsed.tiny else parsed.config, "--mesh", "pp=1,ep=1"]
     flags += ["--dtype", "float32" if parsed.tiny else "bfloat16", "--microbatches", str(parsed.microbatches)]
-    measure(train_parser().parse_args([*flags, "--microbatch-size", str(parsed.microbatch_size)]), parsed.repeats)
+    measure(train_parser().parse_args([*flags, "--microbatch-size", str(parsed.microbatch_size)]), parsed)
 
 
 if __name__ == "__main__":

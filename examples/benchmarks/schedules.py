@@ -7,18 +7,17 @@ overlapped F&B are measured on the devices of one rank; each schedule is packed 
 one number of microbatches after the other.
 
 * "of ideal": step / (microbatches x (F + I + W) of a rank's whole share of the model, as one stage).
-* "simulated": where ranks wait for their inputs alone, at the measured costs. "achieved": step / simulated, above 1 is
-  slower. "packed": what the program's ticks, without messages, say of that.
+* "simulated": where ranks wait for their inputs alone, at the measured costs. "packed": what the program's ticks,
+  without messages, say of that.
 * "bubble": 1 - busy / step; busy is microbatches x (F + I + W) of the rank's stages, even where whole or overlapped
   backwards run, whose gain may take it below 0. "simulated bubble": 1 - busy / simulated.
-* "idle": of the simulated rank that idles most; "form": DeepSeek's form of that, if any. Shares of simulated.
-* "in flight": microbatches stashed on a rank, simulated. "stash": all slots, float32 sums and working copies of a GPU,
-  as the schedule says; "temp" and "arguments": as the compiler says.
+* "idlest rank": what it waits, simulated; "form": DeepSeek's form of that, if any. Shares of simulated.
+* "in flight": microbatches stashed on a rank, simulated. "slots": all slots, float32 sums and working copies of a GPU,
+  as the schedule says; "temporaries" and "arguments": as the compiler says.
 """
 
 from __future__ import annotations
 
-import argparse
 import functools
 import os
 import sys
@@ -31,12 +30,14 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.92")  # of a GPU; the
 
 import jax
 import jax.numpy as jnp
-from chunks import Chunk, dense_chunk, gib, machine, medians_ms, moe_chunk, nbytes, print_table
+from chunks import Chunk, dense_chunk, gib, moe_chunk, nbytes
 from executor_overhead import embed, head
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from record import Recorder, machine, make_parser, medians_ms
 
 import jaxpipe
+from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.schedule import Costs, Schedule, build, simulate
 from jaxpipe.schedule.simulator import closed_form_bubble
 from jaxpipe.stage import split_stage
@@ -45,8 +46,9 @@ SCHEDULES = "gpipe,1f1b,zb1p,zbv,interleaved,dualpipe,dualpipev"
 FORMS = ("gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev")
 HALVED = ("zbv", "interleaved", "dualpipev")  # two stages a rank, of half the layers each
 COLUMNS = (
-    "schedule", "microbatches", "step ms", "of ideal", "simulated ms", "achieved", "packed", "bubble %",
-    "simulated bubble %", "idle %", "form %", "in flight", "stash GiB", "temp GiB", "arguments GiB", "tokens/s",
+    "schedule", "microbatches", "step ms", "of ideal", "simulated ms", "step / simulated", "packed", "bubble %",
+    "simulated bubble %", "idlest rank, simulated %", "form %", "in flight", "slots GiB", "temporaries GiB",
+    "arguments GiB", "tokens/s",
 )  # fmt: skip
 
 
@@ -202,26 +204,29 @@ def measure(model: Layers, plan: Any, stage: Any, whole: Costs, repeats: int, lo
 def main() -> None:
     """Prints the table."""
     begin = time.monotonic()
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--mesh", default="pp=4,ep=1")
+    parser = make_parser(__doc__)
+    parser.add_argument("--mesh", default="pp=4,ep=1", help="ranks, and devices of an expert group")
     parser.add_argument("--microbatches", help="default: 2, 4 and 8 times the ranks")
-    parser.add_argument("--schedules", default=SCHEDULES)
-    parser.add_argument("--model", choices=["moe", "dense"], default="moe")
+    parser.add_argument("--schedules", default=SCHEDULES, help="which, in this order")
+    parser.add_argument("--model", choices=["moe", "dense"], default="moe", help="the layers")
     parser.add_argument("--layers", type=int, default=2, help="of a rank's share; even, as two stages halve it")
     parser.add_argument("--tokens", type=int, help="of a microbatch on a device; default: 4096")
-    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     if args.layers < 2 or args.layers % 2:
         parser.error(f"--layers {args.layers}: two stages of a rank halve it, so take an even number")
-    axes = {"ep": 1} | {name: int(size) for name, size in (axis.split("=") for axis in args.mesh.split(","))}
+    axes = {"ep": 1} | mesh_sizes(args.mesh)
     mesh, tokens = jaxpipe.make_mesh(pp=axes["pp"], ep=axes["ep"]), args.tokens or (64 if args.tiny else 4096)
     experts = Mesh(mesh.devices[0], ("ep",), axis_types=(AxisType.Auto,))
     moe = moe_chunk(1, "tiny" if args.tiny else "dsv3", tokens, experts)
     model = Layers(moe if args.model == "moe" else dense_chunk(1, 64 if args.tiny else 4096, tokens), mesh)
-    print(f"{machine()}, {mesh.size} devices, {args.mesh}, {axes['pp'] * args.layers} times {model.chunk.name}, "
-          f"{model.chunk.tokens} tokens of a microbatch on a device\n", flush=True)  # fmt: skip
+    args.record_as = args.record_as or f"schedules {args.model} {args.mesh}"
+    size = (
+        f"{axes['pp'] * args.layers} times {model.chunk.name}, {model.chunk.tokens} tokens of a microbatch on a device"
+    )
+    report = Recorder.begin(args, machine(mesh.size), args.mesh, size)
     jax.config.update("jax_disable_most_optimizations", args.tiny)
     layers_of = {name: args.layers // (2 if name in HALVED else 1) for name in args.schedules.split(",")}
     with ThreadPoolExecutor(8) as pool:
@@ -258,7 +263,7 @@ def main() -> None:
                     row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield row
 
-    print_table(rows())
+    report.table(rows(), labels=2, formats={"in flight": "g"})
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ CPU devices. The prediction is the sum of all slot pools, the gradient accumulat
 temporaries of the largest branch compiled alone.
 """
 
-import argparse
 import re
+from collections.abc import Iterator
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ import numpy as np
 from chunks import nbytes
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from record import Recorder, make_parser
 
 import jaxpipe
 from jaxpipe.runtime.model import Context, Model
@@ -48,7 +50,7 @@ def make_mesh(ranks: int, chip: str) -> Mesh:
     return jaxpipe.make_mesh(pp=ranks)
 
 
-def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, float]:
+def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int) -> dict[str, Any]:
     """One row of the table."""
     ranks = mesh.size
     schedule = jaxpipe.schedule.build("dualpipev", ranks, microbatches)
@@ -103,15 +105,15 @@ def measure(mesh: Mesh, microbatches: int, layers: int, width: int, tokens: int)
     return {
         "ranks": ranks,
         "microbatches": microbatches,
-        "slots": program.num_weight_stash_slots,
-        "peak": max(jaxpipe.schedule.simulate(schedule).peak_live),
+        "stash slots": program.num_weight_stash_slots,
+        "simulated peak": max(jaxpipe.schedule.simulate(schedule).peak_live),
         "stash MiB": slots / 2**20,
         "accumulators MiB": accumulators / 2**20,
         "copies MiB": copies / 2**20,
         "working MiB": working / 2**20,
         "predicted MiB": (slots + copies + accumulators + working) / 2**20,
         "temp MiB": temp / 2**20,
-        "ratio": temp / (slots + copies + accumulators + working),
+        "temp / predicted": temp / (slots + copies + accumulators + working),
         "whole-buffer copies": whole,
     }
 
@@ -123,25 +125,24 @@ def _hlo_dtype(leaf) -> str:
 
 def main() -> None:
     """Prints the table."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--width", type=int, default=2048)
-    parser.add_argument("--layers", type=int, default=4)
+    parser = make_parser(__doc__)
+    parser.add_argument("--width", type=int, default=2048, help="of the activations")
+    parser.add_argument("--layers", type=int, default=4, help="of the model's share")
     parser.add_argument("--tokens", type=int, default=4096, help="tokens of a microbatch")
-    parser.add_argument("--ranks", default="1,4,8")
+    parser.add_argument("--ranks", default="1,4,8", help="of the pipeline")
     parser.add_argument("--chip", default="H200", help="GPUs that are not there")
     args = parser.parse_args()
     kind = make_mesh(1, args.chip).devices[0].device_kind
-    print(f"{kind}, jax {jax.__version__}, {args.layers} layers of width {args.width}, {args.tokens} tokens")
-    print()
-    rows = []
-    for ranks in map(int, args.ranks.split(",")):
-        for factor in (2, 4):
-            rows.append(measure(make_mesh(ranks, args.chip), factor * ranks + 2, args.layers, args.width, args.tokens))
-    print("| " + " | ".join(rows[0]) + " |")
-    print("|" + "---|" * len(rows[0]))
-    for row in rows:
-        cells = (f"{value:.2f}" if isinstance(value, float) else str(value) for value in row.values())
-        print("| " + " | ".join(cells) + " |")
+    size = f"{args.layers} layers of width {args.width}, {args.tokens} tokens"
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for ranks in map(int, args.ranks.split(",")):
+            for factor in (2, 4):
+                mesh = make_mesh(ranks, args.chip)
+                yield measure(mesh, factor * ranks + 2, args.layers, args.width, args.tokens)
+
+    machine = f"compiled for {kind}, jax {jax.__version__}"
+    Recorder.begin(args, machine, size).table(rows(), labels=2, formats={"temp / predicted": ".2f"})
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from pretraining import stand_in, trainer
-from pretraining.config import ModelConfig
-from pretraining.durations import durations
-from pretraining.model import build_model
-from profiling.hlo.chips import Achieved, Chip
-from profiling.hlo.hiding import Overlap, overlap
+from jaxpipe.deepseek import build_model, stand_in
+from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.kernel_flops import attention_flops
+from pretraining import trainer
+from pretraining.tables import markdown_head, markdown_row
+from profiling.hlo.hiding import CompiledOverlap, overlap
 from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 
@@ -43,7 +44,7 @@ class Compiled(NamedTuple):
 
     arguments: int
     temporary: int
-    overlap: Overlap
+    overlap: CompiledOverlap
     seconds: float
 
 
@@ -86,19 +87,27 @@ def compile_step(
     start = time.perf_counter()
     step = trainer.make_step(pipeline, model, optimizer, mesh).lower(state, batch, rng).compile()
     seconds = time.perf_counter() - start
-    slots = model.arrangement.slots
-    spent = durations(config, slots, sizes, microbatch_size, chip, Achieved(), dtype, devices_per_node)
-    times = [(stand_in.FORWARD, 1e6 * spent.attention), (stand_in.BACKWARD, 2.5e6 * spent.attention)]
+    attention = _attention_us(config, microbatch_size, chip, dtype)
+    times = [(stand_in.FORWARD, attention), (stand_in.BACKWARD, 2.5 * attention)]
     trips = loop_trips(pipeline.program) if pipeline.dispatch == "loops" else ()
     found = overlap(step.as_text() or "", chip, times=times, trips=trips, node_size=devices_per_node)
     memory: Any = step.memory_analysis()
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, found, seconds)
 
 
+def _attention_us(config: ModelConfig, microbatch_size: int, chip: Chip, dtype: Any) -> float:
+    """Microseconds of one layer's attention, forward; backward is five products to the forward's two."""
+    shape = (microbatch_size, config.sequence, config.heads)
+    query, value = (
+        jax.ShapeDtypeStruct((*shape, width), dtype) for width in (config.content + config.rotary, config.value)
+    )
+    flops = attention_flops(query, query, value, products=2, causal=True)
+    return 1e6 * flops / (chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * Achieved().matmul)
+
+
 def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
     """Lines of Markdown, a row as soon as it is asked for; bytes in GB."""
-    yield "| " + " | ".join(COLUMNS) + " |"
-    yield "|" + "---|" * len(COLUMNS)
+    yield from markdown_head(COLUMNS).splitlines()
     for name, one in rows:
         total = one.arguments + one.temporary
         fits = "" if total <= chip.memory else " (too much)"
@@ -106,5 +115,4 @@ def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
         hidden = ["-" if share is None else f"{share:.1%}" for share in shares]
         arguments, temporary, whole = (f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total))
         estimates = [*hidden, str(len(one.overlap.synchronous)), f"{one.overlap.us / 1e6:.2f}"]
-        parts = [name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"]
-        yield "| " + " | ".join(parts) + " |"
+        yield markdown_row([name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"])

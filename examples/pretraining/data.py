@@ -174,7 +174,7 @@ def make_batch(
 ) -> dict[str, np.ndarray]:
     """The batch of a step, or some of its rows; depends on part, seed, step and sizes alone.
 
-    An epoch cuts the part into windows, beginning somewhere in the first, and deals them out in a random order: every
+    An epoch cuts the part into windows, beginning somewhere in the first, and reads them in a random order: every
     token is seen once. The order of an epoch is computed, not stored, so any host can start at any step.
 
     Args:

@@ -142,13 +142,13 @@ def _read(
 def _groups(sizes: dict[str, int], largest: int) -> list[list[str]]:
     """Names in order, as many in a group as fit."""
     groups: list[list[str]] = [[]]
-    room = largest
+    left = largest
     for name, size in sizes.items():
-        if size > room and groups[-1]:
+        if size > left and groups[-1]:
             groups.append([])
-            room = largest
+            left = largest
         groups[-1].append(name)
-        room -= size
+        left -= size
     return groups
 
 

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from jaxpipe.deepseek import ModelConfig
 
 AXES = ("pp", "ep", "dp")
 COMMANDS = ("train", "plan", "export")
@@ -16,11 +21,13 @@ def parse_mesh(text: str) -> dict[str, int]:
     >>> parse_mesh("pp=4,ep=2")
     {'pp': 4, 'ep': 2}
     """
+    from jaxpipe.planning.mesh import mesh_sizes  # noqa: PLC0415
+
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in text.split(","))}
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a mesh; write sizes by axis, as in pp=4,ep=2") from None
-    if "pp" not in sizes or not set(sizes) <= set(AXES) or min(sizes.values()) < 1:
+        sizes = mesh_sizes(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    if "pp" not in sizes or not set(sizes) <= set(AXES):
         raise argparse.ArgumentTypeError(f"{text!r}: a mesh needs axis pp, may have ep and dp, and no other")
     return sizes
 
@@ -38,20 +45,39 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "train", list(arguments)
 
 
+def add_sizes(parser: argparse._ActionsContainer, config: str) -> None:
+    """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
+    parser.add_argument("--config", default=config, help="tiny, moe-1b, moe-16b or dsv3-671b")
+    parser.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
+    parser.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
+    parser.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
+    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
+
+
+def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
+    """The configuration that the flags name, with their sizes, its experts over ``devices``.
+
+    Raises:
+      ValueError: no such configuration, or sizes that do not fit each other.
+    """
+    from jaxpipe.deepseek import model_config  # noqa: PLC0415
+
+    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
+    config = dataclasses.replace(
+        model_config(args.config), **{name: value for name, value in given.items() if value is not None}
+    )
+    return config.over_devices(devices, args.slots)
+
+
 def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Flags of a run."""
     parser = argparse.ArgumentParser(
         "pretrain.py train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
-    model.add_argument("--config", default="tiny", help="tiny, moe-1b, moe-16b or dsv3-671b")
-    model.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
-    model.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
-    model.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
+    add_sizes(model, "tiny")
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     model.add_argument("--seed", type=int, default=0)
-
-    model.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
 
     plan = parser.add_argument_group("pipeline")
     plan.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows")

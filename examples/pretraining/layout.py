@@ -78,7 +78,7 @@ class Layout:
     def canonical(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of each canonical array, by name."""
         return {
-            _name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=spread(leaf.shape, self.mesh))
+            _name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided_evenly(leaf.shape, self.mesh))
             for path, leaf in jax.tree_util.tree_leaves_with_path(self._canonical)
         }
 
@@ -104,11 +104,11 @@ def describe(state: Any) -> Any:
     return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=leaf.sharding), state)
 
 
-def spread(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+def divided_evenly(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     """A sharding over as many axes of the mesh as divide some dimension, whatever the array is.
 
     >>> mesh = jax.make_mesh((1, 1), ("pp", "ep"), devices=jax.devices()[:1])
-    >>> tuple(spread((8, 3), mesh).spec), tuple(spread((), mesh).spec)
+    >>> tuple(divided_evenly((8, 3), mesh).spec), tuple(divided_evenly((), mesh).spec)
     ((('pp', 'ep'), None), ())
     """
     axes: list[tuple[str, ...]] = [() for _ in shape]

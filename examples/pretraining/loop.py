@@ -62,7 +62,7 @@ class LoopConfig:
 
 
 @dataclasses.dataclass(frozen=True)
-class Program:
+class TrainFunctions:
     """What the loop calls.
 
     Attributes:
@@ -101,7 +101,7 @@ class Result:
 
 def train(
     config: LoopConfig,
-    program: Program,
+    program: TrainFunctions,
     state: Any,
     observer: Observer,
     *,
@@ -128,72 +128,135 @@ def train(
       TooManySkips: see ``config.max_skipped``; the last checkpoint is whole then.
       SaveError: a checkpoint cannot be written.
     """
-    losses: list[float] = []
-    done = saved = int(state.step)
-    pending: tuple[int, dict[str, jax.Array]] | None = None
-    balance = None if program.balance is None else program.balance(state)
+    run = _TrainLoop(config, program, observer, checkpoints, rebalancer, facts or {}, state, int(state.step))
+    while run.done < config.steps:
+        run.advance()
+        interrupted = stop(run.done)
+        due = run.due(interrupted)
+        if due.settle:
+            run.settle()
+        if due.rebalance:
+            run.rebalance()
+        if due.save:
+            run.save()
+        elif checkpoints is not None:
+            checkpoints.check()
+        if due.evaluate:
+            run.evaluate()
+        if interrupted:
+            break
+    if checkpoints is not None:
+        checkpoints.wait()
+    interrupted = run.done < config.steps
+    if interrupted:
+        observer.note(f"asked to stop: saved after step {run.saved} of {config.steps}, --resume auto continues")
+    return Result(run.state, run.losses, interrupted)
 
-    def settle() -> None:
-        nonlocal pending
-        if pending is None:
+
+@dataclasses.dataclass(frozen=True)
+class _Due:
+    """What follows a step.
+
+    Attributes:
+      settle: whether metrics are read before the next step runs, because something depends on them.
+      rebalance, save, evaluate: what is done, in this order.
+    """
+
+    settle: bool
+    rebalance: bool
+    save: bool
+    evaluate: bool
+
+
+class _TrainLoop:
+    """A run on its way: the state, the steps done, and the metrics of the last step, which nobody has read yet."""
+
+    def __init__(
+        self,
+        config: LoopConfig,
+        program: TrainFunctions,
+        observer: Observer,
+        checkpoints: Checkpoints | None,
+        rebalancer: Rebalances | None,
+        facts: dict[str, Any],
+        state: Any,
+        done: int,
+    ):
+        """Begins after the ``done``-th step."""
+        self.config, self.program, self.observer = config, program, observer
+        self.checkpoints, self.rebalancer, self.facts = checkpoints, rebalancer, facts
+        self.state, self.done, self.saved, self.losses = state, done, done, []
+        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._balance = None if program.balance is None else program.balance(state)
+
+    def advance(self) -> None:
+        """Starts one more step, and reads the metrics of the one before it meanwhile."""
+        with self.program.around(self.done):
+            self.state, metrics = self.program.step(self.state, self.program.batch(self.done), self.program.rng)
+        self.done += 1
+        self.settle()
+        self._pending = (self.done, metrics)
+
+    def due(self, interrupted: bool) -> _Due:
+        """What follows the step that has just been started."""
+        last = self.done == self.config.steps or interrupted
+        save = self.checkpoints is not None and (last or self.done % self.config.save_every == 0)
+        evaluate = self.program.evaluate is not None and not interrupted and self.done % self.config.eval_every == 0
+        rebalance = self.rebalancer is not None and self.done % self.rebalancer.config.interval == 0
+        return _Due(save or evaluate or rebalance or last, rebalance, save, evaluate)
+
+    def settle(self) -> None:
+        """Waits for the last step that was started, and shows and remembers its metrics.
+
+        Raises:
+          TooManySkips: it was one of too many in a row.
+        """
+        if self._pending is None:
             return
-        (step, metrics), pending = pending, None
+        (step, metrics), self._pending = self._pending, None
         host = {name: np.asarray(value) for name, value in metrics.items()}
         loads = host.pop("loads", None)
         scalars = {name: float(value) for name, value in host.items() if value.ndim == 0}
-        if loads is not None and rebalancer is not None:
-            rebalancer.observe(loads)
-        if loads is not None and balance is not None:
-            scalars["balancedness"] = balance(loads)
-        losses.append(scalars["loss"])
+        if loads is not None and self.rebalancer is not None:
+            self.rebalancer.observe(loads)
+        if loads is not None and self._balance is not None:
+            scalars["balancedness"] = self._balance(loads)
+        self.losses.append(scalars["loss"])
         # JSON has no word for what is not a number.
-        observer.step(step, {name: value if math.isfinite(value) else None for name, value in scalars.items()})
-        in_a_row = int(scalars.get("skipped_in_a_row", 0))
+        self.observer.step(step, {name: value if math.isfinite(value) else None for name, value in scalars.items()})
+        self._count_skips(step, int(scalars.get("skipped_in_a_row", 0)))
+
+    def _count_skips(self, step: int, in_a_row: int) -> None:
         if in_a_row:
-            observer.note(f"step {step}: loss or gradients are not finite; skipped, {in_a_row} in a row")
-        if in_a_row >= config.max_skipped:
-            if checkpoints is not None:
-                checkpoints.wait()
+            self.observer.note(f"step {step}: loss or gradients are not finite; skipped, {in_a_row} in a row")
+        if in_a_row >= self.config.max_skipped:
+            if self.checkpoints is not None:
+                self.checkpoints.wait()
             raise TooManySkips(
                 f"{in_a_row} steps in a row, up to step {step}, had a loss or gradients that are not finite: lower the "
                 "learning rate or look at the data of these steps; the last checkpoint is as it was"
             )
 
-    while done < config.steps:
-        with program.around(done):
-            state, metrics = program.step(state, program.batch(done), program.rng)
-        done += 1
-        settle()
-        pending = (done, metrics)
-        interrupted = stop(done)
-        last = done == config.steps or interrupted
-        saves = checkpoints is not None and (last or done % config.save_every == 0)
-        evaluates = program.evaluate is not None and not interrupted and done % config.eval_every == 0
-        rebalances = rebalancer is not None and done % rebalancer.config.interval == 0
-        if saves or evaluates or rebalances or last:
-            settle()
-        if rebalances and rebalancer is not None:
-            old, state = state, _rebalance(rebalancer, state, done, observer)
-            if state is not old and program.balance is not None:
-                balance = program.balance(state)
-        if saves and checkpoints is not None:
-            known = {} if rebalancer is None else {"balance": rebalancer.state_dict()}
-            checkpoints.save(done, state, {**(facts or {}), **known})
-            saved = done
-            observer.pause()
-        elif checkpoints is not None:
-            checkpoints.check()
-        if evaluates and program.evaluate is not None:
-            observer.evaluation(done, program.evaluate(state))
-            observer.pause()
-        if interrupted:
-            break
-    if checkpoints is not None:
-        checkpoints.wait()
-    interrupted = done < config.steps
-    if interrupted:
-        observer.note(f"asked to stop: saved after step {saved} of {config.steps}, --resume auto continues")
-    return Result(state, losses, interrupted)
+    def rebalance(self) -> None:
+        """Lets the rebalancer move experts."""
+        assert self.rebalancer is not None
+        old, self.state = self.state, _rebalance(self.rebalancer, self.state, self.done, self.observer)
+        if self.state is not old and self.program.balance is not None:
+            self._balance = self.program.balance(self.state)
+
+    def save(self) -> None:
+        """Begins a checkpoint."""
+        assert self.checkpoints is not None
+        known = {} if self.rebalancer is None else {"balance": self.rebalancer.state_dict()}
+        self.checkpoints.save(self.done, self.state, {**self.facts, **known})
+        self.saved = self.done
+        self.observer.pause()
+
+    def evaluate(self) -> None:
+        """Shows the loss on held-out data."""
+        assert self.program.evaluate is not None
+        self.observer.evaluation(self.done, self.program.evaluate(self.state))
+        self.observer.pause()
 
 
 def _rebalance(rebalancer: Rebalances, state: Any, step: int, observer: Observer) -> Any:

@@ -61,7 +61,7 @@ class Observer:
         """
         self._out, self._steps, self._start, self._throughput, self._every = out, steps, start, throughput, every
         self._since: tuple[float, int] | None = None
-        self._lines: Lines | None = None
+        self._lines: JsonLines | None = None
         self._events: Events | None = None
         self._progress: Progress | None = None
 
@@ -75,7 +75,7 @@ class Observer:
             return self
         self._out.mkdir(parents=True, exist_ok=True)
         keep_until(self._out / METRICS, self._start)
-        self._lines = Lines(self._out / METRICS)
+        self._lines = JsonLines(self._out / METRICS)
         self._progress = progress(self._steps, self._start)
         try:
             self._events = Events(self._out / "tensorboard", self._start)
@@ -148,7 +148,7 @@ class Observer:
         return True
 
 
-class Lines:
+class JsonLines:
     """A file of JSON lines, appended to.
 
     Where a line cannot be written, a warning says so once, and again when the file can be written.

@@ -1,7 +1,6 @@
 """What a run needs and how fast it should be, worked out without devices and without making a parameter.
 
-Memory comes from the training step itself, traced for an abstract mesh (`pretraining.memory`); time from the schedule's
-simulation, with the durations that the model's products and messages should take on a chip.
+`jaxpipe.plan` plans the training step of each schedule; here the results stand side by side.
 """
 
 from __future__ import annotations
@@ -18,19 +17,30 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.schedule import Schedule
+from jaxpipe.deepseek import build_model, stand_in
+from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
+from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
+from jaxpipe.planning.mesh import mesh_sizes
+from jaxpipe.planning.planner import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
-from jaxpipe.schedule.simulator import simulate
-from pretraining import stand_in, trainer
+from pretraining import flags, trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.config import MODELS, REMATS, ModelConfig, model_config
-from pretraining.durations import WHOLE_LAYERS, Durations, durations
-from pretraining.liveness import nbytes
-from pretraining.memory import Memory, pipeline_memory
-from pretraining.model import Model, build_model
-from profiling.hlo.chips import CHIPS, Achieved, Chip, chip
+from pretraining.tables import markdown_head, markdown_row
 
+COLUMNS = (
+    "schedule", "masters", "optimizer", "working copy", "gradients", "stash", "in transit", "at work", "total",
+    "seconds", "bubble", "MFU", "tokens/s",
+)  # fmt: skip
 GIGA = 1e9
+
+
+def _attention(products: int) -> FlopsRule:
+    return lambda operands, results: attention_flops(*operands[:3], products=products, causal=True)
+
+
+KERNELS = {stand_in.FORWARD: _attention(2), stand_in.BACKWARD: _attention(5)}
+"""FLOPs of attention's kernels."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -45,19 +55,23 @@ class Row:
       bubble: the pipeline's idle share of it, on the rank that is idle longest.
       mfu: the model's FLOPs (nothing counted that is computed again) as a share of what the chips could do.
       tokens: per second, of all devices together.
+      layers: of a stage.
+      uncounted: kernels whose FLOPs no rule knows, and how often a device runs them.
     """
 
     name: str
     reason: str | None = None
-    memory: Memory | None = None
+    memory: jaxpipe.Memory | None = None
     seconds: float = 0.0
     bubble: float = 0.0
     mfu: float = 0.0
     tokens: float = 0.0
+    layers: int = 0
+    uncounted: tuple[tuple[str, float], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class PlannedRun:
     """What `plan` found; prints as text.
 
     Attributes:
@@ -83,7 +97,7 @@ class Plan:
         devices = math.prod(sizes.values())
         mtp = f", and {config.mtp_parameters / GIGA:.2f} of the second head" if config.mtp else ""
         tokens = self.microbatches * self.microbatch_size * config.sequence * devices // sizes["pp"]
-        stages = "; ".join(f"{row.name} {row.memory.layers} a stage" for row in self.rows if row.memory)
+        stages = "; ".join(f"{row.name} {row.layers} a stage" for row in self.rows if row.memory)
         lines = [
             f"{devices} {self.chip.name}, mesh {sizes}; {self.microbatches} microbatches of {self.microbatch_size} "
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
@@ -95,23 +109,20 @@ class Plan:
             "",
             "Memory of the device that needs most, in GB; time of a step",
             "",
-            "| schedule | masters | optimizer | working copy | gradients | stash | in transit | at work | total | "
-            "seconds | bubble | MFU | tokens/s |",
-            "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
+            markdown_head(COLUMNS),
         ]
         for row in self.rows:
             if row.memory is None:
-                lines.append(f"| {row.name} | {row.reason}" + " |" * 12)
+                lines.append(markdown_row([row.name, row.reason, *[""] * (len(COLUMNS) - 2)]))
                 continue
             m = row.memory
             parts = (m.masters, m.optimizer, m.working, m.gradients, m.stash, m.in_flight, m.transient, m.total)
-            sizes = " | ".join(_short(part / GIGA) for part in parts)
-            fits = "" if m.total <= self.chip.memory else " (too much)"
-            lines.append(
-                f"| {row.name} | {sizes}{fits} | {_short(row.seconds)} | {row.bubble:.1%} | {row.mfu:.1%} | "
-                f"{row.tokens:,.0f} |"
-            )
-        return "\n".join(lines)
+            sizes = [_short(part / GIGA) for part in parts]
+            sizes[-1] += "" if m.total <= self.chip.memory else " (too much)"
+            measures = _short(row.seconds), f"{row.bubble:.1%}", f"{row.mfu:.1%}", f"{row.tokens:,.0f}"
+            lines.append(markdown_row([row.name, *sizes, *measures]))
+        missing = {name for row in self.rows for name, _ in row.uncounted}
+        return "\n".join([*lines, *(f"not counted: {name}" for name in sorted(missing))])
 
 
 def plan(
@@ -122,11 +133,11 @@ def plan(
     microbatches: int | None = None,
     microbatch_size: int = 1,
     chip: Chip = CHIPS["H800"],
-    achieved: Achieved | None = None,
+    achieved: Achieved = PROGRAMS,
     dtype: Any = jnp.bfloat16,
     devices_per_node: int = 8,
     cpu: bool = False,
-) -> Plan:
+) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
     Args:
@@ -136,7 +147,7 @@ def plan(
       microbatches: of a step; default: four for each pipeline rank.
       microbatch_size: sequences of a microbatch on one device.
       chip: what it runs on.
-      achieved: which share of the chip's best programs reach; default: what whole layers have been measured at.
+      achieved: which share of the chip's best programs reach.
       dtype: of activations and products.
       devices_per_node: devices with fast links to each other.
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
@@ -146,7 +157,7 @@ def plan(
     """
     sizes = {**mesh, "ep": mesh.get("ep", 1)}
     if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
-        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are spread")
+        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are sharded")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
     rows, held = [], 0
@@ -157,19 +168,26 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        memory, held = _memory(model, schedule, sizes, microbatch_size, cpu)
-        spent = durations(
-            config,
-            model.arrangement.slots,
-            sizes,
-            microbatch_size,
+        abstract = abstract_mesh(sizes)
+        # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
+        optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
+        state = trainer.abstract_state(model, optimizer, abstract)
+        found = jaxpipe.plan(
+            trainer.pipelined(model, schedule, abstract),
+            state.params,
+            trainer.abstract_batch(config, microbatches * sizes["ep"] * microbatch_size),
             chip,
-            achieved or WHOLE_LAYERS,
-            dtype,
-            devices_per_node,
+            optimizer=state.opt_state,
+            achieved=achieved,
+            devices_per_node=devices_per_node,
+            kernels=KERNELS,
+            cpu=cpu,
         )
-        rows.append(_row(model, schedule, sizes, memory, spent, microbatch_size, chip))
-    return Plan(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
+        held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
+        tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
+        measures = found.memory, found.seconds, found.bubble, found.mfu
+        rows.append(Row(name, None, *measures, tokens, model.arrangement.slots, found.uncounted))
+    return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
 def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
@@ -179,14 +197,12 @@ def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
-    parser.add_argument("--config", default="dsv3-671b", choices=list(MODELS))
+    flags.add_sizes(parser, "dsv3-671b")
     parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
     parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
-    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--remat", choices=REMATS, help="default: the model's")
     parser.add_argument("--devices-per-node", type=int, default=8)
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
@@ -199,17 +215,12 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       ValueError: arguments that do not fit.
     """
-    config = model_config(args.config)
-    if args.remat:
-        config = dataclasses.replace(config, remat=args.remat)
     try:
-        sizes = {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
-    except ValueError:
-        raise ValueError(f"--mesh {args.mesh}: write sizes by axis, as in pp=16,ep=64") from None
-    if args.slots is not None:
-        config = config.over_devices(max(sizes.get("ep", 1), 1), args.slots)
+        sizes = mesh_sizes(args.mesh)
+    except ValueError as error:
+        raise ValueError(f"--mesh {error}") from None
     found = plan(
-        config,
+        flags.sized_config(args, max(sizes.get("ep", 1), 1)),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
@@ -224,7 +235,7 @@ def run(args: argparse.Namespace) -> None:
             print(line, flush=True)
 
 
-def _compile(found: Plan, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
+def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
     """Each schedule that there is, compiled when asked for."""
     for name in (row.name for row in found.rows if row.memory is not None):
         schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)
@@ -237,61 +248,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(prog="plan", description="Parameters, memory and time of a training run.")
     add_arguments(parser)
     run(parser.parse_args(arguments))
-
-
-def _memory(
-    model: Model, schedule: Schedule, sizes: Mapping[str, int], microbatch_size: int, cpu: bool
-) -> tuple[Memory, int]:
-    """(memory of a device, parameters that it keeps)."""
-    mesh = abstract_mesh(sizes)
-    batch = trainer.abstract_batch(model.config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
-    # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
-    optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    state = trainer.abstract_state(model, optimizer, mesh)
-    kept = [np.prod(leaf.sharding.shard_shape(leaf.shape), dtype=int) for leaf in jax.tree.leaves(state.params)]
-    pipeline = trainer.pipelined(model, schedule, mesh)
-    if cpu and pipeline.dispatch == "loops":
-        pipeline = dataclasses.replace(pipeline, dispatch="sequential")
-    found = pipeline_memory(pipeline, state.params, batch, cpu=cpu)
-    moments = nbytes(jax.tree.leaves(state.opt_state), local=True)
-    rows = nbytes(jax.tree.leaves(batch)) // sizes["ep"]
-    replicated = nbytes((leaf for leaf in jax.tree.leaves(state.params) if "ep" not in leaf.sharding.spec), local=True)
-    others = dict(optimizer=moments, batch=rows, layers=model.arrangement.slots, replicated=replicated)
-    return dataclasses.replace(found, **others), int(sum(kept))
-
-
-def _row(
-    model: Model,
-    schedule: Schedule,
-    sizes: Mapping[str, int],
-    memory: Memory,
-    spent: Durations,
-    microbatch_size: int,
-    chip: Chip,
-) -> Row:
-    config, shared = model.config, model.shared_ends
-    timeline = simulate(schedule, spent.costs)
-    ends = np.zeros(schedule.num_ranks)
-    for microbatch in range(schedule.num_microbatches):
-        if shared:
-            ends += spent.embed + spent.head - spent.output * (1 - 1 / schedule.num_ranks)
-            continue
-        ends[schedule.rank_of(0, microbatch)] += spent.embed
-        ends[schedule.rank_of(schedule.num_stages - 1, microbatch)] += spent.head
-    # Nothing hides the work of embedding and head on the rank that has most of it. Ranks that share it divide the
-    # products with the output matrix; the dense layers each of them makes alone.
-    state = memory.masters + memory.optimizer
-    seconds = timeline.makespan + float(ends.max()) + spent.update(state, memory.masters, memory.replicated)
-    tokens = schedule.num_microbatches * microbatch_size * config.sequence * sizes["ep"]
-    best = chip.flops("bf16" if model.dtype == jnp.bfloat16 else "tf32") * math.prod(sizes.values())
-    return Row(
-        schedule.name,
-        memory=memory,
-        seconds=seconds,
-        bubble=max(timeline.bubble) / seconds,
-        mfu=spent.token_flops * tokens / seconds / best,
-        tokens=tokens / seconds,
-    )
 
 
 def _core(cpu: bool) -> dict[str, Any]:

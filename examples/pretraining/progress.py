@@ -53,7 +53,7 @@ class Bar:
         self._bar.stop()
 
 
-class Lines:
+class PlainLines:
     """Lines alone."""
 
     is_live = False
@@ -74,4 +74,4 @@ def progress(steps: int, start: int) -> Progress:
     try:
         return Bar(steps, start)
     except MissingPackage:
-        return Lines()
+        return PlainLines()

@@ -8,7 +8,7 @@ import jax
 import numpy as np
 
 from eplb_jax import Decision, MovingAverage, RebalanceConfig, decide
-from pretraining.model import Model
+from jaxpipe.deepseek import DeepSeekModel
 
 
 class Rebalancer:
@@ -19,7 +19,7 @@ class Rebalancer:
 
     Args:
       model: with redundant slots, ``config.redundant > 0``.
-      devices: that the experts are spread over, the size of the mesh's axis.
+      devices: that the experts are sharded over, the size of the mesh's axis.
       interval: steps between decisions.
       decay: share of the average load that a step's counts leave; see `MovingAverage`.
       nodes: that the devices are on.
@@ -28,7 +28,7 @@ class Rebalancer:
       ValueError: a model without redundant slots; slots that do not divide over the devices.
     """
 
-    def __init__(self, model: Model, devices: int, *, interval: int = 10, decay: float = 0.8, nodes: int = 1):
+    def __init__(self, model: DeepSeekModel, devices: int, *, interval: int = 10, decay: float = 0.8, nodes: int = 1):
         config = model.config
         slots = config.experts + config.redundant
         if not config.redundant or slots % devices:

@@ -18,13 +18,13 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import Placement, balancedness
-from pretraining import data, hosts, loop, trainer
+from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
+from jaxpipe.planning.chips import chip_of
+from pretraining import data, flags, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
-from pretraining.model import Model, ModelConfig, build_model, model_config
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
-from profiling.hlo.chips import chip_of
 
 TRAINED = 60
 """Steps from which on a checked run must have learned more than how often each token occurs."""
@@ -54,7 +54,7 @@ class Setup:
     config: ModelConfig
     schedule: jaxpipe.schedule.Schedule
     mesh: Mesh
-    model: Model
+    model: DeepSeekModel
     pipeline: jaxpipe.Pipeline
     train_config: trainer.TrainConfig
     optimizer: Any
@@ -64,7 +64,7 @@ class Setup:
 
     @property
     def shards(self) -> int:
-        """Devices that a microbatch is spread over."""
+        """Devices that a microbatch is sharded over."""
         return self.mesh.size // self.mesh.shape["pp"]
 
 
@@ -74,10 +74,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
-    config = model_config(args.config)
-    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
-    config = dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
-    config = config.over_devices(args.mesh.get("ep", 1), args.slots)
+    config = flags.sized_config(args, args.mesh.get("ep", 1))
     ranks = args.mesh["pp"]
     schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
     mesh = jaxpipe.make_mesh(**args.mesh)
@@ -149,10 +146,10 @@ def train(args: argparse.Namespace) -> None:
     start = int(state.step)
     # The steps take the state over: what the check begins with is kept.
     initial = jax.tree.map(np.array, state) if args.check and start == 0 and jax.process_count() == 1 else None
-    throughput = Throughput(setup.batch * setup.config.sequence, flops_per_token(setup.config), _peak(setup, args))
+    throughput = Throughput(setup.batch * setup.config.sequence, setup.config.flops_per_token, _peak(setup, args))
     with Observer(out if hosts.is_first() else None, args.steps, start, throughput) as observer:
         observer.note(_describe(args, setup, out, restored))
-        program = loop.Program(
+        program = loop.TrainFunctions(
             trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
             _batches(setup.corpus.train, args.seed, setup),
             jax.random.key(args.seed),
@@ -212,17 +209,6 @@ def check(args: argparse.Namespace, setup: Setup, initial: trainer.TrainState, l
         if not final < entropy:
             raise CheckFailed(f"after {len(losses)} steps the loss {final:.3f} is not below the entropy {entropy:.3f}")
         _say(f"final loss {final:.3f} < unigram entropy {entropy:.3f}")
-
-
-def flops_per_token(config: ModelConfig) -> float:
-    """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
-
-    >>> f"{flops_per_token(model_config('dsv3-671b')):.2e}"
-    '2.50e+11'
-    """
-    products = config.active - config.vocab * config.width
-    scores = config.heads * config.sequence * (config.content + config.rotary + config.value)
-    return 6.0 * products + 3.0 * config.layers * scores
 
 
 def _restore(

@@ -14,11 +14,11 @@ from jax.sharding import AbstractMesh, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.deepseek import DeepSeekModel, ModelConfig
+from jaxpipe.planning.chips import chip_of
+from jaxpipe.planning.liveness import nbytes
 from jaxpipe.schedule import Schedule
-from pretraining.liveness import nbytes
-from pretraining.model import Model, ModelConfig
 from pretraining.rebalancer import Rebalancer as Rebalancer
-from profiling.hlo.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ class TrainState(NamedTuple):
     skipped_in_a_row: jax.Array
 
 
-def make_optimizer(config: TrainConfig, model: Model) -> optax.GradientTransformation:
+def make_optimizer(config: TrainConfig, model: DeepSeekModel) -> optax.GradientTransformation:
     """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains."""
     adam = optax.scale_by_adam(config.b1, config.b2)
     if model.config.moments != "float32":
@@ -114,7 +114,7 @@ def stored_as(transform: optax.GradientTransformation, dtype: Any) -> optax.Grad
     return optax.GradientTransformation(init, update)
 
 
-def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
+def init_state(model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None = None) -> TrainState:
     """The state before the first step, each part made on the devices that keep it.
 
     Args:
@@ -128,7 +128,9 @@ def init_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh
     return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
 
 
-def abstract_state(model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh) -> TrainState:
+def abstract_state(
+    model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
+) -> TrainState:
     """Shapes, dtypes and shardings of the state."""
     state = jax.eval_shape(_maker(model, optimizer))
     shardings = state_shardings(model, state, mesh)
@@ -143,7 +145,7 @@ def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeSt
     return {name: jax.ShapeDtypeStruct((rows, config.sequence), kind) for name, kind in kinds.items()}
 
 
-def _maker(model: Model, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
+def _maker(model: DeepSeekModel, optimizer: optax.GradientTransformation) -> Callable[[], TrainState]:
     def make() -> TrainState:
         params = model.init(model.seed)
         with jax.numpy_dtype_promotion("standard"):  # optax promotes
@@ -153,7 +155,7 @@ def _maker(model: Model, optimizer: optax.GradientTransformation) -> Callable[[]
     return make
 
 
-def state_shardings(model: Model, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
+def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
     """Where each part of a state (arrays or shapes) is kept: moments where their parameters are, scalars everywhere."""
     specs = model.specs
 
@@ -167,7 +169,7 @@ def state_shardings(model: Model, state: TrainState, mesh: Mesh | AbstractMesh) 
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
 
-def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
+def pipelined(model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
     The mesh may be abstract: such a pipeline can be traced, not run.
@@ -187,7 +189,7 @@ def pipelined(model: Model, schedule: Schedule, mesh: Any, *, dispatch: str | No
     )
 
 
-def microbatch_loss(model: Model) -> Callable[..., Any]:
+def microbatch_loss(model: DeepSeekModel) -> Callable[..., Any]:
     """The whole model without a pipeline, on one microbatch.
 
     Returns:
@@ -214,7 +216,7 @@ def microbatch_loss(model: Model) -> Callable[..., Any]:
     return weighted
 
 
-def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
+def plain_value_and_grad(model: DeepSeekModel, *, parts: int) -> Callable[..., Any]:
     """The same loss and gradients without a pipeline: one device, a loop over parts of the batch.
 
     Args:
@@ -230,7 +232,7 @@ def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
             return None, (loss, *others)
 
         split = jax.tree.map(lambda leaf: leaf.reshape(parts, -1, *leaf.shape[1:]), batch)
-        # Made again in the backward pass, or the activations of all parts would be kept at once.
+        # Recomputed in the backward pass, or the activations of all parts would be kept at once.
         _, sums = jax.lax.scan(jax.checkpoint(body), None, (jnp.arange(parts, dtype=jnp.int32), split))
         losses, aux_losses, weights, metrics = jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), sums)
         return losses / weights, {**metrics, "aux_loss": aux_losses / weights}
@@ -243,7 +245,7 @@ def plain_value_and_grad(model: Model, *, parts: int) -> Callable[..., Any]:
 
 def make_step(
     value_and_grad: Callable[..., Any],
-    model: Model,
+    model: DeepSeekModel,
     optimizer: optax.GradientTransformation,
     mesh: Mesh | None = None,
 ) -> Any:
@@ -297,7 +299,7 @@ def make_step(
 
 
 def _compiler_options(
-    model: Model, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, int] | None:
     """For known GPUs, what `jaxpipe.compiler_options` says, unless XLA_FLAGS say it already."""
     chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
@@ -307,7 +309,7 @@ def _compiler_options(
     return jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
 
 
-def make_evaluate(model: Model, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:
+def make_evaluate(model: DeepSeekModel, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:
     """A jitted ``evaluate(params, batch) -> loss``: the mean over the targets that count, by forward passes alone.
 
     ``schedule`` is the one that the parameters are arranged for; the batch's size is that of training.
@@ -340,7 +342,7 @@ def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
-def _without_masked(model: Model) -> Callable[[Any], Any]:
+def _without_masked(model: DeepSeekModel) -> Callable[[Any], Any]:
     """The mask of what decays, for a tree in which untrained parameters are already left out."""
 
     def mask(params: Any) -> Any:

@@ -16,7 +16,7 @@ F, B, I, W = range(4)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Rows:
+class Groups:
     """Groups of actions, numbered rank by rank in each rank's order.
 
     Attributes:
@@ -37,13 +37,13 @@ class Rows:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Actions(Rows):
+class Actions(Groups):
     """The actions of a schedule, numbered as its groups are.
 
     Attributes:
-      lengths: see `Rows`.
+      lengths: see `Groups`.
       group: ``int[actions]``, the action's group.
-      place: ``int[actions]``, 0 or 1: the place in it.
+      place: ``int[actions]``, 0 or 1: the action's place in its group.
       kind, stage, microbatch: ``int[actions]``.
       routes: ``int[directions, stages]``, the rank of each stage.
       num_microbatches: of both directions together.
@@ -74,7 +74,7 @@ class Actions(Rows):
 
     @functools.cached_property
     def where(self) -> np.ndarray:
-        """``int[kinds, stages, microbatches]``: which action that is; -1 if none."""
+        """``int[kinds, stages, microbatches]``: the number of that action; -1 where there is none."""
         found = np.full((4, self.num_stages, self.num_microbatches), -1)
         found[self.kind, self.stage, self.microbatch] = np.arange(len(self.kind))
         return found

@@ -15,10 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.params import stage_of_rows
 from jaxpipe.schedule.schedule import Schedule
-
-ORDERS = ("model", "storage")
-"""Which stage a row of stacked parameters belongs to: row i to stage i, or to stage ``schedule.storage_order[i]``."""
 
 
 class Move(NamedTuple):
@@ -37,17 +35,6 @@ class Move(NamedTuple):
     def stays(self) -> bool:
         """Whether owners hold their own rows, so that nothing is sent."""
         return all(owner == holder for owner, holder in self.pairs)
-
-
-def stage_of_rows(schedule: Schedule, order: str) -> tuple[int, ...]:
-    """``[num_stages]``: the stage in each row of stacked parameters.
-
-    Raises:
-      ValueError: an unknown order.
-    """
-    if order not in ORDERS:
-        raise ValueError(f"order={order!r}; choose one of {ORDERS}")
-    return schedule.storage_order if order == "storage" else tuple(range(schedule.num_stages))
 
 
 def plan_moves(schedule: Schedule, order: str) -> tuple[tuple[Move, ...], ...]:
@@ -82,7 +69,7 @@ def plan_moves(schedule: Schedule, order: str) -> tuple[tuple[Move, ...], ...]:
 
 
 def _with_pair(moves: list[Move], row: int, pair: tuple[int, int]) -> list[Move]:
-    """The moves with a pair in the first one that has room for it, or in a new one."""
+    """The moves with a pair added to the first one that can take it, or to a new one."""
     for i, move in enumerate(moves):
         fits = move.row == row and move.stays == (pair[0] == pair[1])
         if fits and pair[0] not in {owner for owner, _ in move.pairs}:
@@ -105,8 +92,8 @@ def cast(tree: Any, dtype: Any) -> Any:
 def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype: Any) -> tuple[Any, ...]:
     """The parameters of every local chunk in a dtype, from leaves ``[rows, ...]`` that this rank owns.
 
-    Rows are cast one by one: whole leaves in both dtypes would be held beside them. Each move that does not stay is one
-    ppermute. A rank with fewer chunks than others gets a value in the missing one's place that it never uses.
+    Each row is cast by itself, since casting whole leaves would hold them in both dtypes at once. Each move that does
+    not stay is one ppermute. A rank with fewer chunks than others gets a value that it never uses for a missing one.
     """
     owned = [
         cast(jax.tree.map(lambda leaf, row=row: leaf[row], stages), dtype) for row in range(rows_per_rank(schedule))

@@ -5,57 +5,56 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_alone, check_gradients_of_ends, check_weight
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
-from jaxpipe.runtime.model import Context, Model, Params
-from jaxpipe.runtime.operations import Operation, Step, make_context, partition, run_branch, run_sequential
+from jaxpipe.runtime.loss_weights import Shares, mean_shares
+from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
+from jaxpipe.runtime.options import Axes, Options
+from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
-from jaxpipe.runtime.shares import Shares, mean_shares
 from jaxpipe.runtime.unrolled import run_unrolled
-from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.stage import split_stage
+from jaxpipe.stage import SplitStage, split_stage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class Axes:
-    """The mesh axes that the executor handles itself; all others are the compiler's.
+class _Local(NamedTuple):
+    """What a rank starts a step with.
 
     Attributes:
-      pipeline: the axis of the pipeline ranks.
-      data: axes that split the batch: the loss is a mean over them, gradients are summed over them.
-      replicated: further axes that a stage communicates on by hand while the batch is the same on them.
-      sizes: the size of every axis above.
+      model: the user's functions as this rank calls them.
+      chunks: the parameters of every local chunk, in compute dtype.
+      outer: the outer parameters, in compute dtype.
+      batch: leaves ``[num_microbatches, microbatch, ...]``.
+      rng: a key that differs between data-parallel devices, or None.
+      ctx: a context, for the shapes of what takes one.
+      x: the input of a stage, as shapes and dtypes.
     """
 
-    pipeline: str
-    data: tuple[str, ...]
-    replicated: tuple[str, ...]
-    sizes: dict[str, int]
-
-    @property
-    def names(self) -> frozenset[str]:
-        """All manual axes."""
-        return frozenset({self.pipeline, *self.data, *self.replicated})
+    model: Model
+    chunks: tuple[Any, ...]
+    outer: Any
+    batch: Any
+    rng: jax.Array | None
+    ctx: Context
+    x: Any
 
 
 def train(
     program: Program,
     model: Model,
-    axes: Axes,
-    compute_dtype: Any,
-    dispatch: str,
-    order: str,
+    options: Options,
     spec_axes: Params,
     params: Params,
     batch: Any,
@@ -64,71 +63,102 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    ``order`` is one of `copies.ORDERS`; ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes
-    that shard it. Gradients are None for leaves that are neither floating nor complex: nothing is computed, summed or
-    moved for those.
+    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it. Gradients are None for
+    leaves that are neither floating nor complex: nothing is computed, summed or moved for those.
     """
-    rng = _fold_axes(rng, axes)
-    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, order, params)
-    model = _prepare_model(program, model, axes, compute_dtype)
-    ctx = make_context(batch, rng, 0, 0)
-    x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    apart = dispatch == "unrolled"  # what is stashed is not copied: to make it again costs more
-    split = split_stage(model.run_stage, chunks[0], x, ctx, has_aux=True, again=not apart)
-    check_alone("stage", program, axes.pipeline, split.collectives)
-    _check_boundary(x, split.out[0])
-    loss, head_metrics = _loss_avals(program, axes, model, outer, x, ctx)
-    if loss is None and split.out[1] is None:
-        raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
-    check_gradients_of_ends(program, axes.pipeline, model, outer, x, ctx)
-    check_weight(model.weight, axes.pipeline, batch)
-    shares = mean_shares(
-        model,
-        batch,
-        (*axes.data, *axes.replicated),
-        (loss, split.out[1]),
-        {
-            "embed": (model.run_embed, (outer, ctx)),
-            "stage": (model.run_stage, (chunks[0], x, ctx)),
-            **({} if model.head is None else {"head": (model.run_head, (outer, x, ctx))}),
-        },
-    )
+    local = _start(program, model, options, params, batch, rng)
+    split = _split_stage(program, options, local)
+    head = _head_shapes(program, options, split, local)
+    shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
-        prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in chunks))
-    step = Step(
-        model=model,
+        prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in local.chunks))
+    step = TrainStep(
+        model=local.model,
         split=split,
         prepared=prepared,
-        outer=outer,
+        outer=local.outer,
         batch=batch,
         shares=shares,
-        rng=rng,
+        rng=local.rng,
         num_stages=program.schedule.num_stages,
     )
-    pool = functools.partial(allocate, apart=apart)
-    buffers = Buffers(
-        in_flight=pool(x, program.num_message_slots + 1),
+    buffers = _train_buffers(program, options, local, split, head)
+    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
+    with jax.named_scope("reduce"):
+        return _reduce(program, options, spec_axes, params, buffers, shares)
+
+
+def _start(
+    program: Program, model: Model, options: Options, params: Params, batch: Any, rng: jax.Array | None
+) -> _Local:
+    axes = options.axes
+    rng = _fold_axes(rng, axes)
+    with jax.named_scope("prepare"):
+        chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
+        outer = cast(params.outer, options.compute_dtype)
+    model = _prepare_model(program, model, options)
+    ctx = make_context(batch, rng, 0, 0)
+    x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
+    return _Local(model, chunks, outer, batch, rng, ctx, x)
+
+
+def _split_stage(program: Program, options: Options, local: _Local) -> SplitStage:
+    """The stage in its parts, after checks."""
+    recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
+    split = split_stage(local.model.run_stage, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
+    check_alone("stage", program, options.axes.pipeline, split.collectives)
+    _check_boundary(local.x, split.out[0])
+    return split
+
+
+def _head_shapes(program: Program, options: Options, split: SplitStage, local: _Local) -> tuple[Any, Any]:
+    """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; the ends and weights checked."""
+    model, outer, x, ctx, axis = local.model, local.outer, local.x, local.ctx, options.axes.pipeline
+    loss, metrics = None, {}
+    if model.head is not None:
+        loss, metrics = shape_of_end(program, axis, "head", model.run_head, outer, x, ctx)
+    if loss is None and split.out[1] is None:
+        raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
+    check_gradients_of_ends(program, axis, model, outer, x, ctx)
+    check_weight(model.weight, axis, local.batch)
+    return loss, metrics
+
+
+def _shares(options: Options, local: _Local, losses: Any) -> Shares:
+    """Each microbatch's share in the mean of losses, given as shapes and dtypes."""
+    model, outer, x, ctx, axes = local.model, local.outer, local.x, local.ctx, options.axes
+    calls = {"embed": (model.run_embed, (outer, ctx)), "stage": (model.run_stage, (local.chunks[0], x, ctx))}
+    if model.head is not None:
+        calls["head"] = (model.run_head, (outer, x, ctx))
+    return mean_shares(model, local.batch, (*axes.data, *axes.replicated), losses, calls)
+
+
+def _train_buffers(
+    program: Program, options: Options, local: _Local, split: SplitStage, head: tuple[Any, Any]
+) -> Buffers:
+    """Empty slots, and sums of zero."""
+    pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
+    loss, head_metrics = head
+    return Buffers(
+        in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(split.residuals.input, program.num_stash_slots + 1),
         weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
         cross=pool(split.crossing, program.num_cross_slots + 1),
-        grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in chunks),
-        outer_grads=jax.tree.map(accumulator, partition(outer)[0]),
+        grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in local.chunks),
+        outer_grads=jax.tree.map(accumulator, partition(local.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
         head_metrics=jax.tree.map(accumulator, head_metrics),
     )
-    buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
-
-    with jax.named_scope("reduce"):
-        return _reduce(program, axes, order, spec_axes, params, buffers, shares)
 
 
 def _reduce(
-    program: Program, axes: Axes, order: str, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program, options: Options, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
+    axes = options.axes
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
     loss, aux_loss = (
         jax.tree.map(lambda leaf: leaf * shares.unit.astype(leaf.dtype), lax.psum(value, everywhere))
@@ -142,7 +172,7 @@ def _reduce(
     if shares.scale is not None:
         scale = shares.scale
         stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
-    grads = Params(gather_grads(stages, program.schedule, order, axes.pipeline), outer)
+    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
     dtype = functools.reduce(jnp.promote_types, (value.dtype for value in losses))
     return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
@@ -156,43 +186,42 @@ def finish_grad(constrain: Callable[[Any, Any], jax.Array], param: Any, grad: ja
 def infer(
     program: Program,
     model: Model,
-    axes: Axes,
-    compute_dtype: Any,
-    dispatch: str,
-    order: str,
+    options: Options,
     params: Params,
     batch: Any,
     rng: jax.Array | None,
     tables: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
-    rng = _fold_axes(rng, axes)
-    chunks, outer = _compute_params(program.schedule, axes, compute_dtype, order, params)
-    model = _prepare_model(program, model, axes, compute_dtype)
-    ctx = make_context(batch, rng, 0, 0)
-    x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    jaxpr, ((y, _), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(chunks[0], x, ctx)
+    local, axes = _start(program, model, options, params, batch, rng), options.axes
+    model, ctx = local.model, local.ctx
+    jaxpr, ((y, _), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(local.chunks[0], local.x, ctx)
     check_alone("stage", program, axes.pipeline, collectives_of_jaxpr(jaxpr))
-    _check_boundary(x, y)
-    outputs = shape_of_end(program, axes.pipeline, "head", functools.partial(run_outputs, model), outer, y, ctx)
-    rows = jax.tree.leaves(batch)[0].shape[1]
-    for leaf in jax.tree.leaves(outputs):
-        if leaf.shape[:1] != (rows,):
-            raise ValueError(
-                f"the head returned an output of shape {leaf.shape} for a microbatch of {rows}: a forward-only "
-                f"program returns per-example outputs, so make its leading dimension {rows}"
-            )
+    _check_boundary(local.x, y)
+    run_head = functools.partial(run_outputs, model)
+    outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
+    _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
     buffers = Buffers(
-        in_flight=allocate(x, program.num_message_slots + 1, apart=dispatch == "unrolled"),
+        in_flight=allocate(local.x, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(model, chunks, outer, batch, rng, program.schedule.num_stages)
-    buffers = run_steps(program, step.operation, axes.pipeline, dispatch, buffers, tables)
+    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
+    buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
     outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return outputs, _sum_metrics(buffers, axes)
+
+
+def _check_outputs(outputs: Any, size: int) -> None:
+    """Raises ValueError unless all outputs are per example of a microbatch of some size."""
+    for leaf in jax.tree.leaves(outputs):
+        if leaf.shape[:1] != (size,):
+            raise ValueError(
+                f"the head returned an output of shape {leaf.shape} for a microbatch of {size}: a forward-only "
+                f"program returns per-example outputs, so make its leading dimension {size}"
+            )
 
 
 def make_tables(program: Program) -> tuple[Any, Any]:
@@ -283,21 +312,14 @@ def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: A
     return function(carry, *operands)
 
 
-def _compute_params(
-    schedule: Schedule, axes: Axes, dtype: Any, order: str, params: Params
-) -> tuple[tuple[Any, ...], Any]:
-    """(every local chunk's parameters, outer parameters) in compute dtype."""
-    with jax.named_scope("prepare"):
-        return working_copies(params.stages, schedule, order, axes.pipeline, dtype), cast(params.outer, dtype)
-
-
-def _prepare_model(program: Program, model: Model, axes: Axes, dtype: Any) -> Model:
+def _prepare_model(program: Program, model: Model, options: Options) -> Model:
     """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared."""
+    dtype = options.compute_dtype
     if model.embed is None and dtype is not None:
         model = dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
     if not program.shared_ends:
         return model
-    return share_ends(model, program.schedule, axes.pipeline, forward_only=program.forward_only)
+    return share_ends(model, program.schedule, options.axes.pipeline, forward_only=program.forward_only)
 
 
 def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
@@ -307,19 +329,12 @@ def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
     return jax.random.fold_in(rng, lax.axis_index(axes.data))
 
 
-def _loss_avals(program: Program, axes: Axes, model: Model, outer: Any, y: Any, ctx: Context) -> tuple[Any, Any]:
-    """(loss, metrics) of the head as shapes and dtypes; (None, {}) without a head."""
-    if model.head is None:
-        return None, {}
-    return shape_of_end(program, axes.pipeline, "head", model.run_head, outer, y, ctx)
-
-
 def _check_boundary(x: Any, y: Any) -> None:
     """Every stage boundary carries the same shapes, since all of them share buffers and permutes."""
-    describe = functools.partial(jax.tree.map, lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}")
-    if describe(x) != describe(y):
+    given, returned = shape_texts(x), shape_texts(y)
+    if given != returned:
         raise ValueError(
-            f"the stage maps {describe(x)} to {describe(y)}: input and output of a stage must have the same structure, "
+            f"the stage maps {given} to {returned}: input and output of a stage must have the same structure, "
             "shapes and dtypes; move what changes them into embed (before the first stage) or head (after the last), "
             "and return auxiliary losses and metrics as jaxpipe.Output(y, aux_loss, metrics)"
         )

@@ -15,7 +15,7 @@ from jaxpipe.runtime.program import Field, Op
 
 @dataclasses.dataclass(frozen=True)
 class ForwardStep:
-    """What the forward-only operations have in common on one rank; see `operations.Step`."""
+    """What the forward-only operations have in common on one rank; see `operations.TrainStep`."""
 
     model: Model
     chunks: tuple[Any, ...]
@@ -35,15 +35,15 @@ class ForwardStep:
     def forward(self, chunk: int) -> Operation:
         """X -> y."""
 
-        def compute(x: Any, row: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])
+        def compute(x: Any, operands: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
             (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
             return y, metrics
 
-        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+        def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             y, metrics = result
             return buffers._replace(
-                in_flight=put(buffers.in_flight, row[Field.TARGET], y),
+                in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
@@ -52,12 +52,12 @@ class ForwardStep:
     def head(self) -> Operation:
         """The last stage's y -> outputs of the microbatch."""
 
-        def compute(y: Any, row: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH], self.num_stages)
+        def compute(y: Any, operands: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
             return run_outputs(self.model, self.outer, y, ctx)
 
-        def write(buffers: Buffers, row: jax.Array, outputs: Any) -> Buffers:
-            return buffers._replace(outputs=put(buffers.outputs, row[Field.MICROBATCH], outputs))
+        def write(buffers: Buffers, operands: jax.Array, outputs: Any) -> Buffers:
+            return buffers._replace(outputs=put(buffers.outputs, operands[Field.MICROBATCH], outputs))
 
         return Operation(_read_source, compute, write)
 
@@ -67,5 +67,5 @@ def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
     return y if model.head is None else model.head(outer, y, ctx.data, ctx)
 
 
-def _read_source(buffers: Buffers, row: jax.Array) -> Any:
-    return take(buffers.in_flight, row[Field.SOURCE])
+def _read_source(buffers: Buffers, operands: jax.Array) -> Any:
+    return take(buffers.in_flight, operands[Field.SOURCE])

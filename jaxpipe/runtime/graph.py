@@ -1,6 +1,6 @@
 """The groups of a schedule as a graph: what each costs, and which need messages of which.
 
-A packing is found and checked on a `Table`: how far each rank may get once the others are at given positions. A
+A packing is found and checked on a `Reach`: how far each rank may get once the others are at given positions. A
 position of a rank is the number of groups of its order that it has finished.
 """
 
@@ -11,17 +11,17 @@ import functools
 
 import numpy as np
 
-from jaxpipe.runtime.actions import Actions, B, F, I, Rows, W
+from jaxpipe.runtime.actions import Actions, B, F, Groups, I, W
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Graph(Rows):
+class GroupGraph(Groups):
     """Groups and the messages between them.
 
     Attributes:
-      lengths: see `Rows`.
+      lengths: see `Groups`.
       cost: ``float[groups]``.
       needs: ``int[edges]``, the group that needs something that another makes; ``makes``: the other.
     """
@@ -30,13 +30,13 @@ class Graph(Rows):
     needs: np.ndarray
     makes: np.ndarray
 
-    def reversed(self) -> Graph:
+    def reversed(self) -> GroupGraph:
         """The graph read backwards, each rank's order too."""
         mirror = (2 * self.offsets + self.lengths - 1)[self.rank] - np.arange(len(self.rank))
-        return Graph(self.lengths, self.cost[mirror], mirror[self.makes], mirror[self.needs])
+        return GroupGraph(self.lengths, self.cost[mirror], mirror[self.makes], mirror[self.needs])
 
 
-def make_graph(actions: Actions, costs: Costs, shared_ends: bool) -> Graph:
+def make_graph(actions: Actions, costs: Costs, shared_ends: bool) -> GroupGraph:
     """The messages that the groups of a schedule need.
 
     Of the groups of the same rank, those that the rank's order already puts first are left out, unless a shared
@@ -61,7 +61,7 @@ def make_graph(actions: Actions, costs: Costs, shared_ends: bool) -> Graph:
     needing, making = actions.group[action], actions.group[source]
     head_between = shared_ends & (stage[action] == last) & backward[action] & (making < needing)
     kept = (actions.rank[needing] != actions.rank[making]) | (making > needing) | head_between
-    return Graph(actions.lengths, _costs(actions, costs), needing[kept], making[kept])
+    return GroupGraph(actions.lengths, _costs(actions, costs), needing[kept], making[kept])
 
 
 def _costs(actions: Actions, costs: Costs) -> np.ndarray:
@@ -73,7 +73,7 @@ def _costs(actions: Actions, costs: Costs) -> np.ndarray:
     return np.array([costs.group(tuple(group)) for group in table])[kinds]
 
 
-def longest_paths(graph: Graph) -> np.ndarray:
+def longest_paths(graph: GroupGraph) -> np.ndarray:
     """``float[groups]``: the longest path from the start of each group to the end of everything.
 
     Raises:
@@ -104,7 +104,7 @@ def longest_paths(graph: Graph) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Table:
+class Reach:
     """How far ranks may get. N is the number of groups of the longest rank, K the most ranks that one depends on."""
 
     lengths: np.ndarray  # int[ranks]: groups of each rank
@@ -129,8 +129,8 @@ class Table:
         return bool(forward and ends and (self.available(path[:-1].T) >= path[1:].T).all())
 
 
-def make_table(graph: Graph) -> Table:
-    """The table of a graph."""
+def make_reach(graph: GroupGraph) -> Reach:
+    """How far ranks may get, by the messages that a graph's groups need."""
     ranks, longest = len(graph.lengths), int(graph.lengths.max(initial=0))
     elapsed = np.zeros((ranks, longest + 1))
     for rank, (offset, length) in enumerate(zip(graph.offsets, graph.lengths, strict=True)):
@@ -152,4 +152,4 @@ def make_table(graph: Graph) -> Table:
         for slot in range(len(others)):
             row = np.maximum.accumulate(need[rank, slot, : graph.lengths[rank]])
             limit[rank, slot] = np.searchsorted(row, np.arange(longest + 1), side="right")
-    return Table(graph.lengths, elapsed, neighbours, limit)
+    return Reach(graph.lengths, elapsed, neighbours, limit)

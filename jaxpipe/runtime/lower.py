@@ -7,12 +7,13 @@ and residual lives.
 from __future__ import annotations
 
 import dataclasses
+from typing import NamedTuple
 
 import numpy as np
 
 from jaxpipe.runtime.actions import Actions, B, F, I, W, read_actions
-from jaxpipe.runtime.cells import Operations, Values, find_values, make_operations
-from jaxpipe.runtime.messages import Moves, route
+from jaxpipe.runtime.instructions import Operations, Values, find_values, make_operations
+from jaxpipe.runtime.messages import Messages, route
 from jaxpipe.runtime.pack import Packing, pack_actions
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 from jaxpipe.runtime.slots import colour
@@ -60,25 +61,95 @@ def lower(
     packing = pack_actions(actions, costs, shared_ends=shared_ends) if packing is None else packing
     operations = make_operations(actions, packing, embed_grad=embed_grad, shared_ends=shared_ends)
     values = find_values(operations)
-    moves = route(values, schedule.num_ranks)
-    return _fill(
-        schedule, actions, packing.makespan, operations, values, moves, forward_only=forward_only,
+    messages = route(values, schedule.num_ranks)
+    moved = _last_steps(operations.ticks)[messages.tick]
+    slots = _allocate(actions, operations, values, messages, moved)
+    branches, branch, operands = _write_operands(operations, values, slots, schedule.num_ranks)
+    communicate, send, receive = _write_messages(operations, values, messages, moved, slots, schedule.num_ranks)
+    return Program(
+        schedule=schedule,
+        forward_only=forward_only,
         shared_ends=shared_ends,
-    )  # fmt: skip
+        branches=branches,
+        branch=branch,
+        operands=operands,
+        channels=messages.channels,
+        communicate=communicate,
+        send=send,
+        receive=receive,
+        ticks=operations.ticks,
+        num_message_slots=slots.num_messages,
+        num_stash_slots=slots.stash.count,
+        num_weight_stash_slots=slots.weight.count,
+        num_cross_slots=slots.cross.count,
+        makespan=packing.makespan,
+    )
 
 
 def forwards(schedule: Schedule) -> Schedule:
     """The schedule's forwards alone, in its order; groups with nothing left vanish."""
-    rows = tuple(
-        tuple(kept for group in row if (kept := tuple(a for a in group if a.kind is Kind.F))) for row in schedule.ranks
+    ranks = tuple(
+        tuple(kept for group in groups if (kept := tuple(a for a in group if a.kind is Kind.F)))
+        for groups in schedule.ranks
     )
-    return dataclasses.replace(schedule, ranks=rows)
+    return dataclasses.replace(schedule, ranks=ranks)
 
 
-def _stash_slots(
-    actions: Actions, operations: Operations, writer: int, readers: tuple[int, ...]
-) -> tuple[np.ndarray, int]:
-    """``int[stages, microbatches]``: slots from the writer to the last reader, and how many the neediest rank uses.
+class _Pool(NamedTuple):
+    """Slots for residuals: ``slots``, ``int[stages, microbatches]``, -1 for none; how many the neediest rank uses."""
+
+    slots: np.ndarray
+    count: int
+
+
+class _SlotTables(NamedTuple):
+    """Where each value lives.
+
+    Attributes:
+      sent_from: ``int[values]``, the message slot that the writer writes.
+      kept_in: ``int[values]``, the message slot that the reader reads; within a rank it is the same.
+      num_messages: how many message slots the neediest rank uses.
+      stash, weight, cross: the pools of residuals, as `Program` has them.
+    """
+
+    sent_from: np.ndarray
+    kept_in: np.ndarray
+    num_messages: int
+    stash: _Pool
+    weight: _Pool
+    cross: _Pool
+
+    @property
+    def dummies(self) -> tuple[int, int, int, int, int]:
+        """The dummy slots of the columns SOURCE to CROSS of the operands."""
+        return self.num_messages, self.num_messages, self.stash.count, self.weight.count, self.cross.count
+
+
+def _last_steps(ticks: np.ndarray) -> np.ndarray:
+    """``int[ticks]``: the last step of each tick."""
+    return np.searchsorted(ticks, np.arange(ticks.max(initial=-1) + 1), side="right") - 1
+
+
+def _allocate(
+    actions: Actions, operations: Operations, values: Values, messages: Messages, moved: np.ndarray
+) -> _SlotTables:
+    """As few slots as the order of each rank allows.
+
+    Moments: ``2 * step`` is the branch of a step, ``2 * step + 1`` its communication. ``moved``, ``int[messages]``, is
+    the step after which each message moves.
+    """
+    sent = np.full(len(values.boundary), -1)
+    sent[messages.value] = moved
+    return _SlotTables(
+        *_message_slots(operations, values, sent),
+        stash=_stash_slots(actions, operations, F, (B, I)),
+        weight=_stash_slots(actions, operations, F, (B, W)),
+        cross=_stash_slots(actions, operations, I, (W,)),
+    )
+
+
+def _stash_slots(actions: Actions, operations: Operations, writer: int, readers: tuple[int, ...]) -> _Pool:
+    """Slots from the writer to the last reader.
 
     Half-open in moments, so that an operation may not write what another of the same step still reads. What nobody
     reads (forwards without backwards) needs no slot, and has -1.
@@ -93,7 +164,7 @@ def _stash_slots(
     rank = actions.routes[microbatch * len(actions.routes) // actions.num_microbatches, stage]
     begin, end = written[stage, microbatch], read[stage, microbatch]
     slots[stage, microbatch], count = colour(rank, 2 * begin, 2 * end + 1)
-    return slots, count
+    return _Pool(slots, count)
 
 
 def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> tuple[np.ndarray, np.ndarray, int]:
@@ -103,7 +174,7 @@ def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> 
     """
     written, read = operations.step[values.writer], operations.step[values.reader]
     # The operations of a pair share no slot, so that they may run in either order or interleaved.
-    paired = np.bincount(operations.cell)[operations.cell[values.reader]] > 1
+    paired = np.bincount(operations.instruction)[operations.instruction[values.reader]] > 1
     away, arrives = sent >= 0, 2 * sent + 1
     rank = np.stack([values.source, values.target])
     begin = np.stack([2 * written, np.where(away, arrives, 2 * written)])
@@ -115,83 +186,63 @@ def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> 
 
 
 def _branches(operations: Operations) -> tuple[tuple[Branch, ...], np.ndarray]:
-    """The distinct branches, idle first, and ``int[operations]``: which of them the operation's cell runs."""
+    """The distinct branches, idle first, and ``int[operations]``: which of them the operation is part of."""
     chunks = int(operations.chunk.max(initial=0)) + 1
     number = 1 + operations.op * chunks + operations.chunk
-    cells, most = int(operations.cell.max(initial=-1)) + 1, len(Op) * chunks + 1
-    first, second = np.zeros(cells, np.int64), np.zeros(cells, np.int64)
-    first[operations.cell[operations.row == 0]] = number[operations.row == 0]
-    second[operations.cell[operations.row == 1]] = number[operations.row == 1]
-    distinct, which = np.unique(first * most + second, return_inverse=True)
+    most = len(Op) * chunks + 1
+    numbers = np.zeros((int(operations.instruction.max(initial=-1)) + 1, 2), np.int64)  # 0 where there is no second
+    numbers[operations.instruction, operations.place] = number
+    distinct, which = np.unique(numbers @ [most, 1], return_inverse=True)
     ops = list(Op)
 
     def branch(code: int) -> Branch:
         return tuple((ops[(n - 1) // chunks], (n - 1) % chunks) for n in divmod(code, most) if n)
 
-    return ((), *map(branch, distinct.tolist())), which[operations.cell] + 1
+    return ((), *map(branch, distinct.tolist())), which[operations.instruction] + 1
 
 
-def _fill(
-    schedule: Schedule,
-    actions: Actions,
-    makespan: float,
-    operations: Operations,
-    values: Values,
-    moves: Moves,
-    *,
-    forward_only: bool,
-    shared_ends: bool,
-) -> Program:
-    """Allocates the slots and writes the tables. Moments: 2 * step is the branch, 2 * step + 1 communication."""
-    ranks, num_steps, step = schedule.num_ranks, len(operations.ticks), operations.step
-    last_step = np.searchsorted(operations.ticks, np.arange(operations.ticks.max(initial=-1) + 1), side="right") - 1
-    moved = last_step[moves.tick]
-    sent = np.full(len(values.boundary), -1)
-    sent[moves.value] = moved
-    sent_from, kept_in, num_messages = _message_slots(operations, values, sent)
-    stash, num_stash = _stash_slots(actions, operations, F, (B, I))
-    weight, num_weight = _stash_slots(actions, operations, F, (B, W))
-    cross, num_cross = _stash_slots(actions, operations, I, (W,))
-
+def _write_operands(
+    operations: Operations, values: Values, slots: _SlotTables, num_ranks: int
+) -> tuple[tuple[Branch, ...], np.ndarray, np.ndarray]:
+    """(branches, branch, operands) of the `Program`."""
     branches, which = _branches(operations)
-    branch = np.zeros((num_steps, ranks), np.int32)
-    operands = np.zeros((num_steps, ranks, 2, len(Field)), np.int32)
-    dummies = (num_messages, num_messages, num_stash, num_weight, num_cross)
-    operands[..., Field.SOURCE :] = dummies
-    everywhere = operations.shared
-    branch[step[everywhere]] = which[everywhere, None]
-    operands[step[everywhere], :, 0, Field.MICROBATCH] = operations.microbatch[everywhere, None]
-    operands[step[everywhere], :, 0, Field.STAGE] = operations.stage[everywhere, None]
-    branch[step, operations.rank] = which
-    slots = np.full((len(step), 5), -1)
-    slots[values.reader, 0], slots[values.writer, 1] = kept_in, sent_from
-    for column, pool, kinds in ((2, stash, (F, B, I)), (3, weight, (F, B, I, W)), (4, cross, (I, W))):
-        mine = np.isin(operations.op, kinds)
-        slots[mine, column] = pool[operations.stage[mine], operations.microbatch[mine]]
-    rows = np.column_stack([operations.microbatch, operations.stage, np.where(slots < 0, dummies, slots)])
-    operands[step, operations.rank, operations.row] = rows
+    step, shape = operations.step, (len(operations.ticks), num_ranks)
+    branch = np.zeros(shape, np.int32)
+    operands = np.zeros((*shape, 2, len(Field)), np.int32)
+    operands[..., Field.SOURCE :] = slots.dummies
+    # A shared operation is every rank's; only the rank that it belongs to reads and writes slots that count.
+    shared = operations.shared
+    branch[step[shared]] = which[shared, None]
+    operands[step[shared], :, 0, Field.MICROBATCH] = operations.microbatch[shared, None]
+    operands[step[shared], :, 0, Field.STAGE] = operations.stage[shared, None]
 
-    shape = num_steps, ranks, len(moves.channels)
-    communicate = np.zeros((num_steps, len(moves.channels)), np.bool_)
-    send, receive = np.full(shape, num_messages, np.int32), np.full(shape, num_messages, np.int32)
-    communicate[moved, moves.channel] = True
-    send[moved, values.source[moves.value], moves.channel] = sent_from[moves.value]
-    receive[moved, values.target[moves.value], moves.channel] = kept_in[moves.value]
-    return Program(
-        schedule=schedule,
-        forward_only=forward_only,
-        shared_ends=shared_ends,
-        branches=branches,
-        branch=branch,
-        operands=operands,
-        channels=moves.channels,
-        communicate=communicate,
-        send=send,
-        receive=receive,
-        ticks=operations.ticks,
-        num_message_slots=num_messages,
-        num_stash_slots=num_stash,
-        num_weight_stash_slots=num_weight,
-        num_cross_slots=num_cross,
-        makespan=makespan,
+    branch[step, operations.rank] = which
+    operands[step, operations.rank, operations.place] = np.column_stack(
+        [operations.microbatch, operations.stage, _slots_of_operations(operations, values, slots)]
     )
+    return branches, branch, operands
+
+
+def _slots_of_operations(operations: Operations, values: Values, slots: _SlotTables) -> np.ndarray:
+    """``int[operations, 5]``: the columns SOURCE to CROSS of each operation's operands."""
+    found = np.full((len(operations.op), 5), -1)
+    found[values.reader, 0], found[values.writer, 1] = slots.kept_in, slots.sent_from
+    users = ((2, slots.stash, (F, B, I)), (3, slots.weight, (F, B, I, W)), (4, slots.cross, (I, W)))
+    for column, pool, kinds in users:
+        mine = np.isin(operations.op, kinds)
+        found[mine, column] = pool.slots[operations.stage[mine], operations.microbatch[mine]]
+    return np.where(found < 0, slots.dummies, found)
+
+
+def _write_messages(
+    operations: Operations, values: Values, messages: Messages, moved: np.ndarray, slots: _SlotTables, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(communicate, send, receive) of the `Program`."""
+    num_steps, num_channels = len(operations.ticks), len(messages.channels)
+    shape = num_steps, num_ranks, num_channels
+    communicate = np.zeros((num_steps, num_channels), np.bool_)
+    send, receive = (np.full(shape, slots.num_messages, np.int32) for _ in range(2))
+    communicate[moved, messages.channel] = True
+    send[moved, values.source[messages.value], messages.channel] = slots.sent_from[messages.value]
+    receive[moved, values.target[messages.value], messages.channel] = slots.kept_in[messages.value]
+    return communicate, send, receive

@@ -7,15 +7,15 @@ import heapq
 
 import numpy as np
 
-from jaxpipe.runtime.cells import Values
+from jaxpipe.runtime.instructions import Values
 
 Permutation = tuple[tuple[int, int], ...]
 """(source, destination) pairs of ranks; each rank at most once on either side."""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Moves:
-    """What moves on each channel.
+class Messages:
+    """The messages between ranks, as columns, and the channels that they move on.
 
     Attributes:
       channels: the permutation of each; two may be the same.
@@ -35,7 +35,7 @@ class Moves:
         return len(np.unique(self.tick * (len(self.channels) + 1) + self.channel))
 
 
-def route(values: Values, num_ranks: int) -> Moves:
+def route(values: Values, num_ranks: int) -> Messages:
     """Channels, and what moves on them after each tick, by the permutations that need fewer messages in all.
 
     Shifts of the ring suit schedules whose ranks all send one way at a time. Exchanges between neighbours suit
@@ -49,7 +49,7 @@ def route(values: Values, num_ranks: int) -> Moves:
     options = [
         _route(values, value, pair, num_ranks, permutations) for permutations in (shifts(edges), exchanges(edges))
     ]
-    return min(options, key=lambda moves: moves.num_permutes)
+    return min(options, key=lambda messages: messages.num_permutes)
 
 
 def shifts(edges: list[tuple[int, int]]) -> list[Permutation]:
@@ -79,11 +79,11 @@ def exchanges(edges: list[tuple[int, int]]) -> list[Permutation]:
 
 def _route(
     values: Values, value: np.ndarray, pair: np.ndarray, num_ranks: int, permutations: list[Permutation]
-) -> Moves:
-    """Decides when each message moves: earliest deadline first, on one channel of its permutation if that does.
+) -> Messages:
+    """Decides when each message moves: earliest deadline first, on one channel of its permutation if one is enough.
 
-    Where a rank must send more than one message of a permutation after a tick, because otherwise, with one after
-    each later tick, one would be late, the permutation gets as many channels as that takes.
+    With one message after each tick, some might be late. A rank then sends several after one tick, and the permutation
+    gets as many channels as that takes.
     """
     channels: list[Permutation] = []
     tick, channel = np.empty_like(value), np.empty_like(value)
@@ -93,7 +93,7 @@ def _route(
         tick[mine], lane = _lanes(values.release[moved], values.deadline[moved], values.source[moved])
         channel[mine] = len(channels) + lane
         channels += [permutation] * (int(lane.max()) + 1)
-    return Moves(tuple(channels), value, tick, channel)
+    return Messages(tuple(channels), value, tick, channel)
 
 
 def _lanes(release: np.ndarray, deadline: np.ndarray, source: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -12,25 +12,7 @@ import jax.numpy as jnp
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 
 HEAD = -2
-"""What the head folds into a microbatch's key, where a layer folds its index and embed -1: as uint32 no layer's."""
-
-
-class Params(NamedTuple):
-    """The parameters of a pipelined model, and its gradients.
-
-    Attributes:
-      stages: pytree whose leaves are ``[num_stages, ...]``, row i holding the parameters of stage i, or with
-        ``order="storage"`` those of stage ``schedule.storage_order[i]``; sharded over the pipeline axis by rows. See
-        `jaxpipe.stack_stages`.
-      outer: pytree of everything outside the stages: embedding, head, tied or not. One copy a rank, or
-        with ``shared_ends`` sharded over ranks as ``specs.outer`` says; ``embed`` and ``head`` both receive all of
-        it, so using a leaf in both needs nothing else.
-
-    Leaves may be integers, bools and keys; see `jaxpipe.floating_only` for optimizers.
-    """
-
-    stages: Any
-    outer: Any = None
+"""What the head folds into a microbatch's key. A layer folds its index and embed -1; as uint32 this is no layer's."""
 
 
 class Context(NamedTuple):
@@ -98,7 +80,7 @@ class Context(NamedTuple):
 
 
 class Output(NamedTuple):
-    """What a stage or head returns when it has more to say than its value.
+    """What a stage or head returns when it returns more than its value.
 
     Attributes:
       value: the stage's activations, or the head's loss.

@@ -15,14 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
-from jaxpipe.runtime.shares import Shares
 from jaxpipe.stage import SplitStage, vjp_once
 
 
 class Operation(NamedTuple):
-    """One kind of work of one local chunk; ``row`` is its line of the Program's operands."""
+    """One kind of work of one local chunk; ``operands`` are its row of the Program's."""
 
     read: Callable[[Buffers, jax.Array], Any]
     compute: Callable[[Any, jax.Array], Any]
@@ -30,7 +30,7 @@ class Operation(NamedTuple):
 
 
 @dataclasses.dataclass(frozen=True)
-class Step:
+class TrainStep:
     """What the operations of one training step have in common on one rank.
 
     Attributes:
@@ -69,20 +69,20 @@ class Step:
     def forward(self, chunk: int) -> Operation:
         """X -> y, and the residuals into the stash."""
 
-        def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.in_flight, row[Field.SOURCE])
+        def read(buffers: Buffers, operands: jax.Array) -> Any:
+            return take(buffers.in_flight, operands[Field.SOURCE])
 
-        def compute(x: Any, row: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, row[Field.STAGE], row[Field.MICROBATCH])
+        def compute(x: Any, operands: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
             return self.split.forward(self.prepared[chunk], x, ctx)
 
-        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+        def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
             return buffers._replace(
-                in_flight=put(buffers.in_flight, row[Field.TARGET], y),
-                stash=put(buffers.stash, row[Field.STASH], residuals.input),
-                weight_stash=put(buffers.weight_stash, row[Field.WEIGHT_STASH], residuals.weight),
-                aux_loss=self._add_loss(buffers.aux_loss, aux_loss, row),
+                in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
+                stash=put(buffers.stash, operands[Field.STASH], residuals.input),
+                weight_stash=put(buffers.weight_stash, operands[Field.WEIGHT_STASH], residuals.weight),
+                aux_loss=self._add_loss(buffers.aux_loss, aux_loss, operands),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
@@ -91,15 +91,15 @@ class Step:
     def backward(self, chunk: int) -> Operation:
         """Output cotangent -> input cotangent, and the weight gradient accumulated."""
 
-        def compute(inputs: Any, row: jax.Array) -> Any:
+        def compute(inputs: Any, operands: jax.Array) -> Any:
             residuals, dy = inputs
-            grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, row), narrow=True)
-            return grads, select(dx, self._counts("stage", row))
+            grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, operands), narrow=True)
+            return grads, select(dx, self._counts("stage", operands))
 
-        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+        def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             grads, dx = result
-            return self._accumulate(buffers, chunk, grads, row)._replace(
-                in_flight=put(buffers.in_flight, row[Field.TARGET], dx)
+            return self._accumulate(buffers, chunk, grads, operands)._replace(
+                in_flight=put(buffers.in_flight, operands[Field.TARGET], dx)
             )
 
         return Operation(self._read_backward, compute, write)
@@ -107,16 +107,16 @@ class Step:
     def backward_input(self, chunk: int) -> Operation:
         """Output cotangent -> input cotangent, and what the weight gradient still needs."""
 
-        def compute(inputs: Any, row: jax.Array) -> Any:
+        def compute(inputs: Any, operands: jax.Array) -> Any:
             residuals, dy = inputs
-            dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, row))
-            return select(dx, self._counts("stage", row)), crossing
+            dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, operands))
+            return select(dx, self._counts("stage", operands)), crossing
 
-        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+        def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             dx, crossing = result
             return buffers._replace(
-                in_flight=put(buffers.in_flight, row[Field.TARGET], dx),
-                cross=put(buffers.cross, row[Field.CROSS], crossing),
+                in_flight=put(buffers.in_flight, operands[Field.TARGET], dx),
+                cross=put(buffers.cross, operands[Field.CROSS], crossing),
             )
 
         return Operation(self._read_backward, compute, write)
@@ -124,25 +124,25 @@ class Step:
     def backward_weight(self, chunk: int) -> Operation:
         """The weight gradient accumulated."""
 
-        def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.weight_stash, row[Field.WEIGHT_STASH]), take(buffers.cross, row[Field.CROSS])
+        def read(buffers: Buffers, operands: jax.Array) -> Any:
+            return take(buffers.weight_stash, operands[Field.WEIGHT_STASH]), take(buffers.cross, operands[Field.CROSS])
 
-        def compute(inputs: Any, row: jax.Array) -> Any:
+        def compute(inputs: Any, operands: jax.Array) -> Any:
             return self.split.backward_weight(self.prepared[chunk], *inputs, narrow=True)
 
-        def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
-            return self._accumulate(buffers, chunk, grads, row)
+        def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
+            return self._accumulate(buffers, chunk, grads, operands)
 
         return Operation(read, compute, write)
 
     def embed_grad(self, chunk: int) -> Operation:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
 
-        def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.in_flight, row[Field.SOURCE])
+        def read(buffers: Buffers, operands: jax.Array) -> Any:
+            return take(buffers.in_flight, operands[Field.SOURCE])
 
-        def compute(dx: Any, row: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, -1, row[Field.MICROBATCH])
+        def compute(dx: Any, operands: jax.Array) -> Any:
+            ctx = make_context(self.batch, self.rng, -1, operands[Field.MICROBATCH])
             diff, rest = partition(self.outer)
 
             def floating(diff: Any) -> Any:
@@ -150,8 +150,8 @@ class Step:
 
             return vjp_once(floating, diff, ran=True)[1](partition(dx)[0])[0]
 
-        def write(buffers: Buffers, row: jax.Array, grads: Any) -> Buffers:
-            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", row)))
+        def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
+            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", operands)))
 
         return Operation(read, compute, write)
 
@@ -161,13 +161,13 @@ class Step:
         Forward and backward of the head run at once: its residuals (the logits) are never stashed.
         """
 
-        def read(buffers: Buffers, row: jax.Array) -> Any:
-            return take(buffers.in_flight, row[Field.SOURCE])
+        def read(buffers: Buffers, operands: jax.Array) -> Any:
+            return take(buffers.in_flight, operands[Field.SOURCE])
 
-        def compute(y: Any, row: jax.Array) -> Any:
+        def compute(y: Any, operands: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = make_context(self.batch, self.rng, self.num_stages, row[Field.MICROBATCH], self.num_stages)
+            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
             outer_diff, outer_rest = partition(self.outer)
             y_diff, y_rest = partition(y)
 
@@ -175,61 +175,61 @@ class Step:
                 return self.model.run_head(merge(outer_diff, outer_rest), merge(y_diff, y_rest), ctx)
 
             loss, vjp, metrics = vjp_once(loss_of, outer_diff, y_diff, has_aux=True)
-            outer_grads, dy = vjp(self._seed(row).astype(loss.dtype))
-            dy = select(dy, self._counts("head", row))
+            outer_grads, dy = vjp(self._seed(operands).astype(loss.dtype))
+            dy = select(dy, self._counts("head", operands))
             return merge(dy, jax.tree.map(jnp.zeros_like, y_rest)), outer_grads, loss, metrics
 
-        def write(buffers: Buffers, row: jax.Array, result: Any) -> Buffers:
+        def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             dy, outer_grads, loss, metrics = result
-            buffers = buffers._replace(in_flight=put(buffers.in_flight, row[Field.TARGET], dy))
+            buffers = buffers._replace(in_flight=put(buffers.in_flight, operands[Field.TARGET], dy))
             if loss is None:
                 return buffers
             return buffers._replace(
-                outer_grads=add(buffers.outer_grads, outer_grads, self._counts("head", row)),
-                loss=self._add_loss(buffers.loss, loss, row),
+                outer_grads=add(buffers.outer_grads, outer_grads, self._counts("head", operands)),
+                loss=self._add_loss(buffers.loss, loss, operands),
                 head_metrics=add(buffers.head_metrics, metrics),
             )
 
         return Operation(read, compute, write)
 
-    def _read_backward(self, buffers: Buffers, row: jax.Array) -> Any:
-        stash = take(buffers.stash, row[Field.STASH])
-        weight_stash = take(buffers.weight_stash, row[Field.WEIGHT_STASH])
-        return type(self.split.residuals)(stash, weight_stash), take(buffers.in_flight, row[Field.SOURCE])
+    def _read_backward(self, buffers: Buffers, operands: jax.Array) -> Any:
+        stash = take(buffers.stash, operands[Field.STASH])
+        weight_stash = take(buffers.weight_stash, operands[Field.WEIGHT_STASH])
+        return type(self.split.residuals)(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
 
-    def _seed(self, row: jax.Array) -> jax.Array:
-        return self.shares.seeds[row[Field.MICROBATCH]]
+    def _seed(self, operands: jax.Array) -> jax.Array:
+        return self.shares.seeds[operands[Field.MICROBATCH]]
 
-    def _counts(self, where: str, row: jax.Array) -> jax.Array | None:
+    def _counts(self, where: str, operands: jax.Array) -> jax.Array | None:
         counts = getattr(self.shares.counts, where)
-        return None if counts is None else counts[row[Field.MICROBATCH]]
+        return None if counts is None else counts[operands[Field.MICROBATCH]]
 
-    def _add_loss(self, total: Any, loss: Any, row: jax.Array) -> Any:
-        weight = self.shares.weights[row[Field.MICROBATCH]]
+    def _add_loss(self, total: Any, loss: Any, operands: jax.Array) -> Any:
+        weight = self.shares.weights[operands[Field.MICROBATCH]]
         weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
-        return add(total, weighted, self._counts("loss", row))
+        return add(total, weighted, self._counts("loss", operands))
 
-    def _cotangent(self, dy: Any, row: jax.Array) -> Any:
+    def _cotangent(self, dy: Any, operands: jax.Array) -> Any:
         _, aux_loss = self.split.out
-        return dy, jax.tree.map(lambda aval: self._seed(row).astype(aval.dtype), aux_loss)
+        return dy, jax.tree.map(lambda aval: self._seed(operands).astype(aval.dtype), aux_loss)
 
-    def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, row: jax.Array) -> Buffers:
+    def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, operands: jax.Array) -> Buffers:
         totals = list(buffers.grads)
-        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", row))
+        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", operands))
         return buffers._replace(grads=tuple(totals))
 
 
 def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
     """A microbatch's input to stage 0."""
 
-    def read(buffers: Buffers, row: jax.Array) -> None:
+    def read(buffers: Buffers, operands: jax.Array) -> None:
         return None
 
-    def compute(_: Any, row: jax.Array) -> Any:
-        return model.run_embed(outer, make_context(batch, rng, -1, row[Field.MICROBATCH]))
+    def compute(_: Any, operands: jax.Array) -> Any:
+        return model.run_embed(outer, make_context(batch, rng, -1, operands[Field.MICROBATCH]))
 
-    def write(buffers: Buffers, row: jax.Array, x: Any) -> Buffers:
-        return buffers._replace(in_flight=put(buffers.in_flight, row[Field.TARGET], x))
+    def write(buffers: Buffers, operands: jax.Array, x: Any) -> Buffers:
+        return buffers._replace(in_flight=put(buffers.in_flight, operands[Field.TARGET], x))
 
     return Operation(read, compute, write)
 
@@ -247,24 +247,24 @@ def run_branch(
 ) -> Callable[[Buffers, Any], Buffers]:
     """The code of a branch: read all, compute all, write all; each under the scope of its action.
 
-    ``apart``: whether pools are `Apart` and the slots in ``rows`` integers.
+    ``apart``: whether pools are `Apart` and the slots in ``operands`` integers.
     """
     parts = [(op, operation(op, chunk)) for op, chunk in branch]
 
-    def run(buffers: Buffers, rows: Any) -> Buffers:
+    def run(buffers: Buffers, operands: Any) -> Buffers:
         inputs, results = [], []
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("read"):
-                inputs.append(part.read(buffers, rows[i]))
+                inputs.append(part.read(buffers, operands[i]))
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
-                results.append(part.compute(inputs[i], rows[i]))
+                results.append(part.compute(inputs[i], operands[i]))
         if len(parts) > 1 and not apart:
             # One part writes a pool that the other reads. Without an order XLA would copy the whole pool.
             results, buffers = lax.optimization_barrier((results, buffers))
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("write"):
-                buffers = part.write(buffers, rows[i], results[i])
+                buffers = part.write(buffers, operands[i], results[i])
         return buffers
 
     return run
@@ -277,7 +277,7 @@ def run_sequential(
 
     def one(index: int) -> Callable[[Buffers, jax.Array], Buffers]:
         run = run_branch(branch[index : index + 1], operation)
-        return lambda buffers, rows: run(buffers, rows[index:])
+        return lambda buffers, operands: run(buffers, operands[index:])
 
     return tuple(one(index) for index in range(len(branch)))
 

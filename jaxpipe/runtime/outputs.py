@@ -91,6 +91,15 @@ def describe(value: Any) -> str:
     return repr(value)
 
 
+def shape_texts(tree: Any) -> Any:
+    """Dtype and shape of each array as text, in the tree's structure.
+
+    >>> shape_texts({"h": jnp.ones((2, 3))})
+    {'h': 'float32[2, 3]'}
+    """
+    return jax.tree.map(lambda leaf: f"{leaf.dtype.name}{list(leaf.shape)}", tree)
+
+
 def _array(value: Any) -> jax.Array | None:
     """A leaf as an array, or None where it is none."""
     is_array = hasattr(value, "shape") and hasattr(value, "dtype")

@@ -5,8 +5,8 @@ whenever the groups of a tick differ in cost; here a tick may hold several conse
 another rank runs one long group. The order of every rank is kept, so a packing needs no more stash than the
 schedule does.
 
-Most of a long schedule repeats itself, so that what is searched has a few microbatches for each rank, whatever the
-schedule has.
+Most of a long schedule repeats itself, so the search sees a few microbatches for each rank, however many the schedule
+has.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import dataclasses
 import numpy as np
 
 from jaxpipe.runtime.actions import Actions, read_actions
-from jaxpipe.runtime.graph import Table, make_graph, make_table
+from jaxpipe.runtime.graph import Reach, make_graph, make_reach
 from jaxpipe.runtime.periods import extend, find_steady
 from jaxpipe.runtime.search import one_each, search
 from jaxpipe.schedule.schedule import Schedule
@@ -65,29 +65,29 @@ def pack(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -> Pack
 def pack_actions(actions: Actions, costs: Costs, *, shared_ends: bool) -> Packing:
     """`pack` of a schedule as columns."""
     graph = make_graph(actions, costs, shared_ends)
-    table = make_table(graph)
-    paths = _repeated(actions, costs, shared_ends, table) or search(graph)
-    packings = [_packing(table, path) for path in paths]
+    reach = make_reach(graph)
+    paths = _repeated(actions, costs, shared_ends, reach) or search(graph)
+    packings = [_packing(reach, path) for path in paths]
     best = min(packing.makespan for packing in packings)
     return min((p for p in packings if p.makespan <= best * (1 + 1e-9)), key=lambda p: p.num_ticks)
 
 
-def _repeated(actions: Actions, costs: Costs, shared_ends: bool, table: Table) -> list[np.ndarray]:
+def _repeated(actions: Actions, costs: Costs, shared_ends: bool, reach: Reach) -> list[np.ndarray]:
     """Ways to the end whose ticks repeat themselves as the schedule does; [] where there are none."""
     steady = find_steady(actions)
     if steady is None:
         return []
     graph = make_graph(steady.actions, costs, shared_ends)
-    shorter = make_table(graph)
+    shorter = make_reach(graph)
     try:
         *paths, naive = (extend(steady, path, shorter.durations(path)) for path in search(graph))
-    except ValueError:  # what remains waits for something that was cut: its ranks repeat themselves, but not together
+    except ValueError:  # ranks repeat themselves, but not in step: what remains waits for something that was cut
         return []
-    fitting = [path for path in paths if path is not None and table.allows(path)]
+    fitting = [path for path in paths if path is not None and reach.allows(path)]
     if not fitting:
         return []
-    if naive is None or not table.allows(naive):
-        naive = one_each(table)
+    if naive is None or not reach.allows(naive):
+        naive = one_each(reach)
     return [*fitting, naive]
 
 
@@ -99,9 +99,9 @@ def pack_naive(schedule: Schedule, costs: Costs, *, shared_ends: bool = False) -
     Raises:
       ValueError: the schedule cannot run: ranks wait for each other in a cycle.
     """
-    table = make_table(make_graph(read_actions(schedule), costs, shared_ends))
-    return _packing(table, one_each(table))
+    reach = make_reach(make_graph(read_actions(schedule), costs, shared_ends))
+    return _packing(reach, one_each(reach))
 
 
-def _packing(table: Table, path: np.ndarray) -> Packing:
-    return Packing(tuple(map(tuple, path[1:].tolist())), float(table.durations(path).sum()))
+def _packing(reach: Reach, path: np.ndarray) -> Packing:
+    return Packing(tuple(map(tuple, path[1:].tolist())), float(reach.durations(path).sum()))

@@ -41,7 +41,7 @@ class Steady:
 
 
 def find_steady(actions: Actions) -> Steady | None:
-    """The shorter schedule; None where no steady state is found, or none that is worth it."""
+    """The shorter schedule; None where no steady state is found, or where it is too short to be worth it."""
     kept, length = _KEPT * len(actions.lengths), int(actions.lengths[0])
     begin = length // 5  # past the beginning, and before GPipe changes half-way
     for shift in range(1, actions.num_microbatches // len(actions.routes) // 8 + 1):
@@ -106,14 +106,14 @@ def _find_regions(actions: Actions, shift: int) -> tuple[tuple[Region, ...], int
     if not len(begins) or (counts != counts[0]).any():
         return (), 0
     begins -= actions.offsets[rank]
-    rows = (row.reshape(ranks, -1).T for row in (begins, begins + lengths + steps, steps))
-    return tuple(map(Region, *rows)), int(periods[long].min())
+    columns = (column.reshape(ranks, -1).T for column in (begins, begins + lengths + steps, steps))
+    return tuple(map(Region, *columns)), int(periods[long].min())
 
 
 def _steps(actions: Actions, shift: int, begin: int, end: int) -> np.ndarray:
     """How many groups later each of the groups ``begin`` to ``end`` comes again with microbatches ``shift`` later.
 
-    0 if never.
+    It is 0 where the group never does.
     """
     among = slice(*np.searchsorted(actions.group, [begin, end]))
     group, place, microbatch = actions.group[among], actions.place[among], actions.microbatch[among]

@@ -62,8 +62,8 @@ class Program:
 
     A step has two moments. First every rank runs its branch, in which neither operation of a pair writes a
     slot that the other reads; EMBED, HEAD and EMBED_GRAD are branches of their own. Where these are shared, all
-    ranks run the same one in the same step, and of their message slots all are the dummy but those of the rank with
-    the stage beside it. Then, on the channels flagged for the step, every rank sends and receives; all sends read
+    ranks run the same one in the same step, and all of their message slots are the dummy except those of the rank
+    with the stage beside it. Then, on the channels flagged for the step, every rank sends and receives; all sends read
     before any receive writes. A message between two stages of the same rank stays in its slot.
 
     Attributes:

@@ -1,4 +1,4 @@
-"""Embedding and head run by all ranks together: their wrapping, which makes the sum over ranks count them once.
+"""Embedding and head run by all ranks together, wrapped so that the sum over ranks counts them once.
 
 A pipeline's *holder* of an end is the rank that has the stage beside it: the first stage for the embedding, the last
 one for the head. The operations of a shared end are those of a lone one, run by every rank at once. What the holder
@@ -28,7 +28,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.alone import check_alone
+from jaxpipe.runtime.collective_checks import check_alone
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
@@ -37,7 +37,7 @@ from jaxpipe.stage.axes import collectives_of_jaxpr
 
 
 def share_ends(model: Model, schedule: Schedule, axis: str, *, forward_only: bool) -> Model:
-    """The model whose embed and head every rank of ``axis`` calls at the same time, and the holder's copy counts.
+    """The model with an embed and a head that every rank of ``axis`` calls at the same time; the holder's copy counts.
 
     ``model.embed(outer, data, ctx)`` returns the same x on every rank, ``model.head(outer, y, data, ctx)`` the same
     loss and metrics, or the same outputs.

@@ -1,7 +1,7 @@
 """Runs a Program of one rank as unrolled code: what each step does, and on which slots, is known when it is traced.
 
 No step chooses among branches, and no value is copied into its slot or out of it: a slot is a name. Steps that come
-again with other microbatches are one loop, whose body is as many steps as it takes until every slot comes round.
+again with other microbatches are one loop, whose body has as many steps as it takes until every slot is used again.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class Repeat(NamedTuple):
 
 
 def find_repeat(program: Program, longest: int | None = None) -> Repeat:
-    """The repetition in a program of one rank that leaves least code, its period at most ``longest`` steps.
+    """The repetition in a program of one rank that leaves the least code; its period is at most ``longest`` steps.
 
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
@@ -94,14 +94,14 @@ def run_unrolled(program: Program, operation: Callable[[Op, int], Operation], bu
     def run(buffers: Buffers, step: int, microbatches: Any, scope: str) -> Buffers:
         index = int(program.branch[step, 0])
         branch = program.branches[index]
-        rows = [
+        operands = [
             [microbatches[i], *map(int, program.operands[step, 0, i, Field.MICROBATCH + 1 :])]
             for i in range(len(branch))
         ]
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
-            buffers = run_branch(branch, operation, apart=True)(buffers, rows)
+            buffers = run_branch(branch, operation, apart=True)(buffers, operands)
         # Nothing moves from step to step, so that the compiler holds what the schedule holds.
-        return lax.optimization_barrier(_free(buffers, branch, rows))
+        return lax.optimization_barrier(_free(buffers, branch, operands))
 
     def body(buffers: Buffers, microbatches: jax.Array) -> tuple[Buffers, None]:
         before = buffers
@@ -120,12 +120,12 @@ def run_unrolled(program: Program, operation: Callable[[Op, int], Operation], bu
     return buffers
 
 
-def _free(buffers: Buffers, branch: Branch, rows: Sequence[Sequence[Any]]) -> Buffers:
-    """Without the values that a step was the last to read, and without those written to dummy slots."""
-    for (op, _), row in zip(branch, rows, strict=True):
+def _free(buffers: Buffers, branch: Branch, operands: Sequence[Sequence[Any]]) -> Buffers:
+    """The buffers without the values that a step was the last to read, and without those in dummy slots."""
+    for (op, _), slots in zip(branch, operands, strict=True):
         for name, field in _FREED[op]:
-            if name != "in_flight" or row[Field.SOURCE] != row[Field.TARGET]:
-                buffers = buffers._replace(**{name: put(getattr(buffers, name), row[field], None)})
+            if name != "in_flight" or slots[Field.SOURCE] != slots[Field.TARGET]:
+                buffers = buffers._replace(**{name: put(getattr(buffers, name), slots[field], None)})
     return jax.tree.map(
         lambda pool: put(pool, len(pool.slots) - 1, None) if isinstance(pool, Apart) else pool,
         buffers,

@@ -1,23 +1,49 @@
-"""Pipeline schedules as data: build, check, simulate. Plain Python, no tracing."""
+"""Pipeline schedules as data, in plain Python: build, check, simulate, draw.
 
-from jaxpipe.schedule.action import Action as Action
-from jaxpipe.schedule.action import Kind as Kind
-from jaxpipe.schedule.builders.dualpipe import dualpipe as dualpipe
-from jaxpipe.schedule.builders.dualpipev import dualpipev as dualpipev
-from jaxpipe.schedule.builders.gpipe import gpipe as gpipe
-from jaxpipe.schedule.builders.interleaved import interleaved as interleaved
-from jaxpipe.schedule.builders.one_f_one_b import one_f_one_b as one_f_one_b
-from jaxpipe.schedule.builders.zbv import zbv as zbv
-from jaxpipe.schedule.builders.zero_bubble import zero_bubble as zero_bubble
-from jaxpipe.schedule.checker import check as check
-from jaxpipe.schedule.csv import from_csv as from_csv
-from jaxpipe.schedule.csv import to_csv as to_csv
-from jaxpipe.schedule.draw import draw_perfetto as draw_perfetto
-from jaxpipe.schedule.draw import draw_text as draw_text
-from jaxpipe.schedule.registry import BUILDERS as BUILDERS
-from jaxpipe.schedule.registry import build as build
-from jaxpipe.schedule.schedule import Schedule as Schedule
-from jaxpipe.schedule.simulator import Costs as Costs
-from jaxpipe.schedule.simulator import Timeline as Timeline
-from jaxpipe.schedule.simulator import simulate as simulate
-from jaxpipe.schedule.svg import draw_svg as draw_svg
+What `__all__` names is public; all modules below are internal and may change without notice.
+
+`build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
+that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, and ``draw_`` functions draw that.
+`to_csv` and `from_csv` are PyTorch's notation.
+"""
+
+from jaxpipe.schedule.action import Action, Kind
+from jaxpipe.schedule.builders.dualpipe import dualpipe
+from jaxpipe.schedule.builders.dualpipev import dualpipev
+from jaxpipe.schedule.builders.gpipe import gpipe
+from jaxpipe.schedule.builders.interleaved import interleaved
+from jaxpipe.schedule.builders.one_f_one_b import one_f_one_b
+from jaxpipe.schedule.builders.zbv import zbv
+from jaxpipe.schedule.builders.zero_bubble import zero_bubble
+from jaxpipe.schedule.checker import check
+from jaxpipe.schedule.csv import from_csv, to_csv
+from jaxpipe.schedule.draw import draw_perfetto, draw_text
+from jaxpipe.schedule.registry import BUILDERS, Builder, build
+from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.schedule.simulator import Costs, Timeline, simulate
+from jaxpipe.schedule.svg import draw_svg
+
+__all__ = [
+    "BUILDERS",
+    "Action",
+    "Builder",
+    "Costs",
+    "Kind",
+    "Schedule",
+    "Timeline",
+    "build",
+    "check",
+    "draw_perfetto",
+    "draw_svg",
+    "draw_text",
+    "dualpipe",
+    "dualpipev",
+    "from_csv",
+    "gpipe",
+    "interleaved",
+    "one_f_one_b",
+    "simulate",
+    "to_csv",
+    "zbv",
+    "zero_bubble",
+]

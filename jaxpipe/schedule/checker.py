@@ -9,7 +9,7 @@ from jaxpipe.schedule.action import Action, Group, Kind
 from jaxpipe.schedule.dependencies import Tokens, inputs
 from jaxpipe.schedule.schedule import Schedule
 
-Cell = tuple[int, int]
+Place = tuple[int, int]
 """(rank, position of a group in the rank's order)."""
 
 Positions = Mapping[Action, int]
@@ -17,7 +17,7 @@ Positions = Mapping[Action, int]
 
 
 def check(schedule: Schedule) -> None:
-    """Raises ValueError, showing the grid with the bad cells marked, unless the schedule is sound.
+    """Raises ValueError, showing the grid with the bad groups marked, unless the schedule is sound.
 
     Sound: groups are one action or a forward with a backward; every stage runs for every microbatch, on the rank
     that the routes say, exactly one F and either one B or one I and one W, in that order; no rank waits for ever.
@@ -37,8 +37,8 @@ def _text(group: Group) -> str:
     return "&".join(map(str, group))
 
 
-def _fail(schedule: Schedule, message: str, *cells: Cell) -> None:
-    raise ValueError(f"schedule {schedule.name!r}: {message}\n{schedule.grid(cells)}")
+def _fail(schedule: Schedule, message: str, *marked: Place) -> None:
+    raise ValueError(f"schedule {schedule.name!r}: {message}\n{schedule.grid(marked)}")
 
 
 def _check_groups(schedule: Schedule) -> Positions:

@@ -15,7 +15,7 @@ CLOSE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
-class Row:
+class Figures:
     """One schedule's figures.
 
     Attributes:
@@ -39,7 +39,7 @@ class Row:
     messages: float = 0.0
 
 
-def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, ...]:
+def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Figures, ...]:
     """Simulates every schedule; ``costs`` are those of a rank's whole share of the model.
 
     A schedule with two stages a rank cuts that share in two, so each costs half; DualPipe's two are whole copies.
@@ -50,7 +50,7 @@ def compare(num_ranks: int, num_microbatches: int, costs: Costs) -> tuple[Row, .
     return tuple(_row(name, num_ranks, num_microbatches, costs) for name in BUILDERS)
 
 
-def table(rows: Sequence[Row]) -> str:
+def table(rows: Sequence[Figures]) -> str:
     """The rows as a Markdown table, and which schedule to pick."""
     lines = [
         "| schedule | makespan | bubble | bubble % | peak stash | parameter copies | messages | stages a rank |",
@@ -66,10 +66,10 @@ def table(rows: Sequence[Row]) -> str:
     return "\n".join([*lines, "", pick(rows)])
 
 
-def pick(rows: Sequence[Row]) -> str:
+def pick(rows: Sequence[Figures]) -> str:
     """Which schedule to pick, in words.
 
-    >>> pick([Row("gpipe", makespan=10, stash=4, copies=1), Row("1f1b", makespan=10, stash=2, copies=1)])
+    >>> pick([Figures("gpipe", makespan=10, stash=4, copies=1), Figures("1f1b", makespan=10, stash=2, copies=1)])
     'Fastest: 1f1b (10). None within 5% of it needs less memory.'
     """
     possible = [row for row in rows if row.reason is None]
@@ -90,14 +90,14 @@ def pick(rows: Sequence[Row]) -> str:
     return text
 
 
-def _row(name: str, num_ranks: int, num_microbatches: int, costs: Costs) -> Row:
+def _row(name: str, num_ranks: int, num_microbatches: int, costs: Costs) -> Figures:
     try:
         schedule = build(name, num_ranks, num_microbatches)
     except ValueError as error:
-        return Row(name, reason=str(error))
+        return Figures(name, reason=str(error))
     chunks = schedule.num_stages // num_ranks
     timeline = simulate(schedule, _scaled(costs, 1 / chunks))
-    return Row(
+    return Figures(
         name=name,
         chunks=len(schedule.rank_stages[0]),
         makespan=timeline.makespan,

@@ -26,7 +26,7 @@ def to_csv(schedule: Schedule) -> str:
 def from_csv(text: str, name: str = "csv") -> Schedule:
     """Reads and checks a schedule; empty cells, which are idle times, are skipped, and so are empty lines.
 
-    Quoted cells, spaces, lower case, a byte-order mark and other line ends do no harm.
+    Quoted cells, spaces, lower case, a byte-order mark and any line ends are accepted.
 
     Stages, microbatches and ranks are those that the actions name. Where two ranks run the same stage, the first half
     of the microbatches travels in one direction and the second half in the other, as DualPipe's do.

@@ -27,7 +27,7 @@ def inputs(schedule: Schedule, action: Action) -> tuple[tuple[Action, ...], ...]
 
 
 class Tokens:
-    """What has run of a schedule, for asking again and again whether a group could; the rules are those of `inputs`.
+    """What has run of a schedule, to ask many times whether a group can run; the rules are those of `inputs`.
 
     >>> from jaxpipe.schedule.builders.gpipe import gpipe
     >>> tokens = Tokens(gpipe(2, 1))

@@ -6,7 +6,7 @@ import json
 import math
 
 from jaxpipe.schedule.action import Kind
-from jaxpipe.schedule.simulator import Event, Timeline
+from jaxpipe.schedule.simulator import TimedGroup, Timeline
 
 MAX_COLUMNS = 500
 
@@ -67,12 +67,12 @@ def draw_perfetto(timeline: Timeline) -> str:
     return json.dumps({"traceEvents": events, "displayTimeUnit": "ms"})
 
 
-def is_second(timeline: Timeline, event: Event, position: int) -> bool:
+def is_second(timeline: Timeline, event: TimedGroup, position: int) -> bool:
     """Whether an action of an event belongs to the rank's second stage or second direction."""
     return timeline.schedule.chunk_of(event.group[position]) % 2 == 1
 
 
-def _label(timeline: Timeline, event: Event) -> str:
+def _label(timeline: Timeline, event: TimedGroup) -> str:
     parts = []
     for i, action in enumerate(event.group):
         text = f"{action.microbatch}{'' if action.kind is Kind.F else action.kind.value}"

@@ -43,7 +43,7 @@ class Schedule:
         return self.grid()
 
     def grid(self, marked: Collection[tuple[int, int]] = ()) -> str:
-        """The groups of each rank, one line a rank; the cells (rank, position) in ``marked`` between > and <.
+        """The groups of each rank, one line a rank; those at the (rank, position) in ``marked`` stand between > and <.
 
         >>> from jaxpipe.schedule.builders.gpipe import gpipe
         >>> print(gpipe(2, 1).grid(marked=[(1, 0)]))

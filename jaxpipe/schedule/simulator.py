@@ -1,4 +1,4 @@
-"""How long a schedule takes and what it holds, if every rank runs as soon as its inputs are there."""
+"""How long a schedule takes and what it holds, if every rank runs as soon as its inputs have arrived."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class Costs:
 
 
 @dataclasses.dataclass(frozen=True)
-class Event:
+class TimedGroup:
     """One group on one rank, from start to end in the unit of the costs."""
 
     rank: int
@@ -74,7 +74,7 @@ class Timeline:
 
     schedule: Schedule
     costs: Costs
-    events: tuple[tuple[Event, ...], ...]
+    events: tuple[tuple[TimedGroup, ...], ...]
 
     @property
     def makespan(self) -> float:
@@ -118,7 +118,7 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
     (6.0, 9)
     """
     ends: dict[Action, float] = {}
-    events: list[list[Event]] = [[] for _ in schedule.ranks]
+    events: list[list[TimedGroup]] = [[] for _ in schedule.ranks]
     progress = True
     while progress:
         progress = False
@@ -130,7 +130,7 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
                 start = max(arrival, events[rank][-1].end if events[rank] else 0.0)
                 end = start + costs.group([action.kind for action in group])
                 ends.update((action, end) for action in group)
-                events[rank].append(Event(rank, start, end, group))
+                events[rank].append(TimedGroup(rank, start, end, group))
                 progress = True
     if any(len(done) < len(groups) for done, groups in zip(events, schedule.ranks, strict=True)):
         raise ValueError(f"schedule {schedule.name!r} deadlocks; jaxpipe.schedule.check(schedule) shows where")

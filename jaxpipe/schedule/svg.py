@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.draw import is_second, shortest
-from jaxpipe.schedule.simulator import Event, Timeline
+from jaxpipe.schedule.simulator import TimedGroup, Timeline
 
 ROW = 26
 LEFT = 76
@@ -64,7 +64,7 @@ def draw_svg(timeline: Timeline, unit: float | None = None) -> str:
     return "\n".join([*parts, "</svg>"]) + "\n"
 
 
-def _event(timeline: Timeline, event: Event, x: float, y: float, width: float) -> list[str]:
+def _event(timeline: Timeline, event: TimedGroup, x: float, y: float, width: float) -> list[str]:
     share = width / len(event.group)
     parts = []
     for i, action in enumerate(event.group):

@@ -1,4 +1,4 @@
-"""Divides a graph in two: what the first results need, and what the second results need besides.
+"""Divides a graph in two: what the first results need, and what the second results need beyond that.
 
 `divide` cuts the backward pass into input and weight gradients. `hoist` cuts what depends on parameters alone out of
 the forward pass. Both go into the bodies of scans, which then become two loops, the first one stacking for the second.
@@ -7,11 +7,11 @@ the forward pass. Both go into the bodies of scans, which then become two loops,
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
-from jaxpipe.stage.graph import Node, Scan, Value, has_effect, producers, stack_of
+from jaxpipe.stage.graph import Carry, Node, Scan, Value, has_effect, producers, stack_of
 
 
 class Parts(NamedTuple):
@@ -30,9 +30,10 @@ class Parts(NamedTuple):
 
 
 def divide(nodes: Sequence[Node], first: Iterable[Value], second: Iterable[Value]) -> Parts:
-    """Divides nodes into those that the values ``first`` need, and those that ``second`` need besides.
+    """Divides nodes into those that the values ``first`` need, and those that ``second`` need beyond these.
 
-    No node is in both, but for constants, which are cheaper made again than kept. Nodes that nothing needs vanish.
+    No node is in both, except those that make constants, which are cheaper to make again than to keep. Nodes that
+    nothing needs vanish.
     """
     need_first, need_second = set(first), set(second)
     firsts: list[Node] = []
@@ -86,8 +87,8 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
     return tuple(once), tuple(rest), sources
 
 
-def closure(values: Iterable[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...] | None:
-    """The light nodes that make values from given ones and constants; None if that takes more.
+def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
+    """The light nodes that make values from given ones and constants; None if it takes heavier nodes.
 
     Scans are cut down to what makes the values, and are light if that is.
     """
@@ -137,7 +138,7 @@ def _cut_down(node: Node, values: set[Value]) -> Node:
 def _light(node: Node) -> bool:
     if node.scan is not None:
         return all(map(_light, node.scan.nodes))
-    return (node.again or not is_heavy(node.name)) and not has_effect(node)
+    return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 
 
 def _divide_node(
@@ -158,44 +159,51 @@ def _divide_node(
 
 def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaque: list[str]) -> tuple[Scan, Scan]:
     """A scan that makes the first outputs and stacks what a second scan needs of it."""
-    carry_first = _carries_for(scan, for_first, ())
-    carry_second = _carries_for(scan, for_second, carry_first)
-    results = {inner for inner, stacked in scan.ys if stacked in for_first} | {out for _, _, out, _ in carry_first}
-    wanted = {inner for inner, stacked in scan.ys if stacked in for_second} | {out for _, _, out, _ in carry_second}
-    parts = divide(scan.nodes, results, wanted)
+    first_carries = _carries_for(scan, for_first, ())
+    second_carries = _carries_for(scan, for_second, first_carries)
+    parts = divide(
+        scan.nodes,
+        _body_results(scan, first_carries, for_first),
+        _body_results(scan, second_carries, for_second),
+    )
     opaque.extend(parts.opaque)
 
     # What only the first loop knows: values made there, and its carries.
-    known = {value for node in parts.first for value in node.outs} | {inner for _, inner, _, _ in carry_first}
-    remade = {value for node in parts.second for value in node.outs}
-    ys_first = [
+    known = {value for node in parts.first for value in node.outs} | {carry.entering for carry in first_carries}
+    known -= {value for node in parts.second for value in node.outs}
+    first_ys = [
         (inner, stacked)
         for inner, stacked in scan.ys
-        if stacked in for_first or (stacked in for_second and inner in known - remade)
+        if stacked in for_first or (stacked in for_second and inner in known)
     ]
-    ys_second = [pair for pair in scan.ys if pair[1] in for_second and pair not in ys_first]
-    reads = {value for node in parts.second for value in node.ins} | {out for _, _, out, _ in carry_second}
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & (known - remade), scan)]
-    first = dataclasses.replace(scan, nodes=parts.first, carries=carry_first, ys=(*ys_first, *crossing))
+    second_ys = [pair for pair in scan.ys if pair[1] in for_second and pair not in first_ys]
+    reads = {value for node in parts.second for value in node.ins} | {carry.leaving for carry in second_carries}
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & known, scan, parts.first)]
+    first = dataclasses.replace(scan, nodes=parts.first, carries=first_carries, ys=(*first_ys, *crossing))
     second = dataclasses.replace(
         scan,
         nodes=parts.second,
-        carries=carry_second,
+        carries=second_carries,
         xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
-        ys=tuple(ys_second),
+        ys=tuple(second_ys),
     )
     return first, second
 
 
-def _carries_for(scan: Scan, outputs: set[Value], excluded: Sequence[tuple]) -> tuple[tuple, ...]:
-    """The carries that outputs need, besides the excluded ones."""
+def _body_results(scan: Scan, carries: Iterable[Carry], outputs: set[Value]) -> set[Value]:
+    """What the body has to make for some of the carries and of the scan's outputs."""
+    return {inner for inner, stacked in scan.ys if stacked in outputs} | {carry.leaving for carry in carries}
+
+
+def _carries_for(scan: Scan, outputs: set[Value], excluded: Sequence[Carry]) -> tuple[Carry, ...]:
+    """The carries that outputs need, without the excluded ones."""
     candidates = [carry for carry in scan.carries if carry not in excluded]
-    kept = [carry for carry in candidates if carry[3] in outputs]
+    kept = [carry for carry in candidates if carry.final in outputs]
     while True:
-        wanted = {inner for inner, stacked in scan.ys if stacked in outputs} | {out for _, _, out, _ in kept}
+        wanted = _body_results(scan, kept, outputs)
         parts = divide(scan.nodes, wanted, ())
         needed = wanted | {value for node in parts.first for value in node.ins}
-        grown = [carry for carry in candidates if carry in kept or carry[1] in needed]
+        grown = [carry for carry in candidates if carry in kept or carry.entering in needed]
         if len(grown) == len(kept):
             return tuple(grown)
         kept = grown
@@ -250,9 +258,9 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     same = tuple(node for node in once if all(derived[out] <= constant for out in node.outs))
     rest = (*same, *rest)
     made = {value for node in once if node not in same for value in node.outs}
-    reads = {value for node in rest for value in node.ins} | {out for _, _, out, _ in scan.carries}
+    reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan)]
+    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
     if not stacked_here and not crossing:
         return None, scan.node()
     parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
@@ -266,8 +274,11 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     return before.node(), (after.node() if after.carries or after.ys else None)
 
 
-def _ordered(values: set[Value], scan: Scan) -> list[Value]:
-    """Values in the order in which the scan makes them, so that results do not depend on hashing."""
-    order = [inner for _, inner, _, _ in scan.carries] + [value for node in scan.nodes for value in node.outs]
-    inner_made = [value for value in values if value not in set(order)]
-    return [value for value in order if value in values] + inner_made
+def _ordered(values: set[Value], scan: Scan, nodes: Iterable[Node]) -> list[Value]:
+    """Values in the order in which the scan makes them, so that results do not depend on hashing.
+
+    Those that a division of the scan's body has made come last, in the order of its nodes.
+    """
+    made = [value for node in (*scan.nodes, *nodes) for value in node.outs]
+    order = dict.fromkeys((*(carry.entering for carry in scan.carries), *made))
+    return [value for value in order if value in values]

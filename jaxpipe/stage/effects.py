@@ -1,4 +1,4 @@
-"""Side effects of a stage: what runs once for each microbatch, what is repeated by JAX, and what cannot be supported.
+"""Side effects of a stage: what runs once for each microbatch, what JAX repeats, and what cannot be supported.
 
 A node with an effect has one more result, a flag that nothing reads: what must run is what makes these flags. So
 effects are divided, and stacked by loops, like any other value.
@@ -47,7 +47,7 @@ def without_refs(closed: ClosedJaxpr) -> ClosedJaxpr:
 
 
 def check_effects(effects: Iterable[Any], what: str) -> None:
-    """Refuses effects that JAX orders on one device only, where there are more.
+    """Refuses effects that JAX can order on one device alone, where the mesh has several.
 
     Raises:
       ValueError: there is such an effect.
@@ -66,8 +66,8 @@ def without_repeated(
 ) -> tuple[Node, ...]:
     """A backward pass without those effects of the forward that `jax.checkpoint` repeats.
 
-    Repeated is what runs in a recomputation, depends on no cotangent, and has its like in the forward. What a custom
-    derivative does of its own stays.
+    An effect is a repetition if it runs in a recomputation, depends on no cotangent, and stands in the forward too. The
+    effects of a custom derivative itself stay.
     """
     known = frozenset().union(*(_kinds(node.eqn) for node in flat(forward)))
     depends = _dependents(backward, set(cotangents))
@@ -96,7 +96,7 @@ def _silence(nodes: Iterable[Node], chosen: Callable[[Node], bool]) -> tuple[Nod
             kept.append(node)
         elif node.eqn and (outs := tuple(value for value in node.outs if not value.effect)):
             quiet = eqn_node(_silent_eqn(node.eqn), node.ins, outs, node.context)
-            kept.append(dataclasses.replace(quiet, again=node.again, recomputed=node.recomputed))
+            kept.append(dataclasses.replace(quiet, recompute=node.recompute, recomputed=node.recomputed))
     return tuple(kept)
 
 
@@ -160,13 +160,13 @@ def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
                 found.update(node.outs)
             continue
         found.update(inner for outer, inner in (*scan.consts, *scan.xs) if outer in found)
-        found.update(inner for outer, inner, _, _ in scan.carries if outer in found)
+        found.update(carry.entering for carry in scan.carries if carry.initial in found)
         while True:
             found |= _dependents(scan.nodes, found)
-            grown = {inner for _, inner, out, _ in scan.carries if out in found} - found
+            grown = {carry.entering for carry in scan.carries if carry.leaving in found} - found
             if not grown:
                 break
             found |= grown
-        found.update(final for _, inner, out, final in scan.carries if inner in found or out in found)
+        found.update(carry.final for carry in scan.carries if carry.entering in found or carry.leaving in found)
         found.update(stacked for inner, stacked in scan.ys if inner in found)
     return found

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn
+from jaxpipe.flops import convolution_flops, dot_flops
 
 
 def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
@@ -30,19 +31,18 @@ def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
 
 
 def _jaxpr_flops(jaxpr: Jaxpr) -> int:
-    return sum(_eqn_flops(eqn) for eqn in jaxpr.eqns)
+    return sum(eqn_flops(eqn) for eqn in jaxpr.eqns)
 
 
-def _eqn_flops(eqn: JaxprEqn) -> int:
+def eqn_flops(eqn: JaxprEqn) -> int:
+    """FLOPs of one equation, with all inside of it."""
     name = eqn.primitive.name
     if name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
-        left = _shape(eqn.invars[0])
-        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(left[d] for d in contract)
+        return dot_flops(_shape(eqn.invars[0]), contract, _shape(eqn.outvars[0]))
     if name == "conv_general_dilated":
-        kernel = _shape(eqn.invars[1])
-        features = kernel[eqn.params["dimension_numbers"].rhs_spec[0]]
-        return 2 * math.prod(_shape(eqn.outvars[0])) * math.prod(kernel) // features
+        feature = eqn.params["dimension_numbers"].rhs_spec[0]
+        return convolution_flops(_shape(eqn.invars[1]), feature, _shape(eqn.outvars[0]))
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_flops(eqn)
     subs = [_jaxpr_flops(sub) for sub in subjaxprs(eqn)]
@@ -56,10 +56,10 @@ def _ragged_flops(eqn: JaxprEqn) -> int:
     left, right, out = _shape(eqn.invars[0]), _shape(eqn.invars[1]), _shape(eqn.outvars[0])
     numbers = eqn.params.get("ragged_dot_dimension_numbers")
     if numbers is None:
-        return 2 * math.prod(out) * left[-1]
+        return dot_flops(left, [-1], out)
     (contract, _), _ = numbers.dot_dimension_numbers
     if numbers.rhs_group_dimensions:
-        return 2 * math.prod(out) * math.prod(left[d] for d in contract)
+        return dot_flops(left, contract, out)
     # The ragged dimension is contracted: each of its rows contributes to one group's output.
     return 2 * math.prod(left) * math.prod(right) // math.prod(left[d] for d in contract)
 

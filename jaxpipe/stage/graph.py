@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Value:
 class Node:
     """Outputs computed from inputs.
 
-    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``again``
+    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``recompute``
     if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
     """
 
@@ -61,8 +61,24 @@ class Node:
     eqn: JaxprEqn | None = None
     scan: Scan | None = None
     context: tuple[JaxprEqn, ...] = ()
-    again: bool = False
+    recompute: bool = False
     recomputed: bool = False
+
+
+class Carry(NamedTuple):
+    """One carry of a scan, as the four values that it is on its way through the loop.
+
+    Attributes:
+      initial: the outer graph's value that the first turn starts from.
+      entering: the body's input.
+      leaving: the body's output, which enters the next turn.
+      final: the outer graph's value after the last turn.
+    """
+
+    initial: Value
+    entering: Value
+    leaving: Value
+    final: Value
 
 
 @dataclasses.dataclass(eq=False)
@@ -72,7 +88,7 @@ class Scan:
     Attributes:
       nodes: the body.
       consts: (outer, inner) pairs of values that every iteration reads.
-      carries: (initial, inner input, inner output, final) values.
+      carries: what passes from turn to turn.
       xs: (stacked, inner) pairs.
       ys: (inner, stacked) pairs.
       length, reverse, unroll: of `jax.lax.scan`.
@@ -81,7 +97,7 @@ class Scan:
 
     nodes: tuple[Node, ...]
     consts: tuple[tuple[Value, Value], ...]
-    carries: tuple[tuple[Value, Value, Value, Value], ...]
+    carries: tuple[Carry, ...]
     xs: tuple[tuple[Value, Value], ...]
     ys: tuple[tuple[Value, Value], ...]
     length: int
@@ -92,15 +108,16 @@ class Scan:
     def node(self) -> Node:
         """The scan as a node of the outer graph; inputs that the body does not read are left out."""
         read = {value for node in self.nodes for value in node.ins}
-        read |= {out for _, _, out, _ in self.carries} | {inner for inner, _ in self.ys}
+        read |= {carry.leaving for carry in self.carries} | {inner for inner, _ in self.ys}
         kept = dataclasses.replace(
             self,
             consts=tuple(pair for pair in self.consts if pair[1] in read),
             xs=tuple(pair for pair in self.xs if pair[1] in read),
         )
-        ins = [outer for outer, _ in kept.consts] + [init for init, *_ in kept.carries] + [xs for xs, _ in kept.xs]
-        outs = [final for *_, final in kept.carries] + [stacked for _, stacked in kept.ys]
-        return Node("scan", tuple(ins), tuple(outs), kept.run, scan=kept)
+        consts, xs = [outer for outer, _ in kept.consts], [stacked for stacked, _ in kept.xs]
+        ins = (*consts, *(carry.initial for carry in kept.carries), *xs)
+        outs = (*(carry.final for carry in kept.carries), *(stacked for _, stacked in kept.ys))
+        return Node("scan", ins, outs, kept.run, scan=kept)
 
     def run(self, *arrays: Any) -> list[Any]:
         """Runs the loop on the node's inputs."""
@@ -109,10 +126,10 @@ class Scan:
 
         def body(carry: Any, x: Any) -> tuple[Any, Any]:
             env = dict(consts)
-            env.update(zip((inner for _, inner, _, _ in self.carries), carry, strict=True))
+            env.update(zip((each.entering for each in self.carries), carry, strict=True))
             env.update(zip((inner for _, inner in self.xs), x, strict=True))
             evaluate(self.nodes, env)
-            outs = [read(env, out) for _, _, out, _ in self.carries]
+            outs = [read(env, each.leaving) for each in self.carries]
             return outs, [read(env, inner) for inner, _ in self.ys]
 
         with _contexts(self.context):
@@ -203,8 +220,8 @@ def _mark_recomputed(nodes: Sequence[Node]) -> None:
     pending = [value for node in named for value in node.ins]
     while pending:
         node = made.get(pending.pop())
-        if node is not None and not node.again:
-            node.again = True
+        if node is not None and not node.recompute:
+            node.recompute = True
             if node.name in LIGHT:
                 pending += node.ins
 
@@ -234,12 +251,11 @@ def _scan(
     _mark_recomputed(nodes)
     effects = [value for node in nodes for value in node.outs if value.effect]
     stop = num_consts + num_carry
+    carried = ins[num_consts:stop], inner_ins[num_consts:stop], inner_outs[:num_carry], outs[:num_carry]
     return Scan(
         nodes=tuple(nodes),
         consts=tuple(zip(ins[:num_consts], inner_ins[:num_consts], strict=True)),
-        carries=tuple(
-            zip(ins[num_consts:stop], inner_ins[num_consts:stop], inner_outs[:num_carry], outs[:num_carry], strict=True)
-        ),
+        carries=tuple(Carry(*values) for values in zip(*carried, strict=True)),
         xs=tuple(zip(ins[stop:], inner_ins[stop:], strict=True)),
         ys=(
             *zip(inner_outs[num_carry:], outs[num_carry:], strict=True),
@@ -260,7 +276,7 @@ def stack_of(value: Value, length: int) -> Value:
 def has_side_effects(effects: Iterable[Any]) -> bool:
     """Whether any of a jaxpr's or an equation's effects is more than the use of a mesh axis.
 
-    What an unknown effect does cannot be told: it counts.
+    An unknown effect counts, since nobody can tell what it does.
     """
     return any(type(effect).__name__ not in HARMLESS_EFFECTS for effect in effects)
 

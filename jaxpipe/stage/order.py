@@ -32,7 +32,9 @@ def in_time(again: Sequence[Node], nodes: Sequence[Node]) -> tuple[Node, ...]:
 
 
 def as_soon_as_possible(nodes: Sequence[Node], among: Sequence[Node]) -> tuple[Node, ...]:
-    """Both in one order, each of the nodes right after the last that it waits for, and before those that others wake.
+    """Both in one order, each of the nodes right after the last one that it waits for.
+
+    What a node makes ready runs before whatever else is ready.
 
     Args:
       nodes: in an order in which they can run after the others.
@@ -56,12 +58,12 @@ def as_soon_as_possible(nodes: Sequence[Node], among: Sequence[Node]) -> tuple[N
         while stack:
             node = stack.pop()
             placed.append(node)
-            woken = []
+            freed = []
             for reader in (reader for value in node.outs for reader in readers[value]):
                 missing[reader].difference_update(node.outs)
-                if not missing[reader] and reader not in woken:
-                    woken.append(reader)
-            stack.extend(reversed(woken))
+                if not missing[reader] and reader not in freed:
+                    freed.append(reader)
+            stack.extend(reversed(freed))
 
     place([node for node, values in missing.items() if not values])
     for node in among:

@@ -13,10 +13,10 @@ from jaxpipe.stage.graph import Node, Value
 def eliminate_common_subexpressions(
     nodes: Sequence[Node], once: Sequence[Node], known: set[Value], alias: dict[Value, Value]
 ) -> list[Node]:
-    """The nodes of a backward pass that reads what ``alias`` says, without those whose work is done once a step.
+    """The nodes of a backward pass that reads other values, as ``alias`` says, without work that ``once`` does already.
 
-    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier; ``alias`` learns of the casts that
-    there are already.
+    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier. ``alias``, which is extended, then
+    leads from the results of these casts to those of ``once``.
     """
 
     def key(node: Node) -> Any:
@@ -28,8 +28,8 @@ def eliminate_common_subexpressions(
         node = substitute(node, alias)
         if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
             alias[node.outs[0]] = node.ins[0]
-        elif node.name in LIGHT and (twin := done.get(key(node))):
-            alias.update(zip(node.outs, twin.outs, strict=True))
+        elif node.name in LIGHT and (same := done.get(key(node))):
+            alias.update(zip(node.outs, same.outs, strict=True))
         else:
             kept.append(node)
     return kept
@@ -45,7 +45,7 @@ def substitute(node: Node, alias: dict[Value, Value]) -> Node:
     return dataclasses.replace(
         scan,
         consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
-        carries=tuple((alias.get(init, init), *rest) for init, *rest in scan.carries),
+        carries=tuple(carry._replace(initial=alias.get(carry.initial, carry.initial)) for carry in scan.carries),
         xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
     ).node()
 

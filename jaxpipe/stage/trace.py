@@ -34,7 +34,7 @@ def trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: bo
     """Traces a stage and its derivative.
 
     Raises:
-      ValueError: it has an effect that cannot be had in a stage.
+      ValueError: it has an effect that a stage cannot have.
     """
     param_leaves, param_tree = jax.tree.flatten(params)
     x_leaves, x_tree = jax.tree.flatten(x)

@@ -1,4 +1,4 @@
-"""What an event does, from its names: an ordered table of rules, of which the first that matches counts."""
+"""Finds what an event does from its names, by an ordered table of rules; the first rule that matches counts."""
 
 from __future__ import annotations
 
@@ -29,15 +29,15 @@ __all__ = [
 ]
 
 OTHER = "other kernel"
-"""The kind of what no rule knows; it counts as compute."""
+"""The kind of events that no rule knows; they count as compute."""
 
 
 _MOST = 2000
-"""Characters of a name that are searched: what follows are arguments of arguments, and a trace may hold anything."""
+"""The number of characters of a name that are searched. Arguments of arguments follow, which say nothing."""
 
 
 class Classifier:
-    """Kind and group by rules, each combination of names looked up once: a trace has few of them and many events.
+    """Finds kind and group by rules. Each combination of names is looked up once, as many events share it.
 
     >>> Classifier(KERNELS)("void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_nn>(int)")
     ('GEMM', 'compute')
@@ -55,7 +55,7 @@ class Classifier:
     def __call__(
         self, name: str, hlo_op: str = "", scope: str = "", phase: str = "", lane: str = ""
     ) -> tuple[str, str]:
-        """Kind and group of an event; what no rule matches is an other kernel, which computes."""
+        """The kind and group of an event; one that no rule matches is an other kernel, which computes."""
         by_op, by_scope, by_phase, by_lane = self._used
         key = (
             name,
@@ -80,16 +80,16 @@ class Classifier:
 _FIELDS = [field.name for field in dataclasses.fields(Event)]
 _BEFORE = operator.attrgetter(*_FIELDS[: _FIELDS.index("kind")])
 _AFTER = operator.attrgetter(*_FIELDS[_FIELDS.index("group") + 1 :])
-"""An event's fields round kind and group, which follow one another: a copy by `dataclasses.replace` takes four times
-as long, and a trace has millions of them."""
+"""The fields of an event before and after kind and group, to copy it. `dataclasses.replace` would take four times as
+long, and a trace has millions of events."""
 
 
 def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
-    """The trace with the kind and group of every event, from the first rule that matches it.
+    """Sets the kind and group of every event by the first rule that matches it.
 
-    Your own rules go in front: ``classify(trace, (Rule(r"^my_kernel", "dispatch", "transfer"), *KERNELS))``. What no
-    rule matches is a transfer if the profiler says that it is part of a collective; all else is an `OTHER` kernel and
-    counts as compute, so look at `unclassified_share` before you believe a ratio.
+    Your own rules go in front: ``classify(trace, (Rule(r"^my_kernel", "dispatch", "transfer"), *KERNELS))``. An event
+    that no rule matches is a transfer if the profiler says that it is part of a collective. All others are `OTHER`
+    kernels and count as compute, so look at `unclassified_share` before you believe a ratio.
 
     >>> trace = Trace("", "xplane", (Event(0, "s", 0.0, 2.0, "nvjet_hsh"), Event(0, "s", 3.0, 4.0, "mystery")))
     >>> [(event.kind, event.group) for event in classify(trace, XLA).events]
@@ -110,12 +110,12 @@ def classify(trace: Trace, rules: Sequence[Rule]) -> Trace:
 
 
 def is_unclassified(event: Event) -> bool:
-    """Whether no rule knows the event: it is an other kernel, or nothing has classified it at all."""
+    """Whether no rule knows the event, or nothing has classified it."""
     return event.kind == OTHER or event.group == "unclassified"
 
 
 def unclassified_share(trace: Trace) -> float:
-    """Time of the events that no rule matched, as a share of all events' time; 0 where there is no time at all.
+    """The time of events that no rule matched, as a share of the time of all events; 0 if there is none.
 
     >>> events = (Event(0, "s", 0.0, 3.0, "a", kind="GEMM", group="compute"), Event(0, "s", 3.0, 4.0, "mystery"))
     >>> unclassified_share(Trace("", "xplane", events))
@@ -126,7 +126,7 @@ def unclassified_share(trace: Trace) -> float:
 
 
 def unclassified_names(trace: Trace, top: int = 10) -> tuple[tuple[str, float], ...]:
-    """What to write rules for: the names that no rule matched and their microseconds, the longest first.
+    """The names that no rule matched, with their microseconds, the longest first. Write rules for these.
 
     >>> unclassified_names(Trace("", "xplane", (Event(0, "s", 3.0, 4.0, "mystery"),)))
     (('mystery', 1.0),)

@@ -1,10 +1,10 @@
-"""Kernels that communicate, by the names of their functions: the same table for every reader.
+"""The rules for kernels that communicate, by the names of their functions, for every reader.
 
 Names are those in the public sources of the libraries: NCCL, RCCL, MSCCL and MSCCL++, NVSHMEM and rocSHMEM, DeepEP,
 pplx-kernels, Mori, FlashInfer, TensorRT-LLM, vLLM, SGLang, aiter, FBGEMM, PyTorch's symmetric memory, Transformer
-Engine's userbuffers, Apex. A kernel is a transfer if it moves data between devices, a wait if it only tells others or
-waits for them, and compute if it merely prepares or unpacks buffers of its own device. Only the function counts: "nccl"
-in a template argument says nothing about what a kernel does.
+Engine's userbuffers, Apex. A kernel is a transfer if it moves data between devices, a wait if it only notifies others
+or waits for them, and compute if it only prepares or unpacks buffers of its own device. Only the function counts:
+"nccl" in a template argument says nothing about what a kernel does.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _SHMEM = r"(nv|roc|i|open|mx|mori_?)shmem"
 _EXPERT_PARALLEL = r"(^|::)((\w+_)?ep|uccl|pplx|mori|moe_all_?to_?all|internode(_ll)?|intranode|elastic)::"
 
 _TABLE: tuple[tuple[str, str, str], ...] = (
-    # Products that overlap a collective within one kernel, and what prepares or unpacks buffers of its own device.
+    # Products that overlap a collective within one kernel, and kernels that prepare or unpack buffers of their device.
     (rf"{_PRODUCT}[^:]*({_COLLECTIVE}|_notify|_combine)[^:]*$"
      rf"|({_COLLECTIVE}|dispatch_|wait_signal|gather_rs)[^:]*{_PRODUCT}[^:]*$", "GEMM with communication",
      "compute"),
@@ -52,7 +52,7 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
     (r"userbuffers_\w*_rs(_|\b)", "reduce-scatter", "transfer"),
     (r"kuserbuffers_", "send and receive", "transfer"),
     (r"userbuffers_", "all-reduce", "transfer"),
-    # By what they say of themselves, whosever they are.
+    # Kernels of any library whose names say what they do.
     (rf"{_ALL_TO_ALL}[^:]*$|computeCountAndIndice", "all-to-all", "transfer"),
     (rf"{_REDUCE_SCATTER}[^:]*$|gather_rs_", "reduce-scatter", "transfer"),
     (rf"{_ALL_GATHER}[^:]*$|gather_multimem|^_forward_(push|pull)_|ring\w*gather[^:]*$|(^"
@@ -74,4 +74,4 @@ _TABLE: tuple[tuple[str, str, str], ...] = (
 COMMUNICATION: tuple[Rule, ...] = tuple(
     Rule(f"(?i){pattern}", kind, group, "function") for pattern, kind, group in _TABLE
 )
-"""What moves data between devices and what waits for it, and before these what only seems to."""
+"""Rules for transfers and waits, after rules for kernels whose names only look like these."""

@@ -1,9 +1,9 @@
-"""Kernels that compute, by their names: the same table for every reader, tried after communication.
+"""The rules for kernels that compute, by their names, for every reader; they come after those for communication.
 
 Names are those of CUTLASS, cuBLAS, cuDNN, Tensile and hipBLASLt, rocBLAS, MIOpen, Composable Kernel, aiter, Triton and
 Inductor, FlashAttention, FlashInfer, TensorRT-LLM, Transformer Engine, Apex, FBGEMM, cub, thrust and rocprim, ATen,
-vLLM and SGLang. Copies and fills within a device count as compute. Where the function only runs what its template was
-made with, as ``cutlass::Kernel2`` does, the template's arguments are looked at; nowhere else.
+vLLM and SGLang. Copies and fills within a device count as compute. Template arguments are searched only for functions
+that just run them, such as ``cutlass::Kernel2``.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ INDUCTOR: tuple[Rule, ...] = tuple(
         (r"^triton_(for|unk|mix|helion|cooperative)?_*(fused_|\d)", "fusion"),
     )
 )
-"""What Inductor generates. It is named after the operators that were fused, "all_reduce" among them where a kernel
-works on the result of one, so that it stands before communication."""
+"""Kernels that Inductor generates. They are named after the operators that were fused, such as "all_reduce" if a kernel
+works on the result of one, so these rules come before those for communication."""
 
-# ( pattern, kind ); all are searched in "kernel", whatever the case of its letters.
+# (pattern, kind); all are searched in "kernel", in letters of any case.
 _TABLE: tuple[tuple[str, str], ...] = (
     (r"^Mem(cpy|set)|^Copy(Device|Host|Buffer)|^FillBuffer|__amd_rocclr_|^(hip|cuda)Mem(cpy|set)|^[HD]to[HD]\b",
      "memory"),
@@ -37,7 +37,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      r"|adagrad"
      r"(?!_unweighted|_weighted)|(^|[:_])(lamb|lars|sgd)_", "optimizer"),
     (r"multi_tensor_apply|l2norm_?(kernel|cleanup)?$|multi_tensor", "multi-tensor update"),
-    # Caches, tables and indices of serving; before attention, whose name they carry.
+    # Caches, tables and indices of serving; before attention, as their names hold that word.
     (r"reshape_and_cache|concat_and_cache|^(?!.*(fmha|prefill|decode|attention)).*(kv|k|mla|indexer)_?(quant_)?cache"
      r"|store_?kv|append_?paged|(copy|swap)_blocks|UpdateKVCache", "KV cache"),
     (r"kv_indices|page_(indices|table)|block_table|slot_mapping|(compute|clamp)_position|position_kernel|future_token"
@@ -75,7 +75,7 @@ _TABLE: tuple[tuple[str, str], ...] = (
      r"|norm_?fwd"
      r"|norm_?bwd|RowwiseMoments|GammaBeta|ComputeInternalGradients|GradInput|welford|qk_?norm|renorm|(?<![a-z])norm_"
      r"|_norm(_|$)|bnorm|bn(Fwd|Bwd)|(gemma|fused)\w*norm|NormFwd|NormBwd", "normalization"),
-    # Products; after what is named after the product that it is part of.
+    # Products; after kernels that are named after a product.
     (r"gemm|gemv|gevm|matmul|(?<![a-z])b?mm_|_mm_|nvjet|cublas|xmma|Cijk_|tensorop|split_?k(?!v)|wv_?split|splitKreduce"
      r"|marlin|machete|wgmma|hipblas|rocblas|wmma|tinygemm|gptq|(?<![a-z])awq|exllama|mul_mat|matvec|scaled_mm"
      r"|dot_kernel"
@@ -125,4 +125,4 @@ _TABLE: tuple[tuple[str, str], ...] = (
 )  # fmt: skip
 
 COMPUTE: tuple[Rule, ...] = tuple(Rule(f"(?i){pattern}", kind, "compute", "kernel") for pattern, kind in _TABLE)
-"""What a device computes, copies of its own included, whichever library launched it."""
+"""Rules for what a device computes, its own copies included, in any library."""

@@ -1,7 +1,7 @@
-"""Names of kernels: the function in them, what its template was made with, and a short label that tells them apart.
+"""Takes names of kernels apart, and makes short labels of them that differ.
 
-A profiler gives the whole C++ name: return type, namespaces, template arguments, parameters. What a kernel does stands
-in the name of its function; template arguments hold names of other things, "nccl" or "all_reduce" among them.
+A profiler gives the whole C++ name: return type, namespaces, template arguments, parameters. The name of the function
+says what a kernel does; template arguments hold names of other things, such as "nccl" or "all_reduce".
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ class KernelName:
     """A kernel's name taken apart.
 
     Attributes:
-      function: the qualified name, without return type, template arguments, parameters and unnamed namespaces; the
-        whole name where it is none of C++, as Triton's and cuBLAS's are.
-      arguments: what stands between the angle brackets of its last part that has some; of a mangled name, the
-        identifiers in them; "" without any.
+      function: qualified name without return type, template arguments, parameters and unnamed namespaces; the whole
+        name if it is not one of C++, such as Triton's and cuBLAS's.
+      arguments: template arguments of the last part that has some, or the identifiers in them if the name is mangled;
+        "" if there are none.
     """
 
     function: str
@@ -27,7 +27,7 @@ class KernelName:
 
     @property
     def kernel(self) -> str:
-        """The function, followed by its template's arguments where it does nothing but run them."""
+        """The function, followed by its template arguments if it only runs them."""
         runs = self.arguments and (_NAMELESS.match(self.base) or self.base == "multi_tensor_apply_kernel")
         return f"{self.function}<{self.arguments}>" if runs else self.function
 
@@ -39,14 +39,14 @@ class KernelName:
 
 _ANONYMOUS = re.compile(r"(\(anonymous namespace\)|\{anonymous\}|<unnamed>|`anonymous namespace')(::)?")
 _CLONE = re.compile(r"( \[(clone|with) [^]]*\])+$|\.kd$")
-# "Memcpy PtoP (Device -> Device)" has brackets as well, but no demangler puts a space before those of parameters.
+# No demangler puts a space before the brackets of parameters, as "Memcpy PtoP (Device -> Device)" has.
 _CPLUSPLUS = re.compile(r"^void |::|<|\w\(|^\(anonymous|^<unnamed>")
 _OPERATOR = re.compile(r"\boperator\s*(\(\)|\[\]|<=>|<<=?|>>=?|->\*?|[<>=!+*/%^&|~-]=?)")
 _CLOSES = {"<": ">", "(": ")", "{": "}", "[": "]"}
 
 
 def parse_kernel(name: str) -> KernelName:
-    """Takes a kernel's name apart, demangled, mangled or cut short as it may be.
+    """Takes a kernel's name apart, whether it is demangled, mangled or cut short.
 
     >>> parse_kernel("void at::native::reduce_kernel<512, 1, ReduceOp<float, Sum> >(ReduceOp<float, Sum>)")
     KernelName(function='at::native::reduce_kernel', arguments='512, 1, ReduceOp<float, Sum> ')
@@ -73,7 +73,7 @@ def parse_kernel(name: str) -> KernelName:
                 function += "lambda"
             i = end + 1
         elif text[i] == "(":
-            # Parameters end the name, unless they are of a function that the kernel is defined in, or of decltype.
+            # Parameters end the name, unless they belong to a function around the kernel, or to decltype.
             inner = re.compile(r"( const)?(?=::)").match(text, _matching(text, i) + 1)
             if function.endswith("decltype"):
                 i = _matching(text, i) + 1
@@ -90,7 +90,7 @@ def parse_kernel(name: str) -> KernelName:
 
 
 def _matching(text: str, start: int) -> int:
-    """Where the bracket that opens at the start closes; the length of the text where it was cut before."""
+    """The position at which the bracket at the start closes; the length of the text if it was cut before."""
     around: list[str] = []
     expected = dict.fromkeys(_CLOSES.values(), 0)
     for i in range(start, len(text)):
@@ -109,7 +109,7 @@ def _matching(text: str, start: int) -> int:
 
 
 class _Mangled:
-    """The names within a name mangled by the Itanium C++ ABI; what follows the function's own name is not read."""
+    """The names within a name mangled by the Itanium C++ ABI. What follows the function's own name is not read."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -133,7 +133,7 @@ class _Mangled:
         return KernelName(function, ", ".join(self.inside)) if function else None
 
     def _unqualified(self, into: list[str]) -> None:
-        """A name with its length before it; of an operator or an unnamed type, a word for it."""
+        """A name with its length before it, or a word for an operator or an unnamed type."""
         if self.text[self.i] == "L":
             self.i += 1
         if length := re.compile(r"\d+").match(self.text, self.i):
@@ -233,13 +233,13 @@ class _Mangled:
 
 
 _NAMELESS = re.compile(r"^(Kernel2?|device_kernel|kentry|_kernel_agent|trampoline_kernel)$")
-"""Functions that only run what their template was made with."""
+"""Functions that only run their template arguments."""
 
 _WRAPPER = re.compile(
     r"elementwise_kernel|^(reduce_kernel|multi_tensor_apply_kernel|parallel_for|for_each|static_kernel|index_kernel"
     r"|loops_kernel|transform_kernel|launch_kernel|unary_kernel|binary_kernel)"
 )
-"""Functions that say in what way the elements are gone through, and their template what is done with them."""
+"""Functions that say how elements are gone through, while their template arguments say what is done."""
 
 _SAYS_NOTHING = re.compile(
     r"^(gpu_kernel_impl|gpu_kernel_impl_nocast|BinaryFunctor|AUnaryFunctor|BUnaryFunctor|ReduceOp|func_wrapper_t"
@@ -253,7 +253,7 @@ _SAYS_NOTHING = re.compile(
     r"|value|integral_constant|bool_constant|tuple|decltype|this|auto|std|at|native|ck|cutlass|cute)$"
 )
 _MEMBER = re.compile(r"^(GemmKernel|[Kk]ernel|functor|Params|Policy|Op|operator~)$")
-"""What says something only with the name that it belongs to."""
+"""Names that mean something only with the class that they belong to."""
 
 _QUALIFIED = re.compile(r"(?<![\w:'])[A-Za-z_]\w*(?:::[A-Za-z_]\w*)*")
 _TILE = re.compile(r"tuple<(?:cute::)?C<(\d+)>, *(?:cute::)?C<(\d+)>, *(?:cute::)?C<(\d+)>")
@@ -262,14 +262,14 @@ _NOISE = re.compile(r"\(anonymous namespace\)::|\bat::native::|\bstd::(?=array|i
 
 
 def kernel_label(name: str, most: int = 60) -> str:
-    """A short label for a kernel: its function, and what tells it from others of that function.
+    """A short label for a kernel: its function, and what distinguishes it from others of that function.
 
     Args:
-      name: as the profiler gives it.
-      most: characters of the label; longer ones are cut within, at an ellipsis.
+      name: name that the profiler gave.
+      most: most characters of the label; an ellipsis shortens longer ones.
 
     Raises:
-      ValueError: fewer than 8 characters are asked for.
+      ValueError: `most` is below 8.
 
     >>> kernel_label("void cutlass::Kernel2<cutlass_80_tensorop_s16816gemm_128x64_nn>(cutlass_80_tensorop::Params)")
     'cutlass_80_tensorop_s16816gemm_128x64_nn'
@@ -298,7 +298,7 @@ def kernel_label(name: str, most: int = 60) -> str:
 
 
 def kernel_labels(names: Iterable[str], most: int = 60) -> dict[str, str]:
-    """``{name: label}``, a different label for each: where the short ones are the same, with what differs added.
+    """``{name: label}`` with a different label for each name. Equal short labels are extended by what differs.
 
     >>> copies = [f"void elementwise_kernel<128, copy_kernel_cuda<{kind}> >(int)" for kind in ("float", "c10::Half")]
     >>> list(kernel_labels(copies).values())
@@ -320,7 +320,7 @@ def kernel_labels(names: Iterable[str], most: int = 60) -> dict[str, str]:
 
 
 def _telling(arguments: str) -> Iterator[str]:
-    """Names in template arguments that say what is done, in their order."""
+    """The names in template arguments that say what is done, in their order."""
     for found in _QUALIFIED.finditer(_ANONYMOUS.sub("", _OPERATOR.sub("operator~", arguments))):
         *above, last = found[0].split("::")
         if above and _MEMBER.match(last):
@@ -330,7 +330,7 @@ def _telling(arguments: str) -> Iterator[str]:
 
 
 def _details(telling: str, arguments: str) -> str:
-    """Main loop and tile of a product that CUTLASS builds from parts."""
+    """The main loop and the tile of a product that CUTLASS builds from parts."""
     if not telling.startswith(("GemmUniversal", "ConvUniversal")):
         return ""
     loop = re.search(r"\b(Mainloop\w+)", arguments)
@@ -341,7 +341,7 @@ def _details(telling: str, arguments: str) -> str:
 
 
 def _cut(text: str, most: int) -> str:
-    """The text without its middle where it is too long: ends often hold a number that tells it from others."""
+    """A text without its middle if it is too long. The end stays, as it often holds a number that differs."""
     if len(text) <= most:
         return text
     tail = min(16, (most - 1) // 3)

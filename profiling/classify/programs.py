@@ -1,4 +1,4 @@
-"""Tables for programs of a kind: DeepSeek's kernels, and what XLA compiled. Each ends in the tables for everyone."""
+"""The tables of rules for programs with DeepSeek's kernels and for programs that XLA compiled."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from profiling.classify.names import parse_kernel
 from profiling.classify.rules import Rule
 
 KERNELS: tuple[Rule, ...] = (*INDUCTOR, *COMMUNICATION, *COMPUTE)
-"""For kernels of any framework, of NVIDIA's and of AMD's GPUs."""
+"""Rules for kernels of any framework, on GPUs of NVIDIA and AMD."""
 
 DEEPSEEK: tuple[Rule, ...] = (
     *INDUCTOR,
@@ -38,7 +38,7 @@ DEEPSEEK: tuple[Rule, ...] = (
     ),
     *COMPUTE,
 )
-"""For programs that use DeepSeek's kernels: DeepEP, DeepGEMM, flash attention, in the words of its published traces."""
+"""Rules for programs with DeepSeek's kernels (DeepEP, DeepGEMM, flash attention), in the words of its traces."""
 
 _MOVES = r"(copy|transpose|bitcast|slice|dynamic-slice|dynamic-update-slice|concatenate|pad|reshape|iota|broadcast)"
 _PART = r"(-start|\.|-|_|$)"
@@ -92,14 +92,14 @@ XLA: tuple[Rule, ...] = (
     *(dataclasses.replace(rule, field="hlo_op") for rule in COMPUTE),
     Rule(r"^custom[-_]call|callback|pallas|triton|mosaic", "custom call", "compute", "hlo_op"),
 )
-"""Programs that XLA compiled, on GPUs and CPUs: the instruction decides before the kernel's name, which often says
-less. Loops, branches and calls have events on CPUs alone, round the events of what they run."""
+"""Rules for programs that XLA compiled, on GPUs and CPUs. The instruction decides before the kernel's name, which often
+says less. Loops, branches and calls have events only on CPUs, around the events of what they run."""
 
 _DEEPSEEK = re.compile(r"(^|::)(deep_ep|deep_gemm|dpsk)::|(^|::)ep::(internode|intranode)|(^|::)fp8_gemm_kernel$")
 
 
 def rules_for(names: Iterable[str]) -> tuple[Rule, ...]:
-    """The tables for a trace of PyTorch's with kernels of these names: DeepSeek's words only where its kernels ran.
+    """The rules for a trace of PyTorch with kernels of these names: DeepSeek's only if its kernels ran.
 
     >>> rules_for(["ampere_sgemm_128x64_tn", "void my::kernel<deep_ep::Buffer>(int)"]) is KERNELS
     True

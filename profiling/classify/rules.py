@@ -1,4 +1,4 @@
-"""Rules that say what an event does, and files of them: a user's own stand before all tables."""
+"""Rules that say what an event does, and files of a user's own rules."""
 
 from __future__ import annotations
 
@@ -12,24 +12,25 @@ from typing import Any
 from profiling.event import GROUPS
 
 FIELDS = ("name", "function", "kernel", "hlo_op", "scope", "phase", "lane")
-"""What a rule may look at. "name" is the whole name as the profiler gave it; "function" is what `kernel_names` finds in
-it, without template arguments, return type and parameters; "kernel" is the same, followed by the template arguments in
-angle brackets where the function does nothing but run them, as ``cutlass::Kernel2`` does. The others are fields of the
-event."""
+"""What a rule may search. "name" is the whole name that the profiler gave. "function" is the function in it, without
+template arguments, return type and parameters. "kernel" is the function followed by its template arguments in angle
+brackets if it only runs them, as ``cutlass::Kernel2`` does. The others are fields of the event."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """Events whose field contains the pattern are of this kind.
+    """A rule: events whose field contains the pattern are of this kind.
 
     Attributes:
-      pattern: a regular expression, searched for anywhere in the field; ``^`` and ``$`` bind it to the ends.
-      kind: what such an event does, "grouped GEMM" for instance.
-      group: what its time counts as, one of `profiling.event.GROUPS`.
-      field: what is searched, one of `FIELDS`.
+      pattern: regular expression, searched for anywhere in the field; ``^`` and ``$`` bind it to the ends.
+      kind: what such an event does, such as "grouped GEMM".
+      group: what its time counts as: "compute", "transfer", "wait", "unclassified" or "control"; see `Event`.
+      field: what is searched: "name" (as the profiler gave it), "function" (the name without template arguments,
+        return type and parameters), "kernel" (the function, with template arguments if it only runs them), "hlo_op",
+        "scope", "phase" or "lane".
 
     Raises:
-      ValueError: a group or field that does not exist, or no regular expression.
+      ValueError: the group or the field does not exist, or the pattern is no regular expression.
 
     >>> Rule(r"^my_all_to_all", "all-to-all", "transfer").group
     'transfer'
@@ -52,12 +53,12 @@ class Rule:
 
 
 def load_rules(path: str | os.PathLike[str]) -> tuple[Rule, ...]:
-    """Rules from a JSON file: a list of objects with "pattern", "kind" and "group", and "field" where it is not "name".
+    """Loads rules from a JSON file: a list of objects with "pattern", "kind" and "group", and perhaps "field".
 
-    The first that matches counts, before all tables of this package.
+    The first rule that matches counts, before all tables of this package.
 
     Raises:
-      ValueError: no such file, no JSON, or an entry that is no rule; the file and the entry are named.
+      ValueError: the file does not exist, is no JSON, or has an entry that is no rule; the message names both.
 
     >>> import tempfile
     >>> path = pathlib.Path(tempfile.mkdtemp()) / "rules.json"

@@ -1,4 +1,4 @@
-"""Collectives of a compiled program: which devices take part, and how much each sends."""
+"""Finds which devices take part in the collectives of a compiled program, and how much each sends."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import re
 
 import numpy as np
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Computation, Instruction, Module
 
 KINDS = ("all-to-all", "ragged-all-to-all", "all-gather", "reduce-scatter", "all-reduce", "collective-permute",
          "collective-broadcast", "send", "recv")  # fmt: skip
-"""The opcodes that move data between devices, without the "-start" of their asynchronous forms."""
+"""Opcodes that move data between devices, without the "-start" of their asynchronous forms."""
 
 _ITSELF = ("send", "recv")  # asynchronous although their names do not say "-start"
 _WRAPPERS = ("async-start", "fusion", "fusion-start")
@@ -27,11 +27,11 @@ class Exchange:
 
     Attributes:
       kind: one of `KINDS`, joined by "+" if there are several.
-      devices: how many take part in the largest group.
+      devices: number of devices in the largest group.
       local: bytes to devices of the same node.
       remote: bytes to devices of other nodes.
-      example: devices that take part together: a group, or the source and target of a pair; of those on several nodes
-        where there are any, since they decide.
+      example: one group of devices, or the source and target of a pair; on several nodes if there are such, since they
+        decide.
     """
 
     kind: str
@@ -42,11 +42,11 @@ class Exchange:
 
     @property
     def bytes(self) -> float:
-        """All that the device sends."""
+        """All bytes that the device sends."""
         return self.local + self.remote
 
     def us(self, chip: Chip, achieved: Achieved) -> float:
-        """Microseconds that it takes: both ways are used at once, and the slower one decides."""
+        """Microseconds of the exchange. Both ways are used at once, and the slower one decides."""
         if not self.bytes:
             return 0.0
         local = self.local / (chip.interconnect * achieved.interconnect)
@@ -55,11 +55,11 @@ class Exchange:
 
 
 def groups(instruction: Instruction, devices: int) -> tuple[tuple[int, ...], ...]:
-    """The groups of devices that a collective runs in, whichever of its three notations XLA chose.
+    """The groups of devices that a collective runs in, from any of XLA's three notations.
 
     Args:
-      instruction: with replica_groups; none, or empty ones, stand for one group of all devices.
-      devices: of the program.
+      instruction: instruction with replica_groups; missing or empty ones stand for one group of all devices.
+      devices: number of devices of the program.
 
     >>> groups(Instruction("a", "all-gather", (), attributes={"replica_groups": "[2,2]<=[2,2]T(1,0)"}), 4)
     ((0, 2), (1, 3))
@@ -94,7 +94,7 @@ def _iota(text: str) -> np.ndarray:
 def _of_mesh(mesh: str, order: str) -> tuple[tuple[int, ...], ...]:
     """The groups of "mesh['pp'=2,'ep'=4] {'ep'}": one for each place on the axes that are not named.
 
-    `order` lists the mesh's devices where they are not 0, 1, 2, ..., "(0,2,1,3) {'ep'}", and the axes then follow it.
+    `order` lists the mesh's devices if they are not 0, 1, 2, ..., as in "(0,2,1,3) {'ep'}"; the axes then follow it.
     """
     axes = {name: int(size) for name, size in re.findall(r"'([^']+)'=(\d+)", mesh)}
     ids = np.arange(math.prod(axes.values()))
@@ -118,7 +118,7 @@ def _of_mesh(mesh: str, order: str) -> tuple[tuple[int, ...], ...]:
 
 
 def kind_of(opcode: str) -> str:
-    """The kind of a collective's opcode, "" if it is none.
+    """The kind of a collective's opcode; "" for other opcodes.
 
     >>> kind_of("all-to-all-start"), kind_of("all-to-all-done")
     ('all-to-all', '')
@@ -130,7 +130,7 @@ def kind_of(opcode: str) -> str:
 def collectives(
     module: Module, computation: Computation, instruction: Instruction
 ) -> tuple[tuple[Computation, Instruction], ...]:
-    """The collectives that an instruction starts: itself, or those within what it wraps, each with its computation."""
+    """The collectives that an instruction starts, itself or those that it wraps, each with its computation."""
     if kind_of(instruction.opcode):
         return ((computation, instruction),)
     if instruction.opcode not in _WRAPPERS:
@@ -144,19 +144,18 @@ def collectives(
 
 
 def is_asynchronous(instruction: Instruction) -> bool:
-    """Whether the device goes on while a collective runs, until the "-done" that belongs to it."""
+    """Whether the device goes on while a collective runs, until its "-done"."""
     is_start = instruction.opcode.endswith("-start") or instruction.opcode in _ITSELF
     return is_start and not instruction.config.get("collective_backend_config", {}).get("is_sync", False)
 
 
 def exchange(module: Module, computation: Computation, instruction: Instruction, node_size: int) -> Exchange | None:
-    """What an instruction makes its device send, None if it starts no collective.
+    """What an instruction makes its device send; None if it starts no collective.
 
     Args:
-      module: that the instruction belongs to.
-      computation: likewise.
-      instruction: any.
-      node_size: devices of a node; device `i` of the program is taken to be on node ``i // node_size``.
+      module, computation: module and computation of the instruction.
+      instruction: any instruction.
+      node_size: number of devices in a node; device `i` of the program is on node ``i // node_size``.
     """
     found = [_sent(module, *one, node_size) for one in collectives(module, computation, instruction)]
     if not found:

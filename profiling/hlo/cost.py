@@ -1,4 +1,4 @@
-"""What one instruction of a compiled program costs on a chip: products, bytes, microseconds."""
+"""Estimates what one instruction of a compiled program costs on a chip: products, bytes, microseconds."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ import math
 import re
 from collections.abc import Callable, Sequence
 
-from profiling.hlo.chips import Achieved, Chip
+from jaxpipe import flops as formulas
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.hlo.text import Array, Computation, Instruction, Module
 
 Times = Sequence[tuple[str, float | Callable[[Instruction], float]]]
-"""Measured times: a regular expression for an instruction's name or op_name, and microseconds or a function of it."""
+"""Measured times: a regular expression for names or op_names, with microseconds or a function of the instruction."""
 
 _FREE = frozenset(
     ("parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "partition-id", "replica-id",
@@ -26,13 +27,13 @@ _UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # opcode: which operand ho
 
 @dataclasses.dataclass(frozen=True)
 class Cost:
-    """What an instruction costs.
+    """The cost of an instruction.
 
     Attributes:
       us: microseconds.
-      flops: of matrix products and convolutions; nothing else is counted.
-      bytes: read and written.
-      is_known: False for a kernel of which nothing but its operands is known; its time is that of its bytes alone.
+      flops: FLOPs of matrix products and convolutions; nothing else is counted.
+      bytes: bytes read and written.
+      is_known: False for a kernel of which only the operands are known; its time is that of its bytes.
     """
 
     us: float
@@ -46,7 +47,7 @@ class Product:
     """Matrix products of one precision.
 
     Attributes:
-      dtype: what the chip multiplies, a name that `Chip.flops` takes.
+      dtype: type that the chip multiplies, a name that `Chip.flops` takes.
       flops: two for each multiplication and addition.
       passes: how often the chip multiplies to get the precision that was asked for.
     """
@@ -64,9 +65,9 @@ def cost(
     achieved: Achieved,
     times: Times = (),
 ) -> Cost:
-    """What an instruction costs: the longer of its products and its bytes, and a kernel's launch; or its measured time.
+    """The cost of an instruction: the longer of its products and its bytes, plus a launch; or its measured time.
 
-    Loops, branches, calls and collectives are not looked into.
+    The insides of loops, branches, calls and collectives do not count.
     """
     found = products(module, computation, instruction)
     flops = sum(product.flops for product in found)
@@ -83,7 +84,7 @@ def cost(
 
 
 def measured_us(instruction: Instruction, times: Times) -> float | None:
-    """The first of the measured times that is meant for an instruction, None if there is none.
+    """The first measured time that fits an instruction; None if there is none.
 
     >>> measured_us(Instruction("fusion.3", "fusion", ()), [("^fusion", 12.0)])
     12.0
@@ -137,64 +138,49 @@ def _precision(instruction: Instruction) -> str:
 
 
 def _unit(operands: Sequence[Array], precision: str) -> tuple[str, int]:
-    """What multiplies operands of these types, and how often it does."""
+    """The type in which the chip multiplies operands of these types, and the number of passes."""
     passes = re.search(r"_x(\d)", precision)
     if "tf32_tf32" in precision:
         return "tf32", int(passes[1]) if passes else 1
     if "bf16_bf16" in precision:
         return "bf16", int(passes[1]) if passes else 1
     widest = max(array.bytes / array.elements for array in operands if array.elements)
-    if widest >= 8:
-        return "f64", 1
-    if widest >= 4:
-        return ("f32" if "highest" in precision or "f32_f32" in precision else "tf32"), 1
-    return ("bf16" if widest >= 2 else "fp8"), 1
+    return formulas.multiplying_unit(widest, highest="highest" in precision or "f32_f32" in precision), 1
 
 
 def _dot(operands: Sequence[Array], result: Array, contracted: Sequence[int], precision: str) -> Product:
     unit, passes = _unit(operands[:2], precision)
-    inner = math.prod(operands[0].dims[d] for d in contracted)
-    return Product(unit, 2.0 * result.elements * inner, passes)
+    return Product(unit, float(formulas.dot_flops(operands[0].dims, contracted, result.dims)), passes)
 
 
 def _convolution(operands: Sequence[Array], instruction: Instruction) -> Product:
-    """Every output is a sum over the kernel of one output feature: its window and the input features."""
     kernel = instruction.attributes.get("dim_labels", "").partition("_")[2].partition("-")[0]
-    features = operands[1].dims[kernel.index("o")]
+    flops = formulas.convolution_flops(operands[1].dims, kernel.index("o"), instruction.arrays[0].dims)
     unit, passes = _unit(operands[:2], _precision(instruction))
-    return Product(unit, 2.0 * instruction.arrays[0].elements * operands[1].elements / features, passes)
+    return Product(unit, float(flops), passes)
 
 
 def _attention(operands: Sequence[Array], instruction: Instruction) -> tuple[Product, ...]:
-    """Two products forward, five backward, of the scores' size times the head's; a causal mask halves them."""
     config = instruction.config.get("cudnn_fmha_backend_config", {})
     scores = [int(size) for size in config.get("intermediate_tensor_shape", {}).get("dimensions", ())]
     if len(scores) != 4:
         return ()
     head = operands[0].elements / (scores[0] * scores[1] * scores[2])
     count = 5 if "Backward" in instruction.target else 2
-    share = 0.5 if "CAUSAL" in config.get("mask_type", "") else 1.0
-    return (Product(_unit(operands[:1], "")[0], 2.0 * count * share * math.prod(scores) * head),)
+    causal = "CAUSAL" in config.get("mask_type", "")
+    flops = formulas.score_flops(math.prod(scores), head, head, products=count, causal=causal)
+    return (Product(_unit(operands[:1], "")[0], flops),)
 
 
 def _grouped(operands: Sequence[Array], instruction: Instruction) -> tuple[Product, ...]:
-    """A grouped product by its shapes: rows [m, k], one matrix [k, n] a group, rows [m, n], in whichever places.
-
-    Every row counts, those that a capacity reserves and no token uses included. Other shapes: nothing is known.
-    """
+    """A grouped product, known by its shapes in any order; floating arrays of other ranks may stand beside them."""
     floats = [array for array in (*operands, *instruction.arrays) if array.dtype[0] in "bf" and len(array.dims) > 1]
-    rows = [array for array in floats if len(array.dims) == 2]
-    matrices = [array for array in floats if len(array.dims) == 3]
-    if len(rows) != 2 or len(matrices) != 1 or rows[0].dims[0] != rows[1].dims[0]:
-        return ()
-    if sorted(matrices[0].dims[1:]) != sorted(array.dims[1] for array in rows):
-        return ()
-    inputs = [array for array in operands if array in floats]
-    return (Product(_unit(inputs, "")[0], 2.0 * rows[0].dims[0] * math.prod(matrices[0].dims[1:])),)
+    flops = formulas.grouped_flops(array.dims for array in floats if len(array.dims) < 4)
+    return () if flops is None else (Product(_unit([a for a in operands if a in floats], "")[0], flops),)
 
 
 def bytes_moved(module: Module, computation: Computation, instruction: Instruction) -> float:
-    """Bytes that an instruction reads and writes, each once: of what it slices or updates in place, only that part."""
+    """The bytes that an instruction reads and writes, each once; of a slice or an update in place, only that part."""
     opcode = _opcode(instruction)
     if opcode in _FREE or opcode.endswith(_WAITS):
         return 0.0
@@ -212,7 +198,7 @@ def bytes_moved(module: Module, computation: Computation, instruction: Instructi
 
 
 def _read(body: Computation, value: Instruction) -> float:
-    """Bytes of a fusion's parameter that the fusion reads."""
+    """The bytes of a fusion's parameter that the fusion reads."""
     whole = float(sum(array.bytes for array in value.arrays))
     parts = 0.0
     for user in body.users[value.name]:
@@ -228,7 +214,7 @@ def _read(body: Computation, value: Instruction) -> float:
 
 
 def _written(body: Computation, value: Instruction) -> float:
-    """Bytes that a fusion writes of a result."""
+    """The bytes of a result that a fusion writes."""
     if value.opcode == "tuple":
         return sum(_written(body, operand) for operand in body.operands(value))
     if value.opcode == "bitcast":

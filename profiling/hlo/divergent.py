@@ -1,7 +1,7 @@
-"""Collectives in a pipeline's branches that wait for ranks which are in another branch: such a program never ends.
+"""Finds collectives in a pipeline's branches that wait for ranks in another branch; such a program never ends.
 
-Which axes of a mesh the compiler shards, and with which collectives, is known once a program is compiled. Groups of
-devices that share a pipeline rank run the same branch, and may reduce, gather and exchange in it. A collective-permute
+The compiler decides which axes of a mesh it shards and with which collectives, so only a compiled program shows them.
+Devices that share a pipeline rank run the same branch, and may reduce, gather and exchange in it. A collective-permute
 has no groups: XLA lists its pairs on all ranks, and all of them must run it together.
 """
 
@@ -17,21 +17,21 @@ from profiling.hlo.collective import KINDS, groups
 from profiling.hlo.text import Computation, Instruction, Module, parse
 
 _BRANCH = re.compile(r"/branch_\d+/")
-"""In the names of what ranks run each at its own time; ``/send/`` is in those of what all run together."""
+"""Part of the names of operations that each rank runs at its own time; all ranks run ``/send/`` together."""
 
 _TOGETHER = re.compile(r"/branch_\d+/together/")
-"""In the names of branches that all ranks run in the same step: shared embeddings and heads."""
+"""Parts of the names of branches that all ranks run in the same step: shared embeddings and heads."""
 
 _SHOWN = 8
 
 
 class Divergent(NamedTuple):
-    """A collective in a branch, and pipeline ranks that it needs together.
+    """A collective in a branch, and the pipeline ranks that it needs together.
 
     Attributes:
-      kind: its opcode.
-      ranks: of the largest group of devices.
-      op_name: where it was traced: the branch, the action, the JAX primitive.
+      kind: opcode.
+      ranks: pipeline ranks of the largest group of devices.
+      op_name: path that it was traced under: the branch, the action, the JAX primitive.
     """
 
     kind: str
@@ -64,9 +64,12 @@ def find_divergent(hlo: str | Module, mesh: Any, axis: str = "pp") -> tuple[Dive
 
 
 def check_collectives(hlo: str | Module, mesh: Any, axis: str = "pp") -> None:
-    """Raises ValueError if a compiled pipeline would wait for ever, showing which collectives are the cause.
+    """Checks that a compiled pipeline does not wait for ever.
 
-    Only the axes that a pipeline leaves to the compiler can be; where there are none, there is nothing to check.
+    Only axes that a pipeline leaves to the compiler can cause that. A pipeline without such axes needs no check.
+
+    Raises:
+      ValueError: the pipeline would wait for ever; the message shows which collectives are the cause.
 
     >>> import jax, jax.numpy as jnp, jaxpipe
     >>> mesh, schedule = jaxpipe.make_mesh(pp=2, tp=2), jaxpipe.schedule.build("1f1b", 2, 2)

@@ -1,7 +1,6 @@
-"""Which communication of a compiled program is hidden behind compute, read from the schedule that XLA really made.
+"""Finds which communication of a compiled program is hidden behind compute, from the schedule that XLA made.
 
-No device is needed: the program may be compiled ahead of time for GPUs that are not there
-(`jax.experimental.topologies.get_topology_desc`).
+No device is needed: the program may be compiled ahead of time for GPUs that are not there (`profiling.topology`).
 """
 
 from __future__ import annotations
@@ -10,8 +9,8 @@ import dataclasses
 import re
 from collections.abc import Sequence
 
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.event import Event, Trace
-from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.cost import Times
 from profiling.hlo.links import Link, find_links, links_table, take_rates
 from profiling.hlo.text import Computation, Module, parse
@@ -19,34 +18,34 @@ from profiling.hlo.timeline import LANES, Run, Settings, Transfer, play
 from profiling.table import Column, Table, Value, as_text
 
 HIDDEN, EXPOSED = 0.9, 0.1
-"""Shares of a collective's time under compute: from the first on it is hidden, up to the second exposed."""
+"""Shares of a collective's time beside compute: from the first on it is hidden, up to the second it is exposed."""
 
 _WRAPPERS = re.compile(r"^(jit\(.*|shard_map|while|body|closed_call|pjit|checkpoint|rematted_computation)$")
 
 
 @dataclasses.dataclass(frozen=True)
-class Collective:
-    """One collective of a schedule.
+class CompiledCollective:
+    """One collective of a compiled schedule.
 
     Attributes:
-      computation: that it stands in.
-      name: of the instruction that starts it.
-      kind: one of `hlo_collective.KINDS`, joined by "+" where several start together.
-      label: the path of named scopes that it was traced under.
+      computation: name of the computation that it stands in.
+      name: name of the instruction that starts it.
+      kind: one of `profiling.hlo.collective.KINDS`; several that start together are joined by "+".
+      label: path of named scopes that it was traced under.
       is_asynchronous: whether the device goes on while it runs.
       count: how often it runs in one run of the program.
-      devices: how many take part.
-      bytes: that each device sends.
-      remote_bytes: of them, to other nodes.
-      group: devices that take part together, as an example; see `hlo_collective.Exchange`.
+      devices: number of devices that take part.
+      bytes: bytes that each device sends.
+      remote_bytes: bytes of them that go to other nodes.
+      group: devices of one group, as an example; see `profiling.hlo.collective.Exchange`.
       us: estimated or measured microseconds of one run.
-      hidden_us: of them, how many the device computes meanwhile.
-      between_us, between_flops: compute that the schedule has between its start and the wait for it.
-      products: labels of the matrix products among that.
-      could_hide_us: compute of the same computation that neither needs its result nor is needed for it: what another
-        order could put beside it. More than one collective may count the same compute.
-      place: where it lies in the chain of dependencies: "first" if no matrix product is needed for it, "last" if none
-        needs its result, "alone" if both, else "inner".
+      hidden_us: microseconds of them in which the device computes.
+      between_us, between_flops: compute between its start and the wait for it in the schedule.
+      products: labels of the matrix products in that compute.
+      could_hide_us: compute of the same computation that another order could put beside it, as it neither needs the
+        result nor is needed for it. Several collectives may count the same compute.
+      place: position in the chain of dependencies: "first" if it needs no matrix product, "last" if no matrix product
+        needs its result, "alone" if both, otherwise "inner".
     """
 
     computation: str
@@ -69,7 +68,7 @@ class Collective:
 
     @property
     def exposed_us(self) -> float:
-        """Microseconds in which the device does not compute."""
+        """Microseconds of the collective in which the device does not compute."""
         return self.us - self.hidden_us
 
     @property
@@ -81,25 +80,25 @@ class Collective:
 
 
 @dataclasses.dataclass(frozen=True)
-class Overlap:
-    """The communication of a program, and how much of it is hidden.
+class CompiledOverlap:
+    """The communication of a compiled program, and how much of it is hidden; `overlap` makes it.
 
     Attributes:
-      module: its name.
-      chip: that the times are meant for.
-      collectives: the asynchronous ones, in the order of the schedule, computation by computation.
-      synchronous: the others, during which the device waits.
-      us: estimated microseconds from the program's start to its end.
-      compute_us: of them, how many the device computes.
-      events: the timeline that the estimate is read from.
-      notes: what had to be assumed.
-      links: what collectives of each kind travel over, and where the rate comes from.
+      module: name of the module.
+      chip: name of the chip that times are estimated for.
+      collectives: asynchronous collectives, in the order of the schedule, computation by computation.
+      synchronous: collectives during which the device waits.
+      us: estimated microseconds from the start of the program to its end.
+      compute_us: microseconds of them in which the device computes.
+      events: the simulated timeline.
+      notes: what was assumed.
+      links: links that the collectives of each kind use, and the sources of their rates.
     """
 
     module: str
     chip: str
-    collectives: tuple[Collective, ...]
-    synchronous: tuple[Collective, ...]
+    collectives: tuple[CompiledCollective, ...]
+    synchronous: tuple[CompiledCollective, ...]
     us: float
     compute_us: float
     events: tuple[Event, ...] = ()
@@ -111,15 +110,15 @@ class Overlap:
         """The kinds of collectives that occur."""
         return tuple(sorted({one.kind for one in (*self.collectives, *self.synchronous)}))
 
-    def select(self, kind: str = "", label: str = "", computation: str = "") -> Overlap:
-        """The same with only those collectives whose kind is this and whose label and computation contain these.
+    def select(self, kind: str = "", label: str = "", computation: str = "") -> CompiledOverlap:
+        """The same program with only the collectives of a kind whose label and computation match.
 
         Args:
-          kind: "" for all.
+          kind: kind of collective; "" for all.
           label, computation: regular expressions, searched for anywhere.
         """
 
-        def kept(found: Sequence[Collective]) -> tuple[Collective, ...]:
+        def kept(found: Sequence[CompiledCollective]) -> tuple[CompiledCollective, ...]:
             return tuple(
                 one
                 for one in found
@@ -129,23 +128,23 @@ class Overlap:
         return dataclasses.replace(self, collectives=kept(self.collectives), synchronous=kept(self.synchronous))
 
     def communication_us(self, kind: str = "") -> float:
-        """Microseconds of all collectives of a kind, of all kinds if "", as often as they run."""
+        """Microseconds of all runs of the collectives of a kind; "" for all kinds."""
         return sum(one.count * one.us for one in self._of(kind))
 
     def exposed_us(self, kind: str = "") -> float:
-        """Of them, those in which the device does not compute."""
+        """Microseconds of `communication_us` in which the device does not compute."""
         return sum(one.count * one.exposed_us for one in self._of(kind))
 
     def hidden_share(self, kind: str = "") -> float | None:
-        """Share of the communication time of a kind ("": of all) that is hidden; None where there is none."""
+        """Share of the communication time of a kind that is hidden, "" for all kinds; None without communication."""
         total = self.communication_us(kind)
         return 1 - self.exposed_us(kind) / total if total else None
 
-    def _of(self, kind: str) -> list[Collective]:
+    def _of(self, kind: str) -> list[CompiledCollective]:
         return [one for one in (*self.collectives, *self.synchronous) if kind in ("", one.kind)]
 
     def tables(self) -> tuple[Table, ...]:
-        """Every collective in a row, the totals of each kind, and the links that they travel over, for any report."""
+        """Tables for a report: every collective, the totals of each kind, and the links that they use."""
         every = (*self.collectives, *self.synchronous)
         collectives = Table(
             name="collectives",
@@ -169,11 +168,11 @@ class Overlap:
         return (collectives, kinds, links_table(self.links)) if self.links else (collectives, kinds)
 
     def table(self) -> str:
-        """The tables as text, and what had to be assumed."""
+        """The tables and the notes as text."""
         return "\n".join([*map(as_text, self.tables()), *self.notes])
 
     def trace(self) -> Trace:
-        """The timeline as any other trace, for metrics and reports: one device, its compute and its transfers."""
+        """The timeline as a trace for metrics and reports: compute and transfers of one device."""
         notes = ("estimated from the schedule of a compiled program, not measured", *self.notes)
         return Trace(self.module, "simulated", self.events, metadata={"chip": self.chip}, notes=notes)
 
@@ -189,32 +188,32 @@ def overlap(
     node_size: int = 8,
     internode: float | None = None,
     intranode: float | None = None,
-) -> Overlap:
-    """What a scheduled program hides of its communication on a chip.
+) -> CompiledOverlap:
+    """Finds which communication of a scheduled program is hidden on a chip.
 
     Args:
-      hlo: `compiled.as_text()`, or a module that `hlo_text.read` or `hlo_text.parse` made.
-      chip: for instance ``chips.chip("H200")``.
-      achieved: the share of the chip's best that is reached; the defaults of `Achieved` if None.
-      times: measured times that replace estimates: ``[(pattern, microseconds), ...]``, the pattern searched for in the
-        names and op_names of instructions, compute and collectives alike; instead of microseconds, a function of the
-        instruction. Give them for kernels whose work does not show in the program, such as Pallas kernels; those that
-        look like a grouped matrix product by their shapes are estimated as such.
-      trips: ``[(pattern, count), ...]`` for loops of which the compiler does not know how often they run, the pattern
-        searched for in the loop's name and the op_names within; a fraction if it runs that often on average. Other
-        such loops count as running once.
-      lanes: ``[(pattern, lane), ...]`` on kinds of collectives. Those of one lane queue; by default all but sends and
-        receives share one, as on a GPU.
-      node_size: devices of a node. Device ``i`` of the program is on node ``i // node_size``.
-      internode, intranode: bytes/s that a device really gets to devices of other nodes, and of its own, in each
-        direction; None: the chip's, times the share of them that `achieved` says.
+      hlo: `compiled.as_text()`, or a module that `profiling.hlo.text` read or parsed.
+      chip: chip to estimate for, such as ``chip("H200")``.
+      achieved: share of the chip's best that is reached; None for the defaults of `Achieved`.
+      times: measured times that replace estimates, ``[(pattern, microseconds), ...]``. The pattern is searched for in
+        names and op_names of compute and collectives; a function of the instruction may replace the microseconds. Give
+        times for kernels whose work the program does not show, such as Pallas kernels. Kernels with the shapes of a
+        grouped matrix product are estimated as such.
+      trips: ``[(pattern, count), ...]`` for loops whose number of trips the compiler does not know. The pattern is
+        searched for in the loop's name and the op_names within; the count may be an average. Other such loops count as
+        running once.
+      lanes: ``[(pattern, lane), ...]`` on kinds of collectives. Collectives of one lane queue; by default all but sends
+        and receives share a lane, as on a GPU.
+      node_size: number of devices in a node. Device ``i`` of the program is on node ``i // node_size``.
+      internode, intranode: bytes/s that a device gets in each direction between nodes, and within its node; None takes
+        the chip's rate times the share in `achieved`.
 
     Raises:
-      ValueError: the text is no HLO module, its module is not scheduled, or a rate is not positive.
+      ValueError: the text is no HLO module, the module is not scheduled, or a rate is not positive.
 
-    Sources: the classes are those of xprof's analysis of asynchronous operations.
+    The verdicts are those of xprof's analysis of asynchronous operations.
 
-    >>> from profiling.hlo.chips import Achieved, Chip
+    >>> from jaxpipe.planning.chips import Achieved, Chip
     >>> chip = Chip("toy", 1e12, 1e12, 1e12, 1e12, 1e12, 1e9, 1e9, 0.0, 1, 1e9)
     >>> found = overlap('''HloModule toy, is_scheduled=true, num_partitions=2
     ... ENTRY %main (p: f32[1000], w: f32[100,100]) -> (f32[1000], f32[100,100]) {
@@ -233,7 +232,7 @@ def overlap(
     timeline = play(module, Settings(chip, achieved, times, trips, lanes, node_size))
     found = [one for run in timeline.runs for one in _collectives(run)]
     sent = [transfer.exchange for run in timeline.runs for transfer in run.transfers]
-    return Overlap(
+    return CompiledOverlap(
         module=module.name,
         chip=chip.name,
         collectives=tuple(one for one in found if one.is_asynchronous),
@@ -246,16 +245,16 @@ def overlap(
     )
 
 
-def _collectives(run: Run) -> list[Collective]:
+def _collectives(run: Run) -> list[CompiledCollective]:
     needs = _needs(run.computation) if run.transfers else []
     return [_collective(run, transfer, needs) for transfer in run.transfers]
 
 
 def _needs(computation: Computation) -> list[int]:
-    """For each instruction, a bit for every one whose result it needs, itself included.
+    """For each instruction, a bit for every instruction whose result it needs, itself included.
 
-    An element that is taken out of a tuple just made needs that element alone: where XLA dropped an optimization
-    barrier, only such a tuple is left, and it orders nothing.
+    An element that is taken out of a tuple needs only that element: a dropped optimization barrier leaves such a tuple,
+    which orders nothing.
     """
     needs: list[int] = []
     for i, instruction in enumerate(computation.instructions):
@@ -276,7 +275,7 @@ def _needs(computation: Computation) -> list[int]:
     return needs
 
 
-def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collective:
+def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> CompiledCollective:
     instructions = run.computation.instructions
     start, end = transfer.start, transfer.start if transfer.done is None else transfer.done
     between = range(start + 1, end)
@@ -286,7 +285,7 @@ def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collectiv
     feeds_product = any(p and a for p, a in zip(run.is_product, after, strict=True))
     independent = (us for us, b, a in zip(run.us, before, after, strict=True) if not (a or b))
     place = {(True, True): "inner", (False, True): "first", (True, False): "last", (False, False): "alone"}
-    return Collective(
+    return CompiledCollective(
         computation=run.computation.name,
         name=instructions[start].name,
         kind=transfer.exchange.kind,
@@ -308,7 +307,7 @@ def _collective(run: Run, transfer: Transfer, needs: Sequence[int]) -> Collectiv
 
 
 def short_label(label: str) -> str:
-    """A path of scopes without what every path has.
+    """A path of scopes without the parts that every path has.
 
     >>> short_label("jit(step)/transpose(jvp())/shard_map/while/body/closed_call/dispatch/all_to_all")
     'transpose(jvp())/dispatch/all_to_all'
@@ -323,7 +322,7 @@ _COLUMNS = (
 )  # fmt: skip
 
 
-def _row(one: Collective) -> tuple[Value, ...]:
+def _row(one: CompiledCollective) -> tuple[Value, ...]:
     return (
         one.verdict,
         "async" if one.is_asynchronous else "sync",

@@ -1,4 +1,4 @@
-"""The files and lines that the text of a compiled program stands in, before anything of it is understood."""
+"""Finds the file of a compiled program and joins its lines into statements."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pathlib
 import re
 from collections.abc import Iterable, Iterator, Sequence
 
-from profiling.read.file_kinds import file_kind, read_unpacked
+from profiling.read.file_kinds import file_kind
+from profiling.read.trace_files import read_unpacked
 
 INSTRUCTION = re.compile(r"\s+(ROOT )?%?([^\s=]+) = ")
 COMPUTATION = re.compile(r"(ENTRY )?%?([^\s(]+) (?:\(.*)?\{\s*$", re.DOTALL)
@@ -28,12 +29,12 @@ _REMEDIES = {
 
 
 def find_text(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
-    """The file of a path, and why that one: of a folder of XLA's dumps the largest compiled program.
+    """The file of a program, and why it was chosen: the largest compiled program in a folder of XLA's dumps.
 
-    XLA_FLAGS=--xla_dump_to=FOLDER makes one; programs are the files ``*after_optimizations.txt``, or .gz of these.
+    XLA_FLAGS=--xla_dump_to=FOLDER makes such a folder; programs are the files ``*after_optimizations.txt``, or .gz.
 
     Raises:
-      ValueError: there is no such file, or none in the folder.
+      ValueError: the file does not exist, or the folder has no program.
     """
     path = pathlib.Path(path)
     if not path.exists():
@@ -51,7 +52,7 @@ def find_text(path: str | os.PathLike[str]) -> tuple[pathlib.Path, str]:
 
 
 def read_text(file: pathlib.Path) -> str:
-    """The text of a file, which may be compressed with gzip.
+    """The text of a file, compressed with gzip or not.
 
     Raises:
       ValueError: the file holds no HLO; the message names it and says what it is and what to do.
@@ -64,7 +65,7 @@ def read_text(file: pathlib.Path) -> str:
 
 
 def statements(lines: Iterable[str]) -> Iterator[str]:
-    """Headers, instructions and ends of computations, each as one text, however many lines the printer gave it.
+    """Headers, instructions and ends of computations, each as one text, on however many lines it stands.
 
     Raises:
       ValueError: a statement does not end, or a bracket closes another.
@@ -101,7 +102,7 @@ def _joined(lines: Sequence[str]) -> Iterator[str]:
 
 
 def opened_by(line: str, opened: str) -> str:
-    """The brackets, and perhaps the quote, that are open behind a line, given those that were open before it."""
+    """The brackets, and perhaps the quote, that are open after a line, given those that were open before it."""
     if not opened.endswith('"') and '"' not in line and all(line.count(a) == line.count(b) for a, b in _PAIRS):
         return opened
     for match in _MARK.finditer(line):

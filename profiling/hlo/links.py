@@ -1,4 +1,4 @@
-"""The links that a compiled program's communication travels over, and where the estimate of their rates comes from."""
+"""Finds the links that a compiled program's communication uses, and the sources of their rates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 
-from profiling.hlo.chips import CHIPS, Achieved, Chip
+from jaxpipe.planning.chips import CHIPS, Achieved, Chip
 from profiling.hlo.collective import Exchange
 from profiling.table import Column, Table, Value
 
@@ -15,16 +15,16 @@ _SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class Link:
-    """What the collectives of one kind travel over.
+    """The links that the collectives of one kind use.
 
     Attributes:
-      kind: of the collectives.
-      places: how many there are in the program.
-      group: devices of one of them that take part together.
-      nodes: that these devices are on; several if their bytes have to cross between nodes.
-      local, remote: bytes that a device sends within its node, and to other nodes, in all of them once.
-      local_rate, remote_rate: bytes/s that the estimate takes for either.
-      source: where the rate that decides comes from.
+      kind: kind of the collectives.
+      places: number of them in the program.
+      group: devices of one group, as an example.
+      nodes: nodes of these devices; several if bytes cross between nodes.
+      local, remote: bytes that a device sends within its node and to other nodes, in one run of each.
+      local_rate, remote_rate: rates of the estimate, in bytes/s.
+      source: source of the rate that decides.
 
     >>> Link("all-gather", 1, tuple(range(16)), (0, 1), 7e6, 8e6, 360e9, 40e9, "the chip table").decides
     'between nodes'
@@ -42,22 +42,22 @@ class Link:
 
     @property
     def decides(self) -> str:
-        """The slower of the two ways: "within nodes" or "between nodes"."""
+        """The slower way: "within nodes" or "between nodes"."""
         return "between nodes" if self.remote / self.remote_rate > self.local / self.local_rate else "within nodes"
 
 
 def take_rates(
     chip: Chip, achieved: Achieved, internode: float | None, intranode: float | None
 ) -> tuple[Chip, Achieved, dict[str, str]]:
-    """The chip with the rates that are given, and for "within" and "between" nodes where the rate comes from.
+    """The chip with the given rates, and the source of the rates "within" and "between" nodes.
 
     Args:
-      chip: whose rates count where none is given.
-      achieved: the share of the chip's rates that is reached; all of a given one is.
-      internode, intranode: bytes/s that a device gets to other nodes, and within its own; None: not given.
+      chip: chip whose rates count if none are given.
+      achieved: share of the chip's rates that is reached; a given rate is reached in full.
+      internode, intranode: rates of a device between and within nodes, in bytes/s; None if not given.
 
     Raises:
-      ValueError: a rate that is not positive.
+      ValueError: a rate is not positive.
     """
     given_chip, sources = chip, {}
     for way, given, field in (("within", intranode, "interconnect"), ("between", internode, "internode")):
@@ -79,12 +79,12 @@ def take_rates(
 def find_links(
     sent: Sequence[Exchange], chip: Chip, achieved: Achieved, node_size: int, sources: Mapping[str, str]
 ) -> tuple[Link, ...]:
-    """The links of each kind of collective, those that cross between nodes apart from those that do not.
+    """The links of each kind of collective; collectives that cross between nodes are separate from the others.
 
     Args:
-      sent: by every collective.
-      chip, achieved, sources: from `take_rates`.
-      node_size: devices of a node.
+      sent: what each collective sends.
+      chip, achieved, sources: what `take_rates` returned.
+      node_size: number of devices in a node.
     """
     kinds: dict[tuple[str, bool], list[Exchange]] = {}
     for one in sent:
@@ -108,11 +108,11 @@ def find_links(
 
 
 def links_table(links: Sequence[Link]) -> Table:
-    """The links, one in a row."""
+    """A table with one link in each row."""
     return Table(
         name="links",
         title="Links that the estimates take",
-        caption="Which devices take part decides what is sent between nodes; the slower way decides the time.",
+        caption="The devices that take part decide what is sent between nodes. The slower way decides the time.",
         columns=_COLUMNS,
         rows=tuple(map(_row, links)),
     )

@@ -1,6 +1,6 @@
-"""Reads the text of a compiled program, XLA's HLO: computations and their instructions in the order of the schedule.
+"""Parses the text of a compiled program, XLA's HLO: computations with their instructions in the scheduled order.
 
-The text is what `compiled.as_text()` returns, or a dump's `*after_optimizations.txt`.
+The text is what `compiled.as_text()` returns, or `*after_optimizations.txt` of a dump.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Array:
     """An array's type.
 
     Attributes:
-      dtype: XLA's name, such as "bf16" or "f8e4m3fn".
-      dims: its sizes; a bounded dynamic size counts as its bound.
+      dtype: name of the type in XLA, such as "bf16" or "f8e4m3fn".
+      dims: sizes; a bounded dynamic size counts as its bound.
       layout: text between the braces, such as "1,0".
 
     >>> Array("bf16", (8, 128)).bytes
@@ -47,12 +47,12 @@ class Array:
 
     @property
     def elements(self) -> int:
-        """How many; 1 for a scalar."""
+        """The number of elements; 1 for a scalar."""
         return math.prod(self.dims)
 
     @property
     def bytes(self) -> int:
-        """Size in memory, unpadded; 0 for tokens and opaque values."""
+        """The bytes in memory, unpadded; 0 for tokens and opaque values."""
         if self.dtype == "pred":
             return self.elements
         match = _BITS.match(self.dtype)
@@ -81,9 +81,9 @@ class Instruction:
       opcode: such as "fusion" or "all-to-all-start".
       shape: of the result.
       operands: names of instructions of the same computation.
-      literal: what the parentheses hold instead of operands: a parameter's number or a constant's value.
-      attributes: what follows, as text: {"dimensions": "{0}", ...}.
-      is_root: whether it is its computation's result.
+      literal: text in the parentheses instead of operands: a parameter's number or a constant's value.
+      attributes: attributes as text: {"dimensions": "{0}", ...}.
+      is_root: whether it is the result of its computation.
     """
 
     name: str
@@ -113,12 +113,12 @@ class Instruction:
 
     @property
     def target(self) -> str:
-        """What a custom call calls; "" for any other instruction."""
+        """The target of a custom call; "" for any other instruction."""
         return self.attributes.get("custom_call_target", "").strip('"')
 
     @functools.cached_property
     def config(self) -> Mapping[str, Any]:
-        """The compiler's backend_config where it is JSON, else empty."""
+        """The compiler's backend_config if it is JSON, otherwise empty."""
         text = self.attributes.get("backend_config", "")
         if not text.startswith('{"'):
             return {}
@@ -129,14 +129,9 @@ class Instruction:
 
     @property
     def trip_count(self) -> int | None:
-        """How often a while loop runs, None if the compiler does not know."""
+        """How often a while loop runs; None if the compiler does not know."""
         known = self.config.get("known_trip_count", {}).get("n")
         return None if known is None else int(known)
-
-    @property
-    def control_predecessors(self) -> tuple[str, ...]:
-        """Instructions that must have run although their results are not used."""
-        return tuple(re.findall(r"%?([\w.\-]+)", self.attributes.get("control-predecessors", "")))
 
     @property
     def pairs(self) -> tuple[tuple[int, int], ...]:
@@ -160,19 +155,19 @@ class Computation:
 
     @functools.cached_property
     def index(self) -> Mapping[str, int]:
-        """Where each instruction stands."""
+        """The position of each instruction."""
         return {instruction.name: i for i, instruction in enumerate(self.instructions)}
 
     def __getitem__(self, name: str) -> Instruction:
         return self.instructions[self.index[name]]
 
     def operands(self, instruction: Instruction) -> tuple[Instruction, ...]:
-        """What an instruction of this computation takes."""
+        """The operands of an instruction of this computation."""
         return tuple(self[name] for name in instruction.operands)
 
     @functools.cached_property
     def users(self) -> Mapping[str, tuple[Instruction, ...]]:
-        """For each instruction, those that take its result."""
+        """The instructions that take the result of each one."""
         users: dict[str, list[Instruction]] = {instruction.name: [] for instruction in self.instructions}
         for instruction in self.instructions:
             for name in dict.fromkeys(instruction.operands):
@@ -181,7 +176,7 @@ class Computation:
 
     @property
     def root(self) -> Instruction:
-        """The one whose result is the computation's."""
+        """The instruction whose result is that of the computation."""
         return next(i for i in reversed(self.instructions) if i.is_root)
 
 
@@ -207,12 +202,12 @@ class Module:
         return self.computations[name]
 
     def called(self, instruction: Instruction) -> tuple[Computation, ...]:
-        """The computations that an instruction calls, but reductions that an excerpt leaves out."""
+        """The computations that an instruction calls, without reductions that an excerpt leaves out."""
         return tuple(self.computations[name] for name in instruction.called if name in self.computations)
 
 
 def split(text: str) -> list[str]:
-    """Parts of a text between the commas that stand in no bracket and no quotes.
+    """Splits a text at the commas that stand in no bracket and no quotes.
 
     >>> split("a, f(b, c), {d, e}")
     ['a', ' f(b, c)', ' {d, e}']
@@ -231,7 +226,7 @@ def split(text: str) -> list[str]:
 
 
 def _close(text: str, start: int) -> int:
-    """Where the bracket that opens at `start` closes."""
+    """The position at which the bracket at `start` closes."""
     depth = 0
     for match in _TOKEN.finditer(text, start):
         depth += (match[0] in "([{") - (match[0] in ")]}")
@@ -301,13 +296,13 @@ def _computations(statements: Iterator[str]) -> Iterator[tuple[bool, Computation
 
 
 def parse(text: str) -> Module:
-    """The module that a text describes.
+    """Parses the text of a module.
 
     Args:
-      text: `compiled.as_text()`, of a program compiled for CPUs or GPUs, here or elsewhere.
+      text: `compiled.as_text()` of a program that was compiled for CPUs or GPUs, on any machine.
 
     Raises:
-      ValueError: the text is no HLO module, or is damaged; the message shows where.
+      ValueError: the text is no HLO module or is damaged; the message shows where.
 
     >>> module = parse('''HloModule small, is_scheduled=true, num_partitions=2
     ... ENTRY %main (p: f32[4]) -> f32[4] {
@@ -359,7 +354,7 @@ def _count(facts: Mapping[str, str], key: str) -> int:
 
 
 def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
-    """Raises ValueError where instructions take or call what is not there, or call each other in a ring."""
+    """Raises ValueError if instructions take or call what does not exist, or call each other in a ring."""
     calls: dict[str, set[str]] = {}
     for name, computation in computations.items():
         calls[name] = set()
@@ -383,10 +378,10 @@ def _check(computations: Mapping[str, Computation], is_scheduled: bool) -> None:
 
 
 def read(path: str | os.PathLike[str]) -> Module:
-    """The module in a file, which may be compressed with gzip, or in a folder of XLA's dumps; see `find_text`.
+    """Reads the module in a file, compressed with gzip or not, or in a folder of XLA's dumps; see `find_text`.
 
     Raises:
-      ValueError: the file holds no HLO module, or a damaged one; the message names it and says what it is.
+      ValueError: the file holds no HLO module or a damaged one; the message names it and says what it is.
     """
     file, _ = find_text(path)
     text = read_text(file)

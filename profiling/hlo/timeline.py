@@ -1,4 +1,4 @@
-"""Plays a scheduled program on a clock: compute runs in order, collectives run beside it from their start on."""
+"""Simulates a scheduled program: compute runs in order, and collectives run beside it from their start on."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ import dataclasses
 import re
 from collections.abc import Callable, Sequence
 
+from jaxpipe.planning.chips import Achieved, Chip
 from profiling.event import Event
-from profiling.hlo.chips import Achieved, Chip
 from profiling.hlo.collective import Exchange, exchange, is_asynchronous
 from profiling.hlo.cost import Cost, Times, cost, measured_us
 from profiling.hlo.text import Computation, Instruction, Module
@@ -23,17 +23,17 @@ _CALLS = ("while", "conditional", "call", "call-start", "async-start")  # those 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    """What the clock goes by.
+    """The settings of a simulation.
 
     Attributes:
-      chip: whose data sheet counts.
-      achieved: the share of it that is reached.
-      times: measured times, which count before all estimates.
+      chip: chip to simulate.
+      achieved: share of the chip's best that is reached.
+      times: measured times; they count before all estimates.
       trips: (regular expression of a loop's name or of an op_name in it, how often it runs) for loops of which the
         compiler does not know; a fraction if it runs that often on average.
       lanes: (regular expression of a collective's kind, lane); what none matches is on the lane "communication".
         Collectives of one lane run one after another.
-      node_size: devices of a node.
+      node_size: number of devices in a node.
     """
 
     chip: Chip
@@ -53,13 +53,13 @@ class Settings:
 
 @dataclasses.dataclass(frozen=True)
 class Transfer:
-    """A collective on the clock.
+    """A simulated collective.
 
     Attributes:
-      start, done: where its computation starts it and waits for it; done is None if it is not waited for there.
+      start, done: positions at which its computation starts it and waits for it; done is None without a wait there.
       exchange: what it sends.
       us: microseconds that it takes.
-      hidden_us: for how many of them the device computes.
+      hidden_us: microseconds of them in which the device computes.
       is_asynchronous: whether the device goes on meanwhile.
     """
 
@@ -73,14 +73,14 @@ class Transfer:
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """A computation as the clock saw it.
+    """A simulated computation.
 
     Attributes:
-      computation: that ran.
+      computation: the computation.
       count: how often it runs in one run of the program.
-      us, flops: of each of its instructions, what it calls included; collectives have none.
-      is_product: whether each instruction multiplies matrices, or may, being opaque.
-      transfers: its collectives.
+      us, flops: microseconds and FLOPs of each instruction with what it calls; collectives have none.
+      is_product: whether each instruction multiplies matrices, or may, if it is opaque.
+      transfers: collectives of the computation.
     """
 
     computation: Computation
@@ -92,15 +92,15 @@ class Run:
 
 
 @dataclasses.dataclass(frozen=True)
-class Timeline:
-    """A program on the clock.
+class ProgramTimeline:
+    """A simulated program.
 
     Attributes:
-      runs: of every computation that the schedule reaches, the entry last.
-      events: on the lanes of device 0; of a conditional, the branch that takes longest.
-      us: from start to end.
-      compute_us: of them, how many the device computes.
-      notes: what the clock had to assume.
+      runs: runs of every computation that the schedule reaches, the entry last.
+      events: events on the lanes of device 0; of a conditional, those of the branch that takes longest.
+      us: microseconds from start to end.
+      compute_us: microseconds of them in which the device computes.
+      notes: what was assumed.
     """
 
     runs: tuple[Run, ...]
@@ -112,7 +112,7 @@ class Timeline:
 
 @dataclasses.dataclass
 class _Clock:
-    """Where a walk has come to; `times` and `busy` say how long the device had computed at each edge."""
+    """The state of a simulation; `times` and `busy` say how long the device had computed at each edge."""
 
     now: float = 0.0
     times: list[float] = dataclasses.field(default_factory=lambda: [0.0])
@@ -130,7 +130,7 @@ class _Clock:
             self.busy.append(self.busy[-1] + computing)
 
     def computed(self, start: float, end: float) -> float:
-        """How long the device computed between two times that are past."""
+        """How long the device computed between two past times."""
 
         def until(time: float) -> float:
             i = bisect.bisect_right(self.times, time)
@@ -142,7 +142,7 @@ class _Clock:
         return until(end) - until(start)
 
     def repeat(self, since: float, first_event: int, times: float) -> bool:
-        """What happened since then happens again; returns whether the events of whole times were repeated as well."""
+        """Repeats what happened since then, and returns whether the events of all repetitions were added."""
         period, computing = self.now - since, self.computed(since, self.now)
         events = self.events[first_event:]
         fits = len(self.events) + len(events) * times <= _MOST_EVENTS
@@ -156,25 +156,25 @@ class _Clock:
         return fits
 
 
-def play(module: Module, settings: Settings) -> Timeline:
-    """The module on the clock of one device, from the entry computation on.
+def play(module: Module, settings: Settings) -> ProgramTimeline:
+    """Simulates a module on one device, from its entry computation on.
 
-    Nothing crosses the edge of a loop or a branch by itself, but a collective that is started before one and waited
-    for after it runs on meanwhile. A branch is taken to be the longest; each is in `runs`.
+    A collective that is started before a loop or a branch and waited for after it runs on meanwhile; nothing else
+    crosses the edge of one. The longest branch of a conditional counts; `runs` holds every branch.
 
     Raises:
-      ValueError: the module is not scheduled, so that the order of its text means nothing.
+      ValueError: the module is not scheduled, so the order of its text means nothing.
     """
     if not module.is_scheduled:
         raise ValueError(
-            f"module {module.name!r} is not scheduled, its text is in no order of execution: give the text of a "
+            f"module {module.name!r} is not scheduled, so the order of its text means nothing: give the text of a "
             "compiled program (`jax.jit(f).lower(...).compile().as_text()`)"
         )
     walk = _Walk(module, settings, [], {})
     clock = walk.run(module[module.entry], _Clock(), 1)
     events = tuple(sorted(clock.events, key=lambda event: event.start))
     notes = tuple(f"{text}: {_few(names)}" for text, names in walk.doubts.items())
-    return Timeline(tuple(walk.runs), events, clock.now, clock.busy[-1], notes)
+    return ProgramTimeline(tuple(walk.runs), events, clock.now, clock.busy[-1], notes)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,7 +282,7 @@ class _Walk:
         return 1
 
     def _products(self, first_run: int, called: Sequence[Computation], total: Callable[[list[float]], float]) -> Cost:
-        """What the computations just run multiply; is_known is False if they may multiply more than can be told."""
+        """The products of the computations that just ran; is_known is False if there may be more."""
         names = {computation.name for computation in called}
         runs = [run for run in self.runs[first_run:] if run.computation.name in names]
         return Cost(0.0, total([sum(run.flops) for run in runs]), 0.0, not any(any(run.is_product) for run in runs))
@@ -302,7 +302,7 @@ def _few(names: Sequence[str], most: int = 4) -> str:
 
 
 def _started_at(computation: Computation, instruction: Instruction) -> int:
-    """Which instruction started what this one waits for, -1 if it waits for none."""
+    """The instruction that started what this one waits for; -1 if it waits for none."""
     if not instruction.opcode.endswith(("-done", "-update")):
         return -1
     start = instruction

@@ -1,4 +1,4 @@
-"""Devices to compile for that are not there: a mesh of them serves `lower` and `compile`, and nothing that runs."""
+"""Describes devices to compile for that need not be there. A mesh of them serves `lower` and `compile` only."""
 
 from __future__ import annotations
 
@@ -15,24 +15,24 @@ _PLUGINS = ("jax_plugins.xla_cuda13", "jax_plugins.xla_cuda12")
 def topology(chip: str, devices: int = 8, *, nodes: int = 1) -> topologies.TopologyDescription:
     """NVIDIA GPUs to compile for, on a machine with one of them, with another GPU, or with none.
 
-    A mesh of its ``devices`` takes the place of one of `jax.devices`, and `jax.ShapeDtypeStruct` with shardings on that
-    mesh the place of arrays::
+    Make a mesh of its ``devices`` instead of `jax.devices`, and use `jax.ShapeDtypeStruct` with shardings on that mesh
+    instead of arrays::
 
         mesh = Mesh(np.array(topology("H200").devices).reshape(2, 4), ("pp", "ep"), axis_types=(AxisType.Auto,) * 2)
         x = jax.ShapeDtypeStruct((8, 4096), jnp.bfloat16, sharding=NamedSharding(mesh, P("ep")))
         hlo = jax.jit(f).lower(x).compile().as_text()        # for profiling.overlap
 
     A CUDA build of JAX must be installed, ``pip install "jax[cuda13]"``. Without a GPU the environment variable
-    JAX_PLATFORMS must be ``cpu`` before JAX is first used. What needs a GPU to compile then fails: cuDNN's attention.
-    XLA chooses among kernels by its cost model, not by trying them, and sorts by a slower algorithm.
+    JAX_PLATFORMS must be ``cpu`` before JAX is first used. Programs that need a GPU to compile, such as those with
+    cuDNN's attention, then fail. XLA chooses kernels by its cost model instead of trying them, and uses a slower sort.
 
     Args:
       chip: one of `target_names`, in any case.
-      devices: how many in all.
-      nodes: over how many nodes they are spread; only those of one node have NVLink between them.
+      devices: number of devices in all.
+      nodes: number of nodes that they are spread over; only devices of one node have NVLink between them.
 
     Raises:
-      ValueError: no such chip; devices that do not spread evenly over the nodes.
+      ValueError: the chip is unknown, or the devices do not spread evenly over the nodes.
       RuntimeError: no CUDA build of JAX is installed, or it was not registered.
 
     >>> topology("H200", devices=8, nodes=3)
@@ -72,7 +72,7 @@ def _targets() -> importlib.resources.abc.Traversable:
 
 
 def _is_local(chip: str) -> bool:
-    """Whether the first device is one of these: XLA then asks it rather than a file."""
+    """Whether the first device is such a chip; XLA then asks it instead of a file."""
     return jax.default_backend() == "gpu" and chip.upper() in jax.devices()[0].device_kind.upper().split()
 
 

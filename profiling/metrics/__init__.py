@@ -1,4 +1,4 @@
-"""What a timeline amounts to, per device and over all: every figure in microseconds, None where it would be 0 / 0."""
+"""Metrics of a timeline, for each device and over all: times in microseconds, None where a ratio is 0 / 0; internal."""
 
 from profiling.metrics.bandwidth import CollectiveRow, bus_factor, collectives
 from profiling.metrics.columns import Columns, by_device

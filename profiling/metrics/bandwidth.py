@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 
 from profiling.event import Trace
-from profiling.metrics.calls import Call, Group, Meeting, calls, meetings
+from profiling.metrics.calls import Call, Group, MatchedCollective, calls, match_calls
 from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.intervals import covered, union
 
@@ -107,12 +107,12 @@ def collectives(trace: Trace, window: tuple[float, float] | None = None) -> tupl
     (1, 8000, 4.0, 2.0)
     """
     found = calls(trace.events)
-    return rows(found, meetings(found)[0], by_device(trace), window) if found else ()
+    return rows(found, match_calls(found)[0], by_device(trace), window) if found else ()
 
 
 def rows(
     found: Sequence[Call],
-    together: Sequence[Meeting],
+    together: Sequence[MatchedCollective],
     devices: Mapping[int, Columns],
     window: tuple[float, float] | None = None,
 ) -> tuple[CollectiveRow, ...]:
@@ -127,7 +127,7 @@ def rows(
     for call in found:
         if window is None or (window[0] <= call.start and call.end <= window[1]):
             members.setdefault((call.kind, call.group, size_class(call.bytes)), []).append(call)
-    matched: dict[tuple[str, Group, str], list[Meeting]] = {}
+    matched: dict[tuple[str, Group, str], list[MatchedCollective]] = {}
     for meeting in together:
         if meeting.lies_in(window):
             key = meeting.kind, meeting.group, size_class(meeting.calls[0].bytes)
@@ -158,7 +158,7 @@ def _row(
     group: Group,
     name: str,
     members: Sequence[Call],
-    matched: Sequence[Meeting],
+    matched: Sequence[MatchedCollective],
     compute: Mapping[int, np.ndarray],
 ) -> CollectiveRow:
     by: dict[int, list[tuple[float, float]]] = {}

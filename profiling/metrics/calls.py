@@ -1,4 +1,4 @@
-"""Calls of collectives, and which calls on several devices are one collective: within a process group, in order."""
+"""Finds the calls of collectives, and matches calls on several devices that are one collective."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ SYNCHRONISING = ("all-reduce", "all-gather", "reduce-scatter", "all-to-all", "ba
 """Kinds that cannot end on one rank before the last rank of the group has begun: each rank needs data of all."""
 
 POINT_TO_POINT = ("send", "receive", "recv", "permute", "collective-permute", "coalesced")
-"""How kinds begin that do not involve the whole group, so that the n-th of two ranks need not be the same."""
+"""How kinds begin that do not involve the whole group. The n-th ones of two ranks need not belong together."""
 
 _Described: TypeAlias = tuple[int, str, tuple[int, ...] | None, int | None]
-"""A device, and name, ranks and size of a process group as it describes them."""
+"""A device, and the name, ranks and size of a process group as its profile describes them."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -25,8 +25,8 @@ class Group:
     """A process group, as the profiler describes it.
 
     Attributes:
-      name: "" if unknown, or if ranks know it by different names.
-      ranks: in order; None if unknown.
+      name: name of the group; "" if it is unknown or differs between ranks.
+      ranks: members in order; None if unknown.
       size: number of ranks; None if unknown.
     """
 
@@ -36,7 +36,7 @@ class Group:
 
     @property
     def label(self) -> str:
-        """For people: the ranks if known, else the name or the size.
+        """A label for people: the ranks if they are known, otherwise the name or the size.
 
         >>> Group("7", tuple(range(0, 64, 8)), 8).label, Group("tp", None, 4).label, Group("", (3, 5), 2).label
         ('7 (ranks 0-56 by 8)', 'tp (4 ranks)', 'ranks 3, 5')
@@ -49,7 +49,7 @@ class Group:
 
 
 def ranges(numbers: Sequence[int]) -> str:
-    """Numbers in few words.
+    """A short text for a list of numbers.
 
     >>> ranges((0, 1, 2, 3)), ranges((0, 2)), ranges((5,)), ranges((1, 5, 9)), ranges((0, 1, 4))
     ('0-3', '0, 2', '5', '1-9 by 4', '0, 1, 4')
@@ -67,15 +67,15 @@ class Call:
     """One collective on one device.
 
     Attributes:
-      device: its index.
-      kind: "all-reduce" and so on, as `profiling.event.Collective.kind`.
-      group: the process group.
-      start, end: first start and last end of its kernels, in microseconds.
-      time: microseconds with any of them.
-      sent, received: bytes of the input and of the output on this rank, None if unknown.
-      sequence: its number within the group, None if unknown.
-      step: number of the step that launched it, None if unknown.
-      group_of_time: "transfer" or "wait", of its first kernel.
+      device: index of the device.
+      kind: "all-reduce" and so on, as in `Collective.kind`.
+      group: process group.
+      start, end: first start and last end of the kernels, in microseconds.
+      time: microseconds with any of the kernels.
+      sent, received: bytes of the input and of the output on this rank; None if unknown.
+      sequence: number of the collective within its group; None if unknown.
+      step: number of the step that launched it; None if unknown.
+      group_of_time: "transfer" or "wait", as in `Event.group` of the first kernel.
     """
 
     device: int
@@ -92,9 +92,9 @@ class Call:
 
     @property
     def bytes(self) -> int | None:
-        """The size S that NCCL's tests divide by the time, None if unknown.
+        """The size S that NCCL's tests divide by the time; None if unknown.
 
-        The whole array for an all-gather, a reduce-scatter and an all-to-all, what a rank gives otherwise.
+        It is the whole array for an all-gather, a reduce-scatter and an all-to-all, otherwise the input of a rank.
         Source: NVIDIA/nccl-tests, doc/PERFORMANCE.md.
         """
         if self.kind in ("all-gather", "gather"):
@@ -103,12 +103,12 @@ class Call:
             whole, part = self.sent, self.received
         else:
             return max((size for size in (self.sent, self.received) if size is not None), default=None)
-        # Of a gather and a scatter only the root has the whole array; elsewhere it is None or empty.
+        # Only the root of a gather or a scatter has the whole array; elsewhere it is None or empty.
         return part * self.group.size if not whole and part is not None and self.group.size else whole
 
 
 def has_group(event: Event) -> bool:
-    """Whether the profiler says which process group an event is of."""
+    """Whether the profiler says which process group an event belongs to."""
     of = event.collective
     return of is not None and bool(of.group or of.ranks is not None)
 
@@ -117,7 +117,7 @@ def calls(events: Iterable[Event]) -> list[Call]:
     """The collectives of a trace in the order of their starts on each device.
 
     Kernels that follow one another on a device with the same group, kind and sequence number are one call. Its bytes
-    are those that they have in common, or the sum where they differ: parts that were sent together.
+    are those of each kernel if all are equal, otherwise the sum, as they are parts that were sent together.
 
     >>> from profiling.event import Collective
     >>> of = Collective("all-reduce", "dp", (0, 1), 2, sent=1 << 20, received=1 << 20, sequence=5)
@@ -142,7 +142,7 @@ def calls(events: Iterable[Event]) -> list[Call]:
     for what, members in lists.items():
         device, group = what[0], groups[what]
         members.sort(key=lambda event: (event.start, event.end))
-        # A number that never changes numbers nothing.
+        # A number that never changes is no sequence number.
         numbered = len({event.collective.sequence for event in members if event.collective}) > 1
         parts: dict[str, tuple[int, list[Event]]] = {}
         for event in members:
@@ -162,7 +162,7 @@ def calls(events: Iterable[Event]) -> list[Call]:
 
 
 def _groups(described: Collection[_Described]) -> dict[_Described, Group]:
-    """Process groups by their ranks, and by the name too unless every device has one name for these ranks."""
+    """Process groups by their ranks, and also by name if a device has several names for these ranks."""
     names: dict[tuple[int, ...], dict[int, set[str]]] = {}
     for device, name, ranks, _ in described:
         if ranks is not None:
@@ -204,12 +204,12 @@ def _added(numbers: Iterable[int | None]) -> int | None:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Meeting:
+class MatchedCollective:
     """A collective on several devices.
 
     Attributes:
-      group: of all calls.
-      calls: one for each device that the group has here, in the order of the devices.
+      group: process group of all calls.
+      calls: one call for each device of the group in the trace, in the order of the devices.
     """
 
     group: Group
@@ -217,29 +217,29 @@ class Meeting:
 
     @property
     def kind(self) -> str:
-        """Of all calls."""
+        """The kind of all calls."""
         return self.calls[0].kind
 
     def lies_in(self, window: tuple[float, float] | None) -> bool:
-        """Whether it begins and ends between two times on every device."""
+        """Whether the collective begins and ends within a window on every device."""
         return window is None or all(window[0] <= call.start and call.end <= window[1] for call in self.calls)
 
 
-def meetings(found: Sequence[Call]) -> tuple[list[Meeting], list[str]]:
-    """Which calls on several devices are one collective, and what could not be told.
+def match_calls(found: Sequence[Call]) -> tuple[list[MatchedCollective], list[str]]:
+    """Matches calls on several devices that are one collective, with notes on what could not be matched.
 
-    They are of one process group and of one kind, and have the same sequence number, or are the n-th of their kind in
-    that group on each device, within their step where all know it. For the latter every device must have as many of
-    them, and in an all-reduce, an all-gather or a reduce-scatter the n-th must be equally large.
+    Such calls have the same process group and kind. They also have the same sequence number, or they are the n-th of
+    their kind in the group on each device, and in their step if all calls know it. Counting needs equally many calls on
+    every device and, for an all-reduce, an all-gather or a reduce-scatter, n-th calls of equal size.
 
     >>> def one(device, start, ranks):
     ...     return Call(device, "all-reduce", Group("", ranks, 2), start, start + 5, 5, 8, 8, None, None, "transfer")
-    >>> [len(row.calls) for row in meetings([one(0, 0.0, (0, 1)), one(1, 2.0, (0, 1))])[0]]
+    >>> [len(row.calls) for row in match_calls([one(0, 0.0, (0, 1)), one(1, 2.0, (0, 1))])[0]]
     [2]
-    >>> meetings([one(0, 0.0, (0, 2)), one(1, 2.0, (1, 3))])[0]
+    >>> match_calls([one(0, 0.0, (0, 2)), one(1, 2.0, (1, 3))])[0]
     []
     """
-    matched: list[Meeting] = []
+    matched: list[MatchedCollective] = []
     notes: list[str] = []
     groups: dict[Group, list[Call]] = {}
     for call in found:
@@ -260,7 +260,7 @@ def meetings(found: Sequence[Call]) -> tuple[list[Meeting], list[str]]:
             if note:
                 counts = ", ".join(f"{len(row)} on device {device}" for device, row in zip(devices, rows, strict=True))
                 notes.append(f"{kind} in group {group.label}: {note} ({counts})")
-            matched += [Meeting(group, row) for row in together]
+            matched += [MatchedCollective(group, row) for row in together]
     matched.sort(key=lambda row: row.calls[0].start)
     return matched, notes
 

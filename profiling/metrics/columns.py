@@ -52,13 +52,13 @@ def coded(values: Iterable[Any], count: int) -> Codes:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Columns(Sequence[Event]):
-    """A sequence of events that makes an array of a field when the field is first asked for, and keeps it.
+    """A sequence of events that makes an array of a field when a metric first asks for it, and keeps it.
 
-    Every function that takes events takes these. A million and a half events cost 16 bytes each for their times and 4
-    or less for each field that a metric looks at, instead of a list of Python numbers for each metric.
+    Every function that takes events takes these. An event costs 16 bytes for its times and at most 4 for each field
+    that a metric looks at, instead of a list of Python numbers for each metric.
 
     Attributes:
-      events: of one device, in any order.
+      events: events of one device, in any order.
 
     >>> Columns((Event(0, "7", 0.0, 2.0, "a"), Event(0, "7", 3.0, 4.0, "b"))).durations
     array([2., 1.])
@@ -80,7 +80,7 @@ class Columns(Sequence[Event]):
         """``[n, 2]`` float64: starts and ends in microseconds.
 
         Raises:
-          ValueError: an event that ends before it starts, or a time that is no number.
+          ValueError: an event ends before it starts, or has a time that is no number.
         """
         spans = np.empty((len(self), 2))
         spans[:, 0] = self._floats("start")
@@ -104,7 +104,7 @@ class Columns(Sequence[Event]):
 
     @functools.cached_property
     def groups(self) -> np.ndarray:
-        """``[n]`` int8: places in `profiling.event.GROUPS`; what is none of them has the number of all of them."""
+        """``[n]`` int8: index in `profiling.event.GROUPS`; an unknown group has the length of that list."""
         found = self._coded("group")
         return np.array([_GROUP.get(group, len(GROUPS)) for group in found.values], np.int8)[found.index]
 
@@ -135,7 +135,7 @@ class Columns(Sequence[Event]):
 
     @functools.cached_property
     def counted(self) -> Columns:
-        """Those whose time counts: all but loops and calls round other events."""
+        """The events whose time counts: all but loops and calls around other events."""
         control = self.groups == _GROUP["control"]
         return self.take(np.flatnonzero(~control)) if control.any() else self
 
@@ -155,12 +155,12 @@ class Columns(Sequence[Event]):
 
 
 def columns(events: Sequence[Event]) -> Columns:
-    """Events with their arrays; those that have them already are returned as they are."""
+    """Events with their arrays; events that have them already are returned unchanged."""
     return events if isinstance(events, Columns) else Columns(events)
 
 
 def by_device(trace: Trace) -> Mapping[int, Columns]:
-    """``{device: its events}`` in the order of the devices, the events in that of the trace.
+    """``{device: its events}`` in the order of the devices; events keep the order of the trace.
 
     >>> found = by_device(Trace("", "kineto", (Event(1, "7", 0.0, 2.0, "a"), Event(0, "7", 3.0, 4.0, "b"))))
     >>> {device: [event.name for event in events] for device, events in found.items()}

@@ -1,4 +1,4 @@
-"""How far figures could be off because no rule knows what some kernels do."""
+"""Bounds figures that could be wrong because no rule knows some kernels."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from profiling.event import Event
 from profiling.metrics.intervals import Spans, difference, intersection, length, spans_of, union
 
 MATTERS = 0.02
-"""From which share of the time, or change of a ratio, a doubt is worth a warning."""
+"""The share of the time, or the change of a ratio, from which on bounds are shown."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Bounds:
     """Figures with all unknown kernels counted as compute, and with all of them counted as transfers.
 
     Attributes:
-      share: of the events' time, what no rule knows.
-      window: of all devices together, in microseconds.
-      overlap: overlap ratio of transfers, the smaller first; None, which stands first, without communication.
-      exposed: exposed communication, with waits, in microseconds.
+      share: share of the events' time in kernels that no rule knows.
+      window: time looked at on all devices together, in microseconds.
+      overlap: overlap ratio of transfers, the smaller first; None, for no communication, comes first.
+      exposed: exposed communication with waits, in microseconds.
       compute: time with compute as a share of the window.
     """
 
@@ -35,7 +35,7 @@ class Bounds:
 
     @property
     def matter(self) -> bool:
-        """Whether the unknown kernels have more than 2% of the time, or could move a ratio by more than 2 points."""
+        """Whether unknown kernels take more than 2% of the time, or could move a ratio by more than 2 points."""
         low, high = self.overlap
         moves = [self.compute[1] - self.compute[0], (self.exposed[1] - self.exposed[0]) / self.window]
         if high is not None:
@@ -44,11 +44,11 @@ class Bounds:
 
 
 def bounds(devices: Iterable[Sequence[Event]], window: tuple[float, float]) -> Bounds | None:
-    """What the figures are if unknown kernels all compute, and if they all communicate; None where all are known.
+    """The figures if all unknown kernels compute, and if all communicate; None if all kernels are known.
 
     Args:
-      devices: events of each device, classified.
-      window: start and end that all of them are looked at in.
+      devices: classified events of each device.
+      window: start and end of the time looked at on all devices.
 
     >>> known = [Event(0, "7", 0.0, 8.0, "a", kind="GEMM", group="compute")]
     >>> known += [Event(0, "9", 5.0, 9.0, "b", kind="all-reduce", group="transfer")]
@@ -89,7 +89,7 @@ def _within(frame: Spans, events: Iterable[Event]) -> Spans:
 
 
 def _times(transfer: Spans, wait: Spans, compute: Spans) -> tuple[float, float, float, float]:
-    """Microseconds of transfers, of these beside compute, of transfers and waits without it, and of compute."""
+    """Microseconds of transfers, transfers beside compute, transfers and waits without compute, and compute."""
     compute = union(compute)
     communication = np.concatenate([transfer, wait])
     return (

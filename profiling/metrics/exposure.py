@@ -1,4 +1,4 @@
-"""Where communication is exposed: the longest stretches, what was on the wire, and what computation waited for it."""
+"""Finds the longest stretches of exposed communication, what was transferred, and which computation waited for it."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ class ExposedSegment:
     """A stretch in which a device communicates and does not compute.
 
     Attributes:
-      device: its index.
-      start, end: in microseconds.
-      share: of all that is exposed on this device.
+      device: index of the device.
+      start, end: start and end of the stretch, in microseconds.
+      share: share of all exposed communication on the device.
       communication: the event that takes most of the stretch.
-      phases, kinds: of all communication in it, in the order of their starts.
-      next_compute: what starts next on the device; None if nothing follows.
+      phases, kinds: phases and kinds of all communication in the stretch, in the order of their starts.
+      next_compute: the computation that starts next on the device; None if nothing follows.
     """
 
     device: int
@@ -41,8 +41,8 @@ class ExposedSegment:
     def stalled(self) -> bool:
         """Whether the next computation presumably had to wait for this communication.
 
-        It then starts when the communication has ended, and sooner after it than the stretch is long. Where it starts
-        while the communication still runs, something else was late: the host's launches, for instance.
+        If so, it starts after the communication has ended, within a time shorter than the stretch. A computation that
+        starts while the communication still runs waited for something else, such as a launch by the host.
         """
         following = self.next_compute
         return (
@@ -53,7 +53,7 @@ class ExposedSegment:
 
     @property
     def reason(self) -> str:
-        """In words: what waits for what.
+        """Says what waits for what.
 
         >>> dispatch = Event(0, "27", 0.0, 4.0, "a", phase="dispatch(B)", layer=3, group="transfer")
         >>> attention = Event(0, "7", 4.0, 9.0, "b", phase="attn(B)", layer=3, group="compute")
@@ -74,13 +74,13 @@ def exposed_segments(
     """The longest stretches of exposed communication over all devices, the longest first.
 
     Args:
-      trace: from any reader.
-      top: how many at most.
+      trace: trace of any reader.
+      top: most stretches to return.
       definition: what counts as communication, one of `profiling.metrics.DEFINITIONS`.
-      merge_gap_us: gaps in compute up to this long are not looked at.
+      merge_gap_us: gaps in compute up to this long count as compute.
 
     Raises:
-      ValueError: an unknown definition, a negative number of stretches or gap.
+      ValueError: the definition is unknown, or the number of stretches or the gap is negative.
 
     >>> dispatch = Event(0, "27", 0.0, 4.0, "a", kind="dispatch", group="transfer")
     >>> gemms = [Event(0, "7", start, start + 2.0, "b", kind="GEMM", group="compute") for start in (0.0, 4.0)]

@@ -1,4 +1,4 @@
-"""Sets of times as sorted, disjoint, half-open intervals, and the algebra on them that every metric is made of."""
+"""Sets of times as sorted, disjoint, half-open intervals, and the algebra on them that all metrics use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ Spans: TypeAlias = np.ndarray
 
 
 def spans_of(events: Iterable[Event]) -> Spans:
-    """``[n, 2]``: start and end of each event, as they come; `union` makes a set of them.
+    """``[n, 2]``: start and end of each event, in the order of the events; `union` makes a set of them.
 
     >>> spans_of([Event(0, "compute", 3.0, 4.0, "b"), Event(0, "compute", 0.0, 2.0, "a")])
     array([[3., 4.],
@@ -24,14 +24,14 @@ def spans_of(events: Iterable[Event]) -> Spans:
 
 
 def union(spans: Spans, merge_gap: float = 0.0) -> Spans:
-    """The times in any of the intervals: sorted, disjoint, without empty ones.
+    """The times in any of the intervals, as sorted, disjoint intervals that are not empty.
 
     Args:
       spans: ``[n, 2]`` in any order, overlapping or not.
       merge_gap: gaps no longer than this are filled; with 0, intervals that touch become one.
 
     Raises:
-      ValueError: another shape, a time that is no number, an end before its start, a negative gap.
+      ValueError: the shape is wrong, a time is no number, an end lies before its start, or the gap is negative.
 
     >>> union([[3, 4], [0, 2], [1, 2.5]])
     array([[0. , 2.5],
@@ -53,7 +53,7 @@ def union(spans: Spans, merge_gap: float = 0.0) -> Spans:
 
 
 def intersection(a: Spans, b: Spans) -> Spans:
-    """The times in both.
+    """The times in both sets.
 
     >>> intersection([[0, 4], [6, 9]], [[3, 7]])
     array([[3., 4.],
@@ -63,7 +63,7 @@ def intersection(a: Spans, b: Spans) -> Spans:
 
 
 def difference(a: Spans, b: Spans) -> Spans:
-    """The times in the first and not in the second.
+    """The times in the first set and not in the second.
 
     >>> difference([[0, 4], [6, 9]], [[3, 7]])
     array([[0., 3.],
@@ -73,7 +73,7 @@ def difference(a: Spans, b: Spans) -> Spans:
 
 
 def length(spans: Spans) -> float:
-    """Microseconds covered, what is covered twice counted once.
+    """The microseconds that intervals cover; times in several of them count once.
 
     >>> length([[0, 4], [3, 6], [7, 8]])
     7.0
@@ -83,7 +83,7 @@ def length(spans: Spans) -> float:
 
 
 def covered(of: Spans, spans: Spans) -> np.ndarray:
-    """``[n]``: how many microseconds of each interval a set that `union` made covers.
+    """``[n]``: microseconds of each interval that lie in a set; `union` made the set.
 
     >>> covered(np.array([[0, 4], [6, 9]]), np.array([[3, 7], [4, 6]]))
     array([2., 0.])
@@ -101,7 +101,7 @@ def covered(of: Spans, spans: Spans) -> np.ndarray:
 
 
 def gaps(spans: Spans) -> Spans:
-    """What lies between the first start and the last end and is not covered.
+    """The times between the first start and the last end that no interval covers.
 
     >>> gaps([[0, 4], [6, 9]])
     array([[4., 6.]])
@@ -111,7 +111,7 @@ def gaps(spans: Spans) -> Spans:
 
 
 def _select(a: Spans, b: Spans, wanted) -> Spans:
-    """The stretches between neighbouring edges of either set that are wanted, joined where they touch."""
+    """The wanted stretches between neighbouring edges of either set, joined if they touch."""
     a, b = union(a), union(b)
     edges = np.unique(np.concatenate([a.ravel(), b.ravel()]))
     starts = edges[:-1]
@@ -120,12 +120,12 @@ def _select(a: Spans, b: Spans, wanted) -> Spans:
 
 
 def _contains(spans: Spans, times: np.ndarray) -> np.ndarray:
-    """Whether each time is in a set that `union` made."""
+    """Whether each time is in a set; `union` made the set."""
     return np.searchsorted(spans[:, 0], times, "right") > np.searchsorted(spans[:, 1], times, "right")
 
 
 def within(spans: Spans, start: float, end: float) -> Spans:
-    """The times in any of the intervals and between two times.
+    """The times between two times that lie in any of the intervals.
 
     >>> within([[0, 4], [3, 6], [8, 9]], 1, 8)
     array([[1., 6.]])
@@ -138,7 +138,7 @@ def checked(spans: Spans) -> Spans:
     """``[n, 2]`` float64.
 
     Raises:
-      ValueError: another shape, a time that is no number, an end before its start.
+      ValueError: the shape is wrong, a time is no number, or an end lies before its start.
     """
     spans = np.asarray(spans, np.float64)
     if not spans.size:

@@ -1,4 +1,4 @@
-"""All metrics of a trace at once, which is what reports print."""
+"""Measures all metrics of a trace, as reports print them."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from profiling.classify.classifier import unclassified_share
 from profiling.event import Trace
 from profiling.metrics.bandwidth import CollectiveRow, rows
-from profiling.metrics.calls import Call, calls, meetings
+from profiling.metrics.calls import Call, calls, match_calls
 from profiling.metrics.columns import Columns, by_device
 from profiling.metrics.doubt import Bounds, bounds
 from profiling.metrics.overlaps import DEFINITIONS, Breakdown, Overlap, breakdown, overlap, overlap_of, sides
@@ -33,19 +33,19 @@ from profiling.metrics.windows import StepRow, steps
 
 @dataclasses.dataclass(frozen=True)
 class Metrics:
-    """One device.
+    """The metrics of one device.
 
     Attributes:
-      device: its index; rank: of the pipeline, None without one.
-      breakdown: of the window that all devices have in common.
-      overlaps: ``{definition: Overlap}`` for each of `DEFINITIONS`.
+      device: index of the device; rank: its pipeline rank, None without a pipeline.
+      breakdown: how the time divides, in the window that all devices have in common.
+      overlaps: ``{definition: Overlap}`` for each of `profiling.metrics.DEFINITIONS`.
       sensitivity: ``{definition: overlaps}``, one for each of the gaps asked for.
-      steady_window: from the start of the second layer to that of the last, where neither cold queues nor the lack of
-        anything to hide behind count; None without evidence of layers, see `steady_window`.
-      steady: ``{definition: Overlap}`` within it; empty if it is None.
+      steady_window: the time from the start of the second layer to that of the last, without cold queues and with
+        compute to hide behind; None without evidence of layers.
+      steady: ``{definition: Overlap}`` within the steady window; empty if that is None.
       kinds, phases, actions: time by each, the longest first.
-      layers: phases of each layer; layer_spans: when each begins.
-      lanes: streams or threads; concurrency: ``[lanes + 1]`` microseconds with so many of them busy.
+      layers: phases of each layer; layer_spans: when each layer begins.
+      lanes: time of each lane; concurrency: ``[lanes + 1]`` microseconds with so many busy lanes.
     """
 
     device: int
@@ -66,12 +66,12 @@ class Metrics:
 
 @dataclasses.dataclass(frozen=True)
 class Bubble:
-    """One pipeline rank: means over its devices, as shares of the window that all devices have in common.
+    """The bubble of one pipeline rank: means over its devices, as shares of the window that all devices have in common.
 
     Attributes:
-      rank: of the pipeline.
+      rank: pipeline rank.
       compute_bubble: share of the window without compute.
-      device_idle: share of the window in which its devices do nothing at all.
+      device_idle: share of the window in which the devices do nothing at all.
     """
 
     rank: int
@@ -81,13 +81,13 @@ class Bubble:
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """All devices together.
+    """The metrics of all devices together.
 
     Attributes:
-      overlaps: ``{definition: Overlap}`` with the devices' times added up, so that ratios weigh them by their time.
+      overlaps: ``{definition: Overlap}`` with the times of all devices added up, so that ratios weigh them by time.
       steady: the same for the devices' steady windows; empty if no device has one.
-      breakdown: times added up; the longest gap of any device.
-      bubbles: one for each pipeline rank; empty without a pipeline.
+      breakdown: how the times divide, added up, with the longest gap of any device.
+      bubbles: one bubble for each pipeline rank; empty without a pipeline.
     """
 
     overlaps: Mapping[str, Overlap]
@@ -98,19 +98,19 @@ class Summary:
 
 @dataclasses.dataclass(frozen=True)
 class Measurement:
-    """What `measure` finds.
+    """All metrics of a trace; `measure` makes it.
 
     Attributes:
-      title: of the trace.
+      title: title of the trace.
       window: start and end over all devices, in microseconds.
-      devices: one for each.
-      summary: all devices together.
-      skew: how they drift apart; None if they have no collective in common.
-      collectives: by kind, process group and size; empty where the profiler says nothing of them.
-      steps: one row for each step that has a number and lies in the window.
-      unclassified_share: of the time, what no rule of the classification knows; it counts as compute.
-      unattributed_share: of the time, what belongs to no phase.
-      bounds: of the figures, as what no rule knows might communicate as well; None where all is known.
+      devices: metrics of each device.
+      summary: metrics of all devices together.
+      skew: how devices drift apart; None if no collective is common to several devices.
+      collectives: rows by kind, process group and size; empty if the profiler says nothing about collectives.
+      steps: one row for each numbered step that lies in the window.
+      unclassified_share: share of the time in events that no rule knows; they count as compute.
+      unattributed_share: share of the time in events without a phase.
+      bounds: ranges of the figures, as unknown kernels might communicate; None if all kernels are known.
       notes: what could not be measured, and why.
     """
 
@@ -128,23 +128,23 @@ class Measurement:
 
     @property
     def makespan(self) -> float:
-        """Length of the window in microseconds."""
+        """The length of the window, in microseconds."""
         return self.window[1] - self.window[0]
 
 
 def measure(
     trace: Trace, gaps_us: Sequence[float] = (0.0, 2.0, 5.0, 20.0, 50.0), window: tuple[float, float] | None = None
 ) -> Measurement:
-    """All metrics of a classified trace.
+    """Measures all metrics of a trace.
 
     Args:
-      trace: from any reader.
-      gaps_us: for the sensitivity to launch gaps, see `Overlap.merge_gap`.
-      window: start and end to look at, events across an edge being cut there; by default everything. Collectives and
-        steps count only if they lie in it as a whole.
+      trace: trace of any reader, whose events are classified.
+      gaps_us: gaps in compute, in microseconds, that count as compute in the table of sensitivity to launch gaps.
+      window: start and end to look at, in microseconds; by default everything. Events across an edge are cut there.
+        Collectives and steps count only if they lie in the window as a whole.
 
     Raises:
-      ValueError: a trace without events (in the window), a window that ends before it starts.
+      ValueError: the trace has no events in the window, or the window ends before it starts.
 
     >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
@@ -159,14 +159,14 @@ def measure(
         raise ValueError(f"trace {trace.title!r} has no events in the window {window}: there is nothing to measure")
     window = window or trace.window
     parts = by_device(trace)
-    # Which collectives belong together, how long each takes, and what a step is, no edge of a window may change.
+    # The edge of a window must not change which collectives belong together, how long they take, or what a step is.
     all_parts = parts if looked_at is None else by_device(whole)
     nothing = Columns(())  # a device that does nothing in the window is idle for all of it
     devices = tuple(
         _device(device, trace.ranks.get(device), parts.get(device, nothing), window, gaps_us) for device in all_parts
     )
     called = calls(whole.events)
-    met = meetings(called)
+    met = match_calls(called)
     found_skew, notes = skew_and_notes(whole, looked_at, met)
     cut = sum(_is_cut(call, window) for call in called)
     if cut:

@@ -1,4 +1,4 @@
-"""How much communication computation hides, and how the time of one device divides."""
+"""Measures how much communication computation hides, and how the time of one device divides."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from profiling.metrics.columns import Columns, columns
 from profiling.metrics.intervals import Spans, difference, intersection, length, union, within
 
 DEFINITIONS = ("transfer", "transfer+wait", "lanes")
-"""What counts as communication. "transfer": what moves data. "transfer+wait": barriers and notifications too. "lanes":
-all that runs on the lanes that mostly communicate, casts and layouts among it, against all that runs on the others."""
+"""What counts as communication. "transfer": what moves data. "transfer+wait": also barriers and notifications. "lanes":
+everything on the lanes that mostly communicate, casts and layouts included, against everything on the others."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Sides:
-    """What is weighed against each other on one device.
+    """The times of communication and of compute on one device.
 
     Attributes:
       window: start and end of the time looked at.
@@ -30,20 +30,20 @@ class Sides:
     compute: Spans
 
     def exposed(self, merge_gap_us: float = 0.0) -> Spans:
-        """``[n, 2]``: when the device communicates and does not compute, gaps in compute up to this long aside."""
+        """``[n, 2]``: when the device communicates and does not compute; gaps up to this long count as compute."""
         return difference(self.communication, union(self.compute, merge_gap_us))
 
 
 @dataclasses.dataclass(frozen=True)
 class Overlap:
-    """How much communication is hidden behind computation, in microseconds.
+    """How much communication is hidden behind computation, in microseconds; times of several devices are added up.
 
     Attributes:
       definition: what counts as communication, one of `DEFINITIONS`.
-      merge_gap: gaps in compute up to this long count as compute, as between two kernels of one launch queue.
-      window: the time looked at; for several devices together the sum of theirs, as all that follows.
-      communication, compute: time with any of it.
-      overlapped: time with both, gaps merged.
+      merge_gap: gaps in compute up to this long count as compute, such as those between kernels of one queue.
+      window: time looked at.
+      communication, compute: time with any communication, with any compute.
+      overlapped: time with both, after gaps were merged.
 
     >>> Overlap("transfer", 0.0, window=10.0, communication=4.0, compute=8.0, overlapped=3.0).ratio
     0.75
@@ -58,45 +58,45 @@ class Overlap:
 
     @property
     def exposed(self) -> float:
-        """Communication with no compute beside it."""
+        """Communication without compute beside it."""
         return self.communication - self.overlapped
 
     @property
     def ratio(self) -> float | None:
-        """Share of the communication that is hidden, None where there is none."""
+        """Share of the communication that is hidden; None without communication."""
         return self.overlapped / self.communication if self.communication else None
 
     @property
     def exposed_share(self) -> float | None:
-        """Exposed communication as a share of the window, None where there is no communication."""
+        """Exposed communication as a share of the window; None without communication."""
         return self.exposed / self.window if self.communication else None
 
     @property
     def compute_under_communication(self) -> float | None:
-        """Share of compute that runs beside communication, None without compute or without communication."""
+        """Share of compute that runs beside communication; None without compute or without communication."""
         return self.overlapped / self.compute if self.compute and self.communication else None
 
     @property
     def serial(self) -> float:
-        """How long it would take one after the other."""
+        """How long communication and compute would take one after the other."""
         return self.communication + self.compute
 
     @property
     def speedup(self) -> float | None:
-        """One after the other, against the window; None where there is no communication."""
+        """The time of both one after the other, divided by the window; None without communication."""
         return self.serial / self.window if self.communication else None
 
     @property
     def ideal_speedup(self) -> float | None:
-        """The same if the shorter side were hidden entirely; None where there is no communication."""
+        """The speed-up if the shorter side were hidden entirely; None without communication."""
         return self.serial / max(self.communication, self.compute) if self.communication else None
 
     @property
     def efficiency(self) -> float | None:
-        """Share of the possible gain that was had: 1 is as fast as the longer side alone, 0 as one after the other.
+        """Share of the possible gain that was reached: 1 is as fast as the longer side alone, 0 as one after the other.
 
-        None where one side is missing, or where the window is longer than both one after the other: it is then idle
-        time or other work that decides how long the window is, and not what is hidden.
+        None if one side is missing, or if the window is longer than both one after the other: then idle time or other
+        work decides how long the window is.
         """
         gain = min(self.communication, self.compute)
         had = self.serial - self.window
@@ -107,7 +107,7 @@ class Overlap:
         """Several devices together: times added up, so that ratios weigh them by their time.
 
         Raises:
-          ValueError: no parts, or parts of different definitions.
+          ValueError: there are no parts, or they have different definitions.
         """
         same = {(part.definition, part.merge_gap) for part in parts}
         if len(same) != 1:
@@ -127,11 +127,11 @@ class Breakdown:
     """How the time of a device divides, in microseconds.
 
     Attributes:
-      window: the time looked at.
-      compute: time with compute, communication beside it or not.
-      noncompute: time with anything else and no compute.
+      window: time looked at.
+      compute: time with compute, with or without communication.
+      noncompute: time with something else and no compute.
       idle: time with nothing.
-      gaps: into how many stretches the idle time falls, 0-length ones aside.
+      gaps: number of stretches of idle time that are not empty.
       longest_gap: the longest of them.
     """
 
@@ -186,7 +186,7 @@ def members(events: Sequence[Event], definition: str = "transfer") -> tuple[list
     """The events of one device that count as communication, and those that count as compute.
 
     Raises:
-      ValueError: an unknown definition.
+      ValueError: the definition is unknown.
     """
     of = columns(events)
     communication, compute = chosen(of, definition)
@@ -209,12 +209,12 @@ def sides(events: Sequence[Event], definition: str = "transfer", window: tuple[f
     """When one device communicates and when it computes.
 
     Args:
-      events: of one device, classified.
+      events: classified events of one device.
       definition: one of `DEFINITIONS`.
       window: start and end to look at; by default from the first start to the last end.
 
     Raises:
-      ValueError: an unknown definition.
+      ValueError: the definition is unknown.
     """
     of = columns(events)
     communication, compute = chosen(of, definition)
@@ -228,7 +228,7 @@ def overlap(
     merge_gap_us: float = 0.0,
     window: tuple[float, float] | None = None,
 ) -> Overlap:
-    """How much communication of one device is hidden; arguments as `sides`.
+    """How much communication of one device is hidden; the arguments are those of `sides`.
 
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", group="compute")
     >>> overlap([gemm, Event(0, "27", 5.0, 9.0, "dispatch", group="transfer")]).exposed
@@ -240,7 +240,7 @@ def overlap(
 
 
 def overlap_of(of: Sides, definition: str, merge_gap_us: float = 0.0) -> Overlap:
-    """The same from the two sides."""
+    """How much communication is hidden, from the times of both sides."""
     communication, compute = length(of.communication), length(of.compute)
     overlapped = length(intersection(of.communication, union(of.compute, merge_gap_us)))
     return Overlap(definition, merge_gap_us, of.window[1] - of.window[0], communication, compute, overlapped)
@@ -250,7 +250,7 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
     """How the time of one device divides.
 
     Args:
-      events: of one device, classified.
+      events: classified events of one device.
       window: start and end; by default from the first start to the last end.
 
     >>> events = [Event(0, "7", 0.0, 6.0, "gemm", group="compute"), Event(0, "27", 5.0, 8.0, "a", group="transfer")]
@@ -264,7 +264,7 @@ def breakdown(events: Sequence[Event], window: tuple[float, float] | None = None
 
 
 def breakdown_of(busy: Spans, compute: Spans, window: tuple[float, float]) -> Breakdown:
-    """The same from when the device does anything and when it computes, both sets within the window."""
+    """How the time divides, from the times in which the device is busy and computes, both within the window."""
     idle = difference(np.array([window]), busy)
     lengths = idle[:, 1] - idle[:, 0]
     computing = length(compute)

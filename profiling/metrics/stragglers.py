@@ -1,4 +1,4 @@
-"""How far devices drift apart, seen where they meet: in the collectives of their process groups."""
+"""Measures how far devices drift apart in the collectives of their process groups."""
 
 from __future__ import annotations
 
@@ -9,30 +9,30 @@ from collections.abc import Hashable, Iterable, Mapping, Sequence
 import numpy as np
 
 from profiling.event import Event, Trace
-from profiling.metrics.calls import SYNCHRONISING, Call, Group, Meeting, calls, has_group, meetings
+from profiling.metrics.calls import SYNCHRONISING, Call, Group, MatchedCollective, calls, has_group, match_calls
 
 CLOCK_TOLERANCE = 2.0
-"""Microseconds by which times of one clock may contradict each other: profilers that write whole ones round both the
+"""Microseconds by which times of one clock may contradict each other. Profilers that write whole microseconds round the
 start and the duration down."""
 
 _ONE_SIDED = re.compile(r"permute|broadcast|^(send|recv)", re.IGNORECASE)
-"""Communication, by its name, that a rank may end before another begins. NCCL's SendRecv may be an all-to-all."""
+"""Names of communication that a rank may end before another begins. NCCL's SendRecv may be an all-to-all."""
 
 _COPY = re.compile(r"memcpy|peer copy", re.IGNORECASE)
-"""Transfers that one device does by itself."""
+"""Names of transfers that one device does by itself."""
 
 
 @dataclasses.dataclass(frozen=True)
 class DeviceSkew:
-    """One device among the others, in microseconds.
+    """The drift of one device, in microseconds.
 
     Attributes:
-      device: its index.
-      wait: time of its barriers and notifications, 0 where waiting is part of the transfers.
-      peer_wait: by how much its transfers took longer than the same transfer on the device where it took least: the
-        wait for peers that cannot be told from moving data. It is least on the straggler, whatever the clocks.
-      lateness: mean time that it joined a collective after the first device did; None where the clocks differ.
-      last: share of the collectives that it joined last; None where the clocks differ.
+      device: index of the device.
+      wait: time in barriers and notifications; 0 if waiting is part of the transfers.
+      peer_wait: how much longer its transfers took than on the device where each took least. This is the wait for
+        peers within transfers. It is least on the straggler, whatever the clocks.
+      lateness: mean time from the first device's start of a collective to this one's; None if the clocks differ.
+      last: share of the collectives that the device joined last; None if the clocks differ.
     """
 
     device: int
@@ -44,24 +44,24 @@ class DeviceSkew:
 
 @dataclasses.dataclass(frozen=True)
 class GroupSkew:
-    """The collectives of one process group that several of its devices show, times in microseconds.
+    """The drift of devices in the collectives of one process group, in microseconds.
 
     Attributes:
-      group: the process group; without a name, ranks and size where the profiler names none and all devices are one.
-      devices: those of the group that are in the trace.
+      group: process group; if the profiler names none, all devices are one group without name, ranks and size.
+      devices: devices of the group that are in the trace.
       matched: number of collectives compared.
-      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's; None where
-        the clocks differ, as the two that follow.
+      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's; None if the
+        clocks differ, as are the next two.
       end_spread, max_end_spread: the same for ends.
-      resolution: how closely starts can be compared: what the ends of collectives that synchronise lie apart, the
-        median of them, but at least `CLOCK_TOLERANCE`. Such collectives end together, so that this is how far the
-        clocks agree and how evenly the last data arrives.
-      impossible: number of collectives that ended on one device before another one began them, though they synchronise.
-      clocks_agree: whether starts can be compared: nothing was impossible, and where no collective of this group
-        synchronises, neither was it in another group that has two of these devices.
-      offsets: ``{device: by how much its clock is ahead}`` of the median of the devices, estimated from the ends; empty
-        where the clocks agree.
-      straggler: the device that joins latest, None where that is not above the resolution or the clocks differ.
+      resolution: how closely starts can be compared: the median distance between the ends of collectives that
+        synchronise, at least `CLOCK_TOLERANCE`. They end together, so this shows how far the clocks agree and how
+        evenly the last data arrives.
+      impossible: number of collectives that synchronise but ended on one device before another one began them.
+      clocks_agree: whether starts can be compared: no collective was impossible. If none of this group synchronises, no
+        collective was impossible in another group that has two of these devices.
+      offsets: ``{device: how far its clock is ahead}`` of the devices' median, estimated from the ends; empty if the
+        clocks agree.
+      straggler: the device that joins latest; None if it is not later than the resolution or the clocks differ.
     """
 
     group: Group
@@ -80,16 +80,16 @@ class GroupSkew:
 
 @dataclasses.dataclass(frozen=True)
 class Skew:
-    """What collectives that several devices have in common show, in microseconds.
+    """The drift of devices in the collectives that several of them have in common, in microseconds.
 
     Attributes:
       matched: number of collectives compared.
-      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's, over the
-        groups whose clocks agree; None without one, as the two that follow.
-      end_spread, max_end_spread: the same for ends. Large ones without a cause speak of clocks that differ.
-      resolution: the largest of the groups whose clocks agree, see `GroupSkew`; None without one.
-      devices: one row for each.
-      groups: one for each process group.
+      start_spread, max_start_spread: mean and maximum time from the first device's start to the last one's, over groups
+        whose clocks agree; None if there is no such group, as are the next two.
+      end_spread, max_end_spread: the same for ends. A large spread without a cause means that the clocks differ.
+      resolution: the largest resolution of the groups whose clocks agree, see `GroupSkew`; None if there is none.
+      devices: one row for each device.
+      groups: one row for each process group.
     """
 
     matched: int
@@ -103,7 +103,7 @@ class Skew:
 
     @property
     def straggler(self) -> int | None:
-        """The device that joins its peers latest; None where none is later than the resolution, or clocks differ."""
+        """The device that joins its peers latest; None if none is later than the resolution, or the clocks differ."""
         late = [(row.lateness, row.device) for row in self.devices if row.lateness is not None]
         if not late or self.resolution is None:
             return None
@@ -112,16 +112,15 @@ class Skew:
 
 
 def skew(trace: Trace, window: tuple[float, float] | None = None) -> Skew | None:
-    """How devices drift apart; None with fewer than two devices, or no collective that several have in common.
+    """How devices drift apart; None with fewer than two devices, or without a collective that several have in common.
 
-    Where the profiler tells process groups, the same collective has the same group, kind, and sequence number or place
-    in the order of its kind (`profiling.metrics.calls.meetings`). Where it tells none, it has the same instruction (or
-    name), phase, layer and microbatch and is the same in the order of its repetitions, provided that every device
-    repeats it as often; if such ones contradict each other in time, they are not compared.
+    If the profiler names process groups, `profiling.metrics.calls.match_calls` finds the calls of one collective.
+    Otherwise they have the same instruction (or name), phase, layer and microbatch, and the same place among their
+    repetitions; every device must repeat them equally often. Calls that contradict each other in time are not compared.
 
     Args:
-      trace: from any reader.
-      window: start and end in microseconds; only collectives that lie in it on every device count. By default all.
+      trace: trace of any reader.
+      window: start and end in microseconds; only collectives that lie in it on every device count. By default all do.
 
     >>> def a(device, start):
     ...     return Event(device, "comm", start, 9.0, "all-to-all", group="transfer")
@@ -135,18 +134,18 @@ def skew(trace: Trace, window: tuple[float, float] | None = None) -> Skew | None
 def skew_and_notes(
     trace: Trace,
     window: tuple[float, float] | None = None,
-    met: tuple[Sequence[Meeting], Sequence[str]] | None = None,
+    met: tuple[Sequence[MatchedCollective], Sequence[str]] | None = None,
 ) -> tuple[Skew | None, tuple[str, ...]]:
-    """`skew`, and why there is none or what could not be compared.
+    """What `skew` returns, with notes on why there is none or what could not be compared.
 
     Args:
-      trace, window: see `skew`.
-      met: the `meetings` of the trace's calls, where they are known already.
+      trace, window: as in `skew`.
+      met: what `match_calls` returned for the calls of the trace, if that is known already.
     """
     if len(trace.devices) < 2:
         return None, ()
     if any(map(has_group, trace.events)):
-        together, doubts = meetings(calls(trace.events)) if met is None else met
+        together, doubts = match_calls(calls(trace.events)) if met is None else met
         notes = [f"stragglers: {doubt}" for doubt in doubts]
         rows = [row for row in together if row.lies_in(window)]
         if not rows and not notes:
@@ -156,7 +155,7 @@ def skew_and_notes(
         rows = [row for row in together if row.lies_in(window)]
     if not rows:
         return None, tuple(notes)
-    by_group: dict[Group, list[Meeting]] = {}
+    by_group: dict[Group, list[MatchedCollective]] = {}
     for row in rows:
         by_group.setdefault(row.group, []).append(row)
     parts = [_Part(group, members) for group, members in by_group.items()]
@@ -172,7 +171,7 @@ def skew_and_notes(
 class _Part:
     """The collectives of one group as arrays ``[collectives, devices]``."""
 
-    def __init__(self, group: Group, members: Sequence[Meeting]) -> None:
+    def __init__(self, group: Group, members: Sequence[MatchedCollective]) -> None:
         self.group = group
         self.devices = tuple(call.device for call in members[0].calls)
         self.starts = np.array([[call.start for call in row.calls] for row in members])
@@ -264,12 +263,12 @@ def _clocks(of: GroupSkew) -> str:
     return (
         f"stragglers: in group {of.group.label} {of.impossible:,} of {of.matched:,} collectives ended on one device "
         f"before another one began them, so that the clocks differ: device {ahead}'s is ahead of device {behind}'s by "
-        f"about {apart:,.0f} us, going by when the collectives end. Who joins late is not told"
+        f"about {apart:,.0f} us, as estimated from when the collectives end. No straggler is named"
     )
 
 
-def _by_name(trace: Trace) -> tuple[list[Meeting], list[str]]:
-    """Collectives that all devices have in common, by instruction or name; the note says why there are none."""
+def _by_name(trace: Trace) -> tuple[list[MatchedCollective], list[str]]:
+    """The collectives that all devices have in common, by instruction or name; notes say why there are none."""
     devices = trace.devices
     found: dict[Hashable, dict[int, list[Event]]] = {}
     for event in trace.events:
@@ -279,7 +278,7 @@ def _by_name(trace: Trace) -> tuple[list[Meeting], list[str]]:
     if not found:
         return [], []
     unequal = [of for of in found.values() if len({len(of.get(device, ())) for device in devices}) > 1]
-    # The name of an instruction tells collectives apart; that of a kernel only if all devices run the same ones.
+    # Names of instructions tell collectives apart; names of kernels do only if all devices run the same ones.
     if any(not events[0].hlo_op for of in unequal for events in of.values()) or len(unequal) == len(found):
         example = next(iter(unequal[0].values()))[0]
         counts = ", ".join(f"{len(unequal[0].get(device, ()))} on device {device}" for device in devices[:8])
@@ -289,7 +288,7 @@ def _by_name(trace: Trace) -> tuple[list[Meeting], list[str]]:
         ]
     everyone = Group("", None, None)
     rows = [
-        Meeting(everyone, tuple(_call(event, everyone) for event in events))
+        MatchedCollective(everyone, tuple(_call(event, everyone) for event in events))
         for of in found.values()
         if len({len(of.get(device, ())) for device in devices}) == 1
         for events in zip(*(of[device] for device in devices), strict=True)

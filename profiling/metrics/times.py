@@ -1,4 +1,4 @@
-"""Where the time of one device goes: by kind, phase, action, layer and lane."""
+"""Divides the time of one device by kind, phase, action, layer and lane."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from profiling.read.scopes import action_of
 
 @dataclasses.dataclass(frozen=True)
 class TimeRow:
-    """What belongs together, and how long it takes in microseconds.
+    """Events of one name, and their time in microseconds.
 
     Attributes:
-      name: of the kind, the phase or the action; "" for what has none.
+      name: name of the kind, the phase or the action; "" for events without one.
       count: number of events.
-      total: sum of their durations.
-      busy: time with any of them; less than the total where they run beside each other.
-      by_group: the total divided by `profiling.event.GROUPS`, those without time left out.
-      blocks: fewest and most thread blocks of a launch, None if unknown.
+      total: sum of the durations.
+      busy: time with any of the events; less than the total if they run beside each other.
+      by_group: the total divided by `profiling.event.GROUPS`, without groups that have no time.
+      blocks: fewest and most thread blocks of a launch; None if unknown.
     """
 
     name: str
@@ -39,8 +39,8 @@ class LayerRow:
     """The phases of one layer.
 
     Attributes:
-      layer: its index.
-      phases: one row per phase in the order of their first starts.
+      layer: index of the layer.
+      phases: one row for each phase, in the order of their first starts.
     """
 
     layer: int
@@ -49,7 +49,7 @@ class LayerRow:
 
 @dataclasses.dataclass(frozen=True)
 class LayerSpan:
-    """From the first start of a layer to that of the next one, or to the end; the layer's own tail may run later."""
+    """The time from the first start of a layer to that of the next, or to the end; the layer itself may end later."""
 
     layer: int
     start: float
@@ -58,13 +58,13 @@ class LayerSpan:
 
 @dataclasses.dataclass(frozen=True)
 class LaneRow:
-    """What a lane does, in microseconds.
+    """The time of one lane, in microseconds.
 
     Attributes:
-      lane: its name.
+      lane: name of the lane.
       count: number of events.
-      busy: time with any of them.
-      alone: time in which no other lane is busy.
+      busy: time with any of the events.
+      alone: busy time in which no other lane is busy.
     """
 
     lane: str
@@ -74,7 +74,7 @@ class LaneRow:
 
 
 def time_by(events: Sequence[Event], key: Callable[[Event], str]) -> tuple[TimeRow, ...]:
-    """The time of one device by anything, the longest total first: ``time_by(events, lambda event: event.kind)``.
+    """The time of one device by a key of its events, the longest total first.
 
     >>> events = [Event(0, "7", 0.0, 4.0, "a", kind="GEMM"), Event(0, "23", 2.0, 5.0, "b", kind="GEMM")]
     >>> [(row.name, row.total, row.busy) for row in time_by(events, lambda event: event.kind)]
@@ -85,26 +85,26 @@ def time_by(events: Sequence[Event], key: Callable[[Event], str]) -> tuple[TimeR
 
 
 def time_by_kind(events: Sequence[Event]) -> tuple[TimeRow, ...]:
-    """`time_by` kinds."""
+    """The time of one device by kind; see `time_by`."""
     of = columns(events).counted
     return _rows(of, of.kinds)
 
 
 def time_by_phase(events: Sequence[Event]) -> tuple[TimeRow, ...]:
-    """`time_by` phases."""
+    """The time of one device by phase; see `time_by`."""
     of = columns(events).counted
     return _rows(of, of.phases)
 
 
 def time_by_action(events: Sequence[Event]) -> tuple[TimeRow, ...]:
-    """`time_by` actions: what stands in brackets in a phase, or all of it."""
+    """The time of one device by action, the part of a phase in brackets, or all of it; see `time_by`."""
     of = columns(events).counted
     actions = coded(map(action_of, of.phases.values), len(of.phases.values))
     return _rows(of, Codes(actions.values, actions.index[of.phases.index]))
 
 
 def layers(events: Sequence[Event]) -> tuple[LayerRow, ...]:
-    """The phases of each layer of one device; empty where no layer is known.
+    """The phases of each layer of one device; empty if no layer is known.
 
     >>> event = Event(0, "7", 0.0, 4.0, "a", phase="attn(F)", layer=3)
     >>> layers([event])[0].layer, layers([event])[0].phases[0].busy
@@ -125,8 +125,8 @@ def layers(events: Sequence[Event]) -> tuple[LayerRow, ...]:
 def layer_spans(events: Sequence[Event]) -> tuple[LayerSpan, ...]:
     """When a device goes from layer to layer, in the order of time.
 
-    Empty where it does not pass through them once, one after another: where something of a layer starts when the
-    second layer after it has begun already, as on a pipeline with several microbatches.
+    The result is empty if the device does not pass through its layers once and one after another: an event of a layer
+    starts after the second next layer has begun, as on a pipeline with several microbatches.
 
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 5.0, "a", layer=i) for i in range(3)]
     >>> layer_spans(events)[1]
@@ -143,10 +143,10 @@ def layer_spans(events: Sequence[Event]) -> tuple[LayerSpan, ...]:
 
 
 def steady_window(events: Sequence[Event]) -> tuple[float, float] | None:
-    """From the start of the second layer to that of the last, where there is evidence of layers; None elsewhere.
+    """The time from the start of the second layer to that of the last; None without evidence of layers.
 
-    Evidence is a pass through at least three layers, one after another, each of which computes, with at least one phase
-    that all of them have. Three all-reduces that were counted are no layers.
+    Evidence is a pass through at least three layers, one after another. Each must compute, and all must have a phase in
+    common. Three counted all-reduces are no layers.
 
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 4.0, "a", layer=i, group="compute") for i in range(4)]
     >>> steady_window(events)
@@ -168,7 +168,7 @@ def steady_window(events: Sequence[Event]) -> tuple[float, float] | None:
 
 
 def phase_durations(events: Sequence[Event]) -> tuple[dict[str, float], ...]:
-    """``[layers]``: busy microseconds of each phase, what `profiling.replay` predicts a timeline from.
+    """``[layers]``: busy microseconds of each phase, from which `profiling.replay` predicts a timeline.
 
     >>> phase_durations([Event(0, "7", 0.0, 4.0, "a", phase="attn(F)", layer=0)])
     ({'attn(F)': 4.0},)
@@ -185,7 +185,7 @@ def lanes(events: Sequence[Event]) -> tuple[LaneRow, ...]:
     """
     of = columns(events).counted
     sweep = _sweep(of)
-    # Where one lane is busy, the sum of the numbers of the busy lanes is its number.
+    # If a single lane is busy, the sum of the numbers of busy lanes is its number.
     single = sweep.running == 1
     alone = np.bincount(sweep.lanes[single], weights=sweep.lengths[single], minlength=len(of.lanes.values))
     counts = np.bincount(of.lanes.index, minlength=len(of.lanes.values))
@@ -194,7 +194,7 @@ def lanes(events: Sequence[Event]) -> tuple[LaneRow, ...]:
 
 
 def concurrency(events: Sequence[Event]) -> tuple[float, ...]:
-    """``[lanes + 1]``: microseconds in which none, one, two ... lanes of one device are busy, first start to last end.
+    """``[lanes + 1]``: microseconds with none, one, two ... busy lanes, from the first start to the last end.
 
     >>> concurrency([Event(0, "7", 0.0, 6.0, "a"), Event(0, "27", 5.0, 8.0, "b"), Event(0, "7", 9.0, 10.0, "c")])
     (1.0, 8.0, 1.0)
@@ -205,7 +205,7 @@ def concurrency(events: Sequence[Event]) -> tuple[float, ...]:
 
 
 def unattributed_share(trace: Trace) -> float:
-    """Time of the events without a phase as a share of all events' time; 0 where there is no time at all.
+    """The time of events without a phase, as a share of the time of all events; 0 if there is none.
 
     >>> unattributed_share(Trace("", "kineto", (Event(0, "7", 0.0, 3.0, "a", phase="F"), Event(0, "7", 3.0, 4.0, "b"))))
     0.25
@@ -271,7 +271,7 @@ def _row(name: str, of: Columns, places: np.ndarray) -> TimeRow:
     times = np.bincount(groups, weights=durations, minlength=len(GROUPS))
     blocks = of.blocks[places]
     blocks = blocks[~np.isnan(blocks)]
-    # What an event adds is what reaches beyond all before it, so that the sum is never more than that of durations.
+    # An event adds what reaches beyond all before it, so the sum is never more than the sum of durations.
     reach = np.maximum.accumulate(ends)
     added = durations.copy()
     added[1:] = np.clip(ends[1:] - np.maximum(starts[1:], reach[:-1]), 0.0, durations[1:])

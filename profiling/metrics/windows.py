@@ -1,4 +1,4 @@
-"""Windows of a trace: one by the number of a step, one by its times, and what each step amounts to."""
+"""Windows of a trace, by the number of a step or by times, and the metrics of each step."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ Window = tuple[float, float]
 """Start and end in microseconds."""
 
 UNITS: Mapping[str, float] = {"ns": 1e-3, "us": 1.0, "ms": 1e3, "s": 1e6}
-"""Microseconds of each unit that a time may be given in."""
+"""Microseconds in each unit of time."""
 
 _TIME = r"([-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?)\s*(ns|us|ms|s|)"
 
 
 @dataclasses.dataclass(frozen=True)
 class StepRow:
-    """One step, times added up over the devices and in microseconds.
+    """The metrics of one step, in microseconds; times are added up over the devices.
 
     Attributes:
-      number: of the step.
-      start, end: its window, the same on every device.
-      breakdown: how the devices' time in it divides.
-      overlap: transfers and waits in it, and what hides them.
-      share_of_median: its length by the median of the other steps, the first one left out; None without others.
+      number: number of the step.
+      start, end: window of the step, the same on every device.
+      breakdown: how the devices' time in the step divides.
+      overlap: transfers and waits in the step, and what hides them.
+      share_of_median: length of the step by the median of the others, without the first; None without others.
     """
 
     number: int
@@ -45,9 +45,9 @@ class StepRow:
 def step_windows(trace: Trace) -> dict[int, Window]:
     """``{number: window}`` of the trace's steps, in the order of their starts.
 
-    From the first start to the last end, over all devices, of the events that a step launched. Where no event knows its
-    step, the host's annotations with numbers tell, those of the name that numbers most steps: an event is then of the
-    step that the host began last before it, which is right unless the devices run a step behind.
+    A window goes from the first start to the last end, over all devices, of the events that a step launched. If no
+    event knows its step, the host's numbered annotations of the most frequent name decide: an event belongs to the step
+    that the host began last before it. That is right unless the devices run a step behind.
 
     >>> from profiling.event import Event, Step
     >>> events = [Event(0, "7", 10.0 * i, 10.0 * i + 8.0, "a", step=i // 2) for i in range(4)]
@@ -70,7 +70,7 @@ def step_windows(trace: Trace) -> dict[int, Window]:
 
 
 def _begun(trace: Trace) -> dict[int, float]:
-    """``{number: when the first host began it}``, of the annotations whose name numbers most steps."""
+    """``{number: when the first host began it}`` of the annotations whose name numbers most steps."""
     by_name: dict[str, dict[int, float]] = {}
     for step in trace.steps:
         if step.number is not None:
@@ -80,10 +80,10 @@ def _begun(trace: Trace) -> dict[int, float]:
 
 
 def window_of_step(trace: Trace, number: int) -> Window:
-    """The window of one step, see `step_windows`.
+    """The window of one step; see `step_windows`.
 
     Raises:
-      ValueError: no such step; those that there are are named.
+      ValueError: there is no such step; the message names the steps.
     """
     found = step_windows(trace)
     if not found:
@@ -97,13 +97,13 @@ def window_of_step(trace: Trace, number: int) -> Window:
 
 
 def parse_window(text: str) -> tuple[float | None, float | None]:
-    """Start and end in microseconds of "A:B"; None for a side that is left out.
+    """Start and end of "A:B" in microseconds; None for a side that is left out.
 
     >>> parse_window("1500:2500.5"), parse_window("12ms:30ms"), parse_window(":1.5s")
     ((1500.0, 2500.5), (12000.0, 30000.0), (None, 1500000.0))
 
     Raises:
-      ValueError: no two times.
+      ValueError: the text is not two times.
     """
     sides = [side.strip() for side in text.split(":")]
     found = [re.fullmatch(_TIME, side) for side in sides]
@@ -117,10 +117,10 @@ def parse_window(text: str) -> tuple[float | None, float | None]:
 
 
 def window_in(trace: Trace, start: float | None, end: float | None) -> Window:
-    """A window of the trace that begins and ends where the trace does if it is wider, or where a side is None.
+    """The part of a window that lies in the trace; None for a side stands for the trace's.
 
     Raises:
-      ValueError: a window that ends before it starts or in which nothing runs; what there is is said.
+      ValueError: the window ends before it starts, or nothing runs in it; the message names the trace's window.
 
     >>> from profiling.event import Event
     >>> window_in(Trace("", "kineto", (Event(0, "7", 10.0, 40.0, "a"),)), 20.0, None)
@@ -139,12 +139,12 @@ def window_in(trace: Trace, start: float | None, end: float | None) -> Window:
 def steps(
     trace: Trace, window: Window | None = None, devices: Mapping[int, Columns] | None = None
 ) -> tuple[StepRow, ...]:
-    """What each step amounts to, in the order of their starts.
+    """The metrics of each step, in the order of their starts.
 
     Args:
-      trace: from any reader, classified.
-      window: only steps that lie in it; by default all.
-      devices: the events of each device, where they are at hand.
+      trace: classified trace of any reader.
+      window: only steps that lie in this window count; by default all.
+      devices: events of each device, if they are at hand.
 
     >>> from profiling.event import Event
     >>> events = [Event(0, "7", 10.0 * i, 10.0 * i + 6.0, "a", group="compute", step=i // 2) for i in range(4)]
@@ -177,7 +177,7 @@ def steps(
 
 
 class _Device:
-    """The times of one device as sets, of which a step looks at its part."""
+    """The times of one device as sets; each step takes its part of them."""
 
     def __init__(self, events: Columns) -> None:
         communication, compute = chosen(events, "transfer+wait")
@@ -194,7 +194,7 @@ class _Device:
 
 
 def _part(of: np.ndarray, window: Window) -> np.ndarray:
-    """The times of a set within a window, looking only at what lies there."""
+    """The times of a set within a window; only intervals in the window are looked at."""
     first = np.searchsorted(of[:, 1], window[0], "right")
     last = np.searchsorted(of[:, 0], window[1], "left")
     return within(of[first:last], *window)

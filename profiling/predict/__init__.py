@@ -1,4 +1,4 @@
-"""Two traces side by side: a prediction and what was measured, or a measurement before and after a change."""
+"""Predicts timelines, and compares two traces: predicted and measured, or before and after a change; internal."""
 
 from profiling.predict.comparison import Comparison, DeviceRow, TaskRow, compare
 from profiling.predict.differences import Change, Changes, changes

@@ -1,10 +1,10 @@
-"""A predicted trace against a measured one, task by task."""
+"""Compares a predicted trace with a measured one, task by task."""
 
 from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 
 from profiling.event import Event, Trace
 from profiling.metrics import breakdown, by_device
@@ -17,14 +17,14 @@ Key = tuple[str, int | None, int | None]
 
 @dataclasses.dataclass(frozen=True)
 class TaskRow:
-    """One task in both traces; times in microseconds, each from the start of its own trace.
+    """One task in both traces; times are in microseconds since the start of its own trace.
 
     Attributes:
-      device: of the measured trace.
-      phase, layer, microbatch: what was matched by.
-      occurrence: how many tasks of that phase, layer and microbatch the device had run before.
-      predicted_start, measured_start: first start of its events.
-      predicted_duration, measured_duration: time with any of its events.
+      device: device of the measured trace.
+      phase, layer, microbatch: what tasks are matched by.
+      occurrence: number of earlier tasks of that phase, layer and microbatch on the device.
+      predicted_start, measured_start: first start of the events.
+      predicted_duration, measured_duration: time with any of the events.
     """
 
     device: int
@@ -53,9 +53,9 @@ class DeviceRow:
     """One device in both traces.
 
     Attributes:
-      device, rank: of the measured trace; None without a pipeline.
-      predicted_bubble, measured_bubble: share of the whole trace's window without compute.
-      inversions: pairs of tasks on one lane of the prediction that started in the other order, of so many `pairs`.
+      device, rank: device and pipeline rank of the measured trace; the rank is None without a pipeline.
+      predicted_bubble, measured_bubble: share of the trace's window without compute.
+      inversions: number of pairs of tasks on one predicted lane that started in the other order; pairs: of how many.
     """
 
     device: int
@@ -68,14 +68,14 @@ class DeviceRow:
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """A prediction against what was measured.
+    """A predicted trace against a measured one.
 
     Attributes:
-      predicted, measured: titles.
-      predicted_makespan, measured_makespan: lengths of the windows in microseconds.
-      tasks: what both have, in the order of the measured starts.
+      predicted, measured: titles of the traces.
+      predicted_makespan, measured_makespan: lengths of the windows, in microseconds.
+      tasks: tasks of both traces, in the order of the measured starts.
       devices: one row for each measured device that was predicted.
-      only_predicted, only_measured: tasks that the other trace has not, or has another number of.
+      only_predicted, only_measured: tasks that the other trace does not have as often.
     """
 
     predicted: str
@@ -89,25 +89,15 @@ class Comparison:
 
     @property
     def makespan_error(self) -> float | None:
-        """Predicted less measured makespan as a share of the measured one; None if that is 0."""
+        """The predicted less the measured makespan, as a share of the measured one; None if that is 0."""
         if not self.measured_makespan:
             return None
         return self.predicted_makespan / self.measured_makespan - 1
 
     @property
     def inversions(self) -> int:
-        """Order inversions of all devices."""
+        """The number of order inversions on all devices."""
         return sum(row.inversions for row in self.devices)
-
-    @property
-    def mean_start_error(self) -> float | None:
-        """Mean size of the start errors in microseconds; None without matched tasks."""
-        return _mean(abs(row.start_error) for row in self.tasks)
-
-    @property
-    def mean_duration_error(self) -> float | None:
-        """Mean size of the duration errors in microseconds; None without matched tasks."""
-        return _mean(abs(row.duration_error) for row in self.tasks)
 
     def table(self, most: int = 20) -> str:
         """The comparison as text, with the tasks whose starts are furthest off."""
@@ -166,15 +156,15 @@ class _Task:
 
 
 def compare(predicted: Trace, measured: Trace) -> Comparison:
-    """A predicted trace against a measured one.
+    """Compares a predicted trace with a measured one.
 
-    A task is what a device does without a break on one lane for one phase, layer and microbatch; the n-th such task
-    predicted is the n-th measured. Where one trace has a single task for what the other has in pieces, kernels on two
-    streams for instance, the pieces are one task. Where both traces have pipeline ranks, each measured device is
-    compared with the one predicted for its rank, otherwise with that of its own number.
+    A task is what a device does without a break on one lane for one phase, layer and microbatch. The n-th predicted
+    task is compared with the n-th measured one. If one trace has a single task that the other has in pieces, such as
+    kernels on two streams, the pieces are joined. If both traces have pipeline ranks, devices are compared by rank,
+    otherwise by number.
 
     Raises:
-      ValueError: a trace without events; no device in common.
+      ValueError: a trace has no events, or the traces have no device in common.
 
     >>> from profiling.predict.replaying import Task, replay
     >>> found = compare(replay([Task("a", 3.0, phase="F")]), replay([Task("a", 4.0, phase="F")]))
@@ -195,19 +185,20 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
     parts = by_device(predicted), by_device(measured)
     rows: list[TaskRow] = []
     devices = []
-    only: tuple[list[str], list[str]] = ([], [])
+    only_predicted: list[str] = []
+    only_measured: list[str] = []
     for theirs, device in pairs:
         lanes: dict[str, list[tuple[float, float]]] = {}
         for key in dict.fromkeys((*expected[theirs], *found[device])):
             left, right = _matched(expected[theirs].get(key, []), found[device].get(key, []))
             if len(left) != len(right):
-                for names, tasks in zip(only, (left, right), strict=True):
-                    names += [f"{len(tasks)} x {_name(key)} on device {device}"] if tasks else []
+                where = f"{_name(key)} on device {device}"
+                only_predicted += [f"{len(left)} x {where}"] if left else []
+                only_measured += [f"{len(right)} x {where}"] if right else []
                 continue
-            for occurrence, (task, real) in enumerate(zip(left, right, strict=True)):
-                start, real_start = task.start - windows[0][0], real.start - windows[1][0]
-                rows.append(TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration))
-                lanes.setdefault(task.lane, []).append((start, real_start))
+            for row, lane in _task_rows(device, key, left, right, (windows[0][0], windows[1][0])):
+                rows.append(row)
+                lanes.setdefault(lane, []).append((row.predicted_start, row.measured_start))
         devices.append(
             DeviceRow(
                 device=device,
@@ -225,13 +216,22 @@ def compare(predicted: Trace, measured: Trace) -> Comparison:
         measured_makespan=windows[1][1] - windows[1][0],
         tasks=tuple(sorted(rows, key=lambda row: row.measured_start)),
         devices=tuple(devices),
-        only_predicted=tuple(only[0]),
-        only_measured=tuple(only[1]),
+        only_predicted=tuple(only_predicted),
+        only_measured=tuple(only_measured),
     )
 
 
+def _task_rows(
+    device: int, key: Key, predicted: Sequence[_Task], measured: Sequence[_Task], origins: tuple[float, float]
+) -> Iterator[tuple[TaskRow, str]]:
+    """The n-th predicted task beside the n-th measured one, with the lane of the prediction."""
+    for occurrence, (task, real) in enumerate(zip(predicted, measured, strict=True)):
+        start, real_start = task.start - origins[0], real.start - origins[1]
+        yield TaskRow(device, *key, occurrence, start, real_start, task.duration, real.duration), task.lane
+
+
 def _pairs(predicted: Trace, measured: Trace) -> list[tuple[int, int]]:
-    """Each measured device with the predicted one that it is compared with."""
+    """Each measured device, after the predicted device that it is compared with."""
     if not (predicted.ranks and measured.ranks):
         known = predicted.devices
         return [(device, device) for device in measured.devices if device in known]
@@ -268,7 +268,7 @@ def _tasks(trace: Trace) -> dict[int, dict[Key, list[_Task]]]:
 
 
 def _matched(left: list[_Task], right: list[_Task]) -> tuple[list[_Task], list[_Task]]:
-    """Both as they are, or with the pieces of one joined where the other has a single task."""
+    """Both lists; the pieces of one are joined if the other has a single task."""
     if len(left) == 1 < len(right):
         return left, [_joined(right)]
     if len(right) == 1 < len(left):
@@ -281,7 +281,7 @@ def _joined(tasks: Sequence[_Task]) -> _Task:
 
 
 def _inversions(starts: Sequence[tuple[float, float]]) -> int:
-    """Pairs whose second numbers are in the other order than their first."""
+    """The number of pairs whose second numbers are in the other order than their first."""
     seen: list[float] = []
     count = 0
     for _, start in sorted(starts):
@@ -294,8 +294,3 @@ def _name(key: Key, occurrence: int = 0) -> str:
     phase, layer, microbatch = key
     parts = [phase, *(f"{what} {n}" for what, n in (("layer", layer), ("microbatch", microbatch)) if n is not None)]
     return ", ".join([*parts, *([f"again {occurrence}"] if occurrence else [])])
-
-
-def _mean(values: Iterable[float]) -> float | None:
-    found = list(values)
-    return sum(found) / len(found) if found else None

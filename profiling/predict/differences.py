@@ -1,4 +1,4 @@
-"""A measured trace before a change and one after it: which times changed, and by how much."""
+"""Compares a measured trace before a change with one after it: which times changed, and by how much."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ class Change:
 
     @property
     def relative(self) -> float | None:
-        """The change as a share of the time before; None where there was none."""
+        """The change as a share of the time before; None if that is 0."""
         return self.change / self.before if self.before else None
 
 
 @dataclasses.dataclass(frozen=True)
 class Changes:
-    """A trace before and one after, all times means over the devices in microseconds.
+    """The changes between two traces; times are means over the devices, in microseconds.
 
     Attributes:
-      before, after: titles.
+      before, after: titles of the traces.
       totals: makespan, compute, idle, and communication and exposed communication by each definition.
-      kinds, phases: sums of the events' durations, the largest change first.
+      kinds, phases: sums of durations, the largest change first.
     """
 
     before: str
@@ -64,10 +64,10 @@ class Changes:
 
 
 def changes(before: Trace, after: Trace) -> Changes:
-    """What became faster and slower between two measured traces.
+    """Finds what became faster and slower between two measured traces.
 
     Raises:
-      ValueError: a trace without events.
+      ValueError: a trace has no events.
 
     >>> from profiling.event import Event
     >>> def trace(end):

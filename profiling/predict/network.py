@@ -1,4 +1,4 @@
-"""How long tokens travel to their experts on a cluster that is not here."""
+"""Models the network of a cluster: how long tokens take to reach their experts."""
 
 from __future__ import annotations
 
@@ -7,20 +7,20 @@ import math
 
 
 @dataclasses.dataclass(frozen=True)
-class Network:
-    """Rates that a device really gets, both ways at once, and what exchanges cost besides.
+class ClusterNetwork:
+    """Rates that a device gets in each direction while it uses both, and the other costs of exchanges.
 
     The defaults are what DeepSeek's DeepEP reports for H800s with 400 Gb/s InfiniBand: 51 GB/s between nodes at 64
     devices, 155 GB/s within a node. Their kernels run on 20 SMs in training, 24 in prefill, none in decode.
 
     Attributes:
-      internode, intranode: bytes/s.
-      latency_us: of an exchange however little it moves.
-      node_size: devices of a node.
-      sms: of the device that exchanges occupy while they run, which products then lack.
+      internode, intranode: rates of a device between and within nodes, in bytes/s.
+      latency_us: microseconds that the smallest exchange takes.
+      node_size: number of devices in a node.
+      sms: number of SMs that exchanges occupy while they run; products do without them.
 
     Raises:
-      ValueError: rates or sizes that are not positive.
+      ValueError: a rate or a size is not positive.
     """
 
     internode: float = 51e9
@@ -36,7 +36,7 @@ class Network:
 
 
 def exchange_us(
-    network: Network,
+    network: ClusterNetwork,
     devices: int,
     tokens: int,
     top_k: int,
@@ -45,24 +45,24 @@ def exchange_us(
     *,
     direct: bool = False,
 ) -> float:
-    """Microseconds in which every device's tokens reach their experts, or come back, under balanced routing.
+    """Microseconds in which the tokens of all devices reach their experts, or come back, under balanced routing.
 
-    A token crosses once to each of its nodes and is handed on there, so that the slower of the two ways counts; or it
-    goes to each of its experts by itself, the way of decode, where latency matters more than bytes.
+    A token crosses once to each of its nodes and is passed on there, so the slower of the two ways decides. With
+    `direct` it is sent to each of its experts, as in decode, where latency matters more than bytes.
 
     Args:
-      network: rates.
-      devices: that the experts are spread over.
-      tokens: of each device.
-      top_k: experts of a token.
-      most_nodes: nodes that a token's experts may be on.
-      token_bytes: of one token.
-      direct: whether it goes to each expert by itself.
+      network: rates of the network.
+      devices: number of devices that the experts are spread over.
+      tokens: number of tokens on each device.
+      top_k: number of experts of a token.
+      most_nodes: most nodes that the experts of a token may be on.
+      token_bytes: bytes of one token.
+      direct: whether a token is sent to each expert by itself.
 
     Raises:
-      ValueError: sizes below 1.
+      ValueError: a size is below 1.
 
-    >>> low_latency = Network(internode=39e9, latency_us=0.0, sms=0)
+    >>> low_latency = ClusterNetwork(internode=39e9, latency_us=0.0, sms=0)
     >>> round(exchange_us(low_latency, 128, 128, 8, 4, 7168 * (1 + 4 / 128), direct=True))  # DeepEP reports 192
     182
     """

@@ -1,8 +1,7 @@
-"""Predicts a timeline: tasks with given durations, in a fixed order on each lane, each as soon as it can start.
+"""Predicts a timeline from tasks with given durations; each lane runs its tasks in a fixed order, as soon as it can.
 
-The durations are plain inputs. They may come from a trace (`profiling.metrics.phase_durations`), from operations
-measured one by one on one GPU, or from a model of the network; what is predicted is what the order and the
-dependencies make of them.
+The durations are inputs. They may come from a trace (`profiling.metrics.phase_durations`), from operations measured
+alone on one GPU, or from a model of the network. The prediction is what order and dependencies make of them.
 """
 
 from __future__ import annotations
@@ -17,17 +16,17 @@ from profiling.event import GROUPS, Event, Trace
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """Something that one lane of one device has to do.
+    """One task of one lane of one device.
 
     Attributes:
-      name: unlike that of any other task.
-      duration: in microseconds.
-      device, lane: where it runs; a lane runs its tasks one at a time, in the order in which they are given.
-      after: names of the tasks, on any lane or device, that must have ended before.
-      kind, group, phase, layer, microbatch, blocks: for the event, see `profiling.event.Event`.
+      name: name that no other task has.
+      duration: duration in microseconds.
+      device, lane: where the task runs; a lane runs its tasks one at a time, in the order given.
+      after: names of tasks, on any lane or device, that must end first.
+      kind, group, phase, layer, microbatch, blocks: facts for the event, see `Event`.
 
     Raises:
-      ValueError: a duration that is negative or not finite, an unknown group.
+      ValueError: the duration is negative or not finite, or the group is unknown.
     """
 
     name: str
@@ -51,12 +50,12 @@ class Task:
 
 @dataclasses.dataclass(frozen=True)
 class Pattern:
-    """A layer's phases that repeat layer by layer on one device.
+    """The phases of a layer, which repeat layer by layer on one device.
 
     Attributes:
-      lanes: ``{lane: phases in their order}``; the lane "communication" transfers, others compute.
-      after: ``{phase: phases of the same layer that must have ended before}``.
-      previous: ``{phase: phases of the layer before that must have ended before}``.
+      lanes: ``{lane: phases in their order}``; the lane "communication" transfers, the others compute.
+      after: ``{phase: phases of the same layer that must end first}``.
+      previous: ``{phase: phases of the layer before that must end first}``.
     """
 
     lanes: Mapping[str, tuple[str, ...]]
@@ -87,7 +86,7 @@ OVERLAPPED_PAIR = Pattern(
     previous={"combine(B)": ("attn(B)",), "attn(F)": ("combine(F)",)},
 )
 """DualPipe's overlapped forward and backward of two microbatches, as DeepSeek trains. The combine of the forward pass
-is a dispatch in the backward pass and the other way round, hence combine(B) before mlp(B)."""
+is a dispatch in the backward pass and the other way round, so combine(B) comes before mlp(B)."""
 
 PREFILL = Pattern(
     lanes={
@@ -105,8 +104,8 @@ PREFILL = Pattern(
     },
     previous={"attn(1)": ("combine(1)", "shared(1)"), "combine(0)": ("mlp(0)",), "shared(0)": ("attn(0)",)},
 )
-"""Two microbatches of a prompt, one computing while the other communicates; a layer of microbatch 0 begins here with
-the end of its layer before."""
+"""Two microbatches of a prompt: one computes while the other communicates. A layer of microbatch 0 begins here with the
+end of its layer before."""
 
 DECODE = Pattern(
     lanes={
@@ -139,7 +138,7 @@ DECODE = Pattern(
         "attn_0(1)": ("combine(1)", "shared(1)"),
     },
 )
-"""Two microbatches of single tokens, the attention in two parts so that each exchange has something beside it."""
+"""Two microbatches of single tokens. Attention has two parts, so that each exchange has compute beside it."""
 
 
 def pattern_tasks(pattern: Pattern, durations: Sequence[Mapping[str, float]], device: int = 0) -> tuple[Task, ...]:
@@ -148,10 +147,10 @@ def pattern_tasks(pattern: Pattern, durations: Sequence[Mapping[str, float]], de
     Args:
       pattern: `OVERLAPPED_PAIR`, `PREFILL`, `DECODE` or your own.
       durations: ``[layers]`` of ``{phase: microseconds}``.
-      device: that runs them.
+      device: device that runs them.
 
     Raises:
-      ValueError: a layer that lacks a phase of the pattern or has another one.
+      ValueError: a layer lacks a phase of the pattern or has another one.
 
     >>> pattern = Pattern({"compute": ("mlp",), "communication": ("combine",)}, {"combine": ("mlp",)}, {})
     >>> [task.name for task in pattern_tasks(pattern, [{"mlp": 3.0, "combine": 2.0}])]
@@ -204,14 +203,14 @@ def replay(
     ranks: Mapping[int, int] | None = None,
     notes: Sequence[str] = (),
 ) -> Trace:
-    """Runs each lane's tasks in the order given, each as soon as the lane is free and what it needs has ended.
+    """Predicts a timeline. A lane runs its tasks in the order given, each as soon as those that it needs have ended.
 
     Args:
-      tasks: of all devices; their durations already hold what slows them down beside each other.
-      title, ranks, notes: of the trace.
+      tasks: tasks of all devices. Their durations include how much they slow each other down.
+      title, ranks, notes: title, ranks and notes of the trace.
 
     Raises:
-      ValueError: two tasks of one name, a dependency that is no task, tasks that wait for each other.
+      ValueError: two tasks have one name, a dependency is no task, or tasks wait for each other.
 
     >>> gemm, send = Task("gemm", 3.0), Task("send", 2.0, lane="communication", after=("gemm",), group="transfer")
     >>> [(event.name, event.start, event.end) for event in replay([gemm, send, Task("next", 4.0)]).events]
@@ -239,10 +238,12 @@ def replay(
 
 
 def critical_path(tasks: Sequence[Task]) -> tuple[Task, ...]:
-    """The tasks that the makespan consists of: each starts the moment the one before ends. Make one of these shorter.
+    """The tasks that the makespan consists of. Each starts when the one before ends.
+
+    A shorter task of this path shortens the step.
 
     Raises:
-      ValueError: as `replay`.
+      ValueError: as in `replay`.
 
     >>> gemm, send = Task("gemm", 3.0), Task("send", 2.0, lane="communication", after=("gemm",), group="transfer")
     >>> [task.name for task in critical_path([gemm, send, Task("next", 4.0)])]
@@ -259,7 +260,7 @@ def critical_path(tasks: Sequence[Task]) -> tuple[Task, ...]:
 
 
 def _schedule(tasks: Sequence[Task]) -> tuple[dict[str, float], dict[str, str | None]]:
-    """The start of each task, and the task whose end it is, None for a start at 0."""
+    """The start of each task, and the task that ends then; None for a start at 0."""
     by_name = {task.name: task for task in tasks}
     if len(by_name) < len(tasks):
         twice = [name for name, count in collections.Counter(task.name for task in tasks).items() if count > 1]

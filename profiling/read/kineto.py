@@ -1,4 +1,4 @@
-"""PyTorch's profiles: Chrome traces that Kineto wrote, one file a rank, DeepSeek's published ones among them."""
+"""Reads profiles of PyTorch: Chrome traces that Kineto wrote, one file for each rank."""
 
 from __future__ import annotations
 
@@ -13,41 +13,68 @@ import numpy as np
 
 from profiling.classify.classifier import Rule, classify, rules_for
 from profiling.event import Event, Step, Trace
+from profiling.read.file_kinds import is_json
 from profiling.read.kineto_file import KinetoFile, NoGpuTrace, read_file
 from profiling.read.kineto_phases import Phases, microbatch
 from profiling.read.kineto_values import integer
-from profiling.read.trace_files import Source, is_json, sources
+from profiling.read.trace_files import Source, sources
 
 Path: TypeAlias = str | os.PathLike[str]
+
+
+class KinetoReader:
+    """Reads PyTorch's traces for `profiling.read_trace`; see `profiling.read.reader.Reader`."""
+
+    profiler = "PyTorch"
+    files = "a PyTorch trace (.json, packed or not)"
+
+    def sniff(self, head: bytes, name: str) -> str:
+        """Looks at the beginning of the text, not at the name."""
+        return "JSON, as PyTorch's traces are" if is_json(head) else ""
+
+    def find(self, folder: pathlib.Path) -> str:
+        """Finds a JSON file. Leaves out those that `jax.profiler` writes beside its profiles."""
+        found = json_files(folder)[0]
+        profiled = {file.parent for file in folder.rglob("*.xplane.pb*")}
+        found = [source for source in found if source.path.parent not in profiled]
+        if profiled:
+            # Such folders also hold notes of runs and programs.
+            found = [source for source in found if b'"traceEvents"' in source.head()]
+        return found[0].label if found else ""
+
+    def read(self, paths: Sequence[pathlib.Path], rules: Sequence[Rule]) -> Trace:
+        """Reads one file for each rank, or folders of them."""
+        return read_kineto(paths, rules)
 
 
 def read_kineto(path: Path | Sequence[Path], rules: Sequence[Rule] = ()) -> Trace:
     """Reads profiles of `torch.profiler` as one trace.
 
-    A GPU event belongs to the innermost ``user_annotation`` that was open when the host launched it, on the launching
-    thread if it has one open and else on another: its phase. Annotations round others are the trace's steps, as are
-    the profiler's own. `Event.step` is the number of the profiler's step, or else of the user's ("step#3"), that was
-    open at the launch. Layers are told by names ("layer_3") or, within a step, by two phases or more that repeat
-    equally often in the same order and hold half of the GPU time. A number in brackets, as in "ATTN(1)", is the
-    microbatch. `Event.collective` is what the arguments of a kernel or of its ``record_param_comms`` say.
-
-    Devices: the rank, where every file has its own (in it, or in its name) and one GPU; the GPU's own number, where
-    one file has several; otherwise GPUs are numbered in the order of the files, and a note says which is which.
-
-    Clocks: files that overlap in time lie on one clock, that of their hosts. If any lies apart from the others, they
-    are of different moments: each begins at 0, and a note says so.
+    * Phases: the phase of a GPU event is the innermost ``user_annotation`` that was open when the host launched it, on
+      the launching thread if it has one open, otherwise on another thread.
+    * Steps: the trace's steps are the profiler's own, and annotations that contain others. `Event.step` is the number
+      of the profiler's step, or else of the user's ("step#3"), that was open at the launch.
+    * Layers: a number in a name ("layer_3"); or, within a step, at least two phases that repeat equally often in the
+      same order and hold half of the GPU time.
+    * Microbatches: a number in brackets, as in "ATTN(1)".
+    * Collectives: `Event.collective` holds the arguments of the kernel or of its ``record_param_comms``.
+    * Devices: the rank, if every file has a rank of its own (in the file or in its name) and one GPU; the GPU's number,
+      if there is one file with several GPUs. Otherwise GPUs are numbered in the order of the files, and a note says
+      which is which.
+    * Clocks: files that overlap in time share one clock, that of their hosts. If one lies apart from the others, each
+      file begins at 0, and a note says so.
 
     Args:
-      path: a file, several, or a folder of them: one a rank. JSON, plain or packed as .gz, .zip, .zst, .xz or .bz2,
-        whatever its name. Of several, those that are no trace of a GPU are left out and noted. Of several sessions of
-        the same ranks in a folder, the newest counts.
-      rules: of your own, tried before the tables of this package, those of DeepSeek's kernels where they ran.
+      path: a file, several, or a folder of them, one for each rank: JSON, plain or packed as .gz, .zip, .zst, .xz or
+        .bz2, under any name. Files of a folder that are no trace of a GPU are left out and noted. If a folder holds
+        several sessions of the same ranks, the newest counts.
+      rules: your own rules. They are tried before the tables of this package.
 
     Returns:
-      The trace. What is damaged in a file is left out or repaired, counted and noted.
+      The trace. Damaged parts of a file are repaired or left out, counted and noted.
 
     Raises:
-      ValueError: no such file, one cut short, no Chrome trace, no GPU events; the file is named.
+      ValueError: a file does not exist, is cut short, is no Chrome trace, or has no GPU events; the message names it.
     """
     found, notes = _sources(path)
     files: list[KinetoFile] = []
@@ -103,7 +130,7 @@ def _is_folder(path: Path | Sequence[Path]) -> bool:
 
 
 def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
-    """What there is to read, and notes on what else lies in a folder."""
+    """The files to read, and notes on the other files of a folder."""
     paths = [path] if isinstance(path, (str, os.PathLike)) else list(path)
     if not paths:
         raise ValueError("there is no file to read: name one, or a folder")
@@ -113,7 +140,7 @@ def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
         if not each.is_dir():
             found += sources(each)
             continue
-        inside, others = folder(each)
+        inside, others = json_files(each)
         if not inside:
             raise ValueError(
                 f"{each}: there is no .json or .json.gz file to read, packed or not; name the folder of the traces"
@@ -125,8 +152,8 @@ def _sources(path: Path | Sequence[Path]) -> tuple[list[Source], list[str]]:
     return list(dict.fromkeys(found)), notes
 
 
-def folder(path: pathlib.Path) -> tuple[list[Source], list[str]]:
-    """The JSON files of a folder, or if it has none, of the folders in it; and the names of its other files."""
+def json_files(path: pathlib.Path) -> tuple[list[Source], list[str]]:
+    """The JSON files of a folder, or of all folders below if it has none, and the names of the other files."""
     for files in (path.iterdir(), path.rglob("*")):
         found: list[Source] = []
         others: list[str] = []
@@ -143,10 +170,10 @@ def folder(path: pathlib.Path) -> tuple[list[Source], list[str]]:
 
 
 def _newest(files: list[KinetoFile], is_folder: bool) -> tuple[list[KinetoFile], list[str]]:
-    """One file of each rank.
+    """Keeps one file of each rank, with notes on the others.
 
-    The same rank twice is another session, of which the newest counts, or a mistake of whoever listed the files.
-    Processes that are jobs of their own, "rank 0 of 1", are no ranks of one another.
+    In a folder, a second file of a rank is another session, and the newest counts; in a list of files it is a mistake.
+    Processes that are jobs of their own, each "rank 0 of 1", all count.
     """
     by_rank: dict[int, list[KinetoFile]] = {}
     for file in files:
@@ -176,7 +203,7 @@ def _newest(files: list[KinetoFile], is_folder: bool) -> tuple[list[KinetoFile],
 
 
 def _devices(files: Sequence[KinetoFile]) -> tuple[dict[tuple[int, int], int], list[str]]:
-    """The device of each GPU of each file, and what a reader must know of the numbers."""
+    """``{(file, GPU): device}``, and notes on how devices are numbered."""
     gpus = [file.gpus for file in files]
     ranks = [file.rank for file in files]
     if all(len(found) == 1 for found in gpus) and None not in ranks and len(set(ranks)) == len(ranks):
@@ -202,7 +229,7 @@ def _devices(files: Sequence[KinetoFile]) -> tuple[dict[tuple[int, int], int], l
 
 
 def _clocks(files: Sequence[KinetoFile]) -> tuple[list[float], str | None, list[str]]:
-    """What is 0 of each file, in its own microseconds; whether they share a clock; and notes on it."""
+    """The origin of each file in its own microseconds, which clock the files share, and notes on it."""
     windows = [file.window for file in files]
     order = sorted(range(len(files)), key=lambda i: windows[i][0])
     end = windows[order[0]][1]
@@ -217,7 +244,7 @@ def _clocks(files: Sequence[KinetoFile]) -> tuple[list[float], str | None, list[
             return [float(file.start.min()) for file in files], "each file its own", [note]
         end = max(end, windows[i][1])
     base = min(file.base for file in files)
-    # In nanoseconds, as a float of microseconds since 1970 has a quarter of one at best.
+    # In nanoseconds: a float holds microseconds since 1970 to a quarter of one at best.
     first = min((file.base - base) / 1e3 + float(file.start.min()) for file in files)
     origins = [first - (file.base - base) / 1e3 for file in files]
     if len(files) == 1:
@@ -228,7 +255,7 @@ def _clocks(files: Sequence[KinetoFile]) -> tuple[list[float], str | None, list[
 
 
 def _long(microseconds: float) -> str:
-    """A time that a person can read."""
+    """A time in a unit that suits it."""
     for unit, size in (("days", 86_400e6), ("hours", 3_600e6), ("minutes", 60e6), ("s", 1e6), ("ms", 1e3)):
         if microseconds >= size:
             return f"{microseconds / size:,.1f} {unit}"
@@ -236,9 +263,9 @@ def _long(microseconds: float) -> str:
 
 
 def _attributed(file: KinetoFile, devices: Sequence[int], origin: float) -> tuple[list[Event], list[Step], list[str]]:
-    """Events of one file with phase, step, layer and microbatch; its steps; what is doubtful."""
+    """The events of one file with phase, step, layer and microbatch; its steps; notes on what is doubtful."""
     communicates = {name: "nccl" in name.lower() or "rccl" in name.lower() for name in set(file.name)}
-    # Kernels that wait for peers last as long as that takes, which says nothing of what a step consists of.
+    # A kernel that waits for its peers says nothing about what a step consists of.
     work = np.where([communicates[name] for name in file.name], 0.0, file.duration)
     phases = Phases(file.annotations, file.launched, file.thread, work)
     of_annotation = [
@@ -291,7 +318,7 @@ def _attributed(file: KinetoFile, devices: Sequence[int], origin: float) -> tupl
 
 
 def _metadata(files: Sequence[KinetoFile], clock: str | None) -> dict[str, Any]:
-    """Facts of the first file, and how many events of each category all of them have."""
+    """Facts of the first file, and the number of events of each category in all files."""
     distributed, header = files[0].distributed, files[0].header
     chip = _chip(header.get("deviceProperties"), files[0].gpus[0])
     categories = sum((collections.Counter(file.categories) for file in files), collections.Counter())
@@ -312,7 +339,7 @@ def _metadata(files: Sequence[KinetoFile], clock: str | None) -> dict[str, Any]:
 
 
 def _chip(properties: Any, gpu: int) -> Mapping[str, Any]:
-    """What a file says of a GPU: a list of objects with ids, or whatever re-exporting left of it."""
+    """The properties of a GPU: from a list of objects with ids, or from what a second export left of it."""
     listed = properties if isinstance(properties, list) else [properties]
     chips = [{"name": each} if isinstance(each, str) else each for each in listed]
     chips = [chip for chip in chips if isinstance(chip, dict)]

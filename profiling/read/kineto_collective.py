@@ -1,4 +1,4 @@
-"""What PyTorch says of a collective in the arguments of its kernel or of its `record_param_comms`."""
+"""Reads a collective from the arguments of its kernel or of its `record_param_comms`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NAME = "Collective name"
 """The argument that every description has."""
 
 ANNOTATION = re.compile(r"(?:nccl|rccl|gloo|hccl|xccl|ucc|mpi):(\w+)")
-"""What PyTorch's process groups put round a collective, whatever the user annotates."""
+"""Annotations that PyTorch's process groups put around collectives."""
 
 _KINDS = (
     ("reducescatter", "reduce-scatter"),
@@ -58,7 +58,7 @@ SIZES = {name: size for size, names in _BYTES.items() for name in names.split()}
 
 
 def kind(name: str) -> str:
-    """The collective that one of PyTorch's names stands for, or the name itself.
+    """The collective that PyTorch's name stands for, or the name itself if it is unknown.
 
     >>> [kind(name) for name in ("allreduce", "_allgather_base", "reduce_scatter_tensor_coalesced", "all_to_allv")]
     ['all-reduce', 'all-gather', 'reduce-scatter', 'all-to-all']
@@ -70,7 +70,7 @@ def kind(name: str) -> str:
 
 
 def described(args: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of the arguments that `collective` looks at.
+    """The arguments that `collective` looks at.
 
     >>> described({"stream": 7, "Collective name": "allreduce"})
     {'Collective name': 'allreduce'}
@@ -79,11 +79,11 @@ def described(args: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def collective(args: Mapping[str, Any], groups: Mapping[str, tuple[int, ...]]) -> Collective | None:
-    """The collective that arguments describe, None if they describe none.
+    """The collective that arguments describe; None if they describe none.
 
     Args:
-      args: of a kernel or of a `record_param_comms`, with the names of PyTorch's torch/csrc/profiler/util.h.
-      groups: the ranks of each process group, from the head of the trace; for lists that the arguments cut short.
+      args: arguments of a kernel or of a `record_param_comms`, with the names in PyTorch's torch/csrc/profiler/util.h.
+      groups: ranks of each process group, from the head of the trace; used if the arguments cut the list short.
 
     >>> args = {"Collective name": "_allgather_base", "In msg nelems": 512, "Out msg nelems": 4096, "Group size": 8,
     ...     "dtype": "BFloat16", "Process Group Name": "3", "Process Group Ranks": "[0, 1, ..., 7]"}
@@ -152,7 +152,7 @@ def _ranks(args: Mapping[str, Any], size: int | None) -> tuple[int, ...] | None:
 
 
 def _listed(value: Any) -> tuple[int, ...] | None:
-    """A list of ranks, or its text; None for one with dots in the middle."""
+    """A list of ranks, or its text, as numbers; None if it was cut short with dots."""
     if isinstance(value, str):
         if not re.fullmatch(r"\[\s*\d+(\s*,\s*\d+)*\s*\]", value.strip()):
             return None

@@ -1,4 +1,4 @@
-"""What is needed of the events of a Kineto file, in columns."""
+"""Collects the events of a Kineto file in columns, as far as a trace needs them."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from profiling.read.kineto_clean import NO_CORRELATION
+from profiling.read.impossible import NO_LAUNCH
 from profiling.read.kineto_collective import NAME, described
 from profiling.read.kineto_values import arguments, integer, last_number, microseconds, short, thread_of
 
 GPU_CATEGORIES = ("kernel", "gpu_memcpy", "gpu_memset", "memcpy", "memset")
 ANNOTATION = "user_annotation"
 PARAM_COMMS = "record_param_comms"
-"""The operator in which PyTorch notes what a collective is asked to do."""
+"""The operator in which PyTorch records the arguments of a collective."""
 
 OTHER, GPU, HOST_LAUNCH, USER = range(4)
-"""What an event is, by its category."""
+"""What an event is, according to its category."""
 
 _LAUNCH = re.compile(r"(?:\w+_)?(?:runtime|driver)")
 _DAY = 86_400e6
@@ -28,7 +28,7 @@ _DAY = 86_400e6
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Annotation:
-    """Microseconds from start to end on a thread of the host, named by the user or by PyTorch."""
+    """A named stretch of a host thread, in microseconds."""
 
     name: str
     start: float
@@ -37,18 +37,18 @@ class Annotation:
 
 
 class Collected:
-    """Takes what is needed from each event, in columns, so that a million dicts never exist at once.
+    """Takes what a trace needs from one event after another, so that a million dicts never exist at once.
 
     Attributes:
-      categories: how many events there are of each.
-      left_out: GPU events by the reason why; example: the name of one for each reason.
-      damaged: all else that was left out or repaired.
-      processes: names of processes.
-      begun: beginnings of events whose ends are to come, by thread.
+      categories: number of events of each category.
+      left_out: number of GPU events left out, by reason; example: name of one for each reason.
+      damaged: number of other things left out or repaired, by reason.
+      processes: names of the processes.
+      begun: events that have begun and not ended, by thread.
       start, duration, name, lane, correlation, blocks, external: of each GPU event.
-      described: arguments of those that say which collective they are part of.
+      described: arguments of the GPU events that belong to a collective, by index.
       launch_correlation, launch_time, launch_thread: of each launch.
-      annotations: of the user.
+      annotations: the user's annotations.
       comms: "External id", start, end, thread and arguments of each `record_param_comms`.
     """
 
@@ -109,7 +109,7 @@ class Collected:
             self._param_comms(item)
 
     def category(self, category: Any) -> tuple[str, int]:
-        """A category in small letters, and what its events are."""
+        """A category in small letters, and the code of its events."""
         text = str(category).lower()
         code = OTHER
         if text in GPU_CATEGORIES:
@@ -123,7 +123,7 @@ class Collected:
         return text, code
 
     def _end(self, item: dict[str, Any]) -> None:
-        """Of a pair of events, of which the second may say less than the first."""
+        """Joins the end of an event to its beginning, which may say more."""
         begun = self.begun.get(thread_of(item))
         if not begun:
             self.damaged["ends without a beginning, left out"] += 1
@@ -162,7 +162,7 @@ class Collected:
                 self.damaged["GPU events whose correlation is no number, so that their launch is unknown"] += 1
             correlation = number
         if correlation is None or not -(2**63) < correlation < 2**63:
-            correlation = NO_CORRELATION
+            correlation = NO_LAUNCH
         self.correlation.append(correlation)
         grid = args.get("grid")
         self.blocks.append(-1 if grid is None else self._grid(grid))
@@ -172,12 +172,12 @@ class Collected:
         self.external.append(external if type(external) is int and 0 <= external < 2**63 else -1)
 
     def leave_out(self, reason: str, name: Any) -> None:
-        """Counts a GPU event that is left out."""
+        """Counts a GPU event that is left out for a reason."""
         self.left_out[reason] += 1
         self.example.setdefault(reason, self._text(name))
 
     def _grid(self, grid: Any) -> int:
-        """Thread blocks in all, -1 if unknown."""
+        """The number of thread blocks; -1 if unknown."""
         if type(grid) is list and len(grid) == 3:
             x, y, z = grid
             if type(x) is type(y) is type(z) is int and 0 < x < 1 << 32 and 0 < y < 1 << 16 and 0 < z < 1 << 14:
@@ -232,7 +232,7 @@ class Collected:
         return self._threads.setdefault(thread_of(item), len(self._threads))
 
     def _text(self, name: Any) -> str:
-        """A name that can be printed, without control characters and halves of pairs; one object for equal ones."""
+        """A name that can be printed; equal names are one object."""
         try:
             return self._names[name]
         except (KeyError, TypeError):
@@ -247,7 +247,7 @@ class Collected:
         return clean
 
     def reasons(self) -> str:
-        """What was left out of the GPU events, and how many for each reason."""
+        """Says how many GPU events were left out for each reason."""
         return "; ".join(
             f"{count:,} GPU event{'s' * (count != 1)} {reason} ({short(self.example[reason])})"
             for reason, count in self.left_out.items()

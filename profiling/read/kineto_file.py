@@ -1,4 +1,4 @@
-"""One Kineto file: its GPU events with their launches and collectives, and what had to be left out or repaired."""
+"""Reads one Kineto file: its GPU events with launches and collectives, and what was left out or repaired."""
 
 from __future__ import annotations
 
@@ -11,16 +11,17 @@ from typing import Any
 import numpy as np
 
 from profiling.event import Collective
-from profiling.read.kineto_clean import NO_CORRELATION, Columns, far_away, lonely, overrunning
+from profiling.read.file_kinds import is_xspace, refusal
+from profiling.read.impossible import NO_LAUNCH, KernelColumns, far_away, lonely, overrunning
 from profiling.read.kineto_collective import collective, process_groups
 from profiling.read.kineto_columns import GPU, GPU_CATEGORIES, Annotation, Collected
-from profiling.read.kineto_json import CutShort, NoJson, Scan
+from profiling.read.kineto_json import CutShort, NoJson, TraceScan
 from profiling.read.kineto_values import integer
-from profiling.read.trace_files import DAMAGE, HEAD, Source, is_xspace, kind
+from profiling.read.trace_files import DAMAGE, HEAD, Source
 
 
 class NoGpuTrace(ValueError):
-    """A whole file, but none of what happened on GPUs: one beside the traces of a folder may be left out."""
+    """The file is whole and holds nothing about GPUs; in a folder of traces it may be left out."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -28,18 +29,18 @@ class KinetoFile:
     """One file; N GPU events; times in microseconds since `base` nanoseconds of the epoch.
 
     Attributes:
-      source: where it was read from.
-      base: nanoseconds of the epoch.
-      header: what stands beside the events.
-      categories: how many events there are of each.
+      source: the file or the member of an archive.
+      base: origin of the times, in nanoseconds of the epoch.
+      header: entries beside the events.
+      categories: number of events of each category.
       start, duration: float64[N].
-      name: of each GPU event.
-      lane: int[N], which of `lanes`.
+      name: name of each GPU event.
+      lane: int[N], index in `lanes`.
       lanes: device, context and stream.
-      blocks: int64[N], -1 where unknown.
-      launched: float64[N], when the host launched it, NaN where no launch is known; thread: int[N], by which thread.
-      collectives: of the GPU events that have one, by index.
-      annotations: of the user, in the order of their starts.
+      blocks: int64[N], number of thread blocks; -1 if unknown.
+      launched: float64[N], when the host launched the event; NaN if unknown. thread: int[N], by which thread.
+      collectives: collectives of the GPU events that have one, by index.
+      annotations: the user's annotations in the order of their starts.
       notes: what was left out, repaired or looks doubtful.
     """
 
@@ -61,19 +62,19 @@ class KinetoFile:
 
     @property
     def distributed(self) -> Mapping[str, Any]:
-        """What the file says of its job; empty if nothing."""
+        """What the file says about its job; empty if it says nothing."""
         found = self.header.get("distributedInfo")
         return found if isinstance(found, dict) else {}
 
     @property
     def own_rank(self) -> int | None:
-        """The rank that the profiler noted in the file."""
+        """The rank that the profiler noted in the file; None without one."""
         rank = integer(self.distributed.get("rank"))
         return rank if rank is not None and rank >= 0 else None
 
     @property
     def rank(self) -> int | None:
-        """The rank that stands in the file, or failing that, in its name, as in "rank-3.trace.json"."""
+        """The rank in the file, or else in its name, as in "rank-3.trace.json"; None without one."""
         named = re.search(r"(?:^|[^a-z])rank[-_ ]?(\d{1,6})", self.source.label, re.IGNORECASE)
         return int(named[1]) if self.own_rank is None and named else self.own_rank
 
@@ -84,7 +85,7 @@ class KinetoFile:
 
     @property
     def window(self) -> tuple[float, float]:
-        """First start and last end, in microseconds of the epoch."""
+        """The first start and the last end, in microseconds of the epoch."""
         epoch = self.base / 1e3
         return epoch + float(self.start.min()), epoch + float((self.start + self.duration).max())
 
@@ -93,21 +94,21 @@ def read_file(source: Source) -> KinetoFile:
     """Reads one file.
 
     Raises:
-      NoGpuTrace: it is whole, but no trace of a GPU.
-      ValueError: no such file, damaged or cut short; or no GPU event of it can be used.
+      NoGpuTrace: the file is whole and is no trace of a GPU.
+      ValueError: the file does not exist, is damaged or cut short, or has no GPU event that can be used.
     """
     head = source.head()
     is_empty = not head.strip(b"\0 \t\r\n")
     if is_empty and source.path.stat().st_size < HEAD and not source.is_packed:
         raise ValueError(f"{source.name}: the file is empty; profile again")
-    if what := "" if is_empty else kind(head, source.name):
+    if what := "" if is_empty else refusal(head, source.name):
         raise NoGpuTrace(f"{source.name}: {what}")
     if is_xspace(head, source.name):
         raise NoGpuTrace(f"{source.name}: not text but binary, of jax.profiler; read_xplane reads it")
     collected = Collected()
     with source.open() as stream:
         try:
-            scan = Scan(stream, collected.take)
+            scan = TraceScan(stream, collected.take)
         except NoJson as error:
             if is_empty:
                 raise ValueError(f"{source.name}: the file is damaged or cut short ({error}); copy it again") from error
@@ -125,12 +126,12 @@ def read_file(source: Source) -> KinetoFile:
     return _assembled(collected, source, scan)
 
 
-def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
-    """All that was taken, once the text is read.
+def _assembled(collected: Collected, source: Source, scan: TraceScan) -> KinetoFile:
+    """Makes a file of what was collected, after its text was read.
 
     Raises:
-      NoGpuTrace: there is no GPU event in it.
-      ValueError: there are some, but none that can be used.
+      NoGpuTrace: there is no GPU event.
+      ValueError: there are GPU events, and none can be used.
     """
     header = scan.header or {}
     for begun in collected.begun.values():
@@ -141,7 +142,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
         if collected.left_out and any(category in GPU_CATEGORIES for category in collected.categories):
             raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
         raise NoGpuTrace(f"{source.name}: {_refusal(collected, header, scan)}")
-    columns = Columns(
+    columns = KernelColumns(
         *(np.frombuffer(column, dtype) for column, dtype in (
             (collected.start, np.float64), (collected.duration, np.float64), (collected.lane, np.int32),
             (collected.correlation, np.int64), (collected.blocks, np.int64), (collected.external, np.int64),
@@ -151,13 +152,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     if not kept.any():
         raise ValueError(f"{source.name}: no GPU event can be used: {collected.reasons()}; export the trace again")
     launched, thread = _launches(collected, columns.correlation)
-    distributed = header.get("distributedInfo")
-    if distributed is not None and not isinstance(distributed, dict):
-        collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
-    base = header.get("baseTimeNanoseconds")
-    if base is not None and integer(base) is None:
-        collected.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
-    groups = process_groups(distributed) if isinstance(distributed, dict) else {}
+    base, groups = _checked_header(header, collected)
     collectives = _collectives(collected, columns.external, launched, thread, groups)
     names = collected.name
     if not kept.all():
@@ -171,7 +166,7 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     notes += lonely(start, duration, names)
     return KinetoFile(
         source=source,
-        base=integer(base) or 0,
+        base=base,
         header=header,
         categories=dict(collected.categories),
         start=start,
@@ -188,8 +183,18 @@ def _assembled(collected: Collected, source: Source, scan: Scan) -> KinetoFile:
     )
 
 
-def _refusal(collected: Collected, header: Mapping[str, Any], scan: Scan) -> str:
-    """Why there is no GPU event, and what to do."""
+def _checked_header(header: Mapping[str, Any], collected: Collected) -> tuple[int, dict[str, tuple[int, ...]]]:
+    """The origin of times in nanoseconds of the epoch, and the ranks of each process group; damage is counted."""
+    distributed, base = header.get("distributedInfo"), header.get("baseTimeNanoseconds")
+    if distributed is not None and not isinstance(distributed, dict):
+        collected.damaged["distributedInfo that is no object, so that the rank is unknown"] += 1
+    if base is not None and integer(base) is None:
+        collected.damaged["baseTimeNanoseconds that is no number and counts as 0"] += 1
+    return integer(base) or 0, process_groups(distributed) if isinstance(distributed, dict) else {}
+
+
+def _refusal(collected: Collected, header: Mapping[str, Any], scan: TraceScan) -> str:
+    """Says why there is no GPU event, and what to do."""
     if not scan.has_events:
         if "rocprofiler-sdk-tool" in header:
             return "the JSON of rocprofv3, no Chrome trace; profile with torch.profiler or jax.profiler instead"
@@ -220,15 +225,15 @@ def _refusal(collected: Collected, header: Mapping[str, Any], scan: Scan) -> str
 
 
 def _launches(collected: Collected, correlations: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """When each GPU event was launched, and by which thread; NaN and -1 where that is unknown."""
+    """When each GPU event was launched and by which thread; NaN and -1 if unknown."""
     times, threads = np.full(len(correlations), np.nan), np.full(len(correlations), -1, np.int32)
     if len(collected.launch_time):
         of = np.frombuffer(collected.launch_correlation, np.int64)
         order = np.argsort(of, kind="stable")
-        # Of several launches with one number, the last in the file.
+        # Of several launches with one number, the last in the file counts.
         at = np.searchsorted(of[order], correlations, side="right") - 1
         found = order[np.maximum(at, 0)]
-        same = (at >= 0) & (of[found] == correlations) & (correlations != NO_CORRELATION)
+        same = (at >= 0) & (of[found] == correlations) & (correlations != NO_LAUNCH)
         times[same] = np.frombuffer(collected.launch_time, np.float64)[found[same]]
         threads[same] = np.frombuffer(collected.launch_thread, np.int32)[found[same]]
     return times, threads
@@ -241,12 +246,12 @@ def _collectives(
     thread: np.ndarray,
     groups: Mapping[str, tuple[int, ...]],
 ) -> dict[int, Collective]:
-    """From the kernels' own arguments; where they have none, from the operator round their launch."""
+    """The collectives of kernels: from their own arguments, or else from the operator around their launch."""
     shared: dict[Collective, Collective] = {}
     found: dict[int, Collective] = {}
     by_id = {comm[0]: comm[4] for comm in collected.comms if comm[0] >= 0}
     for i, args in collected.described.items():
-        # A kernel's list of ranks may be cut short where the operator says how they follow one another.
+        # The operator may give the start and stride of the ranks where the kernel's list is cut short.
         whole = {**by_id.get(int(external[i]), {}), **args}
         if made := collective(whole, groups):
             found[i] = shared.setdefault(made, made)
@@ -261,18 +266,16 @@ def _collectives(
         args = by_id.get(int(external[i]))
         if args is None and not math.isnan(launched[i]):
             at = int(np.searchsorted(starts, launched[i], side="right")) - 1
-            # Operators nest within a few others at most.
-            for comm in comms[max(at - 8, 0) : at + 1][::-1]:
-                if comm[3] == thread[i] and comm[2] >= launched[i]:
-                    args = comm[4]
-                    break
+            # Operators nest a few levels deep at most.
+            around = comms[max(at - 8, 0) : at + 1][::-1]
+            args = next((comm[4] for comm in around if comm[3] == thread[i] and comm[2] >= launched[i]), None)
         if args is not None and (made := collective(args, groups)):
             found[i] = shared.setdefault(made, made)
     return found
 
 
-def _possible(collected: Collected, columns: Columns) -> np.ndarray:
-    """Which events can have happened when they say; the others are counted with their reasons."""
+def _possible(collected: Collected, columns: KernelColumns) -> np.ndarray:
+    """Which events are possible; the others are counted with their reasons."""
     kept = np.ones(len(columns.start), bool)
     far = far_away(columns.start, columns.duration)
     _drop(collected, kept, far, "more than an hour from all others, or at 0, as where CUPTI could note no time")

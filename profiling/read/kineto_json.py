@@ -1,7 +1,7 @@
-"""The JSON of Chrome traces, one event at a time, so that neither the text nor a million dicts exist at once.
+"""Decodes Chrome traces one event at a time, so that neither the text nor a million dicts exist at once.
 
-A file of 1,500,000 events is some 600 MB of text. It also breaks in places: profilers have written control characters,
-bytes that are no UTF-8, single backslashes and `nan`. Decoding each event by itself keeps such damage to that event.
+A file of 1,500,000 events is some 600 MB of text. Profilers have written control characters, bytes that are no UTF-8,
+single backslashes and `nan`. Such damage costs only the event that it stands in, as each is decoded by itself.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ class NoJson(ValueError):
     """The text does not begin as JSON does."""
 
 
-class Scan:
-    """A Chrome trace, read through; each event goes to `take`.
+class TraceScan:
+    """Reads a Chrome trace to its end and gives each event to `take`.
 
     Attributes:
-      header: what stands beside the events; None if the text is a bare list of them.
-      has_events: whether there is a list of events at all.
+      header: entries beside the events; None if the text is a bare list of events.
+      has_events: whether there is a list of events.
       damage: what was repaired or left out, and how often.
 
     Raises:
       CutShort: the text ends in the middle.
-      NoJson: it does not begin with a brace or a bracket.
+      NoJson: the text does not begin with a brace or a bracket.
 
     >>> import io
     >>> found = []
     >>> text = b'{"a": 1, "traceEvents": [{"ph": "X", "name": "torch\\\\cuda"}, {"ph": 3 4}, ]}'
-    >>> scan = Scan(io.BytesIO(text), found.append)
+    >>> scan = TraceScan(io.BytesIO(text), found.append)
     >>> found, scan.header
     ([{'ph': 'X', 'name': 'torch\\\\cuda'}], {'a': 1})
     >>> scan.damage["events whose text is no JSON, left out"], len(scan.damage)
@@ -90,7 +90,7 @@ class Scan:
         self._trailer()
 
     def _more(self) -> bool:
-        """Reads on, as much again as is still there, and forgets what was decoded; False at the end."""
+        """Reads on and forgets what was decoded; False at the end. Each read is at least as long as what is left."""
         raw = self._stream.read(max(CHUNK, len(self._text) - self._at))
         if self._decoder is None:
             self._is_utf8 = not (raw[:2] in (b"\xff\xfe", b"\xfe\xff") or raw[1:2] == b"\x00")
@@ -109,7 +109,7 @@ class Scan:
         return bool(raw)
 
     def _peek(self, skipped: re.Pattern[str] = _SPACE) -> str:
-        """The next character, "" at the end."""
+        """The next character; "" at the end."""
         while True:
             match = skipped.match(self._text, self._at)
             assert match is not None
@@ -120,13 +120,13 @@ class Scan:
                 return ""
 
     def _value(self) -> Any:
-        """The value that starts here, with as much more text as it takes."""
+        """Decodes the value that starts here, and reads on for it if needed."""
         while True:
             try:
                 value, self._at = _decode(self._text, self._at)
                 return value
             except json.JSONDecodeError as error:
-                # At the end of what was read, a value may be whole in the file; a string may begin long before it.
+                # A value at the end of what was read may go on in the file; a string may begin long before.
                 open_ended = error.msg.startswith("Unterminated") or error.pos >= len(self._text) - 16
                 if not (open_ended and self._more()):
                     raise
@@ -138,7 +138,7 @@ class Scan:
             assert match is not None
             at = match.end()
             if at >= len(self._text):
-                # What was skipped is kept, so that a comma before the closing bracket is seen.
+                # The skipped text is kept, to see a comma before the closing bracket.
                 if not self._more():
                     raise CutShort("it ends within its list of events")
                 continue
@@ -150,7 +150,7 @@ class Scan:
                 return
             self._at = at
             if first == "}" or (first == '"' and self._matches(_NAME)):
-                # The rest of an event, or if no event follows, what stands behind the list.
+                # This is the rest of an event or, if no event follows, what comes after the list.
                 if not self._seek(_EVENT, stay=True):
                     self.damage["lists of events without an end"] += 1
                     return
@@ -174,7 +174,7 @@ class Scan:
             self.damage[what] += 1
 
     def _recover(self, first: str) -> None:
-        """Goes on behind what cannot be decoded: at the next event, or at the end of the list."""
+        """Goes on after text that cannot be decoded: at the next event, or at the end of the list."""
         pattern = _BETWEEN if first == "{" else _EVENT
         while not (match := pattern.search(self._text, self._at)) and self._more():
             pass
@@ -223,17 +223,17 @@ class Scan:
         self._at += 1
 
     def _matches(self, pattern: re.Pattern[str]) -> bool:
-        """Whether what is next is of a pattern, which the next few hundred characters decide."""
+        """Whether the next few hundred characters begin with a pattern."""
         while len(self._text) - self._at < 512 and self._more():
             pass
         return bool(pattern.match(self._text, self._at))
 
     def _unnamed_events(self) -> bool:
-        """Whether the list that begins here holds events, under a name that is not theirs."""
+        """Whether the list that begins here holds events although its name is not traceEvents."""
         return not self.has_events and self._matches(_EVENTS_BEGIN)
 
     def _skip_entry(self) -> None:
-        """Goes on behind an entry of the header that cannot be decoded, at the events if they are still to come."""
+        """Goes on after an entry of the header that cannot be decoded: at the events if they are still to come."""
         self.damage["entries beside the events whose text is no JSON, left out"] += 1
         if not self.has_events and self._seek(_EVENTS_BEGIN):
             self._events()
@@ -246,7 +246,7 @@ class Scan:
         self._at = len(end) - 1
 
     def _seek(self, pattern: re.Pattern[str], stay: bool = False) -> bool:
-        """Goes behind what is next of a pattern, or before it, and reads on for it as far as it takes."""
+        """Goes to the end of the next match of a pattern, or with `stay` to its start; False if there is none."""
         while not (match := pattern.search(self._text, self._at)):
             if not self._more():
                 return False
@@ -265,7 +265,7 @@ class Scan:
 
 
 def _repaired(text: str) -> dict[str, Any] | None:
-    """The event of a text with single backslashes, `nan` or `inf`, missing values or commas too many; or None.
+    """The event in a text with single backslashes, `nan`, `inf`, missing values or extra commas; None if it has none.
 
     >>> _repaired('{"name": "a\\\\b c", "bandwidth": inf, "grid": [1, 2,], "dur": }') == {
     ...     "name": "a\\b c", "bandwidth": None, "grid": [1, 2], "dur": None}

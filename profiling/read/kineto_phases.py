@@ -1,4 +1,4 @@
-"""Which annotation of the host a GPU event belongs to, and which step, layer and microbatch that stands for."""
+"""Finds the host's annotation that each GPU event belongs to, and its step, layer and microbatch."""
 
 from __future__ import annotations
 
@@ -29,22 +29,22 @@ _PART_OF_STEP = re.compile(
     r"|^\W*(?:fwd|bwd|[fbwi]|fb)\W*$",
     re.IGNORECASE,
 )
-"""What a step does once or a few times and what pipelines wait for: no part of a layer, however often it occurs."""
+"""Names of annotations that are no part of a layer, however often they occur."""
 
 _BULK = 0.5
-"""Share of a step's work that the phases of its layers must hold at least."""
+"""The least share of a step's work that the phases of its layers must hold."""
 
 
 class Phases:
-    """The annotations of one file, by the launches of N GPU events; `work` is the time of each that evidence counts.
+    """The phases of N GPU events of one file, found by their launches; `work` is the time of each that is evidence.
 
     Attributes:
-      innermost: int[N], the annotation that each event belongs to; -1 for none.
-      step: int64[N], number of the step that was open at its launch; -1 for none.
-      scopes: for each annotation, the names from the outermost down to it, steps aside, with slashes between.
-      layers: of annotations, by index.
-      steps: annotations that the profiler put round a step, and those that hold others.
-      notes: what could not be told.
+      innermost: int[N], annotation that each event belongs to; -1 for none.
+      step: int64[N], number of the step that was open at the launch; -1 for none.
+      scopes: path of names from the outermost annotation down to each one, without steps.
+      layers: layers of annotations, by index.
+      steps: annotations of the profiler's steps, and those that contain others.
+      notes: what could not be found out.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class Phases:
 
 
 def microbatch(phase: str) -> int | None:
-    """The number in brackets at a phase's end, or behind "microbatch".
+    """The number in brackets at the end of a phase, or after "microbatch"; None without one.
 
     >>> [microbatch(name) for name in ("ATTN(1)", "attn(F)", "microbatch 3", "execute_context_1(88)_generation_0(0)")]
     [1, None, 3, None]
@@ -74,7 +74,7 @@ def microbatch(phase: str) -> int | None:
 
 
 def layer(name: str) -> int | None:
-    """The index of a layer in a name.
+    """The index of the layer that a name holds; None without one.
 
     >>> [layer(name) for name in ("layer_3", "model.layers.11.mlp", "Block #4", "layer_norm", "h.2", "player 3")]
     [3, 11, 4, None, 2, None]
@@ -84,7 +84,7 @@ def layer(name: str) -> int | None:
 
 
 def _step(annotation: Annotation) -> Step:
-    """With its number apart only where the name is one and a number: "## backward ##" is a name.
+    """An annotation as a step. Its number is split off only if the name ends with it: "## backward ##" has none.
 
     >>> names = "ProfilerStep#5", "## backward ##", "Optimizer.step#SGD.step"
     >>> [_step(Annotation(name, 0.0, 1.0, 0)).name for name in names]
@@ -96,7 +96,7 @@ def _step(annotation: Annotation) -> Step:
 
 
 def _step_numbers(annotations: Sequence[Annotation]) -> dict[int, int]:
-    """The annotations that are steps, with their numbers: the profiler's own, or else the user's."""
+    """``{annotation: number}`` of the annotations that are steps: the profiler's own, or else the user's."""
     for pattern, group in ((_PROFILER_STEP, 1), (_USER_STEP, 2)):
         found = ((i, pattern.fullmatch(annotation.name)) for i, annotation in enumerate(annotations))
         steps = {i: int(match[group]) for i, match in found if match}
@@ -106,7 +106,7 @@ def _step_numbers(annotations: Sequence[Annotation]) -> dict[int, int]:
 
 
 def _parents(annotations: Sequence[Annotation]) -> list[int]:
-    """For each, in the order of their starts, the innermost that contains it, of its own thread if there is one; -1."""
+    """The innermost annotation that contains each one, on its own thread if there is one; -1 for none."""
     parents: list[int] = []
     around: dict[int, list[int]] = {}
     for i, annotation in enumerate(annotations):
@@ -116,7 +116,7 @@ def _parents(annotations: Sequence[Annotation]) -> list[int]:
         if own:
             parents.append(own[-1])
         else:
-            # The backward pass runs on a thread of its own, while the one that asked for it waits.
+            # The backward pass runs on a thread of its own, while the thread that called it waits.
             holding = (_containing(annotations, stack, annotation.end) for stack in around.values())
             parents.append(max(holding, default=-1))
         own.append(i)
@@ -143,10 +143,10 @@ def _scopes(annotations: Sequence[Annotation], parents: Sequence[int], steps: Ma
 def _innermost(
     annotations: Sequence[Annotation], steps: Mapping[int, int], launched: np.ndarray, thread: np.ndarray
 ) -> np.ndarray:
-    """For each launch, the annotation open at that time that started last; -1 for none.
+    """The annotation that started last among those open at each launch; -1 for none.
 
-    It is one of the launching thread if that has any open; or else of another that launches work, as the thread of
-    the backward pass runs inside annotations of the one that asked for it; or else of any.
+    Annotations of the launching thread come first, then those of other threads that launch work, then all others: the
+    thread of the backward pass runs inside annotations of the thread that called it.
     """
     found = np.full(len(launched), -1, np.int64)
     order = np.argsort(launched, kind="stable")
@@ -178,7 +178,7 @@ def _open(annotations: Sequence[Annotation], stack: list[int], time: float) -> i
 
 
 def _steps_open(annotations: Sequence[Annotation], steps: Mapping[int, int], launched: np.ndarray) -> np.ndarray:
-    """The number of the step that started last of those open at each launch; -1 where there is none."""
+    """The number of the step that started last among those open at each launch; -1 for none."""
     if not steps:
         return np.full(len(launched), -1, np.int64)
     members = list(steps)
@@ -196,7 +196,7 @@ def _layers(
     used: set[int],
     busy: np.ndarray,
 ) -> tuple[dict[int, int], list[str]]:
-    """The layer of each annotation that launched something, where names or repetition tell."""
+    """The layer of each annotation that launched something, found by names or by repetition."""
     named: dict[int, int] = {}
     of_name = {name: layer(name) for name in {annotation.name for annotation in annotations}}
     for i, parent in enumerate(parents):
@@ -216,9 +216,9 @@ def _repeated(
     used: set[int],
     busy: np.ndarray,
 ) -> tuple[dict[int, int], list[str]]:
-    """Layers by count: within a step, two phases or more that repeat equally often, always in the same order.
+    """Counts layers: within a step, at least two phases that repeat equally often and always in the same order.
 
-    They must hold half of the step's work at least: that a few communications or waits repeat makes no layers.
+    They must hold at least half of the step's work: a few repeated communications or waits are no layers.
     """
     starts = [annotations[i].start for i in steps]
     holds = {parent for i, parent in enumerate(parents) if parent >= 0 and not ANNOTATION.match(annotations[i].name)}
@@ -228,7 +228,7 @@ def _repeated(
     for i, annotation in enumerate(annotations):
         region = bisect.bisect_right(starts, annotation.start)
         times[region] += float(busy[i])
-        # Without anything round them, phases that repeat are steps as well as layers.
+        # Repeated phases that nothing contains could be steps as well as layers.
         if annotation.name in names and parents[i] >= 0 and not _belongs_to_step(annotation.name):
             regions.setdefault(region, {}).setdefault(annotation.name, []).append(i)
     layers: dict[int, int] = {}

@@ -1,4 +1,4 @@
-"""Values of a Kineto file, of which any may be of a type that it should not be."""
+"""Values of a Kineto file, any of which may have a wrong type."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Any
 
 
 def integer(value: Any) -> int | None:
-    """A whole number of 64 bits, also as text, hexadecimal or not, and as a float; None for all else.
+    """A whole number of 64 bits, given as a number or as text, decimal or hexadecimal; None for anything else.
 
     >>> integer("0x1f"), integer(7.0), integer("12"), integer([1]), integer(1.5), integer(True), integer(2**70)
     (31, 7, 12, None, None, None, None)
@@ -31,12 +31,12 @@ def integer(value: Any) -> int | None:
 
 
 def short(name: str, most: int = 60) -> str:
-    """A name of a kernel for a sentence."""
+    """A kernel's name, shortened for a sentence."""
     return name if len(name) <= most else name[: most - 1] + "…"
 
 
 def arguments(item: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Those of an event; none if they are no object."""
+    """The arguments of an event; empty if they are no object."""
     args = item.get("args")
     return args if isinstance(args, dict) else {}
 
@@ -47,7 +47,7 @@ def thread_of(item: Mapping[str, Any]) -> tuple[str, str]:
 
 
 def microseconds(value: Any) -> float | None:
-    """A finite number of microseconds, None for anything else."""
+    """A finite number of microseconds; None for anything else."""
     try:
         time = float(value)
     except (TypeError, ValueError, OverflowError):
@@ -56,7 +56,7 @@ def microseconds(value: Any) -> float | None:
 
 
 def last_number(name: Any) -> int:
-    """The last number in a name, 0 without one."""
+    """The last number in a name; 0 if it has none."""
     if isinstance(name, int):
         return int(name)
     found = re.findall(r"\d{1,18}", str(name))

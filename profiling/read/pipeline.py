@@ -1,9 +1,9 @@
-"""Which microbatch and which pipeline rank the events of a jaxpipe step belong to.
+"""Finds the microbatch and the pipeline rank of the events of a jaxpipe step.
 
 A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
-runs its branches in the order of that table: the n-th time that a rank runs an operation of a branch is the n-th time
-that the branch stands in the rank's column. Unrolled code of one rank has operations of their own for each step, or for
-each step of its loop's body; a scope says which.
+runs its branches in the order of that table: the n-th run of an operation of a branch on a rank is the n-th entry of
+that branch in the rank's column. Unrolled code has operations of its own for each step, or for each step of its loop's
+body; a scope says which.
 """
 
 from __future__ import annotations
@@ -23,11 +23,15 @@ from profiling.event import Event, Trace
 from profiling.read.scopes import action_of, place
 
 MOST_UNPLACED = 0.05
-"""Share of the time in branches that may be of operations that the compiler took out of them, and ran once a step."""
+"""The largest share of the time in branches that operations may take that the compiler moved out of them."""
 
 
 def pipeline_ranks(mesh: Mesh, axis: str = "pp") -> dict[int, int]:
-    """``{device id: index on the pipeline axis}``.
+    """The pipeline rank of each device: ``{device id: index on the pipeline axis}``.
+
+    Args:
+      mesh: mesh of the pipeline.
+      axis: name of its pipeline axis.
 
     Raises:
       ValueError: the mesh has no such axis.
@@ -39,20 +43,20 @@ def pipeline_ranks(mesh: Mesh, axis: str = "pp") -> dict[int, int]:
 
 
 def attribute(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
-    """The trace with the microbatch of every event of an action, and the pipeline rank of every device.
+    """Adds the microbatch of every event of an action and the pipeline rank of every device to a trace.
 
     Args:
-      trace: of whole steps of one pipeline, read with its scopes.
-      program: of the pipeline, `jaxpipe.api.Pipeline.program`.
+      trace: trace of whole steps of one pipeline, read with its scopes.
+      program: program of the pipeline, `Pipeline.program`.
       ranks: pipeline rank of each device; see `pipeline_ranks`.
-      steps: how many steps the trace holds.
+      steps: number of steps in the trace.
 
     Returns:
-      The trace; where a stage scans over its layers, each trip's events get the trip as their layer if none is named.
+      The trace. If a stage scans over its layers, the number of the trip is the layer of events that name none.
 
     Raises:
-      ValueError: operations did not run a whole number of times in each of their branch's actions, for more than 5% of
-        the time: the trace is of another program, not of whole steps, or of another number of steps.
+      ValueError: operations with more than 5% of the time did not run a whole number of times in each action of their
+        branch. The trace is of another program, not of whole steps, or of another number of steps.
     """
     events = list(trace.events)
     for run in _runs(trace, program, ranks, steps):
@@ -67,10 +71,10 @@ def attribute(trace: Trace, program: Program, ranks: Mapping[int, int], steps: i
 
 
 def group_actions(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int = 1) -> Trace:
-    """One event for every group of actions that a device ran, from its first operation's start to its last one's end.
+    """Makes one event of every group of actions that a device ran, from its first operation to the end of its last.
 
-    This is a measured timeline as fine as a simulated one: see `profiling.read_timeline`. Arguments and errors are
-    those of `attribute`; the events' phase is the group's kinds, "F", "FB".
+    The result is as fine as a simulated timeline, see `read_timeline`. Arguments and errors are those of `attribute`.
+    The phase of an event is the kinds of its actions, "F" or "FB".
     """
     spans: dict[tuple[int, int, int], list[float]] = {}
     branches: dict[tuple[int, int, int], int] = {}
@@ -95,11 +99,13 @@ def group_actions(trace: Trace, program: Program, ranks: Mapping[int, int], step
 
 
 def measured_costs(actions: Trace) -> Costs:
-    """Median microseconds of each kind of action, what `jaxpipe.schedule.simulate` needs to predict the same step.
+    """Median microseconds of each kind of action, for `jaxpipe.schedule.simulate` to predict the same step.
+
+    Kinds that did not run follow from the others: I and W are half of B each, and B is their sum. If no backward ran
+    alone, B is an overlapped pair less F.
 
     Args:
-      actions: what `group_actions` returned. A kind that did not run takes what the others leave: half of a whole
-        backward for I and W, both of them for B; and where no backward ran alone, what F leaves of an overlapped pair.
+      actions: what `group_actions` returned.
 
     Raises:
       ValueError: there is no forward, or no backward in any form.
@@ -132,9 +138,9 @@ def measured_costs(actions: Trace) -> Costs:
 
 
 def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
-    """How often a rank runs each branch, and an exchange of each pattern, in a step of a pipeline's scan on average.
+    """How often a rank runs each branch and each pattern of exchanges, on average over the steps of a pipeline's scan.
 
-    That is the ``trips`` of `profiling.overlap` for a compiled step that runs its branches as loops of no or one trip.
+    Give it as ``trips`` to `profiling.overlap` if the compiled step runs its branches as loops of no or one trip.
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
@@ -149,8 +155,8 @@ def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
     return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
 
 
-class _Run(NamedTuple):
-    """One run of one operation: which event of the trace it is, and where in the program's tables it stands."""
+class _OperationRun(NamedTuple):
+    """One run of one operation: its event in the trace, and its place in the tables of the program."""
 
     index: int
     branch: int
@@ -160,7 +166,7 @@ class _Run(NamedTuple):
     trips: int
 
 
-def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_Run]:
+def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_OperationRun]:
     operations: dict[tuple[int, str, int, range | None], list[int]] = collections.defaultdict(list)
     place_once = functools.cache(place)
     for i, event in enumerate(trace.events):
@@ -182,7 +188,7 @@ def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) 
         for n, i in enumerate(indices):
             run, trip = divmod(n, trips)
             step, row = divmod(run, len(rows))
-            yield _Run(i, branch, step, int(rows[row]), trip, trips)
+            yield _OperationRun(i, branch, step, int(rows[row]), trip, trips)
     if unplaced > MOST_UNPLACED * total:
         raise ValueError(
             f"operations with {unplaced / total:.0%} of the time in the program's branches did not run a whole number "

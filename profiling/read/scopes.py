@@ -1,4 +1,4 @@
-"""From the path of named scopes that an operation was traced under to the part of the step that it belongs to."""
+"""Finds the part of a step that an operation belongs to, from the path of named scopes it was traced under."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 ACTIONS = ("F", "B", "I", "W", "E", "H", "G", "send", "prepare", "reduce", "update")
-"""Scopes that name what a pipeline rank does: jaxpipe's actions and model ends, its messages, what it does once a step,
-and, by agreement, the optimizer's update."""
+"""Scopes that name what a pipeline rank does: jaxpipe's actions, embedding and head, its messages, what it does once a
+step, and by agreement the optimizer's update."""
 
 PARTS: Mapping[str, str] = {
     "attention": "attn",
@@ -22,7 +22,7 @@ PARTS: Mapping[str, str] = {
     "dispatch": "dispatch",
     "combine": "combine",
 }
-"""Parts of a layer by the scope's name, as DeepSeek's traces divide one."""
+"""``{name of a scope: part of a layer}``, with the parts of DeepSeek's traces."""
 
 _COMPONENT = re.compile(r"(?:[^/()]|\((?:[^()]|\((?:[^()]|\([^()]*\))*\))*\))+")
 _LAYER = re.compile(r"(?:layer|layers|block|blocks)_?(\d+)")
@@ -32,15 +32,15 @@ _STEPS = re.compile(r"steps_(\d+)_(\d+)_(\d+)")
 
 
 class Place(NamedTuple):
-    """Where in a step an operation stands.
+    """The place of an operation in a step.
 
     Attributes:
-      phase: "attn(F)": the part and the action; the action alone outside of every part, "other" outside of actions.
-      layer: its index; None outside of layers.
-      microbatch: its index, where a scope names it; None elsewhere.
-      branch: of jaxpipe's program; None outside.
-      steps: of that program that the operation is of, where each has code of its own; None where any step of the
-        branch runs it.
+      phase: the part and the action, "attn(F)"; the action alone outside of parts, "other" outside of actions.
+      layer: index of the layer; None outside of layers.
+      microbatch: index of the microbatch if a scope names it, else None.
+      branch: index of the branch of jaxpipe's program; None outside.
+      steps: steps of that program that run the operation, if each has code of its own; None if any step of the branch
+        may run it.
     """
 
     phase: str
@@ -51,10 +51,10 @@ class Place(NamedTuple):
 
 
 def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
-    """The place that a scope names; of several layers or actions the outermost, of several parts the innermost.
+    """The place that a scope names: the outermost layer and action in it, and the innermost part.
 
-    Where XLA made one operation of several, "a/(b:c)", the first counts. Without an action's scope, operations under
-    `jax.grad` are F or B by how jax marks them.
+    The first of several operations that XLA joined, "a/(b:c)", counts. Without an action's scope, operations under
+    `jax.grad` are F or B, as jax marks them.
 
     >>> place("jit(step)/shard_map/while/body/branch_2/W/transpose(jvp(layer_3))/attention/dot_general")
     Place(phase='attn(W)', layer=3, microbatch=None, branch=2, steps=None)

@@ -1,4 +1,4 @@
-"""A schedule's simulated timeline as a trace, so that what is simulated gets the same report as what is measured."""
+"""Turns the simulated timeline of a schedule into a trace, for the same reports as a measured one."""
 
 from __future__ import annotations
 
@@ -7,18 +7,18 @@ from profiling.event import Event, Trace
 
 
 def read_timeline(timeline: Timeline, unit_us: float = 1.0, title: str | None = None) -> Trace:
-    """The groups of a simulated schedule as events.
+    """Turns each group of a simulated schedule into an event.
 
-    A group's phase is the kinds of its actions, "F" or "FB" for an overlapped pair; the microbatch is that of its
-    first action; the name holds all of them, "0F3&0B0". The device is the pipeline rank.
+    The phase of an event is the kinds of its actions: "F", or "FB" for an overlapped pair. Its microbatch is that of
+    the first action, its name lists all actions, "0F3&0B0", and its device is the pipeline rank.
 
     Args:
-      timeline: from `jaxpipe.schedule.simulate`.
+      timeline: what `jaxpipe.schedule.simulate` returns.
       unit_us: microseconds that one unit of the timeline's costs stands for.
-      title: of the trace; by default the schedule's name.
+      title: title of the trace; by default the schedule's name.
 
     Raises:
-      ValueError: a unit that is not a positive number.
+      ValueError: `unit_us` is not a positive number.
 
     >>> from jaxpipe.schedule import build, simulate
     >>> trace = read_timeline(simulate(build("gpipe", 2, 1)), unit_us=100.0)

@@ -1,4 +1,4 @@
-"""Files as profilers, browsers and clusters leave them: packed or not, under any name, and which kind each one is."""
+"""Opens files as profilers, browsers and clusters leave them: packed or not, under any name."""
 
 from __future__ import annotations
 
@@ -9,28 +9,27 @@ import importlib
 import io
 import lzma
 import pathlib
-import re
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from typing import Any, BinaryIO, NamedTuple
 
 HEAD = 1 << 16
-"""Bytes by which the kind of a file is told."""
+"""How many bytes of a file tell its kind."""
 
 _ARCHIVE = (b"PK\x03\x04", b"PK\x05\x06")
 
 DAMAGE = (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, gzip.BadGzipFile)
-"""What unpacking raises for a file that is damaged or cut short."""
+"""Exceptions that unpacking raises for a damaged or cut file."""
 
 
 class Source(NamedTuple):
     """One trace: a file, or a member of an archive.
 
     Attributes:
-      path: of the file.
-      name: for messages: the path, and behind it the member of an archive.
-      member: of an archive, "" for a file of its own.
+      path: path of the file.
+      name: name for messages: the path, followed by the member of an archive.
+      member: member of an archive; "" for the file itself.
     """
 
     path: pathlib.Path
@@ -44,15 +43,15 @@ class Source(NamedTuple):
 
     @property
     def is_packed(self) -> bool:
-        """Whether its bytes are those of a packed file."""
+        """Whether the file is packed."""
         return bool(self.member) or _begins(self.path, tuple(_PACKED))
 
     @contextlib.contextmanager
     def open(self) -> Iterator[BinaryIO]:
-        """What is inside, unpacked.
+        """Opens the unpacked content.
 
         Raises:
-          ValueError: no such file, none that may be read, or packed in a way that this Python cannot unpack.
+          ValueError: the file does not exist, may not be read, or is packed in a way that this Python cannot unpack.
         """
         with contextlib.ExitStack() as stack:
             try:
@@ -75,7 +74,7 @@ class Source(NamedTuple):
             yield unpacked
 
     def head(self) -> bytes:
-        """The first bytes of what is inside; all that there are if it is damaged behind them."""
+        """The first bytes of the content; fewer if it is damaged after them."""
         found = b""
         with self.open() as stream:
             try:
@@ -87,10 +86,10 @@ class Source(NamedTuple):
 
 
 def sources(path: pathlib.Path) -> list[Source]:
-    """A file as what there is to read in it: itself, or the JSON files and profiles in a zip archive.
+    """The traces in a file: the file itself, or the JSON files in a zip archive, or all its files if none is JSON.
 
     Raises:
-      ValueError: an archive that is damaged or holds nothing of the kind.
+      ValueError: the archive is damaged or empty.
     """
     if not path.is_file() or not _begins(path, _ARCHIVE):
         return [Source(path, str(path))]
@@ -115,7 +114,7 @@ def _begins(path: pathlib.Path, magic: tuple[bytes, ...]) -> bool:
 
 
 class _Zstandard(io.RawIOBase):
-    """Python has it from 3.14 on; before, a package does. Its errors become those of the other packings."""
+    """Unpacks Zstandard, with Python 3.14 or with the package `zstandard`, and raises what other packings raise."""
 
     def __init__(self, stream: Any) -> None:
         try:
@@ -145,7 +144,7 @@ _PACKED: dict[bytes, Callable[[Any], Any]] = {
 
 
 def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
-    """By its first bytes, not its name: browsers unpack downloads and keep the name. Some pack what is packed."""
+    """Unpacks by the first bytes: browsers unpack downloads and keep the name. Some files are packed twice."""
     for _ in range(3):
         stream = stack.enter_context(io.BufferedReader(stream, HEAD))
         first = stream.peek(8)[:8]
@@ -156,55 +155,14 @@ def _unpacked(stream: Any, stack: contextlib.ExitStack) -> Any:
     return stream
 
 
-def is_json(head: bytes) -> bool:
-    """Whether a file begins as an object or a list in JSON does.
+def read_unpacked(file: pathlib.Path) -> bytes:
+    """The bytes of a file, unpacked if it is compressed with gzip.
 
-    >>> is_json(b' {"traceEvents": ['), is_json(b"[1]"), is_json(b"step,loss"), is_json(b"{not json")
-    (True, True, False, False)
+    Raises:
+      ValueError: the file cannot be read or unpacked.
     """
-    text = head.lstrip(b"\xef\xbb\xbf\xff\xfe \t\r\n\0").replace(b"\0", b"")
-    return bool(re.match(rb'\{\s*("|\}|$)|\[\s*([\[{"\d\]tfn-]|$)', text))
-
-
-def is_xspace(head: bytes, name: str) -> bool:
-    """Whether a file is a profile of `jax.profiler`: a protocol buffer that begins with a plane of a host or device.
-
-    >>> is_xspace(b"\\n\\x10\\x12\\x0e/device:GPU:0", "profile"), is_xspace(b"{}", "a.json")
-    (True, False)
-    """
-    begins = head[:1] == b"\n" and any(plane in head for plane in (b"/host:", b"/device:", b"Task Environment"))
-    return begins or name.lower().endswith(".xplane.pb")
-
-
-def kind(head: bytes, name: str) -> str:
-    """What a file that no reader takes is, and what to do, for the end of a sentence.
-
-    >>> kind(b"SQLite format 3\\0", "a.sqlite").split(",")[0]
-    'an SQLite database'
-    """
-    lower = name.lower()
-    text = head.lstrip().lower()
-    return next((sentence for found, sentence in _kinds(head, text, lower) if found), "")
-
-
-def _kinds(head: bytes, text: bytes, name: str) -> Iterator[tuple[bool, str]]:
-    again = "profile with torch.profiler or jax.profiler instead"
-    yield text.startswith(b"version https://git-lfs"), "a pointer of Git LFS, not the file; run `git lfs pull`"
-    yield head.startswith(b"SQLite format 3"), f"an SQLite database, as Nsight Systems and rocprof export; {again}"
-    yield name.endswith((".nsys-rep", ".qdrep")), f"a report of Nsight Systems; {again}"
-    yield name.endswith(".ncu-rep") or head.startswith(b"NVR\0"), f"a report of Nsight Compute; {again}"
-    yield (
-        text.startswith((b"<!doctype html", b"<html")),
-        "a web page; save the trace itself, not the page that shows it",
-    )
-    yield text.startswith(b"<?xml"), f"XML; {again}"
-    yield head[257:262] == b"ustar", "a tar archive; unpack it and name the folder"
-    yield (
-        name.endswith((".pftrace", ".perfetto-trace")) or (head[:1] == b"\n" and b"\0" in head),
-        f"a protocol buffer, such as Perfetto's trace, which only its own viewer reads; {again}",
-    )
-    yield (
-        head.startswith(b"\x80") and head[1:2] in b"\x02\x03\x04\x05",
-        "a pickle, such as PyTorch's memory snapshot; export the trace with export_chrome_trace",
-    )
-    yield head.startswith((b"\x89PNG", b"\xff\xd8\xff", b"%PDF")), "a picture or a document; name the trace itself"
+    try:
+        data = file.read_bytes()
+        return gzip.decompress(data) if data[:2] == b"\x1f\x8b" else data
+    except (OSError, EOFError, zlib.error) as error:
+        raise ValueError(f"{file}: cannot be read, damaged or cut short ({error}): copy it again") from None

@@ -1,4 +1,4 @@
-"""Protocol buffers' wire format, as much of it as reading a profile takes."""
+"""Decodes the wire format of protocol buffers, as far as profiles need it."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
-    """The integer that begins at a position, and the position behind it.
+    """The integer that begins at a position, and the position after it.
 
     Raises:
-      ValueError: it has more than 64 bits.
-      IndexError: the data end within it.
+      ValueError: the integer has more than 64 bits.
+      IndexError: the data end within the integer.
 
     >>> varint(bytes([0xAC, 0x02]), 0)
     (300, 2)
@@ -27,7 +27,7 @@ def varint(data: bytes | memoryview, at: int) -> tuple[int, int]:
 
 
 def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
-    """(number, value) of every field of a message: integers as int, all else as the bytes it stands in.
+    """(number, value) of every field of a message: integers as int, all other values as bytes.
 
     Raises:
       ValueError: the data are no message.
@@ -57,18 +57,18 @@ def fields(data: bytes | memoryview) -> Iterator[tuple[int, int | memoryview]]:
 
 
 def messages(data: bytes | memoryview, number: int) -> list[memoryview]:
-    """Every occurrence of a field that holds messages or text."""
+    """All occurrences of a field that holds messages or text."""
     return [value for found, value in fields(data) if found == number and isinstance(value, memoryview)]
 
 
 def text(data: bytes | memoryview, number: int) -> str:
-    """The last occurrence of a text field; "" without one."""
+    """The last occurrence of a text field; "" if there is none."""
     found = messages(data, number)
     return bytes(found[-1]).decode() if found else ""
 
 
 def integer(data: bytes | memoryview, number: int) -> int:
-    """The last occurrence of an integer field; 0 without one, as the format has it."""
+    """The last occurrence of an integer field; 0, the default of the format, if there is none."""
     found = [value for at, value in fields(data) if at == number and isinstance(value, int)]
     return found[-1] if found else 0
 

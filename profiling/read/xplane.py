@@ -1,4 +1,4 @@
-"""Traces from what `jax.profiler` writes, on GPU, TPU and CPU."""
+"""Reads profiles of `jax.profiler`, on GPU, TPU and CPU."""
 
 from __future__ import annotations
 
@@ -11,9 +11,11 @@ from typing import Any
 
 from profiling.classify.classifier import XLA, Rule, classify
 from profiling.event import Event, Step, Trace
+from profiling.read.file_kinds import is_xspace
+from profiling.read.impossible import overrunning_at_end
 from profiling.read.scopes import PARTS
 from profiling.read.wire import messages
-from profiling.read.xplane_events import GPU, HOST, OVERRUN, TPU, Reader, Window, has_events, overrunning
+from profiling.read.xplane_events import GPU, HOST, OVERRUN, TPU, PlaneReader, Window, has_events
 from profiling.read.xplane_files import Clock, clock, find_profile, host_of, read_bytes, sidecar
 from profiling.read.xplane_modules import PLANE, Modules, read_modules
 from profiling.read.xspace import Plane, complaints, plane_name, read_plane
@@ -23,19 +25,40 @@ _MARGIN = 10e6
 _EPOCH = 10**17  # times in nanoseconds: above, of the epoch, from 1973 on; below, since the profile's start
 
 
+class XplaneReader:
+    """Reads profiles of `jax.profiler` for `profiling.read_trace`; see `profiling.read.reader.Reader`."""
+
+    profiler = "jax.profiler"
+    files = "a profile of jax.profiler (.xplane.pb)"
+
+    def sniff(self, head: bytes, name: str) -> str:
+        """Looks at the planes that a profile begins with, or at its name."""
+        return "a profile of jax.profiler" if is_xspace(head, name) else ""
+
+    def find(self, folder: pathlib.Path) -> str:
+        """Finds the first profile in the order of the paths."""
+        return next((file.name for file in sorted(folder.rglob("*.xplane.pb*"))), "")
+
+    def read(self, paths: Sequence[pathlib.Path], rules: Sequence[Rule]) -> Trace:
+        """Reads one file, or one folder with the files of all processes."""
+        if len(paths) > 1:
+            raise ValueError(f"{paths[0]} and {len(paths) - 1} more: of jax.profiler; name one folder with all of them")
+        return read_xplane(paths[0], rules=rules)
+
+
 @dataclasses.dataclass(frozen=True)
 class _File:
-    """A process's profile before its events are read.
+    """The profile of one process before its events are read.
 
     Attributes:
-      path: of the file.
-      planes: but that of the compiled modules.
-      modules: compiled ones that the profile carries.
-      clock: when it was taken.
-      since: whether the lines' times count from the profile's start, rather than from the epoch.
+      path: path of the file.
+      planes: all planes but that of the compiled modules.
+      modules: compiled modules that the profile carries.
+      clock: when the profile was taken.
+      since: whether times count from the start of the profile and not from the epoch.
       known: what the capture noted.
       notes: what the profiler reports.
-      doubts: what had to be left out.
+      doubts: what was left out, and how often.
     """
 
     path: pathlib.Path
@@ -63,25 +86,25 @@ def read_xplane(
     parts: Mapping[str, str] = PARTS,
     ranks: Mapping[int, int] | None = None,
 ) -> Trace:
-    """The newest profile of a folder, of all its processes, or one file.
+    """Reads one file, or the newest profile of a folder with all its processes.
 
-    Files that `profiling.capture` wrote name their devices. Devices of other files are numbered one after another, in
-    the order of the log folders' and hosts' names and, within a file, as the profiler counts them; the notes say which
-    is which. A file by itself keeps the profiler's numbers.
+    Files that `profiling.capture` wrote name their devices. Devices of other files are numbered in the order of the
+    names of log folders and hosts and, within a file, in the profiler's order; the notes say which is which. A single
+    file keeps the profiler's numbers.
 
     Args:
       path: an ``.xplane.pb`` file, packed with gzip or not, or a folder that `jax.profiler.start_trace` or
-        `profiling.capture` wrote. Sessions of a folder that began within a minute are read as one job's if every
-        host has but one file in them, or its files were written at the same time; else the newest is read.
-      rules: of your own, tried before the tables of this package.
-      parts: names of a layer's parts; see `profiling.read.scopes.place`.
-      ranks: pipeline rank of each device; None: as the capture noted it.
+        `profiling.capture` wrote. Sessions of a folder that began within a minute are one job's if every host has only
+        one file in them, or its files were written at the same time; otherwise the newest session is read.
+      rules: your own rules, tried before the tables of this package.
+      parts: ``{name of a scope: part of a layer}``, such as {"attention": "attn"}.
+      ranks: pipeline rank of each device; None takes what the capture noted.
 
     Returns:
-      All processes in one trace, on the clock of their hosts.
+      One trace of all processes, on the clock of their hosts.
 
     Raises:
-      ValueError: there is no profile, it is damaged, or it holds no operation of a device; the file is named.
+      ValueError: there is no profile, it is damaged, or it holds no operation of a device; the message names the file.
     """
     paths, about_files = find_profile(pathlib.Path(path))
     files = [_open(file) for file in paths]
@@ -140,14 +163,14 @@ def _typical_time(planes: Iterable[Plane]) -> float:
 
 
 def _began(file: _File) -> int | None:
-    """When a process's profile began, in nanoseconds of the epoch; None: it does not say."""
+    """When the profile of a process began, in nanoseconds of the epoch; None if it does not say."""
     if file.clock.start_ns is not None or file.since:
         return file.clock.start_ns
     return int(_typical_time(file.planes))
 
 
 def _origin(files: Sequence[_File]) -> int | None:
-    """What the trace's times count from; None if not every file says when it began."""
+    """The origin of the trace's times; None if not every file says when it began."""
     began = [_began(file) for file in files]
     known = [time for time in began if time is not None]
     return min(known) if len(known) == len(began) else None
@@ -158,7 +181,7 @@ def _window(file: _File, origin: int | None) -> Window:
     shift = 0 if origin is None else began - origin
     start, stop = file.clock.start_ns, file.clock.stop_ns
     length = (stop - start) / 1e3 if start is not None and stop is not None else 0.0
-    # Devices' clocks drift from the host's, and work goes on when a profile ends: hence twice the length, and a margin.
+    # Twice the length and a margin, as devices' clocks drift from the host's and work goes on when a profile ends.
     beyond = length + _MARGIN if 0 < length < _DAY else _DAY
     return Window(
         zero_ns=(0 if file.since else began) - shift, low=shift / 1e3 - beyond, high=shift / 1e3 + length + beyond
@@ -184,11 +207,11 @@ def _clock_notes(files: Sequence[_File], origin: int | None) -> list[str]:
 
 
 class _Numbers:
-    """Gives the devices of all files numbers of their own, and notes which is which.
+    """Numbers the devices of all files, and notes which is which.
 
     Args:
-      files: all that are read. What a capture noted counts, unless two captures name the same devices: then they ran
-        without knowing of each other, and are numbered as if they had noted nothing.
+      files: all files. What a capture noted counts, unless two captures name the same devices: they ran without knowing
+        of each other and are numbered as if they had noted nothing.
     """
 
     def __init__(self, files: Sequence[_File]) -> None:
@@ -205,7 +228,7 @@ class _Numbers:
         self._doubted = any(claim and not self._trusted[file.path] for file, claim in zip(files, claims, strict=True))
 
     def give(self, file: _File, kind: str, found: Iterable[int]) -> dict[int, int]:
-        """The trace's number of each of a file's devices, as the profiler numbers them."""
+        """``{the profiler's number: the trace's number}`` of the devices of a file."""
         local = sorted(set(found))
         known = {int(number): device for number, device in file.known.get("devices", {}).items()}
         numbers = {n: known[n] for n in local if n in known} if self._trusted[file.path] else {}
@@ -220,7 +243,7 @@ class _Numbers:
 
     @property
     def notes(self) -> list[str]:
-        """Which device is which, where the files do not say it themselves."""
+        """Says which device is which, if the files do not say it themselves."""
         if not self._given:
             return []
         why = "captures name the same devices" if self._doubted else "the files do not name their devices"
@@ -235,7 +258,7 @@ def _range(numbers: Sequence[int]) -> str:
 def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int | None) -> _Profile:
     metadata: dict[str, Any] = dict(file.known.get("metadata", {}))
     doubts = file.doubts
-    reader = Reader(file.modules, parts, _window(file, origin), doubts)
+    reader = PlaneReader(file.modules, parts, _window(file, origin), doubts)
     notes = list(file.notes)
     devices = [plane for plane in file.planes if has_events(plane)]
     events: list[Event] = []
@@ -247,11 +270,7 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
             given = numbers.give(file, kind, (n for n, _ in local))
             for n, plane in local:
                 found = list(read(plane, given[n]))
-                if kind == "GPU":
-                    overrun = set(map(id, overrunning(found)))
-                    doubts[OVERRUN] += len(overrun)
-                    found = [event for event in found if id(event) not in overrun] if overrun else found
-                events += found
+                events += _possible(found, doubts) if kind == "GPU" else found
                 metadata |= _of_plane(plane, metadata)
                 metadata.setdefault("platform", kind.lower())
         for plane in file.planes:
@@ -273,12 +292,19 @@ def _read(file: _File, numbers: _Numbers, parts: Mapping[str, str], origin: int 
     if metadata["platform"] == "cpu" and events:
         notes.append("CPU devices share cores: their times tell what happens in which order, not how fast a GPU is")
     if metadata["platform"] == "tpu":
-        notes.append("a TPU's planes are read as their format is described in public, without a TPU to check it on")
+        notes.append("planes of TPUs are read by the public description of their format, without a TPU to check it on")
     return _Profile(events, steps, metadata, notes)
 
 
+def _possible(events: list[Event], doubts: collections.Counter[str]) -> list[Event]:
+    """The events of one GPU without those whose ends are impossible, which are counted."""
+    overrun = set(map(id, overrunning_at_end(events)))
+    doubts[OVERRUN] += len(overrun)
+    return [event for event in events if id(event) not in overrun] if overrun else events
+
+
 def _of_plane(plane: Plane, known: Mapping[str, Any]) -> dict[str, Any]:
-    """What a device's plane says of the device and the capture did not."""
+    """Facts that the plane of a device tells and the capture did not note."""
     said = {
         "sms": plane.stats.get("core_count"),
         "chip": plane.stats.get("gpu_device_name") or plane.stats.get("device_type_string"),
@@ -297,9 +323,9 @@ def _nothing(profiles: Sequence[_Profile]) -> str:
 
 
 def _joint_steps(found: Sequence[Sequence[Step]]) -> tuple[Step, ...]:
-    """The steps of all processes: those of one name and number are one step, from the first's start to the last's end.
+    """Joins steps of one name and number of all processes, from the first start to the last end.
 
-    Where a process has a step twice, the first of each process is one step, and the second another.
+    If a process has a step twice, the first ones of all processes are one step and the second ones another.
     """
     joint: dict[tuple[str, int | None, int], list[Step]] = collections.defaultdict(list)
     for steps in found:

@@ -1,24 +1,23 @@
-"""Events of devices from the planes of a profile, on GPU, TPU and CPU.
+"""Turns the planes of a profile into events of devices, on GPU, TPU and CPU.
 
-They differ: a GPU has a plane for every device and a line for every stream, and its events carry their scopes; a TPU
-has a plane for every device, a line of operations in which loops enclose what they run, and a line of those that run
-beside them; on CPU there is one plane of host threads, a device's operations hop between them, an asynchronous
-operation ends with a second event, and scopes stand in the compiled modules.
+* A GPU has a plane for every device and a line for every stream, and its events carry their scopes.
+* A TPU has a plane for every device, a line of operations in which loops enclose what they run, and a line of
+  operations that run beside them.
+* CPUs share one plane of host threads. The operations of a device hop between threads, an asynchronous operation ends
+  with a second event, and scopes stand in the compiled modules.
 """
 
 from __future__ import annotations
 
 import collections
 import dataclasses
-import heapq
-import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from profiling.event import Event, Step
 from profiling.read.scopes import Place, place
-from profiling.read.xplane_modules import CONTAINERS, Instruction, Modules
+from profiling.read.xplane_modules import CONTAINERS, ModuleInstruction, Modules
 from profiling.read.xspace import Doubts, Entry, Line, Plane, Value
 
 GPU = re.compile(r"/device:GPU:(\d+)")
@@ -26,15 +25,14 @@ TPU = re.compile(r"/device:TPU:(\d+)")
 HOST = "/host:CPU"
 
 IMPOSSIBLE = "events at times outside of the profile were left out"
-OVERRUN = "events of a stream that end long after all else, round others of their stream, were left out"
+OVERRUN = "events that contain others of their stream and end long after all else were left out"
 NAMELESS = "events have no name in the profile, shown as ?"
 ENDLESS = "operations have no end, so that asynchronous ones look too short"
-HOST_OPERATIONS = "operations of the host's own CPU backend were left out, beside those of its devices"
-LAUNCHES = "launches of kernels on the host were left out, of which no device reports the kernel"
+HOST_OPERATIONS = "operations of the host's own CPU backend were left out, as its devices have operations"
+LAUNCHES = "launches of kernels on the host were left out, as no device reports the kernels"
 COPIES = "copies that a TPU makes beside its operations were left out: they are neither compute nor communication"
 
 _LAUNCH = re.compile(r"(hip|cuda|roc|cu)[A-Z]")
-_MOST_OVERRUNNING = 16
 _STREAM = re.compile(r"Stream #(\d+)")
 _GRID = re.compile(r"grid:(\d+),(\d+),(\d+)")
 _COLLECTIVE = re.compile(r"all-|reduce-scatter|collective-|ragged-|send|recv")
@@ -51,11 +49,11 @@ _CPU_STATS = (*_OF_OPERATION, "device_ordinal", "correlation_id", "_p", "_c", "s
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """Which times can be: bit errors make others.
+    """The times that are possible; bit errors make others.
 
     Attributes:
-      zero_ns: what the lines' times count from.
-      low, high: in microseconds since then.
+      zero_ns: origin of the lines' times, in nanoseconds.
+      low, high: first and last possible time, in microseconds since the origin.
     """
 
     zero_ns: int
@@ -64,7 +62,7 @@ class Window:
 
 
 class _Beside(NamedTuple):
-    """What runs beside a TPU's operations; its start and its end may be two events of one flow."""
+    """Something that runs beside a TPU's operations; its start and its end may be two events of one flow."""
 
     start: float
     end: float
@@ -74,16 +72,14 @@ class _Beside(NamedTuple):
     flow: Value | None
 
 
-class Reader:
-    """Makes events of one profile's planes.
-
-    It keeps what it found of an operation, since most run many times.
+class PlaneReader:
+    """Turns the planes of one profile into events. Facts about an operation are kept, as most run many times.
 
     Args:
-      modules: the compiled modules that the profile carries.
+      modules: compiled modules that the profile carries.
       parts: names of a layer's parts; see `profiling.read.scopes.place`.
-      window: times that can be.
-      doubts: gets what had to be left out.
+      window: times that are possible.
+      doubts: counts what is left out.
     """
 
     def __init__(self, modules: Modules, parts: Mapping[str, str], window: Window, doubts: Doubts) -> None:
@@ -93,11 +89,11 @@ class Reader:
         self._window = window
         self._doubts = doubts
         self._places: dict[str, Place] = {}
-        self._operations: dict[tuple[Value | None, ...], tuple[str, str, Instruction | None]] = {}
+        self._operations: dict[tuple[Value | None, ...], tuple[str, str, ModuleInstruction | None]] = {}
         self._blocks: dict[Value, int | None] = {}
 
     def gpu(self, plane: Plane, device: int) -> Iterator[Event]:
-        """Kernels and copies on a GPU's streams; other lines are what other tools derive from these."""
+        """Kernels and copies on the streams of a GPU. Other tools derive the other lines from these."""
         for line in plane.lines:
             stream = _STREAM.match(line.name)
             if not stream:
@@ -109,7 +105,7 @@ class Reader:
                 yield self._event(device, lane, start, end, self._name(plane, entry), op, scope, self._grid(details))
 
     def tpu(self, plane: Plane, device: int) -> Iterator[Event]:
-        """Operations of a TPU's core but loops, branches and calls, and the collectives that run beside them."""
+        """Operations of a TPU's core without loops, branches and calls, and the collectives that run beside them."""
         shared: dict[int, tuple[str, str, str, dict[str, Value]]] = {}
         beside: list[_Beside] = []
         for line in plane.lines:
@@ -136,8 +132,8 @@ class Reader:
     def cpu(self, plane: Plane, number: Callable[[Iterable[int]], Mapping[int, int]]) -> Iterator[Event]:
         """Operations of all CPU devices, without those that only run others.
 
-        An operation's event lasts as long as the call that starts it; a second one says when it was done. What a host
-        launches on another device bears a correlation's number and is no operation.
+        The event of an operation lasts as long as the call that starts it; a second event says when it was done. An
+        event with a correlation's number is a launch on another device and no operation.
         """
         ends: dict[Any, float] = {}
         calls = []
@@ -165,7 +161,7 @@ class Reader:
             yield self._event(devices[_ordinal(stats)], lane, start, end, name, op, scope, None)
 
     def steps(self, plane: Plane) -> Iterator[Step]:
-        """What `jax.profiler.StepTraceAnnotation` marked on the host's Python threads."""
+        """Steps that `jax.profiler.StepTraceAnnotation` marked on the host's Python threads."""
         for line in plane.lines:
             if not line.name.startswith("python"):
                 continue
@@ -175,14 +171,14 @@ class Reader:
                     yield Step(self._name(plane, entry), number, start, end)
 
     def count_host_operations(self, plane: Plane) -> None:
-        """Counts what a host computed itself beside its devices, which `cpu` would read."""
+        """Counts the operations that a host ran itself beside its devices; `cpu` would read them."""
         if "hlo_op" in plane.stat_names.values():
             for line in plane.lines:
                 for entry, _, _ in self._entries(plane, line, ("hlo_op", "device_ordinal")):
                     self._doubts[HOST_OPERATIONS] += len(entry.stats) == 2
 
     def _entries(self, plane: Plane, line: Line, wanted: Sequence[str]) -> Iterator[tuple[Entry, float, float]]:
-        """Events with their start and end in microseconds, if they can be."""
+        """The possible events, with start and end in microseconds."""
         zero = (line.timestamp_ns - self._window.zero_ns) * 1000
         low, high = self._window.low, self._window.high
         for entry in plane.entries(line, wanted, self._doubts):
@@ -201,7 +197,7 @@ class Reader:
         return known.name or known.display_name
 
     def _tpu_metadata(self, plane: Plane, entry: Entry) -> tuple[str, str, str, dict[str, Value]]:
-        """A TPU's name for the events, the operation, its opcode, and the stats that all of them share."""
+        """The name, operation, opcode and stats that TPU events of one kind share."""
         known = plane.metadata.get(entry.metadata)
         whole = self._name(plane, entry)
         text = _TEXT.match(whole)
@@ -211,8 +207,8 @@ class Reader:
         stats = {key: value for key, value in known.stats.items() if key in _TPU_STATS} if known else {}
         return name, op, opcode[1] if opcode else "", stats
 
-    def _operation(self, stats: Mapping[str, Value]) -> tuple[str, str, Instruction | None]:
-        """The instruction, its scope, and what its module says of it."""
+    def _operation(self, stats: Mapping[str, Value]) -> tuple[str, str, ModuleInstruction | None]:
+        """The name of the instruction, its scope, and the instruction in its module if that is known."""
         key = tuple(map(stats.get, _OF_OPERATION))
         if key not in self._operations:
             op = str(stats.get("hlo_op", ""))
@@ -255,32 +251,12 @@ class Reader:
 
 
 def has_events(plane: Plane) -> bool:
-    """Whether a plane is of a GPU or TPU that did anything, on lines that `Reader` reads."""
+    """Whether a plane is of a GPU or TPU that did anything, on lines that `PlaneReader` reads."""
     if GPU.fullmatch(plane.name):
         return any(line.count and _STREAM.match(line.name) for line in plane.lines)
     return bool(TPU.fullmatch(plane.name)) and any(
         line.count and line.name in (_OPERATIONS, _BESIDE) for line in plane.lines
     )
-
-
-def overrunning(events: Sequence[Event]) -> list[Event]:
-    """Events of a GPU whose ends are impossible: a stream runs one after another, and these contain others of theirs.
-
-    Kernels of a graph may contain each other. So such an event must also last ten times as long as all else goes on
-    after its start: what a bit error or a lost time makes.
-
-    >>> short = [Event(0, "stream 7", float(i), i + 1.0, "k") for i in range(3)]
-    >>> [event.name for event in overrunning([*short, Event(0, "stream 7", 0.5, 1e6, "odd")])]
-    ['odd']
-    """
-    found: list[Event] = []
-    latest = heapq.nlargest(_MOST_OVERRUNNING + 1, events, key=lambda event: event.end)
-    for last, before in itertools.pairwise(latest):
-        is_long = last.start < before.end and last.duration >= 10 * (before.end - last.start)
-        if not is_long or not any(e.lane == last.lane and last.start < e.start and e.end < last.end for e in events):
-            break
-        found.append(last)
-    return found
 
 
 def _ordinal(stats: Mapping[str, Value]) -> int:
@@ -293,7 +269,7 @@ def _is_launch(name: str, stats: Mapping[str, Value]) -> bool:
 
 
 def _joined(beside: Sequence[_Beside]) -> Iterator[_Beside]:
-    """What runs beside a TPU's operations, from its start to its end: one event, or two that share a flow."""
+    """Joins what runs beside a TPU's operations: one event from start to end, or two that share a flow."""
     flows: dict[Any, list[_Beside]] = collections.defaultdict(list)
     for i, one in enumerate(beside):
         flows[("alone", i) if one.flow is None else one.flow].append(one)

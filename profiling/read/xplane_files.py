@@ -1,7 +1,7 @@
-"""Which files make up one profile of `jax.profiler`, and what stands in them before anything is interpreted.
+"""Finds the files of one profile of `jax.profiler` and reads their bytes, clocks and notes.
 
-Every process writes one file below a folder named after the second in which it began, or after a session's id:
-LOG/plugins/profile/SESSION/HOST.xplane.pb.
+Every process writes one file, LOG/plugins/profile/SESSION/HOST.xplane.pb. SESSION is the second in which it began, or a
+session's id.
 """
 
 from __future__ import annotations
@@ -15,16 +15,17 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
-from profiling.read.file_kinds import file_kind, read_unpacked
+from profiling.read.file_kinds import file_kind
+from profiling.read.trace_files import read_unpacked
 from profiling.read.wire import messages
 from profiling.read.xspace import plane_name, read_plane
 
 SIDECAR = "capture.json"
-"""What `profiling.capture` writes beside a profile: which devices and pipeline ranks the events belong to."""
+"""The file that `profiling.capture` writes beside a profile: its devices and their pipeline ranks."""
 
 SUFFIXES = (".xplane.pb", ".xplane.pb.gz")
 ONE_JOB = 60
-"""Seconds: sessions that begin within them are those of one job's processes, if each process has but one."""
+"""Seconds within which sessions of one job's processes begin, if each process has only one."""
 
 _TIME = re.compile(r"\d{4}(_\d\d){5}")
 _TASK = "Task Environment"
@@ -32,19 +33,19 @@ _TASK = "Task Environment"
 
 @dataclasses.dataclass(frozen=True)
 class Clock:
-    """When a process profiled, in nanoseconds of the epoch; None: the file does not say."""
+    """When a process profiled, in nanoseconds of the epoch; None if the file does not say."""
 
     start_ns: int | None = None
     stop_ns: int | None = None
 
 
 def find_profile(path: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
-    """The files of the newest profile below a folder, one of every process, and what is to be said about the others.
+    """Finds the files of the newest profile below a folder, one of every process, and notes on other profiles.
 
-    They are in the order of their log folders' and hosts' names, numbers in these by their size.
+    The files are in the order of the names of their log folders and hosts; node9 comes before node10.
 
     Raises:
-      ValueError: there is none.
+      ValueError: there is no profile.
     """
     if not path.exists():
         raise ValueError(f"{path}: there is no such file or folder")
@@ -78,10 +79,10 @@ def find_profile(path: pathlib.Path) -> tuple[list[pathlib.Path], list[str]]:
 
 
 def read_bytes(file: pathlib.Path) -> bytes:
-    """A profile's bytes, unpacked where they are compressed with gzip.
+    """The bytes of a profile, unpacked if they are compressed with gzip.
 
     Raises:
-      ValueError: the file is empty, no profile, or cannot be unpacked; the message names it and says what to do.
+      ValueError: the file is empty, is no profile or cannot be unpacked; the message names it and says what to do.
     """
     data = read_unpacked(file)
     try:
@@ -118,7 +119,7 @@ def clock(data: bytes) -> Clock:
 
 
 def sidecar(file: pathlib.Path) -> dict[str, Any]:
-    """What the capture noted, from the folder of the session or the one that was traced into; {} without.
+    """What the capture noted in the folder of the session or in the log folder; empty if there is no note.
 
     Raises:
       ValueError: the note is damaged.
@@ -138,7 +139,7 @@ def sidecar(file: pathlib.Path) -> dict[str, Any]:
 
 
 def host_of(file: pathlib.Path) -> str:
-    """The host's name, from the file's."""
+    """The name of the host in the name of the file."""
     return re.sub(r"(?i)\.xplane\.pb(\.gz)?$", "", file.name)
 
 
@@ -147,13 +148,13 @@ def _is_profile(file: pathlib.Path) -> bool:
 
 
 def _profiles(files: Any) -> list[pathlib.Path]:
-    """Profiles among files; of one that lies there packed and unpacked, the unpacked."""
+    """The profiles among files. Of one that lies there both packed and unpacked, the unpacked file counts."""
     found = sorted(file for file in files if _is_profile(file) and file.is_file())
     return [file for file in found if not (file.suffix.lower() == ".gz" and file.with_suffix("") in found)]
 
 
 def _log(file: pathlib.Path) -> pathlib.Path:
-    """The folder that was traced into."""
+    """The log folder, which the profiler was given."""
     session = file.parent
     is_usual = session.parent.name == "profile" and session.parent.parent.name == "plugins"
     return session.parent.parent.parent if is_usual else session
@@ -178,12 +179,12 @@ def _began_together(a: str, b: str) -> bool:
 
 
 def _fits(file: pathlib.Path, chosen: Sequence[pathlib.Path]) -> bool:
-    """Whether a file may be of the same job as others: of another host, or written at the same time as theirs."""
+    """Whether a file may be of the same job as others: it is of another host, or was written at the same time."""
     return all(_at_once(file, other) for other in chosen if host_of(other) == host_of(file))
 
 
 def _at_once(a: pathlib.Path, b: pathlib.Path) -> bool:
-    """Whether two profiles of one host were taken at once; where they do not say when, by separate log folders."""
+    """Whether two profiles of one host were taken at once. If they do not say when, separate log folders tell."""
     first, second = (clock(read_bytes(file)) for file in (a, b))
     if None in (first.start_ns, first.stop_ns, second.start_ns, second.stop_ns):
         return _log(a) != _log(b)

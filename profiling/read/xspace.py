@@ -1,7 +1,7 @@
-"""The bytes of a profile that `jax.profiler` writes: planes, lines and events, as they stand there.
+"""Reads planes, lines and events from the bytes of a profile of `jax.profiler`.
 
-They are read here rather than through `jax.profiler.ProfileData`, which refuses a file for one byte that is not UTF-8,
-keeps a second copy of everything, and shows neither what a plane says of all events of a name nor lost events.
+`jax.profiler.ProfileData` refuses a file for one byte that is not UTF-8, keeps a second copy of everything, and shows
+neither the stats that all events of a name share nor lost events.
 
 Fields, from tsl/profiler/protobuf/xplane.proto: XSpace.planes = 1, errors = 2, warnings = 3; XPlane.name = 2,
 lines = 3, event_metadata = 4, stat_metadata = 5, stats = 6; XLine.name = 2, timestamp_ns = 3, events = 4,
@@ -22,11 +22,11 @@ from profiling.read.wire import fields, integer, messages, varint
 
 Value: TypeAlias = str | int | float | bytes
 Doubts: TypeAlias = "collections.Counter[str]"
-"""What was left out or mended, and how often: "events of negative duration were left out"."""
+"""What was left out or repaired, and how often: "events of negative duration were left out"."""
 
 BROKEN = "events whose bytes are damaged were left out"
 NEGATIVE = "events of negative duration were left out"
-AGGREGATED = "events that stand for several at no time of their own were left out"
+AGGREGATED = "events that stand for several and have no time of their own were left out"
 NO_UTF8 = "names hold bytes that are not UTF-8, shown as �"
 
 _MOST_CACHED = 200_000
@@ -34,7 +34,7 @@ _SIGN = 1 << 63
 
 
 class Entry(NamedTuple):
-    """An event of a line, times in picoseconds from the line's own."""
+    """An event of a line; times are in picoseconds since the line's timestamp."""
 
     metadata: int
     offset: int
@@ -44,12 +44,12 @@ class Entry(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class Metadata:
-    """What a plane says of all events of one name.
+    """What all events of one name in a plane share.
 
     Attributes:
-      name: of the events; on a TPU the whole instruction.
-      display_name: a shorter one; "" without.
-      stats: of all of them.
+      name: name of the events; on a TPU the whole instruction.
+      display_name: a shorter name; "" if there is none.
+      stats: stats of all of them.
     """
 
     name: str
@@ -59,13 +59,13 @@ class Metadata:
 
 @dataclasses.dataclass(frozen=True)
 class Line:
-    """A row of a plane: a stream, a thread.
+    """A row of a plane, such as a stream or a thread.
 
     Attributes:
-      name: of the row.
-      timestamp_ns: from which its events count their offsets.
-      count: how many events it has.
-      data: its bytes.
+      name: name of the row.
+      timestamp_ns: origin of the events' offsets.
+      count: number of events.
+      data: bytes of the row.
     """
 
     name: str
@@ -79,11 +79,11 @@ class Plane:
     """A device, or the host.
 
     Attributes:
-      name: "/device:GPU:0", "/host:CPU".
-      lines: its rows.
-      stats: of the plane, such as the number of SMs.
-      metadata: by the number that an event gives.
-      stat_names: by the number that a stat gives.
+      name: such as "/device:GPU:0" or "/host:CPU".
+      lines: rows of the plane.
+      stats: stats of the plane, such as the number of SMs.
+      metadata: metadata by the number that an event gives.
+      stat_names: names of stats by the number that a stat gives.
     """
 
     name: str
@@ -93,10 +93,10 @@ class Plane:
     stat_names: Mapping[int, str]
 
     def entries(self, line: Line, wanted: Collection[str], doubts: Doubts) -> Iterator[Entry]:
-        """The events of one of its lines with those stats that are wanted; what cannot be one is counted in `doubts`.
+        """The events of one line with the wanted stats; `doubts` counts what is damaged or impossible.
 
         Raises:
-          ValueError: the bytes of the line, not of one event in it, are damaged.
+          ValueError: the bytes of the line are damaged outside of its events.
         """
         names = {number: name for number, name in self.stat_names.items() if name in wanted}
         values: dict[bytes, Value | None] = {}
@@ -117,19 +117,19 @@ class Plane:
 
 
 def plane_name(data: memoryview) -> str:
-    """The name of a plane, without reading more of it."""
+    """The name of a plane; nothing else of it is read."""
     return _text(data, 2, collections.Counter())
 
 
 def read_plane(data: memoryview, doubts: Doubts) -> Plane:
-    """One plane of a space.
+    """Reads one plane of a profile.
 
     Args:
-      data: the plane's bytes, one of ``messages(space, 1)``.
-      doubts: gets what had to be mended.
+      data: bytes of the plane, one of ``messages(space, 1)``.
+      doubts: counts what is repaired.
 
     Raises:
-      ValueError: the bytes are no plane, or damaged.
+      ValueError: the bytes are no plane or are damaged.
     """
     lines, metadata, stat_entries, stats, name = [], [], [], [], b""
     for number, value in fields(data):
@@ -156,7 +156,7 @@ def read_plane(data: memoryview, doubts: Doubts) -> Plane:
 
 
 def complaints(data: bytes) -> list[str]:
-    """What the profiler itself reports: errors and warnings, lost events among them."""
+    """Errors and warnings of the profiler itself, lost events among them."""
     return [bytes(found).decode("utf-8", "replace") for number in (2, 3) for found in messages(data, number)]
 
 
@@ -195,7 +195,7 @@ def _entry(
     values: dict[bytes, Value | None],
     doubts: Doubts,
 ) -> Entry | None:
-    """One event, None if it stands for several. This is the innermost loop of a reader: hence no `fields`."""
+    """Decodes one event; None if it stands for several. The innermost loop of a reader calls no `fields`."""
     metadata = offset = duration = 0
     aggregated = False
     stats: dict[str, Value] = {}

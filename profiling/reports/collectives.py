@@ -1,25 +1,28 @@
-"""The tables of a report about collectives: their bandwidth, and who is late for them."""
+"""The sections of a report about collectives: their bandwidths, and which devices are late."""
 
 from __future__ import annotations
 
-from profiling.metrics import CollectiveRow, Measurement
+from collections.abc import Sequence
+
+from profiling.metrics import CollectiveRow
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, Value, duration
 
 
-def collectives_table(measured: Measurement) -> Table:
-    """Empty where the profiler says nothing of collectives."""
-    rows = measured.collectives
+def collectives(found: Findings) -> Table:
+    """Collectives by kind, group and size; empty if the profiler says nothing about them."""
+    rows = found.measured.collectives
     caption = (
-        "Sizes, and algorithm and bus bandwidth, as NCCL's tests define them (their doc/PERFORMANCE.md). Times are "
-        "those of the kernels, which wait in them for late ranks, so that bandwidths are lower bounds. Hidden: "
-        "share of the time in which the device computes as well."
+        "Sizes and bandwidths are defined as in NCCL's tests (doc/PERFORMANCE.md). Times are those of the kernels and "
+        "include their waits for late ranks, so bandwidths are lower bounds. Hidden: share of the time in which the "
+        "device also computes."
     )
-    if len(measured.devices) > 1:
+    if len(found.measured.devices) > 1:
         caption += " Calls and times are added up over the devices."
     if any(row.matched for row in rows):
         caption += (
-            " Least: where several ranks of a group are in the trace, by the time on the rank where a collective was "
-            "shortest, as it waits least there; the better estimate."
+            " Least: by the time on the rank where a collective was shortest and waited least, if several ranks of a "
+            "group are in the trace; this is the better estimate."
         )
 
     def cells(row: CollectiveRow) -> tuple[Value, ...]:
@@ -44,31 +47,27 @@ def collectives_table(measured: Measurement) -> Table:
     )  # fmt: skip
 
 
-def skew_tables(measured: Measurement) -> tuple[Table, ...]:
-    """Devices, and process groups where there are several; empty where no collective is common to several devices."""
-    found = measured.skew
-    return () if found is None else (_devices(measured), _groups(measured))
-
-
-def _devices(measured: Measurement) -> Table:
-    found = measured.skew
-    assert found is not None
-    seen = f"Seen in {found.matched:,} collectives that several devices have in common"
-    if found.start_spread is None:
-        caption = f"{seen}. Their clocks differ, so that starts cannot be compared; notes say by how much."
+def skew_of_devices(found: Findings) -> Sequence[Table]:
+    """How late each device is; nothing if no collective is common to several devices."""
+    skew = found.measured.skew
+    if skew is None:
+        return ()
+    seen = f"Seen in {skew.matched:,} collectives that several devices have in common"
+    if skew.start_spread is None:
+        caption = f"{seen}. Their clocks differ, so starts cannot be compared; the notes say by how much."
     else:
         late = (
-            f"Device {found.straggler} joins latest."
-            if found.straggler is not None
-            else f"No device is late by more than the {duration(found.resolution)} that starts can be told apart by."
+            f"Device {skew.straggler} joins latest."
+            if skew.straggler is not None
+            else f"No device is late by more than the {duration(skew.resolution)} that starts can be told apart by."
         )
         starts, ends = (
             f"{duration(mean)} apart on average and {duration(most)} at most"
-            for mean, most in ((found.start_spread, found.max_start_spread), (found.end_spread, found.max_end_spread))
+            for mean, most in ((skew.start_spread, skew.max_start_spread), (skew.end_spread, skew.max_end_spread))
         )
         caption = f"{seen}: starts lie {starts}, ends {ends}. {late}"
-    caption += " Who waits least in transfers is whom the others wait for, whatever the clocks."
-    return Table(
+    caption += " The others wait for the device that waits least in transfers, whatever the clocks."
+    table = Table(
         "skew",
         "Stragglers",
         caption,
@@ -76,17 +75,19 @@ def _devices(measured: Measurement) -> Table:
             Column("device", "n"), Column("joins late by", "us"), Column("is last", "%", is_share=True),
             Column("waits in barriers", "us"), Column("waits in transfers", "us"),
         ),
-        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in found.devices),
+        tuple((row.device, row.lateness, row.last, row.wait, row.peer_wait) for row in skew.devices),
     )  # fmt: skip
+    return (table,)
 
 
-def _groups(measured: Measurement) -> Table:
-    groups = measured.skew.groups if measured.skew else ()
+def skew_of_groups(found: Findings) -> Table:
+    """How late devices are in each process group; empty if there are fewer than two groups."""
+    groups = found.measured.skew.groups if found.measured.skew else ()
     return Table(
         "skew-groups",
         "Stragglers by process group",
         "Apart: mean and maximum time from the first device's start, or end, to the last one's. Told apart by: how "
-        "far ends of collectives that end together lie apart. Nothing of starts is said where the clocks differ.",
+        "far ends lie apart of collectives that end together. Starts are left out if the clocks differ.",
         (
             Column("group"), Column("ranks", "n"), Column("devices here", "n"), Column("collectives", "n"),
             Column("starts apart", "us"), Column("at most", "us"), Column("ends apart", "us"),

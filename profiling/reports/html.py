@@ -1,4 +1,4 @@
-"""A report as one page that needs nothing else: numbers, a timeline to zoom and search in, sortable tables."""
+"""Writes a report as one self-contained page: figures, a timeline to zoom and search, sortable tables."""
 
 from __future__ import annotations
 
@@ -21,28 +21,28 @@ from profiling.event import Event, Trace
 from profiling.metrics import sides
 from profiling.reports.making import EXPLAINED, Report
 from profiling.table import LONGEST_TEXT, TIMES, Column, Figure, Table, Value, cut
-from profiling.write.tracks import Row, device_label, offsets, row_label, rows, step_rows
+from profiling.write.tracks import TrackRow, device_label, offsets, row_label, rows, step_rows
 
 SCRIPTS = ("model.js", "timeline.js", "controls.js")
-"""In this order, as each uses those before."""
+"""The scripts of a page, in this order, as each uses those before it."""
 
 WIDE = 8
-"""Tables with at least so many columns take the whole width of the page."""
+"""Tables with at least this many columns take the whole width of the page."""
 
 MOST_EVENTS = 2_000_000
-"""Events that a page draws: some 40 MB, which a browser opens in a few seconds."""
+"""The most events that a page draws: some 40 MB, which a browser opens in a few seconds."""
 
 
 def write_html(path: str | os.PathLike[str], report: Report, most: int = MOST_EVENTS) -> None:
-    """Writes the page.
+    """Writes a report as a page for a browser. The file needs nothing else.
 
     Args:
-      path: of the file.
-      report: what is shown.
-      most: events that the timeline holds; of more it holds the longest, and the notes say so.
+      path: path of the file.
+      report: what `profiling.report` returned.
+      most: most events in the timeline; it holds the longest ones if there are more, and the notes say so.
 
     Raises:
-      ValueError: an event whose times are out of order.
+      ValueError: an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import pathlib, tempfile
@@ -58,7 +58,7 @@ def write_html(path: str | os.PathLike[str], report: Report, most: int = MOST_EV
 def page(report: Report, most: int = MOST_EVENTS) -> str:
     """The page as a text; the arguments are those of `write_html`.
 
-    The browser is told to run and load nothing but what stands in it, whatever the names in a trace contain.
+    Its policy lets the browser run and load only what is in the page, whatever the names in a trace contain.
     """
     style = _resource("page.css")
     script = "(() => {\n'use strict';\n" + "\n".join(_resource(name) for name in SCRIPTS) + "})();\n"
@@ -89,14 +89,14 @@ def _thinned(traces: Iterable[Trace], most: int) -> list[str]:
 
 
 def embedded(traces: Iterable[Trace], most: int = MOST_EVENTS) -> str:
-    """Traces as JSON that may stand in a page: no "<" in it, hence no end of the script that holds it.
+    """Traces as JSON without "<", so that it cannot end the script of the page that holds it.
 
-    Per row, columns of nanoseconds, each start as the distance from the one before; what an event is apart from its
-    times is a number in a list, as are the texts in that.
+    Each row has columns of nanoseconds, and each start counts from the one before. Lists hold the other facts of events
+    and their texts, each once; rows refer to them by number.
 
     Args:
-      traces: what was measured, and what was predicted.
-      most: events of each trace; of more, the longest are kept.
+      traces: the measured trace, and the predicted one if there is one.
+      most: most events of each trace; the longest are kept.
 
     >>> import json
     >>> found = json.loads(embedded([Trace("", "kineto", (Event(0, "7", 1.0, 3.5, "gemm"),))]))
@@ -130,7 +130,7 @@ def embedded(traces: Iterable[Trace], most: int = MOST_EVENTS) -> str:
         "labels": tables.labels(drawn),
         "events": len(whole[0].events),
     }
-    # Rows are text by now, one at a time, so that no more of the trace is held twice than that.
+    # Each row became text by itself, so that only one row of the trace was held twice.
     listed = ",".join(f'{{"band":{number},{row}}}' for number, band in enumerate(shown) for row in band.rows)
     return f'{json.dumps(found, separators=(",", ":"))[:-1]},"rows":[{listed}]}}'.replace("<", "\\u003c")
 
@@ -144,7 +144,7 @@ def _longest(trace: Trace, most: int) -> Trace:
 
 
 def _exposed(trace: Trace) -> dict[int, list[int]]:
-    """Of each device, where data travels and nothing is computed: starts and ends as differences of nanoseconds."""
+    """When each device moves data and computes nothing: starts and ends as differences of nanoseconds."""
     events: dict[int, list[Event]] = {device: [] for device in trace.devices}
     for event in trace.events:
         events[event.device].append(event)
@@ -161,23 +161,23 @@ class _Band:
 
 
 def _same_device(measured: Trace, predicted: Trace, device: int) -> int:
-    """The measured device beside which a predicted one is drawn: the first of its rank, or that of its number."""
+    """The measured device that a predicted one is drawn beside: the first of its rank, or that of its number."""
     if not (measured.ranks and device in predicted.ranks):
         return device
     same = (other for other in measured.devices if measured.ranks.get(other) == predicted.ranks[device])
-    # A rank that was not measured stands on its own, under a number that no device has.
+    # A rank that was not measured is drawn alone, under a number that no device has.
     return next(same, -1 - device)
 
 
 class _Tables:
-    """Lists of what events are and of the texts in that, each once, in the order of their first use."""
+    """Lists of the facts of events and of their texts, each once, in the order of their first use."""
 
     def __init__(self) -> None:
         self.whats: dict[tuple[Any, ...], tuple[int | None, ...]] = {}
         self.numbers: dict[tuple[Any, ...], int] = {}
         self.strings: dict[str, int] = {}
 
-    def row(self, row: Row, shift: float, facts: dict[str, Any], group: str | None = None) -> str:
+    def row(self, row: TrackRow, shift: float, facts: dict[str, Any], group: str | None = None) -> str:
         count = len(row.events)
         starts = _nanoseconds(np.fromiter((event.start for event in row.events), np.float64, count) + shift)
         ends = _nanoseconds(np.fromiter((event.end for event in row.events), np.float64, count) + shift)
@@ -206,7 +206,7 @@ class _Tables:
         return self.strings.setdefault(text, len(self.strings))
 
     def labels(self, traces: Iterable[Trace]) -> dict[int, str]:
-        """Of the names that profilers gave, by their numbers, the short ones; simulators' are short already."""
+        """``{number of a name: its label}`` of names that profilers gave; names of simulations are short already."""
         names = {event.name for trace in traces if trace.source != "simulated" for event in trace.events}
         return {self.text(name): label for name in sorted(names) if (label := kernel_label(name)) != name}
 
@@ -262,7 +262,7 @@ def _table(table: Table) -> str:
 
 
 def _cell(column: Column, value: Value, written: str) -> str:
-    """What it is sorted by is its value, which the text may round or cut; of a range, its upper end."""
+    """A cell. It is sorted by its value, which the text may round or cut; a range is sorted by its upper end."""
     key = "" if value is None else value if isinstance(value, str) else repr(value)
     if column.unit == "range":
         key = key.rpartition("-")[2]
@@ -274,7 +274,7 @@ def _cell(column: Column, value: Value, written: str) -> str:
 
 
 def _whole(text: str, shown: str) -> str:
-    """What the pointer tells where less is shown."""
+    """The whole text for the pointer, if less is shown."""
     return "" if shown.startswith(text) else f' title="{html.escape(text)}"'
 
 
@@ -283,7 +283,7 @@ def _class(is_text: bool) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a content security policy allows by its content alone."""
+    """The hash by which a content security policy allows a text."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 

@@ -1,22 +1,28 @@
-"""The kernels with most time: the first thing that people look for in a profile."""
+"""The section of a report on the kernels with most time."""
 
 from __future__ import annotations
 
 from profiling.event import Trace
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, written
 
 KERNELS = 30
-"""How many of the kernels a report lists."""
+"""The number of kernels that a report lists."""
 
 
-def kernels(trace: Trace, top: int = KERNELS) -> Table:
-    """Events of one name and kind added up over all devices, the longest in all first.
+def kernels(found: Findings) -> Table:
+    """The `KERNELS` with most time; see `kernel_table`."""
+    return kernel_table(found.trace)
 
-    Loops, branches and calls round operations that have events of their own are left out: their time counts nowhere.
+
+def kernel_table(trace: Trace, top: int = KERNELS) -> Table:
+    """Sums of events of one name and kind over all devices, the longest first.
+
+    Loops, branches and calls are left out, as the operations in them have events of their own.
 
     >>> from profiling.event import Event
     >>> events = [Event(0, "7", 4.0 * i, 4.0 * i + 3.0, "gemm", kind="GEMM", group="compute") for i in range(3)]
-    >>> kernels(Trace("", "kineto", tuple(events))).rows
+    >>> kernel_table(Trace("", "kineto", tuple(events))).rows
     (('gemm', 9.0, 1.0, 3, 3.0, 3.0, 'GEMM', 'compute'),)
     """
     found: dict[tuple[str, str, str], list[float]] = {}
@@ -29,7 +35,7 @@ def kernels(trace: Trace, top: int = KERNELS) -> Table:
     everything = sum(total for _, total, _ in found.values())
     longest = sorted(found.items(), key=lambda item: -item[1][1])
     rest = longest[top:]
-    caption = "By name, over all devices; sums of durations, as if one ran after the other."
+    caption = "Sums of durations by name, over all devices, as if events ran one after another."
     if rest:
         share = sum(total for _, (_, total, _) in rest) / everything if everything else 0.0
         caption += f" The {top} longest of {len(longest):,}: the other {len(rest):,} take {written(share, '%')}."

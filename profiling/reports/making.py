@@ -1,15 +1,17 @@
-"""What a trace amounts to, beside what was predicted, as text, as Markdown, and as the tables of the page."""
+"""Makes the report of a trace, with a prediction beside it: figures, tables and notes, as text and as Markdown."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator
 
 from profiling.classify.classifier import OTHER, unclassified_names
 from profiling.classify.names import kernel_label
 from profiling.event import Trace
-from profiling.hlo.hiding import Overlap as Schedule
+from profiling.hlo.hiding import CompiledOverlap
 from profiling.metrics import DEFINITIONS, Bounds, Measurement, measure, window_in, window_of_step
 from profiling.predict import Comparison, compare
+from profiling.reports.section import Findings
 from profiling.reports.tables import report_tables
 from profiling.table import (
     TIMES,
@@ -27,65 +29,69 @@ from profiling.table import (
 EXPLAINED = (
     (
         "A transfers",
-        "Communication is what moves data between devices. Where a kernel waits for its peers itself, as NCCL's do, "
-        "that wait is part of the transfer.",
+        "What moves data between devices is communication. A kernel that waits for its peers, as NCCL's do, counts "
+        "with its wait.",
     ),
-    ("B transfers and waits", "Barriers and notifications, in which nothing moves, count as communication too."),
+    ("B transfers and waits", "Barriers and notifications, which move no data, also count as communication."),
     (
         "C communication lanes",
         "Everything on lanes that mostly communicate, casts and layouts included, against everything on the others.",
     ),
     (
         "overlap ratio",
-        "Time with both communication and compute, divided by the time with communication. Times are unions: what "
-        "runs twice at once counts once. None where there is no communication.",
+        "Time with both communication and compute, divided by the time with communication. Times with several "
+        "events at once count once. None without communication.",
     ),
-    ("exposed", "Time with communication and without compute, launch gaps between compute kernels included."),
-    ("compute share, idle share", "Time with compute, and with nothing at all, divided by the window."),
+    ("exposed", "Time with communication and without compute; launch gaps between compute kernels count."),
+    ("compute share, idle share", "Time with compute, and time with nothing at all, divided by the window."),
     (
         "window",
-        "From the first start to the last end over all devices, or the step or times asked for; the same for each "
-        "device.",
+        "The time from the first start to the last end over all devices, or the step or the times that were asked "
+        "for. It is the same for each device.",
     ),
     ("bubble", "Share of the window in which a rank does not compute; the mean over its devices."),
-    ("total, busy", "The sum of durations, and the time with any of them: less where they run beside each other."),
+    (
+        "total, busy",
+        "The sum of durations, and the time with any of the events, which is less if they run beside each other.",
+    ),
     (
         "speed-up, efficiency",
-        "Communication and compute one after the other, divided by the window; and which share of the gain that "
-        "hiding the shorter side entirely would bring was had; none where the window is longer than both together, as "
-        "idle time then decides.",
+        "Speed-up: the time of communication and compute one after the other, divided by the window. Efficiency: the "
+        "share that was reached of the gain from hiding the shorter side entirely. None if the window is longer than "
+        "both together, as idle time then decides.",
     ),
     (
         "a range",
-        "What no rule knows counts as compute, and might communicate: the figure with all of it computing and with all "
-        "of it communicating.",
+        "Kernels that no rule knows count as compute and might communicate. The range goes from the figure with all of "
+        "them computing to that with all communicating.",
     ),
-    ("over several devices", "Times are added up, and ratios are those of the sums."),
+    ("over several devices", "Times are added up, and ratios are ratios of the sums."),
     (
         "steady state",
-        "From the start of the second layer to that of the last, where at least three layers that compute and have a "
-        "phase in common follow one another.",
+        "The time from the start of the second layer to that of the last, if at least three layers follow one another "
+        "that compute and have a phase in common.",
     ),
     (
         "algorithm and bus bandwidth",
-        "The bytes of a collective by its time; and times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an "
-        "all-gather, reduce-scatter or all-to-all, 1 for the rest: what each link carries, as in NCCL's tests.",
+        "Algorithm bandwidth: the bytes of a collective divided by its time. Bus bandwidth, which each link carries: "
+        "that times 2(n-1)/n for an all-reduce of n ranks, (n-1)/n for an all-gather, reduce-scatter or all-to-all, "
+        "and 1 for the rest. Both are those of NCCL's tests.",
     ),
 )
-"""What every number means."""
+"""The definitions of all numbers."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Made by `report`.
+    """The figures, tables and notes of a trace; `report` makes it.
 
     Attributes:
-      trace: what was measured, cut to the window if one was asked for; predicted: what was expected, None if nothing.
+      trace: the measured trace, cut to the window if one was asked for; predicted: the prediction, None without one.
       measurement: the metrics of the trace.
       figures: the numbers at the top.
-      tables: all others.
+      tables: the tables, in their order; ``report["kinds"]`` is the one named "kinds".
       notes: what is missing or doubtful.
-      window: which part of the trace was asked for, "step 3" for instance; "" for all of it.
+      window: the part of the trace that was asked for, such as "step 3"; "" for all of it.
     """
 
     trace: Trace
@@ -100,7 +106,7 @@ class Report:
         """The table of a name.
 
         Raises:
-          KeyError: the report has none, perhaps because there is nothing to show.
+          KeyError: the report has no such table, perhaps because there is nothing to show.
         """
         found = {table.name: table for table in self.tables}
         if name not in found:
@@ -108,11 +114,11 @@ class Report:
         return found[name]
 
     def text(self, most: int | None = 30, width: int | None = 120) -> str:
-        """For a terminal.
+        """The report for a terminal.
 
         Args:
-          most: rows of a table at most; how many are left out is said. None for all.
-          width: characters of a line, to which texts in tables are cut. None for no limit.
+          most: most rows of a table; a last line counts the others. None for all.
+          width: characters of a line, which tables keep to; None for no limit.
         """
         shown = self.shown
         wide = max(len(figure.label) for figure in shown)
@@ -130,7 +136,7 @@ class Report:
         )
 
     def markdown(self, most: int | None = 100) -> str:
-        """For a document; see `text`."""
+        """The report for a document; `most` is that of `text`."""
         figures = [f"| {figure.label} | {figure.written} | {escape_markdown(figure.note)} |" for figure in self.shown]
         return "\n\n".join(
             [
@@ -146,12 +152,12 @@ class Report:
 
     @property
     def shown(self) -> tuple[Figure, ...]:
-        """The figures that say something: a value, or why there is none."""
+        """The figures that have a value, or a reason for having none."""
         return tuple(figure for figure in self.figures if figure.value is not None or figure.note)
 
     @property
     def doubt(self) -> str:
-        """What could be wrong with the figures, in a sentence or two; "" where nothing could that would matter."""
+        """A sentence or two on how far the figures could be wrong; "" if that does not matter."""
         bounds = self.measurement.bounds
         if bounds is None or not bounds.matter:
             return ""
@@ -164,7 +170,7 @@ class Report:
 
     @property
     def facts(self) -> tuple[str, ...]:
-        """Where the trace comes from, in a few words each."""
+        """Facts about the trace, in a few words each."""
         devices, events = len(self.measurement.devices), len(self.trace.events)
         return (
             f"read from {self.trace.source}" if self.trace.source != "simulated" else "simulated",
@@ -178,23 +184,23 @@ class Report:
 def report(
     trace: Trace,
     predicted: Trace | None = None,
-    schedule: Schedule | None = None,
+    schedule: CompiledOverlap | None = None,
     *,
     window: tuple[float | None, float | None] | None = None,
     step: int | None = None,
 ) -> Report:
-    """All metrics of a classified trace, ready to be read.
+    """Makes the report of a trace.
 
     Args:
-      trace: from any reader.
-      predicted: the same step simulated or predicted; its devices or ranks are compared with the trace's.
+      trace: trace of any reader.
+      predicted: the same step, simulated or predicted; its devices or ranks are compared with those of the trace.
       schedule: what `profiling.overlap` found in the compiled program.
-      window: start and end in microseconds to look at, None for a side that is the trace's; by default everything.
-      step: number of the step to look at instead, see `profiling.metrics.step_windows`.
+      window: start and end to look at, in microseconds; None for a side stands for the trace's. By default everything.
+      step: number of a step to look at instead of a window.
 
     Raises:
-      ValueError: a trace without events, a prediction of other devices, a window in which nothing runs or a step that
-        does not exist, or both a window and a step.
+      ValueError: the trace has no events, the prediction is of other devices, nothing runs in the window, the step does
+        not exist, or both a window and a step are given.
 
     >>> from profiling.event import Event
     >>> gemm = Event(0, "7", 0.0, 8.0, "gemm", kind="GEMM", group="compute")
@@ -215,7 +221,7 @@ def report(
         predicted=predicted,
         measurement=measured,
         figures=tuple(_bounded(_figures(measured, expected, comparison, asked), measured.bounds)),
-        tables=report_tables(trace, measured, expected, comparison, schedule),
+        tables=report_tables(Findings(trace, measured, expected, comparison, schedule)),
         notes=tuple(_notes(trace, measured, predicted, comparison, schedule)),
         window=asked,
     )
@@ -224,7 +230,7 @@ def report(
 def _chosen(
     trace: Trace, window: tuple[float | None, float | None] | None, step: int | None
 ) -> tuple[tuple[float, float] | None, str]:
-    """The window that is looked at, None for all, and what it is in words."""
+    """The window to look at, None for all, and its description."""
     if step is not None:
         if window is not None:
             raise ValueError(f"step {step} and window {window}: ask for one of them")
@@ -239,72 +245,69 @@ def _chosen(
 def _figures(
     measured: Measurement, expected: Measurement | None, comparison: Comparison | None, asked: str
 ) -> list[Figure]:
-    overlaps, whole = measured.summary.overlaps, measured.summary.breakdown
-    transfers, waits, lanes = (overlaps[name] for name in DEFINITIONS)
-
-    def percent(share: float | None) -> str:
-        return "none" if share is None else written(share, "%")
-
-    devices = len(measured.devices)
-    the_window = "the window" if devices == 1 else f"the windows of {devices} devices"
-    moved = transfers.communication or waits.communication
+    """The numbers at the top of a report, in their order."""
+    whole, devices = measured.summary.breakdown, len(measured.devices)
+    window = "the window" if devices == 1 else f"the windows of {devices} devices"
     gaps = f"in {counted(whole.gaps, 'gap')}, the longest {duration(whole.longest_gap)}"
-    found = [
+    return [
         Figure("makespan", "makespan", measured.makespan, "us", asked or "from the first start to the last end"),
-        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {the_window}"),
+        Figure("compute", "compute", whole.compute / whole.window if whole.window else None, "%", f"of {window}"),
         Figure("idle", "idle", whole.device_idle, "%", gaps if whole.gaps else "without a gap"),
-        Figure(
-            "overlap",
-            "overlap ratio",
-            transfers.ratio,
-            "%",
-            f"of {duration(transfers.communication)} in transfers; with waits {percent(waits.ratio)}, "
-            f"by lanes {percent(lanes.ratio)}"
-            if moved
-            else "no communication in this trace",
-        ),
-        Figure(
-            "exposed",
-            "exposed communication",
-            waits.exposed if moved else None,
-            "us",
-            f"{percent(waits.exposed_share)} of {the_window}, with waits; transfers alone {duration(transfers.exposed)}"
-            if moved
-            else "",
-        ),
+        *_communication_figures(measured, window),
+        *_bubble_figures(measured, expected),
+        *_prediction_figures(comparison),
+        _unclassified_figure(measured),
     ]
+
+
+def _communication_figures(measured: Measurement, window: str) -> Iterator[Figure]:
+    transfers, waits, lanes = (measured.summary.overlaps[name] for name in DEFINITIONS)
     steady = measured.summary.steady.get("transfer+wait")
+    if transfers.communication or waits.communication:
+        ratios = f"with waits {_percent(waits.ratio)}, by lanes {_percent(lanes.ratio)}"
+        hidden = f"of {duration(transfers.communication)} in transfers; {ratios}"
+        alone = f"with waits; transfers alone {duration(transfers.exposed)}"
+        yield Figure("overlap", "overlap ratio", transfers.ratio, "%", hidden)
+        note = f"{_percent(waits.exposed_share)} of {window}, {alone}"
+        yield Figure("exposed", "exposed communication", waits.exposed, "us", note)
+    else:
+        yield Figure("overlap", "overlap ratio", transfers.ratio, "%", "no communication in this trace")
+        yield Figure("exposed", "exposed communication", None, "us")
     if steady and steady.ratio is not None:
-        found.append(
-            Figure(
-                "steady", "steady-state overlap", steady.ratio, "%", f"with waits; {duration(steady.exposed)} exposed"
-            )
-        )
-    if bubbles := measured.summary.bubbles:
-        mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
-        simulated = expected.summary.bubbles if expected else ()
-        beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
-        note = "mean over ranks" + ("" if beside is None else f"; simulated {percent(beside)}")
-        found.append(Figure("bubble", "bubble", mean, "%", note))
-    unattributed = measured.unattributed_share
+        note = f"with waits; {duration(steady.exposed)} exposed"
+        yield Figure("steady", "steady-state overlap", steady.ratio, "%", note)
+
+
+def _bubble_figures(measured: Measurement, expected: Measurement | None) -> Iterator[Figure]:
+    bubbles = measured.summary.bubbles
+    if not bubbles:
+        return
+    mean = sum(bubble.compute_bubble for bubble in bubbles) / len(bubbles)
+    simulated = expected.summary.bubbles if expected else ()
+    beside = sum(bubble.compute_bubble for bubble in simulated) / len(simulated) if simulated else None
+    note = "mean over ranks" + ("" if beside is None else f"; simulated {_percent(beside)}")
+    yield Figure("bubble", "bubble", mean, "%", note)
+
+
+def _prediction_figures(comparison: Comparison | None) -> Iterator[Figure]:
     if comparison:
         error = comparison.makespan_error
         note = "" if error is None else f"{100 * error:+,.2f}% off the measured"
-        found.append(Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note))
-    found.append(
-        Figure(
-            "unclassified",
-            "unclassified",
-            measured.unclassified_share,
-            "%",
-            "of the events' time" + (f"; {percent(unattributed)} of it belongs to no phase" if unattributed else ""),
-        )
-    )
-    return found
+        yield Figure("predicted", "predicted makespan", comparison.predicted_makespan, "us", note)
+
+
+def _unclassified_figure(measured: Measurement) -> Figure:
+    unattributed = measured.unattributed_share
+    more = f"; {_percent(unattributed)} of it belongs to no phase" if unattributed else ""
+    return Figure("unclassified", "unclassified", measured.unclassified_share, "%", f"of the events' time{more}")
+
+
+def _percent(share: float | None) -> str:
+    return "none" if share is None else written(share, "%")
 
 
 def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
-    """The same as ranges, where kernels that no rule knows could move them."""
+    """The figures, as ranges if kernels that no rule knows could move them."""
     if bounds is None or not bounds.matter:
         return figures
     ranges = {"overlap": bounds.overlap, "exposed": bounds.exposed, "compute": bounds.compute}
@@ -323,13 +326,13 @@ def _bounded(figures: list[Figure], bounds: Bounds | None) -> list[Figure]:
 
 
 def _between(ends: tuple[float | None, float | None], unit: str) -> str:
-    """A range in words, and one number where both ends are written the same."""
+    """A range in words, or one number if both ends are written the same."""
     low, high = (Figure("", "", end, unit).written for end in ends)
     return low if low == high else f"between {low} and {high}"
 
 
 def _unknown(trace: Trace, measured: Measurement) -> list[str]:
-    """What no rule knows, how much of the time it has, and what to do about it."""
+    """A note about the kernels that no rule knows, their share of the time, and the remedy."""
     if measured.bounds is None:
         return []
     names = unclassified_names(trace, len(trace.events))
@@ -347,9 +350,9 @@ def _notes(
     measured: Measurement,
     predicted: Trace | None,
     comparison: Comparison | None,
-    schedule: Schedule | None,
+    schedule: CompiledOverlap | None,
 ) -> list[str]:
-    """Those of all sources, each once."""
+    """The notes of all sources, each once."""
     found = dict.fromkeys([*_unknown(trace, measured), *trace.notes, *measured.notes])
     found |= dict.fromkeys(f"predicted: {note}" for note in (predicted.notes if predicted else ()))
     found |= dict.fromkeys(f"compiled schedule: {note}" for note in (schedule.notes if schedule else ()))
@@ -362,5 +365,5 @@ def _notes(
 
 
 def _is_short(name: str, value: object) -> bool:
-    """Whether a fact stands at the top: names like identifiers' are for programs, long ones and paths for the table."""
+    """Whether a fact stands at the top. Names with underscores are for programs; long facts and paths are not short."""
     return "_" not in name and isinstance(value, str | int) and 0 < len(str(value)) <= 40 and "/" not in str(value)

@@ -1,13 +1,15 @@
-"""The table of a report that has a row for each step."""
+"""The section of a report on steps."""
 
 from __future__ import annotations
 
-from profiling.metrics import Measurement, StepRow
+from profiling.metrics import StepRow
+from profiling.reports.section import Findings
 from profiling.table import Column, Table, Value
 
 
-def steps_table(measured: Measurement) -> Table:
-    """Left out with fewer than two steps."""
+def steps(found: Findings) -> Table:
+    """One row for each step; empty if there are fewer than two."""
+    measured = found.measured
     rows = measured.steps if len(measured.steps) > 1 else ()
 
     def cells(place: int, row: StepRow) -> tuple[Value, ...]:
@@ -21,8 +23,8 @@ def steps_table(measured: Measurement) -> Table:
     return Table(
         "steps",
         "Steps",
-        f"From the first start to the last end of what a step launched, over all devices{several}; communication with "
-        "waits. The first may be cold and is left out of the others' median.",
+        f"A step goes from the first start to the last end of what it launched, over all devices{several}. "
+        "Communication includes waits. The first step may be cold and is left out of the others' median.",
         (
             Column("step"), Column("start", "us"), Column("length", "us"), Column("of the others' median", "x"),
             Column("compute", "us"), Column("communication", "us"), Column("overlap ratio", "%"),

@@ -1,4 +1,4 @@
-"""DeepSeek's three published workloads as JAX programs: training, prefill, decode."""
+"""DeepSeek's three published workloads as JAX programs: training, prefill, decode. Internal."""
 
 from profiling.workloads.sizes import SIZES, Sizes
 

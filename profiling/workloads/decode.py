@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from profiling.workloads.attention import AttentionParams, attend_cached
+from jaxpipe.deepseek import MLAParams, attend_cached
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, layer_specs
 from profiling.workloads.sizes import Sizes
 
@@ -53,7 +53,7 @@ def make_decode(sizes: Sizes, mesh: Mesh) -> Callable[..., Any]:
 
 
 def _attention(cache: jax.Array, lengths: jax.Array, sizes: Sizes) -> Callable[..., Any]:
-    def attention(params: AttentionParams, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attention(params: MLAParams, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         return attend_cached(params, tokens, cache, lengths, sizes)
 
     return attention

@@ -6,11 +6,13 @@ Shapes: T tokens of a device, D width.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from flax import nnx
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
@@ -18,7 +20,7 @@ from jaxtyping import Array, Float, Int
 from eplb_jax import MoEParams, RouterConfig, init_moe, local_experts, moe_layer, param_specs, route, router_logits
 from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.experts import shared_in, shared_out
-from profiling.workloads.attention import AttentionParams, init_attention, rms_norm
+from jaxpipe.deepseek import MLAParams, apply_block, init_mla, rms_norm
 from profiling.workloads.sizes import Sizes
 
 AXIS = "ep"
@@ -27,7 +29,7 @@ AXIS = "ep"
 class LayerParams(NamedTuple):
     """Of one layer; experts by slot."""
 
-    attention: AttentionParams
+    attention: MLAParams
     moe: MoEParams
 
 
@@ -56,7 +58,7 @@ def init_layers(
         moe = init_moe(keys[0], routed, dtype)
         router = jax.random.normal(keys[1], (sizes.width, experts), moe.router.dtype) * sizes.width**-0.5
         moe = moe._replace(router=router, bias=jnp.zeros(experts, router.dtype))
-        return LayerParams(init_attention(keys[2], sizes, dtype), moe)
+        return LayerParams(init_mla(nnx.Rngs(keys[2]), sizes, dtype, scales=False), moe)
 
     placed = jax.tree.map(lambda spec: NamedSharding(mesh, spec), layer_specs(sizes)[0])
     return tuple(jax.jit(layer, out_shardings=placed)(key) for key in jax.random.split(key, sizes.layers))
@@ -64,18 +66,16 @@ def init_layers(
 
 def layer_specs(sizes: Sizes) -> tuple[LayerParams, ...]:
     """How the parameters of `init_layers` lie on a mesh: experts over `AXIS`, all else whole."""
-    whole: Any = P()
-    return tuple(
-        LayerParams(AttentionParams(*(whole,) * len(AttentionParams._fields)), param_specs(sizes.moe, AXIS))
-        for _ in range(sizes.layers)
-    )
+    attention = jax.eval_shape(lambda: init_mla(nnx.Rngs(0), sizes, scales=False))
+    layer = LayerParams(jax.tree.map(lambda _: P(), attention), param_specs(sizes.moe, AXIS))
+    return (layer,) * sizes.layers
 
 
 def apply_layer(
     params: LayerParams,
     x: Float[Array, "T D"],
     sizes: Sizes,
-    attention: Callable[[AttentionParams, jax.Array], tuple[jax.Array, Any]],
+    attention: Callable[[MLAParams, jax.Array], tuple[jax.Array, Any]],
 ) -> tuple[Float[Array, "T D"], Any, Int[Array, ""]]:
     """Tokens of this device through one layer; within `jax.shard_map` over `AXIS`.
 
@@ -86,27 +86,23 @@ def apply_layer(
       attention: of a layer, (params, normalised tokens) -> (tokens, what else it has to tell).
 
     Returns:
-      The tokens, what else the attention told, and how many choices of experts found no room.
+      The tokens, what else the attention told, and how many choices of experts were dropped for lack of capacity.
     """
-    with jax.named_scope("attention"):
-        y, told = attention(params.attention, rms_norm(x))
-        x = x + y
-    with jax.named_scope("mlp"):
-        tokens = rms_norm(x)
-    if jax.lax.axis_size(AXIS) == 1:
-        y, dropped = _apply_alone(params.moe, tokens, sizes)
-    else:
+
+    def experts(tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+        if jax.lax.axis_size(AXIS) == 1:
+            return _apply_alone(params.moe, tokens, sizes)
         y, stats = moe_layer(params.moe, tokens, sizes.moe, axis=AXIS)
-        dropped = stats.dropped
-    with jax.named_scope("mlp"):
-        return x + y, told, dropped
+        return y, stats.dropped
+
+    return apply_block(x, rms_norm, functools.partial(attention, params.attention), rms_norm, experts)
 
 
 def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Array, jax.Array]:
     """One device of many, without the others: its experts get as many rows as all devices together would send it.
 
-    Tokens of this device stand for those of the others. Their choices among all experts are dealt to those held here,
-    so that each gets what balanced routing gives it.
+    Tokens of this device stand for those of the others. Their choices among all experts go to those held here in
+    turn, so that each gets what balanced routing gives it.
     """
     config = sizes.moe
     held = params.experts.w_in.shape[0]

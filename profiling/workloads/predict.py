@@ -9,15 +9,15 @@ from collections.abc import Mapping, Sequence
 
 from profiling.event import Event, Trace
 from profiling.metrics import phase_durations
-from profiling.predict.network import Network, exchange_us
+from profiling.predict.network import ClusterNetwork, exchange_us
 from profiling.predict.replaying import DECODE, OVERLAPPED_PAIR, PREFILL, Pattern, pattern_tasks, replay
 from profiling.read.scopes import PARTS, place
 from profiling.workloads.sizes import Sizes
 
-NETWORKS: Mapping[str, Network] = {
-    "train": Network(sms=20),
-    "prefill": Network(internode=57e9, sms=24),
-    "decode": Network(internode=39e9, latency_us=5.0, sms=0),
+NETWORKS: Mapping[str, ClusterNetwork] = {
+    "train": ClusterNetwork(sms=20),
+    "prefill": ClusterNetwork(internode=57e9, sms=24),
+    "decode": ClusterNetwork(internode=39e9, latency_us=5.0, sms=0),
 }
 """DeepEP's rates at 64, 32 and 128 devices; in decode those of its low-latency kernels."""
 
@@ -28,7 +28,7 @@ BYTES = {"dispatch": 1 + 4 / 128, "combine": 2.0}
 """Of one value that travels: e4m3 with a float32 scale for 128 of them, and bfloat16."""
 
 
-def predict(trace: Trace, workload: str, sizes: Sizes, network: Network | None = None) -> Trace:
+def predict(trace: Trace, workload: str, sizes: Sizes, network: ClusterNetwork | None = None) -> Trace:
     """The workload as `Sizes.expert_parallel` spreads it, one of its devices.
 
     Args:
@@ -75,7 +75,7 @@ def predict(trace: Trace, workload: str, sizes: Sizes, network: Network | None =
     return replay(pattern_tasks(pattern, durations), f"{workload} on {devices} devices, predicted", notes=notes)
 
 
-def _exchanges(workload: str, sizes: Sizes, network: Network) -> dict[str, float]:
+def _exchanges(workload: str, sizes: Sizes, network: ClusterNetwork) -> dict[str, float]:
     tokens = {
         "train": sizes.sequence,
         "prefill": sizes.prompts * sizes.prompt // 2,

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
-from profiling.workloads.attention import AttentionParams, attend
+from jaxpipe.deepseek import MLAParams, attend
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, layer_specs
 from profiling.workloads.sizes import Sizes
 
@@ -66,8 +66,8 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
 
 
 def _attention(shape: tuple[int, ...], sizes: Sizes, before: jax.Array | None) -> Callable[..., Any]:
-    def attention(params: AttentionParams, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
+    def attention(params: MLAParams, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
         y, new = attend(params, tokens.reshape(shape), sizes, before)
-        return y.reshape(tokens.shape), new
+        return y.reshape(tokens.shape), new.rows()
 
     return attention

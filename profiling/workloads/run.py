@@ -35,7 +35,7 @@ class Ran:
       trace: of the profiled calls.
       folder: of the profile.
       hlo: the compiled program's text, as scheduled.
-      dropped: choices of experts that found no room; 0 with balanced routing.
+      dropped: choices of experts that were dropped for lack of capacity; 0 with balanced routing.
       temp_bytes: temporary memory of the program on one device, as the compiler counts it.
     """
 

@@ -4,20 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
 from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe.deepseek import MODELS, LayerConfig
 
 
-@dataclasses.dataclass(frozen=True)
-class Sizes:
-    """A model of equal layers, multi-head latent attention and a mixture of experts each, and what runs through it.
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sizes(LayerConfig):
+    """Equal layers, as `LayerConfig` describes them, and what runs through them.
+
+    Tokens go to experts in turn (``RouterConfig.balanced``), as in DeepSeek's profiles.
 
     Attributes:
       layers: of the model's part.
-      heads: of attention.
-      query_rank, latent: of the low-rank query, and of keys and values together.
-      content, rotary, value: widths of a head's query and key without and with positions, and of its value.
-      moe: width of the activations, experts and routing; tokens go to experts in turn, as in DeepSeek's profiles.
       sequence: tokens of one training sequence, one sequence a microbatch and device.
       prompts, prompt: prompts of a device in prefill, both microbatches together, and tokens of each.
       requests, context: requests of a device in decode, both microbatches together, and tokens of each that are cached.
@@ -26,15 +26,6 @@ class Sizes:
     """
 
     layers: int = 4
-    heads: int = 128
-    query_rank: int = 1536
-    latent: int = 512
-    content: int = 128
-    rotary: int = 64
-    value: int = 128
-    moe: MoEConfig = dataclasses.field(
-        default_factory=lambda: MoEConfig(router=RouterConfig(balanced=True), capacity_factor=1.25)
-    )
     sequence: int = 4096
     prompts: int = 4
     prompt: int = 4096
@@ -46,9 +37,9 @@ class Sizes:
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a compiled program."""
-        sizes = (self.layers, self.heads, self.query_rank, self.latent, self.content, self.value)
-        if min(sizes) < 1 or self.rotary < 2 or self.rotary % 2:
-            raise ValueError(f"{self}: sizes are at least 1, rotary is even")
+        super().__post_init__()
+        if self.layers < 1:
+            raise ValueError(f"layers={self.layers}: there is at least one")
         if self.prompts % 2 or self.requests % 2 or min(self.prompts, self.requests) < 2:
             raise ValueError(
                 f"prompts={self.prompts}, requests={self.requests}: two microbatches share them, so make them even"
@@ -59,14 +50,18 @@ class Sizes:
                     f"expert_parallel[{workload!r}]={devices} does not divide the {self.moe.router.num_experts} experts"
                 )
 
-    @property
-    def width(self) -> int:
-        """Width of the activations."""
-        return self.moe.width
+
+def _published(name: str) -> Sizes:
+    """A model's layer with balanced routing and activations that travel in full width."""
+    model = MODELS[name]
+    layer: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(LayerConfig)}
+    router = dataclasses.replace(model.moe.router, balanced=True)
+    layer["moe"] = dataclasses.replace(model.moe, router=router, fp8=False)
+    return Sizes(**layer)
 
 
 SIZES: Mapping[str, Sizes] = {
-    "dsv3": Sizes(),
+    "dsv3": _published("dsv3-671b"),
     "tiny": Sizes(
         layers=2,
         heads=4,

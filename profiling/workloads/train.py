@@ -15,8 +15,9 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
+from jaxpipe.deepseek import MLAParams, attend
+from jaxpipe.inputs import is_spec
 from jaxpipe.stage import split_stage
-from profiling.workloads.attention import AttentionParams, attend
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, layer_specs
 from profiling.workloads.sizes import Sizes
 
@@ -39,7 +40,7 @@ def make_train(sizes: Sizes, mesh: Mesh, pairs: int = 2) -> Callable[..., Any]:
     if pairs < 1:
         raise ValueError(f"pairs={pairs}: at least one forward must meet a backward")
 
-    def attention(params: AttentionParams, x: jax.Array) -> tuple[jax.Array, None]:
+    def attention(params: MLAParams, x: jax.Array) -> tuple[jax.Array, None]:
         return attend(params, x[None], sizes)[0][0], None
 
     def stage(layers: tuple[LayerParams, ...], x: jax.Array) -> tuple[jax.Array, jax.Array]:
@@ -72,7 +73,7 @@ def make_train(sizes: Sizes, mesh: Mesh, pairs: int = 2) -> Callable[..., Any]:
 
         (_, dropped, _, grads), _ = jax.lax.scan(pair, (y, dropped, kept, grads), x[1:])
         with jax.named_scope("reduce"):
-            return jax.tree.map(_sum_replicated, specs, grads, is_leaf=_is_spec), jax.lax.psum(dropped, AXIS)
+            return jax.tree.map(_sum_replicated, specs, grads, is_leaf=is_spec), jax.lax.psum(dropped, AXIS)
 
     specs = layer_specs(sizes)
     body = jax.shard_map(device, mesh=mesh, in_specs=(specs, P(None, AXIS)), out_specs=(specs, P()), check_vma=False)
@@ -81,7 +82,3 @@ def make_train(sizes: Sizes, mesh: Mesh, pairs: int = 2) -> Callable[..., Any]:
 
 def _sum_replicated(spec: Any, grad: jax.Array) -> jax.Array:
     return grad if AXIS in spec else jax.lax.psum(grad, AXIS)
-
-
-def _is_spec(leaf: Any) -> bool:
-    return isinstance(leaf, P)

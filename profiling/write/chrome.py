@@ -1,4 +1,4 @@
-"""Traces as Chrome's JSON, which ui.perfetto.dev and chrome://tracing open."""
+"""Writes traces as Chrome's JSON, which ui.perfetto.dev and chrome://tracing open."""
 
 from __future__ import annotations
 
@@ -14,17 +14,13 @@ from typing import Any
 
 from profiling.event import Event, Trace
 from profiling.write.tracks import (
-    Link,
-    Row,
-    arrows,
-    as_traces,
-    counters,
-    device_label,
+    PhaseLink,
+    TrackRow,
     facts,
-    offsets,
+    flows,
+    panels,
     row_label,
-    rows,
-    step_rows,
+    side_by_side,
 )
 
 COLOURS = {
@@ -34,7 +30,7 @@ COLOURS = {
     "unclassified": "yellow",
     "control": "grey",
 }
-"""Names of chrome://tracing's palette, by group; Perfetto takes its own."""
+"""Names of colours in chrome://tracing, by group; Perfetto takes its own."""
 
 Json = dict[str, Any]
 
@@ -43,22 +39,22 @@ def write_chrome(
     path: str | os.PathLike[str],
     traces: Trace | Sequence[Trace],
     *,
-    links: Iterable[Link] = (),
+    links: Iterable[PhaseLink] = (),
     counted: bool = True,
 ) -> None:
     """Writes one trace, or several side by side with their first events at the same time.
 
-    Each device is a process and each row of a lane a thread, on which events nest; the host's steps are a process of
+    Each device is a process, and each row of a lane is a thread on which events nest. The host's steps are a process of
     their own. Times are in microseconds, to the nanosecond.
 
     Args:
-      path: ends in ".json", or in ".json.gz" to be compressed.
-      traces: as the readers make them; several are told apart by their titles.
-      links: phases to join by arrows, such as `profiling.write.tracks.MOE_LINKS`.
-      counted: whether to add the counters of `profiling.write.tracks.counters`.
+      path: path that ends in ".json", or in ".json.gz" for a compressed file.
+      traces: traces of any reader; several are told apart by their titles.
+      links: phases to join by arrows, such as `MOE_LINKS`.
+      counted: whether to add counters of exposed communication and of thread blocks in transfers.
 
     Raises:
-      ValueError: another ending, no traces, or an event whose times are out of order.
+      ValueError: the path has another ending, there are no traces, or an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import json, pathlib, tempfile
@@ -67,13 +63,10 @@ def write_chrome(
     >>> [event["dur"] for event in json.loads(path.read_text())["traceEvents"] if event["ph"] == "X"]
     [1.5]
     """
-    traces = as_traces(traces)
-    if not os.fspath(path).endswith((".json", ".json.gz")):
-        raise ValueError(f"{os.fspath(path)!r} must end in '.json' or '.json.gz'")
-    links = tuple(links)
-    writer = _Writer()
-    for trace, offset in zip(traces, offsets(traces), strict=True):
-        writer.add(trace, offset, f"{trace.title}: " if len(traces) > 1 else "", links, counted)
+    whole, links = side_by_side(path, traces, (".json", ".json.gz")), tuple(links)
+    writer = _ChromeWriter()
+    for trace, offset, prefix in whole:
+        writer.add(trace, offset, prefix, links, counted)
     sources = [
         {
             "title": trace.title,
@@ -81,7 +74,7 @@ def write_chrome(
             "notes": trace.notes,
             "metadata": {name: str(value) for name, value in trace.metadata.items()},
         }
-        for trace in traces
+        for trace, _, _ in whole
     ]
     with pathlib.Path(path).open("wb") as raw:
         # No name and no time in the header: equal traces make equal files.
@@ -95,8 +88,8 @@ def write_chrome(
             file.write("\n]}\n")
 
 
-class _Writer:
-    """Numbers processes and threads from 1 (0 is the idle process to viewers), no thread's number being used twice."""
+class _ChromeWriter:
+    """Numbers processes and threads from 1, as 0 is the idle process to viewers. No thread's number is used twice."""
 
     def __init__(self) -> None:
         self.header: list[Json] = []
@@ -109,26 +102,18 @@ class _Writer:
         yield from self.header
         yield from heapq.merge(*self.streams, key=lambda event: event["ts"])
 
-    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[Link, ...], counted: bool) -> None:
-        flows: dict[Event, list[tuple[str, int]]] = {}
-        for source, target in arrows(trace, links):
-            flow = next(self.flow_ids)
-            flows.setdefault(source, []).append(("s", flow))
-            flows.setdefault(target, []).append(("f", flow))
-        values = counters(trace) if counted else {}
-        process, device = 0, None
-        if trace.steps:
-            process = self.process(f"{prefix}host")
-            for row in step_rows(trace):
+    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[PhaseLink, ...], counted: bool) -> None:
+        joined = flows(trace, links, self.flow_ids, "s", "f")
+        for panel in panels(trace, counted):
+            process = self.process(prefix + panel.label)
+            for name, samples in panel.counters.items():
+                self.streams.append(_counter(process, name, samples, offset))
+            for row in panel.rows:
                 thread = self.thread(process, row_label(row))
-                self.streams.append([_slice(process, thread, event, offset, {}) for event in row.events])
-        for row in rows(trace):
-            if row.device != device:
-                device = row.device
-                process = self.process(prefix + device_label(trace, device))
-                for name, samples in values.get(device, {}).items():
-                    self.streams.append(_counter(process, name, samples, offset))
-            self.streams.append(_thread(process, self.thread(process, row_label(row)), row, offset, flows))
+                if panel.is_host:
+                    self.streams.append([_slice(process, thread, event, offset, {}) for event in row.events])
+                else:
+                    self.streams.append(_thread(process, thread, row, offset, joined))
 
     def process(self, name: str) -> int:
         process = next(self.process_ids)
@@ -147,12 +132,12 @@ class _Writer:
 
 
 def _thread(
-    process: int, thread: int, row: Row, offset: float, flows: dict[Event, list[tuple[str, int]]]
+    process: int, thread: int, row: TrackRow, offset: float, joined: dict[Event, list[tuple[str, int]]]
 ) -> Iterator[Json]:
     for event in row.events:
         made = _slice(process, thread, event, offset, facts(event))
         yield made
-        for phase, flow in flows.get(event, ()) if flows else ():
+        for phase, flow in joined.get(event, ()) if joined else ():
             yield {
                 "ph": phase,
                 "pid": process,

@@ -1,4 +1,4 @@
-"""Traces in Perfetto's own format: TrackEvent packets, encoded here so that nothing need be installed."""
+"""Writes traces in Perfetto's own format: TrackEvent packets, encoded here without any dependency."""
 
 from __future__ import annotations
 
@@ -14,45 +14,43 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from profiling.event import Event, Trace
 from profiling.write.tracks import (
-    Link,
-    Row,
-    arrows,
-    as_traces,
-    counters,
-    device_label,
+    PhaseLink,
+    TrackRow,
     facts,
+    flows,
     lane_label,
-    offsets,
-    rows,
-    step_rows,
+    panels,
+    side_by_side,
 )
 
 Packet = tuple[int, bytes]
 """Nanoseconds and the fields of a TrackEvent."""
 BEGIN, END, COUNTER = 1, 2, 4
 """TrackEvent.Type."""
+FLOW, TERMINATING_FLOW = 47, 48
+"""The fields of a TrackEvent that number arrows: those that it begins, those that end at it."""
 
 
 def write_perfetto(
     path: str | os.PathLike[str],
     traces: Trace | Sequence[Trace],
     *,
-    links: Iterable[Link] = (),
+    links: Iterable[PhaseLink] = (),
     counted: bool = True,
 ) -> None:
     """Writes one trace, or several side by side with their first events at the same time.
 
-    Tracks nest: device, then lane; the host's steps are a track of their own. Slices carry the group as their category
-    and what else is known as annotations. Times are in nanoseconds; names are written once and referred to by number.
+    Each device is a track with its lanes below; the host's steps are a track of their own. A slice has its group as
+    category and the other facts as annotations. Times are in nanoseconds. Names are written once and numbered.
 
     Args:
-      path: ends in ".pftrace".
-      traces: as the readers make them; several are told apart by their titles.
-      links: phases to join by arrows, such as `profiling.write.tracks.MOE_LINKS`.
-      counted: whether to add the counters of `profiling.write.tracks.counters`.
+      path: path that ends in ".pftrace".
+      traces: traces of any reader; several are told apart by their titles.
+      links: phases to join by arrows, such as `MOE_LINKS`.
+      counted: whether to add counters of exposed communication and of thread blocks in transfers.
 
     Raises:
-      ValueError: another ending, no traces, or an event whose times are out of order.
+      ValueError: the path has another ending, there are no traces, or an event ends before it starts.
       OSError: the file cannot be written.
 
     >>> import pathlib, tempfile
@@ -61,19 +59,15 @@ def write_perfetto(
     >>> b"a kernel" in path.read_bytes()
     True
     """
-    traces = as_traces(traces)
-    if not os.fspath(path).endswith(".pftrace"):
-        raise ValueError(f"{os.fspath(path)!r} must end in '.pftrace'")
-    links = tuple(links)
-    writer = _Writer()
-    for trace, offset in zip(traces, offsets(traces), strict=True):
-        writer.add(trace, offset, f"{trace.title}: " if len(traces) > 1 else "", links, counted)
+    links, writer = tuple(links), _PerfettoWriter()
+    for trace, offset, prefix in side_by_side(path, traces, (".pftrace",)):
+        writer.add(trace, offset, prefix, links, counted)
     with pathlib.Path(path).open("wb") as file:
         file.writelines(writer.packets())
 
 
-class _Writer:
-    """Numbers tracks and flows, and what is interned, over all traces of a file."""
+class _PerfettoWriter:
+    """Numbers the tracks, flows and interned texts of all traces in a file."""
 
     def __init__(self) -> None:
         self.header: list[bytes] = []
@@ -84,32 +78,22 @@ class _Writer:
         self.flow_ids = itertools.count(1)
 
     def packets(self) -> Iterator[bytes]:
-        """All packets in the order of their times; the first one says that nothing has been interned before."""
+        """All packets in the order of their times; the first one says that nothing was interned before."""
         for i, descriptor in enumerate(self.header):
             yield _packet(_message(60, descriptor), first=not i)
         for time, event in heapq.merge(*self.streams, key=lambda packet: packet[0]):
             yield _packet(_number(8, time) + self.interned.pending() + _message(11, event))
 
-    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[Link, ...], counted: bool) -> None:
-        flows: dict[Event, list[tuple[int, int]]] = {}
-        for source, target in arrows(trace, links):
-            flow = next(self.flow_ids)
-            flows.setdefault(source, []).append((47, flow))  # flow_ids
-            flows.setdefault(target, []).append((48, flow))  # terminating_flow_ids
-        values = counters(trace) if counted else {}
-        parent, device = 0, None
-        if trace.steps:
-            parent = self.track(f"{prefix}host")
-            for row in step_rows(trace):
-                self.streams.append(self.slices(self.track(row.lane, parent), row, offset, {}))
-        for row in rows(trace):
-            if row.device != device:
-                device = row.device
-                parent = self.track(prefix + device_label(trace, device))
-                for name, samples in values.get(device, {}).items():
-                    self.streams.append(_counter(self.track(name, parent, counter=True), samples, offset))
-            # Tracks of one name under one parent are drawn as one, as high as it needs to be.
-            self.streams.append(self.slices(self.track(lane_label(row.lane), parent), row, offset, flows))
+    def add(self, trace: Trace, offset: float, prefix: str, links: tuple[PhaseLink, ...], counted: bool) -> None:
+        joined = flows(trace, links, self.flow_ids, FLOW, TERMINATING_FLOW)
+        for panel in panels(trace, counted):
+            parent = self.track(prefix + panel.label)
+            for name, samples in panel.counters.items():
+                self.streams.append(_counter(self.track(name, parent, counter=True), samples, offset))
+            for row in panel.rows:
+                # Tracks of one name under one parent are drawn as one, as high as it needs to be.
+                track = self.track(lane_label(row.lane), parent)
+                self.streams.append(self.slices(track, row, offset, {} if panel.is_host else joined))
 
     def track(self, name: str, parent: int = 0, counter: bool = False) -> int:
         track = next(self.track_ids)
@@ -123,29 +107,29 @@ class _Writer:
         return track
 
     def slices(
-        self, track: int, row: Row, offset: float, flows: dict[Event, list[tuple[int, int]]]
+        self, track: int, row: TrackRow, offset: float, joined: dict[Event, list[tuple[int, int]]]
     ) -> Iterator[Packet]:
-        """Begins and ends in such an order that each end closes the last begin: the row's events nest."""
+        """Begins and ends of slices, in an order in which each end closes the last begin; events of a row nest."""
         end = _number(9, END) + _number(11, track)
         running: list[int] = []
         for event in row.events:
             start = _nanoseconds(event.start, offset)
             while running and running[-1] <= start:
                 yield running.pop(), end
-            yield start, self.begin(track, event, flows.get(event, ()) if flows else ())
+            yield start, self.begin(track, event, joined.get(event, ()) if joined else ())
             running.append(_nanoseconds(event.end, offset))
         while running:
             yield running.pop(), end
 
-    def begin(self, track: int, event: Event, flows: Iterable[tuple[int, int]]) -> bytes:
+    def begin(self, track: int, event: Event, ends: Iterable[tuple[int, int]]) -> bytes:
         key = _what(event)
         if key not in self.encoded:
             self.encoded[key] = self.encode(event)
         body = _BEGIN + _number(11, track) + self.encoded[key]
-        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in flows)
+        return body + b"".join(_tag(field, 1) + struct.pack("<Q", flow) for field, flow in ends)
 
     def encode(self, event: Event) -> bytes:
-        """Everything but times and flows, the same for many events."""
+        """The fields of an event besides times and flows, which are the same for many events."""
         number = self.interned.number
         body = _number(3, number(1, event.group)) + _number(10, number(2, event.name))
         for name, value in facts(event).items():
@@ -156,10 +140,10 @@ class _Writer:
 
 
 class _Interned:
-    """Texts by number, per field of InternedData.
+    """Numbers of texts for each field of InternedData.
 
-    A text is pending from when an event that refers to it is made, which is before that event is written, until the
-    next packet is: readers meet every text in time.
+    A text is pending until the next packet is written. It is numbered when an event that refers to it is encoded, which
+    is before that event is written, so readers get every text in time.
     """
 
     def __init__(self) -> None:
@@ -185,7 +169,7 @@ def _counter(track: int, samples: Iterable[tuple[float, float]], offset: float) 
 
 
 def _packet(fields: bytes, first: bool = False) -> bytes:
-    """Trace.packet of the one sequence, whose first says that no text has been interned before."""
+    """A Trace.packet of the only sequence; its first one says that no text was interned before."""
     return _message(1, (_FIRST if first else _LATER) + fields)
 
 

@@ -1,23 +1,28 @@
-"""What a viewer is given: rows in which events nest, arrows between phases, counters, one clock for several traces."""
+"""Arranges traces for viewers: rows in which events nest, arrows between phases, counters, one clock for all traces."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
+import os
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import TypeVar
 
 from profiling.event import Event, Trace
 
+T = TypeVar("T")
+
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Row:
-    """Events of one lane that can be drawn in one row.
+class TrackRow:
+    """Events of one lane that fit into one row.
 
     Attributes:
-      device, lane: of all its events.
-      index: 0 for the lane's first row; further ones hold what overlaps without nesting.
-      events: in the order of their starts, an outer event before those inside it.
+      device, lane: device and lane of all events.
+      index: 0 for the lane's first row; further rows hold events that overlap without nesting.
+      events: events in the order of their starts, an outer event before those inside it.
     """
 
     device: int
@@ -27,12 +32,12 @@ class Row:
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class Link:
-    """Two phases of one microbatch, the second of which takes what the first made.
+class PhaseLink:
+    """An arrow between two phases of one microbatch: the target takes what the source made.
 
     Attributes:
-      source, target: as in `Event.phase`.
-      layers: how many layers further on the target is.
+      source, target: phases, as in `Event.phase`.
+      layers: number of layers from the source to the target.
     """
 
     source: str
@@ -41,26 +46,26 @@ class Link:
 
 
 MOE_LINKS = (
-    Link("attn(F)", "dispatch(F)"),
-    Link("dispatch(F)", "mlp(F)"),
-    Link("mlp(F)", "combine(F)"),
-    Link("combine(F)", "attn(F)", 1),
-    Link("combine(B)", "mlp(B)"),
-    Link("mlp(B)", "dispatch(B)"),
-    Link("dispatch(B)", "attn(B)"),
+    PhaseLink("attn(F)", "dispatch(F)"),
+    PhaseLink("dispatch(F)", "mlp(F)"),
+    PhaseLink("mlp(F)", "combine(F)"),
+    PhaseLink("combine(F)", "attn(F)", 1),
+    PhaseLink("combine(B)", "mlp(B)"),
+    PhaseLink("mlp(B)", "dispatch(B)"),
+    PhaseLink("dispatch(B)", "attn(B)"),
 )
-"""How a microbatch walks through a mixture-of-experts layer, forward and backward."""
+"""The way of a microbatch through a mixture-of-experts layer, forward and backward."""
 
 
-def rows(trace: Trace, nested: bool = True) -> tuple[Row, ...]:
-    """Each lane's events, divided over as few rows as their order allows.
+def rows(trace: Trace, nested: bool = True) -> tuple[TrackRow, ...]:
+    """Divides the events of each lane over as few rows as their order allows.
 
     Args:
-      trace: of any reader.
-      nested: events inside others share their row, as viewers draw them; otherwise no two events of a row overlap.
+      trace: any trace.
+      nested: whether events inside others share their row, as viewers draw them; else no events of a row overlap.
 
     Raises:
-      ValueError: an event with a time that is not finite, or that ends before it starts.
+      ValueError: an event has a time that is not finite, or ends before it starts.
 
     >>> times = {"a": (0.0, 9.0), "b": (1.0, 2.0), "c": (5.0, 12.0)}
     >>> trace = Trace("", "simulated", tuple(Event(0, "gpu", *span, name) for name, span in times.items()))
@@ -80,7 +85,7 @@ def rows(trace: Trace, nested: bool = True) -> tuple[Row, ...]:
     found = []
     for device, lane in sorted(lanes, key=lambda key: (trace.ranks.get(key[0], key[0]), key[0], _natural(key[1]))):
         placed = _place(lanes[device, lane], nested)
-        found += [Row(device, lane, index, tuple(events)) for index, events in enumerate(placed)]
+        found += [TrackRow(device, lane, index, tuple(events)) for index, events in enumerate(placed)]
     return tuple(found)
 
 
@@ -108,10 +113,10 @@ def _natural(name: str) -> list[tuple[bool, int, str]]:
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", name)]
 
 
-def arrows(trace: Trace, links: Iterable[Link]) -> tuple[tuple[Event, Event], ...]:
-    """For each link, the last event of the source before an event of the target, and the first of the target after it.
+def arrows(trace: Trace, links: Iterable[PhaseLink]) -> tuple[tuple[Event, Event], ...]:
+    """Pairs of events that each link joins: the last of the source, and the first of the target after it.
 
-    Both are of one device and one microbatch, known or not; both layers must be known.
+    Both events are of one device and one microbatch, which may be unknown; their layers must be known.
 
     >>> dispatch = Event(0, "stream 23", 0.0, 2.0, "a2a", phase="dispatch(F)", layer=1)
     >>> mlp = Event(0, "stream 7", 3.0, 4.0, "gemm", phase="mlp(F)", layer=1)
@@ -133,7 +138,7 @@ def arrows(trace: Trace, links: Iterable[Link]) -> tuple[tuple[Event, Event], ..
 
 
 def _adjacent(sources: list[Event], targets: list[Event]) -> Iterator[tuple[Event, Event]]:
-    """Walks through both in time: a source is pending from its end until a target starts."""
+    """Goes through both in the order of time: a source is pending from its end until a target starts."""
     marks = [(event.end, 0, i) for i, event in enumerate(sources)]
     marks += [(event.start, 1, i) for i, event in enumerate(targets)]
     pending = None
@@ -146,10 +151,10 @@ def _adjacent(sources: list[Event], targets: list[Event]) -> Iterator[tuple[Even
 
 
 def counters(trace: Trace) -> dict[int, dict[str, tuple[tuple[float, float], ...]]]:
-    """Of each device, named step functions of time as ``(microseconds, value from then on)``; all end at 0.
+    """Named step functions of time for each device, as ``(microseconds, value from then on)``; all end at 0.
 
-    "exposed communication" is 1 while data travels or is waited for and nothing is computed. "thread blocks in
-    transfers" is left out where no transfer's blocks are known.
+    "exposed communication" is 1 while data is moved or waited for and nothing is computed. "thread blocks in transfers"
+    is left out if the blocks of no transfer are known.
 
     >>> gemm = Event(0, "stream 7", 0.0, 4.0, "gemm", group="compute")
     >>> dispatch = Event(0, "stream 23", 2.0, 6.0, "dispatch", group="transfer", blocks=20)
@@ -179,7 +184,7 @@ def counters(trace: Trace) -> dict[int, dict[str, tuple[tuple[float, float], ...
 
 
 def _changes(samples: list[tuple[float, float]]) -> tuple[tuple[float, float], ...]:
-    """The last value of each time, where it differs from the one before; 0 before the first."""
+    """The last value of each time, if it differs from the one before; the first is compared with 0."""
     last = dict(samples)
     values = list(last.items())
     before = [0.0, *last.values()]
@@ -202,7 +207,7 @@ def offsets(traces: Sequence[Trace]) -> tuple[float, ...]:
     return tuple(shift - earliest for shift in shifts)
 
 
-def step_rows(trace: Trace) -> tuple[Row, ...]:
+def step_rows(trace: Trace) -> tuple[TrackRow, ...]:
     """The host's steps as rows of events.
 
     >>> from profiling.event import Step
@@ -217,7 +222,7 @@ def step_rows(trace: Trace) -> tuple[Row, ...]:
 
 
 def facts(event: Event) -> dict[str, str | int]:
-    """What is known of an event beyond its name, its times and its group.
+    """The known facts of an event besides its name, times and group.
 
     >>> facts(Event(0, "gpu", 0.0, 1.0, "a", kind="grouped GEMM", layer=0))
     {'kind': 'grouped GEMM', 'layer': 0}
@@ -226,10 +231,10 @@ def facts(event: Event) -> dict[str, str | int]:
     return {field: value for field in fields if (value := getattr(event, field)) not in ("", None)}
 
 
-def row_label(row: Row) -> str:
+def row_label(row: TrackRow) -> str:
     """A row's name for people.
 
-    >>> row_label(Row(0, "7", 0, ())), row_label(Row(0, "compute", 1, ()))
+    >>> row_label(TrackRow(0, "7", 0, ())), row_label(TrackRow(0, "compute", 1, ()))
     ('stream 7', 'compute (2)')
     """
     lane = lane_label(row.lane)
@@ -237,7 +242,7 @@ def row_label(row: Row) -> str:
 
 
 def lane_label(lane: str) -> str:
-    """A lane's name for people: one that is a number is a GPU's stream.
+    """A lane's name for people; a number is a GPU's stream.
 
     >>> lane_label("7"), lane_label("compute")
     ('stream 7', 'compute')
@@ -254,13 +259,78 @@ def device_label(trace: Trace, device: int) -> str:
     return f"rank {trace.ranks[device]}, device {device}" if device in trace.ranks else f"device {device}"
 
 
-def as_traces(traces: Trace | Sequence[Trace]) -> tuple[Trace, ...]:
-    """One trace or several, as several.
+Samples = tuple[tuple[float, float], ...]
+"""Points in microseconds, each with the value from then on."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Panel:
+    """The rows that a viewer shows under one heading.
+
+    Attributes:
+      label: the heading.
+      rows: rows from the top down.
+      counters: curves beside the rows, by name.
+      is_host: whether the rows are the host's steps and not a device's lanes.
+    """
+
+    label: str
+    rows: tuple[TrackRow, ...]
+    counters: Mapping[str, Samples]
+    is_host: bool = False
+
+
+def panels(trace: Trace, counted: bool = True) -> Iterator[Panel]:
+    """The panels of a trace: the host's steps if there are any, then each device, with its counters if wanted.
+
+    >>> from profiling.event import Step
+    >>> trace = Trace("", "simulated", (Event(3, "gpu", 1.0, 2.5, "a"),), (Step("train", 7, 0.0, 5.0),))
+    >>> [(panel.label, [row.lane for row in panel.rows]) for panel in panels(trace)]
+    [('host', ['steps']), ('device 3', ['gpu'])]
+    """
+    values = counters(trace) if counted else {}
+    if trace.steps:
+        yield Panel("host", step_rows(trace), {}, is_host=True)
+    for device, found in itertools.groupby(rows(trace), key=lambda row: row.device):
+        yield Panel(device_label(trace, device), tuple(found), values.get(device, {}))
+
+
+def flows(
+    trace: Trace, links: Iterable[PhaseLink], numbers: Iterator[int], begin: T, end: T
+) -> dict[Event, list[tuple[T, int]]]:
+    """The arrows that begin or end at each event, as ``(begin or end, number of the arrow)``.
+
+    Args:
+      trace: trace whose events are joined.
+      links: phases to join; see `arrows`.
+      numbers: gives each arrow its number.
+      begin, end: marks of a file format for the two ends of an arrow.
+    """
+    found: dict[Event, list[tuple[T, int]]] = {}
+    for source, target in arrows(trace, links):
+        number = next(numbers)
+        found.setdefault(source, []).append((begin, number))
+        found.setdefault(target, []).append((end, number))
+    return found
+
+
+def side_by_side(
+    path: str | os.PathLike[str], traces: Trace | Sequence[Trace], endings: Sequence[str]
+) -> list[tuple[Trace, float, str]]:
+    """Each trace of a file with the microseconds to add to its times and the prefix of its labels.
+
+    Args:
+      path: path of the file.
+      traces: one trace or several.
+      endings: endings that the file may have.
 
     Raises:
-      ValueError: none at all.
+      ValueError: there are no traces, or the file has another ending.
     """
-    found = (traces,) if isinstance(traces, Trace) else tuple(traces)
-    if not found:
+    whole = (traces,) if isinstance(traces, Trace) else tuple(traces)
+    if not whole:
         raise ValueError("no traces: give at least one")
-    return found
+    if not os.fspath(path).endswith(tuple(endings)):
+        raise ValueError(f"{os.fspath(path)!r} must end in {' or '.join(map(repr, endings))}")
+    prefixes = [f"{trace.title}: " if len(whole) > 1 else "" for trace in whole]
+    return list(zip(whole, offsets(whole), prefixes, strict=True))

@@ -22,7 +22,7 @@ from pretraining import hosts
 from pretraining.checkpoint import Checkpoints, last_checkpoint
 from pretraining.flags import train_parser as flags_parser
 from pretraining.layout import Layout, describe
-from pretraining.loop import LoopConfig, Program, train
+from pretraining.loop import LoopConfig, TrainFunctions, train
 from pretraining.observe import Observer, Throughput
 
 import jaxpipe
@@ -75,7 +75,7 @@ class Fake:
             x = np.random.default_rng((7, step)).normal(size=(WIDTH,)).astype(np.float32)
             return x * np.float32("nan") if step in poison else x
 
-        return Program(self.step, batch, self.rng, **options)
+        return TrainFunctions(self.step, batch, self.rng, **options)
 
     def _step(self, state, x, rng):
         noise = jax.random.normal(jax.random.fold_in(rng, state.step), (WIDTH,)) / 100

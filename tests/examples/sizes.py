@@ -1,46 +1,10 @@
-"""The model that the tests of the pretraining example train, and its batches."""
+"""The model that the tests of the pretraining example train, and its batches; to be imported first."""
 
-import dataclasses
 import pathlib
 import sys
 
-import numpy as np
-
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
-from pretraining.config import ModelConfig
-
-from eplb_jax import MoEConfig, RouterConfig
-
-SMALL = ModelConfig(
-    moe=MoEConfig(
-        width=16,
-        hidden=8,
-        router=RouterConfig(num_experts=4, top_k=2, num_groups=1, top_groups=1, scale=1.0),
-        backend="xla",
-    ),
-    vocab=64,
-    layers=5,
-    dense_layers=1,
-    dense_hidden=24,
-    heads=2,
-    query_rank=8,
-    latent=8,
-    content=8,
-    rotary=4,
-    value=6,
-    sequence=8,
-    redundant=2,
-)
-
-
-def small(**changes):
-    return dataclasses.replace(SMALL, **changes)
-
-
-def make_batch(step, rows, config=SMALL):
-    """Sequences in which each token depends on the one before."""
-    rng = np.random.default_rng((7, step))
-    text = np.cumsum(rng.integers(1, 4, (rows, config.sequence + 1)), 1) % config.vocab
-    mask = (rng.random((rows, config.sequence)) > 0.1).astype(np.float32)
-    return {"tokens": text[:, :-1].astype(np.int32), "targets": text[:, 1:].astype(np.int32), "mask": mask}
+from tests.jaxpipe.deepseek.models import SMALL as SMALL
+from tests.jaxpipe.deepseek.models import make_batch as make_batch
+from tests.jaxpipe.deepseek.models import small as small

@@ -15,7 +15,7 @@ from tests.examples.fake_run import Fake
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
 from pretraining.checkpoint import Checkpoints, DamagedError
-from pretraining.layout import Layout, describe, fingerprint, spread
+from pretraining.layout import Layout, describe, divided_evenly, fingerprint
 
 pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
@@ -166,7 +166,7 @@ def test_fingerprints_see_every_change_and_no_mesh(fake, dtype):
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.integers(0, 2, (8, 6, 4)), dtype)
     expected = int(fingerprint(values))
-    placed = jax.device_put(values, spread(values.shape, fake.mesh))
+    placed = jax.device_put(values, divided_evenly(values.shape, fake.mesh))
     assert int(jax.jit(fingerprint)(placed)) == expected
     for _ in range(20):
         place = tuple(rng.integers(values.shape))

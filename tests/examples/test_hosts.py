@@ -120,9 +120,8 @@ def test_sigterm_stops_both_after_the_same_step(two, tmp_path):
 def test_the_launcher_ends_what_does_not_end(two, capsys):
     script = "import sys, time; sys.exit(3) if sys.argv[-1] == '1' else time.sleep(100)"
     processes, _ = two("-c", script)
-    start = time.monotonic()
     assert launch_local.wait(processes, grace=0.5) == 3
-    assert time.monotonic() - start < 20
+    assert processes[0].poll() in (-signal.SIGTERM, -signal.SIGKILL)
     assert "process 0 has not ended: it is ended" in capsys.readouterr().out
 
 

@@ -34,28 +34,28 @@ def fake():
 
 
 @pytest.fixture(scope="module")
-def straight(fake, tmp_path_factory):
+def uninterrupted(fake, tmp_path_factory):
     """A run without a pause."""
-    return run(fake, tmp_path_factory.mktemp("straight"), 20, save_every=20)[0]
+    return run(fake, tmp_path_factory.mktemp("uninterrupted"), 20, save_every=20)[0]
 
 
-def test_resuming_equals_a_run_without_a_pause(fake, tmp_path, straight):
+def test_resuming_equals_a_run_without_a_pause(fake, tmp_path, uninterrupted):
     first, _ = run(fake, tmp_path, 10)
     second, start = run(fake, tmp_path, 20)
     assert start == 10
-    assert first.losses + second.losses == straight.losses
-    assert equal(second.state, straight.state)
+    assert first.losses + second.losses == uninterrupted.losses
+    assert equal(second.state, uninterrupted.state)
 
 
 @pytest.mark.parametrize(
     ("pp", "order"), [(2, range(LAYERS)), (4, (0, 7, 1, 6, 2, 5, 3, 4)), (1, (3, 2, 1, 0, 7, 6, 5, 4))]
 )
-def test_resuming_on_another_mesh_and_schedule(fake, tmp_path, straight, pp, order):
+def test_resuming_on_another_mesh_and_schedule(fake, tmp_path, uninterrupted, pp, order):
     run(fake, tmp_path, 10)
     second, start = run(Fake(pp, tuple(order)), tmp_path, 20)
     assert start == 10
-    np.testing.assert_allclose(second.losses, straight.losses[10:], rtol=1e-5)
-    weights, expected = second.state.params.stages["w"], straight.state.params.stages["w"]
+    np.testing.assert_allclose(second.losses, uninterrupted.losses[10:], rtol=1e-5)
+    weights, expected = second.state.params.stages["w"], uninterrupted.state.params.stages["w"]
     assert weights.sharding.mesh.shape["pp"] == pp
     np.testing.assert_allclose(weights, np.asarray(expected)[list(order)], rtol=1e-5, atol=1e-7)
 
@@ -76,11 +76,11 @@ def test_many_skipped_steps_in_a_row_end_the_run_and_leave_a_good_checkpoint(fak
     assert np.isfinite(result.losses).all()
 
 
-def test_a_run_that_is_asked_to_stop_saves_first(fake, tmp_path, straight):
+def test_a_run_that_is_asked_to_stop_saves_first(fake, tmp_path, uninterrupted):
     result, _ = run(fake, tmp_path, 20, save_every=100, stop=lambda step: step == 7)
     assert result.interrupted and len(result.losses) == 7
     rest, start = run(fake, tmp_path, 20)
-    assert start == 7 and not rest.interrupted and equal(rest.state, straight.state)
+    assert start == 7 and not rest.interrupted and equal(rest.state, uninterrupted.state)
 
 
 def test_a_signal_asks_to_stop():

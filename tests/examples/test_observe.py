@@ -122,7 +122,7 @@ def test_a_folder_that_cannot_be_written_is_an_error_before_the_run(tmp_path):
 
 def test_lines_are_whole(tmp_path):
     path = tmp_path / METRICS
-    lines = observe.Lines(path)
+    lines = observe.JsonLines(path)
     lines.write({"step": 1})
     assert json.loads(path.read_text()) == {"step": 1}
     lines.close()

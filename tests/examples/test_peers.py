@@ -129,4 +129,8 @@ def test_those_that_do_not_come_are_named():
 
 
 def test_one_alone_waits_for_nobody():
-    Peers(0, 1, lambda *_: None).finish()
+    learned = queue.Queue()
+    finishing = threading.Thread(target=Peers(0, 1, lambda *news: learned.put(news)).finish, daemon=True)
+    finishing.start()
+    finishing.join(10)
+    assert not finishing.is_alive() and learned.empty()

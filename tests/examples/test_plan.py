@@ -11,20 +11,18 @@ from tests.examples.sizes import SMALL, small  # first: it makes the example imp
 from pretraining import plan as planning  # isort: skip
 from pretraining import trainer
 from pretraining.compiled import Compiled, compile_step, table
-from pretraining.config import MODELS, model_config
-from pretraining.durations import WHOLE_LAYERS, durations
-from pretraining.liveness import peak
-from pretraining.model import build_model
 
 import jaxpipe
-from profiling.hlo.chips import CHIPS, Achieved
+from jaxpipe.deepseek import build_model
+from jaxpipe.deepseek.config import MODELS, model_config
+from jaxpipe.planning.chips import CHIPS
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda
 
 
 @pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
 def test_memory_is_that_of_the_compiled_program(name):
-    """The tiny model on pp=4 x ep=2: arguments exactly, temporaries and the whole within a tenth."""
+    """The tiny model on pp=4 x ep=2: arguments exactly, the whole within 6%."""
     if jax.device_count() < 8:
         pytest.skip(f"8 devices are needed, there are {jax.device_count()}")
     config, sizes = model_config("tiny"), {"pp": 4, "ep": 2}
@@ -42,8 +40,8 @@ def test_memory_is_that_of_the_compiled_program(name):
     assert abs(row.memory.arguments - arguments) < 1000
     assert abs(compiled.output_size_in_bytes - (row.memory.masters + row.memory.optimizer)) < 4000
     assert compiled.alias_size_in_bytes >= 0.99 * (row.memory.masters + row.memory.optimizer)
-    assert row.memory.temporary == pytest.approx(temporary, rel=0.1)
-    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.1)
+    assert row.memory.temporary == pytest.approx(temporary, rel=0.07)
+    assert row.memory.total == pytest.approx(arguments + temporary, rel=0.06)  # as docs/guides/memory.md says
 
 
 @pytest.mark.slow
@@ -88,8 +86,9 @@ def test_compiled_table():
     assert small.startswith("| 1f1b | 20.0 | 0.0 | 20.0 | -")
 
 
-def test_only_gradients_that_devices_share_are_summed():
-    """More expert parallelism leaves each device fewer experts, and the same to sum; between nodes sums take longer."""
+@pytest.mark.slow
+def test_gradients_between_nodes_take_longer():
+    """More expert parallelism leaves each device fewer experts; summing the rest between nodes takes longer."""
 
     def rows(ep, **options):
         return planning.plan(
@@ -97,14 +96,12 @@ def test_only_gradients_that_devices_share_are_summed():
         ).rows
 
     (two,), (four,), (apart,) = rows(2), rows(4), rows(4, devices_per_node=2)
-    assert two.memory.replicated == four.memory.replicated < four.memory.masters < two.memory.masters
+    assert four.memory.masters < two.memory.masters
     assert apart.seconds > four.seconds
-    alone = durations(SMALL, 1, {"pp": 1, "ep": 1}, 1, CHIPS["H100"], WHOLE_LAYERS, jnp.bfloat16, 8)
-    assert alone.update(10**9, 10**9, 10**9) == pytest.approx(alone.update(10**9, 10**9, 0), rel=1e-6)
 
 
 def test_the_largest_model_is_planned_without_devices():
-    found = planning.plan(MODELS["dsv3-671b"], {"pp": 16, "ep": 64}, schedules=["1f1b"])
+    found = planning.plan(MODELS["dsv3-671b"].over_devices(64, 256), {"pp": 16, "ep": 64}, schedules=["1f1b"])
     (row,) = found.rows
     text = str(found)
     assert "671.03 in all, 37.55 active" in text and "1024 H800" in text
@@ -129,51 +126,3 @@ def test_command(capsys):
     assert "4 H100, mesh {'pp': 2, 'ep': 2}" in capsys.readouterr().out
     with pytest.raises(ValueError, match="write sizes by axis"):
         planning.main(["--mesh", "16x64"])
-
-
-def test_peak_of_known_programs():
-    """Products are allocated, what surrounds them is not; loops and slots share memory with what they carry."""
-    x, size = jnp.ones((16, 16)), 16 * 16 * 4
-
-    def bytes_of(function, *args, **options):
-        return peak(jax.make_jaxpr(function)(*args).jaxpr, **options)
-
-    assert bytes_of(lambda x: (x @ x) @ x, x) == 2 * size
-    assert bytes_of(lambda x: jnp.sin(x).reshape(-1).sum(), x) == 4
-    assert bytes_of(lambda x: jnp.tanh(x) @ x, x) == 2 * size
-    assert bytes_of(lambda s, x: jax.lax.dynamic_update_index_in_dim(s, x @ x, 1, 0), jnp.ones((3, 16, 16)), x) == size
-
-    def loop(x):
-        return jax.lax.scan(lambda c, _: (c + (x @ x) @ x, None), x, None, length=4)[0]
-
-    assert bytes_of(loop, x) == 2 * size
-
-    def accumulate(x, ordered):
-        def body(sums, _):
-            grads = x @ x, x @ x.T
-            grads = jax.lax.optimization_barrier(grads) if ordered else grads
-            return jax.tree.map(jnp.add, sums, grads), None
-
-        return jax.lax.scan(body, (x, x), None, length=4)[0]
-
-    # What is added to a carried sum is freed at once, unless something must be there before the addition.
-    assert bytes_of(lambda x: accumulate(x, False), x) - bytes_of(lambda x: accumulate(x, True), x) == -size
-
-    groups, masked = jnp.array([8, 8]), 2 * size
-    matrices = jnp.ones((2, 16, 16))
-    assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x) == size
-    assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x, cpu=True) == size + masked
-
-
-def test_costs_follow_the_model():
-    """A stage of twice the layers takes twice as long; a backward twice a forward, and more with attention's."""
-    config = MODELS["moe-1b"]
-    one, two = (
-        durations(config, layers, {"pp": 1, "ep": 1}, 1, CHIPS["H100"], Achieved(), jnp.bfloat16, 8).costs
-        for layers in (1, 2)
-    )
-    assert two.forward == pytest.approx(2 * one.forward)
-    assert 1 < one.backward_input / one.forward < 1.5 and one.weight < one.forward
-    flops = durations(config, 1, {"pp": 1, "ep": 1}, 1, CHIPS["H100"], Achieved(), jnp.bfloat16, 8).token_flops
-    embedding = config.vocab * config.width
-    assert 6 * (config.active - embedding) == pytest.approx(flops, rel=0.2) and flops > 6 * (config.active - embedding)

@@ -40,11 +40,11 @@ def test_a_pause_changes_nothing_and_another_mesh_almost_nothing(pretrain, tmp_p
         common = ["--eval-every", "0", "--save-every", "100", "--rebalance-every", "5", "--warmup", "3"]
         assert pretrain(["--out", str(tmp_path / out), "--steps", "20", *common, *flags]) == 0
 
-    run("straight", 20)
-    straight = losses(tmp_path / "straight")
+    run("uninterrupted", 20)
+    uninterrupted = losses(tmp_path / "uninterrupted")
     run("paused", 10)
     other = ["--resume", str(tmp_path / "paused"), "--schedule", "1f1b", "--mesh", "pp=2,ep=2", "--microbatches", "8"]
     run("other", 20, *other)
-    np.testing.assert_allclose(losses(tmp_path / "other"), straight[10:], rtol=1e-5)
+    np.testing.assert_allclose(losses(tmp_path / "other"), uninterrupted[10:], rtol=1e-5)
     run("paused", 20)
-    assert losses(tmp_path / "paused") == straight
+    assert losses(tmp_path / "paused") == uninterrupted

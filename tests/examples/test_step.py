@@ -10,9 +10,8 @@ from jax.sharding import PartitionSpec as P
 from tests.examples.sizes import SMALL, make_batch, small  # first: it makes the example importable
 
 from pretraining import trainer  # isort: skip
-from pretraining.model import build_model
-
 import jaxpipe
+from jaxpipe.deepseek import build_model
 from jaxpipe.schedule.registry import BUILDERS
 
 KEY = jax.random.key(0)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 import jaxpipe
-from jaxpipe.layers import Choice, layered_stages, split_layers, spread_layers, unstack_layers
+from jaxpipe.layers import Choice, layered_stages, split_layers, stages_of_mixed_layers, unstack_layers
+from tests.jaxprs import primitives
 from tests.plain import assert_trees_close, fold, split_batch
 
 WIDTH, LAYERS, MICROBATCHES = 3, 13, 8
@@ -163,26 +164,15 @@ def test_layers_already_stacked():
     np.testing.assert_allclose(x, expected, rtol=1e-6)
 
 
-def primitives(function, *args):
-    def names(jaxpr):
-        for eqn in jaxpr.eqns:
-            yield eqn.primitive.name
-            for inner in jax.tree.leaves(eqn.params, is_leaf=lambda leaf: hasattr(leaf, "jaxpr")):
-                if hasattr(inner, "jaxpr"):
-                    yield from names(inner.jaxpr)
-
-    return set(names(jax.make_jaxpr(function)(*args).jaxpr))
-
-
 @pytest.mark.parametrize(("count", "turn", "conditional"), [(8, 2, False), (10, 2, True), (9, 4, True), (4, 1, False)])
 def test_functions_in_turn(count, turn, conditional, x64):
     """Layers of several functions; a conditional only where a slot has different ones in different stages."""
     functions = [lambda w, x, ctx, k=k: x + [jnp.tanh, jnp.sin, jnp.cos, jax.nn.relu][k](x * w) for k in range(turn)]
     weights, x = normal(count), normal(2, WIDTH)
-    stage, stacked = spread_layers(functions, [i % turn for i in range(count)], weights, DUALPIPEV)
+    stage, stacked = stages_of_mixed_layers(functions, [i % turn for i in range(count)], weights, DUALPIPEV)
     ctx = jaxpipe.Context.make(0, 0, None, None, num_stages=4)
     stages = jaxpipe.unstack_stages(stacked, DUALPIPEV)
-    assert ("cond" in primitives(stage, stages[0], x, ctx)) == conditional
+    assert ("cond" in primitives(jax.make_jaxpr(stage)(stages[0], x, ctx))) == conditional
 
     def staged(stages, x):
         for s, params in enumerate(stages):
@@ -256,6 +246,6 @@ def test_bad_layers_are_refused():
     with pytest.raises(ValueError, match=r"the layer maps float32\[3\] to bfloat16\[3\]"):
         run(lambda w, x, ctx: x.astype(jnp.bfloat16), jnp.ones((5, 2)))
     functions = [lambda w, x, ctx: x * w, lambda w, x, ctx: jaxpipe.Output(x * w, metrics={"n": x.sum()})]
-    stage, _ = spread_layers(functions, (0, 1, 0, 1), jnp.ones(4), DUALPIPEV)
+    stage, _ = stages_of_mixed_layers(functions, (0, 1, 0, 1), jnp.ones(4), DUALPIPEV)
     with pytest.raises(ValueError, match=r"layer 1 returns .*'n'.*, but layer 0 returns"):
         stage(jnp.ones(1), jnp.ones(3), jaxpipe.Context.make(0, 0, None, None, num_stages=4))

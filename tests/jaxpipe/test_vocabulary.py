@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe import vocabulary
+from tests.jaxprs import equations
 
 AXES = [(1, 1), (2, 1), (4, 2), (8, 1)]
 
@@ -104,18 +105,9 @@ def test_no_device_holds_more_than_its_part_of_the_logits():
     run = jax.shard_map(jax.grad(objective, (0, 1)), mesh=mesh, in_specs=(P(), P("pp")), out_specs=(P(), P("pp")),
                         check_vma=False)  # fmt: skip
     (body,) = [eqn.params["jaxpr"] for eqn in jax.make_jaxpr(run)(y, table).eqns]
-    shapes = [v.aval.shape for eqn in equations(body) for v in eqn.outvars]
+    shapes = [v.aval.shape for eqn, _ in equations(body) for v in eqn.outvars]
     assert max(np.prod(shape) for shape in shapes) == tokens * size // devices
-    assert sum(eqn.primitive.name == "dot_general" for eqn in equations(body)) == 3
-
-
-def equations(jaxpr):
-    for eqn in jaxpr.eqns:
-        yield eqn
-        for value in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda v: hasattr(v, "eqns")):
-            inner = getattr(value, "jaxpr", value)
-            if hasattr(inner, "eqns"):
-                yield from equations(inner)
+    assert sum(eqn.primitive.name == "dot_general" for eqn, _ in equations(body)) == 3
 
 
 def test_what_does_not_fit_is_refused():

@@ -17,16 +17,18 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs
-from jaxpipe.stage import split_stage
 from profiling.hlo.topologies import topology
 
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
+
+from overlap_programs import BODY_STEPS, Variant, device_body
+
 LAYERS = 2
-STEPS = 8
+STEPS = BODY_STEPS
 SWAP = ((0, 1), (1, 0))
 
 
@@ -62,29 +64,7 @@ def lower_body(devices, config, tokens):
                 x = x + moe_layer(moe, x, config, axis="ep")[0]
         return x
 
-    def run(params, x, dy):
-        here, there = ([jax.tree.map(lambda leaf, c=c: leaf[0, c], layer) for layer in params] for c in range(2))
-        split = split_stage(stage, here, x)
-        forward, backward = split.prepare(here), split.prepare(there)
-
-        def step(carry, _):
-            x, dy, residuals, grads = carry
-            with jax.named_scope("F"):
-                y, kept = split.forward(forward, x)
-            with jax.named_scope("I"):
-                dx, crossing = split.backward_input(backward, residuals, dy)
-            with jax.named_scope("W"):
-                more = split.backward_weight(backward, residuals.weight, crossing)
-                grads = jax.tree.map(lambda a, b: a + b.astype(a.dtype), grads, more)
-            with jax.named_scope("send"):
-                x, dy = lax.ppermute(y, "pp", SWAP), lax.ppermute(dx, "pp", SWAP)
-            return (x, dy, kept, grads), None
-
-        grads = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape, jnp.float32), there)
-        carry = (x, dy, split.forward(backward, x)[1], grads)
-        x, dy, _, grads = lax.scan(step, carry, None, length=STEPS)[0]
-        return x, dy, jax.tree.map(lambda leaf: leaf[None], grads)
-
+    run = device_body(stage, SWAP, Variant("body"))
     moe = param_specs(config, "ep")
     grad_specs = [(P("pp"), P("pp"), _within(moe, "pp"))] * LAYERS
     specs = [(P("pp"), P("pp"), _within(moe, "pp", None))] * LAYERS

@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import functools
-import logging
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
-from eplb_jax.kernels.backend import choose_backend, current_target
-from eplb_jax.kernels.grouped_gemm import mosaic, xla
-from eplb_jax.kernels.grouped_gemm.layout import ALIGN
-from eplb_jax.kernels.mesh_axis import same_axes, varying
+from eplb_jax.kernels import registry
+from eplb_jax.kernels.grouped_gemm import xla
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
+from eplb_jax.kernels.mesh_axis import same_axes
+from eplb_jax.kernels.registry import Backend, ChosenBackend
 
-Backend = Literal["auto", "xla", "mosaic"]
 FLOATS = ("bfloat16", "float16", "float32", "float64")
-logger = logging.getLogger(__name__)
 
 
 def grouped_matmul(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"],
-    group_sizes: Int[Array, " groups"],
+    rhs: Float[Array, "groups k n"] | Float[Array, "groups n k"],
+    group_sizes: Integer[Array | np.ndarray, " groups"],
     *,
     backend: Backend = "auto",
     transpose_rhs: bool = False,
@@ -83,7 +81,7 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes has dtype {group_sizes.dtype}: it must hold numbers of rows; cast it to int32")
     if isinstance(group_sizes, np.ndarray):
-        needed = int((-(-group_sizes // ALIGN) * ALIGN).sum())
+        needed = int(round_up(group_sizes.astype(np.int64)).sum())
         if (group_sizes < 0).any() or needed > lhs.shape[0]:
             raise ValueError(
                 f"group_sizes {group_sizes.tolist()} need {needed} rows when each is rounded up to {ALIGN}, and lhs "
@@ -91,49 +89,33 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
             )
 
 
-def choose(lhs: Any, rhs: Any, backend: str) -> str:
-    """The backend for arguments that `check` accepts, as `choose_backend` names it."""
-    return choose_backend(backend, current_target, lambda: mosaic.why_not(lhs, rhs), "run this", _log_fallback)
+def choose(lhs: Any, rhs: Any, backend: str) -> ChosenBackend:
+    """Who makes the products of arguments that `check` accepts."""
+    return registry.choose("grouped_matmul", backend, lhs, rhs)
 
 
-@functools.cache
-def _log_fallback(reason: str) -> None:
-    """Says once per reason that a GPU gets the slow backend."""
-    logger.warning("grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: %s", reason)
-
-
-def _matmul(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: str, transpose_rhs: bool) -> jax.Array:
+def _matmul(
+    lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, chosen: ChosenBackend, transpose_rhs: bool
+) -> jax.Array:
     """The product on the chosen backend."""
-    by = {m: functools.partial(m.matmul, transpose_rhs=transpose_rhs) for m in (xla, mosaic)}
-    return dispatch(chosen, by[xla], by[mosaic], lhs, rhs, group_sizes)
+    return registry.dispatch(chosen, "matmul", xla.matmul, lhs, rhs, group_sizes, transpose_rhs=transpose_rhs)
 
 
-def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: str) -> jax.Array:
+def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: ChosenBackend) -> jax.Array:
     """The gradient of the right-hand side on the chosen backend."""
-    return dispatch(chosen, xla.outer, mosaic.outer, lhs, dout, group_sizes)
-
-
-def dispatch(chosen: str, by_xla: Any, by_mosaic: Any, *arguments: jax.Array) -> Any:
-    """The results on the chosen backend, as `choose_backend` names it.
-
-    Under `jax.vmap` a kernel runs once for each part of the batch: it fills a GPU by itself.
-    """
-    kernel = varying(jax.custom_batching.sequential_vmap(by_mosaic))
-    if chosen == "either":
-        return jax.lax.platform_dependent(*arguments, cuda=kernel, default=varying(by_xla))
-    return kernel(*arguments) if chosen == "mosaic" else varying(by_xla)(*arguments)
+    return registry.dispatch(chosen, "outer", xla.outer, lhs, dout, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
-def _grouped_matmul(lhs: Any, rhs: Any, group_sizes: Any, chosen: str, transpose_rhs: bool) -> Any:
+def _grouped_matmul(lhs: Any, rhs: Any, group_sizes: Any, chosen: ChosenBackend, transpose_rhs: bool) -> Any:
     return _matmul(lhs, rhs, group_sizes, chosen, transpose_rhs)
 
 
-def _forward(lhs: Any, rhs: Any, group_sizes: Any, chosen: str, transpose_rhs: bool) -> Any:
+def _forward(lhs: Any, rhs: Any, group_sizes: Any, chosen: ChosenBackend, transpose_rhs: bool) -> Any:
     return _matmul(lhs, rhs, group_sizes, chosen, transpose_rhs), (lhs, rhs, group_sizes)
 
 
-def _backward(chosen: str, transpose_rhs: bool, residuals: Any, dout: Any) -> Any:
+def _backward(chosen: ChosenBackend, transpose_rhs: bool, residuals: Any, dout: Any) -> Any:
     """Two products that share nothing, so that a pipeline can make the weights' gradient later."""
     lhs, rhs, group_sizes = residuals
     dlhs = _matmul(dout, rhs, group_sizes, chosen, not transpose_rhs)

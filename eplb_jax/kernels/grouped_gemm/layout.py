@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax.numpy as jnp
-from jaxtyping import Array, Bool, Int
+import numpy as np
+from jaxtyping import Array, Bool, Integer
 
 ALIGN = 8
 """Group g has rows ``[start, start + size)``, and the next starts at the first multiple of ALIGN after them.
@@ -12,16 +15,19 @@ GPUs copy tiles of 8 rows, and ``torch._grouped_mm`` asks for the same in its we
 """
 
 
-def round_up(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
-    """Rows that each group takes up, the unused ones at its end included; int32.
+def round_up(rows: Any) -> Any:
+    """The multiple of `ALIGN` at or after a number of rows, or after each: what groups of these sizes take up.
 
-    >>> round_up(jnp.array([3, 0, 8, 9])).tolist()
-    [8, 0, 8, 16]
+    Args:
+      rows: an int, or an array of signed integers of any shape; the result is of the same type.
+
+    >>> round_up(17), round_up(jnp.array([3, 0, 8, 9])).tolist()
+    (24, [8, 0, 8, 16])
     """
-    return (group_sizes.astype(jnp.int32) + (ALIGN - 1)) & -ALIGN
+    return (rows + (ALIGN - 1)) & -ALIGN
 
 
-def group_starts(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
+def group_starts(group_sizes: Integer[Array | np.ndarray, " groups"]) -> Integer[Array | np.ndarray, " groups"]:
     """The first row of each group.
 
     Args:
@@ -33,11 +39,11 @@ def group_starts(group_sizes: Int[Array, " groups"]) -> Int[Array, " groups"]:
     >>> group_starts(jnp.array([3, 0, 8, 9])).tolist()
     [0, 8, 8, 16]
     """
-    rows = round_up(group_sizes)
+    rows = round_up(group_sizes.astype(jnp.int32))
     return jnp.cumsum(rows, dtype=jnp.int32) - rows
 
 
-def used_rows(group_sizes: Int[Array, " groups"], num_rows: int) -> Bool[Array, " rows"]:
+def used_rows(group_sizes: Integer[Array | np.ndarray, " groups"], num_rows: int) -> Bool[Array, " rows"]:
     """Which of the rows belong to a group.
 
     >>> used_rows(jnp.array([3, 1]), 12).astype(int).tolist()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.grouped_gemm.mosaic_outer import outer_products
@@ -33,8 +33,8 @@ def why_not(lhs: Any, rhs: Any) -> str | None:
 
 def matmul(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"],
-    group_sizes: Int[Array, " groups"],
+    rhs: Float[Array, "groups k n"] | Float[Array, "groups n k"],
+    group_sizes: Integer[Array, " groups"],
     transpose_rhs: bool = False,
     *,
     tile: Tile | None = None,
@@ -54,7 +54,7 @@ def matmul(
 def outer(
     lhs: Float[Array, "rows k"],
     dout: Float[Array, "rows n"],
-    group_sizes: Int[Array, " groups"],
+    group_sizes: Integer[Array, " groups"],
     *,
     tile: Tile | None = None,
 ) -> Float[Array, "groups k n"]:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.experimental.pallas as pl
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.layout import ALIGN
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
 from eplb_jax.kernels.grouped_gemm.ring import CHUNK, CONSUMERS, Tile
 
 
@@ -23,7 +24,8 @@ def assign_tiles(
     """Goes through a worker's share of the output tiles, group after group, which keeps the workers near each other.
 
     A group's rows are divided into tiles from its first row on. One with at most half the rows takes about half the
-    time, so high and low tiles are dealt out apart, the low ones from the last worker on: all get as many of either.
+    time, so high and low tiles are assigned separately, the low ones from the last worker on: numbers of either differ
+    between workers by one at most.
 
     Args:
       size_of: rows of each group; int32, in memory.
@@ -40,21 +42,21 @@ def assign_tiles(
     """
     half = tile.m // 2 if tile.m > CHUNK else 0
 
-    def share(count, dealt, first):
-        """The first of `count` tiles that is the worker's, if `dealt` were dealt out before, and how many are."""
-        start = lax.rem(first + (workers - lax.rem(dealt, jnp.int32(workers))), jnp.int32(workers))
+    def share(count, before, first):
+        """The first of `count` tiles that is the worker's, if `before` tiles were assigned before, and how many are."""
+        start = lax.rem(first + (workers - lax.rem(before, jnp.int32(workers))), jnp.int32(workers))
         return start, lax.div(count - start + (workers - 1), jnp.int32(workers))
 
     def go_through(group, carry):
-        turn, first_row, dealt_high, dealt_low, size = carry
+        turn, first_row, high_before, low_before, size = carry
         next_size = size_of[jnp.minimum(group + 1, groups - 1)]  # early, as it takes long
         high = lax.div(size + (tile.m - half - 1), jnp.int32(tile.m))
         cut = jnp.minimum(high, jnp.where(group == groups - 1, tile.cut, 0)) if half else 0
         high -= cut
         rest = size - high * tile.m
         low = lax.div(jnp.maximum(rest, 0) + (half - 1), jnp.int32(half)) if half else jnp.int32(0)
-        start_high, mine_high = share(high * column_tiles, dealt_high, worker)
-        start_low, mine_low = share(low * column_tiles, dealt_low, workers - 1 - worker)
+        start_high, mine_high = share(high * column_tiles, high_before, worker)
+        start_low, mine_low = share(low * column_tiles, low_before, workers - 1 - worker)
 
         def one(number, _):
             is_high = number < mine_high
@@ -65,12 +67,53 @@ def assign_tiles(
             work(turn + number, group, first_row + offset, valid, column_tile)
 
         lax.fori_loop(jnp.int32(0), mine_high + mine_low, one, None)
-        rounded = (size + (ALIGN - 1)) & -ALIGN
-        dealt = dealt_high + high * column_tiles, dealt_low + low * column_tiles
-        return turn + mine_high + mine_low, first_row + rounded, *dealt, next_size
+        rounded = round_up(size)
+        before = high_before + high * column_tiles, low_before + low * column_tiles
+        return turn + mine_high + mine_low, first_row + rounded, *before, next_size
 
     zero = jnp.int32(0)
     return lax.fori_loop(zero, jnp.int32(groups), go_through, (zero, zero, zero, zero, size_of[0]))[0]
+
+
+@dataclasses.dataclass(frozen=True)
+class _RowsBlock:
+    """One block of the kernel: the operands, its ring of tiles, and its place.
+
+    Attributes:
+      tile: the division of the work.
+      transpose_rhs: whether the matrices are multiplied transposed.
+      steps: parts of the contraction; each takes one slot of the ring.
+      lhs, rhs, out: the arrays in memory.
+      refs: what `ring.scratch` made.
+      warpgroup: which of the block's warpgroups this is; the last one loads, the others multiply.
+      pair: which block of its cluster this is.
+      for_each_tile: calls its argument for each of the block's output tiles, as `assign_tiles` does.
+    """
+
+    tile: Tile
+    transpose_rhs: bool
+    steps: int
+    lhs: Any
+    rhs: Any
+    out: Any
+    refs: dict[str, Any]
+    warpgroup: jax.Array
+    pair: jax.Array
+    for_each_tile: Callable[[Callable[..., None]], jax.Array]
+
+    def first_column(self, column_tile: jax.Array) -> jax.Array:
+        """The first column of this block's tile."""
+        return (column_tile * self.tile.cluster + self.pair) * self.tile.n
+
+
+class _RowsOutput(NamedTuple):
+    """An output tile, as `assign_tiles` gives it."""
+
+    turn: jax.Array
+    group: jax.Array
+    row: jax.Array
+    valid: jax.Array
+    column_tile: jax.Array
 
 
 def rows_times_matrices(
@@ -83,98 +126,122 @@ def rows_times_matrices(
     steps = pl.cdiv(depth, tile.k)
     column_tiles = pl.cdiv(columns, tile.n * tile.cluster)
     workers = cores // tile.cluster
-    part_rows, part_columns = tile.part
 
     def body(size_of, lhs_ref, rhs_ref, out_ref):
         def scoped(**refs):
             warpgroup = lax.axis_index("warpgroup")
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
-            go_through = functools.partial(assign_tiles, size_of, groups, column_tiles, worker, workers, tile)
-
-            def first_column(column_tile):
-                return (column_tile * tile.cluster + pair) * tile.n
-
-            @pl.when(warpgroup == CONSUMERS)
-            def _():
-                plgpu.set_max_registers(40, action="decrease")
-
-                def load_tile(turn, group, row, valid, column_tile):
-                    matrix = rhs_ref.at[group]
-                    wide = pl.ds(pl.multiple_of(first_column(column_tile), tile.n), tile.n)
-
-                    def load(height):
-                        high = pl.ds(pl.multiple_of(row, ALIGN), height)
-
-                        def load_step(k, _):
-                            deep = pl.ds(k * tile.k, tile.k)
-                            b = matrix.at[wide, deep] if transpose_rhs else matrix.at[deep, wide]
-                            ring.fill(turn * steps + k, turn, tile, refs, lhs_ref.at[high, deep], b)
-
-                        lax.fori_loop(jnp.int32(0), jnp.int32(steps), load_step, None)
-
-                    by_height(valid, tile.m, load)
-
-                ring.drain(go_through(load_tile) * steps, tile, refs)
-
-            @pl.when(warpgroup < CONSUMERS)
-            def _():
-                plgpu.set_max_registers(232, action="increase")
-                corner_column = tile.corner(warpgroup)[1]
-
-                def compute_tile(turn, group, row, valid, column_tile):
-                    begin = turn * steps
-                    # With "m" the warpgroups divide between them the rows of a low tile, too.
-                    share = jnp.where(valid <= tile.m // 2, max(part_rows // 2, CHUNK), part_rows)
-                    corner_row = pl.multiple_of(warpgroup * share, CHUNK) if tile.split == "m" else 0
-
-                    def multiply(rows):
-                        def operands(slot):
-                            a = ring.cut(refs["a_ring"].at[slot], 0, corner_row, rows)
-                            b = refs["b_ring"].at[slot]
-                            b = ring.cut(b, 0 if transpose_rhs else 1, corner_column, part_columns)
-                            return a, (b.transpose((1, 0)) if transpose_rhs else b)
-
-                        def accumulate(acc):
-                            ring.multiply(acc, begin, begin, begin + steps, turn, tile, refs, operands)
-                            values = acc[...]
-                            ring.release(begin + steps - 1, tile, refs)
-                            return values.astype(out_ref.dtype)
-
-                        values = pl.run_scoped(accumulate, ring.accumulator(rows, part_columns))
-
-                        def target(m, n, rows):
-                            high = pl.ds(pl.multiple_of(row + corner_row + m, ALIGN), rows)
-                            wide = pl.multiple_of(first_column(column_tile) + corner_column + n, CHUNK)
-                            return out_ref.at[high, pl.ds(wide, CHUNK)]
-
-                        ring.store(values, valid - corner_row, tile, refs, warpgroup, target)
-
-                    def pass_by():
-                        """None of this warpgroup's rows are the group's: it only lets the slots go."""
-
-                        def skip(step, _):
-                            plgpu.barrier_wait(ring.filled(step, turn, tile, refs))
-                            ring.release(step, tile, refs)
-
-                        lax.fori_loop(begin, begin + steps, skip, None)
-
-                    if tile.sharers == 1:
-                        mine = ring.owner(turn, tile) == warpgroup
-                        pl.when(mine)(lambda: by_height(valid, part_rows, multiply))
-                    elif tile.split == "n":
-                        by_height(valid, part_rows, multiply)
-                    else:
-                        pl.when(valid > corner_row)(lambda: by_height(valid - corner_row, part_rows, multiply))
-                        pl.when(valid <= corner_row)(pass_by)
-
-                go_through(compute_tile)
-                plgpu.wait_smem_to_gmem(0)
+            for_each_tile = functools.partial(assign_tiles, size_of, groups, column_tiles, worker, workers, tile)
+            block = _RowsBlock(
+                tile, transpose_rhs, steps, lhs_ref, rhs_ref, out_ref, refs, warpgroup, pair, for_each_tile
+            )
+            pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
+            pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
         b_shape = (tile.n, tile.k) if transpose_rhs else (tile.k, tile.n)
         pl.run_scoped(scoped, **ring.scratch(tile, (tile.m, tile.k), b_shape, lhs.dtype), collective_axes="warpgroup")
 
     out: Any = jax.ShapeDtypeStruct((num_rows, columns), lhs.dtype)
     return ring.launch(body, "grouped_rows", tile, cores, out, group_sizes, lhs, rhs)
+
+
+def _load(block: _RowsBlock) -> None:
+    """The producer: copies the operands of all of the block's tiles into the ring."""
+    plgpu.set_max_registers(40, action="decrease")
+    turns = block.for_each_tile(lambda *output: _load_tile(block, _RowsOutput(*output)))
+    ring.drain(turns * block.steps, block.tile, block.refs)
+
+
+def _load_tile(block: _RowsBlock, output: _RowsOutput) -> None:
+    tile = block.tile
+    matrix = block.rhs.at[output.group]
+    wide = pl.ds(pl.multiple_of(block.first_column(output.column_tile), tile.n), tile.n)
+
+    def load(height: int) -> None:
+        high = pl.ds(pl.multiple_of(output.row, ALIGN), height)
+
+        def load_step(k, _):
+            deep = pl.ds(k * tile.k, tile.k)
+            b = matrix.at[wide, deep] if block.transpose_rhs else matrix.at[deep, wide]
+            ring.fill(output.turn * block.steps + k, output.turn, tile, block.refs, block.lhs.at[high, deep], b)
+
+        lax.fori_loop(jnp.int32(0), jnp.int32(block.steps), load_step, None)
+
+    by_height(output.valid, tile.m, load)
+
+
+def _compute(block: _RowsBlock) -> None:
+    """A consumer: multiplies and stores this warpgroup's parts of the block's tiles."""
+    plgpu.set_max_registers(232, action="increase")
+    corner_column = block.tile.corner(block.warpgroup)[1]
+    block.for_each_tile(lambda *output: _compute_tile(block, corner_column, _RowsOutput(*output)))
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _compute_tile(block: _RowsBlock, corner_column: jax.Array, output: _RowsOutput) -> None:
+    """Makes the part of a tile that is this warpgroup's, or passes by where none is."""
+    tile, valid = block.tile, output.valid
+    part_rows = tile.part[0]
+    begin = output.turn * block.steps
+    # With "m" the warpgroups divide between them the rows of a low tile, too.
+    share = jnp.where(valid <= tile.m // 2, max(part_rows // 2, CHUNK), part_rows)
+    corner_row = pl.multiple_of(block.warpgroup * share, CHUNK) if tile.split == "m" else 0
+
+    def multiply(rows: int) -> None:
+        _multiply_and_store(block, output, begin, corner_row, corner_column, rows)
+
+    if tile.sharers == 1:
+        mine = ring.owner(output.turn, tile) == block.warpgroup
+        pl.when(mine)(lambda: by_height(valid, part_rows, multiply))
+    elif tile.split == "n":
+        by_height(valid, part_rows, multiply)
+    else:
+        pl.when(valid > corner_row)(lambda: by_height(valid - corner_row, part_rows, multiply))
+        pl.when(valid <= corner_row)(lambda: _pass_by(block, output, begin))
+
+
+def _multiply_and_store(
+    block: _RowsBlock,
+    output: _RowsOutput,
+    begin: jax.Array,
+    corner_row: jax.Array | int,
+    corner_column: jax.Array,
+    rows: int,
+) -> None:
+    """Makes some rows of a tile, from this warpgroup's corner on; ``begin`` is the tile's first step."""
+    tile, steps, refs, transpose_rhs = block.tile, block.steps, block.refs, block.transpose_rhs
+    part_columns = tile.part[1]
+
+    def operands(slot):
+        a = ring.cut(refs["a_ring"].at[slot], 0, corner_row, rows)
+        b = refs["b_ring"].at[slot]
+        b = ring.cut(b, 0 if transpose_rhs else 1, corner_column, part_columns)
+        return a, (b.transpose((1, 0)) if transpose_rhs else b)
+
+    def accumulate(acc):
+        ring.multiply(acc, begin, begin, begin + steps, output.turn, tile, refs, operands)
+        values = acc[...]
+        ring.release(begin + steps - 1, tile, refs)
+        return values.astype(block.out.dtype)
+
+    values = pl.run_scoped(accumulate, ring.accumulator(rows, part_columns))
+
+    def target(m, n, rows):
+        high = pl.ds(pl.multiple_of(output.row + corner_row + m, ALIGN), rows)
+        wide = pl.multiple_of(block.first_column(output.column_tile) + corner_column + n, CHUNK)
+        return block.out.at[high, pl.ds(wide, CHUNK)]
+
+    ring.store(values, output.valid - corner_row, tile, refs, block.warpgroup, target)
+
+
+def _pass_by(block: _RowsBlock, output: _RowsOutput, begin: jax.Array) -> None:
+    """Lets the slots of a tile go that has no row of its group in this warpgroup's part."""
+
+    def skip(step, _):
+        plgpu.barrier_wait(ring.filled(step, output.turn, block.tile, block.refs))
+        ring.release(step, block.tile, block.refs)
+
+    lax.fori_loop(begin, begin + block.steps, skip, None)
 
 
 def by_height(valid: jax.Array, most: int, work: Callable[[int], None]) -> None:

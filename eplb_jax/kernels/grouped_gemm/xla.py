@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.grouped_gemm.layout import round_up, used_rows
@@ -12,8 +12,8 @@ from eplb_jax.kernels.grouped_gemm.layout import round_up, used_rows
 
 def matmul(
     lhs: Float[Array, "rows k"],
-    rhs: Float[Array, "groups k n"],
-    group_sizes: Int[Array, " groups"],
+    rhs: Float[Array, "groups k n"] | Float[Array, "groups n k"],
+    group_sizes: Integer[Array, " groups"],
     transpose_rhs: bool = False,
 ) -> Float[Array, "rows n"]:
     """Each group of rows times its matrix; rows of no group get anything.
@@ -39,7 +39,7 @@ def matmul(
 
 
 def outer(
-    lhs: Float[Array, "rows k"], dout: Float[Array, "rows n"], group_sizes: Int[Array, " groups"]
+    lhs: Float[Array, "rows k"], dout: Float[Array, "rows n"], group_sizes: Integer[Array, " groups"]
 ) -> Float[Array, "groups k n"]:
     """The product ``lhs[rows].T @ dout[rows]`` of each group's rows: the gradient of `matmul`'s matrices.
 
@@ -72,4 +72,4 @@ def _ragged_dot(lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, numbers:
     def product(lhs: jax.Array, rhs: jax.Array, sizes: jax.Array) -> jax.Array:
         return jax.lax.ragged_dot_general(lhs, rhs, sizes, numbers, preferred_element_type=wide(lhs.dtype))
 
-    return product(lhs, rhs, round_up(group_sizes)).astype(lhs.dtype)
+    return product(lhs, rhs, round_up(group_sizes.astype(jnp.int32))).astype(lhs.dtype)

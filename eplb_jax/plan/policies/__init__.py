@@ -1,1 +1,1 @@
-"""Policies beyond DeepSeek's, one a module, all of the same return type; internal, `eplb_jax` exports them."""
+"""Policies beyond DeepSeek's, one a module, all of the same return type; `eplb_jax` exports them. Internal."""

@@ -8,8 +8,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Num
 
-from eplb_jax.plan.arguments import check_loads, check_sizes
-from eplb_jax.plan.nodes import heaviest_of, join_rows, lightest_packing, make_rows, place_slots, spread_idle
+from eplb_jax.plan.arguments import check_loads
+from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
+from eplb_jax.plan.nodes import heaviest_of, join_nodes, lightest_packing, pack_nodes, place_idle, place_slots
 from eplb_jax.plan.packing import call, replicate
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.search import largest_loads, pack_slots, recount, refine
@@ -46,45 +47,32 @@ def balanced(
     [[[11.0, 10.0, 9.0]], [[10.0, 10.0, 10.0]]]
     """
     weight = check_loads(weight)
-    check_sizes(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
-    if not tolerance >= 0:
-        raise ValueError(f"tolerance={tolerance}: it must be at least 0")
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
-    phy2log = call(
-        _plan,
-        weight,
-        num_replicas=num_replicas,
-        num_groups=num_groups,
-        num_nodes=num_nodes,
-        num_gpus=num_gpus,
-        tolerance=tolerance,
-    )
+    cluster = make_cluster(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
+    check_share("tolerance", tolerance)
+    phy2log = call(_plan, weight, cluster=cluster, tolerance=tolerance)
     return place_slots(phy2log, weight.shape[1])
 
 
-@functools.partial(jax.jit, static_argnames=("num_replicas", "num_groups", "num_nodes", "num_gpus"))
-def _plan(
-    weight: jax.Array, *, num_replicas: int, num_groups: int, num_nodes: int, num_gpus: int, tolerance: float
-) -> jax.Array:
-    layers, gpus = len(weight), num_gpus // num_nodes
-    rows = make_rows(weight, num_groups, num_nodes, num_gpus)
-    start = pack_slots(rows.weight, replicate(rows.weight, num_replicas // num_nodes)[0], gpus)
-    theirs = join_rows(rows, spread_idle(rows, start, gpus))[:layers]
-    limit = heaviest_of(rows, start, gpus)[:layers]
+@functools.partial(jax.jit, static_argnames="cluster")
+def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array:
+    layers, gpus = len(weight), cluster.gpus_per_node
+    nodes = pack_nodes(weight, cluster)
+    start = pack_slots(nodes.weight, replicate(nodes.weight, cluster.replicas_per_node)[0], gpus)
+    theirs = join_nodes(nodes, place_idle(nodes, start, gpus))[:layers]
+    limit = heaviest_of(nodes, start, gpus)[:layers]
 
-    refined = refine(rows.weight, start, rows.target * (1 + tolerance), num_gpus=gpus)
-    rows, refined, start = lightest_packing(rows, refined, layers, gpus, start)
-    target = rows.target * (1 + tolerance)
-    figures = largest_loads(rows.weight, refined, gpus)
-    recounted = recount(rows.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
-    recounted = refine(rows.weight, recounted, target, num_gpus=gpus)
-    better = largest_loads(rows.weight, recounted, gpus) < figures
+    refined = refine(nodes.weight, start, nodes.target * (1 + tolerance), num_gpus=gpus)
+    nodes, refined, start = lightest_packing(nodes, refined, layers, gpus, start)
+    target = nodes.target * (1 + tolerance)
+    figures = largest_loads(nodes.weight, refined, gpus)
+    recounted = recount(nodes.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
+    recounted = refine(nodes.weight, recounted, target, num_gpus=gpus)
+    better = largest_loads(nodes.weight, recounted, gpus) < figures
     slots = jnp.where(better[:, None], recounted, refined)
-    ours = join_rows(rows, spread_idle(rows, slots, gpus))
+    ours = join_nodes(nodes, place_idle(nodes, slots, gpus))
 
     # DeepSeek's plan is left only for one that is lighter in exact arithmetic too: float32 rounds each load, each
     # quotient, and each sum of a GPU's slots by half a unit.
-    rounding = (num_replicas // num_gpus + 2) * float(jnp.finfo(jnp.float32).eps)
-    lighter = heaviest_of(rows, slots, gpus) * (1 + 2 * rounding) < limit
+    rounding = (cluster.replicas_per_gpu + 2) * float(jnp.finfo(jnp.float32).eps)
+    lighter = heaviest_of(nodes, slots, gpus) * (1 + 2 * rounding) < limit
     return jnp.where(lighter[:, None], ours, theirs)

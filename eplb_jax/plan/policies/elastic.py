@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 from jaxtyping import Bool, Num
 
-from eplb_jax.plan.arguments import check_loads, check_sizes, to_float32
+from eplb_jax.plan.arguments import check_loads, to_float32
+from eplb_jax.plan.cluster import make_cluster
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.sticky import sticky
@@ -50,8 +51,7 @@ def elastic(
     if alive.ndim != 1 or alive.dtype != np.bool_:
         raise ValueError(f"alive is {alive.dtype} of shape {alive.shape}: it must be a bool for each GPU")
     num_experts, num_gpus = weight.shape[1], alive.size
-    check_sizes(num_experts, num_replicas, num_groups, num_nodes, num_gpus)
-    capacity = num_replicas // num_gpus
+    capacity = make_cluster(num_experts, num_replicas, num_groups, num_nodes, num_gpus).replicas_per_gpu
     if alive.sum() * capacity < num_experts:
         raise ValueError(
             f"{alive.sum()} of {num_gpus} GPUs are alive and hold {alive.sum() * capacity} replicas: too few for the "

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import numpy as np
 from jaxtyping import Num
-from scipy.optimize import linear_sum_assignment
 
-from eplb_jax.plan.arguments import check_loads, check_sizes, on_host, to_float32
+from eplb_jax.plan.arguments import check_loads, on_host, to_float32
+from eplb_jax.plan.cluster import Cluster, make_cluster
 from eplb_jax.plan.metrics import gpu_loads
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
@@ -26,11 +26,12 @@ def sticky(
 ) -> Placement:
     """Changes a placement until its heaviest GPU is within ``tolerance`` of a fresh plan's, moving few replicas.
 
-    Layers are independent. One that is good enough, or whose heaviest GPU a fresh plan would relieve by less than
-    ``min_gain``, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within each
-    node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the fresh
-    plan, its GPUs numbered so that most replicas stay; that is the plan also where a group of experts is on several
-    nodes and should not be. An expert that stays on its GPU stays in its slot. A layer without load is good enough.
+    Layers are independent. One that is good enough, or whose heaviest GPU would lose less than ``min_gain`` of its load
+    in a fresh plan, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within
+    each node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the
+    fresh plan, its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
+    not be, only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load
+    is good enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
@@ -53,7 +54,7 @@ def sticky(
     """
     weight = check_loads(weight)
     weight = np.asarray(to_float32(np.asarray(weight)))
-    check_sizes(weight.shape[1], previous.num_replicas, num_groups, num_nodes, num_gpus)
+    cluster = make_cluster(weight.shape[1], previous.num_replicas, num_groups, num_nodes, num_gpus)
     if weight.shape != (previous.num_layers, previous.num_experts):
         raise ValueError(
             f"weight has shape {weight.shape}, the previous placement is of {previous.num_layers} layers and "
@@ -61,23 +62,21 @@ def sticky(
         )
     if not (tolerance >= 0 and min_gain >= 0):
         raise ValueError(f"tolerance={tolerance} and min_gain={min_gain}: both are shares of at least 0")
-    if num_groups % num_nodes:
-        num_groups = num_nodes = 1
     previous.check(num_gpus)
 
     fresh = balanced(weight, previous.num_replicas, num_groups, num_nodes, num_gpus)
     before, best = (gpu_loads(placement, weight, num_gpus).max(1) for placement in (previous, fresh))
     target = best * (1 + tolerance)
     old, new, counts = (np.asarray(x) for x in (previous.phy2log, fresh.phy2log, fresh.logcnt))
-    whole = np.array([_groups_are_whole(slots, num_groups, num_nodes, weight.shape[1]) for slots in old])
+    whole = np.array([_groups_are_whole(slots, cluster, weight.shape[1]) for slots in old])
     layers = np.nonzero(~whole | (before > target) & (before - best >= min_gain * before))[0]
     if not len(layers):
         return previous
 
-    plans = {layer: [_renumber(old[layer], new[layer], num_nodes, num_gpus)] for layer in layers}
+    plans = {layer: [_renumber(old[layer], new[layer], cluster)] for layer in layers}
     layers = layers[whole[layers]]
     if len(layers):
-        for found in _stay(weight[layers], old[layers], counts[layers], target[layers], num_nodes, num_gpus):
+        for found in _stay(weight[layers], old[layers], counts[layers], target[layers], cluster):
             for layer, slots in zip(layers, found, strict=True):
                 if (slots >= 0).all():
                     plans[layer].append(slots)
@@ -89,29 +88,28 @@ def sticky(
 
 
 def _stay(
-    weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: np.ndarray, num_nodes: int, num_gpus: int
+    weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: np.ndarray, cluster: Cluster
 ) -> list[np.ndarray]:
     """Plans [layers, replicas] that leave each node its experts; -1 where there is none. Counts: of a fresh plan."""
-    layers = len(weight)
-    gpus = num_gpus // num_nodes
-    nodes = old.reshape(layers * num_nodes, -1)
-    ids = np.stack([np.unique(node) for node in nodes])  # a row's experts get numbers of their own
-    rows = np.stack([np.searchsorted(held, node) for held, node in zip(ids, nodes, strict=True)]).astype(np.int32)
+    layers, num_nodes, gpus = len(weight), cluster.num_nodes, cluster.gpus_per_node
+    held = old.reshape(layers * num_nodes, -1)
+    ids = np.stack([np.unique(slots) for slots in held])  # a node's experts get numbers of their own
+    nodes = np.stack([np.searchsorted(own, slots) for own, slots in zip(ids, held, strict=True)]).astype(np.int32)
     loads, fresh = (np.take_along_axis(np.repeat(x, num_nodes, axis=0), ids, axis=1) for x in (weight, counts))
     limit = np.repeat(target, num_nodes)
     with on_host():
         # A little below the target, because these loads are float32.
         goal = (limit * (1 - 1e-6)).astype(np.float32)
-        refined = np.asarray(refine(loads, rows, goal, num_gpus=gpus))
-        recounted = np.asarray(recount(loads, rows, goal, num_gpus=gpus))
-    wanted = [np.stack([np.bincount(row, minlength=loads.shape[1]) for row in x]) for x in (refined, recounted)]
+        refined = np.asarray(refine(loads, nodes, goal, num_gpus=gpus))
+        recounted = np.asarray(recount(loads, nodes, goal, num_gpus=gpus))
+    wanted = [np.stack([np.bincount(slots, minlength=loads.shape[1]) for slots in x]) for x in (refined, recounted)]
 
     plans = [np.where(_heaviest(loads, refined, gpus)[:, None] <= limit[:, None], refined, -1)]
     for choice in (*wanted, fresh):
-        plan = np.full_like(rows, -1)
-        for i, row in enumerate(rows):
-            if choice[i].sum() == len(row) and choice[i].min() > 0:
-                found = repack(loads[i].astype(np.float64), row, choice[i], limit[i], gpus)
+        plan = np.full_like(nodes, -1)
+        for i, slots in enumerate(nodes):
+            if choice[i].sum() == len(slots) and choice[i].min() > 0:
+                found = repack(loads[i].astype(np.float64), slots, choice[i], limit[i], gpus)
                 plan[i] = plan[i] if found is None else found
         plans.append(plan)
     named = [np.where(plan >= 0, np.take_along_axis(ids, np.maximum(plan, 0), axis=1), -1) for plan in plans]
@@ -122,20 +120,23 @@ def _heaviest(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarra
     return gpu_loads(Placement.from_phy2log(slots, weight.shape[1]), weight, num_gpus).max(1)
 
 
-def _groups_are_whole(slots: np.ndarray, num_groups: int, num_nodes: int, num_experts: int) -> bool:
+def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> bool:
     """Whether each group of experts is on one node, and each node holds equally many."""
-    size = num_experts // num_groups
-    groups = [len(np.unique(node // size)) for node in slots.reshape(num_nodes, -1)]
-    return groups == [num_groups // num_nodes] * num_nodes
+    size = num_experts // cluster.num_groups
+    groups = [len(np.unique(node // size)) for node in slots.reshape(cluster.num_nodes, -1)]
+    return groups == [cluster.num_groups // cluster.num_nodes] * cluster.num_nodes
 
 
-def _renumber(old: np.ndarray, new: np.ndarray, num_nodes: int, num_gpus: int) -> np.ndarray:
+def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
     """The new slots with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
+    from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
+
+    num_nodes, num_gpus, gpus_per_node = cluster.num_nodes, cluster.num_gpus, cluster.gpus_per_node
     common = common_experts(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1))
-    common = common.reshape(num_nodes, num_gpus // num_nodes, num_nodes, -1).swapaxes(1, 2)
+    common = common.reshape(num_nodes, gpus_per_node, num_nodes, -1).swapaxes(1, 2)
     stays = [[linear_sum_assignment(block, maximize=True) for block in row] for row in common]
     gains = [[block[pairs].sum() for block, pairs in zip(*row, strict=True)] for row in zip(common, stays, strict=True)]
-    new = new.reshape(num_nodes, num_gpus // num_nodes, -1)
+    new = new.reshape(num_nodes, gpus_per_node, -1)
     out = np.empty_like(new)
     for node, source in zip(*linear_sum_assignment(np.array(gains), maximize=True), strict=True):
         out[node] = new[source, stays[node][source][1]]

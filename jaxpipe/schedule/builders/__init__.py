@@ -1,1 +1,4 @@
-"""Schedules, one builder a module, with the steps of their sources; internal, `jaxpipe.schedule` exports them."""
+"""One schedule a file, each a `jaxpipe.schedule.Builder`.
+
+Nothing here is public; `jaxpipe.schedule` has the builders.
+"""

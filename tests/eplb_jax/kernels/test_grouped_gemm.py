@@ -10,15 +10,27 @@ from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import grouped_matmul
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts, interface, mosaic
+from eplb_jax.kernels.fallback import log_fallback
+from eplb_jax.kernels.grouped_gemm import mosaic
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.kernels.grouped_gemm.mosaic_outer import outer_products
 from eplb_jax.kernels.grouped_gemm.mosaic_rows import assign_tiles, rows_times_matrices
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.grouped_gemm.tiles import TABLE, tile_for
+from tests.eplb_jax.kernels.interpreter import interpreted
+
+
+def marks_of(backend):
+    """Skips a backend where it says that it cannot run."""
+    operands = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((256, 256), (2, 256, 256))]
+    reason = registry.BACKENDS[backend].why_not("grouped_matmul", current_target(), *operands)
+    return pytest.mark.skipif(reason is not None, reason=f"{backend}: {reason}")
+
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
-BACKENDS = ["xla", pytest.param("mosaic", marks=needs_hopper)]
+BACKENDS = ["xla"] + [pytest.param(name, marks=marks_of(name)) for name in registry.BACKENDS]
 SIZES = {
     "equal": [64, 64, 64, 64],
     "uneven": [3, 130, 17, 71],
@@ -197,7 +209,7 @@ def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
 
 
 def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
-    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
     lhs, rhs, dout, sizes = make(SIZES["uneven"], jnp.bfloat16)
 
     def gradients(lhs, rhs, dout, sizes):
@@ -213,7 +225,7 @@ def test_results_vary_as_their_operands_do(monkeypatch, kind):
     """Within shard_map with its check of varying values; lowered for a GPU, no GPU needed."""
     if jax.device_count() < 2:
         pytest.skip("needs 2 devices")
-    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,))
 
     def product(lhs, rhs, sizes):
@@ -231,17 +243,17 @@ def test_results_vary_as_their_operands_do(monkeypatch, kind):
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(interface, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    interface._log_fallback.cache_clear()
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    log_fallback.cache_clear()
     for _ in range(2):
         grouped_matmul(jnp.ones((16, 4)), jnp.ones((2, 4, 6)), jnp.array([8, 8]))
-    assert [record.getMessage() for record in caplog.records if record.name == interface.logger.name] == [
+    assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs: the device is 'NVIDIA A100', no Hopper GPU"
     ]
 
 
 @pytest.mark.parametrize("tile", [Tile(256, 128, width=2), Tile(256, 128, cut=2), Tile(128, 256), Tile(64, 256)])
-def test_tiles_are_dealt_out_once_and_evenly(tile):
+def test_tiles_are_assigned_once_and_evenly(tile):
     """All rows of all groups in every column, once; high and low tiles differ by at most one between workers."""
     sizes, columns, workers = [3, 70, 0, 130, 300, 700, 0, 1, 256, 513, 0], 3, 5
     seen, counts = set(), []
@@ -270,9 +282,8 @@ def test_tiles_are_dealt_out_once_and_evenly(tile):
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(tile):
     """Four multiprocessors, simulated on the CPU: results and barriers; waits for wgmma are not checked."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     lhs, rhs, dout, sizes = make([3, 70, 0, 130], jnp.bfloat16)
-    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams()):
+    with interpreted():
         out = rows_times_matrices(lhs, rhs, sizes, False, tile, 4)
         dlhs = rows_times_matrices(dout, rhs, sizes, True, tile, 4)
         drhs = outer_products(lhs, dout, sizes, tile, 4) if tile.m >= 128 else None

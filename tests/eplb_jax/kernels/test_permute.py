@@ -6,19 +6,20 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec as P
 
-from eplb_jax.kernels import permute as row_moves
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
-from eplb_jax.kernels.permute import Plan, add_rows, copy_rows
-from eplb_jax.moe import exchange
+from eplb_jax.kernels.fallback import log_fallback
+from eplb_jax.kernels.permute import COPIES, DTYPES, SUMS, Ring, add_rows, copy_rows, divide, why_not
 from eplb_jax.moe.dispatch import sort_by_slot
-from eplb_jax.moe.exchange import Moves, permute, unpermute
+from eplb_jax.moe.permute import RowMap, permute, unpermute
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
 
 
 def operands(tokens, choices, slots, num_rows, width, dtype, missing=0.2):
-    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some find no room."""
+    """Tokens, rows that are NaN where they hold none, and moves; some choices are missing, some lack capacity."""
     rng = np.random.default_rng(tokens)
     chosen = np.argsort(rng.random((tokens, slots)), axis=1)[:, :choices].astype(np.int32)
     chosen[rng.random(chosen.shape) < missing] = -1
@@ -31,24 +32,22 @@ def forced_to(backend):
     """Both moves and both gradients."""
 
     def step(x, rows, moves):
-        spread_x, back = jax.vjp(lambda x: permute(x, moves, backend=backend), x)
+        copied, back = jax.vjp(lambda x: permute(x, moves, backend=backend), x)
         summed, forth = jax.vjp(lambda rows: unpermute(rows, moves, backend=backend), rows)
-        return spread_x, back(rows)[0], summed, forth(x)[0]
+        return copied, back(rows)[0], summed, forth(x)[0]
 
     return jax.jit(step)
 
 
 @pytest.mark.parametrize("dtype, shape, copies, sums", [
-    ("bfloat16", (9, 3, 4, 32, 512), row_moves.COPIES, row_moves.SUMS),
-    ("float32", (7, 2, 3, 24, 384), Plan(512, 3, 1, 1), Plan(1024, 2, 1)),
-    pytest.param("float16", (2, 1, 2, 24, 512), Plan(512, 5, 2, 3), Plan(1, 3, 2), marks=pytest.mark.slow),
+    ("bfloat16", (9, 3, 4, 32, 512), COPIES, SUMS),
+    ("float32", (7, 2, 3, 24, 384), Ring(512, 3, 1, 1), Ring(1024, 2, 1)),
+    pytest.param("float16", (2, 1, 2, 24, 512), Ring(512, 5, 2, 3), Ring(1, 3, 2), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
     """Two multiprocessors, simulated on the CPU, of which the copy engine's zeros out of bounds are asked for."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     x, rows, moves = operands(*shape, dtype)
-    parameters = interpreter.InterpretGPUParams(out_of_bounds_reads="uninitialized", uninitialized_memory="zero")
-    with interpreter.force_gpu_interpret_mode(parameters):
+    with interpreted(out_of_bounds_reads="uninitialized", uninitialized_memory="zero"):
         copied = copy_rows(x, moves.source, moves.rows, 2, copies)
         added = add_rows(rows, moves.rows, 2, sums)
     assert copied.dtype == added.dtype == x.dtype
@@ -68,16 +67,16 @@ def test_kernels_equal_xla(dtype, shape):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
-@pytest.mark.parametrize("dtype", row_moves.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("tokens, choices, num_rows, width", [
     (16384, 8, 131296, 7168), (128, 64, 1280, 256), (5, 3, 40, 384), (64, 2, 200, 128 * 131),
 ])  # fmt: skip
 def test_kernels_can_be_lowered_without_a_gpu(dtype, tokens, choices, num_rows, width):
-    while choices * 256 * jnp.dtype(dtype).itemsize > row_moves.SUMS.part:
+    while choices * 256 * jnp.dtype(dtype).itemsize > SUMS.part:
         choices //= 2
     x, rows = (jax.ShapeDtypeStruct((n, width), dtype) for n in (tokens, num_rows))
     source, index = (jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((num_rows,), (tokens, choices)))
-    assert row_moves.why_not(x, source, index) is None
+    assert why_not(x, source, index) is None
 
     def both(x, rows, source, index):
         return copy_rows(x, source, index, HOPPER_SMS), add_rows(rows, index, HOPPER_SMS)
@@ -87,7 +86,7 @@ def test_kernels_can_be_lowered_without_a_gpu(dtype, tokens, choices, num_rows, 
 
 
 def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
-    monkeypatch.setattr(exchange, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     traced = forced_to("auto").trace(*operands(9, 3, 4, 48, 256, "bfloat16"))
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
     assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
@@ -96,7 +95,7 @@ def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
 
 def test_inside_shard_map(monkeypatch):
     """What the kernels give varies over the mesh axis, as what XLA gives does."""
-    monkeypatch.setattr(exchange, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
     x, rows, moves = operands(9, 3, 4, 48, 256, "bfloat16")
     twice = jax.tree.map(lambda array: jnp.concatenate([array, array]), (x, rows, moves))
@@ -120,12 +119,12 @@ def test_auto_runs_everywhere_and_mosaic_says_what_it_cannot_do():
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(exchange, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    exchange._log_fallback.cache_clear()
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    log_fallback.cache_clear()
     x, _, moves = operands(9, 3, 4, 48, 128, "float32")
     for _ in range(2):
         permute(x, moves, backend="auto")
-    assert [record.getMessage() for record in caplog.records if record.name == exchange.logger.name] == [
+    assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "rows are moved by XLA's fusions, not by our kernels: the device is 'NVIDIA A100', no Hopper GPU"
     ]
 
@@ -137,13 +136,13 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     ((4, 128), (4, 65), "bfloat16", "65 choices"),
 ])  # fmt: skip
 def test_what_the_kernels_do_not_take(shape, index, dtype, message):
-    moves = Moves(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), index)))
-    reason = row_moves.why_not(jax.ShapeDtypeStruct(shape, dtype), moves.source, moves.rows)
+    moves = RowMap(*(jax.ShapeDtypeStruct(s, jnp.int32) for s in ((8,), index)))
+    reason = why_not(jax.ShapeDtypeStruct(shape, dtype), moves.source, moves.rows)
     assert reason is not None and message in reason
 
 
 def test_parts_make_up_a_row():
     for height in (1, 5, 28, 131, 1000):
         for most in (1, 512, 4096, 1 << 20):
-            lines, parts = row_moves.divide(height, 512, most)
+            lines, parts = divide(height, 512, most)
             assert 1 <= lines <= min(max(most // 512, 1), 256) and lines * parts == height

@@ -7,15 +7,16 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, grouped_matmul
-from eplb_jax.kernels import permute as row_moves
-from eplb_jax.kernels import swiglu as gated_rows
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.grouped_gemm import interface
+from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
-from eplb_jax.kernels.permute import Plan
+from eplb_jax.kernels.permute import DTYPES, Ring
+from eplb_jax.kernels.swiglu import GATED, gated_backward, why_not
 from eplb_jax.moe import experts
 from eplb_jax.moe.experts import apply_experts, gated_backward_by_xla, init_experts, swiglu
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 HOPPER = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
@@ -69,22 +70,21 @@ def with_gradients(function):
 
 
 @pytest.mark.parametrize("rows, width, dtype, plan", [
-    (9, 512, "bfloat16", gated_rows.GATED),
-    (7, 384, "float16", Plan(4 * 1024, 3, 1, 1)),
-    (5, 768, "float32", Plan(3 * 1024, 3, 2, 2)),
-    (1, 128, "float32", Plan(1, 2, 1)),
+    (9, 512, "bfloat16", GATED),
+    (7, 384, "float16", Ring(4 * 1024, 3, 1, 1)),
+    (5, 768, "float32", Ring(3 * 1024, 3, 2, 2)),
+    (1, 128, "float32", Ring(1, 2, 1)),
 ])  # fmt: skip
 def test_kernel_in_the_interpreter(rows, width, dtype, plan):
     """Two multiprocessors, simulated on the CPU; the last rows come twice where they do not fill a slot."""
-    interpreter = pytest.importorskip("jax._src.pallas.mosaic_gpu.interpret.params")
     arguments = operands(rows, width, dtype, range(1, rows, 3))
-    with interpreter.force_gpu_interpret_mode(interpreter.InterpretGPUParams(uninitialized_memory="zero")):
-        found = gated_rows.gated_backward(*arguments, 2, plan)
+    with interpreted(uninitialized_memory="zero"):
+        found = gated_backward(*arguments, 2, plan)
     check_close(found, gated_backward_by_xla(*arguments), dtype)
 
 
 @needs_hopper
-@pytest.mark.parametrize("dtype", row_moves.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, width", [
     (8192, 2048), (4099, 2048), (1001, 512), (999, 1408), (257, 7168), (37, 384), (3, 128), (1, 256),
 ])  # fmt: skip
@@ -94,14 +94,14 @@ def test_kernel_equals_xla(rows, width, dtype):
     check_close(*by, dtype)
 
 
-@pytest.mark.parametrize("dtype", row_moves.DTYPES)
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rows, width", [(131072, 2048), (4099, 512), (999, 1408), (257, 7168), (1, 128)])
 def test_kernel_can_be_lowered_without_a_gpu(rows, width, dtype):
     hidden, ct = (jax.ShapeDtypeStruct((rows, n), dtype) for n in (2 * width, width))
-    assert gated_rows.why_not(hidden) is None
+    assert why_not(hidden) is None
 
     def kernel(hidden, weight, ct):
-        return gated_rows.gated_backward(hidden, weight, ct, HOPPER_SMS)
+        return gated_backward(hidden, weight, ct, HOPPER_SMS)
 
     traced = jax.jit(kernel).trace(hidden, jax.ShapeDtypeStruct((rows,), jnp.float32), ct)
     assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
@@ -140,8 +140,7 @@ def test_no_product_is_made_twice():
 
 
 def on_hopper(monkeypatch):
-    for module in (experts, interface):
-        monkeypatch.setattr(module, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
 
 
 def large_operands():
@@ -182,11 +181,11 @@ def test_inside_shard_map(monkeypatch, backend):
     ((0, 256), "bfloat16", "shape is (0, 256)"),
 ])  # fmt: skip
 def test_what_the_kernel_does_not_take(shape, dtype, message):
-    assert message in gated_rows.why_not(jax.ShapeDtypeStruct(shape, dtype))
+    assert message in why_not(jax.ShapeDtypeStruct(shape, dtype))
 
 
 def test_mosaic_says_what_it_cannot_do_and_auto_does_it(monkeypatch):
-    monkeypatch.setattr(experts, "current_target", lambda: HOPPER)
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
     arguments = operands(4, 96, "float32")
     with pytest.raises(ValueError, match=r"cannot make the gate's gradient: half of the width 192 .*; take backend="):
         experts.gated_backward(*arguments, "mosaic")
@@ -195,10 +194,10 @@ def test_mosaic_says_what_it_cannot_do_and_auto_does_it(monkeypatch):
 
 
 def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
-    monkeypatch.setattr(experts, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
-    experts._log_fallback.cache_clear()
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA A100", 108, False))
+    log_fallback.cache_clear()
     for _ in range(2):
         experts.gated_backward(*operands(4, 128, "float32"))
-    assert [record.getMessage() for record in caplog.records if record.name == experts.logger.name] == [
+    assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "the gate's gradient is made by XLA's fusions, not by our kernel: the device is 'NVIDIA A100', no Hopper GPU"
     ]

@@ -9,9 +9,10 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, init_moe, moe_layer, param_specs, router_logits, working_copies
+from eplb_jax.kernels.fp8 import BlocksOfE4M3
 from eplb_jax.moe import exchange
-from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
 from eplb_jax.moe.experts import apply_experts, swiglu
+from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import (
     CONFIG,
@@ -63,7 +64,7 @@ def test_gradients_of_the_layer_taken_on_each_device(x64, checked, redundant):
     assert_trees_close(jax.jit(mapped)(params, x, target), expected, rtol=1e-10)
 
 
-MOVES = Moves(jnp.array([2, 0, 3, 1, 4, 0], jnp.int32), jnp.array([[1, 5], [3, 6], [0, 6], [2, 6]], jnp.int32))
+MOVES = RowMap(jnp.array([2, 0, 3, 1, 4, 0], jnp.int32), jnp.array([[1, 5], [3, 6], [0, 6], [2, 6]], jnp.int32))
 ASSIGNMENT, ROWS = jnp.array([3, 8, 0], jnp.int32), jnp.array([[2, 3], [3, 0], [3, 3], [3, 3]], jnp.int32)
 SIZES, SLOTS = jnp.array([5, 3], jnp.int32), jnp.array([1, 0, 1], jnp.int32)
 PARTS = {
@@ -108,15 +109,15 @@ def test_every_part_with_one_argument_of_each_device_and_the_others_of_all(x64, 
         assert_trees_close(found, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("kind", ["all_to_all_fp8", "all_to_all_fp8_back", "all_to_all_listed"])
+@pytest.mark.parametrize("kind", ["all_to_all_encoded", "all_to_all_encoded_back", "all_to_all_listed"])
 def test_exchanges_of_what_is_the_same_on_all_devices(kind):
     """Numbers that 8 bits hold, so that nothing is rounded: as JAX's own all-to-all and its transpose."""
     x = jnp.tile(jnp.array([1.0, -0.5, 2.0, 0.25]), (2, 3, 32))
 
     def ours(x):
         if kind == "all_to_all_listed":
-            return exchange.all_to_all_listed(jnp.zeros((2, 3, 1), jnp.int32), x, "ep")[1]
-        return getattr(exchange, kind)(x, "ep")
+            return exchange.all_to_all_listed(jnp.zeros(x.shape, jnp.int32), x, "ep")[1]
+        return getattr(exchange, kind)(x, "ep", BlocksOfE4M3())
 
     def gradient(function):
         def body(x):

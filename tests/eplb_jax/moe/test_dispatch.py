@@ -1,4 +1,4 @@
-"""Who sends what where, as plain loops: sends, rows by slot, rooms, moves and their transposes, replicas, copies."""
+"""Who sends what where, as plain loops: sends, rows by slot, capacities, moves and transposes, replicas, copies."""
 
 import functools
 
@@ -12,15 +12,15 @@ from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
 from eplb_jax import working_copies
-from eplb_jax.kernels.grouped_gemm import ALIGN, group_starts
+from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
-from eplb_jax.moe.exchange import Moves, permute, permute_each, unpermute
+from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
 
 quick = settings(derandomize=True, deadline=None, max_examples=40)
-# Tokens, choices, devices, slots of each, room. Few shapes, as each is compiled.
+# Tokens, choices, devices, slots of each, capacity. Few shapes, as each is compiled.
 SENDS = [(1, 1, 1, 1, 1), (7, 3, 4, 2, 2), (24, 4, 3, 4, 24), (40, 6, 5, 3, 9), (33, 2, 8, 1, 5)]
 # Tokens, choices, slots, rows.
 SORTS = [(1, 1, 1, 8), (16, 3, 4, 40), (50, 2, 9, 176), (30, 4, 6, 16), (64, 4, 5, 120)]
@@ -42,26 +42,26 @@ def choices(draw, shapes, slots_of):
 
 
 @quick
-@given(choices(SENDS, lambda tokens, top_k, devices, slots, room: devices * slots))
+@given(choices(SENDS, lambda tokens, top_k, devices, slots, capacity: devices * slots))
 def test_sends_are_those_of_a_loop(case):
-    (tokens, top_k, devices, num_slots, room), slots = case
-    sends = jax.tree.map(np.asarray, send(jnp.asarray(slots), devices, num_slots, room))
+    (tokens, top_k, devices, num_slots, capacity), slots = case
+    sends = jax.tree.map(np.asarray, send(jnp.asarray(slots), devices, num_slots, capacity))
     sent, dropped = [[] for _ in range(devices)], 0
     for token, wanted in enumerate(slots.tolist()):
         for device in {slot // num_slots for slot in wanted if slot >= 0}:
-            if len(sent[device]) < room:
+            if len(sent[device]) < capacity:
                 sent[device].append(token)
             else:
                 dropped += sum(slot >= 0 and slot // num_slots == device for slot in wanted)
-    source = [going + [tokens] * (room - len(going)) for going in sent]
+    source = [going + [tokens] * (capacity - len(going)) for going in sent]
     assert sends.counts.tolist() == [len(going) for going in sent]
-    assert sends.moves.source.reshape(devices, room).tolist() == source
+    assert sends.moves.source.reshape(devices, capacity).tolist() == source
     assert int(sends.dropped) == dropped
     for token in range(tokens):
-        rows = [row for row in sends.moves.rows[token].tolist() if row < devices * room]
+        rows = [row for row in sends.moves.rows[token].tolist() if row < devices * capacity]
         assert sorted(rows) == np.flatnonzero(np.ravel(source) == token).tolist()
 
-    listed = np.full((devices, room, top_k), -1)
+    listed = np.full((devices, capacity, top_k), -1)
     entries, assigned = np.full((tokens, top_k), listed.size), np.full(listed.shape, tokens * top_k)
     for device, going in enumerate(sent):
         for place, token in enumerate(going):
@@ -70,7 +70,7 @@ def test_sends_are_those_of_a_loop(case):
                     listed[device, place, j] = slot % num_slots
             here = listed[device, place] >= 0
             assigned[device, place] = np.where(here, token * top_k + np.arange(top_k), tokens * top_k)
-            entries[token, here] = (device * room + place) * top_k + np.flatnonzero(here)
+            entries[token, here] = (device * capacity + place) * top_k + np.flatnonzero(here)
     assert np.array_equal(sends.slots, listed)
     assert np.array_equal(sends.choices, assigned)
     assert np.array_equal(sends.entries, entries)
@@ -138,7 +138,7 @@ def test_many_assignments_are_sorted_too():
 
 
 @pytest.mark.parametrize("shape", [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)])
-def test_rooms_without_a_factor_drop_nothing(shape):
+def test_capacities_without_a_factor_drop_nothing(shape):
     """Whatever is chosen; all tokens on one device too."""
     tokens, top_k, devices, num_slots = shape
     capacities = make_capacities(*shape, None)
@@ -159,7 +159,7 @@ def test_rooms_without_a_factor_drop_nothing(shape):
             assert (slots // num_slots == 0).sum() == devices * tokens * most
 
 
-def test_rooms_of_a_factor():
+def test_capacities_of_a_factor():
     """What evenly spread choices need: T * (1 - (1 - 1/ep)**k) tokens to a device, T * k rows and gaps."""
     for factor in (1, 1.25, 2):
         capacities = make_capacities(4096, 8, 8, 32, factor)
@@ -200,7 +200,7 @@ def test_moves_and_their_transposes(case, seed):
         rng = np.random.default_rng(seed)
         x, rows = rng.standard_normal((tokens, 3)), rng.standard_normal((num_rows, 3))
         values, ct = rng.standard_normal((tokens, top_k)), rng.standard_normal(num_rows)
-        moves = Moves(*(np.asarray(a) for a in found.moves))
+        moves = jax.tree.map(np.asarray, found.moves)
         rows[moves.source == tokens], ct[moves.source == tokens] = np.nan, np.nan
         results = transposes(*(jnp.asarray(a) for a in (x, rows, values, ct)), found)
     moved, back, summed, forth, each, pull = (np.asarray(a) for a in results)
@@ -232,7 +232,7 @@ def test_moves_of_sends(x64):
 
 def test_sums_are_wide():
     """bfloat16 rows are added in float32, in either direction."""
-    moves = Moves(jnp.zeros(3, jnp.int32), jnp.array([[0, 1, 2]]))
+    moves = RowMap(jnp.zeros(3, jnp.int32), jnp.array([[0, 1, 2]]))
     rows = jnp.array([[1.0], [2.0**-8], [2.0**-8]], jnp.bfloat16)
     assert unpermute(rows, moves).tolist() == [[1 + 2**-7]]
     (back,) = jax.vjp(lambda x: permute(x, moves), jnp.ones((1, 1), jnp.bfloat16))[1](rows)
@@ -270,7 +270,7 @@ def test_hash_is_of_the_global_index():
 @pytest.mark.parametrize("per_node", [1, 2, 4, None])
 def test_nearest_prefers_device_then_node(per_node):
     """Among equally near replicas all are used, so that no more bytes travel than must."""
-    devices, room = 4, 8
+    devices, capacity = 4, 8
     placement = random_placement(devices, 16, seed=3)
     experts = jnp.asarray(np.random.default_rng(4).integers(-1, 16, (256, 4), dtype=np.int32))
     options = dict(choice="nearest", num_devices=devices, devices_per_node=per_node, first_token=7)
@@ -285,7 +285,7 @@ def test_nearest_prefers_device_then_node(per_node):
                 used.setdefault(expert, set()).add(slot)
         for expert, chosen in used.items():
             replicas = np.flatnonzero(placement.phy2log == expert)
-            holder, node = replicas // room, per_node or devices
+            holder, node = replicas // capacity, per_node or devices
             distance = np.where(holder == device, 0, np.where(holder // node == device // node, 1, 2))
             assert chosen == set(replicas[distance == distance.min()].tolist())
 

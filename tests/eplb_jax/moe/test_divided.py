@@ -57,7 +57,7 @@ def test_nothing_wide_is_kept_between_forward_and_backward():
     split = split_stage(lambda params, x: moe_layer(params, x, config)[0], params, x)
     kept = [*split.residuals.input, *split.residuals.weight]
     large = [leaf for leaf in kept if leaf.ndim == 2 and leaf.shape[-1] in (24, 40, 80)]
-    # Tokens, the routed and the shared experts' hidden activations before the gate; rows are copied again, and what is
-    # behind the gate is made again.
+    # Tokens, the routed and the shared experts' hidden activations before the gate; rows are copied a second time, and
+    # what is behind the gate is computed a second time.
     assert sorted(leaf.shape[-1] for leaf in large) == [24, 80, 80]
     assert {leaf.dtype for leaf in large} == {jnp.dtype("bfloat16")}

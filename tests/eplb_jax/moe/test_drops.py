@@ -1,4 +1,4 @@
-"""Too little room: what is dropped is counted exactly, and the rest equals the dense loop with those choices masked."""
+"""Too little capacity: drops are counted exactly, and the rest equals the dense loop with those choices masked."""
 
 import dataclasses
 import functools
@@ -24,7 +24,7 @@ CASES = [(1, 1.0, False), (2, 1.0, False), (2, 1.25, False), (4, 1.0, False), (4
 
 
 def keep(slots, ep, num_slots, capacities):
-    """Which choices [T, k] of all devices' tokens find room; how many were dropped when sent, and when received."""
+    """Which choices [T, k] of all devices' tokens fit; how many were dropped when sent, and when received."""
     kept, target = np.ones(slots.shape, bool), slots // num_slots
     for source in np.split(np.arange(len(slots)), ep):
         for device in range(ep):
@@ -64,7 +64,7 @@ def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
     run, dropped = sharded(config, ep, placement, SEQUENCES), []
     for seed, skew in enumerate(SKEWS):
         params, (x, target) = make_params(config, seed, bias_scale=0.05), make_tokens(seed + 2, TOKENS)
-        # By expert number where slots are: devices with the first experts overflow, others have room.
+        # By expert number where slots are: devices with the first experts overflow, others have capacity left.
         params = params._replace(bias=params.bias - skew * np.arange(EXPERTS))
         chosen = dense.choose(np.asarray(x @ params.router), np.asarray(params.bias), config.router)
         slots = chosen if placement is None else np.asarray(choose_replicas(jnp.asarray(chosen), placement))
@@ -78,6 +78,6 @@ def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
         np.testing.assert_allclose(y, y_plain, rtol=1e-10, atol=1e-12)
         assert_trees_close(grads, grads_plain, rtol=1e-10)
         dropped.append((unsent, unplaced))
-    assert ep > 1 or not np.any(dropped)  # one device has room for all its choices
+    assert ep > 1 or not np.any(dropped)  # one device has capacity for all its choices
     assert ep == 1 or dropped[-1][1] > 0
     assert (dropped[-1][0] > 0) == (capacities.exchange < TOKENS // ep)

@@ -10,7 +10,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import ExpertParams, MoEConfig, MoEParams, RouterConfig, init_moe, moe_layer
-from eplb_jax.moe.exchange import BLOCK, FP8, all_to_all, all_to_all_fp8, all_to_all_fp8_back, dequantise, quantise
+from eplb_jax.kernels.fp8 import BLOCK, FP8, BlocksOfE4M3, dequantise, quantise
+from eplb_jax.moe.exchange import all_to_all, all_to_all_encoded, all_to_all_encoded_back
 from tests.eplb_jax.moe.test_layer import make_mesh
 
 TINY = 448 * float(np.finfo(np.float32).tiny)
@@ -89,11 +90,12 @@ def test_one_direction_is_exact_and_the_other_rounds_once(dtype):
     @jax.jit
     @functools.partial(jax.shard_map, mesh=mesh, in_specs=(spec, spec), out_specs=spec)
     def both(x, ct):
-        def run(move):
-            y, pull = jax.vjp(lambda x: move(x, "ep"), x)
+        def run(move, *encoding):
+            y, pull = jax.vjp(lambda x: move(x, "ep", *encoding), x)
             return y, pull(ct)[0]
 
-        return run(all_to_all), run(all_to_all_fp8), run(all_to_all_fp8_back)
+        blocks = BlocksOfE4M3()
+        return run(all_to_all), run(all_to_all_encoded, blocks), run(all_to_all_encoded_back, blocks)
 
     exact, dispatch, combine = both(x, ct)
 

@@ -95,11 +95,11 @@ CASES = {
     "capacity": (call(MoEConfig, capacity_factor=0.99), "capacity_factor=0.99: it must be at least 1, or None"),
     "capacity nan": (call(MoEConfig, capacity_factor=WRONG), "capacity_factor=nan: it must be at least 1, or None"),
     "capacity inf": (call(make_capacities, 8, 2, 2, 4, float("inf")), "capacity_factor=inf: .* or None"),
-    "capacity of rooms": (
+    "capacity below 1": (
         call(make_capacities, 8, 2, 2, 4, 0.5),
         "capacity_factor=0.5: it must be at least 1, or None",
     ),
-    "rooms": (
+    "no devices": (
         call(make_capacities, 8, 2, 0, 4, None),
         "tokens=8, top_k=2, num_devices=0, num_slots=4: all must be at least",
     ),
@@ -109,6 +109,8 @@ CASES = {
     "exchange": (call(MoEConfig, exchange="sparse"), "exchange='sparse': it must be one of .'dense', 'ragged'"),
     "fp8 width": (call(MoEConfig, width=200, fp8=True), "fp8 needs a width that is a multiple of 128, not 200"),
     "fp8 ragged": (call(MoEConfig, fp8=True, exchange="ragged"), "choose exchange='dense' or fp8=False"),
+    "precision": (call(MoEConfig, precision="fp4"), "precision='fp4': it must be one of .'bf16', 'fp8'.*, or None"),
+    "two recipes": (call(MoEConfig, fp8=True, precision="bf16"), "fp8=True and precision='bf16' .* give one of them"),
     "backend": (call(layer, config=dataclasses.replace(CONFIG, backend="fast")), "backend='fast'"),
     # The mesh.
     "axis of no mesh": (call(layer, axis="ep"), "axis='ep' is not bound: .* within jax.shard_map .* or with axis=None"),

@@ -8,7 +8,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, init_moe, moe_layer, param_specs
-from profiling.hlo.chips import chip
+from jaxpipe.planning.chips import chip
 from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda, topology
 

@@ -183,7 +183,8 @@ def test_balance_loss_of_known_cases():
     flat, steep = jnp.full((16, 8), 0.3), jnp.tile(jnp.where(jnp.arange(8) < 2, 0.5, 0.0), (16, 1))
 
     def loss(experts, scores):
-        return float(balance_loss(Routing(experts, jnp.ones(experts.shape), scores, experts[0]), config))
+        loads = jnp.bincount(experts.ravel(), length=8).astype(jnp.int32)
+        return float(balance_loss(Routing(experts, jnp.ones(experts.shape), scores, loads), config))
 
     assert [loss(equal, flat), loss(one, flat), loss(equal, steep)] == pytest.approx([1, 1, 1])
     assert loss(one, steep) == pytest.approx(4)

@@ -11,10 +11,9 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import grouped_matmul, init_moe, moe_layer, param_specs, working_copies
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target
-from eplb_jax.kernels.grouped_gemm import interface
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
-from eplb_jax.moe import exchange, experts
 from tests.eplb_jax.moe.test_layer import CONFIG, WIDTH, make_mesh, make_params, random_placement
 from tests.plain import assert_trees_close
 
@@ -108,8 +107,7 @@ def test_the_layer_over_devices(x64):
 
 def test_kernels_run_once_for_each_part_of_a_batch(monkeypatch):
     """Lowered for a GPU, the layer's kernels are in loops, as many as without a batch."""
-    for module in (experts, interface, exchange):
-        monkeypatch.setattr(module, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
     config = dataclasses.replace(CONFIG, width=256, hidden=128, backend="auto", num_shared=0)
     params = jax.eval_shape(lambda: init_moe(jax.random.key(0), config, jnp.bfloat16))
     x = jax.ShapeDtypeStruct((BATCH, 128, 256), jnp.bfloat16)

@@ -6,13 +6,13 @@ import numpy as np
 def pack(weight, packs):
     """Pack and position of each of one layer's items."""
     items = len(weight)
-    room = items // packs
-    if room == 1:
+    capacity = items // packs
+    if capacity == 1:
         return list(range(items)), [0] * items
     pack_of, position = [0] * items, [0] * items
     loads, held = [np.float32(0)] * packs, [0] * packs
     for item in sorted(range(items), key=lambda i: -weight[i]):
-        chosen = min((p for p in range(packs) if held[p] < room), key=lambda p: loads[p])
+        chosen = min((p for p in range(packs) if held[p] < capacity), key=lambda p: loads[p])
         pack_of[item], position[item] = chosen, held[chosen]
         loads[chosen] += weight[item]
         held[chosen] += 1

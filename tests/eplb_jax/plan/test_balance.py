@@ -79,9 +79,9 @@ def test_no_duplicate_for_many_shapes(seed):
     """Even where nearly every GPU must hold nearly every expert."""
     rng = np.random.default_rng(seed)
     nodes, experts, gpus = (int(rng.integers(1, top)) for top in (3, 7, 5))
-    room = int(rng.integers(-(-experts // gpus), experts + 1))
+    capacity = int(rng.integers(-(-experts // gpus), experts + 1))
     weight = rng.integers(0, 4, (2, nodes * experts)) ** 2
-    plan = no_duplicate(weight, nodes * gpus * room, nodes, nodes, nodes * gpus)
+    plan = no_duplicate(weight, nodes * gpus * capacity, nodes, nodes, nodes * gpus)
     plan.check(nodes * gpus)
     assert (duplicates(plan, nodes * gpus) == 0).all()
 

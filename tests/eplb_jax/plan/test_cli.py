@@ -10,6 +10,7 @@ import pytest
 import eplb_jax
 from eplb_jax import draw_loads
 from eplb_jax.__main__ import main
+from eplb_jax.plan.policies.registry import POLICIES
 
 LOADS = np.random.default_rng(0).lognormal(size=(3, 32)) * 1000
 SIZES = ["--replicas", "40", "--nodes", "2", "--gpus", "8", "--groups", "4"]
@@ -44,14 +45,7 @@ def test_files_that_hold_something_else(tmp_path):
         eplb_jax.read_placement(tmp_path / "two.npz")
 
 
-@pytest.mark.parametrize(
-    ("policy", "plan"),
-    [
-        ("deepseek", eplb_jax.rebalance_experts),
-        ("balanced", eplb_jax.balanced),
-        ("no-duplicate", eplb_jax.no_duplicate),
-    ],
-)
+@pytest.mark.parametrize(("policy", "plan"), POLICIES.items(), ids=POLICIES)
 def test_plan_is_the_policys(loads, capsys, policy, plan):
     assert main(["plan", str(loads), *SIZES, "--policy", policy]) == 0
     lines = capsys.readouterr().out.splitlines()

@@ -6,9 +6,10 @@ import pytest
 import eplb_jax
 from eplb_jax import balanced, elastic, no_duplicate, sticky
 from eplb_jax.plan import bounds, metrics
+from eplb_jax.plan.policies.registry import POLICIES
 
 WEIGHT = np.ones((2, 12))
-PLANNERS = [eplb_jax.rebalance_experts, balanced, no_duplicate, bounds.lower_bound]
+PLANNERS = [*POLICIES.values(), bounds.lower_bound]
 
 
 @pytest.mark.parametrize("plan", PLANNERS, ids=lambda plan: plan.__name__)

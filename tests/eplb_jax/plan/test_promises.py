@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 import eplb_jax
 from eplb_jax import Placement, balanced, elastic, no_duplicate, sticky
+from eplb_jax.plan.policies.registry import POLICIES
 
 FEW_SPARES = [(24, 24, 6, 2, 6), (60, 64, 12, 4, 16), (36, 36, 6, 2, 36), (24, 33, 12, 3, 3)]
 
@@ -122,6 +123,15 @@ def test_layers_without_load_get_an_even_plan(sizes):
     assert sticky(weight * [[1], [0], [1]], plans[0], groups, nodes, gpus) is plans[0]
 
 
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
+    weight = loads_of(2, 12, 0)
+    plan = policy(weight, 20, 6, 2, 4)
+    assert all(isinstance(array, np.ndarray) for array in plan)
+    check(plan, weight, 20, 6, 2, 4)
+    assert np.array_equal(policy(weight[3:5], 20, 6, 2, 4).phy2log, plan.phy2log[3:5])  # layers are independent
+
+
 def test_a_node_without_load_gets_an_even_share():
     weight = np.array([[0, 0, 0, 0, 5, 3, 2, 1]])
     assert balanced(weight, 12, 2, 2, 4).logcnt[0, :4].tolist() == [2, 2, 1, 1]
@@ -135,7 +145,7 @@ def test_what_died_in_a_layer_without_load_is_spread():
 
 def best_apart(load, replicas, gpus):
     """The lightest heaviest GPU of any plan that has no expert twice on a GPU, by trying all."""
-    experts, room = len(load), replicas // gpus
+    experts, capacity = len(load), replicas // gpus
     best = np.inf
     for counts in itertools.product(range(1, gpus + 1), repeat=experts):
         if sum(counts) != replicas:
@@ -145,7 +155,7 @@ def best_apart(load, replicas, gpus):
         for _ in range(gpus):
             after = {}
             for left, most in states:
-                for chosen in itertools.combinations([e for e in range(experts) if left[e]], room):
+                for chosen in itertools.combinations([e for e in range(experts) if left[e]], capacity):
                     rest = tuple(n - (e in chosen) for e, n in enumerate(left))
                     now = max(most, sum(each[e] for e in chosen))
                     if now < min(best, after.get(rest, np.inf)):
@@ -180,7 +190,7 @@ def test_placements_of_sticky_start_from_any_plan():
     assert (heaviest(new, weight, 6) <= heaviest(balanced(weight, 24, 6, 2, 6), weight, 6) * 1.01 * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("policy", [eplb_jax.rebalance_experts, balanced, no_duplicate])
+@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
 def test_lists_and_what_numpy_reads_are_loads(policy):
     """DeepSeek's users have tensors of PyTorch: no array of NumPy or JAX, but one that NumPy reads."""
 

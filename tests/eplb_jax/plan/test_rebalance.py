@@ -94,11 +94,11 @@ def test_equal_to_plain_loops(problem):
 
 @settings(max_examples=12, deadline=None, derandomize=True)
 @given(problems(), st.sampled_from([2, 3, 7]))
-def test_packing_and_replication_equal_plain_loops(problem, room):
+def test_packing_and_replication_equal_plain_loops(problem, capacity):
     weights, (replicas, *_) = problem
     for kind, weight in weights.items():
-        items = np.tile(weight, room)
-        packs = items.shape[1] // room
+        items = np.tile(weight, capacity)
+        packs = items.shape[1] // capacity
         found, ranks = eplb_jax.balanced_packing(items, packs), eplb_jax.replicate_experts(weight, replicas)
         for layer, load in enumerate(items.astype(np.float32)):
             assert [x[layer].tolist() for x in found] == list(map(list, specification.pack(load, packs))), kind

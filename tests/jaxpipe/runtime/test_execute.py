@@ -31,7 +31,7 @@ GRID = [
     ("dualpipe", 2, 4),
     ("dualpipe", 4, 8),
     ("dualpipe", 6, 14),
-    ("dualpipe", 8, 20),
+    pytest.param("dualpipe", 8, 20, marks=pytest.mark.slow),
     ("dualpipev", 1, 2),
     ("dualpipev", 2, 4),
     pytest.param("dualpipev", 3, 6, marks=pytest.mark.slow),
@@ -39,8 +39,9 @@ GRID = [
     pytest.param("dualpipev", 3, 10, marks=pytest.mark.slow),
     pytest.param("dualpipev", 8, 18, marks=pytest.mark.slow),
 ]
+OVERLAPPED = ("dualpipe", "dualpipev")
 DEEPSEEK = [("dualpipe", ranks, 20) for ranks in (2, 4, 8)] + [("dualpipev", ranks, 20) for ranks in (1, 2, 3, 4, 8)]
-OTHERS = [(name, ranks, 20) for name in ("gpipe", "1f1b", "interleaved", "zb1p", "zbv") for ranks in (2, 4)]
+OTHERS = [(name, ranks, 20) for name in jaxpipe.schedule.BUILDERS if name not in OVERLAPPED for ranks in (2, 4)]
 QUICK = [("dualpipe", 4, 20), ("dualpipev", 2, 20), ("dualpipev", 4, 20), *OTHERS[1::2]]
 REDUCED = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow) for case in DEEPSEEK + OTHERS]
 

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import pack_naive
 from jaxpipe.runtime.program import Field, Op, Program
-from jaxpipe.schedule import build
+from jaxpipe.schedule import BUILDERS, build
 from jaxpipe.schedule.action import Action, Group, Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, simulate
@@ -25,6 +25,7 @@ SIZES = [
     *[("dualpipe", ranks, m) for ranks, m in ((2, 4), (4, 8), (4, 20), (6, 14), (8, 20))],
     *[("dualpipev", ranks, m) for ranks, m in ((2, 4), (3, 7), (4, 10), (8, 20))],
 ]
+SIZES += [case for name in BUILDERS if (case := (name, 4, 8)) not in SIZES]
 
 
 ENDS = (Op.EMBED, Op.HEAD, Op.EMBED_GRAD)

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from profiling import check_collectives
 from tests.jaxpipe.runtime import models
+from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
 
 
@@ -160,23 +161,8 @@ def test_data_parallel_gradients_are_reduced_once_after_the_loop(x64):
     params = models.deepseek_params(schedule, 8, 16)
     batch = models.deepseek_batch(schedule, 8, sequence=4, microbatch=2)
     jaxpr = jax.make_jaxpr(step)(params, batch)
-    inside, outside = count_reductions(jaxpr.jaxpr, in_scan=False)
-    assert inside == 0 and outside > 0
-
-
-def count_reductions(jaxpr, in_scan):
-    """(psums inside scans, psums outside) of a jaxpr."""
-    inside = outside = 0
-    for eqn in jaxpr.eqns:
-        if eqn.primitive.name.startswith("psum"):
-            inside, outside = inside + in_scan, outside + (not in_scan)
-        for value in eqn.params.values():
-            for sub in value if isinstance(value, (tuple, list)) else (value,):
-                sub = getattr(sub, "jaxpr", sub)
-                if hasattr(sub, "eqns"):
-                    nested = count_reductions(sub, in_scan or eqn.primitive.name == "scan")
-                    inside, outside = inside + nested[0], outside + nested[1]
-    return inside, outside
+    in_scan = ["scan" in around for eqn, around in equations(jaxpr) if eqn.primitive.name.startswith("psum")]
+    assert in_scan and not any(in_scan)
 
 
 def test_parameters_sharded_over_the_batch_axis_by_the_compiler_are_refused():

@@ -67,6 +67,13 @@ def with_specs(stages, outer=None, **options):
     return functools.partial(trace, specs=Params(stages, outer), **options)
 
 
+@pytest.mark.parametrize("outer", [None, (), {}, {"nothing": []}], ids=repr)
+@pytest.mark.parametrize("specs", [None, Params(P("pp"), P()), Params(P("pp"))], ids=repr)
+def test_what_has_no_leaves_needs_no_spec(outer, specs):
+    (loss, _), grads = trace(params=Params(W, outer), specs=specs)
+    assert loss.shape == () and grads.outer == outer and grads.stages.shape == W.shape
+
+
 MISTAKES = {
     "schedule by name": (lambda: make(schedule="zbv"), r"schedule is 'zbv'.*build\('zbv', num_ranks"),
     "no schedule": (lambda: make(schedule=None), r"schedule is None.*schedule\.build"),

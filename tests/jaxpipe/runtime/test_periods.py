@@ -9,7 +9,7 @@ import pytest
 
 from jaxpipe.runtime import pack as packing_module
 from jaxpipe.runtime.actions import Actions, read_actions
-from jaxpipe.runtime.graph import Graph, make_graph, make_table
+from jaxpipe.runtime.graph import GroupGraph, make_graph, make_reach
 from jaxpipe.runtime.lower import forwards, lower
 from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.runtime.periods import find_steady
@@ -24,8 +24,8 @@ LONG = [(name, ranks, count * (1 + (name == "dualpipe"))) for name in BUILDERS f
 def searched_whole(schedule: Schedule, costs: Costs, shared_ends: bool = False) -> Packing:
     """The best packing that the search finds in the schedule as it is."""
     graph = make_graph(read_actions(schedule), costs, shared_ends)
-    table, paths = make_table(graph), search(graph)
-    found = [Packing(tuple(map(tuple, path[1:].tolist())), float(table.durations(path).sum())) for path in paths]
+    reach, paths = make_reach(graph), search(graph)
+    found = [Packing(tuple(map(tuple, path[1:].tolist())), float(reach.durations(path).sum())) for path in paths]
     return min(found, key=lambda packing: (round(packing.makespan, 6), packing.num_ticks))
 
 
@@ -90,9 +90,9 @@ def test_long_programs_are_right(name: str) -> None:
 
 @pytest.mark.parametrize("name", BUILDERS)
 def test_search_does_not_grow_with_the_microbatches(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    searched: list[Graph] = []
+    searched: list[GroupGraph] = []
 
-    def recorded(graph: Graph) -> list[np.ndarray]:
+    def recorded(graph: GroupGraph) -> list[np.ndarray]:
         searched.append(graph)
         return search(graph)
 
@@ -102,7 +102,7 @@ def test_search_does_not_grow_with_the_microbatches(name: str, monkeypatch: pyte
         packed = pack(schedule, UNIT)
         assert len(packed.progress) > microbatches  # all of it, although
     assert len(searched) == 2  # neither was searched whole, and
-    for field in dataclasses.fields(Graph):  # both as the same schedule of few microbatches
+    for field in dataclasses.fields(GroupGraph):  # both as the same schedule of few microbatches
         np.testing.assert_array_equal(*(getattr(graph, field.name) for graph in searched))
     assert len(searched[0].cost) < sum(map(len, build(name, 4, 64).ranks))
 
@@ -175,7 +175,7 @@ def test_ways_that_do_not_fit_are_refused() -> None:
     rng, verdicts = np.random.default_rng(0), []
     for name in ("dualpipe", "dualpipev", "zbv"):
         schedule = build(name, 2, 6)
-        table = make_table(make_graph(read_actions(schedule), UNIT, False))
+        reach = make_reach(make_graph(read_actions(schedule), UNIT, False))
         right = np.array([(0, 0), *pack_naive(schedule, UNIT).progress])
         for _ in range(60):
             way, tick = right.copy(), rng.integers(len(right))
@@ -186,8 +186,8 @@ def test_ways_that_do_not_fit_are_refused() -> None:
                     way = np.insert(way, tick, way[tick], axis=0)
                 case 2:
                     way[tick, rng.integers(2)] += rng.choice([-1, 1])
-            verdicts.append(table.allows(way))
-            makespan = float(table.durations(np.clip(way, 0, table.lengths)).sum())
+            verdicts.append(reach.allows(way))
+            makespan = float(reach.durations(np.clip(way, 0, reach.lengths)).sum())
             packing = Packing(tuple(map(tuple, way[1:].tolist())), makespan)
             assert verdicts[-1] == ((way[0] == 0).all() and is_legal(schedule, packing)), (name, way)
     assert 10 < sum(verdicts) < 170

@@ -1,5 +1,8 @@
 """All builders: sound on a grid of sizes, placed and ordered as named, refusing what does not exist."""
 
+import dataclasses
+
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -43,13 +46,43 @@ def test_the_microbatches_of_a_direction_stay_in_order(schedule):
             seen[key] = microbatch
 
 
-@pytest.mark.parametrize("name", BUILDERS)
-def test_built_by_name(name):
-    schedule = build(name, 4, 8)
+def assert_meets_the_protocol(name, builder, num_ranks, num_microbatches):
+    """What `jaxpipe.schedule.Builder` says of the schedule for numbers that it exists for."""
+    schedule = builder(num_ranks, num_microbatches)
     assert isinstance(schedule, Schedule)
-    assert (schedule.name, schedule.num_ranks, schedule.num_microbatches) == (name, 4, 8)
-    assert hash(schedule) == hash(BUILDERS[name](4, 8))
-    assert schedule == BUILDERS[name](4, 8)
+    sizes = schedule.name, schedule.num_ranks, schedule.num_microbatches
+    assert sizes == (name, num_ranks, num_microbatches)
+    assert schedule.num_stages % num_ranks == 0
+    check(schedule)
+    again = builder(np.int64(num_ranks), np.int32(num_microbatches))
+    assert again == schedule and hash(again) == hash(schedule)
+    assert {type(number) for number in (again.num_microbatches, again.num_stages)} == {int}
+    for bad in (0, True, 2.0):
+        with pytest.raises(ValueError, match=repr(bad)):
+            builder(num_ranks, bad)
+
+
+@pytest.mark.parametrize("name", BUILDERS)
+@pytest.mark.parametrize(("num_ranks", "num_microbatches"), [(2, 4), (4, 8), (8, 48)])
+def test_every_builder_meets_the_protocol(name, num_ranks, num_microbatches):
+    assert_meets_the_protocol(name, BUILDERS[name], num_ranks, num_microbatches)
+    assert build(name, num_ranks, num_microbatches) == BUILDERS[name](num_ranks, num_microbatches)
+
+
+@pytest.mark.parametrize(
+    "builder",
+    [
+        lambda ranks, microbatches: build("1f1b", ranks, microbatches),
+        lambda ranks, microbatches: dataclasses.replace(build("1f1b", 2, 4), name="mine"),
+        lambda ranks, microbatches: dataclasses.replace(build("1f1b", ranks, microbatches), name="mine", ranks=()),
+        lambda ranks, microbatches: dataclasses.replace(build("1f1b", int(ranks), int(microbatches)), name="mine"),
+    ],
+    ids=["another name", "other sizes", "no actions", "True is taken"],
+)
+def test_the_protocol_is_checked(builder):
+    """The checks above can fail."""
+    with pytest.raises((AssertionError, ValueError, pytest.fail.Exception)):
+        assert_meets_the_protocol("mine", builder, 4, 8)
 
 
 @pytest.mark.parametrize(

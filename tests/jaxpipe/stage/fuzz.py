@@ -99,7 +99,7 @@ def make_program(seed: int, *, longest: int = 5) -> Program:
 def check(program: Program) -> None:
     """Raises an AssertionError where a divided stage computes anything else than the plain one."""
     args = program.params, program.x, program.context
-    split = split_stage(program.stage, *args, has_aux=program.has_aux, again=program.seed % 4 != 0)
+    split = split_stage(program.stage, *args, has_aux=program.has_aux, recompute=program.seed % 4 != 0)
     book = Book()
     numbers = tuple(book.inputs(name, tree) for name, tree in zip(("params", "x", "context"), args, strict=True))
     out_ct = cotangents(program, split.out)

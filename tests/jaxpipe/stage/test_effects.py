@@ -9,8 +9,8 @@ import pytest
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import io_callback
-from jax.extend.core import Primitive
 
+from jaxpipe._jax import Effect, Primitive
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.graph import RECOMPUTE
 from tests.jaxpipe.stage import zoo
@@ -201,7 +201,7 @@ def test_effects_that_read_weight_gradients_are_in_the_weight_half(x64):
 def test_an_unknown_effect_is_kept():
     """An equation with an effect that nobody has heard of stays where plain tracing puts it."""
 
-    class Unheard(jax.extend.core.Effect):
+    class Unheard(Effect):
         pass
 
     bell = Primitive("bell")

@@ -1,0 +1,38 @@
+"""Our own kernels for Hopper GPUs (H100, H200), in Pallas' Mosaic dialect: the backend "mosaic"."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from eplb_jax.kernels import permute, swiglu
+from eplb_jax.kernels.backend import Target, current_target
+from eplb_jax.kernels.grouped_gemm import mosaic
+
+
+class Hopper:
+    """A `eplb_jax.kernels.backend.KernelBackend`."""
+
+    platform = "cuda"
+
+    def why_not(self, task: str, device: Target, *operands: Any) -> str | None:
+        """The device, dtype or shape that the kernels are not for; None if they do the task.
+
+        >>> Hopper().why_not("grouped_matmul", Target("cpu", "cpu", 132, False))
+        "the device is 'cpu', no Hopper GPU"
+        """
+        if not device.hopper:
+            return f"the device is {device.kind!r}, no Hopper GPU"
+        reasons = {"grouped_matmul": mosaic.why_not, "move_rows": permute.why_not, "gate_gradient": swiglu.why_not}
+        return reasons[task](*operands)
+
+    def kernel(self, name: str) -> Callable[..., Any]:
+        """The function of an operation, for the GPU that the program in hand is for."""
+        if name in ("matmul", "outer"):
+            return {"matmul": mosaic.matmul, "outer": mosaic.outer}[name]
+        kernels = {
+            "copy_rows": permute.copy_rows,
+            "add_rows": permute.add_rows,
+            "gated_backward": swiglu.gated_backward,
+        }
+        return lambda *operands: kernels[name](*operands, current_target().cores)

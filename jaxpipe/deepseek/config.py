@@ -1,0 +1,335 @@
+"""Sizes of a layer and of the models made of such layers, as data, with the parameters and FLOPs that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from types import MappingProxyType
+
+from eplb_jax import MoEConfig, RouterConfig
+from jaxpipe import flops
+
+REMATS = ("none", "attention", "layer")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LayerConfig:
+    """A layer of multi-head latent attention and experts.
+
+    Attributes:
+      moe: width of the activations, experts and routing.
+      heads: of attention.
+      query_rank: of the low-rank query; None: one whole matrix.
+      latent: width of what keys and values are made of.
+      content, rotary, value: widths of a head's query and key without and with positions, and of its value.
+
+    Raises:
+      ValueError: sizes below 1, an odd rotary width.
+    """
+
+    moe: MoEConfig
+    heads: int
+    query_rank: int | None
+    latent: int
+    content: int
+    rotary: int
+    value: int
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail within a traced function."""
+        sizes = {name: getattr(self, name) for name in ("heads", "latent", "content", "rotary", "value")}
+        if min(sizes.values()) < 1 or self.rotary % 2:
+            raise ValueError(f"{sizes}: all are at least 1, and rotary is even, because rotations need pairs")
+        if self.query_rank is not None and self.query_rank < 1:
+            raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
+
+    @property
+    def width(self) -> int:
+        """Width of the activations."""
+        return self.moe.width
+
+    @property
+    def experts(self) -> int:
+        """Logical experts of a layer."""
+        return self.moe.router.num_experts
+
+    @property
+    def attention_matrices(self) -> int:
+        """Elements of one layer's attention matrices."""
+        head, rank = self.heads * (self.content + self.rotary), self.query_rank
+        query = self.width * head if rank is None else self.width * rank + rank * head
+        latent = self.width * (self.latent + self.rotary)
+        return query + latent + self.heads * (self.latent * (self.content + self.value) + self.value * self.width)
+
+    @property
+    def attention_parameters(self) -> int:
+        """Parameters of one layer's attention, its norms' included."""
+        return self.attention_matrices + self.latent + (self.query_rank or 0)
+
+    @property
+    def expert_parameters(self) -> int:
+        """Parameters of one expert."""
+        return 3 * self.width * self.moe.hidden
+
+    def layer_matrices(self, experts: int) -> int:
+        """Elements of the matrices of a layer of which that many routed experts count, the router's included."""
+        mlp = (experts + self.moe.num_shared) * self.expert_parameters + self.width * self.experts
+        return self.attention_matrices + mlp
+
+    def layer_parameters(self, experts: int) -> int:
+        """Parameters of such a layer: its matrices, the scales of its norms and the router's bias."""
+        norms = self.attention_parameters - self.attention_matrices + 2 * self.width
+        return self.layer_matrices(experts) + norms + self.experts
+
+    def score_flops(self, sequence: int) -> int:
+        """FLOPs of one layer's causal attention for one token of a sequence, forward, projections left out.
+
+        Two products, of queries with keys and of weights with values, for half of the sequence on average.
+
+        >>> MODELS["dsv3-671b"].score_flops(4096)
+        167772160
+        """
+        return int(flops.score_flops(sequence * self.heads, self.content + self.rotary, self.value))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig(LayerConfig):
+    """A decoder of layers as `LayerConfig` describes them, and how its state is kept.
+
+    Attributes:
+      vocab: rows of the embedding and of the output matrix, which are two.
+      layers: of the whole model.
+      dense_layers: how many of them, the first ones, have one SwiGLU instead of experts.
+      dense_hidden: its hidden width.
+      redundant: slots for further copies of experts, which live rebalancing fills; 0: experts stay where they are.
+      sequence: tokens of a training sequence.
+      mtp: whether a second head predicts the token after the next one; its block is dense.
+      mtp_weight: its loss's factor.
+      balance_factor: of the sequence-wise balance loss.
+      bias_update_speed: what a router's bias changes by in a step; 0: never.
+      remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
+      shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
+        must divide over them; otherwise the ranks with the first and the last stage do.
+      shard_outer: whether other matrices outside the pipeline are kept in parts over the experts' axis, and gathered
+        for use.
+      moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
+
+    Raises:
+      ValueError: sizes below 1 or that do not fit each other, unknown choices.
+    """
+
+    vocab: int
+    layers: int
+    dense_layers: int
+    dense_hidden: int
+    sequence: int
+    redundant: int = 0
+    mtp: bool = False
+    mtp_weight: float = 0.3
+    balance_factor: float = 1e-4
+    bias_update_speed: float = 1e-3
+    remat: str = "none"
+    shared_ends: bool = True
+    shard_outer: bool = False
+    moments: str = "float32"
+
+    def __post_init__(self) -> None:
+        """Checks what would otherwise fail within a traced function."""
+        super().__post_init__()
+        sizes = {name: getattr(self, name) for name in ("vocab", "sequence", "dense_hidden")}
+        if min(sizes.values()) < 1:
+            raise ValueError(f"{sizes}: all are at least 1")
+        if not 0 <= self.dense_layers < self.layers:
+            raise ValueError(
+                f"dense_layers={self.dense_layers} of layers={self.layers}: the pipeline's stages are layers with "
+                "experts, so leave at least one of them"
+            )
+        if self.redundant < 0:
+            raise ValueError(f"redundant={self.redundant}: the number of further slots is at least 0")
+        if self.remat not in REMATS or self.moments not in ("float32", "bfloat16"):
+            raise ValueError(f"remat={self.remat!r} is one of {REMATS}, moments={self.moments!r} float32 or bfloat16")
+
+    def over_devices(self, devices: int, slots: int | None = None) -> ModelConfig:
+        """The model with so many slots of experts, copies included, on the devices of the experts' axis.
+
+        Args:
+          devices: that experts and slots must divide over.
+          slots: None: experts and redundant slots as they are.
+
+        Raises:
+          ValueError: fewer slots than experts; what does not divide, with the nearest that does.
+        """
+        slots = self.experts + self.redundant if slots is None else slots
+        masters = self.moe.masters or self.experts
+        if masters % devices:
+            raise ValueError(
+                f"{masters} experts do not divide over the {devices} devices of axis ep: take a divisor of {masters}"
+            )
+        if slots < self.experts or slots % devices:
+            least = max(slots, self.experts)
+            raise ValueError(
+                f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
+                f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
+            )
+        return dataclasses.replace(self, redundant=slots - self.experts)
+
+    @property
+    def moe_layers(self) -> int:
+        """Layers with experts, those that are pipelined."""
+        return self.layers - self.dense_layers
+
+    @property
+    def dense_layer_parameters(self) -> int:
+        """Parameters of a layer without experts, with its two norms."""
+        return self.attention_parameters + 3 * self.width * self.dense_hidden + 2 * self.width
+
+    @property
+    def embedding_and_head_parameters(self) -> int:
+        """Parameters of embedding, output matrix and last norm."""
+        return 2 * self.vocab * self.width + self.width
+
+    @property
+    def mtp_parameters(self) -> int:
+        """Parameters of the second head: norms, projection and block; embedding and output matrix are the model's."""
+        return self.dense_layer_parameters + 2 * self.width**2 + 3 * self.width if self.mtp else 0
+
+    @property
+    def total(self) -> int:
+        """Parameters, the second head's left out, as published sizes leave them out.
+
+        >>> f"{MODELS['dsv3-671b'].total / 1e9:.1f}"
+        '671.0'
+        """
+        outside = self.dense_layers * self.dense_layer_parameters + self.embedding_and_head_parameters
+        return outside + self.moe_layers * self.layer_parameters(self.experts)
+
+    @property
+    def active(self) -> int:
+        """Parameters that one token uses, embedding and output matrix included.
+
+        >>> f"{MODELS['dsv3-671b'].active / 1e9:.1f}"
+        '37.6'
+        """
+        outside = self.dense_layers * self.dense_layer_parameters + self.embedding_and_head_parameters
+        return outside + self.moe_layers * self.layer_parameters(self.moe.router.top_k)
+
+    @property
+    def flops_per_token(self) -> float:
+        """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
+
+        The second head's are not in it, nor what is computed again.
+
+        >>> f"{MODELS['dsv3-671b'].flops_per_token:.2e}"
+        '2.50e+11'
+        """
+        products = self.active - self.vocab * self.width
+        return 6.0 * products + 3.0 * self.layers * self.score_flops(self.sequence)
+
+
+MODELS: Mapping[str, ModelConfig] = MappingProxyType(
+    {
+        "tiny": ModelConfig(
+            moe=MoEConfig(
+                width=64,
+                hidden=48,
+                router=RouterConfig(num_experts=8, top_k=2, num_groups=1, top_groups=1, scale=1.0),
+                backend="xla",
+            ),
+            vocab=256,
+            layers=9,
+            dense_layers=1,
+            dense_hidden=192,
+            heads=4,
+            query_rank=32,
+            latent=32,
+            content=16,
+            rotary=8,
+            value=16,
+            sequence=64,
+            redundant=4,
+        ),
+        "moe-1b": ModelConfig(
+            moe=MoEConfig(
+                width=2048,
+                hidden=1024,
+                router=RouterConfig(num_experts=16, top_k=4, num_groups=1, top_groups=1, scale=1.0),
+                capacity_factor=1.25,
+            ),
+            vocab=32_768,
+            layers=9,
+            dense_layers=1,
+            dense_hidden=6144,
+            heads=16,
+            query_rank=None,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=2048,
+        ),
+        # DeepSeek-V2-Lite: DeepSeek-V2, arXiv 2405.04434, appendix B.1.
+        "moe-16b": ModelConfig(
+            moe=MoEConfig(
+                width=2048,
+                hidden=1408,
+                router=RouterConfig(
+                    num_experts=64,
+                    top_k=6,
+                    num_groups=1,
+                    top_groups=1,
+                    scoring="softmax",
+                    normalise=False,
+                    scale=1.0,
+                ),
+                num_shared=2,
+                capacity_factor=1.25,
+            ),
+            vocab=102_400,
+            layers=27,
+            dense_layers=1,
+            dense_hidden=10_944,
+            heads=16,
+            query_rank=None,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=4096,
+            balance_factor=3e-3,
+            bias_update_speed=0.0,
+            moments="bfloat16",
+        ),
+        # DeepSeek-V3: arXiv 2412.19437, 4.2; 64 redundant slots are one a device of its 64-way expert parallelism.
+        "dsv3-671b": ModelConfig(
+            moe=MoEConfig(capacity_factor=1.25, fp8=True),
+            vocab=129_280,
+            layers=61,
+            dense_layers=3,
+            dense_hidden=18_432,
+            heads=128,
+            query_rank=1536,
+            latent=512,
+            content=128,
+            rotary=64,
+            value=128,
+            sequence=4096,
+            redundant=64,
+            mtp=True,
+            remat="layer",
+            shard_outer=True,
+            moments="bfloat16",
+        ),
+    }
+)
+"""Models by name."""
+
+
+def model_config(name: str) -> ModelConfig:
+    """The model of that name.
+
+    >>> model_config("tiny").moe_layers
+    8
+    """
+    if name not in MODELS:
+        raise ValueError(f"no model {name!r}: known are {', '.join(MODELS)}")
+    return MODELS[name]

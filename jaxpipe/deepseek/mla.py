@@ -1,0 +1,271 @@
+"""Multi-head latent attention: over whole sequences, and of one new token over a cache of latents.
+
+`attend` and `attend_cached` are functions of `MLAParams`; the module `MLA` holds the same parameters and calls them.
+
+Shapes: B sequences or requests, T tokens, S tokens before them or in the cache, D width, H heads, R rank of the query,
+L width of the latents, N, P and V a head's widths: content, rotary and value, K = N + P, C = L + P. Products are in the
+dtype of the activations, whatever the parameters' is; norms and rotations in float32, or in float64 for float64.
+
+Source: DeepSeek-V2, arXiv 2405.04434, 2.1 and appendix C.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float, Int
+
+from eplb_jax.kernels.dtypes import wide
+from jaxpipe.deepseek.config import LayerConfig
+from jaxpipe.deepseek.kernels import causal_attention, expand_latents
+from jaxpipe.deepseek.layers import RMSNorm, normal, rms_norm
+
+Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
+"""Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower."""
+
+
+class MLAParams(NamedTuple):
+    """Parameters of one layer's attention.
+
+    Attributes:
+      query: of full rank, or None.
+      query_down, query_up: of a low-rank query, or None.
+      query_norm, latent_norm: scales of the norms of the low-rank query and of the latents; None: no scale.
+      latent_down: to the latents, and to the rotary key that all heads share.
+      key_up, value_up: from the latents.
+      out: back to the width.
+    """
+
+    query: Float[Array, "D H K"] | None
+    query_down: Float[Array, "D R"] | None
+    query_norm: Float[Array, " R"] | None
+    query_up: Float[Array, "R H K"] | None
+    latent_down: Float[Array, "D C"]
+    latent_norm: Float[Array, " L"] | None
+    key_up: Float[Array, "L H N"]
+    value_up: Float[Array, "L H V"]
+    out: Float[Array, "H V D"]
+
+
+class Latents(NamedTuple):
+    """What attention keeps of tokens: keys and values of all heads are made of it.
+
+    Attributes:
+      latent: normalised.
+      rotary: the key that all heads share, rotated.
+    """
+
+    latent: Float[Array, "B T L"]
+    rotary: Float[Array, "B T P"]
+
+    def rows(self) -> Float[Array, "B T C"]:
+        """Side by side, as `attend` takes those of earlier tokens and `attend_cached` caches them."""
+        return jnp.concatenate(self, -1)
+
+
+def init_mla(
+    rngs: nnx.Rngs,
+    config: LayerConfig,
+    dtype: jax.typing.DTypeLike = jnp.float32,
+    *,
+    scales: bool = True,
+    branches: int = 1,
+) -> MLAParams:
+    """Normal values of variance one over the number of inputs, scales of one.
+
+    Args:
+      rngs: for the matrices.
+      config: sizes.
+      dtype: of all parameters.
+      scales: whether the norms have scales.
+      branches: residual branches of the model, which add up: smaller steps at first keep deep models stable.
+
+    >>> from eplb_jax import MoEConfig
+    >>> sizes = dict(heads=2, query_rank=None, latent=4, content=3, rotary=2, value=3)
+    >>> init_mla(nnx.Rngs(0), LayerConfig(moe=MoEConfig(width=8), **sizes)).key_up.shape
+    (4, 2, 3)
+    """
+    width, heads, rank, latent = config.width, config.heads, config.query_rank, config.latent
+    head = config.content + config.rotary
+    query = query_down = query_norm = query_up = None
+    if rank is None:
+        query = normal(rngs, (width, heads, head), width, dtype)
+    else:
+        query_down = normal(rngs, (width, rank), width, dtype)
+        query_norm = jnp.ones(rank, dtype) if scales else None
+        query_up = normal(rngs, (rank, heads, head), rank, dtype)
+    return MLAParams(
+        query,
+        query_down,
+        query_norm,
+        query_up,
+        latent_down=normal(rngs, (width, latent + config.rotary), width, dtype),
+        latent_norm=jnp.ones(latent, dtype) if scales else None,
+        key_up=normal(rngs, (latent, heads, config.content), latent, dtype),
+        value_up=normal(rngs, (latent, heads, config.value), latent, dtype),
+        out=normal(rngs, (heads, config.value, width), heads * config.value * branches, dtype),
+    )
+
+
+def attend(
+    params: MLAParams,
+    x: Float[Array, "B T D"],
+    config: LayerConfig,
+    before: Float[Array, "B S C"] | None = None,
+    core: Core = causal_attention,
+) -> tuple[Float[Array, "B T D"], Latents]:
+    """Causal attention of every token to those before it in its sequence, and to itself.
+
+    Args:
+      params: of this layer.
+      x: tokens that follow each other.
+      config: sizes.
+      before: `Latents.rows` of the tokens that precede these; None: these are the first.
+      core: attention of queries to keys and values.
+
+    Returns:
+      The output, and latents and rotary keys of these tokens.
+
+    >>> from eplb_jax import MoEConfig
+    >>> sizes = dict(heads=2, query_rank=4, latent=4, content=3, rotary=2, value=3)
+    >>> config = LayerConfig(moe=MoEConfig(width=8), **sizes)
+    >>> y, latents = attend(init_mla(nnx.Rngs(0), config), jnp.ones((1, 5, 8)), config)
+    >>> y.shape, latents.rows().shape
+    ((1, 5, 8), (1, 5, 6))
+    """
+    dtype, first = x.dtype, 0 if before is None else before.shape[1]
+    positions = jnp.arange(first, first + x.shape[1], dtype=jnp.int32)
+    with jax.named_scope("query"):
+        query = _queries(params, x, config, positions)
+    with jax.named_scope("key_value"):
+        every = new = _latents(params, x, config, positions)
+        if before is not None:
+            rows = jnp.concatenate([before, new.rows()], 1)
+            every = Latents(rows[..., : config.latent], rows[..., config.latent :])
+        key, value = expand_latents(every.latent, params.key_up.astype(dtype), params.value_up.astype(dtype))
+        rotary = jnp.broadcast_to(every.rotary[:, :, None], (*key.shape[:3], config.rotary))
+        key = jnp.concatenate([key, rotary], -1)
+    with jax.named_scope("core"):
+        mixed = core(query, key, value)
+    with jax.named_scope("out"):
+        return jnp.einsum("bthv,hvd->btd", mixed, params.out.astype(dtype)), new
+
+
+def attend_cached(
+    params: MLAParams,
+    x: Float[Array, "B D"],
+    cache: Float[Array, "B S C"],
+    lengths: Int[Array, " B"],
+    config: LayerConfig,
+) -> tuple[Float[Array, "B D"], Float[Array, "B S C"]]:
+    """Attention of one new token of each request; key and value matrices are applied to query and result instead.
+
+    Args:
+      params: of this layer.
+      x: the new tokens.
+      cache: `Latents.rows` of all tokens before, and a place for the new one at ``lengths``.
+      lengths: tokens cached of each request; int32.
+      config: sizes.
+
+    Returns:
+      The output, and the cache with the new tokens in it.
+    """
+    dtype = x.dtype
+    with jax.named_scope("project"):
+        query = _queries(params, x[:, None], config, lengths[:, None])
+        new = _latents(params, x[:, None], config, lengths[:, None]).rows()
+        cache = jax.vmap(lambda rows, row, at: jax.lax.dynamic_update_slice(rows, row, (at, jnp.int32(0))))(
+            cache, new, lengths
+        )
+        content, rotary = query[:, 0, :, : config.content], query[:, 0, :, config.content :]
+        absorbed = jnp.einsum("bhn,lhn->bhl", content, params.key_up.astype(dtype))
+        query = jnp.concatenate([absorbed, rotary], -1)
+    with jax.named_scope("core"):
+        scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=wide(dtype))
+        scores = scores * (config.content + config.rotary) ** -0.5
+        seen = jnp.arange(cache.shape[1], dtype=jnp.int32) <= lengths[:, None, None]
+        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(dtype)
+        # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
+        mixed = jnp.einsum("bhs,bsc->bhc", weights, cache)[..., : config.latent]
+        value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up.astype(dtype))
+        return jnp.einsum("bhv,hvd->bd", value, params.out.astype(dtype)), cache
+
+
+class MLA(nnx.Module):
+    """`attend` with float32 parameters, for sequences whose positions count from 0.
+
+    Args:
+      config: sizes.
+      rngs: for the parameters.
+      core: attention of queries to keys and values.
+      branches: see `init_mla`.
+
+    >>> from eplb_jax import MoEConfig
+    >>> sizes = dict(heads=2, query_rank=4, latent=4, content=3, rotary=2, value=3)
+    >>> layer = MLA(LayerConfig(moe=MoEConfig(width=8), **sizes), nnx.Rngs(0))
+    >>> layer(jnp.ones((1, 5, 8))).shape, layer.params.query_norm.shape
+    ((1, 5, 8), (4,))
+    """
+
+    def __init__(
+        self, config: LayerConfig, rngs: nnx.Rngs, core: Core = causal_attention, *, branches: int = 1
+    ) -> None:
+        self.config, self.core = config, core
+        for name, value in init_mla(rngs, config, branches=branches)._asdict().items():
+            if name in ("query_norm", "latent_norm") and value is not None:
+                setattr(self, name, RMSNorm(value.shape[0]))
+            elif value is not None:
+                setattr(self, name, nnx.Param(value))
+
+    @property
+    def params(self) -> MLAParams:
+        """The module's parameters as `attend` and `attend_cached` take them."""
+        found = (getattr(self, name, None) for name in MLAParams._fields)
+        variables = (part.scale if isinstance(part, RMSNorm) else part for part in found)
+        return MLAParams._make(None if variable is None else variable[...] for variable in variables)
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """``[B, T, D] -> [B, T, D]``."""
+        return attend(self.params, x, self.config, core=self.core)[0]
+
+
+def rotate(x: Float[Array, "*place P"], positions: Int[Array, "*any"]) -> Float[Array, "*place P"]:
+    """Rotary position embedding: the first half of the last axis rotates against the second.
+
+    Args:
+      x: queries or keys.
+      positions: of shape that broadcasts to that of x but for its last axis.
+
+    Source: arXiv 2104.09864.
+
+    >>> rotate(jnp.ones((2, 4)), jnp.arange(2))[0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    half, dtype = x.shape[-1] // 2, wide(x.dtype)
+    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
+    angles = positions.astype(dtype)[..., None] * frequencies
+    left, right = jnp.split(x.astype(dtype), 2, -1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
+
+
+def _queries(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array) -> jax.Array:
+    """``[B, T, D] -> [B, T, H, K]``."""
+    if params.query is not None:
+        query = jnp.einsum("btd,dhk->bthk", x, params.query.astype(x.dtype))
+    else:
+        assert params.query_down is not None and params.query_up is not None
+        down = rms_norm(x @ params.query_down.astype(x.dtype), params.query_norm)
+        query = jnp.einsum("btr,rhk->bthk", down, params.query_up.astype(x.dtype))
+    content, rotary = query[..., : config.content], query[..., config.content :]
+    return jnp.concatenate([content, rotate(rotary, positions[..., None])], -1)
+
+
+def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array) -> Latents:
+    both = x @ params.latent_down.astype(x.dtype)
+    latent, rotary = both[..., : config.latent], both[..., config.latent :]
+    return Latents(rms_norm(latent, params.latent_norm), rotate(rotary, positions))

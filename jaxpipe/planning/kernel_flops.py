@@ -1,0 +1,65 @@
+"""FLOPs of the kernels of a traced program: of those that JAX knows nothing of, by rules and by their shapes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax.numpy as jnp
+
+from jaxpipe import flops
+from jaxpipe._jax import ATTENTION_PRODUCTS, PRODUCTS, JaxprEqn
+
+FlopsRule = Callable[[Sequence[Any], Sequence[Any]], float]
+"""FLOPs of a kernel, of the shapes of its operands and results."""
+
+
+def kernel_name(eqn: JaxprEqn) -> str:
+    """The name of the kernel that an equation runs: its own, or that of the primitive."""
+    params = eqn.params
+    return str(params.get("name") or params.get("target_name") or params.get("call_target_name") or eqn.primitive.name)
+
+
+def kernel_flops(eqn: JaxprEqn, rules: Mapping[str, FlopsRule]) -> float | None:
+    """FLOPs of a kernel, or None where nothing is known of it.
+
+    The first of these that there is: a rule of its name, its own estimate, attention's and a grouped product's shapes.
+    """
+    name = kernel_name(eqn)
+    operands: list[Any] = [atom.aval for atom in eqn.invars]
+    results: list[Any] = [var.aval for var in eqn.outvars]
+    if name in rules:
+        return float(rules[name](operands, results))
+    estimate = eqn.params.get("cost_estimate")
+    if estimate is not None:
+        return float(estimate.flops)
+    if name in ATTENTION_PRODUCTS:
+        causal = "CAUSAL" in str(eqn.params.get("mask_type", "")).upper()
+        return attention_flops(*operands[:3], products=ATTENTION_PRODUCTS[name], causal=causal)
+    return flops.grouped_flops(a.shape for a in (*operands, *results) if jnp.issubdtype(a.dtype, jnp.floating))
+
+
+def attention_flops(query: Any, key: Any, value: Any, *, products: int, causal: bool) -> float:
+    """FLOPs of attention of queries ``[B, T, H, C]`` to keys ``[B, S, H, C]`` and values ``[B, S, H, V]``.
+
+    ``products`` and ``causal``: as of `jaxpipe.flops.score_flops`.
+
+    >>> import jax
+    >>> q = jax.ShapeDtypeStruct((1, 4, 2, 8), "bfloat16")
+    >>> attention_flops(q, q, q, products=2, causal=True)
+    512.0
+    """
+    scores = math.prod(query.shape[:3]) * key.shape[1]
+    return flops.score_flops(scores, query.shape[-1], value.shape[-1], products=products, causal=causal)
+
+
+def multiplying_unit(eqn: JaxprEqn) -> str:
+    """What multiplies the operands of a product or kernel, as `Chip.flops` names it: by default float32 as TF32."""
+    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    floats = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
+    if eqn.primitive.name in PRODUCTS:
+        width = max(floats[:2], default=1)  # integers multiply as 8-bit numbers do
+    else:
+        width = max(sorted(set(floats)), key=floats.count, default=4)
+    return flops.multiplying_unit(width, highest="HIGHEST" in str(eqn.params.get("precision")))

@@ -1,0 +1,304 @@
+"""How many bytes a traced program has alive at its peak, without compiling it.
+
+A compiler allocates what it cannot fuse. So a value counts if something needs it whole in memory: a matrix product, a
+collective, a sort, a gather or scatter, or more than one reader. All others are computed where they are read, and only
+keep alive what they are made of. Reshapes, slots written in place and loops' carried buffers share memory.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+from jaxpipe._jax import (
+    BODY_PARAMETERS,
+    COMPUTED_ONCE,
+    READS_WHOLE,
+    REDUCTIONS,
+    VIEWS,
+    WITH_BODIES,
+    WRITES_IN_PLACE,
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+)
+from jaxpipe.stage.graph import scan_counts
+
+Size = Callable[[Any], int]
+"""Bytes of a variable of a jaxpr."""
+
+
+@dataclasses.dataclass(frozen=True)
+class _InlinedOp:
+    """An equation whose calls are inlined; values are numbers."""
+
+    name: str
+    ins: tuple[int, ...]
+    outs: tuple[int, ...]
+    inner: int = 0  # bytes that it needs besides operands and results
+    aliases: tuple[int, ...] = ()  # what the first results are written into
+
+
+class _Graph:
+    """Equations in order, and the size of each value."""
+
+    def __init__(self, cpu: bool, size: Size):
+        self.cpu = cpu
+        self.size = size
+        self.ops: list[_InlinedOp] = []
+        self.sizes: list[int] = []
+
+    def new(self, var: Any) -> int:
+        self.sizes.append(self.size(var))
+        return len(self.sizes) - 1
+
+    def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None]) -> list[int | None]:
+        """Appends a jaxpr's equations; returns its outputs."""
+        env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update((var, None) for var in jaxpr.constvars)
+
+        def read(atom: Any) -> int | None:
+            return None if isinstance(atom, Literal) else env[atom]
+
+        for eqn in jaxpr.eqns:
+            ins = [read(atom) for atom in eqn.invars]
+            called = called_jaxpr(eqn)
+            if called is not None:
+                env.update(zip(eqn.outvars, self.add(called, ins[len(ins) - len(called.invars) :]), strict=True))
+                continue
+            outs = [self.new(var) for var in eqn.outvars]
+            env.update(zip(eqn.outvars, outs, strict=True))
+            self._append(eqn, ins, outs)
+        return [read(atom) for atom in jaxpr.outvars]
+
+    def _append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
+        name, known = eqn.primitive.name, tuple(value for value in ins if value is not None)
+        if name == "optimization_barrier":  # one alias for each value, or all would live as long as any
+            pairs = zip(ins, outs, strict=True)
+            self.ops += [_InlinedOp(name, () if value is None else (value,), (out,)) for value, out in pairs]
+            return
+        inner, aliases = 0, ()
+        if name in ("scan", "while"):
+            inner, aliases = self._loop(eqn, ins)
+        elif name == "cond":
+            inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in eqn.params["branches"])
+        elif name.startswith("ragged_dot") and self.cpu:
+            known = self._masked(eqn, ins)
+        self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
+
+    def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
+        """(bytes that a turn needs, the buffers that the carried values are written into)."""
+        if eqn.primitive.name == "scan":
+            body = eqn.params["jaxpr"]
+            begin, count = scan_counts(eqn)
+            carried = ins[begin : begin + count]
+        else:
+            body, begin = eqn.params["body_jaxpr"], eqn.params["body_nconsts"]
+            carried = ins[eqn.params["cond_nconsts"] + begin :]
+        inner = peak(body.jaxpr, cpu=self.cpu, carried=range(begin, begin + len(carried)), size=self.size)
+        # A literal start is a buffer like any other.
+        pairs = zip(carried, eqn.outvars[: len(carried)], strict=True)
+        return inner, tuple(self.new(var) if value is None else value for value, var in pairs)
+
+    def _masked(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, ...]:
+        """What a grouped product reads on CPUs: operands with each row once for each group, masked."""
+        numbers = eqn.params.get("ragged_dot_dimension_numbers")
+        both = numbers is not None and not numbers.rhs_group_dimensions
+        sizes: Any = eqn.invars[2].aval
+        masked = [self.new(atom) for atom in eqn.invars[: 1 + both]]
+        for value, source in zip(masked, ins, strict=False):
+            self.sizes[value] *= math.prod(sizes.shape)
+            self.ops.append(_InlinedOp("mask", () if source is None else (source,), (value,)))
+        return (*masked, *(value for value in ins[1 + both :] if value is not None))
+
+
+def nbytes(avals: Iterable[Any], *, local: bool = False) -> int:
+    """Bytes of arrays, shapes or abstract values; ``local``: of the part that one device has of each."""
+    shapes = ((aval.sharding.shard_shape(aval.shape) if local else aval.shape, aval.dtype) for aval in avals)
+    return sum(math.prod(shape) * dtype.itemsize for shape, dtype in shapes)
+
+
+def whole(var: Any) -> int:
+    """Bytes of a variable or literal of a jaxpr."""
+    return nbytes([var.aval])
+
+
+def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: Size = whole) -> int:
+    """Most bytes alive at once besides inputs and what is written into them.
+
+    Args:
+      jaxpr: to run in the order of its equations.
+      cpu: as XLA compiles for CPUs: whatever is ready runs first, so that threads have work, and a grouped matrix
+        product becomes a plain one whose left operand has each row once for each group, masked (and so has the right
+        one if rows are what is summed over).
+      carried: of a loop's body: inputs, over which the first outputs are written.
+      size: gives the bytes that a device has of a variable.
+
+    >>> import jax, jax.numpy as jnp
+    >>> x = jnp.ones((16, 16))
+    >>> peak(jax.make_jaxpr(lambda x: ((x @ x + 1) @ x).sum())(x).jaxpr)  # two products alive
+    2048
+    """
+    graph = _Graph(cpu, size)
+    inputs = [graph.new(var) for var in jaxpr.invars]
+    outputs = graph.add(jaxpr, inputs)
+    results = outputs[: len(carried)]
+    # What is added to a carried sum, such as a gradient, XLA adds as soon as it is there, and frees.
+    sums = set() if cpu else {value for value in results if value is not None} - set(inputs)
+    sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
+    nodes, roots = _nodes(graph, inputs, sums)
+    ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
+    nodes = [*(_breadth_first(nodes) if cpu else _sums_first(nodes)), _Node((), ends, 0)]
+    theirs = set(inputs) - {inputs[place] for place in carried}
+    owner = _overwrite(nodes, {value: size for value, size in enumerate(graph.sizes) if value not in theirs})
+    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
+    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
+    for value in results:
+        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
+    return _most_alive(nodes, owner, sizes)
+
+
+def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_Node], list[frozenset[int]]]:
+    """(what runs, in the order of the equations; the allocated values that each value is made of)."""
+    kept = _allocated(graph, set(inputs)) | sums
+    floors = [0] * len(graph.sizes)
+    roots: list[frozenset[int]] = [frozenset()] * len(graph.sizes)
+    for value in inputs:
+        roots[value] = frozenset({value})
+    nodes: list[_Node] = []
+    for op in graph.ops:
+        sources = frozenset[int]().union(*(roots[value] for value in op.ins))
+        made = tuple(value for value in op.outs if value in kept)
+        floor = len(nodes) if op.name == "optimization_barrier" else max((floors[value] for value in op.ins), default=0)
+        for place, value in enumerate(op.outs):
+            floors[value] = floor
+            written = op.aliases and place < len(op.aliases)
+            roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
+        if made or op.inner or op.aliases or op.name in WRITES_IN_PLACE:
+            elementwise = op.name not in READS_WHOLE and op.name not in REDUCTIONS
+            nodes.append(_Node(made, sources, op.inner, elementwise, floor if sums.intersection(made) else None))
+    return nodes, roots
+
+
+def _most_alive(nodes: Sequence[_Node], owner: dict[int, int], sizes: dict[int, int]) -> int:
+    """Bytes at the fullest moment, each value alive from the node that makes it to the last that reads it."""
+    last = {owner[value]: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
+    live = most = 0
+    for index, node in enumerate(nodes):
+        live += sum(sizes[value] for value in node.made if owner[value] == value)
+        most = max(most, live + node.inner)
+        both = {owner[value] for value in (*node.made, *node.sources)}
+        live -= sum(sizes[value] for value in both if last[value] == index)
+    return most
+
+
+def _overwrite(nodes: Sequence[_Node], sizes: dict[int, int]) -> dict[int, int]:
+    """In whose memory each value is: elementwise results take that of an operand that nobody reads any more.
+
+    ``sizes``: of what may be overwritten.
+    """
+    last = {value: index for index, node in enumerate(nodes) for value in (*node.sources, *node.made)}
+    owner = {value: value for value in last}
+    for index, node in enumerate(nodes):
+        if node.elementwise and len(node.made) == 1:
+            (made,) = node.made
+            free = (value for value in sorted(node.sources) if last[value] == index and sizes.get(value) == sizes[made])
+            owner[made] = owner[next(free, made)]
+    return owner
+
+
+@dataclasses.dataclass(frozen=True)
+class _Node:
+    """What runs as one.
+
+    Attributes:
+      made, sources: values that it allocates, and those that it reads.
+      inner: bytes that it needs besides.
+      elementwise: whether it can write over what it reads.
+      floor: of a sum, the first place that it can have; None: it stays where it is.
+    """
+
+    made: tuple[int, ...]
+    sources: frozenset[int]
+    inner: int
+    elementwise: bool = False
+    floor: int | None = None
+
+
+def _sums_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """The nodes in their order, but sums as early as they can be."""
+    producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+
+    def place(index: int) -> float:
+        node = nodes[index]
+        if node.floor is None:
+            return index
+        return max(node.floor - 0.5, *(producer[value] + 0.5 for value in node.sources if value in producer), -1)
+
+    return [nodes[index] for index in sorted(range(len(nodes)), key=place)]
+
+
+def _breadth_first(nodes: Sequence[_Node]) -> list[_Node]:
+    """The nodes in the order in which they become ready."""
+    producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+    needs = [{producer[value] for value in node.sources if value in producer} for node in nodes]
+    readers: list[list[int]] = [[] for _ in nodes]
+    for index, found in enumerate(needs):
+        for other in found:
+            readers[other].append(index)
+    waiting = [len(found) for found in needs]
+    queue = collections.deque(index for index, count in enumerate(waiting) if not count)
+    order = []
+    while queue:
+        index = queue.popleft()
+        order.append(nodes[index])
+        for reader in readers[index]:
+            waiting[reader] -= 1
+            if not waiting[reader]:
+                queue.append(reader)
+    assert len(order) == len(nodes)
+    return order
+
+
+def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
+    """The values that get memory of their own."""
+    readers: dict[int, int] = {}
+    whole: set[int] = set()
+    kept: set[int] = set()
+    for op in reversed(graph.ops):
+        shared = op.name in VIEWS or op.name in WRITES_IN_PLACE or op.name == "optimization_barrier"
+        for place, value in enumerate(op.outs):
+            shared_by_readers = readers.get(value, 0) > 1 and (graph.cpu or op.name in COMPUTED_ONCE)
+            own = value in whole or shared_by_readers or op.name in READS_WHOLE or op.name in REDUCTIONS
+            if own and not shared and place >= len(op.aliases):
+                kept.add(value)
+        needed = op.name in READS_WHOLE or op.name == "optimization_barrier"
+        if op.name in VIEWS and any(value in whole or readers.get(value, 0) > 1 for value in op.outs):
+            needed = True
+        for value in dict.fromkeys(op.ins):
+            readers[value] = readers.get(value, 0) + 1
+            if needed:
+                whole.add(value)
+    return {value for value in kept if value not in inputs}
+
+
+def _is_elementwise(op: _InlinedOp) -> bool:
+    """Whether an operation is computed element by element, and is one: no view, nothing written into a part."""
+    return op.name not in READS_WHOLE | REDUCTIONS | VIEWS | WRITES_IN_PLACE | {"optimization_barrier"}
+
+
+def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:
+    """The body of an equation that is a call."""
+    if eqn.primitive.name in WITH_BODIES or eqn.primitive.name == "pallas_call":
+        return None
+    for name in BODY_PARAMETERS:
+        body = eqn.params.get(name)
+        if isinstance(body, ClosedJaxpr):
+            return body.jaxpr
+        if isinstance(body, Jaxpr):
+            return body
+    return None

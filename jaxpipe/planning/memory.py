@@ -1,0 +1,111 @@
+"""How much memory each part of a pipelined step takes on a device, from the traced step alone."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from jaxpipe._jax import VIEWS, Jaxpr, Literal
+from jaxpipe.planning.liveness import Size, peak
+from jaxpipe.stage.graph import scan_counts
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes of one device in a training step.
+
+    Attributes:
+      masters: parameters.
+      working: copies of them in the compute dtype or by slot, made once a step.
+      gradients: their sums over microbatches; of a forward pass alone, its outputs.
+      stash: of microbatches between forward and backward.
+      in_flight: activations and cotangents between stages.
+      transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
+      optimizer: its state, such as moments.
+      batch: a step's.
+    """
+
+    masters: int
+    working: int
+    gradients: int
+    stash: int
+    in_flight: int
+    transient: int
+    optimizer: int = 0
+    batch: int = 0
+
+    @property
+    def arguments(self) -> int:
+        """Of the compiled step; its output is written into the same memory."""
+        return self.masters + self.optimizer + self.batch
+
+    @property
+    def temporary(self) -> int:
+        """What the compiled step allocates besides."""
+        return self.working + self.gradients + self.stash + self.in_flight + self.transient
+
+    @property
+    def total(self) -> int:
+        """Both."""
+        return self.arguments + self.temporary
+
+
+def body_memory(
+    body: Jaxpr, size: Size, *, unrolled: bool, messages: int, results: int, others: int, cpu: bool
+) -> Memory:
+    """What the body of a pipeline's `jax.shard_map` allocates on each device; parameters and batch are left at 0.
+
+    Args:
+      body: as `jax.make_jaxpr` of the pipeline has it.
+      size: bytes that a device has of a variable.
+      unrolled: whether the program has no slots; messages then count as stash.
+      messages: arrays between two stages.
+      results: buffers of gradients, or of outputs where nothing is differentiated.
+      others: buffers of losses and metrics: behind the gradients, or before the outputs.
+      cpu: see `jaxpipe.planning.liveness.peak`.
+    """
+    # The order is that of jaxpipe.runtime.buffers.Buffers: messages, stash, gradients, losses and metrics, outputs.
+    messages = 0 if unrolled else messages
+    buffers = _buffers(body, size, results + others) if unrolled else _carried(body)
+    count = len(buffers)
+    in_flight = sum(map(size, buffers[:messages]))
+    stash = sum(map(size, buffers[messages : count - results - others]))
+    kept = sum(map(size, buffers[count - results - others : count - others]))
+    working = _working(body, size)
+    transient = peak(body, cpu=cpu, size=size) - working - kept - stash - in_flight
+    return Memory(0, working, kept, stash, in_flight, transient)
+
+
+def _carried(body: Jaxpr) -> Sequence[Any]:
+    """The buffers of the loop over a program's steps: the loop that carries most."""
+    loop = max((eqn for eqn in body.eqns if eqn.primitive.name == "scan"), key=lambda eqn: scan_counts(eqn)[1])
+    consts, carried = scan_counts(loop)
+    return loop.invars[consts : consts + carried]
+
+
+def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
+    """The buffers of code without slots, after the step that leaves most bytes; there are at least so many."""
+    loops = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
+    eqns = [*body.eqns, *(eqn for loop in loops for eqn in loop.params["jaxpr"].jaxpr.eqns)]
+    barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= least]
+    return max((eqn.invars for eqn in barriers), key=lambda atoms: sum(map(size, atoms)))
+
+
+def _working(body: Jaxpr, size: Size) -> int:
+    """Bytes of what is made of parameters before the first step; parameters in other words are none."""
+    made: set[Any] = set()
+    read: set[Any] = set()
+    given: set[Any] = set(body.invars)
+    for eqn in body.eqns:
+        if "prepare" in str(eqn.source_info.name_stack).split("/"):
+            if eqn.primitive.name == "optimization_barrier":
+                pairs = zip(eqn.invars, eqn.outvars, strict=True)
+            else:
+                pairs = ((atom, var) for atom in eqn.invars[:1] for var in eqn.outvars if eqn.primitive.name in VIEWS)
+            views = {var for atom, var in pairs if not isinstance(atom, Literal) and atom in given}
+            given |= views
+            made.update(var for var in eqn.outvars if var not in views)
+        else:
+            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return sum(map(size, made & read))

@@ -1,0 +1,400 @@
+"""`plan`: memory and time of a pipeline, from its traced step and its simulated schedule, without running either."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+from jaxpipe import inputs
+from jaxpipe._jax import Jaxpr
+from jaxpipe.api import Pipeline
+from jaxpipe.params import Params
+from jaxpipe.planning import chips
+from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.divided import Divided
+from jaxpipe.planning.kernel_flops import FlopsRule
+from jaxpipe.planning.memory import Memory, body_memory
+from jaxpipe.planning.mesh import Network
+from jaxpipe.planning.work import DeviceWork, Works, works
+from jaxpipe.schedule.action import Kind
+from jaxpipe.schedule.simulator import Costs, Timeline, simulate
+
+PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
+"""The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md."""
+
+GIGA = 1e9
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a step of a pipeline needs and how long it should take; prints as text. Made by `plan`.
+
+    Attributes:
+      name: the pipeline's: schedule, ranks and microbatches.
+      mesh: (name, size) of its axes.
+      chip: what it runs on.
+      memory: bytes of a device, by part.
+      costs: seconds of one stage on one microbatch, by kind of action, and of a message.
+      embed, head: seconds of a microbatch's embedding and head, with their gradients.
+      once: seconds of what is done once a step: copies of parameters, sums of gradients over devices, the update.
+      timeline: the schedule with these costs, without embedding and head.
+      seconds: of a step.
+      bubble: share of a step in which the rank that is idle longest waits for others.
+      flops: of a step on all devices as the model needs them: three times its forward's.
+      executed: FLOPs that the devices run, what is computed again included.
+      mfu: share of what the chips could do that ``flops`` are.
+      uncounted: (kernel, times a step on a device) whose FLOPs no rule knows; their bytes count.
+      work: what is done in one run of each kind of action.
+    """
+
+    name: str
+    mesh: tuple[tuple[str, int], ...]
+    chip: Chip
+    memory: Memory
+    costs: Costs
+    embed: float
+    head: float
+    once: float
+    timeline: Timeline
+    seconds: float
+    bubble: float
+    flops: float
+    executed: float
+    mfu: float
+    uncounted: tuple[tuple[str, float], ...]
+    work: Works
+
+    @property
+    def fits(self) -> bool:
+        """Whether a device has the memory."""
+        return self.memory.total <= self.chip.memory
+
+    def __str__(self) -> str:
+        memory, ms = self.memory, 1e3
+        parts = {
+            "parameters": memory.masters,
+            "optimizer": memory.optimizer,
+            "batch": memory.batch,
+            "working copies": memory.working,
+            "gradients": memory.gradients,
+            "stash": memory.stash,
+            "messages": memory.in_flight,
+            "at work": memory.transient,
+        }
+        kinds = {action.kind for rank in self.timeline.schedule.ranks for group in rank for action in group}
+        times = [f"{kind.value} {self.costs.of(kind) * ms:.3g}" for kind in Kind if kind in kinds]
+        if self.costs.overlapped is not None:
+            times.append(f"F&B {self.costs.overlapped * ms:.3g}")
+        times += [f"message {self.costs.p2p * ms:.3g}", f"embed {self.embed * ms:.3g}", f"head {self.head * ms:.3g}"]
+        devices = math.prod(size for _, size in self.mesh)
+        lines = [
+            f"{self.name} on {devices} {self.chip.name}, mesh {dict(self.mesh)}",
+            f"memory of a device, GB: {memory.total / GIGA:.3g} of {self.chip.memory / GIGA:.3g}"
+            + ("" if self.fits else ": TOO MUCH"),
+            "  " + ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items()),
+            f"time of a step, ms: {self.seconds * ms:.4g}, {self.once * ms:.3g} of it once; bubble {self.bubble:.1%}",
+            "  one run: " + ", ".join(times),
+            f"FLOPs of a step: {self.flops:.3g}, executed {self.executed:.3g}; MFU {self.mfu:.1%}",
+        ]
+        lines += [f"not counted: {name}, {times:.0f} times a step on a device" for name, times in self.uncounted]
+        return "\n".join(lines)
+
+
+def plan(
+    pipeline: Pipeline,
+    params: Params,
+    batch: Any,
+    chip: Chip | str,
+    *,
+    optimizer: Any = None,
+    rng: Any = None,
+    costs: Costs | None = None,
+    achieved: Achieved = PROGRAMS,
+    devices_per_node: int = 8,
+    kernels: Mapping[str, FlopsRule] | None = None,
+    cpu: bool = False,
+) -> Plan:
+    """Memory and time of a step, before it runs and without devices.
+
+    The step is traced for its mesh, which may be a `jax.sharding.AbstractMesh`, and nothing is made or compiled.
+    Times of actions follow from what is traced: of each kernel its matrix products or the bytes that it moves,
+    whichever takes longer, and of collectives the bytes on the slowest link. `jaxpipe.schedule.simulate` turns them
+    into the step's; embedding and head, which nothing hides, are added on the rank that has most of them.
+
+    A mesh of CPU devices stands for one of chips, so that a program can be planned where it is tested.
+
+    Args:
+      pipeline: from `jaxpipe.value_and_grad` or `jaxpipe.forward`.
+      params, batch: arrays or shapes (`jax.ShapeDtypeStruct`), as the pipeline is called with.
+      chip: a `jaxpipe.Chip`, or the name of a known one: "H100", "H200", "H800", "A100", "B200".
+      optimizer: an optax transformation, or its state as arrays or shapes; None: nothing is updated.
+      rng: the key that the pipeline is called with, or its shape; None: without one.
+      costs: seconds that were measured, in place of those worked out here.
+      achieved: which shares of the chip's best its kernels and links reach.
+      devices_per_node: devices with fast links to each other; they are numbered in the order of the mesh's axes.
+      kernels: FLOPs of kernels, by name, as functions of the shapes of operands and results. Known are products,
+        convolutions, cuDNN's attention, grouped products by their shapes, and what has a cost estimate.
+      cpu: memory as XLA allocates it on CPUs.
+
+    Returns:
+      A `Plan`.
+
+    Raises:
+      ValueError: an unknown chip; parameters, batch and pipeline that do not fit together.
+
+    >>> import jax, jaxpipe
+    >>> from jax.sharding import AbstractMesh, AxisType
+    >>> mesh = AbstractMesh((4,), ("pp",), axis_types=(AxisType.Auto,))
+    >>> schedule = jaxpipe.schedule.build("1f1b", 4, 16)
+    >>> step = jaxpipe.value_and_grad(
+    ...     lambda w, x, ctx: jax.numpy.tanh(x @ w), schedule, mesh,
+    ...     head=lambda outer, y, data, ctx: (y**2).mean())
+    >>> weights = jax.ShapeDtypeStruct((4, 4096, 4096), "bfloat16")
+    >>> found = jaxpipe.plan(step, jaxpipe.Params(weights), jax.ShapeDtypeStruct((65536, 4096), "bfloat16"), "H100")
+    >>> found.memory.masters == 4096 * 4096 * 2 and found.flops == 3 * 2 * 65536 * 4 * 4096**2
+    True
+    """
+    if not isinstance(pipeline, Pipeline):
+        raise ValueError(f"pipeline is {pipeline!r:.80}: pass what jaxpipe.value_and_grad or jaxpipe.forward returned")
+    if isinstance(chip, str):
+        chip = chips.chip(chip)
+    if devices_per_node < 1:
+        raise ValueError(f"devices_per_node={devices_per_node}: a node has at least 1")
+    params_given, (params, batch) = params, jax.tree.map(_shape, (params, batch))
+    pipeline = _as_on(pipeline, cpu=cpu)
+    closed, result = jax.make_jaxpr(pipeline, return_shape=True)(params, batch, rng)
+    (mapped,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "shard_map")
+    body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
+    shardings = _shardings(pipeline, params)
+    divided = _divided(pipeline, closed.jaxpr)
+    found = works(body, divided, kernels or {}, pipeline.axes.pipeline)
+    memory = dataclasses.replace(
+        body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
+        masters=sum(map(_local, jax.tree.leaves(params), shardings)),
+        optimizer=_optimizer_bytes(optimizer, params_given, params, shardings),
+        batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
+    )
+    network = Network.make(sizes, chip, achieved, devices_per_node)
+    spent = costs or _costs(found, chip, achieved, network, pipeline.axes.pipeline)
+    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None)
+
+
+def _plan(
+    pipeline: Pipeline,
+    memory: Memory,
+    found: Works,
+    costs: Costs,
+    chip: Chip,
+    achieved: Achieved,
+    network: Network,
+    *,
+    updated: bool,
+) -> Plan:
+    """The plan, of a step's work and the costs of its actions; ``updated``: whether an optimizer updates the state."""
+    seconds = {
+        letter: work.compute(chip, achieved) + work.communicate(network) for letter, work in found.actions.items()
+    }
+    embed, head = sum(seconds.get(letter, 0.0) for letter in "EG"), seconds.get("H", 0.0)
+    once = found.once.compute(chip, achieved) + found.once.communicate(network)
+    if updated:  # all state is read and written
+        once += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    timeline = _timeline(pipeline, costs)
+    runs = _runs(pipeline, timeline)
+    # Nothing hides the work of embedding and head on the rank that has most of it.
+    ends = max(counts.get("E", 0) * embed + counts.get("H", 0) * head for counts in runs)
+    total = timeline.makespan + ends + once
+    others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
+    flops, executed = _step_flops(pipeline, found, runs, others)
+    return Plan(
+        name=pipeline.__name__,
+        mesh=network.axes,
+        chip=chip,
+        memory=memory,
+        costs=costs,
+        embed=embed,
+        head=head,
+        once=once,
+        timeline=timeline,
+        seconds=total,
+        bubble=max(timeline.bubble) / total if total else 0.0,
+        flops=flops,
+        executed=executed,
+        mfu=flops / total / (_best_rate(found, chip) * others * len(runs)) if total else 0.0,
+        uncounted=_uncounted(found, runs),
+        work=found,
+    )
+
+
+def _timeline(pipeline: Pipeline, costs: Costs) -> Timeline:
+    """The schedule with these costs, of a forward pass its forwards alone."""
+    schedule = pipeline.program.schedule
+    return simulate(_forwards(schedule) if pipeline.program.forward_only else schedule, costs)
+
+
+def _step_flops(
+    pipeline: Pipeline, found: Works, runs: Sequence[Mapping[str, int]], others: int
+) -> tuple[float, float]:
+    """(FLOPs of a step on all devices as the model needs them, those that the devices run).
+
+    Args:
+      pipeline: gives who runs the ends.
+      found: the work of one run of each kind of action.
+      runs: how often each rank runs each.
+      others: devices that do what a rank does, each on its part.
+    """
+    # Backward takes two products for each of forward; a head computes both at once.
+    factors = {"F": 1, "E": 1, "H": 1} if pipeline.program.forward_only else {"F": 3, "E": 3, "H": 1}
+    executed = flops = 0.0
+    for counts in runs:
+        for letter, count in counts.items():
+            work = found.actions.get(letter, DeviceWork())
+            executed += count * work.flops * others
+            if pipeline.program.shared_ends and letter in "EH":  # all ranks run the same one together
+                flops += count / len(runs) * factors[letter] * work.model_flops(len(runs)) * others
+            else:
+                flops += count * factors.get(letter, 0) * work.model_flops() * others
+    return flops, executed
+
+
+def _uncounted(found: Works, runs: Sequence[Mapping[str, int]]) -> tuple[tuple[str, float], ...]:
+    """(kernel whose FLOPs no rule knows, times a step on the device that runs it most)."""
+    uncounted: dict[str, float] = {}
+    for counts in runs:
+        for letter, count in counts.items():
+            for name, times in found.actions.get(letter, DeviceWork()).unknown:
+                uncounted[name] = max(uncounted.get(name, 0.0), count * times)
+    return tuple(uncounted.items())
+
+
+def _best_rate(found: Works, chip: Chip) -> float:
+    """FLOP/s of what multiplies in most of the kernels."""
+    units = [kernel.unit for work in found.actions.values() for kernel in work.kernels if kernel.unit]
+    return chip.flops(max(sorted(set(units)), key=units.count)) if units else chip.bf16
+
+
+def _costs(found: Works, chip: Chip, achieved: Achieved, network: Network, axis: str) -> Costs:
+    """Seconds of each kind of action.
+
+    A forward and a backward that overlap take as long as their kernels or their collectives, whichever is longer;
+    other actions take the sum of both.
+    """
+    compute = {letter: work.compute(chip, achieved) for letter, work in found.actions.items()}
+    moves = {letter: work.communicate(network) for letter, work in found.actions.items()}
+    total = {letter: compute[letter] + moves[letter] for letter in compute}
+    pair = None
+    if "B" in total:
+        pair = max(compute["F"] + compute["B"], moves["F"] + moves["B"])
+    # A schedule whose backward is always whole has no halves; then W is nothing of it.
+    return Costs(
+        forward=total["F"],
+        backward_input=total.get("I", total.get("B", 0.0)),
+        weight=total.get("W", 0.0),
+        backward=total.get("B"),
+        overlapped=pair,
+        p2p=sum(network.seconds("permute", [axis], size) for size in found.boundary),
+    )
+
+
+def _forwards(schedule: Any) -> Any:
+    """The schedule's forwards alone."""
+    ranks = tuple(
+        tuple(group for group in (tuple(a for a in group if a.kind is Kind.F) for group in groups) if group)
+        for groups in schedule.ranks
+    )
+    return dataclasses.replace(schedule, ranks=ranks)
+
+
+def _runs(pipeline: Pipeline, timeline: Timeline) -> list[dict[str, int]]:
+    """How often each rank runs each kind of action, the embedding E, its gradient G and the head H."""
+    schedule, shared = pipeline.program.schedule, pipeline.program.shared_ends
+    runs: list[dict[str, int]] = [{} for _ in range(schedule.num_ranks)]
+    for rank, events in enumerate(timeline.events):
+        for event in events:
+            for action in event.group:
+                runs[rank][action.kind.value] = runs[rank].get(action.kind.value, 0) + 1
+    for microbatch in range(schedule.num_microbatches):
+        for letter, stage in (("E", 0), ("G", 0), ("H", schedule.num_stages - 1)):
+            holders = range(schedule.num_ranks) if shared else [schedule.rank_of(stage, microbatch)]
+            for rank in holders:
+                runs[rank][letter] = runs[rank].get(letter, 0) + 1
+    return runs
+
+
+def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
+    """The pipeline as a mesh of chips, or of CPUs, has it: CPUs run the halves of a pair one after the other."""
+    on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
+    if cpu and pipeline.dispatch == "loops":
+        dispatch = "sequential"
+    elif not cpu and on_cpu and pipeline.dispatch == "sequential":
+        dispatch = "loops"
+    else:
+        return pipeline
+    return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))
+
+
+def _shape(leaf: Any) -> Any:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jnp.result_type(leaf)  # as JAX would hold it
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype)
+
+
+def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
+    """Of each leaf of params, as the pipeline's specs say."""
+    inputs.check_params(params, pipeline.program.schedule)
+    specs = inputs.broadcast_specs(pipeline.specs, params, pipeline.axes, pipeline.mesh)
+    return [NamedSharding(pipeline.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=inputs.is_spec)]
+
+
+def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:
+    """The division of a traced pipeline's values over the axes that the compiler has."""
+    mine = {name: size for name, size in pipeline.mesh.shape.items() if name not in pipeline.axes.names and size > 1}
+    if pipeline.program.shared_ends:
+        mine[pipeline.axes.pipeline] = 1
+    return Divided(jaxpr, mine)
+
+
+def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> dict[str, Any]:
+    """How many buffers there are of each sort, as `body_memory` asks."""
+    counts = dict(unrolled=pipeline.dispatch == "unrolled", messages=len(found.boundary))
+    if pipeline.program.forward_only:
+        return {**counts, "results": len(jax.tree.leaves(result[0])), "others": 0}
+    chunks = len(pipeline.program.schedule.rank_stages[0])
+    stages, outer = (sum(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(tree)) for tree in params)
+    # Without a head the loss is the sum of auxiliary losses, and no buffer of its own.
+    others = len(jax.tree.leaves(result[0])) - (pipeline.model.head is None)
+    return {**counts, "results": chunks * stages + outer, "others": others}
+
+
+def _local(leaf: Any, sharding: Any) -> int:
+    """Bytes of one device's part."""
+    return math.prod(sharding.shard_shape(leaf.shape)) * leaf.dtype.itemsize
+
+
+def _optimizer_bytes(optimizer: Any, given: Params, params: Params, shardings: list[NamedSharding]) -> int:
+    """Bytes of an optimizer's state: it is where it says, what is like a parameter where that is, the rest whole."""
+    if optimizer is None:
+        return 0
+    state = optimizer
+    if callable(getattr(optimizer, "init", None)):
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            state = jax.eval_shape(optimizer.init, jax.tree.map(_shape, given))
+    leaves = [tuple(map(str, path)) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
+    of = dict(zip(leaves, zip(jax.tree.leaves(params), shardings, strict=True), strict=True))
+    total = 0
+    for path, leaf in jax.tree_util.tree_leaves_with_path(state):
+        names = tuple(map(str, path))
+        like = next((of[names[i:]] for i in range(len(names)) if names[i:] in of), None)
+        sharding = getattr(leaf, "sharding", None)
+        if sharding is None and like is not None and like[0].shape == leaf.shape:
+            sharding = like[1]
+        shape = leaf.shape if sharding is None else sharding.shard_shape(leaf.shape)
+        total += math.prod(shape) * leaf.dtype.itemsize
+    return total

@@ -1,0 +1,405 @@
+"""What a device computes and moves in each action of a traced pipeline: products, traffic of memory, collectives.
+
+The program's own scopes say which action an equation belongs to. A compiler fuses what is computed element by element,
+so memory is read and written at values that something needs whole, as `jaxpipe.planning.liveness` has it.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from jaxpipe._jax import (
+    COLLECTIVES,
+    COMPUTED_ONCE,
+    ELEMENTWISE,
+    HEAVY,
+    MOVING,
+    PRODUCTS,
+    READS_PART,
+    REDUCTIONS,
+    WITH_BODIES,
+    WITHOUT_KERNEL,
+    WRITES_IN_PLACE,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+)
+from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.divided import Divided
+from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
+from jaxpipe.planning.liveness import called_jaxpr
+from jaxpipe.planning.mesh import Network
+from jaxpipe.stage.flops import eqn_flops
+
+RECOMPUTED = "rematted_computation"
+"""JAX's scope for what `jax.checkpoint` computes again."""
+
+_FUSED = ELEMENTWISE | MOVING
+_ENDS = frozenset({"prepare", "reduce"})
+"""Scopes of what is done once a step."""
+
+_SCALARS = 256
+"""Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
+
+_ACTION = re.compile(r"(?:^|/)(branch_\d+(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
+
+
+class Kernel(NamedTuple):
+    """One kernel.
+
+    Attributes:
+      name: of its primitive, or its own.
+      unit: what multiplies, as `Chip.flops` names it; "" for nothing.
+      flops: of its products.
+      nbytes: that it reads from memory and writes.
+      times: how often it runs.
+      recomputed: whether a backward pass runs it again.
+      parted: whether the pipeline's ranks have a part of its operands each.
+    """
+
+    name: str
+    unit: str
+    flops: float
+    nbytes: float
+    times: float
+    recomputed: bool = False
+    parted: bool = False
+
+
+class Message(NamedTuple):
+    """One collective: kind, mesh axes, bytes of the whole array (see `Network.seconds`), how often."""
+
+    kind: str
+    axes: tuple[str, ...]
+    nbytes: float
+    times: float
+
+
+@dataclasses.dataclass(frozen=True)
+class DeviceWork:
+    """What one device does in a part of a program.
+
+    Attributes:
+      kernels: in the order of the program.
+      messages: collectives.
+      unknown: (kernel that no rule knows, times): its bytes count, its FLOPs do not.
+    """
+
+    kernels: tuple[Kernel, ...] = ()
+    messages: tuple[Message, ...] = ()
+    unknown: tuple[tuple[str, float], ...] = ()
+
+    @property
+    def flops(self) -> float:
+        """Of all products."""
+        return sum(kernel.flops * kernel.times for kernel in self.kernels)
+
+    def model_flops(self, ranks: int = 1) -> float:
+        """Without what a backward pass computes again; of ``ranks`` together, what each of them does whole once."""
+        return sum(
+            kernel.flops * kernel.times * (ranks if kernel.parted else 1)
+            for kernel in self.kernels
+            if not kernel.recomputed
+        )
+
+    @property
+    def nbytes(self) -> float:
+        """That kernels read from memory and write."""
+        return sum(kernel.nbytes * kernel.times for kernel in self.kernels)
+
+    def compute(self, chip: Chip, achieved: Achieved) -> float:
+        """Seconds of all kernels: of each its products or its bytes, whichever takes longer."""
+        memory = chip.hbm * achieved.memory
+        units = {kernel.unit for kernel in self.kernels if kernel.unit}
+        rates = {unit: chip.flops(unit) * achieved.matmul for unit in units}
+        return sum(
+            kernel.times
+            * (
+                max(kernel.flops / rates[kernel.unit] if kernel.unit else 0.0, kernel.nbytes / memory)
+                + achieved.kernel_us / 1e6
+            )
+            for kernel in self.kernels
+        )
+
+    def communicate(self, network: Network) -> float:
+        """Seconds of all collectives."""
+        return sum(m.times * network.seconds(m.kind, m.axes, m.nbytes) for m in self.messages)
+
+
+@dataclasses.dataclass(frozen=True)
+class Works:
+    """A traced step by action.
+
+    Attributes:
+      actions: of one run, by the letter of `jaxpipe.runtime.program.Op`: F, B, I, W, E (embed), H (head with its
+        gradient), G (embed's gradient).
+      once: what is done once a step beside them.
+      boundary: bytes of each array between stages; empty where nothing is kept in slots.
+    """
+
+    actions: Mapping[str, DeviceWork]
+    once: DeviceWork
+    boundary: tuple[int, ...]
+
+
+def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> Works:
+    """The work in the body of a pipeline's `jax.shard_map`.
+
+    Args:
+      body: as `jax.make_jaxpr` of a pipeline has it.
+      divided: its values over the compiler's axes.
+      kernels: rules by the names of kernels.
+      axis: of the pipeline.
+    """
+    found = _Collector(divided, kernels, axis)
+    found.piece(body, "", "", 1.0)
+    once = found.work(())
+    actions: dict[str, DeviceWork] = {}
+    for label in found.labels:
+        match = _ACTION.search(label)
+        if match:  # branches of a kind do the same; where one is free of something, the fuller one counts
+            work = found.work([label])
+            kept = actions.setdefault(match[2], work)
+            if (work.flops, work.nbytes) > (kept.flops, kept.nbytes):
+                actions[match[2]] = work
+    boundary = next((sizes for label, sizes in found.boundaries.items() if label.endswith("/F")), ())
+    return Works(actions, once, tuple(boundary))
+
+
+class _ScopedOp(NamedTuple):
+    """An equation whose calls are inlined; values are numbers."""
+
+    eqn: JaxprEqn
+    name: str
+    ins: tuple[int | None, ...]
+    outs: tuple[int, ...]
+    path: str
+    label: str
+
+
+class _Flat:
+    """Equations in order, those of calls among them."""
+
+    def __init__(self) -> None:
+        self.ops: list[_ScopedOp] = []
+        self.atoms: list[Any] = []
+
+    def new(self, atom: Any) -> int:
+        self.atoms.append(atom)
+        return len(self.atoms) - 1
+
+    def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None], path: str, label: str) -> list[int | None]:
+        env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+        env.update((var, None) for var in jaxpr.constvars)
+        for eqn in jaxpr.eqns:
+            ins = [None if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
+            inner = "/".join(part for part in (path, str(eqn.source_info.name_stack)) if part)
+            match = None if label else _ACTION.search(inner)
+            mine = label or (match[1] if match else "")
+            called = called_jaxpr(eqn)
+            if called is not None:
+                results = self.add(called, ins[len(ins) - len(called.invars) :], inner, mine)
+                env.update(zip(eqn.outvars, results, strict=True))
+                continue
+            name, outs = eqn.primitive.name, [self.new(var) for var in eqn.outvars]
+            env.update(zip(eqn.outvars, outs, strict=True))
+            if name == "optimization_barrier":
+                pairs = zip(ins, outs, strict=True)
+                self.ops += [_ScopedOp(eqn, name, (value,), (out,), inner, mine) for value, out in pairs]
+            else:
+                self.ops.append(_ScopedOp(eqn, name, tuple(ins), tuple(outs), inner, mine))
+        return [None if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+
+
+class _Collector:
+    """Kernels, messages and unknown kernels by label; "" is what is done once a step."""
+
+    def __init__(self, divided: Divided, rules: Mapping[str, FlopsRule], axis: str) -> None:
+        self.divided, self.rules, self.axis = divided, rules, axis
+        self.kernels: dict[str, list[Kernel]] = collections.defaultdict(list)
+        self.messages: dict[str, list[Message]] = collections.defaultdict(list)
+        self.unknown: dict[str, dict[str, float]] = collections.defaultdict(dict)
+        self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
+        self.labels: dict[str, None] = {}
+
+    def work(self, labels: Iterable[str]) -> DeviceWork:
+        """The work of some labels; of none, that of what has no label."""
+        labels = list(labels) or [""]
+        unknown: dict[str, float] = {}
+        for label in labels:
+            for name, times in self.unknown[label].items():
+                unknown[name] = unknown.get(name, 0.0) + times
+        return DeviceWork(
+            tuple(kernel for label in labels for kernel in self.kernels[label]),
+            tuple(message for label in labels for message in self.messages[label]),
+            tuple(unknown.items()),
+        )
+
+    def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
+        """Collects a jaxpr and what is inside of it; ``in_loop``: of the loop over a program's steps."""
+        flat = _Flat()
+        inputs = [flat.new(var) for var in jaxpr.invars]
+        outputs = {value for value in flat.add(jaxpr, inputs, path, label) if value is not None}
+        ops = _needed(flat.ops, outputs)
+        self.labels.update((op.label, None) for op in ops)
+        kept = _materialized(ops, outputs)
+        roots: list[frozenset[int]] = [frozenset()] * len(flat.atoms)
+        for value in inputs:
+            roots[value] = frozenset({value})
+        for op in ops:
+            sources = frozenset[int]().union(*(roots[value] for value in op.ins if value is not None))
+            own = op.name in READS_PART or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES
+            for value in op.outs:
+                roots[value] = frozenset({value}) if own or value in kept else sources
+            if op.name in WITH_BODIES:
+                self._inside(op, times)
+            elif not op.label and (in_loop or _ENDS.isdisjoint(op.path.split("/"))):
+                continue  # of the loop over steps: its tables, slots, and the messages that the simulation counts
+            elif op.name in COLLECTIVES:
+                self._message(op, times)
+            elif op.name not in WITHOUT_KERNEL:
+                if op.name == "dynamic_slice" and op.path.endswith(f"{op.label}/read"):
+                    self.boundaries[op.label].append(self.divided.nbytes(flat.atoms[op.outs[0]]))
+                read = sum(self.divided.nbytes(flat.atoms[value]) for value in sources)
+                self._kernel(op, read, any(value in kept for value in op.outs), roots, flat, times)
+
+    def _inside(self, op: _ScopedOp, times: float) -> None:
+        """The bodies of loops, conditionals and nested shard_maps."""
+        params = op.eqn.params
+        if op.name == "cond":
+            options = []
+            for branch in params["branches"]:
+                other = _Collector(self.divided, self.rules, self.axis)
+                other.piece(branch.jaxpr, op.path, op.label, times, in_loop=True)
+                options.append(other)
+            if not op.label:  # branches of a pipeline's own switch, all of which count
+                for other in options:
+                    self._merge(other, other.labels)
+            else:
+                sizes = [(work.flops, work.nbytes) for work in (other.work([op.label]) for other in options)]
+                self._merge(options[sizes.index(max(sizes))], [op.label])
+        elif op.name == "scan":
+            once = not op.label and _ENDS.isdisjoint(op.path.split("/"))  # the loop over steps
+            length = 1 if once else params["length"]
+            self.piece(params["jaxpr"].jaxpr, op.path, op.label, times * length, in_loop=once)
+        elif op.name == "while":
+            if op.label:
+                self._tell_unknown(op.label, "while, of which one turn counts", times)
+            self.piece(params["body_jaxpr"].jaxpr, op.path, op.label, times, in_loop=not op.label)
+        else:
+            self.piece(getattr(params["jaxpr"], "jaxpr", params["jaxpr"]), op.path, op.label, times)
+
+    def _tell_unknown(self, label: str, name: str, times: float) -> None:
+        self.unknown[label][name] = self.unknown[label].get(name, 0.0) + times
+
+    def _merge(self, other: _Collector, labels: Iterable[str]) -> None:
+        for label in labels:
+            self.kernels[label] += other.kernels[label]
+            self.messages[label] += other.messages[label]
+            for name, times in other.unknown[label].items():
+                self._tell_unknown(label, name, times)
+            self.boundaries[label] += other.boundaries[label]
+            self.labels[label] = None
+
+    def _message(self, op: _ScopedOp, times: float) -> None:
+        params, kind = op.eqn.params, COLLECTIVES[op.name]
+        names = params.get("axes", params.get("axis_name", ()))
+        axes = tuple(name for name in ((names,) if isinstance(names, str) else names) if isinstance(name, str))
+        arrays = op.eqn.outvars if kind == "all-gather" else op.eqn.invars
+        count = 1 if op.name.startswith("ragged") else len(arrays)
+        nbytes = sum(self.divided.nbytes(atom) for atom in arrays[:count])
+        self.messages[op.label].append(Message(kind, axes, nbytes, times))
+
+    def _kernel(
+        self, op: _ScopedOp, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
+    ) -> None:
+        """Adds the kernel that an operation is, if it is one."""
+        written = sum(self.divided.nbytes(flat.atoms[value]) for value in op.outs)
+        again = RECOMPUTED in op.path.split("/")
+        name, unit, flops, nbytes = op.name, "", 0.0, read + written
+        if op.name in PRODUCTS:
+            flops, unit = self._product(op, times), multiplying_unit(op.eqn)
+        elif op.name in HEAVY or "kernel" in op.name or op.name == "core_map":
+            name, known = kernel_name(op.eqn), kernel_flops(op.eqn, self.rules)
+            if known is None:
+                self._tell_unknown(op.label, name, times)
+            elif known:
+                axes = frozenset[str]().union(*(axes for var in op.eqn.outvars for axes in self.divided.dims(var)))
+                flops, unit = known / self.divided.share(axes), multiplying_unit(op.eqn)
+        elif op.name in WRITES_IN_PLACE or op.name.startswith("scatter"):
+            place = 1 if op.name in WRITES_IN_PLACE else 2
+            value, atom = op.ins[place], op.eqn.invars[place]
+            sources = () if value is None else roots[value]
+            size = self.divided.nbytes(atom)
+            nbytes = size * place + sum(self.divided.nbytes(flat.atoms[v]) for v in sources)
+        elif op.name == "gather":
+            nbytes = 2 * written
+        elif op.name in READS_PART:
+            if not made:
+                return
+            nbytes = 2 * written
+        elif not made:
+            return
+        if flops or nbytes > _SCALARS:
+            parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
+            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted))
+
+    def _product(self, op: _ScopedOp, times: float) -> float:
+        """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
+        eqn, divided = op.eqn, self.divided
+        marks = frozenset(name for name, size in divided.sizes.items() if size == 1)
+        out = frozenset[str]().union(*divided.dims(eqn.outvars[0])) - marks
+        summed = frozenset[str]()
+        if op.name == "dot_general":
+            (contract, _) = eqn.params["dimension_numbers"]
+            for atom, used in zip(eqn.invars, contract, strict=True):
+                dims = divided.dims(atom)
+                inner = frozenset[str]().union(*(dims[place] for place in used)) - marks
+                summed |= inner - out
+                lost = inner & out
+                if lost:
+                    self._compilers("all-gather", lost, divided.nbytes(atom) * divided.share(lost), op, times)
+            if summed:
+                self._compilers("all-reduce", summed, divided.nbytes(eqn.outvars[0]), op, times)
+        return eqn_flops(eqn) / divided.share(out | summed)
+
+    def _compilers(self, kind: str, axes: frozenset[str], nbytes: float, op: _ScopedOp, times: float) -> None:
+        self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times))
+
+
+def _needed(ops: Sequence[_ScopedOp], outputs: set[int]) -> list[_ScopedOp]:
+    """Without operations whose results nobody reads; a compiler removes them."""
+    needed, found = set(outputs), []
+    for op in reversed(ops):
+        if needed.intersection(op.outs) or (not op.outs) or (op.eqn.effects and op.name not in WITH_BODIES):
+            found.append(op)
+            needed.update(value for value in op.ins if value is not None)
+    return found[::-1]
+
+
+def _materialized(ops: Sequence[_ScopedOp], outputs: set[int]) -> set[int]:
+    """The values that are written to memory."""
+    readers: dict[int, list[str]] = collections.defaultdict(list)
+    needed, kept = set(outputs), set()
+    for op in reversed(ops):
+        fused = op.name in _FUSED or op.name in WITHOUT_KERNEL or op.name in REDUCTIONS or op.name in READS_PART
+        for value in op.outs:
+            several = len(readers[value]) > 1 and op.name in COMPUTED_ONCE
+            outside = any(label != op.label for label in readers[value])
+            if op.name in WITHOUT_KERNEL or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES:
+                continue
+            if value in needed or several or outside or not fused or op.name in REDUCTIONS:
+                kept.add(value)
+        for value in op.ins:
+            if value is None:
+                continue
+            readers[value].append(op.label)
+            passed = op.name in WITHOUT_KERNEL and any(out in needed for out in op.outs)
+            # A gather computes what it takes, and a slot what is written into it.
+            if passed or not (fused or op.name == "gather" or op.name in WRITES_IN_PLACE):
+                needed.add(value)
+    return kept

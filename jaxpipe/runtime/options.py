@@ -1,0 +1,64 @@
+"""What a pipeline was asked for besides its model, schedule and mesh, in one record."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from jax.sharding import PartitionSpec as P
+
+from jaxpipe.params import Params
+from jaxpipe.schedule.simulator import Costs
+
+DISPATCHERS = ("unrolled", "switch", "loops", "sequential")
+"""How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
+
+AUTOMATIC = "automatic"
+"""Stands for one of `DISPATCHERS` until the program is there that it is chosen for."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Axes:
+    """The mesh axes that the executor handles itself; all others are the compiler's.
+
+    Attributes:
+      pipeline: the axis of the pipeline ranks.
+      data: axes that split the batch: the loss is a mean over them, gradients are summed over them.
+      replicated: further axes that a stage communicates on by hand while the batch is the same on them.
+      sizes: the size of every axis above.
+    """
+
+    pipeline: str
+    data: tuple[str, ...]
+    replicated: tuple[str, ...]
+    sizes: dict[str, int]
+
+    @property
+    def names(self) -> frozenset[str]:
+        """All manual axes."""
+        return frozenset({self.pipeline, *self.data, *self.replicated})
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Options:
+    """The options of `jaxpipe.value_and_grad` and `jaxpipe.forward`, checked, with defaults filled in.
+
+    Attributes:
+      axes: the mesh axes handled by hand.
+      specs: PartitionSpec of every parameter, as a tree prefix of Params.
+      batch_spec: PartitionSpec of every leaf of the batch.
+      compute_dtype: dtype of the working copies, or None: as the parameters are.
+      costs: the times that the schedule is packed for.
+      dispatch: one of `DISPATCHERS`, or `AUTOMATIC`.
+      shared_ends: whether all ranks run embed and head together.
+      order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+    """
+
+    axes: Axes
+    specs: Params
+    batch_spec: P
+    compute_dtype: Any
+    costs: Costs
+    dispatch: str
+    shared_ends: bool
+    order: str

@@ -1,0 +1,240 @@
+"""Divides a stage: its backward pass into the halves for the input and for the weights, and what they keep."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+
+from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
+from jaxpipe.stage.effects import effects_of, without_repeated
+from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.residuals import minimum_cut
+from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
+from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
+from jaxpipe.stage.trace import Traced, shape_of, trace
+
+
+def split_stage(
+    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, recompute: bool = True
+) -> SplitStage:
+    """Divides a stage's backward pass into input and weight gradients.
+
+    The backward pass that JAX derives is traced; the equations that the input's cotangent needs are one half, the
+    rest is the other. No annotation is needed: jit, custom derivative rules and `jax.checkpoint` are inlined (what is
+    recomputed is recomputed once), scans are divided into two loops. ``stage`` may use collectives over mesh axes if
+    this is called where they are bound, inside `jax.shard_map`.
+
+    The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
+    again where their results are read, so a minimum cut (`jaxpipe.stage.residuals`) decides which values to keep. With
+    ``recompute`` the same holds for what makes a value that `jax.ad_checkpoint.checkpoint_name` names "recompute",
+    back to its last operation that is not light.
+
+    Side effects, such as `jax.debug.print`, are part of the forward and of no other function: not of what a backward
+    computes again, nor of `SplitStage.prepare`. The side effects of a custom derivative run once, in one of the halves.
+    Refs that the stage makes (`jax.new_ref`) become values.
+
+    Args:
+      stage: ``stage(params, x, *args) -> out``; ``(out, aux)`` with ``has_aux``.
+      params: pytree of arrays or of anything with shape and dtype; only these are read. Floating and complex leaves
+        are differentiated.
+      x: like params; where it has no floating leaf, there is no input half.
+      *args: pytrees of arrays, not differentiated.
+      has_aux: whether the stage also returns values that are not differentiated.
+      recompute: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
+
+    Raises:
+      ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
+        one of values; an ordered debug callback on a mesh of several devices.
+
+    Source: the division is zero-bubble pipelining's, arXiv 2401.10241.
+
+    >>> import jax, jax.numpy as jnp
+    >>> w, x = jnp.ones((4, 4)), jnp.ones((2, 4))
+    >>> split = split_stage(lambda w, x: jnp.tanh(x @ w), w, x)
+    >>> prepared = split.prepare(w)
+    >>> y, residuals = split.forward(prepared, x)
+    >>> x_ct, crossing = split.backward_input(prepared, residuals, jnp.ones_like(y))
+    >>> split.backward_weight(prepared, residuals.weight, crossing).shape
+    (4, 4)
+    """
+    params, x, args = jax.tree.map(shape_of, (params, x, args))
+    traced = trace(stage, params, x, args, has_aux)
+    forward = _read_forward(traced, len(jax.tree.leaves(params)))
+    backward = _read_backward(traced, forward)
+
+    divided = _divide_backward(backward)
+    halves = _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
+    kept = _choose_residuals(forward, halves, recompute=recompute)
+    first, second = (_remake_residuals(half, forward, kept) for half in halves)
+    second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, recompute=recompute)
+
+    for_first, for_second = first.reads(), second.reads()
+    weight = tuple(value for value in kept if value in for_second)
+    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
+    rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
+    used = _reads(rest, forward.outputs) | for_first | for_second
+    prepared = tuple(value for value in forward.known if value in used)
+    return SplitStage(
+        out=traced.out,
+        aux=traced.aux,
+        residuals=Residuals(*(tuple(packed_shape(value.aval) for value in values) for values in (inputs, weight))),
+        crossing=tuple(packed_shape(value.aval) for value in crossing),
+        opaque=divided.opaque,
+        _graphs=Graphs(
+            params=forward.params,
+            arguments=forward.arguments,
+            once=divide(forward.once, prepared, ()).first,
+            prepared=prepared,
+            forward=rest,
+            outputs=forward.outputs,
+            kept=Residuals(inputs, weight),
+            cotangents=backward.cotangents,
+            first=first.nodes,
+            second=second.nodes,
+            whole=in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first)),
+            crossing=crossing,
+            params_ct=backward.params_ct,
+            params_ct_narrow=before_casts(backward.params_ct, second.nodes),
+            x_ct=backward.x_ct,
+            params_like=params,
+            x_like=x,
+        ),
+    )
+
+
+class _Forward(NamedTuple):
+    """A stage's forward: ``once`` depends on parameters alone, ``rest`` is run for each microbatch.
+
+    Attributes:
+      residuals: what the backward that JAX derives reads.
+      known: parameters and all that is made of them alone, in the order in which they are made.
+    """
+
+    params: tuple[Value, ...]
+    arguments: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    residuals: tuple[Value, ...]
+    once: tuple[Node, ...]
+    rest: tuple[Node, ...]
+    known: Sources
+
+
+class _Backward(NamedTuple):
+    """A stage's backward, in the forward's own values."""
+
+    nodes: Sequence[Node]
+    cotangents: tuple[Value, ...]
+    params_ct: tuple[Value, ...]
+    x_ct: tuple[Value, ...]
+
+
+class _Half(NamedTuple):
+    """One half of the backward: nodes, and the cotangents that they make."""
+
+    nodes: tuple[Node, ...]
+    results: tuple[Value, ...]
+
+    def reads(self) -> set[Value]:
+        """What its nodes and results read, whoever makes it."""
+        return _reads(self.nodes, self.results)
+
+
+def _read_forward(traced: Traced, num_params: int) -> _Forward:
+    """The forward's values by what they are; its nodes without what need not run for each microbatch."""
+    graph = traced.forward
+    num_outputs = len(jax.tree.leaves((traced.out, traced.aux)))
+    params, arguments = graph.inputs[:num_params], graph.inputs[num_params:]
+    once, rest, known = hoist(graph.nodes, params)
+    return _Forward(params, arguments, graph.outputs[:num_outputs], graph.outputs[num_outputs:], once, rest, known)
+
+
+def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
+    """The backward that reads the forward's own values; what these are made of can then be computed again."""
+    graph = traced.backward
+    cotangents = graph.inputs[len(forward.residuals) :]
+    alias = dict(zip(graph.inputs, forward.residuals, strict=False))
+    nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
+    nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
+    outputs = tuple(alias.get(value, value) for value in graph.outputs)
+    assert len(outputs) == traced.num_params + traced.num_x
+    return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :])
+
+
+def _divide_backward(backward: _Backward) -> Parts:
+    """What the cotangent of x needs, and the rest; a side effect goes where it takes no heavy work more."""
+    nodes, params_ct, x_ct = backward.nodes, backward.params_ct, backward.x_ct
+    first, second = list(x_ct), list(params_ct)
+    for effect in effects_of(nodes):
+        without, within = (divide(nodes, (*x_ct, *more), params_ct).first for more in ((), (effect,)))
+        (second if count_heavy(without) < count_heavy(within) else first).append(effect)
+    return divide(nodes, first, second)
+
+
+def _choose_residuals(forward: _Forward, halves: Iterable[_Half], *, recompute: bool) -> dict[Value, None]:
+    """What the forward keeps for the backward, in the order in which it is made.
+
+    Light work on parameters and constants costs nothing to do again. Of the rest as few bytes are kept as make all of
+    it.
+    """
+    needed = set().union(*(half.reads() for half in halves))
+    shared = _shared(forward, needed)
+    costly = [value for value in shared if closure([value], forward.rest, forward.known) is None]
+    chosen = minimum_cut(costly, forward.rest, light_results(forward.rest, forward.known), recompute=recompute)
+    return dict.fromkeys(value for value in (*forward.arguments, *_results(forward.rest)) if value in chosen)
+
+
+def _remake_residuals(half: _Half, forward: _Forward, kept: Collection[Value]) -> _Half:
+    """A half that makes what it reads of the forward again of what is kept."""
+    missing = [value for value in _shared(forward, half.reads()) if value not in kept]
+    nodes = _remake(missing, forward.rest, {*forward.known, *kept})
+    return half._replace(nodes=in_time(nodes, half.nodes))
+
+
+def _choose_crossing(
+    first: _Half,
+    second: _Half,
+    forward: _Forward,
+    cotangents: Iterable[Value],
+    kept: Collection[Value],
+    *,
+    recompute: bool,
+) -> tuple[_Half, tuple[Value, ...]]:
+    """The weights' half, which makes what it can again, and what the input's half hands to it.
+
+    What can cross is what the input's half makes, and what only that is given. The cut may go through kept values, too:
+    one that the weights' half then reads is stashed for it from the start and not handed over. That takes the same
+    bytes at any time, and no copy.
+    """
+    order = dict.fromkeys((*cotangents, *_results(first.nodes)))
+    reads = second.reads().difference(_results(second.nodes))
+    between = [value for value in order if value in reads]
+    at_hand = {*forward.known, *(value for value in kept if value in reads)}
+    given = at_hand | light_results(first.nodes, forward.known)
+    handed = minimum_cut(between, first.nodes, given, recompute=recompute)
+    nodes = _remake([value for value in between if value not in handed], first.nodes, at_hand | handed)
+    crossing = tuple(value for value in order if value in handed and value not in kept)
+    return second._replace(nodes=in_time(nodes, second.nodes)), crossing
+
+
+def _shared(forward: _Forward, reads: Collection[Value]) -> list[Value]:
+    """What of the forward's residuals is read and depends on more than parameters."""
+    return [value for value in dict.fromkeys(forward.residuals) if value in reads and value not in forward.known]
+
+
+def _remake(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
+    """The nodes that make values again from given ones; a cut has seen to it that light ones do."""
+    found = closure(values, nodes, given)
+    assert found is not None
+    return found
+
+
+def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
+    """What nodes and results read, made among the nodes or not."""
+    return {value for node in nodes for value in node.ins} | set(results)
+
+
+def _results(nodes: Sequence[Node]) -> list[Value]:
+    return [value for node in nodes for value in node.outs]

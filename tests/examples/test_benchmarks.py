@@ -1,0 +1,70 @@
+"""Benchmarks: each explains itself, and what it records are the keys that the pages quote."""
+
+import ast
+import json
+import pathlib
+import runpy
+import sys
+
+import pytest
+
+sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
+
+import record
+
+FOLDER = record.ROOT / "examples" / "benchmarks"
+BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
+RECORDED = {
+    # Arguments, and how many figures come of them at least.
+    "lockstep": ("--schedule dualpipev --quick", 20),
+    "clusters": ("--ranks 8 --microbatches 20", 40),
+    "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
+    "permute_rows": ("--tiny --repeats 1", 4),
+    "swiglu": ("--tiny --repeats 1", 3),
+    "shared_ends": ("--tiny --repeats 1", 6),
+}
+
+
+def run(name, arguments, monkeypatch):
+    monkeypatch.setattr(sys, "argv", [str(FOLDER / f"{name}.py"), *arguments])
+    runpy.run_path(str(FOLDER / f"{name}.py"), run_name="__main__")
+
+
+def test_every_script_is_a_benchmark_or_serves_them():
+    others = {"chunks", "overlap_programs", "pages", "record", "spectrax_stage"}
+    assert {*BENCHMARKS, *others} == {path.stem for path in FOLDER.glob("*.py")}
+    assert not others & {*BENCHMARKS}
+
+
+@pytest.mark.parametrize("name", BENCHMARKS)
+def test_help(name, monkeypatch, capsys):
+    """The first sentence says what is measured, and every option says what it does."""
+    with pytest.raises(SystemExit) as end:
+        run(name, ["--help"], monkeypatch)
+    assert end.value.code == 0
+    text = capsys.readouterr().out
+    tree = ast.parse((FOLDER / f"{name}.py").read_text(encoding="utf-8"))
+    assert ast.get_docstring(tree).splitlines()[0] in text
+    assert f"python examples/benchmarks/{name}.py" in text
+    assert "--record" in text
+    for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
+        if isinstance(call.func, ast.Attribute) and call.func.attr == "add_argument":
+            assert "help" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
+
+
+@pytest.mark.parametrize("name", RECORDED)
+def test_record(name, monkeypatch, tmp_path, capsys):
+    arguments, least = RECORDED[name]
+    file = tmp_path / "measured.json"
+    run(name, [*arguments.split(), "--record", str(file)], monkeypatch)
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert len(found) >= least
+    for key, entry in found.items():
+        assert key.startswith(f"{name}/")
+        assert set(entry) == {"value", "unit", "command", "machine", "date"}
+        assert f"python examples/benchmarks/{name}.py {arguments}" in entry["command"]
+    if name in ("lockstep", "clusters"):  # simulated: they are the same on every machine
+        quoted = {key: entry["value"] for key, entry in record.read_records().items() if key in found}
+        assert len(quoted) >= 14
+        for key, value in quoted.items():
+            assert found[key]["value"] == pytest.approx(value, abs=0.5 if "%" in key else 5e-3), key

@@ -1,0 +1,54 @@
+"""Sizes of the models: parameters as published, and what is refused."""
+
+import dataclasses
+
+import pytest
+
+from jaxpipe.deepseek import MODELS, ModelConfig, model_config
+from tests.jaxpipe.deepseek.models import small
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("dsv3-671b", (671.0, 671.1), (37, 38)),
+        ("moe-16b", (15.65, 15.75), (2.4, 2.7)),
+        ("moe-1b", (1, 1.2), (0.4, 0.6)),
+    ],
+)
+def test_published_sizes(name, total, active):
+    config = model_config(name)
+    assert total[0] <= config.total / 1e9 <= total[1]
+    assert active[0] <= config.active / 1e9 <= active[1]
+
+
+def test_unknown_model_and_bad_sizes():
+    with pytest.raises(ValueError, match=r"no model 'huge': known are tiny"):
+        model_config("huge")
+    for changes, message in (
+        ({"rotary": 3}, "rotary is even"),
+        ({"dense_layers": 5}, r"dense_layers=5 of layers=5"),
+        ({"query_rank": 0}, r"query_rank=0: at least 1, or None"),
+        ({"redundant": -1}, r"redundant=-1"),
+        ({"remat": "some"}, r"remat='some' is one of"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            small(**changes)
+    assert isinstance(MODELS["tiny"], ModelConfig)
+
+
+def test_slots_divide_over_the_devices_or_say_which_would():
+    """`tiny` as it is on one to four devices, the flag for others."""
+    tiny = MODELS["tiny"]
+    assert [tiny.over_devices(devices).redundant for devices in (1, 2, 4)] == [tiny.redundant] * 3
+    assert tiny.over_devices(8, 16).redundant == 8 and tiny.over_devices(4, 8).redundant == 0
+    for devices, slots, message in (
+        (8, None, r"8 experts in 12 slots on the 8 devices of axis ep: .* take --slots 16"),
+        (4, 6, r"8 experts in 6 slots .* take --slots 8"),
+        (4, 10, r"8 experts in 10 slots .* take --slots 12"),
+        (3, 9, r"8 experts do not divide over the 3 devices of axis ep: take a divisor of 8"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            tiny.over_devices(devices, slots)
+    spread = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, masters=9))
+    assert spread.over_devices(3, 12).redundant == 4

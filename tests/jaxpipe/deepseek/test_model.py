@@ -1,0 +1,137 @@
+"""The model as stages: what it computes, where its layers are, and what changes its state."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpipe
+from eplb_jax import Placement
+from jaxpipe.deepseek import MODELS, Arrangement, build_model
+from tests.jaxpipe.deepseek.models import SMALL, built, make_batch, small, with_zeros
+
+CTX = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)
+
+
+@functools.cache
+def one_stage(config=SMALL, **options):
+    """(model, function of tokens -> the stack's output) with one stage on one device."""
+    model = built(config, "gpipe", 1, 1, **options)
+
+    def run(params, tokens):
+        x = model.embed(params.outer, {"tokens": tokens}, CTX)
+        return model.stage(jax.tree.map(lambda leaf: leaf[0], params.stages), x, CTX).value
+
+    return model, functools.partial(jax.jit(run), model.params)
+
+
+def parameters(tree):
+    return sum(leaf.size for leaf in jax.tree.leaves(tree) if jnp.issubdtype(leaf.dtype, jnp.floating))
+
+
+@pytest.mark.parametrize(
+    "config", [MODELS["tiny"], SMALL, small(query_rank=None, mtp=True, dense_layers=2, redundant=0)]
+)
+def test_counts_are_those_of_the_initialised_trees(config):
+    model = build_model(config, jaxpipe.schedule.build("1f1b", 2, 2), 0, abstract=True)
+    tree = jax.eval_shape(lambda: model.to_layers(model.init(0)))
+    assert parameters(tree) == config.total + config.mtp_parameters
+    routed = config.moe_layers * (config.experts - config.moe.router.top_k) * config.expert_parameters
+    assert config.active == config.total - routed
+
+
+def test_the_future_does_not_change_the_past():
+    _, run = one_stage()
+    tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (1, 8)), jnp.int32)
+    before, after = run(tokens), run(tokens.at[0, 5].add(1))
+    np.testing.assert_allclose(before[:, :5], after[:, :5], atol=1e-6)
+    assert float(jnp.abs(before[:, 5:] - after[:, 5:]).max()) > 1e-4
+
+
+def test_masked_targets_do_not_count():
+    model, _ = one_stage()
+    y = jnp.asarray(np.random.default_rng(2).normal(size=(2, 8, 16)), jnp.float32)
+    targets, mask = jnp.zeros((2, 8), jnp.int32), jnp.ones((2, 8)).at[1].set(0)
+    whole = model.head(model.params.outer, y[:1], {"targets": targets[:1], "mask": mask[:1]}, CTX)
+    np.testing.assert_allclose(model.head(model.params.outer, y, {"targets": targets, "mask": mask}, CTX), whole, 1e-6)
+    assert float(model.head(model.params.outer, y, {"targets": targets, "mask": jnp.zeros((2, 8))}, CTX)) == 0
+    losses, counts = model.losses(model.params.outer, y, {"targets": targets, "mask": mask}, CTX)
+    np.testing.assert_allclose(losses.sum() / counts.sum(), whole, rtol=1e-6)
+    assert counts.tolist() == [8, 0]
+
+
+def test_no_features_give_the_loss_of_a_uniform_guess():
+    model, _ = one_stage()
+    batch = {"targets": jnp.arange(16, dtype=jnp.int32).reshape(2, 8), "mask": jnp.ones((2, 8))}
+    loss = model.head(model.params.outer, jnp.zeros((2, 8, 16)), batch, CTX)
+    np.testing.assert_allclose(loss, np.log(64), rtol=1e-6)
+    assert loss.dtype == jnp.float32 and loss.shape == ()
+
+
+def test_the_second_head_predicts_the_token_after_the_next():
+    model, run = one_stage(small(mtp=True))
+    batch = {name: jnp.asarray(value) for name, value in make_batch(0, 1).items()} | {"mask": jnp.ones((1, 8))}
+    y = run(batch["tokens"])
+
+    @jax.jit
+    def second(batch):
+        return model.head(model.params.outer, y, batch, CTX).aux_loss
+
+    start = float(second(batch))
+    assert float(second(batch | {"mask": batch["mask"].at[0, 0].set(0)})) != pytest.approx(start, rel=1e-6)
+    only = jnp.zeros((1, 8)).at[0, 3:5].set(1)  # position 3 alone has both targets
+    target = {**batch, "mask": only}
+    changed = target | {"targets": batch["targets"].at[0, 4].add(1)}
+    assert float(second(changed)) != pytest.approx(float(second(target)), rel=1e-6)
+    later = target | {"targets": batch["targets"].at[0, 5].add(1)}
+    assert second(later) == second(target)
+    assert second(batch | {"mask": jnp.zeros((1, 8)).at[0, 7].set(1)}) == 0
+
+
+def test_bfloat16_activations_and_float32_masters():
+    model, run = one_stage(dtype=jnp.bfloat16)
+    y = run(jnp.zeros((1, 8), jnp.int32))
+    assert y.dtype == jnp.bfloat16
+    assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32", "int32"}
+
+
+def test_fewer_layers_than_stages():
+    with pytest.raises(ValueError, match="4 layers for 8 stages"):
+        build_model(SMALL, jaxpipe.schedule.build("gpipe", 8, 8), 0)
+
+
+def test_places():
+    shape = Arrangement.of(5, jaxpipe.schedule.build("dualpipev", 2, 4))
+    assert shape.counts == (2, 1, 1, 1) and shape.layer_of.tolist() == [[0, 1], [4, -1], [2, -1], [3, -1]]
+
+
+def test_biases_move_towards_equal_loads():
+    model = with_zeros(small(bias_update_speed=0.5), "dualpipev", 2, 4)
+    loads = jnp.zeros((4, 4), jnp.int32).at[2, 1].set(8)
+    layers = model.to_layers(model.with_bias(model.params, loads))["layers"]
+    assert layers["moe"]["bias"].tolist() == [[0.0] * 4, [0.0] * 4, [0.5, -0.5, 0.5, 0.5], [0.0] * 4]
+    still = built(small(bias_update_speed=0.0), "dualpipev", 2, 4, abstract=True)
+    assert still.with_bias(still.params, loads) is still.params
+
+
+def test_placements_in_and_out():
+    model = with_zeros(SMALL, "dualpipev", 2, 4)
+    slots = np.array([[0, 1, 2, 3, layer % 4, 3] for layer in range(4)])
+    placement = Placement.from_phy2log(slots, 4).padded()
+    params = model.with_placements(model.params, placement)
+    jax.tree.map(np.testing.assert_array_equal, model.placements(params), placement)
+    with pytest.raises(ValueError, match=r"take Placement\.padded"):
+        model.with_placements(model.params, Placement.from_phy2log(np.arange(6)[None].repeat(4, 0) % 4, 4))
+    fixed = built(small(redundant=0), "dualpipev", 2, 4, abstract=True)
+    assert fixed.placements(fixed.params) is None
+    with pytest.raises(ValueError, match="redundant=0"):
+        fixed.with_placements(fixed.params, placement)
+
+
+def test_profilers_see_layers_and_their_parts():
+    model, run = one_stage()
+    text = run.func.lower(model.params, jnp.zeros((1, 8), jnp.int32)).as_text(debug_info=True)
+    for scope in ("layer_0/attention/core", "layer_3/attention", "layer_3/mlp/experts", "embedding"):
+        assert scope in text, scope
