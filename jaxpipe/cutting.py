@@ -255,8 +255,8 @@ class Cut:
                     carried[value] = None
                 else:
                     raise ValueError(
-                        f"{name} is called with {_short(value)}, which another block computes: blocks hand on their first "
-                        "argument alone, so make it a tuple of all that passes from block to block"
+                        f"{name} is called with {_short(value)}, which another block computes: blocks hand on their "
+                        "first argument alone, so make it a tuple of all that passes from block to block"
                     )
         return tuple(made), tuple(carried)
 
@@ -316,8 +316,8 @@ class _Program:
                 outs = self._unroll(eqn, ins, context)
             else:
                 raise ValueError(
-                    f"the model calls its blocks within {name}, where they cannot be told apart: call them in a loop of "
-                    "Python or in a scan"
+                    f"the model calls its blocks within {name}, where they cannot be told apart: call them in a loop "
+                    "of Python or in a scan"
                 )
             env.update(zip(eqn.outvars, outs, strict=True))
         return [lookup(atom) for atom in jaxpr.outvars]
@@ -349,8 +349,8 @@ def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: 
     if order != list(range(len(rows))):
         called = ", ".join("another" if index is None else names[index] for index in order) or "none"
         raise ValueError(
-            f"of the blocks {', '.join(names)} the loss calls {called}: it must call each once, in this order, with the "
-            "parameters that it has in the model"
+            f"of the blocks {', '.join(names)} the loss calls {called}: it must call each once, in this order, with "
+            "the parameters that it has in the model"
         )
     return tuple(found)
 

@@ -117,8 +117,8 @@ class _LinenModel:
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
-                f"blocks={'.'.join(path)!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row for "
-                f"each block; there are {', '.join(sorted(where))}"
+                f"blocks={'.'.join(path)!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row "
+                f"for each block; there are {', '.join(sorted(where))}"
             )
         names = [f"{'.'.join(path)}[{index}]" for index in range(lengths.pop()[0])]
         return cls(shapes, tuple(outside), (name,), True, names, loss)

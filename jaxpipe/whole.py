@@ -56,7 +56,7 @@ class Model(Protocol):
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PipelinedModel:
-    """A model as a pipeline; made by `from_nnx` and `from_linen`. Called and jitted as `jaxpipe.value_and_grad`'s result.
+    """A model as a pipeline, called and jitted as a `jaxpipe.Pipeline`; made by `from_nnx` and `from_linen`.
 
     Attributes:
       pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
