@@ -33,6 +33,11 @@ class Keys:
     shape: tuple[int, ...]
     distinct: tuple[int, ...] | None
 
+    def row(self) -> Keys:
+        """Of one of many layers, whose keys differ anyway."""
+        shape = self.shape[1:]
+        return Keys(shape, None if self.distinct is None else tuple(range(math.prod(shape))))
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class NNXFunction:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
@@ -50,7 +51,7 @@ def from_nnx(
       schedule: from one of the builders.
       mesh: as for `jaxpipe.value_and_grad`.
       blocks: where the model keeps its blocks, "layers" or "decoder.layers": a list of modules, called one after the
-        other, each with what the one before returned.
+        other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
         which are summed over microbatches. It is called for one microbatch.
       specs: as for `jaxpipe.value_and_grad`.
@@ -100,6 +101,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
     function: NNXFunction
@@ -107,12 +109,16 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
-    stacked = False
+    stacked: bool = False
 
     @classmethod
     def of(cls, model: nnx.Module, path: tuple[str, ...], loss: Callable[[Any, Any], Any]) -> _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
-        function, functions = nnx_function(model), tuple(map(nnx_function, _blocks_of(model, path)))
+        function, where = nnx_function(model), _blocks_of(model, path)
+        random = nnx.split(model, nnx.RngState, ...)[1]
+        if isinstance(where, nnx.Module):
+            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+        functions = tuple(map(nnx_function, where))
         check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
@@ -120,15 +126,15 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, nnx.split(model, nnx.RngState, ...)[1], loss)
+        return cls(function, functions, path, random, loss)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
 
         def state() -> Any:
             model = make()
-            constants = [nnx_function(module).constants for module in (model, *_blocks_of(model, self.path))]
-            return constants, nnx.split(model, nnx.RngState, ...)[1]
+            made = type(self).of(model, self.path, self.user_loss)
+            return [each.constants for each in (made.function, *made.functions)], made.random
 
         (first, *others), random = jax.jit(state)()
         functions = (dataclasses.replace(f, constants=c) for f, c in zip(self.functions, others, strict=True))
@@ -146,23 +152,24 @@ class _NNXModel:
         return _take(self.function.params, self.path)[0]
 
     @property
-    def blocks(self) -> list[Any]:
+    def blocks(self) -> Any:
         """The blocks' parameters."""
-        return [function.params for function in self.functions]
+        return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
 
-    def loss(self, outer: Any, blocks: Sequence[Any], key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
-        inside = Context.make(0, 0, key, data, num_stages=len(blocks))
+        inside = Context.make(0, 0, key, data, num_stages=len(self.functions))
 
         def use(model: Any) -> Any:
-            modules = _blocks_of(model, self.path)
-            for name, module, function in zip(self.names, modules, self.functions, strict=True):
+            where = _blocks_of(model, self.path)
+            modules = [where] if self.stacked else where
+            for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
                 module._pipeline_block = _Stand(name, function, inside)
             return self.user_loss(model, data)
 
-        return self.function.apply(_put(outer, self.path, dict(enumerate(blocks))), outside, use)
+        return self.function.apply(self._whole(outer, blocks), outside, use)
 
     def kind(self, index: int, call: Call) -> Any:
         """The block's static part, and the shapes of its constants."""
@@ -181,15 +188,18 @@ class _NNXModel:
         )
         return dataclasses.replace(functions[0], constants=constants).run(params, ctx, args, kwargs)
 
-    def take(self, model: nnx.Module) -> tuple[Any, list[Any]]:
+    def take(self, model: nnx.Module) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
         outer, blocks = _take(parameters_of(model), self.path)
-        return outer, [blocks.get(index, {}) for index in range(len(self.functions))]
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""
-        params = _put(outer, self.path, dict(enumerate(blocks)))
-        return self.function.with_random(params, self.random)
+        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
+        return self.function.with_random(self._whole(outer, rows), self.random)
+
+    def _whole(self, outer: Any, blocks: Any) -> Any:
+        return _put(outer, self.path, blocks if self.stacked else dict(enumerate(blocks)))
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -216,13 +226,36 @@ def _standing_for(kind: type) -> type:
     return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
 
 
-def _blocks_of(model: Any, path: Sequence[str]) -> list[nnx.Module]:
+def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:
+    """The functions of a module's rows."""
+    function = nnx_function(module)
+    arrays = [*jax.tree.leaves((function.params, function.constants)), *function.streams.values()]
+    lengths = {leaf.shape[:1] for leaf in arrays}
+    if len(lengths) != 1 or () in lengths:
+        raise ValueError(
+            f"blocks={name!r} is a {type(module).__name__} whose arrays have no dimension in common that counts blocks: "
+            "name a list of modules, or one module that nnx.vmap has made of many"
+        )
+
+    def row(index: int) -> NNXFunction:
+        params = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), function.params)
+        constants = jax.tree.map(lambda leaf: leaf[index] if isinstance(leaf, jax.Array) else leaf, function.constants)
+        streams = {path: keys.row() for path, keys in function.streams.items()}
+        return dataclasses.replace(function, params=params, constants=constants, streams=streams)
+
+    return tuple(map(row, range(lengths.pop()[0])))
+
+
+def _blocks_of(model: Any, path: Sequence[str]) -> Any:
+    """A list of the modules at a path, or the one module that is there."""
     where, name = model, ".".join(path)
     for part in path:
         if not hasattr(where, part):
             there = ", ".join(sorted(attribute for attribute in vars(where) if not attribute.startswith("_")))
             raise ValueError(f"blocks={name!r}: {type(where).__name__} has no {part}; it has {there}")
         where = getattr(where, part)
+    if isinstance(where, nnx.Module) and not isinstance(where, nnx.List):
+        return where
     if not isinstance(where, Sequence | nnx.List) or not len(where):
         raise ValueError(f"blocks={name!r} is a {type(where).__name__}: name a list of at least one module")
     for index, block in enumerate(where):
