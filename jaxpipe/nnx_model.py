@@ -233,7 +233,7 @@ def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:
     lengths = {leaf.shape[:1] for leaf in arrays}
     if len(lengths) != 1 or () in lengths:
         raise ValueError(
-            f"blocks={name!r} is a {type(module).__name__} whose arrays have no dimension in common that counts blocks: "
+            f"blocks={name!r} is a {type(module).__name__} whose arrays share no dimension of blocks: "
             "name a list of modules, or one module that nnx.vmap has made of many"
         )
 

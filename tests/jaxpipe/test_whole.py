@@ -233,7 +233,7 @@ def test_blocks_that_are_not_there_name_what_is():
     schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2)
     with pytest.raises(ValueError, match="Model has no layers; it has call, decoder, embed, norm"):
         from_nnx(Model(nnx.Rngs(0)), schedule, mesh, blocks="layers", loss=loss_of)
-    with pytest.raises(ValueError, match="no dimension in common"):
+    with pytest.raises(ValueError, match="share no dimension of blocks"):
         from_nnx(Model(nnx.Rngs(0)), schedule, mesh, blocks="decoder", loss=loss_of)
     with pytest.raises(ValueError, match=r"give an nnx\.Module, or a function"):
         from_nnx(3, schedule, mesh, blocks="layers", loss=loss_of)
