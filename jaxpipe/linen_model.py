@@ -14,9 +14,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.inputs import check_same_structure
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.params import Params
+from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, pipelined

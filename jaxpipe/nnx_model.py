@@ -14,9 +14,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.inputs import check_same_structure
 from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
-from jaxpipe.params import Params
+from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, choose, pipelined
@@ -83,7 +82,7 @@ def from_nnx(
     if isinstance(model, nnx.Module):
         parts, make = _NNXModel.of(model, tuple(blocks.split(".")), loss), lambda: model
     elif callable(model):
-        parts, make = _NNXModel.of(nnx.eval_shape(model), tuple(blocks.split(".")), loss), model
+        parts, make = _NNXModel.of(_abstract(model), tuple(blocks.split(".")), loss), model
         parts = parts.with_state(make)
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
@@ -224,6 +223,20 @@ def _standing_for(kind: type) -> type:
         return call_block(run, stand.name, parameters_of(self), args, kwargs)
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call, "__module__": kind.__module__})
+
+
+def _abstract(make: Callable[[], nnx.Module]) -> nnx.Module:
+    """The model with shapes in place of its variables' arrays; arrays that it holds without a variable are made."""
+
+    def places(model: nnx.Module) -> list[tuple[nnx.Module, str]]:
+        modules = [node for _, node in nnx.iter_graph(model) if isinstance(node, nnx.Module)]
+        return [(each, name) for each in modules for name, value in vars(each).items() if isinstance(value, jax.Array)]
+
+    model = nnx.eval_shape(make)
+    arrays = jax.jit(lambda: [getattr(module, name) for module, name in places(make())])()
+    for (module, name), array in zip(places(model), arrays, strict=True):
+        vars(module)[name] = array
+    return model
 
 
 def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:

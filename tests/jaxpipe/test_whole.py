@@ -21,33 +21,41 @@ DOUBLE = {"param_dtype": jnp.float64}
 class Block(nnx.Module):
     """Takes a mask and a flag; has a table of its own, and says how many units are on."""
 
-    def __init__(self, rngs, index=0, rate=0.0):
-        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs, **DOUBLE)
+    def __init__(self, rngs, index=0, rate=0.0, dtype=None):
+        self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs, dtype=dtype, **DOUBLE)
         self.dropout = nnx.Dropout(rate, rngs=rngs)
         self.table = jnp.linspace(0.0, 1.0, WIDTH) * (index + 1)
 
     def __call__(self, x, mask, *, scaled=False):
-        y = jnp.tanh(self.linear(x) + self.table) * mask
+        y = jnp.tanh(self.linear(x) + self.table.astype(x.dtype)) * mask
         return x + self.dropout(y * (2.0 if scaled else 1.0)), (y**2).mean(), {"on": (y > 0).sum()}
 
 
+class Norm(nnx.Module):
+    def __init__(self):
+        self.scale = nnx.Param(jnp.linspace(0.5, 1.5, WIDTH))
+
+    def __call__(self, x):
+        return x * jax.lax.rsqrt((x * x).mean(-1, keepdims=True) + 1e-6) * self.scale[...]
+
+
 class Decoder(nnx.Module):
-    def __init__(self, rngs, count, rate):
-        self.layers = nnx.List([Block(rngs, index, rate) for index in range(count)])
+    def __init__(self, rngs, count, *options):
+        self.layers = nnx.List([Block(rngs, index, *options) for index in range(count)])
 
 
 class Model(nnx.Module):
     """Tied embeddings, a residual round all blocks, masks that differ, losses of blocks; calls blocks in some way."""
 
-    def __init__(self, rngs, count=6, call="loop", rate=0.0):
-        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs, **DOUBLE)
-        self.decoder = Decoder(rngs, count, rate)
-        self.norm = nnx.RMSNorm(WIDTH, rngs=rngs, **DOUBLE)
+    def __init__(self, rngs, count=6, call="loop", rate=0.0, dtype=None):
+        self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs, dtype=dtype, **DOUBLE)
+        self.decoder = Decoder(rngs, count, rate, dtype)
+        self.norm = Norm()
         self.call = call
 
     def __call__(self, tokens):
         start = x = self.embed(tokens)
-        mask = (tokens > 2)[..., None] * 1.0
+        mask = (tokens > 2)[..., None].astype(x.dtype)
         gate = jax.nn.sigmoid(self.norm(x)).mean(
             -1, keepdims=True
         )  # made with parameters: it passes from stage to stage
@@ -59,7 +67,7 @@ class Model(nnx.Module):
         others = []
         for index, block in enumerate(self.decoder.layers):
             x, square, counts = run(block, x, mask * gate if index % 2 else mask)
-            others.append(square * (index + 1) + 0.01 * counts["on"])
+            others.append(square * (index + 1) + 0.01 * counts["on"].astype(square.dtype))
         return self.embed.attend(self.norm(x + 0.1 * start)), others
 
 
@@ -103,7 +111,7 @@ def test_nnx_equals_the_plain_model(x64, name, call):
 def test_data_parallel_uneven_and_made_in_shards(x64):
     """7 blocks on 4 stages, two devices for each rank; a model that no device has ever held whole."""
     batch = make_batch()
-    schedule = jaxpipe.schedule.build("dualpipev", 2, 2)
+    schedule = jaxpipe.schedule.build("dualpipev", 2, MICROBATCHES)
 
     def make():
         return Model(nnx.Rngs(0), count=7)
@@ -116,7 +124,7 @@ def test_data_parallel_uneven_and_made_in_shards(x64):
         nnx.to_pure_dict(nnx.state(model, nnx.Param)), nnx.to_pure_dict(nnx.state(make(), nnx.Param)), rtol=1e-6
     )
     (loss, _), grads = jax.jit(pipe)(pipe.params, batch)
-    expected, expected_grads = nnx.value_and_grad(plain(loss_of, batch, 4))(model)
+    expected, expected_grads = nnx.value_and_grad(plain(loss_of, batch, SEQUENCES))(model)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     found = nnx.to_pure_dict(nnx.state(pipe.merge(grads), nnx.Param))
     assert_trees_close(found, nnx.to_pure_dict(expected_grads), rtol=1e-10)
@@ -124,7 +132,7 @@ def test_data_parallel_uneven_and_made_in_shards(x64):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again, pipe.params))
 
 
-def test_dropout_depends_on_the_key_alone():
+def test_dropout_depends_on_the_key_alone(x64):
     """Not on schedule, ranks or stages; another key gives another loss, and none a sentence."""
     model, batch, found = Model(nnx.Rngs(0), rate=0.2), make_batch(), []
     for name, ranks in (("1f1b", 1), ("1f1b", 2), ("dualpipev", 2)):
@@ -138,9 +146,10 @@ def test_dropout_depends_on_the_key_alone():
         step(pipe.params, batch)
 
 
-def test_bfloat16_and_the_models_eval():
-    model, batch = Model(nnx.Rngs(0), rate=0.5), make_batch()
+def test_bfloat16_and_the_models_eval(x64):
+    model, batch = Model(nnx.Rngs(0), rate=0.5, dtype=jnp.bfloat16), make_batch()
     model.eval()
+    exact = Model(nnx.Rngs(0))
     schedule = jaxpipe.schedule.build("dualpipev", 2, MICROBATCHES)
     options = {"blocks": "decoder.layers", "compute_dtype": jnp.bfloat16}
 
@@ -149,8 +158,8 @@ def test_bfloat16_and_the_models_eval():
 
     pipe = from_nnx(model, schedule, jaxpipe.make_mesh(pp=2), loss=loss, **options)
     (value, _), grads = jax.jit(pipe)(pipe.params, batch)
-    assert float(value) == pytest.approx(float(plain(loss_of, batch, MICROBATCHES)(model)), rel=2e-2)
-    assert jax.tree.map(jnp.dtype, grads) == jax.tree.map(jnp.dtype, pipe.params)
+    assert float(value) == pytest.approx(float(plain(loss_of, batch, MICROBATCHES)(exact)), rel=2e-2)
+    assert [leaf.dtype for leaf in jax.tree.leaves(grads)] == [leaf.dtype for leaf in jax.tree.leaves(pipe.params)]
 
 
 class ScannedNNX(nnx.Module):
@@ -162,7 +171,7 @@ class ScannedNNX(nnx.Module):
         self.layers = nnx.split_rngs(splits=6)(make)(rngs)
 
     def __call__(self, tokens):
-        mask = (tokens > 2)[..., None] * 1.0
+        mask = (tokens > 2)[..., None].astype(jnp.float64)
 
         @nnx.scan(in_axes=(nnx.Carry, 0, None), out_axes=(nnx.Carry, 0))
         def run(x, block, mask):
@@ -229,7 +238,7 @@ def test_what_cannot_be_cut_is_refused_with_a_remedy(wrong, message):
         jax.eval_shape(pipe, pipe.params, jnp.zeros((4, 3), jnp.int32))
 
 
-def test_blocks_that_are_not_there_name_what_is():
+def test_blocks_that_are_not_there_name_what_is(x64):
     schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2)
     with pytest.raises(ValueError, match="Model has no layers; it has call, decoder, embed, norm"):
         from_nnx(Model(nnx.Rngs(0)), schedule, mesh, blocks="layers", loss=loss_of)
@@ -244,7 +253,10 @@ class LinenBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x, mask):
-        y = nn.Dense(WIDTH, **DOUBLE)(nn.LayerNorm(**DOUBLE)(x)) * mask
+        y = (
+            nn.Dense(WIDTH, **DOUBLE)(nn.LayerNorm(force_float32_reductions=False, dtype=jnp.float64, **DOUBLE)(x))
+            * mask
+        )
         return x + nn.Dropout(self.rate, deterministic=self.rate == 0)(jnp.tanh(y))
 
 
@@ -260,7 +272,7 @@ class LinenModel(nn.Module):
     @nn.compact
     def __call__(self, tokens):
         table = nn.Embed(VOCABULARY, WIDTH, name="table", **DOUBLE)
-        x, mask = table(tokens), (tokens > 2)[..., None] * 1.0
+        x, mask = table(tokens), (tokens > 2)[..., None].astype(jnp.float64)
         if self.call == "scan":
             axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True, "dropout": True}}
             x, _ = nn.scan(Scanned, length=6, in_axes=nn.broadcast, **axes)(name="layers")(x, mask)
@@ -268,7 +280,7 @@ class LinenModel(nn.Module):
             block = nn.remat(LinenBlock) if self.call == "remat" else LinenBlock
             for index in range(6):
                 x = block(name=f"layers_{index}")(x, mask)
-        return table.attend(nn.LayerNorm(**DOUBLE)(x))
+        return table.attend(nn.LayerNorm(force_float32_reductions=False, dtype=jnp.float64, **DOUBLE)(x))
 
 
 @pytest.mark.parametrize("call", ["loop", "remat", "scan"])
