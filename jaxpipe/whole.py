@@ -31,10 +31,17 @@ class Model(Protocol):
       stacked: whether the model keeps its blocks in rows.
     """
 
-    names: Sequence[str]
-    outer: Any
-    blocks: Any
-    stacked: bool
+    @property
+    def names(self) -> Sequence[str]: ...  # noqa: D102
+
+    @property
+    def outer(self) -> Any: ...  # noqa: D102
+
+    @property
+    def blocks(self) -> Any: ...  # noqa: D102
+
+    @property
+    def stacked(self) -> bool: ...  # noqa: D102
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
@@ -49,6 +56,7 @@ class Model(Protocol):
 
     def take(self, model: Any) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
+        ...
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """A model with these parameters: the inverse of `take`."""
@@ -176,9 +184,21 @@ class _Parts:
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        shapes = jax.tree.map(_shape, (self.model.outer, self.model.blocks, _key(ctx), ctx.data))
-        outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), shapes[:2])
-        return Cut(self.model.loss, outer, blocks, *shapes[2:], self.model.names, stacked=self.model.stacked)
+        leaves, structure = jax.tree.flatten((_key(ctx), ctx.data))
+        return self._cut_for(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
+
+    @functools.cached_property
+    def _cut_for(self) -> Callable[[Any, Any], Cut]:
+        """The loss cut for a key and data of some shapes: embed, stage and head, traced several times, share it."""
+
+        @functools.lru_cache(maxsize=4)
+        def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
+            key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
+            params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
+            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
+            return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+
+        return cut
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:
