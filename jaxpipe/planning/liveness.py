@@ -56,31 +56,9 @@ class _Graph:
         self.sizes.append(self.size(var))
         return len(self.sizes) - 1
 
-    def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None]) -> list[int | None]:
-        """Appends a jaxpr's equations; returns its outputs."""
-        env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update((var, None) for var in jaxpr.constvars)
-
-        def read(atom: Any) -> int | None:
-            return None if isinstance(atom, Literal) else env[atom]
-
-        for eqn in jaxpr.eqns:
-            ins = [read(atom) for atom in eqn.invars]
-            called = called_jaxpr(eqn)
-            if called is not None:
-                env.update(zip(eqn.outvars, self.add(called, ins[len(ins) - len(called.invars) :]), strict=True))
-                continue
-            outs = [self.new(var) for var in eqn.outvars]
-            env.update(zip(eqn.outvars, outs, strict=True))
-            self._append(eqn, ins, outs)
-        return [read(atom) for atom in jaxpr.outvars]
-
-    def _append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
+    def append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
+        """Takes the next equation."""
         name, known = eqn.primitive.name, tuple(value for value in ins if value is not None)
-        if name == "optimization_barrier":  # one alias for each value, or all would live as long as any
-            pairs = zip(ins, outs, strict=True)
-            self.ops += [_InlinedOp(name, () if value is None else (value,), (out,)) for value, out in pairs]
-            return
         inner, aliases = 0, ()
         if name in ("scan", "while"):
             inner, aliases = self._loop(eqn, ins)
@@ -145,7 +123,7 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: 
     """
     graph = _Graph(cpu, size)
     inputs = [graph.new(var) for var in jaxpr.invars]
-    outputs = graph.add(jaxpr, inputs)
+    outputs = inline(jaxpr, inputs, graph.new, lambda eqn, ins, outs, path: graph.append(eqn, ins, outs))
     results = outputs[: len(carried)]
     # What is added to a carried sum, such as a gradient, XLA adds as soon as it is there, and frees.
     sums = set() if cpu else {value for value in results if value is not None} - set(inputs)
@@ -289,6 +267,48 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
 def _is_elementwise(op: _InlinedOp) -> bool:
     """Whether an operation is computed element by element, and is one: no view, nothing written into a part."""
     return op.name not in READS_WHOLE | REDUCTIONS | VIEWS | WRITES_IN_PLACE | {"optimization_barrier"}
+
+
+def inline(
+    jaxpr: Jaxpr,
+    inputs: Sequence[int | None],
+    new: Callable[[Any], int],
+    emit: Callable[[JaxprEqn, Sequence[int | None], Sequence[int], str], None],
+    path: str = "",
+) -> list[int | None]:
+    """Emits a jaxpr's equations in order, those of calls among them; returns its outputs.
+
+    A barrier is emitted once for each of its values, or all would live as long as any.
+
+    Args:
+      jaxpr: whose values become numbers; constants and literals None.
+      inputs: numbers of its inputs.
+      new: numbers a variable.
+      emit: is called with an equation, its operands, its results, and the scopes that it is in, "outer/inner".
+      path: the scopes that all of it is in.
+    """
+    env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
+    env.update((var, None) for var in jaxpr.constvars)
+
+    def read(atom: Any) -> int | None:
+        return None if isinstance(atom, Literal) else env[atom]
+
+    for eqn in jaxpr.eqns:
+        ins = [read(atom) for atom in eqn.invars]
+        inner = "/".join(part for part in (path, str(eqn.source_info.name_stack)) if part)
+        called = called_jaxpr(eqn)
+        if called is not None:
+            results = inline(called, ins[len(ins) - len(called.invars) :], new, emit, inner)
+            env.update(zip(eqn.outvars, results, strict=True))
+            continue
+        outs = [new(var) for var in eqn.outvars]
+        env.update(zip(eqn.outvars, outs, strict=True))
+        if eqn.primitive.name == "optimization_barrier":
+            for value, out in zip(ins, outs, strict=True):
+                emit(eqn, [value], [out], inner)
+        else:
+            emit(eqn, ins, outs, inner)
+    return [read(atom) for atom in jaxpr.outvars]
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:

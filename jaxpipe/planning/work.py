@@ -26,12 +26,11 @@ from jaxpipe._jax import (
     WRITES_IN_PLACE,
     Jaxpr,
     JaxprEqn,
-    Literal,
 )
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
-from jaxpipe.planning.liveness import called_jaxpr
+from jaxpipe.planning.liveness import inline
 from jaxpipe.planning.mesh import Network
 from jaxpipe.stage.flops import eqn_flops
 
@@ -182,37 +181,30 @@ class _ScopedOp(NamedTuple):
 
 
 class _Flat:
-    """Equations in order, those of calls among them."""
+    """The equations of a jaxpr in order, those of calls among them.
 
-    def __init__(self) -> None:
+    Args:
+      jaxpr: whose inputs are the values 0, 1, ....
+      path: the scopes that it is in.
+      label: of all of it; "": each equation's own scopes say.
+    """
+
+    def __init__(self, jaxpr: Jaxpr, path: str, label: str) -> None:
         self.ops: list[_ScopedOp] = []
         self.atoms: list[Any] = []
+        self._label = label
+        self.inputs = [self._new(var) for var in jaxpr.invars]
+        results = inline(jaxpr, self.inputs, self._new, self._append, path)
+        self.outputs = {value for value in results if value is not None}
 
-    def new(self, atom: Any) -> int:
+    def _new(self, atom: Any) -> int:
         self.atoms.append(atom)
         return len(self.atoms) - 1
 
-    def add(self, jaxpr: Jaxpr, inputs: Sequence[int | None], path: str, label: str) -> list[int | None]:
-        env: dict[Any, int | None] = dict(zip(jaxpr.invars, inputs, strict=True))
-        env.update((var, None) for var in jaxpr.constvars)
-        for eqn in jaxpr.eqns:
-            ins = [None if isinstance(atom, Literal) else env[atom] for atom in eqn.invars]
-            inner = "/".join(part for part in (path, str(eqn.source_info.name_stack)) if part)
-            match = None if label else _ACTION.search(inner)
-            mine = label or (match[1] if match else "")
-            called = called_jaxpr(eqn)
-            if called is not None:
-                results = self.add(called, ins[len(ins) - len(called.invars) :], inner, mine)
-                env.update(zip(eqn.outvars, results, strict=True))
-                continue
-            name, outs = eqn.primitive.name, [self.new(var) for var in eqn.outvars]
-            env.update(zip(eqn.outvars, outs, strict=True))
-            if name == "optimization_barrier":
-                pairs = zip(ins, outs, strict=True)
-                self.ops += [_ScopedOp(eqn, name, (value,), (out,), inner, mine) for value, out in pairs]
-            else:
-                self.ops.append(_ScopedOp(eqn, name, tuple(ins), tuple(outs), inner, mine))
-        return [None if isinstance(atom, Literal) else env[atom] for atom in jaxpr.outvars]
+    def _append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int], path: str) -> None:
+        match = None if self._label else _ACTION.search(path)
+        label = match[1] if match else self._label
+        self.ops.append(_ScopedOp(eqn, eqn.primitive.name, tuple(ins), tuple(outs), path, label))
 
 
 class _Collector:
@@ -241,14 +233,12 @@ class _Collector:
 
     def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
         """Collects a jaxpr and what is inside of it; ``in_loop``: of the loop over a program's steps."""
-        flat = _Flat()
-        inputs = [flat.new(var) for var in jaxpr.invars]
-        outputs = {value for value in flat.add(jaxpr, inputs, path, label) if value is not None}
-        ops = _needed(flat.ops, outputs)
+        flat = _Flat(jaxpr, path, label)
+        ops = _needed(flat.ops, flat.outputs)
         self.labels.update((op.label, None) for op in ops)
-        kept = _materialized(ops, outputs)
+        kept = _materialized(ops, flat.outputs)
         roots: list[frozenset[int]] = [frozenset()] * len(flat.atoms)
-        for value in inputs:
+        for value in flat.inputs:
             roots[value] = frozenset({value})
         for op in ops:
             sources = frozenset[int]().union(*(roots[value] for value in op.ins if value is not None))

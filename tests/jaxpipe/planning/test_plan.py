@@ -70,6 +70,23 @@ def test_parameters_gradients_and_optimizer():
     assert found.seconds > planned().seconds
 
 
+def test_integers_have_no_gradients():
+    """As a placement of experts: it is a parameter, and nothing else of the memory is different."""
+
+    def stage(params, x, ctx):
+        return mlp({name: params[name] for name in ("up", "down")}, x, ctx)[params["order"]]
+
+    step = jaxpipe.value_and_grad(stage, jaxpipe.schedule.build("1f1b", 4, 8), abstract(pp=4), head=mean_square)
+    weights = {"up": shape(4, WIDTH, HIDDEN), "down": shape(4, HIDDEN, WIDTH)}
+    params = jaxpipe.Params(
+        {**weights, "order": shape(4, TOKENS, dtype=jnp.int32)}, {"table": shape(3, dtype=jnp.int32)}
+    )
+    found, without = jaxpipe.plan(step, params, shape(8 * TOKENS, WIDTH), "H100").memory, planned().memory
+    assert found.gradients == without.gradients == 2 * WIDTH * HIDDEN * 4
+    assert found.masters == without.masters + 4 * (TOKENS + 3)
+    assert found.stash == without.stash
+
+
 def test_stash_is_what_the_schedule_holds():
     """Gpipe keeps all microbatches, 1f1b as many as there are ranks, whatever their number."""
     one = 4 * TOKENS * (WIDTH + HIDDEN)  # x and the hidden activations

@@ -1,6 +1,7 @@
 """Random stages are divided rightly; `python -m tests.jaxpipe.stage.fuzz --seeds N` tries more of them than these."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -126,3 +127,26 @@ def test_masks_that_both_halves_read(x64, name):
     fuzz.check_numbers(program)
     split = split_stage(MASKED[name], p, program.x, context)
     assert not [leaf for leaf in split.crossing if leaf.dtype == jnp.bool_]
+
+
+@pytest.mark.parametrize("seed", [22, 25])
+def test_a_stage_is_divided_alike_every_time(seed, x64):
+    """What the halves of nested loops stack and hand over has one order, or no cache finds the compiled program."""
+
+    def divided():
+        program = fuzz.make_program(seed)
+        args = program.params, program.x, program.context
+        split = split_stage(program.stage, *args, has_aux=program.has_aux)
+        prepared = jax.eval_shape(split.prepare, args[0])
+        residuals = jax.eval_shape(split.forward, prepared, *args[1:])[-1]
+        out_ct = fuzz.cotangents(program, split.out)
+        _, crossing = jax.eval_shape(split.backward_input, prepared, residuals, out_ct)
+        halves = (
+            jax.make_jaxpr(split.forward)(prepared, *args[1:]),
+            jax.make_jaxpr(split.backward_input)(prepared, residuals, out_ct),
+            jax.make_jaxpr(split.backward_weight)(prepared, residuals.weight, crossing),
+        )
+        return [re.sub(" at 0x[0-9a-f]+", "", str(half)) for half in halves]
+
+    first = divided()
+    assert all(divided() == first for _ in range(6))
