@@ -1,4 +1,4 @@
-"""Flax NNX and Linen modules as pipeline stages, embeddings and heads.
+"""Flax NNX and Linen models as pipelines, and their modules as stages, embeddings and heads.
 
 What `__all__` names is public; all else here is internal and may change without notice.
 """
@@ -27,13 +27,19 @@ from jaxpipe.layers import (
     stages_of_mixed_layers,
     unstack_layers,
 )
+from jaxpipe.linen_model import from_linen
 from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
+from jaxpipe.nnx_model import from_nnx
 from jaxpipe.params import check_same_structure, stack_stages
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.whole import PipelinedModel
 
 __all__ = [
     "NNXFunction",
+    "PipelinedModel",
+    "from_linen",
+    "from_nnx",
     "layered_stages",
     "linen_stages",
     "nnx_function",

@@ -85,7 +85,7 @@ def from_linen(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LinenModel:
-    """A Linen model by its parameters; a `jaxpipe.whole.Model`.
+    """A Linen model by its parameters; a `jaxpipe.whole.CutModel`.
 
     Attributes:
       shapes: of the parameters.

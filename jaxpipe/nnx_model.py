@@ -92,7 +92,7 @@ def from_nnx(
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _NNXModel:
-    """An NNX model and its blocks as functions; a `jaxpipe.whole.Model`.
+    """An NNX model and its blocks as functions; a `jaxpipe.whole.CutModel`.
 
     Attributes:
       function: of the whole model.

@@ -21,7 +21,7 @@ from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
 
 
-class Model(Protocol):
+class CutModel(Protocol):
     """What a library's models must give to be cut.
 
     Attributes:
@@ -54,7 +54,7 @@ class Model(Protocol):
     ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
 
-    def take(self, model: Any) -> tuple[Any, Any]:
+    def take(self, model: Any, /) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
         ...
 
@@ -75,7 +75,7 @@ class PipelinedModel:
     pipeline: Pipeline
     params: Params
     shardings: Params
-    _model: Model
+    _model: CutModel
 
     @property
     def __name__(self) -> str:
@@ -99,14 +99,14 @@ class PipelinedModel:
         return jax.device_put(stack(self._model, self.pipeline.program.schedule, model), self.shardings)
 
 
-def stack(model: Model, schedule: Schedule, params: Any) -> Params:
+def stack(model: CutModel, schedule: Schedule, params: Any) -> Params:
     """The stacked parameters of a model, in storage order."""
     outer, blocks = model.take(params)
     return Params(stack_layers(blocks, schedule, "storage")[0], outer)
 
 
 def pipelined(
-    model: Model,
+    model: CutModel,
     make: Callable[[], Any],
     schedule: Schedule,
     mesh: Mesh,
@@ -119,7 +119,7 @@ def pipelined(
 
     Args:
       model: cut.
-      make: gives the user's model, from which `Model.take` takes the parameters.
+      make: gives the user's model, from which `CutModel.take` takes the parameters.
       schedule, mesh: as for `jaxpipe.value_and_grad`.
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
       specs, options: for `jaxpipe.value_and_grad`.
@@ -139,7 +139,7 @@ def pipelined(
 class _Parts:
     """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
 
-    model: Model
+    model: CutModel
     schedule: Schedule
     dtype: Any
 
