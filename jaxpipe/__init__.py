@@ -23,6 +23,7 @@ from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.runtime.model import Context, Output
+from jaxpipe.runtime.stage_kinds import StageKinds
 
 __all__ = [
     "Achieved",
@@ -33,6 +34,7 @@ __all__ = [
     "Params",
     "Pipeline",
     "Plan",
+    "StageKinds",
     "Unchanged",
     "compiler_options",
     "floating_only",

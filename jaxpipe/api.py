@@ -312,7 +312,7 @@ def _pipeline(
     """The pipeline; ``given`` are the options of `check_options`."""
     check_schedule(schedule)
     check(schedule)
-    check_model(model)
+    check_model(model, schedule)
     options = check_options(schedule, mesh, **given)
     program = lower(
         schedule,
@@ -320,6 +320,7 @@ def _pipeline(
         embed_grad=model.embed is not None,
         forward_only=forward_only,
         shared_ends=options.shared_ends,
+        kind_of=model.kind_of,
     )
     if options.dispatch == AUTOMATIC:
         options = dataclasses.replace(options, dispatch=_default_dispatch(program, mesh))

@@ -59,10 +59,16 @@ def check_options(
     )
 
 
-def check_model(model: Model) -> None:
+def check_model(model: Model, schedule: Schedule) -> None:
     """Raises ValueError unless the model's functions can be called as they will be."""
-    for name, arguments in _CALLS.items():
-        function = getattr(model, name)
+    if model.kind_of is not None and len(model.kind_of) != schedule.num_stages:
+        raise ValueError(
+            f"kind_of={list(model.kind_of)} has {len(model.kind_of)} stages, schedule {schedule.name!r} "
+            f"{schedule.num_stages}: give each stage its kind"
+        )
+    stages = [("stage", function, _CALLS["stage"]) for function in model.stages]
+    ends = [(name, getattr(model, name), arguments) for name, arguments in _CALLS.items() if name != "stage"]
+    for name, function, arguments in (*stages, *ends):
         call = f"{name}({', '.join(arguments)})"
         if function is None and name != "stage":
             continue

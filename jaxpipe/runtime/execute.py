@@ -19,7 +19,15 @@ from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
-from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
+from jaxpipe.runtime.operations import (
+    Operation,
+    Pools,
+    TrainStep,
+    make_context,
+    partition,
+    run_branch,
+    run_sequential,
+)
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
@@ -67,15 +75,19 @@ def train(
     leaves that are neither floating nor complex: nothing is computed, summed or moved for those.
     """
     local = _start(program, model, options, params, batch, rng)
-    split = _split_stage(program, options, local)
+    splits = _split_stages(program, options, local)
+    split, pools = splits[0], Pools.of(splits)
     head = _head_shapes(program, options, split, local)
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
-        prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in local.chunks))
+        prepared = tuple(splits[kind].prepare(local.chunks[chunk]) for chunk, kind in program.parts)
+        prepared = lax.optimization_barrier(prepared)
     step = TrainStep(
         model=local.model,
-        split=split,
+        splits=splits,
+        pools=pools,
+        parts=program.parts,
         prepared=prepared,
         outer=local.outer,
         batch=batch,
@@ -83,7 +95,7 @@ def train(
         rng=local.rng,
         num_stages=program.schedule.num_stages,
     )
-    buffers = _train_buffers(program, options, local, split, head)
+    buffers = _train_buffers(program, options, local, split, pools, head)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         return _reduce(program, options, spec_axes, params, buffers, shares)
@@ -103,13 +115,18 @@ def _start(
     return _Local(model, chunks, outer, batch, rng, ctx, x)
 
 
-def _split_stage(program: Program, options: Options, local: _Local) -> SplitStage:
-    """The stage in its parts, after checks."""
+def _split_stages(program: Program, options: Options, local: _Local) -> tuple[SplitStage, ...]:
+    """Each kind of stage in its parts, after checks."""
     recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
-    split = split_stage(local.model.run_stage, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
-    check_alone("stage", program, options.axes.pipeline, split.collectives)
-    _check_boundary(local.x, split.out[0])
-    return split
+    splits = []
+    for kind in range(len(local.model.stages)):
+        run = functools.partial(local.model.run_kind, kind)
+        split = split_stage(run, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
+        check_alone("stage", program, options.axes.pipeline, split.collectives)
+        _check_boundary(local.x, split.out[0])
+        splits.append(split)
+    _check_same_returns([(split.out[1], split.aux) for split in splits])
+    return tuple(splits)
 
 
 def _head_shapes(program: Program, options: Options, split: SplitStage, local: _Local) -> tuple[Any, Any]:
@@ -135,16 +152,16 @@ def _shares(options: Options, local: _Local, losses: Any) -> Shares:
 
 
 def _train_buffers(
-    program: Program, options: Options, local: _Local, split: SplitStage, head: tuple[Any, Any]
+    program: Program, options: Options, local: _Local, split: SplitStage, pools: Pools, head: tuple[Any, Any]
 ) -> Buffers:
     """Empty slots, and sums of zero."""
     pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
     loss, head_metrics = head
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
-        stash=pool(split.residuals.input, program.num_stash_slots + 1),
-        weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
-        cross=pool(split.crossing, program.num_cross_slots + 1),
+        stash=pool(pools.stash.avals, program.num_stash_slots + 1),
+        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
+        cross=pool(pools.cross.avals, program.num_cross_slots + 1),
         grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in local.chunks),
         outer_grads=jax.tree.map(accumulator, partition(local.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
@@ -195,9 +212,7 @@ def infer(
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
     local, axes = _start(program, model, options, params, batch, rng), options.axes
     model, ctx = local.model, local.ctx
-    jaxpr, ((y, _), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(local.chunks[0], local.x, ctx)
-    check_alone("stage", program, axes.pipeline, collectives_of_jaxpr(jaxpr))
-    _check_boundary(local.x, y)
+    y, metrics = _check_forwards(program, axes.pipeline, local)
     run_head = functools.partial(run_outputs, model)
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
@@ -206,12 +221,37 @@ def infer(
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
+    step = ForwardStep(model, program.parts, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
     outputs = jax.tree.map(lambda leaf: leaf.reshape(-1, *leaf.shape[2:]), outputs)
     return outputs, _sum_metrics(buffers, axes)
+
+
+def _check_forwards(program: Program, axis: str, local: _Local) -> tuple[Any, Any]:
+    """(y, metrics) of a stage as shapes and dtypes, each kind of stage checked."""
+    returned = []
+    for kind in range(len(local.model.stages)):
+        run = functools.partial(local.model.run_kind, kind)
+        jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(local.chunks[0], local.x, local.ctx)
+        check_alone("stage", program, axis, collectives_of_jaxpr(jaxpr))
+        (y, aux_loss), metrics = shapes
+        _check_boundary(local.x, y)
+        returned.append((aux_loss, metrics))
+    _check_same_returns(returned)
+    return y, returned[0][1]
+
+
+def _check_same_returns(returned: Sequence[tuple[Any, Any]]) -> None:
+    """Raises ValueError unless all kinds of stages return the same auxiliary loss and metrics, as shapes and dtypes."""
+    texts = [tuple(map(shape_texts, each)) for each in returned]
+    for kind, text in enumerate(texts):
+        if text != texts[0]:
+            raise ValueError(
+                f"stages of kind {kind} return aux_loss {text[0]} and metrics {text[1]}, those of kind 0 "
+                f"{texts[0][0]} and {texts[0][1]}: all return the same, zeros for what a kind does not have"
+            )
 
 
 def _check_outputs(outputs: Any, size: int) -> None:

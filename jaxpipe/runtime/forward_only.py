@@ -18,26 +18,27 @@ class ForwardStep:
     """What the forward-only operations have in common on one rank; see `operations.TrainStep`."""
 
     model: Model
+    parts: tuple[tuple[int, int], ...]
     chunks: tuple[Any, ...]
     outer: Any
     batch: Any
     rng: jax.Array | None
     num_stages: int
 
-    def operation(self, op: Op, chunk: int) -> Operation:
-        """The operation of a kind on a local chunk."""
+    def operation(self, op: Op, part: int) -> Operation:
+        """The operation of a kind on a part."""
         if op is Op.F:
-            return self.forward(chunk)
+            return self.forward(*self.parts[part])
         if op is Op.EMBED:
             return embed_operation(self.model, self.outer, self.batch, self.rng)
         return self.head()
 
-    def forward(self, chunk: int) -> Operation:
+    def forward(self, chunk: int, kind: int) -> Operation:
         """X -> y."""
 
         def compute(x: Any, operands: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
+            (y, _), metrics = self.model.run_kind(kind, self.chunks[chunk], x, ctx)
             return y, metrics
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
+from jaxpipe.runtime.stage_kinds import StageKinds
 
 HEAD = -2
 """What the head folds into a microbatch's key. A layer folds its index and embed -1; as uint32 this is no layer's."""
@@ -100,7 +101,7 @@ class Model:
     """The functions of a pipelined model.
 
     Attributes:
-      stage: ``stage(params, x, ctx) -> y or Output``; y has x's structure, shapes and dtypes.
+      stage: ``stage(params, x, ctx) -> y or Output``; y has x's structure, shapes and dtypes. Or `StageKinds` of such.
       embed: ``embed(outer, data, ctx) -> x``, or None: the microbatch itself is x.
       head: ``head(outer, y, data, ctx) -> loss or Output``, or None. In a forward-only program it may
         return any pytree of per-example outputs.
@@ -116,9 +117,27 @@ class Model:
         """The first stage's input for a microbatch."""
         return ctx.data if self.embed is None else self.embed(outer, ctx.data, ctx)
 
+    @property
+    def stages(self) -> tuple[Callable[..., Any], ...]:
+        """The stage functions, one for each kind of stage."""
+        return self.stage.functions if isinstance(self.stage, StageKinds) else (self.stage,)
+
+    @property
+    def kind_of(self) -> tuple[int, ...] | None:
+        """The kind of each stage; None where all are of one."""
+        return self.stage.kind_of if isinstance(self.stage, StageKinds) else None
+
     def run_stage(self, params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """((y, aux_loss), metrics) of one stage; aux_loss is None where the stage returns none."""
-        output = as_output(self.stage(params, x, ctx))
+        return self._run(self.stage, params, x, ctx)
+
+    def run_kind(self, kind: int, params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """`run_stage` of a stage of a kind."""
+        return self._run(self.stages[kind], params, x, ctx)
+
+    @staticmethod
+    def _run(stage: Callable[..., Any], params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        output = as_output(stage(params, x, ctx))
         aux_loss = None if output.aux_loss is None else as_loss(output.aux_loss, "the stage's aux_loss has")
         return (as_arrays(output.value, "stage"), aux_loss), as_metrics(output.metrics, "stage")
 
