@@ -99,11 +99,12 @@ class TrainStep:
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
-            weight_slot = operands[Field.WEIGHT_STASH]
             return buffers._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
                 stash=pools.stash.put(buffers.stash, operands[Field.STASH], kind, residuals.input),
-                weight_stash=pools.weight_stash.put(buffers.weight_stash, weight_slot, kind, residuals.weight),
+                weight_stash=pools.weight_stash.put(
+                    buffers.weight_stash, operands[Field.WEIGHT_STASH], kind, residuals.weight
+                ),
                 aux_loss=self._add_loss(buffers.aux_loss, aux_loss, operands),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
