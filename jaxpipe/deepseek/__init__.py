@@ -14,7 +14,7 @@ from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
 from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, rotate
 from jaxpipe.deepseek.model import DeepSeekModel, build_model
-from jaxpipe.deepseek.mtp import MTPHead
+from jaxpipe.deepseek.mtp import MTPLayer
 
 __all__ = [
     "MLA",
@@ -26,7 +26,7 @@ __all__ = [
     "Latents",
     "LayerConfig",
     "MLAParams",
-    "MTPHead",
+    "MTPLayer",
     "MoEBlock",
     "ModelConfig",
     "RMSNorm",

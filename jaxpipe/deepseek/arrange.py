@@ -1,8 +1,10 @@
-"""Which stage has which layer, and parameters from model order to rows of stages and back."""
+"""Which stage has which layers, and parameters from model order to rows of stages and back."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -10,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpipe
+from jaxpipe.deepseek.balance import balanced_counts
 from jaxpipe.flax import split_layers
 
 
@@ -17,28 +20,51 @@ from jaxpipe.flax import split_layers
 class Arrangement:
     """Layers over stages. All stages have as many slots as the longest one has layers.
 
-    A slot without a layer has zeros for parameters: such a layer adds nothing to its input, and all gradients of it
-    are zero. A pipeline waits for its longest stage, so it costs memory but no time.
+    A slot without a layer has zeros for parameters. Where all layers are of one kind, so are all stages, and a shorter
+    one runs its empty slots: such a layer adds nothing to its input, and all gradients of it are zero. A pipeline waits
+    for its longest stage, so it costs memory but no time.
 
     Attributes:
       counts: layers of each stage, in the order of the forward pass.
       storage_order: the stage in each row of stacked parameters.
+      layer_kinds: the kind of each layer of the model.
 
-    >>> Arrangement((2, 1), (1, 0)).places
-    ((1, 0), (1, 1), (0, 0))
+    >>> shape = Arrangement((2, 1), (1, 0), ("dense", "moe", "moe"))
+    >>> shape.places, shape.stage_kinds, shape.kind_of
+    (((1, 0), (1, 1), (0, 0)), (('dense', 'moe'), ('moe',)), (0, 1))
     """
 
     counts: tuple[int, ...]
     storage_order: tuple[int, ...]
+    layer_kinds: tuple[str, ...]
 
     @classmethod
-    def of(cls, layers: int, schedule: jaxpipe.schedule.Schedule) -> Arrangement:
-        """Layers as evenly as possible over a schedule's stages.
+    def of(
+        cls,
+        layer_kinds: Sequence[str],
+        schedule: jaxpipe.schedule.Schedule,
+        costs: Mapping[str, float] | None = None,
+        last: float = 0.0,
+    ) -> Arrangement:
+        """Layers over a schedule's stages so that the costliest stage costs as little as can be.
+
+        Args:
+          layer_kinds: of each layer, in the order of the forward pass.
+          schedule: whose stages get the layers.
+          costs: of a layer of each kind, in any unit; None: all cost the same, and longer stages come first.
+          last: what else the last stage costs, in the same unit.
 
         Raises:
-          ValueError: fewer layers than stages.
+          ValueError: fewer layers than stages; costs that are not positive, of other kinds than the layers'.
+
+        >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+        >>> Arrangement.of(("dense", *("moe",) * 4), schedule, {"dense": 3.0, "moe": 1.0}).counts
+        (1, 4)
         """
-        return cls(split_layers(layers, schedule.num_stages), schedule.storage_order)
+        stages, kinds = schedule.num_stages, tuple(layer_kinds)
+        even = split_layers(len(kinds), stages)
+        counts = even if costs is None else balanced_counts(kinds, stages, costs, last)
+        return cls(counts, schedule.storage_order, kinds)
 
     @property
     def stages(self) -> int:
@@ -51,15 +77,35 @@ class Arrangement:
         return max(self.counts)
 
     @property
+    def alike(self) -> bool:
+        """Whether all layers are of one kind, so that all stages can be too."""
+        return len(set(self.layer_kinds)) == 1
+
+    @property
     def padded(self) -> bool:
         """Whether there are slots without layers."""
         return len(set(self.counts)) > 1
 
     @property
+    def rows(self) -> tuple[tuple[str, ...], ...]:
+        """The kinds of each stage's layers, stages in the order of the forward pass."""
+        ends = itertools.accumulate(self.counts, initial=0)
+        return tuple(self.layer_kinds[start:end] for start, end in itertools.pairwise(ends))
+
+    @property
+    def stage_kinds(self) -> tuple[tuple[str, ...], ...]:
+        """What kinds of stages there are, each as the kinds of its layers."""
+        return tuple(dict.fromkeys(self.rows))
+
+    @property
+    def kind_of(self) -> tuple[int, ...]:
+        """Of each stage an index of `stage_kinds`."""
+        return tuple(map(self.stage_kinds.index, self.rows))
+
+    @property
     def places(self) -> tuple[tuple[int, int], ...]:
         """(row, slot) of each layer."""
-        rows = {stage: row for row, stage in enumerate(self.storage_order)}
-        return tuple((rows[stage], slot) for stage, count in enumerate(self.counts) for slot in range(count))
+        return tuple(self._places_of(None))
 
     @property
     def layer_of(self) -> np.ndarray:
@@ -69,22 +115,40 @@ class Arrangement:
             layers[place] = layer
         return layers
 
-    def to_layers(self, stages: dict[str, Any]) -> Any:
-        """Trees ``{"layer_0": [rows, ...], ...}`` of a stage's slots -> one tree of ``[layers, ...]``."""
-        rows, slots = np.asarray(self.places).T
+    def stages_and_slots(self, kinds: Collection[str] | None = None) -> list[tuple[int, int]]:
+        """(stage, slot) of each layer of some kinds, or of all, in the order of the forward pass."""
+        every = ((stage, slot) for stage, count in enumerate(self.counts) for slot in range(count))
+        layers = zip(every, self.layer_kinds, strict=True)
+        return [place for place, kind in layers if kinds is None or kind in kinds]
+
+    def slots_of(self, kinds: Collection[str] | None = None) -> list[int]:
+        """The slots in which some stage has a layer of these kinds."""
+        return sorted({slot for _, slot in self.stages_and_slots(kinds)})
+
+    def to_layers(self, stages: Mapping[str, Any], kinds: Collection[str] | None = None) -> Any:
+        """Trees ``{"layer_0": [rows, ...], ...}`` of a stage's slots -> one tree of ``[layers, ...]``.
+
+        Args:
+          stages: a tree for each of `slots_of` these kinds.
+          kinds: of the layers that are wanted; None: all.
+        """
+        used = self.slots_of(kinds)
+        rows, slots = np.asarray([(row, used.index(slot)) for row, slot in self._places_of(kinds)]).T
 
         def collect(*leaves: Any) -> Any:
             xp = np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp
             return xp.stack(leaves, 1)[rows, slots]
 
-        return jax.tree.map(collect, *(stages[f"layer_{slot}"] for slot in range(self.slots)))
+        return jax.tree.map(collect, *(stages[f"layer_{slot}"] for slot in used))
 
-    def from_layers(self, layers: Any) -> dict[str, Any]:
+    def from_layers(self, layers: Any, kinds: Collection[str] | None = None) -> dict[str, Any]:
         """The inverse of `to_layers`; places without a layer get zeros, or of integers the last layer's.
 
         Integers are a placement, whose values must be valid wherever they stand.
         """
-        order = self.layer_of
+        order = np.full((self.stages, self.slots), -1)
+        for layer, place in enumerate(self._places_of(kinds)):
+            order[place] = layer
 
         def place(leaf: Any, slot: int) -> Any:
             found, empty = leaf[order[:, slot]], order[:, slot] < 0
@@ -96,5 +160,10 @@ class Arrangement:
 
         return {
             f"layer_{slot}": jax.tree.map(lambda leaf, slot=slot: place(leaf, slot), layers)
-            for slot in range(self.slots)
+            for slot in self.slots_of(kinds)
         }
+
+    def _places_of(self, kinds: Collection[str] | None) -> list[tuple[int, int]]:
+        """(row, slot) of each layer of some kinds."""
+        row_of = {stage: row for row, stage in enumerate(self.storage_order)}
+        return [(row_of[stage], slot) for stage, slot in self.stages_and_slots(kinds)]

@@ -70,13 +70,16 @@ class DenseBlock(nnx.Module):
       config: sizes.
       rngs: for the parameters.
       core: attention of queries to keys and values.
+      axis: the mesh axis over which the rows of the feed-forward layer's matrices are spread, or None.
     """
 
-    def __init__(self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention) -> None:
-        branches = 2 * config.layers
+    def __init__(
+        self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
+    ) -> None:
+        self.config, branches = config, 2 * config.layers
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.attention = MLA(config, rngs, core, branches=branches)
-        self.mlp = SwiGLU(config.width, config.dense_hidden, rngs, branches=branches)
+        self.mlp = SwiGLU(config.width, config.dense_hidden, rngs, branches=branches, axis=axis)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, T, D]``."""
@@ -85,7 +88,14 @@ class DenseBlock(nnx.Module):
             with jax.named_scope("mlp"):
                 return self.mlp(x), None
 
-        return apply_block(x, self.attention_norm, lambda x: (self.attention(x), None), self.mlp_norm, mlp)[0]
+        return apply_block(
+            x,
+            self.attention_norm,
+            lambda x: (self.attention(x), None),
+            self.mlp_norm,
+            mlp,
+            remat_attention=self.config.remat == "attention",
+        )[0]
 
 
 class MoEBlock(nnx.Module):

@@ -10,6 +10,8 @@ from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
 
 REMATS = ("none", "attention", "layer")
+DENSE, MOE, MTP = "dense", "moe", "mtp"
+"""Kinds of layers."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -103,15 +105,15 @@ class ModelConfig(LayerConfig):
       dense_hidden: its hidden width.
       redundant: slots for further copies of experts, which live rebalancing fills; 0: experts stay where they are.
       sequence: tokens of a training sequence.
-      mtp: whether a second head predicts the token after the next one; its block is dense.
+      mtp: whether one more layer makes features that predict the token after the next one; its block has experts.
       mtp_weight: its loss's factor.
       balance_factor: of the sequence-wise balance loss.
       bias_update_speed: what a router's bias changes by in a step; 0: never.
       remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
       shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
         must divide over them; otherwise the ranks with the first and the last stage do.
-      shard_outer: whether other matrices outside the pipeline are kept in parts over the experts' axis, and gathered
-        for use.
+      shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
+        kept in parts over the experts' axis, and gathered for use.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
 
     Raises:
@@ -141,8 +143,8 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"{sizes}: all are at least 1")
         if not 0 <= self.dense_layers < self.layers:
             raise ValueError(
-                f"dense_layers={self.dense_layers} of layers={self.layers}: the pipeline's stages are layers with "
-                "experts, so leave at least one of them"
+                f"dense_layers={self.dense_layers} of layers={self.layers}: at least one layer has experts, so take "
+                "fewer dense ones"
             )
         if self.redundant < 0:
             raise ValueError(f"redundant={self.redundant}: the number of further slots is at least 0")
@@ -171,12 +173,49 @@ class ModelConfig(LayerConfig):
                 f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
                 f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
             )
+        if self.dense_layers and (self.width % devices or self.dense_hidden % devices):
+            raise ValueError(
+                f"width={self.width} and dense_hidden={self.dense_hidden} of the {self.dense_layers} dense layers do "
+                f"not divide over the {devices} devices of axis ep, each of which keeps a part: take a divisor of both"
+            )
         return dataclasses.replace(self, redundant=slots - self.experts)
 
     @property
     def moe_layers(self) -> int:
-        """Layers with experts, those that are pipelined."""
+        """Layers with experts; that of multi-token prediction, which published counts leave out, is not among them."""
         return self.layers - self.dense_layers
+
+    @property
+    def routed_layers(self) -> int:
+        """Layers whose experts' loads are counted and balanced: `moe_layers`, and that of multi-token prediction."""
+        return self.moe_layers + self.mtp
+
+    @property
+    def layer_kinds(self) -> tuple[str, ...]:
+        """The kind of each layer in the order of the forward pass: "dense", "moe", "mtp".
+
+        >>> MODELS["dsv3-671b"].layer_kinds[:4], MODELS["dsv3-671b"].layer_kinds[-1]
+        (('dense', 'dense', 'dense', 'moe'), 'mtp')
+        """
+        return (DENSE,) * self.dense_layers + (MOE,) * self.moe_layers + (MTP,) * self.mtp
+
+    def layer_flops(self, kind: str) -> float:
+        """FLOPs of a layer for one token of a sequence, forward: of the matrices that it meets, and of attention.
+
+        >>> [f"{MODELS['dsv3-671b'].layer_flops(kind):.2e}" for kind in ("dense", "moe", "mtp")]
+        ['1.33e+09', '1.34e+09', '1.54e+09']
+        """
+        matrices = {
+            DENSE: self.attention_matrices + 3 * self.width * self.dense_hidden,
+            MOE: self.layer_matrices(self.moe.router.top_k),
+            MTP: self.layer_matrices(self.moe.router.top_k) + 2 * self.width**2,
+        }
+        return 2.0 * matrices[kind] + self.score_flops(self.sequence)
+
+    @property
+    def head_flops(self) -> float:
+        """FLOPs of the output matrix for one token, forward: once, or twice with multi-token prediction."""
+        return 2.0 * self.vocab * self.width * (1 + self.mtp)
 
     @property
     def dense_layer_parameters(self) -> int:
@@ -190,12 +229,16 @@ class ModelConfig(LayerConfig):
 
     @property
     def mtp_parameters(self) -> int:
-        """Parameters of the second head: norms, projection and block; embedding and output matrix are the model's."""
-        return self.dense_layer_parameters + 2 * self.width**2 + 3 * self.width if self.mtp else 0
+        """Parameters of multi-token prediction: three norms, projection and block; the rest it shares.
+
+        >>> f"{MODELS['dsv3-671b'].mtp_parameters / 1e9:.1f}"
+        '11.6'
+        """
+        return self.layer_parameters(self.experts) + 2 * self.width**2 + 3 * self.width if self.mtp else 0
 
     @property
     def total(self) -> int:
-        """Parameters, the second head's left out, as published sizes leave them out.
+        """Parameters, those of multi-token prediction left out, as published sizes leave them out.
 
         >>> f"{MODELS['dsv3-671b'].total / 1e9:.1f}"
         '671.0'
@@ -217,7 +260,7 @@ class ModelConfig(LayerConfig):
     def flops_per_token(self) -> float:
         """FLOPs of forward and backward pass for one token: six for each parameter it meets, and causal attention's.
 
-        The second head's are not in it, nor what is computed again.
+        Those of multi-token prediction are not in it, nor what is computed again.
 
         >>> f"{MODELS['dsv3-671b'].flops_per_token:.2e}"
         '2.50e+11'

@@ -7,12 +7,18 @@ Shapes: D width, F hidden width.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from eplb_jax.kernels.dtypes import wide
+
+GATHERED = "gathered"
+"""What matrices are called, for `jax.checkpoint`, that each device has gathered from all."""
 
 
 def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None = None) -> Float[Array, "*batch D"]:
@@ -64,6 +70,24 @@ def feed_forward(
     return (jax.nn.silu(gate) * value) @ w_out.astype(x.dtype)
 
 
+def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.Array], axis: str | None) -> jax.Array:
+    """``use(x, *matrices)`` of matrices of which each device of a mesh axis keeps some rows; None: it has all.
+
+    They are gathered in x's dtype, and again in the backward pass instead of being kept: whole, they are larger than
+    what the layer keeps of its tokens. Gradients come back as parts, summed over the axis.
+    """
+    if axis is None:
+        return use(x, *parts)
+
+    def run(x: jax.Array, *parts: jax.Array) -> jax.Array:
+        with jax.named_scope("gather"):
+            whole = [jax.lax.all_gather(part.astype(x.dtype), axis, tiled=True) for part in parts]
+        return use(x, *(checkpoint_name(matrix, GATHERED) for matrix in whole))
+
+    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    return jax.checkpoint(run, policy=keep)(x, *parts)
+
+
 class SwiGLU(nnx.Module):
     """`feed_forward` with its matrices.
 
@@ -71,18 +95,20 @@ class SwiGLU(nnx.Module):
       width, hidden: sizes.
       rngs: for the parameters.
       branches: residual branches of the model, which add up: smaller steps at first keep deep models stable.
+      axis: the mesh axis over which the matrices' rows are spread, or None.
 
     >>> SwiGLU(4, 6, nnx.Rngs(0))(jnp.ones((3, 4))).shape
     (3, 4)
     """
 
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, branches: int = 1) -> None:
+    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, branches: int = 1, axis: str | None = None) -> None:
+        self.axis = axis
         self.w_in = nnx.Param(normal(rngs, (width, 2 * hidden), width))
         self.w_out = nnx.Param(normal(rngs, (hidden, width), hidden * branches))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> [..., D]``."""
-        return feed_forward(x, self.w_in[...], self.w_out[...])
+        return use_whole(feed_forward, x, (self.w_in[...], self.w_out[...]), self.axis)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:

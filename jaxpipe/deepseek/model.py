@@ -3,22 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax import Placement, update_bias
+from eplb_jax import MoEStats, Placement, update_bias
+from eplb_jax.kernels.dtypes import wide
 from jaxpipe.deepseek.arrange import Arrangement
-from jaxpipe.deepseek.block import MoEBlock
-from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.block import DenseBlock, MoEBlock
+from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.mla import Core
+from jaxpipe.deepseek.mtp import MTPLayer
 from jaxpipe.flax import NNXFunction, nnx_function
 
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
@@ -28,13 +32,27 @@ UNTRAINED = (*PLACEMENT, "bias")
 VOCABULARY = (("embedding",), ("output",))
 """Outer parameters with a row for each token of the vocabulary."""
 
+ROUTED = (MOE, MTP)
+"""Kinds of layers that have experts."""
+
+BLOCKS: Mapping[str, Callable[..., nnx.Module]] = {DENSE: DenseBlock, MOE: MoEBlock, MTP: MTPLayer}
+
+EXPERTS = (("moe", "w_in"), ("moe", "w_out"))
+IN_PARTS = (("mlp", "w_in"), ("mlp", "w_out"), ("mtp", "project"))
+"""Matrices that few stages use and every rank has a place for: each device of the experts' axis keeps some rows."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class DeepSeekModel:
     """A model for one schedule; made by `build_model`.
 
-    The pipelined layers are those with experts. The first, dense layers are part of `embed`, because all stages of a
-    pipeline have the same structure.
+    Its layers are dense ones, those with experts, and with ``config.mtp`` one of multi-token prediction. Stages with the
+    same row of such kinds run the same code; see `jaxpipe.StageKinds`. Parameters are stacked by slots, a stage's first
+    layer in the first. What all layers have is one array a slot. Feed-forward layers and experts are where some stage's
+    layer of that slot has them, and where others have none there are zeros, which nothing reads or changes.
+
+    With multi-token prediction, activations are a pair: the layers' features and the next tokens' embeddings, of which
+    the last layer makes its own features. Other layers hand them on.
 
     Attributes:
       config: sizes.
@@ -55,43 +73,45 @@ class DeepSeekModel:
     seed: int
     core: Core
     params: Any
-    _block: NNXFunction
+    _blocks: Mapping[str, NNXFunction]
     _embedding_and_head: NNXFunction
 
-    def embed(self, outer: Any, data: Any, ctx: jaxpipe.Context) -> jax.Array:
-        """The first stage's input: embedding and dense layers."""
-        return self._embedding_and_head.merge(self._gather(outer)).embed(data["tokens"], self.dtype)
+    def embed(self, outer: Any, data: Any, ctx: jaxpipe.Context) -> Any:
+        """The first stage's input: the tokens' embeddings, with multi-token prediction also those of the next ones."""
+        module = self._embedding_and_head.merge(self._gather(outer))
+        if not self.config.mtp:
+            return module.embed(data["tokens"], self.dtype)
+        both = module.embed(jnp.concatenate([data["tokens"], data["targets"]], 1), self.dtype)
+        return tuple(jnp.split(both, 2, 1))
 
-    def stage(self, params: Any, x: jax.Array, ctx: jaxpipe.Context) -> jaxpipe.Output:
-        """One stage's layers. Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``."""
-        shape, experts = self.arrangement, self.config.experts
+    @functools.cached_property
+    def stage(self) -> Callable[..., jaxpipe.Output] | jaxpipe.StageKinds:
+        """One stage's layers, for stages of several kinds a function of each.
 
-        def block(own: Any, x: jax.Array, mask: jax.Array | None) -> Any:
-            return self._block(own, x, mask)
+        Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``.
+        """
+        shape = self.arrangement
+        if shape.alike:
+            return functools.partial(self._run_layers, shape.layer_kinds[:1] * shape.slots)
+        return jaxpipe.StageKinds(
+            [functools.partial(self._run_layers, row) for row in shape.stage_kinds], shape.kind_of
+        )
 
-        if self.config.remat == "layer":
-            block = jax.checkpoint(block)
-        every = []
-        for slot in range(shape.slots):
-            mask = None
-            if shape.padded:
-                here = slot < jnp.asarray(shape.counts, jnp.int32)[ctx.stage]
-                mask = jnp.broadcast_to(here, x.shape[:2])
-            with jax.named_scope(f"layer_{slot}"):
-                x, stats = block(params[f"layer_{slot}"], x, mask)
-            every.append(stats)
-        loads = jnp.zeros((shape.stages, shape.slots, experts), jnp.int32)
-        loads = loads.at[ctx.stage].set(jnp.stack([stats.loads for stats in every]))
-        losses, dropped = (sum(getattr(stats, name) for stats in every) for name in ("balance_loss", "dropped"))
-        return jaxpipe.Output(x, self.config.balance_factor * losses, {"loads": loads, "dropped": dropped})
+    def stage_of(self, stage: int) -> Callable[..., jaxpipe.Output]:
+        """A stage's own function, for programs that know which stage they run."""
+        found = self.stage
+        return found.functions[found.kind_of[stage]] if isinstance(found, jaxpipe.StageKinds) else found
 
-    def head(self, outer: Any, y: jax.Array, data: Any, ctx: jaxpipe.Context) -> jax.Array | jaxpipe.Output:
+    def head(self, outer: Any, y: Any, data: Any, ctx: jaxpipe.Context) -> jax.Array | jaxpipe.Output:
         """The mean loss of a microbatch."""
-        loss, second = self._embedding_and_head.merge(self._gather(outer)).loss(y, data["targets"], data["mask"])
+        y, features = y if self.config.mtp else (y, None)
+        module = self._embedding_and_head.merge(self._gather(outer))
+        loss, second = module.loss(y, features, data["targets"], data["mask"])
         return loss if second is None else jaxpipe.Output(loss, self.config.mtp_weight * second)
 
-    def losses(self, outer: Any, y: jax.Array, data: Any, ctx: jaxpipe.Context) -> tuple[jax.Array, jax.Array]:
+    def losses(self, outer: Any, y: Any, data: Any, ctx: jaxpipe.Context) -> tuple[jax.Array, jax.Array]:
         """Of each sequence the sum of its targets' losses and how many they are; the head of an evaluation."""
+        y = y[0] if self.config.mtp else y
         return self._embedding_and_head.merge(self._gather(outer)).losses(y, data["targets"], data["mask"])
 
     @staticmethod
@@ -101,22 +121,26 @@ class DeepSeekModel:
 
     def init(self, seed: jax.Array | int) -> jaxpipe.Params:
         """Initial parameters; traceable, so that jit with ``out_shardings`` makes each part where it belongs."""
-        keys = jax.random.split(jax.random.key(seed), self.config.moe_layers + 1)
+        kinds = self.config.layer_kinds
+        keys = jax.random.split(jax.random.key(seed), len(kinds) + 1)
 
-        def layer(key: jax.Array) -> Any:
-            return nnx_function(MoEBlock(self.config, nnx.Rngs(key), self.core, self.axis)).params
+        def layer(kind: str, key: jax.Array) -> Any:
+            return nnx_function(BLOCKS[kind](self.config, nnx.Rngs(key), self.core, self.axis)).params
 
-        layers = jax.vmap(layer)(keys[1:])
-        outer = nnx_function(EmbeddingAndHead(self.config, nnx.Rngs(keys[0]), self.core)).params
+        of_kind = {kind: keys[1:][np.array([kind == other for other in kinds])] for kind in kinds}
+        layers = jax.vmap(functools.partial(layer, MOE))(of_kind[MOE])
+        outer = nnx_function(EmbeddingAndHead(self.config, nnx.Rngs(keys[0]))).params
+        outer |= {f"layer_{index}": layer(DENSE, of_kind[DENSE][index]) for index in range(self.config.dense_layers)}
+        if self.config.mtp:
+            outer["mtp"] = layer(MTP, of_kind[MTP][0])
         return self.from_layers({"layers": layers, "outer": outer})
 
     @property
     def specs(self) -> jaxpipe.Params:
-        """PartitionSpec of every parameter: stages by rows over "pp", experts over their axis too."""
+        """PartitionSpec of every parameter: stages by rows over "pp", experts and some matrices over their axis too."""
 
         def stage(path: Any, leaf: Any) -> P:
-            expert = names(path)[-2:] in (("moe", "w_in"), ("moe", "w_out"))
-            return P("pp", self.axis) if expert and self.axis else P("pp")
+            return P("pp", self.axis) if self.axis and names(path)[-2:] in (*EXPERTS, *IN_PARTS) else P("pp")
 
         def outer(path: Any, leaf: Any) -> P:
             if self.shared_ends and names(path) in VOCABULARY:
@@ -144,17 +168,47 @@ class DeepSeekModel:
         """A tree like the parameters in an order that depends on no schedule.
 
         Returns:
-          ``"layers"``, with leaves ``[pipelined layers, ...]`` in the order of the model, and ``"outer"``.
+          ``"layers"``, those with experts, with leaves ``[layers, ...]`` in the order of the model; and ``"outer"``, all
+          else: the dense layers as "layer_0" and so on, and multi-token prediction's as "mtp".
         """
-        return {"layers": self.arrangement.to_layers(params.stages), "outer": params.outer}
+        shape, dense = self.arrangement, self.config.dense_layers
+        slots = {name: part for name, part in params.stages.items() if name != "mtp"}
+        every = shape.to_layers({name: _without(part, "mlp", "moe") for name, part in slots.items()})
+        moe = shape.to_layers(_parts(slots, "moe"), ROUTED)
+        outer = dict(params.outer)
+        if dense:
+            mlp = shape.to_layers(_parts(slots, "mlp"), (DENSE,))
+            outer |= {f"layer_{i}": {**_layer(every, i), "mlp": _layer(mlp, i)} for i in range(dense)}
+        if self.config.mtp:
+            slot = shape.slots_of((MTP,))[0]
+            own = _layer(shape.to_layers({f"layer_{slot}": params.stages["mtp"]}, (MTP,)), 0)
+            outer["mtp"] = {**own, "block": {**_layer(every, -1), "moe": _layer(moe, -1)}}
+        here, routed = (slice(start, start + self.config.moe_layers) for start in (dense, 0))
+        layers = {**_layer(every, here), "moe": _layer(moe, routed)}
+        return {"layers": layers, "outer": outer}
 
     def from_layers(self, tree: dict[str, Any]) -> jaxpipe.Params:
         """The inverse of `to_layers`, for this model's schedule."""
-        return jaxpipe.Params(self.arrangement.from_layers(tree["layers"]), tree["outer"])
+        shape, outer = self.arrangement, dict(tree["outer"])
+        dense = [outer.pop(f"layer_{index}") for index in range(self.config.dense_layers)]
+        mtp = [outer.pop("mtp")] if self.config.mtp else []
+        blocks = [layer["block"] for layer in mtp]
+        every = [*map(_stacked, dense), tree["layers"], *map(_stacked, blocks)]
+        stages = shape.from_layers(_joined([_without(part, "mlp", "moe") for part in every]))
+        moe = _joined([part["moe"] for part in every if "moe" in part])
+        own = {"moe": shape.from_layers(moe, ROUTED)}
+        if dense:
+            own["mlp"] = shape.from_layers(_joined([_stacked(layer["mlp"]) for layer in dense]), (DENSE,))
+        for part, slots in own.items():
+            for slot, leaves in slots.items():
+                stages[slot][part] = leaves
+        for layer in mtp:
+            (stages["mtp"],) = shape.from_layers(_stacked(_without(layer, "block")), (MTP,)).values()
+        return jaxpipe.Params(stages, outer)
 
     def loads_of(self, aux: Any) -> jax.Array:
-        """``int32[pipelined layers, experts]``: tokens of the step that chose each expert."""
-        stages, slots = zip(*_in_order(self.arrangement), strict=True)
+        """``int32[layers with experts, experts]``: tokens of the step that chose each expert."""
+        stages, slots = zip(*self.arrangement.stages_and_slots(ROUTED), strict=True)
         return aux["loads"][jnp.asarray(stages), jnp.asarray(slots)]
 
     def dropped_of(self, aux: Any) -> jax.Array:
@@ -162,17 +216,17 @@ class DeepSeekModel:
         return aux["dropped"]
 
     def placements(self, params: Any) -> Placement | None:
-        """Of the pipelined layers; None where experts have no redundant slots."""
+        """Of the layers with experts; None where these have no redundant slots."""
         if not self.config.redundant:
             return None
-        moe = self.arrangement.to_layers({slot: part["moe"] for slot, part in params.stages.items()})
+        moe = self.arrangement.to_layers(_parts(params.stages, "moe"), ROUTED)
         return Placement(*(moe[name] for name in PLACEMENT))
 
     def with_placements(self, params: Any, placements: Placement) -> jaxpipe.Params:
         """Parameters with these placements, arrays of the same shapes, on the same devices."""
         if not self.config.redundant:
             raise ValueError("the model has redundant=0, so its experts stay where they are: there is no placement")
-        placed = self.arrangement.from_layers(dict(zip(PLACEMENT, placements, strict=True)))
+        placed = self.arrangement.from_layers(dict(zip(PLACEMENT, placements, strict=True)), ROUTED)
 
         def swap(path: Any, old: Any) -> Any:
             slot, *_, name = names(path)
@@ -186,17 +240,59 @@ class DeepSeekModel:
         return params._replace(stages=jax.tree_util.tree_map_with_path(swap, params.stages))
 
     def with_bias(self, params: Any, loads: jax.Array) -> jaxpipe.Params:
-        """Parameters with selection biases moved towards equal loads ``[pipelined layers, experts]``."""
+        """Parameters with selection biases moved towards equal loads ``[layers with experts, experts]``."""
         speed = self.config.bias_update_speed
         if not speed:
             return params
-        placed = self.arrangement.from_layers(loads.astype(jnp.float32))
+        placed = self.arrangement.from_layers(loads.astype(jnp.float32), ROUTED)
 
         def move(path: Any, old: Any) -> Any:
             slot, *_, name = names(path)
             return update_bias(old, placed[slot], speed) if name == "bias" else old
 
         return params._replace(stages=jax.tree_util.tree_map_with_path(move, params.stages))
+
+    def _run_layers(self, row: Sequence[str], params: Any, x: Any, ctx: jaxpipe.Context) -> jaxpipe.Output:
+        """A stage with layers of these kinds; where all layers of the model are alike, they may be padding."""
+        shape, config = self.arrangement, self.config
+        x, known = x if config.mtp else (x, None)
+        every: list[MoEStats | None] = []
+        for slot, kind in enumerate(row):
+            mask = None
+            if shape.alike and shape.padded:
+                here = slot < jnp.asarray(shape.counts, jnp.int32)[ctx.stage]
+                mask = jnp.broadcast_to(here, x.shape[:2])
+            with jax.named_scope(f"layer_{slot}"):
+                x, known, stats = self._run_layer(kind, params, slot, x, known, mask)
+            every.append(stats)
+        routed = [stats for stats in every if stats is not None]
+        none = jnp.zeros(config.experts, jnp.int32)
+        mine = [none if stats is None else stats.loads for stats in every] + [none] * (shape.slots - len(row))
+        loads = jnp.zeros((shape.stages, shape.slots, config.experts), jnp.int32)
+        loads = loads.at[ctx.stage].set(jnp.stack(mine))
+        if routed:
+            losses, dropped = (sum(getattr(stats, name) for stats in routed) for name in ("balance_loss", "dropped"))
+        else:
+            losses, dropped = jnp.zeros((), wide(x.dtype)), jnp.zeros((), jnp.int32)
+        y = (x, known) if config.mtp else x
+        return jaxpipe.Output(y, config.balance_factor * losses, {"loads": loads, "dropped": dropped})
+
+    def _run_layer(
+        self, kind: str, params: Any, slot: int, x: jax.Array, known: jax.Array | None, mask: jax.Array | None
+    ) -> tuple[jax.Array, jax.Array | None, MoEStats | None]:
+        """One layer: features, what goes beside them, and the routing's statistics."""
+        again = jax.checkpoint if self.config.remat == "layer" else lambda function: function
+        function, own = self._blocks[kind], params[f"layer_{slot}"]
+        if kind == DENSE:
+            block = again(lambda own, x: function(own, x))
+            return block(_without(own, "moe"), x), known, None
+        own = _without(own, "mlp")
+        if kind == MTP:
+            block = again(lambda own, x, known: function(own, x, known))
+            return x, *block({**params["mtp"], "block": own}, x, known)
+        block = again(lambda own, x, mask: function(own, x, mask))
+        x, stats = block(own, x, mask)
+        return x, known, stats
 
     def _in_parts(self, path: Any, leaf: Any) -> bool:
         """Whether each device of the experts' axis keeps a part of an outer parameter."""
@@ -225,6 +321,7 @@ def build_model(
     dtype: Any = jnp.float32,
     abstract: bool = False,
     core: Core = causal_attention,
+    costs: Mapping[str, float] | None = None,
 ) -> DeepSeekModel:
     """The model for a schedule.
 
@@ -236,15 +333,19 @@ def build_model(
       dtype: of activations and matrix products.
       abstract: parameters are shapes and dtypes only; `DeepSeekModel.init` makes them later.
       core: attention of queries to keys and values.
+      costs: what a layer of each kind ("dense", "moe", "mtp", as the model has them) costs, measured and in any unit, and
+        optionally what the "head" does, which counts where only the rank with the last stage runs it. Stages get layers
+        so that the costliest costs as little as can be. None: FLOPs, and where all layers are alike, equal costs.
 
     Raises:
-      ValueError: fewer layers with experts than stages; a vocabulary that does not divide over ranks that share it.
+      ValueError: fewer layers than stages; costs of other layers; a vocabulary that does not divide over ranks that
+        share it.
 
     >>> from jaxpipe.deepseek.config import MODELS
     >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
-    >>> model = build_model(MODELS["tiny"], schedule, 0, abstract=True)
+    >>> model = build_model(MODELS["tiny"], schedule, 0, axis="ep", abstract=True)
     >>> model.arrangement.counts, model.params.outer["embedding"].shape
-    ((2, 2, 2, 2), (256, 64))
+    ((2, 2, 2, 3), (256, 64))
     """
     ranks = schedule.num_ranks
     shared = config.shared_ends and axis is not None and ranks > 1
@@ -253,10 +354,13 @@ def build_model(
             f"a vocabulary of {config.vocab} does not divide over {ranks} pipeline ranks: take vocab="
             f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
         )
-    block = nnx_function(nnx.eval_shape(lambda: MoEBlock(config, nnx.Rngs(0), core, axis)))
-    outer = nnx_function(nnx.eval_shape(lambda: EmbeddingAndHead(config, nnx.Rngs(0), core, "pp" if shared else None)))
-    arrangement = Arrangement.of(config.moe_layers, schedule)
-    model = DeepSeekModel(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, block, outer)
+    blocks = {
+        kind: nnx_function(nnx.eval_shape(lambda kind=kind: BLOCKS[kind](config, nnx.Rngs(0), core, axis)))
+        for kind in dict.fromkeys(config.layer_kinds)
+    }
+    outer = nnx_function(nnx.eval_shape(lambda: EmbeddingAndHead(config, nnx.Rngs(0), "pp" if shared else None)))
+    arrangement = _arrange(config, schedule, costs, shared)
+    model = DeepSeekModel(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, blocks, outer)
     params: Callable[[], Any] = jax.jit(lambda: model.init(seed))
     return dataclasses.replace(model, params=jax.eval_shape(params) if abstract else params())
 
@@ -266,6 +370,42 @@ def names(path: Any) -> tuple[str, ...]:
     return tuple(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
 
 
-def _in_order(arrangement: Arrangement) -> list[tuple[int, int]]:
-    """(stage, slot) of each layer, stages in the order of the forward pass."""
-    return [(stage, slot) for stage, count in enumerate(arrangement.counts) for slot in range(count)]
+def _arrange(
+    config: ModelConfig, schedule: jaxpipe.schedule.Schedule, costs: Mapping[str, float] | None, shared: bool
+) -> Arrangement:
+    """The model's layers over a schedule's stages."""
+    kinds = config.layer_kinds
+    if costs is None and len(set(kinds)) > 1:
+        costs = {**{kind: config.layer_flops(kind) for kind in kinds}, "head": config.head_flops}
+    if costs is None:
+        return Arrangement.of(kinds, schedule)
+    of_layers = {kind: cost for kind, cost in costs.items() if kind != "head"}
+    return Arrangement.of(kinds, schedule, of_layers, 0.0 if shared else costs.get("head", 0.0))
+
+
+def _without(tree: Mapping[str, Any], *names: str) -> dict[str, Any]:
+    """A layer's parts but for some."""
+    return {name: part for name, part in tree.items() if name not in names}
+
+
+def _parts(slots: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """One part of the layers, of the slots that have it."""
+    return {slot: parts[name] for slot, parts in slots.items() if name in parts}
+
+
+def _layer(stacked: Any, index: int | slice) -> Any:
+    return jax.tree.map(lambda leaf: leaf[index], stacked)
+
+
+def _stacked(layer: Any) -> Any:
+    """A layer as a stack of one."""
+    return _layer(layer, None)
+
+
+def _joined(stacks: Sequence[Any]) -> Any:
+    """Stacks of layers as one."""
+
+    def join(*leaves: Any) -> Any:
+        return (np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp).concatenate(leaves)
+
+    return stacks[0] if len(stacks) == 1 else jax.tree.map(join, *stacks)

@@ -1,0 +1,92 @@
+"""How many layers each stage gets where layers differ in what they cost."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+SLACK = 1.01
+"""Costs are known no better than this: so much above the least, a division into fewer kinds of stages is preferred."""
+
+
+def balanced_counts(
+    kinds: Sequence[str], stages: int, costs: Mapping[str, float], last: float = 0.0
+) -> tuple[int, ...]:
+    """Layers of each stage, in the order of the forward pass.
+
+    A pipeline waits for its costliest stage, so that one costs as little as can be. Among such divisions there are as
+    few kinds of stages as can be, because a program has code for each; then as few slots; then stages as equal as
+    can be.
+
+    Args:
+      kinds: of each layer; layers of a kind follow each other.
+      stages: how many, at most the layers.
+      costs: of a layer of each kind.
+      last: what else the last stage costs.
+
+    Raises:
+      ValueError: costs that are not positive, or not of these kinds.
+
+    >>> balanced_counts(["dense"] * 3 + ["moe"] * 8 + ["mtp"], 4, {"dense": 1.0, "moe": 1.0, "mtp": 1.2})
+    (3, 3, 3, 3)
+    >>> balanced_counts(["dense"] + ["moe"] * 8, 2, {"dense": 1.0, "moe": 1.0}, last=2.0)
+    (5, 4)
+    """
+    _check(kinds, costs, last)
+    sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
+
+    def cost(stage: int, start: int, end: int) -> float:
+        return sums[end] - sums[start] + (last if stage == stages - 1 else 0.0)
+
+    limit = SLACK * _least(len(kinds), stages, cost)
+    # best[end, start]: of divisions of the first `end` layers whose last stage begins with layer `start`, the one with
+    # the least (kinds, slots, sum of squares), and where its stage before the last begins. Stages of a kind can stand
+    # side by side, as layers of a kind do: so kinds are counted where neighbours differ.
+    best: dict[tuple[int, int], tuple[tuple[float, ...], int]] = {(0, 0): ((0, 0, 0.0), 0)}
+    steps = []
+    for stage in range(stages):
+        before, best = best, {}
+        ending: dict[int, list[int]] = {}
+        for end, start in before:
+            ending.setdefault(end, []).append(start)
+        for start, previous in ending.items():
+            for end in range(start + 1, len(kinds) - (stages - 1 - stage) + 1):
+                mine = cost(stage, start, end)
+                if mine > limit:
+                    break
+                row = kinds[start:end]
+                for at in previous:
+                    (found, slots, squares), _ = before[start, at]
+                    new = stage == 0 or kinds[at:start] != row
+                    key = (found + new, max(slots, end - start), squares + mine**2)
+                    if (end, start) not in best or key < best[end, start][0]:
+                        best[end, start] = key, at
+        steps.append(best)
+    end, start = min((place for place in best if place[0] == len(kinds)), key=lambda place: best[place][0])
+    counts = []
+    for step in reversed(steps):
+        counts.append(end - start)
+        end, start = start, step[end, start][1]
+    return tuple(reversed(counts))
+
+
+def _least(layers: int, stages: int, cost: Callable[[int, int, int], float]) -> float:
+    """What the costliest stage costs at least."""
+    least = [0.0] + [math.inf] * layers
+    for stage in range(stages):
+        least = [
+            min((max(least[start], cost(stage, start, end)) for start in range(end)), default=math.inf)
+            for end in range(layers + 1)
+        ]
+    return least[layers]
+
+
+def _check(kinds: Sequence[str], costs: Mapping[str, float], last: float) -> None:
+    wrong = {kind: value for kind, value in (*costs.items(), ("head", last)) if not 0 <= value < math.inf}
+    wrong |= {kind: value for kind, value in costs.items() if not value}
+    if set(costs) != set(kinds) or wrong:
+        raise ValueError(
+            f"costs={dict(costs)} and {last} of the head: give a positive number for each of "
+            f"{list(dict.fromkeys(kinds))} and no other kind of layer"
+        )
