@@ -6,9 +6,10 @@
 from __future__ import annotations
 
 import argparse
+import collections
 import dataclasses
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.deepseek import build_model, stand_in
+from jaxpipe.deepseek import Arrangement, build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
@@ -55,7 +56,7 @@ class Row:
       bubble: the pipeline's idle share of it, on the rank that is idle longest.
       mfu: the model's FLOPs (nothing counted that is computed again) as a share of what the chips could do.
       tokens: per second, of all devices together.
-      layers: of a stage.
+      stages: how many have which layers, as text.
       uncounted: kernels whose FLOPs no rule knows, and how often a device runs them.
     """
 
@@ -66,7 +67,7 @@ class Row:
     bubble: float = 0.0
     mfu: float = 0.0
     tokens: float = 0.0
-    layers: int = 0
+    stages: str = ""
     uncounted: tuple[tuple[str, float], ...] = ()
 
 
@@ -95,16 +96,15 @@ class PlannedRun:
     def __str__(self) -> str:
         config, sizes = self.config, dict(self.mesh)
         devices = math.prod(sizes.values())
-        mtp = f", and {config.mtp_parameters / GIGA:.2f} of the second head" if config.mtp else ""
+        mtp = f", and {config.mtp_parameters / GIGA:.2f} of multi-token prediction" if config.mtp else ""
         tokens = self.microbatches * self.microbatch_size * config.sequence * devices // sizes["pp"]
-        stages = "; ".join(f"{row.name} {row.layers} a stage" for row in self.rows if row.memory)
         lines = [
             f"{devices} {self.chip.name}, mesh {sizes}; {self.microbatches} microbatches of {self.microbatch_size} "
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
             f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
             f"{self.device_parameters / GIGA:.2f} on a device",
-            f"layers: {config.moe_layers} with experts are pipelined ({stages}); the first "
-            f"{config.dense_layers}, dense, are part of the embedding, because all stages are alike",
+            f"layers: {_counted(config.layer_kinds)}",
+            *(f"stages of {row.name}: {row.stages}" for row in self.rows if row.memory),
             f"computed again in the backward pass: {config.remat}; moments in {config.moments}",
             "",
             "Memory of the device that needs most, in GB; time of a step",
@@ -186,7 +186,7 @@ def plan(
         held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
         tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
-        rows.append(Row(name, None, *measures, tokens, model.arrangement.slots, found.uncounted))
+        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found.uncounted))
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -252,6 +252,16 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 def _core(cpu: bool) -> dict[str, Any]:
     return {} if cpu else {"core": stand_in.attention}
+
+
+def _stages(arrangement: Arrangement) -> str:
+    """How many stages have which layers."""
+    return ", ".join(f"{count} of {_counted(row)}" for row, count in collections.Counter(arrangement.rows).items())
+
+
+def _counted(kinds: Iterable[str]) -> str:
+    """Layers by kind, in their order."""
+    return " + ".join(f"{count} {kind}" for kind, count in collections.Counter(kinds).items())
 
 
 def _short(number: float) -> str:

@@ -38,11 +38,11 @@ class Rebalancer:
             )
         self.model = model
         self.config = RebalanceConfig(slots, config.moe.router.num_groups, nodes, devices, interval=interval)
-        self.average = MovingAverage.create(decay, config.moe_layers, config.experts)
+        self.average = MovingAverage.create(decay, config.routed_layers, config.experts)
         self.last: Decision | None = None
 
     def observe(self, loads: Any) -> None:
-        """Remembers a step's tokens of each expert, ``int[pipelined layers, experts]``."""
+        """Remembers a step's tokens of each expert, ``int[layers with experts, experts]``."""
         self.average = self.average.update(jax.numpy.asarray(np.asarray(loads), jax.numpy.int32))
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:

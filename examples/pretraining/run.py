@@ -284,7 +284,7 @@ def _balance(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
     def of(state: Any) -> Callable[[np.ndarray], float]:
         placement = setup.model.placements(state.params)
         if placement is None:
-            slots = np.tile(np.arange(setup.config.experts, dtype=np.int32), (setup.config.moe_layers, 1))
+            slots = np.tile(np.arange(setup.config.experts, dtype=np.int32), (setup.config.routed_layers, 1))
             host = Placement.from_phy2log(slots, setup.config.experts)
         elif jax.process_count() > 1:
             host = Placement(*(multihost_utils.process_allgather(array, tiled=True) for array in placement))

@@ -205,7 +205,7 @@ def microbatch_loss(model: DeepSeekModel) -> Callable[..., Any]:
         x, aux_loss, metrics = model.embed(params.outer, data, ctx(-1)), jnp.zeros((), jnp.float32), []
         for stage in range(shape.stages):
             own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
-            x, extra, counted = model.stage(own, x, ctx(stage))
+            x, extra, counted = model.stage_of(stage)(own, x, ctx(stage))
             aux_loss, metrics = aux_loss + extra, [*metrics, counted]
         loss, weight = model.head(params.outer, x, data, ctx(shape.stages)), model.weight(data)
         if isinstance(loss, jaxpipe.Output):
@@ -261,7 +261,7 @@ def make_step(
       ``step(state, batch, rng) -> (state, metrics)``. Where the loss or a gradient is not finite, parameters, moments
       and biases stay as they are, and the step is counted as skipped. Metrics: scalars ``loss``, ``aux_loss`` (the
       part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``,
-      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[pipelined layers, experts]``.
+      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[layers with experts, experts]``.
     """
 
     def step(state: TrainState, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:

@@ -46,10 +46,10 @@ IN_PARTS = (("mlp", "w_in"), ("mlp", "w_out"), ("mtp", "project"))
 class DeepSeekModel:
     """A model for one schedule; made by `build_model`.
 
-    Its layers are dense ones, those with experts, and with ``config.mtp`` one of multi-token prediction. Stages with the
-    same row of such kinds run the same code; see `jaxpipe.StageKinds`. Parameters are stacked by slots, a stage's first
-    layer in the first. What all layers have is one array a slot. Feed-forward layers and experts are where some stage's
-    layer of that slot has them, and where others have none there are zeros, which nothing reads or changes.
+    Its layers are dense ones, those with experts, and with ``config.mtp`` one of multi-token prediction. Stages with
+    the same row of such kinds run the same code; see `jaxpipe.StageKinds`. Parameters are stacked by slots, a stage's
+    first layer in the first. What all layers have is one array a slot. Feed-forward layers and experts are where some
+    stage's layer of that slot has them; other stages have zeros there, which nothing reads or changes.
 
     With multi-token prediction, activations are a pair: the layers' features and the next tokens' embeddings, of which
     the last layer makes its own features. Other layers hand them on.
@@ -168,8 +168,8 @@ class DeepSeekModel:
         """A tree like the parameters in an order that depends on no schedule.
 
         Returns:
-          ``"layers"``, those with experts, with leaves ``[layers, ...]`` in the order of the model; and ``"outer"``, all
-          else: the dense layers as "layer_0" and so on, and multi-token prediction's as "mtp".
+          ``"layers"``, those with experts, with leaves ``[layers, ...]`` in the order of the model; and ``"outer"``,
+          all else: the dense layers as "layer_0" and so on, and multi-token prediction's as "mtp".
         """
         shape, dense = self.arrangement, self.config.dense_layers
         slots = {name: part for name, part in params.stages.items() if name != "mtp"}
@@ -333,9 +333,9 @@ def build_model(
       dtype: of activations and matrix products.
       abstract: parameters are shapes and dtypes only; `DeepSeekModel.init` makes them later.
       core: attention of queries to keys and values.
-      costs: what a layer of each kind ("dense", "moe", "mtp", as the model has them) costs, measured and in any unit, and
-        optionally what the "head" does, which counts where only the rank with the last stage runs it. Stages get layers
-        so that the costliest costs as little as can be. None: FLOPs, and where all layers are alike, equal costs.
+      costs: what a layer of each kind ("dense", "moe", "mtp", as the model has them) costs, measured and in any unit,
+        and optionally what the "head" does, which counts where only the rank with the last stage runs it. Stages get
+        layers so that the costliest costs as little as can be. None: FLOPs, and where all layers are alike, equal costs.
 
     Raises:
       ValueError: fewer layers than stages; costs of other layers; a vocabulary that does not divide over ranks that

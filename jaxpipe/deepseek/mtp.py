@@ -39,7 +39,7 @@ class MTPLayer(nnx.Module):
         self.norm = RMSNorm(config.width)
 
     def __call__(self, y: jax.Array, known: jax.Array) -> tuple[jax.Array, MoEStats]:
-        """``[B, T, D], [B, T, D] -> [B, T, D]``: features so far and the next tokens' embeddings; and the statistics."""
+        """Of features so far and the next tokens' embeddings, ``[B, T, D]`` each, new ones and routing's statistics."""
 
         def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
             return x @ matrix.astype(x.dtype)
