@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from types import MappingProxyType
 
@@ -159,7 +160,7 @@ class ModelConfig(LayerConfig):
           slots: None: experts and redundant slots as they are.
 
         Raises:
-          ValueError: fewer slots than experts; what does not divide, with the nearest that does.
+          ValueError: fewer slots than experts; what does not divide, with what does.
         """
         slots = self.experts + self.redundant if slots is None else slots
         masters = self.moe.masters or self.experts
@@ -173,10 +174,12 @@ class ModelConfig(LayerConfig):
                 f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
                 f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
             )
-        if self.dense_layers and (self.width % devices or self.dense_hidden % devices):
+        rows = {"width": self.width} if self.dense_layers or self.mtp else {}
+        rows |= {"dense_hidden": self.dense_hidden} if self.dense_layers else {}
+        if any(count % devices for count in rows.values()):
             raise ValueError(
-                f"width={self.width} and dense_hidden={self.dense_hidden} of the {self.dense_layers} dense layers do "
-                f"not divide over the {devices} devices of axis ep, each of which keeps a part: take a divisor of both"
+                f"rows of matrices of dense layers and multi-token prediction, {rows}, do not divide over the "
+                f"{devices} devices of axis ep, each of which keeps some: take a divisor of {math.gcd(*rows.values())}"
             )
         return dataclasses.replace(self, redundant=slots - self.experts)
 

@@ -91,11 +91,9 @@ class DeepSeekModel:
         Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``.
         """
         shape = self.arrangement
-        if shape.alike:
-            return functools.partial(self._run_layers, shape.layer_kinds[:1] * shape.slots)
-        return jaxpipe.StageKinds(
-            [functools.partial(self._run_layers, row) for row in shape.stage_kinds], shape.kind_of
-        )
+        rows = (shape.layer_kinds[:1] * shape.slots,) if shape.alike else shape.stage_kinds
+        functions = [functools.partial(self._run_layers, row) for row in rows]
+        return jaxpipe.StageKinds(functions, shape.kind_of) if len(functions) > 1 else functions[0]
 
     def stage_of(self, stage: int) -> Callable[..., jaxpipe.Output]:
         """A stage's own function, for programs that know which stage they run."""
@@ -335,7 +333,7 @@ def build_model(
       core: attention of queries to keys and values.
       costs: what a layer of each kind ("dense", "moe", "mtp", as the model has them) costs, measured and in any unit,
         and optionally what the "head" does, which counts where only the rank with the last stage runs it. Stages get
-        layers so that the costliest costs as little as can be. None: FLOPs, and where all layers are alike, equal costs.
+        layers so that the costliest costs as little as can be. None: FLOPs, or equal costs where layers are alike.
 
     Raises:
       ValueError: fewer layers than stages; costs of other layers; a vocabulary that does not divide over ranks that

@@ -50,14 +50,16 @@ def needs_devices(count):
 @pytest.mark.slow  # `make train` compares the first steps too
 @pytest.mark.parametrize("shared", [False, True])
 def test_first_steps_equal_the_plain_program(shared):
-    """DualPipeV on pp=2 x ep=2, second head and outer matrices in parts: losses, loads, parameters, moments."""
+    """DualPipeV on pp=2 x ep=2, dense layers, multi-token prediction, matrices in parts: losses, loads, state."""
     needs_devices(4)
     config = small(mtp=True, shard_outer=True, shared_ends=shared)
     model, _, state, step, _, _ = setup("dualpipev", 2, 2, config=config)
-    outer = state.params.outer
+    outer, stages = state.params.outer, state.params.stages
     assert outer["embedding"].sharding.spec == P("pp" if shared else "ep")
-    assert outer["layer_0"]["mlp"]["w_in"].sharding.spec == P("ep") and outer["norm"]["scale"].sharding.spec == P()
-    moe = state.params.stages["layer_0"]["moe"]
+    assert outer["norm"]["scale"].sharding.spec == P()
+    assert stages["layer_0"]["mlp"]["w_in"].sharding.spec == P("pp", "ep")
+    assert stages["mtp"]["project"].sharding.spec == P("pp", "ep")
+    moe = stages["layer_0"]["moe"]
     assert moe["w_in"].sharding.spec == P("pp", "ep") and moe["router"].sharding.spec == P("pp")
     state, metrics = run(step, state, 3, config)
     plain_model, _, plain, plain_step, _, _ = setup(None, 1, 2, config=config)
@@ -66,7 +68,7 @@ def test_first_steps_equal_the_plain_program(shared):
         for name in ("loss", "aux_loss", "grad_norm"):
             np.testing.assert_allclose(found[name], wanted[name], rtol=1e-5, err_msg=name)
         np.testing.assert_array_equal(found["loads"], wanted["loads"])
-        assert found["loads"].sum() == 4 * ROWS * 8 * 2 and found["dropped"] == 0 and found["finite"]
+        assert found["loads"].sum() == 5 * ROWS * 8 * 2 and found["dropped"] == 0 and found["finite"]
     assert step._cache_size() == 1
 
     mine, theirs = model.to_layers(state.params), plain_model.to_layers(plain.params)

@@ -50,5 +50,16 @@ def test_slots_divide_over_the_devices_or_say_which_would():
     ):
         with pytest.raises(ValueError, match=message):
             tiny.over_devices(devices, slots)
-    spread = dataclasses.replace(tiny, moe=dataclasses.replace(tiny.moe, masters=9))
+    spread = dataclasses.replace(tiny, dense_layers=0, moe=dataclasses.replace(tiny.moe, masters=9))
     assert spread.over_devices(3, 12).redundant == 4
+    with pytest.raises(
+        ValueError, match=r"\{'width': 64, 'dense_hidden': 192\}, do not divide .* take a divisor of 64"
+    ):
+        dataclasses.replace(spread, dense_layers=1).over_devices(3, 12)
+    with pytest.raises(ValueError, match=r"\{'width': 64\}, do not divide over the 3 devices"):
+        dataclasses.replace(spread, mtp=True).over_devices(3, 12)
+
+
+def test_multi_token_prediction_is_as_large_as_published():
+    """11.5 billion parameters, embedding and output matrix not counted: DeepSeek-V3's README_WEIGHTS."""
+    assert 11.5 <= model_config("dsv3-671b").mtp_parameters / 1e9 < 11.7
