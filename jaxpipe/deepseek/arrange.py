@@ -110,10 +110,7 @@ class Arrangement:
     @property
     def layer_of(self) -> np.ndarray:
         """``int[rows, slots]``: the layer at each place, -1 for none."""
-        layers = np.full((self.stages, self.slots), -1)
-        for layer, place in enumerate(self.places):
-            layers[place] = layer
-        return layers
+        return self._layer_of(None)
 
     def stages_and_slots(self, kinds: Collection[str] | None = None) -> list[tuple[int, int]]:
         """(stage, slot) of each layer of some kinds, or of all, in the order of the forward pass."""
@@ -146,9 +143,7 @@ class Arrangement:
 
         Integers are a placement, whose values must be valid wherever they stand.
         """
-        order = np.full((self.stages, self.slots), -1)
-        for layer, place in enumerate(self._places_of(kinds)):
-            order[place] = layer
+        order = self._layer_of(kinds)
 
         def place(leaf: Any, slot: int) -> Any:
             found, empty = leaf[order[:, slot]], order[:, slot] < 0
@@ -162,6 +157,13 @@ class Arrangement:
             f"layer_{slot}": jax.tree.map(lambda leaf, slot=slot: place(leaf, slot), layers)
             for slot in self.slots_of(kinds)
         }
+
+    def _layer_of(self, kinds: Collection[str] | None) -> np.ndarray:
+        """`layer_of`, counting layers of some kinds alone."""
+        layers = np.full((self.stages, self.slots), -1)
+        for layer, place in enumerate(self._places_of(kinds)):
+            layers[place] = layer
+        return layers
 
     def _places_of(self, kinds: Collection[str] | None) -> list[tuple[int, int]]:
         """(row, slot) of each layer of some kinds."""

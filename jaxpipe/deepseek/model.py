@@ -22,6 +22,7 @@ from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.mla import Core
+from jaxpipe.deepseek.model_order import ROUTED, from_layers, parts_of, to_layers, without
 from jaxpipe.deepseek.mtp import MTPLayer
 from jaxpipe.flax import NNXFunction, nnx_function
 
@@ -31,9 +32,6 @@ UNTRAINED = (*PLACEMENT, "bias")
 
 VOCABULARY = (("embedding",), ("output",))
 """Outer parameters with a row for each token of the vocabulary."""
-
-ROUTED = (MOE, MTP)
-"""Kinds of layers that have experts."""
 
 BLOCKS: Mapping[str, Callable[..., nnx.Module]] = {DENSE: DenseBlock, MOE: MoEBlock, MTP: MTPLayer}
 
@@ -169,40 +167,11 @@ class DeepSeekModel:
           ``"layers"``, those with experts, with leaves ``[layers, ...]`` in the order of the model; and ``"outer"``,
           all else: the dense layers as "layer_0" and so on, and multi-token prediction's as "mtp".
         """
-        shape, dense = self.arrangement, self.config.dense_layers
-        slots = {name: part for name, part in params.stages.items() if name != "mtp"}
-        every = shape.to_layers({name: _without(part, "mlp", "moe") for name, part in slots.items()})
-        moe = shape.to_layers(_parts(slots, "moe"), ROUTED)
-        outer = dict(params.outer)
-        if dense:
-            mlp = shape.to_layers(_parts(slots, "mlp"), (DENSE,))
-            outer |= {f"layer_{i}": {**_layer(every, i), "mlp": _layer(mlp, i)} for i in range(dense)}
-        if self.config.mtp:
-            slot = shape.slots_of((MTP,))[0]
-            own = _layer(shape.to_layers({f"layer_{slot}": params.stages["mtp"]}, (MTP,)), 0)
-            outer["mtp"] = {**own, "block": {**_layer(every, -1), "moe": _layer(moe, -1)}}
-        here, routed = (slice(start, start + self.config.moe_layers) for start in (dense, 0))
-        layers = {**_layer(every, here), "moe": _layer(moe, routed)}
-        return {"layers": layers, "outer": outer}
+        return to_layers(params, self.arrangement)
 
     def from_layers(self, tree: dict[str, Any]) -> jaxpipe.Params:
         """The inverse of `to_layers`, for this model's schedule."""
-        shape, outer = self.arrangement, dict(tree["outer"])
-        dense = [outer.pop(f"layer_{index}") for index in range(self.config.dense_layers)]
-        mtp = [outer.pop("mtp")] if self.config.mtp else []
-        blocks = [layer["block"] for layer in mtp]
-        every = [*map(_stacked, dense), tree["layers"], *map(_stacked, blocks)]
-        stages = shape.from_layers(_joined([_without(part, "mlp", "moe") for part in every]))
-        moe = _joined([part["moe"] for part in every if "moe" in part])
-        own = {"moe": shape.from_layers(moe, ROUTED)}
-        if dense:
-            own["mlp"] = shape.from_layers(_joined([_stacked(layer["mlp"]) for layer in dense]), (DENSE,))
-        for part, slots in own.items():
-            for slot, leaves in slots.items():
-                stages[slot][part] = leaves
-        for layer in mtp:
-            (stages["mtp"],) = shape.from_layers(_stacked(_without(layer, "block")), (MTP,)).values()
-        return jaxpipe.Params(stages, outer)
+        return from_layers(tree, self.arrangement)
 
     def loads_of(self, aux: Any) -> jax.Array:
         """``int32[layers with experts, experts]``: tokens of the step that chose each expert."""
@@ -217,7 +186,7 @@ class DeepSeekModel:
         """Of the layers with experts; None where these have no redundant slots."""
         if not self.config.redundant:
             return None
-        moe = self.arrangement.to_layers(_parts(params.stages, "moe"), ROUTED)
+        moe = self.arrangement.to_layers(parts_of(params.stages, "moe"), ROUTED)
         return Placement(*(moe[name] for name in PLACEMENT))
 
     def with_placements(self, params: Any, placements: Placement) -> jaxpipe.Params:
@@ -283,8 +252,8 @@ class DeepSeekModel:
         function, own = self._blocks[kind], params[f"layer_{slot}"]
         if kind == DENSE:
             block = again(lambda own, x: function(own, x))
-            return block(_without(own, "moe"), x), known, None
-        own = _without(own, "mlp")
+            return block(without(own, "moe"), x), known, None
+        own = without(own, "mlp")
         if kind == MTP:
             block = again(lambda own, x, known: function(own, x, known))
             return x, *block({**params["mtp"], "block": own}, x, known)
@@ -379,31 +348,3 @@ def _arrange(
         return Arrangement.of(kinds, schedule)
     of_layers = {kind: cost for kind, cost in costs.items() if kind != "head"}
     return Arrangement.of(kinds, schedule, of_layers, 0.0 if shared else costs.get("head", 0.0))
-
-
-def _without(tree: Mapping[str, Any], *names: str) -> dict[str, Any]:
-    """A layer's parts but for some."""
-    return {name: part for name, part in tree.items() if name not in names}
-
-
-def _parts(slots: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """One part of the layers, of the slots that have it."""
-    return {slot: parts[name] for slot, parts in slots.items() if name in parts}
-
-
-def _layer(stacked: Any, index: int | slice) -> Any:
-    return jax.tree.map(lambda leaf: leaf[index], stacked)
-
-
-def _stacked(layer: Any) -> Any:
-    """A layer as a stack of one."""
-    return _layer(layer, None)
-
-
-def _joined(stacks: Sequence[Any]) -> Any:
-    """Stacks of layers as one."""
-
-    def join(*leaves: Any) -> Any:
-        return (np if all(isinstance(leaf, np.ndarray) for leaf in leaves) else jnp).concatenate(leaves)
-
-    return stacks[0] if len(stacks) == 1 else jax.tree.map(join, *stacks)
