@@ -58,7 +58,7 @@ class Arrangement:
           ValueError: fewer layers than stages; costs that are not positive, of other kinds than the layers'.
 
         >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
-        >>> Arrangement.of(("dense", *("moe",) * 4), schedule, {"dense": 3.0, "moe": 1.0}).counts
+        >>> Arrangement.of(("dense", *("moe",) * 4), schedule, {"dense": 4.0, "moe": 1.0}).counts
         (1, 4)
         """
         stages, kinds = schedule.num_stages, tuple(layer_kinds)
