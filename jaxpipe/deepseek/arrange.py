@@ -20,9 +20,11 @@ from jaxpipe.flax import split_layers
 class Arrangement:
     """Layers over stages. All stages have as many slots as the longest one has layers.
 
-    A slot without a layer has zeros for parameters. Where all layers are of one kind, so are all stages, and a shorter
-    one runs its empty slots: such a layer adds nothing to its input, and all gradients of it are zero. A pipeline waits
-    for its longest stage, so it costs memory but no time.
+    A stage's layers of the model's first kind are in the first slots, all others in the last: so each kind of layer is
+    in as few slots as can be, and what only such layers have takes no more memory. A slot without a layer has zeros for
+    parameters. Where all layers are of one kind, so are all stages, and a shorter one runs its empty slots: such a layer
+    adds nothing to its input, and all gradients of it are zero. A pipeline waits for its longest stage, so it costs
+    memory but no time.
 
     Attributes:
       counts: layers of each stage, in the order of the forward pass.
@@ -31,7 +33,7 @@ class Arrangement:
 
     >>> shape = Arrangement((2, 1), (1, 0), ("dense", "moe", "moe"))
     >>> shape.places, shape.stage_kinds, shape.kind_of
-    (((1, 0), (1, 1), (0, 0)), (('dense', 'moe'), ('moe',)), (0, 1))
+    (((1, 0), (1, 1), (0, 1)), (('dense', 'moe'), ('moe',)), (0, 1))
     """
 
     counts: tuple[int, ...]
@@ -114,9 +116,14 @@ class Arrangement:
 
     def stages_and_slots(self, kinds: Collection[str] | None = None) -> list[tuple[int, int]]:
         """(stage, slot) of each layer of some kinds, or of all, in the order of the forward pass."""
-        every = ((stage, slot) for stage, count in enumerate(self.counts) for slot in range(count))
+        every = ((stage, slot) for stage, row in enumerate(self.rows) for slot in self.slots_of_row(row))
         layers = zip(every, self.layer_kinds, strict=True)
         return [place for place, kind in layers if kinds is None or kind in kinds]
+
+    def slots_of_row(self, row: Sequence[str]) -> tuple[int, ...]:
+        """The slots of a stage's layers, given their kinds."""
+        left = sum(kind == self.layer_kinds[0] for kind in row)
+        return tuple(slot if slot < left else slot + self.slots - len(row) for slot in range(len(row)))
 
     def slots_of(self, kinds: Collection[str] | None = None) -> list[int]:
         """The slots in which some stage has a layer of these kinds."""

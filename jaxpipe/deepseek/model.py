@@ -45,8 +45,8 @@ class DeepSeekModel:
     """A model for one schedule; made by `build_model`.
 
     Its layers are dense ones, those with experts, and with ``config.mtp`` one of multi-token prediction. Stages with
-    the same row of such kinds run the same code; see `jaxpipe.StageKinds`. Parameters are stacked by slots, a stage's
-    first layer in the first. What all layers have is one array a slot. Feed-forward layers and experts are where some
+    the same row of such kinds run the same code; see `jaxpipe.StageKinds`. Parameters are stacked by slots; see
+    `Arrangement`. What all layers have is one array a slot. Feed-forward layers and experts are where some
     stage's layer of that slot has them; other stages have zeros there, which nothing reads or changes.
 
     With multi-token prediction, activations are a pair: the layers' features and the next tokens' embeddings, of which
@@ -223,22 +223,23 @@ class DeepSeekModel:
         """A stage with layers of these kinds; where all layers of the model are alike, they may be padding."""
         shape, config = self.arrangement, self.config
         x, known = x if config.mtp else (x, None)
-        every: list[MoEStats | None] = []
-        for slot, kind in enumerate(row):
+        routed: dict[int, MoEStats] = {}
+        for slot, kind in zip(shape.slots_of_row(row), row, strict=True):
             mask = None
             if shape.alike and shape.padded:
                 here = slot < jnp.asarray(shape.counts, jnp.int32)[ctx.stage]
                 mask = jnp.broadcast_to(here, x.shape[:2])
             with jax.named_scope(f"layer_{slot}"):
                 x, known, stats = self._run_layer(kind, params, slot, x, known, mask)
-            every.append(stats)
-        routed = [stats for stats in every if stats is not None]
+            if stats is not None:
+                routed[slot] = stats
         none = jnp.zeros(config.experts, jnp.int32)
-        mine = [none if stats is None else stats.loads for stats in every] + [none] * (shape.slots - len(row))
+        mine = [routed[slot].loads if slot in routed else none for slot in range(shape.slots)]
         loads = jnp.zeros((shape.stages, shape.slots, config.experts), jnp.int32)
         loads = loads.at[ctx.stage].set(jnp.stack(mine))
         if routed:
-            losses, dropped = (sum(getattr(stats, name) for stats in routed) for name in ("balance_loss", "dropped"))
+            every = routed.values()
+            losses, dropped = (sum(getattr(stats, name) for stats in every) for name in ("balance_loss", "dropped"))
         else:
             losses, dropped = jnp.zeros((), wide(x.dtype)), jnp.zeros((), jnp.int32)
         y = (x, known) if config.mtp else x

@@ -10,7 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from jaxpipe.deepseek import DenseBlock, EmbeddingAndHead, MoEBlock, MTPLayer, build_model, feed_forward
+from jaxpipe.deepseek import Arrangement, DenseBlock, EmbeddingAndHead, MoEBlock, MTPLayer, build_model, feed_forward
 from jaxpipe.deepseek.layers import use_whole
 from jaxpipe.flax import nnx_function
 from jaxpipe.stage import split_stage
@@ -176,6 +176,9 @@ def test_only_slots_with_such_layers_have_their_parameters():
     assert parts == {
         "layer_0": ["mlp", "moe"], "layer_1": ["mlp", "moe"], "layer_2": ["moe"], "layer_3": ["moe"], "mtp": [],
     }  # fmt: skip
+    apart = Arrangement((3, 2, 1), (2, 1, 0), ("dense", *("moe",) * 4, "mtp"))
+    assert apart.slots_of(["dense"]) == [0] and apart.slots_of(["moe"]) == [1, 2] and apart.slots_of(["mtp"]) == [2]
+    assert apart.layer_of.tolist() == [[-1, -1, 5], [-1, 3, 4], [0, 1, 2]]
     specs = model.specs.stages
     assert specs["layer_1"]["mlp"]["w_out"] == specs["mtp"]["project"] == P("pp", "ep")
     assert specs["mtp"]["norm"]["scale"] == specs["layer_0"]["attention"]["out"] == P("pp")
