@@ -21,10 +21,10 @@ class Arrangement:
     """Layers over stages. All stages have as many slots as the longest one has layers.
 
     A stage's layers of the model's first kind are in the first slots, all others in the last: so each kind of layer is
-    in as few slots as can be, and what only such layers have takes no more memory. A slot without a layer has zeros for
-    parameters. Where all layers are of one kind, so are all stages, and a shorter one runs its empty slots: such a layer
-    adds nothing to its input, and all gradients of it are zero. A pipeline waits for its longest stage, so it costs
-    memory but no time.
+    in as few slots as can be, and what only such layers have takes as little memory as can be. A slot without a layer
+    has zeros for parameters. Where all layers are of one kind, so are all stages, and a shorter one runs its empty
+    slots: such a layer adds nothing to its input, and all gradients of it are zero. A pipeline waits for its longest
+    stage, so it costs memory but no time.
 
     Attributes:
       counts: layers of each stage, in the order of the forward pass.
