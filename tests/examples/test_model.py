@@ -63,9 +63,10 @@ def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, 
 @pytest.mark.slow
 def test_places_without_a_layer_change_nothing():
     """Four layers over three stages are four layers: output, loads and gradients; the padding's gradients are zero."""
-    model = build_model(SMALL, jaxpipe.schedule.build("gpipe", 3, 1), 0)
+    config = small(dense_layers=0, layers=4)
+    model = build_model(config, jaxpipe.schedule.build("gpipe", 3, 1), 0)
     assert model.arrangement.padded and model.arrangement.counts == (2, 1, 1)
-    whole = built(SMALL, "gpipe", 1, 1)
+    whole = built(config, "gpipe", 1, 1)
     batch = {name: jnp.asarray(value) for name, value in make_batch(0, 2).items()}
     results = []
     for each in (model, whole):

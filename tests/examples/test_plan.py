@@ -105,6 +105,8 @@ def test_the_largest_model_is_planned_without_devices():
     (row,) = found.rows
     text = str(found)
     assert "671.03 in all, 37.55 active" in text and "1024 H800" in text
+    assert "stages of 1f1b: 1 of 3 dense, 14 of 4 moe, 1 of 2 moe + 1 mtp" in text
+    assert row.seconds < 40  # 51 where all ranks compute dense layers and multi-token prediction, in embed and head
     assert 20e9 < row.memory.arguments + row.memory.gradients < 25e9
     assert row.memory.total < 80e9
     assert 0.05 < row.mfu < 0.6 and 0 < row.bubble < 0.5
