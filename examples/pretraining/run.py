@@ -191,7 +191,7 @@ def check(args: argparse.Namespace, setup: Setup, initial: trainer.TrainState, l
       CheckFailed: they differ; or the loss is not below the entropy, if there were `TRAINED` steps.
     """
     steps = min(args.check, len(losses))
-    model = build_model(setup.config, setup.schedule, args.seed, dtype=setup.model.dtype, abstract=True)
+    model = setup.model.on_one_device()
     plain = trainer.plain_value_and_grad(model, parts=setup.schedule.num_microbatches * setup.shards)
     step = trainer.make_step(plain, model, setup.optimizer)
     state, rng, expected = jax.device_put(initial, jax.devices()[0]), jax.random.key(args.seed), []

@@ -115,6 +115,10 @@ class DeepSeekModel:
         """Targets of a microbatch that count."""
         return data["mask"].sum()
 
+    def on_one_device(self) -> DeepSeekModel:
+        """Of a program without a pipeline: parameters in the same places, shapes alone, and no mesh axis."""
+        return _of_shapes(self.config, self.arrangement, None, False, self.dtype, self.seed, self.core)
+
     def init(self, seed: jax.Array | int) -> jaxpipe.Params:
         """Initial parameters; traceable, so that jit with ``out_shardings`` makes each part where it belongs."""
         kinds = self.config.layer_kinds
@@ -322,15 +326,22 @@ def build_model(
             f"a vocabulary of {config.vocab} does not divide over {ranks} pipeline ranks: take vocab="
             f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
         )
+    arrangement = _arrange(config, schedule, costs, shared)
+    model = _of_shapes(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core)
+    return model if abstract else dataclasses.replace(model, params=jax.jit(lambda: model.init(seed))())
+
+
+def _of_shapes(
+    config: ModelConfig, arrangement: Arrangement, axis: str | None, shared: bool, dtype: Any, seed: int, core: Core
+) -> DeepSeekModel:
+    """The model without arrays."""
     blocks = {
         kind: nnx_function(nnx.eval_shape(lambda kind=kind: BLOCKS[kind](config, nnx.Rngs(0), core, axis)))
         for kind in dict.fromkeys(config.layer_kinds)
     }
     outer = nnx_function(nnx.eval_shape(lambda: EmbeddingAndHead(config, nnx.Rngs(0), "pp" if shared else None)))
-    arrangement = _arrange(config, schedule, costs, shared)
-    model = DeepSeekModel(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core, None, blocks, outer)
-    params: Callable[[], Any] = jax.jit(lambda: model.init(seed))
-    return dataclasses.replace(model, params=jax.eval_shape(params) if abstract else params())
+    model = DeepSeekModel(config, arrangement, axis, shared, dtype, seed, core, None, blocks, outer)
+    return dataclasses.replace(model, params=jax.eval_shape(lambda: model.init(seed)))
 
 
 def names(path: Any) -> tuple[str, ...]:

@@ -184,6 +184,17 @@ def test_only_slots_with_such_layers_have_their_parameters():
     assert specs["mtp"]["norm"]["scale"] == specs["layer_0"]["attention"]["out"] == P("pp")
 
 
+def test_on_one_device_layers_are_where_they_are_in_the_pipeline():
+    """Where ends are shared the head costs the last stage nothing; on one device that must not change its layers."""
+    config = small(dense_layers=1, layers=6, vocab=640, shared_ends=True)
+    schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+    model = build_model(config, schedule, 0, axis="ep", abstract=True)
+    alone = model.on_one_device()
+    assert alone.axis is None and not alone.shared_ends and alone.arrangement == model.arrangement
+    assert alone.params == model.params
+    assert build_model(config, schedule, 0, abstract=True).arrangement != model.arrangement
+
+
 def test_costs_decide_and_are_checked():
     schedule = jaxpipe.schedule.build("1f1b", 2, 4)
 
