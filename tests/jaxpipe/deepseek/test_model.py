@@ -134,6 +134,19 @@ def test_placements_in_and_out():
         fixed.with_placements(fixed.params, placement)
 
 
+def test_experts_of_multi_token_prediction_are_balanced_too():
+    model = with_zeros(small(mtp=True, bias_update_speed=0.5), "dualpipev", 2, 4)
+    loads = jnp.zeros((5, 4), jnp.int32).at[4, 1].set(8)
+    tree = model.to_layers(model.with_bias(model.params, loads))
+    assert tree["outer"]["mtp"]["block"]["moe"]["bias"].tolist() == [0.5, -0.5, 0.5, 0.5]
+    assert not tree["layers"]["moe"]["bias"].any()
+    slots = np.array([[0, 1, 2, 3, layer % 4, 3] for layer in range(5)])
+    placement = Placement.from_phy2log(slots, 4).padded()
+    params = model.with_placements(model.params, placement)
+    jax.tree.map(np.testing.assert_array_equal, model.placements(params), placement)
+    assert model.to_layers(params)["outer"]["mtp"]["block"]["moe"]["phy2log"].tolist() == [0, 1, 2, 3, 0, 3]
+
+
 def test_profilers_see_layers_and_their_parts():
     model, run = one_stage()
     text = run.func.lower(model.params, jnp.zeros((1, 8), jnp.int32)).as_text(debug_info=True)
