@@ -43,6 +43,17 @@ def share(values: Sequence[Sequence[Value]]) -> list[Shared]:
     ]
 
 
+def operands_of_branches(entering: Sequence[Iterable[tuple[Value, Value]]]) -> list[Shared]:
+    """Operands from which each branch has its values, of (outside, inside) pairs."""
+    rows: dict[tuple[Value, int], list[Value | None]] = {}
+    for branch, pairs in enumerate(entering):
+        counts: collections.Counter[Value] = collections.Counter()
+        for outer, inner in pairs:  # a branch may have one from outside by several names
+            rows.setdefault((outer, counts[outer]), [None] * len(entering))[branch] = inner
+            counts[outer] += 1
+    return [Shared(outer, tuple(inner)) for (outer, _), inner in rows.items()]
+
+
 def outputs_for(cond: Cond, branch: Branch, results: Iterable[Value]) -> set[Value]:
     """What a branch has to make for some results."""
     wanted = set(results)
@@ -98,8 +109,8 @@ def hoisted_of_branches(
     """
     moved: list[Node] = []
     done: dict[Any, Node] = {}
-    given: dict[tuple[Value, int], list[Value | None]] = {}
-    for index, (inputs, nodes, _, wanted) in enumerate(parts):
+    entering: list[list[tuple[Value, Value]]] = []
+    for inputs, nodes, _, wanted in parts:
         outside = dict(inputs)
         for node in nodes:
             names = {**outside, **{out: dataclasses.replace(out) for out in node.outs}}
@@ -109,11 +120,6 @@ def hoisted_of_branches(
                 done[key] = fresh
                 moved.append(fresh)
             outside.update(zip(node.outs, done[key].outs, strict=True))
-        counts: collections.Counter[Value] = collections.Counter()
-        for value in (out for node in nodes for out in node.outs if out in wanted):
-            outer = outside[value]  # a branch may have made it twice
-            given.setdefault((outer, counts[outer]), [None] * len(parts))[index] = value
-            counts[outer] += 1
-    shared = [Shared(outer, tuple(inner)) for (outer, _), inner in given.items()]
+        entering.append([(outside[out], out) for node in nodes for out in node.outs if out in wanted])
     left = [branch.nodes for _, _, branch, _ in parts]
-    return moved, restricted(cond, left, set(cond.results), given=shared).node()
+    return moved, restricted(cond, left, set(cond.results), given=operands_of_branches(entering)).node()
