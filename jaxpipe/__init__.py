@@ -19,10 +19,12 @@ from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
 from jaxpipe.compiling import compiler_options
 from jaxpipe.optimizer import Unchanged, floating_only
 from jaxpipe.params import Params, stack_stages, unstack_stages
+from jaxpipe.per_layer import muon, per_layer
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.runtime.model import Context, Output
+from jaxpipe.stacking import Stacking, trainable_mask
 
 __all__ = [
     "Achieved",
@@ -33,14 +35,18 @@ __all__ = [
     "Params",
     "Pipeline",
     "Plan",
+    "Stacking",
     "Unchanged",
     "compiler_options",
     "floating_only",
     "forward",
     "make_mesh",
+    "muon",
+    "per_layer",
     "plan",
     "schedule",
     "stack_stages",
+    "trainable_mask",
     "unstack_stages",
     "value_and_grad",
     "vocabulary",

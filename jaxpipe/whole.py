@@ -19,6 +19,7 @@ from jaxpipe.params import Params
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stacking import Stacking
 
 
 class Model(Protocol):
@@ -76,6 +77,12 @@ class PipelinedModel:
     params: Params
     shardings: Params
     _model: Model
+
+    @functools.cached_property
+    def stacking(self) -> Stacking:
+        """Where each block's parameters are, for masks, norms and optimizers by layer."""
+        names = tuple(self._model.names)
+        return Stacking(self.pipeline.program.schedule, len(names), "storage", names)
 
     @property
     def __name__(self) -> str:

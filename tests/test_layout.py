@@ -31,6 +31,8 @@ LAYERS = [
     "jaxpipe.vocabulary",
     "jaxpipe.jaxpr_equality",
     "jaxpipe.layers",
+    "jaxpipe.stacking",
+    "jaxpipe.per_layer",
     "jaxpipe.nnx_function",
     "jaxpipe.flax",
     "jaxpipe",
