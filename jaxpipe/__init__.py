@@ -17,12 +17,13 @@ import importlib.metadata
 from jaxpipe import schedule, vocabulary
 from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
 from jaxpipe.compiling import compiler_options
+from jaxpipe.layer_optimizers import muon, per_layer
 from jaxpipe.optimizer import Unchanged, floating_only
 from jaxpipe.params import Params, stack_stages, unstack_stages
-from jaxpipe.per_layer import muon, per_layer
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.restacking import restack, restore
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.stacking import Stacking, trainable_mask
 
@@ -44,6 +45,8 @@ __all__ = [
     "muon",
     "per_layer",
     "plan",
+    "restack",
+    "restore",
     "schedule",
     "stack_stages",
     "trainable_mask",

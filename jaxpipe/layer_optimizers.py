@@ -61,18 +61,18 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
             function = jax.vmap(function, in_axes=ins, out_axes=outs)
         return function
 
-    def start(params: Params) -> Any:
+    def start(params: Any) -> Any:
         row = Params(*jax.eval_shape(lambda tree: tree, params))
         row = row._replace(stages=jax.tree.map(lambda leaf: _own_shape(leaf, stacking.depth), row.stages))
         outs = _axes(jax.eval_shape(transformation.init, row))
         return over_layers(transformation.init, (Params(0, None),), outs)(params)
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         stacking.check(params)
         shardings = _shardings_like(params, jax.eval_shape(start, params), stacking.depth)
         return start(params) if shardings is None else jax.jit(start, out_shardings=shardings)(params)
 
-    def update(updates: Params, state: Any, params: Params | None = None, **extra: Any) -> tuple[Any, Any]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         stacking.check(updates)
         axes = _axes(state)
         given = None if params is None else Params(0, None)
@@ -151,7 +151,7 @@ def muon(
 
     found = per_layer(of_layer(learning_rate, muon_weight_dimension_numbers=numbers, **options), stacking)
 
-    def init(params: Params) -> Any:
+    def init(params: Any) -> Any:
         texts = [f".{dotted(path)}" for path, _ in jax.tree_util.tree_leaves_with_path(params)]
         unknown = [name for name in dimensions if not any(text.endswith(f".{name}") for text in texts)]
         if unknown:
