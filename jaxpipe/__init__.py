@@ -17,13 +17,16 @@ import importlib.metadata
 from jaxpipe import schedule, vocabulary
 from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
 from jaxpipe.compiling import compiler_options
+from jaxpipe.layer_optimizers import muon, per_layer
 from jaxpipe.optimizer import Unchanged, floating_only
 from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.restacking import restack, restore
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.runtime.stage_kinds import StageKinds
+from jaxpipe.stacking import Stacking, trainable_mask
 
 __all__ = [
     "Achieved",
@@ -34,15 +37,21 @@ __all__ = [
     "Params",
     "Pipeline",
     "Plan",
+    "Stacking",
     "StageKinds",
     "Unchanged",
     "compiler_options",
     "floating_only",
     "forward",
     "make_mesh",
+    "muon",
+    "per_layer",
     "plan",
+    "restack",
+    "restore",
     "schedule",
     "stack_stages",
+    "trainable_mask",
     "unstack_stages",
     "value_and_grad",
     "vocabulary",

@@ -77,7 +77,7 @@ def stages_of_mixed_layers(
 def stack_layers(layers: Any, schedule: Schedule, order: str = "model") -> tuple[Any, int]:
     """(the stacked parameters of `layered_stages`, in rows of an order; the number of layers)."""
     num_layers, stack = _stacker(layers)
-    rows = _layers_of_stages(split_layers(num_layers, schedule.num_stages))
+    rows = layers_of_stages(split_layers(num_layers, schedule.num_stages))
     return stack_stages([stack(layers) for layers in rows], schedule, order), num_layers
 
 
@@ -86,7 +86,7 @@ def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], sche
     return _LayerStage(Choice(functions, function_of), split_layers(len(function_of), schedule.num_stages)).run
 
 
-def _layers_of_stages(counts: Sequence[int]) -> list[list[int]]:
+def layers_of_stages(counts: Sequence[int]) -> list[list[int]]:
     """``[stages][slots]``: the layer in each slot; in padding the stage's last one again."""
     starts = [0, *itertools.accumulate(counts)][:-1]
     return [
@@ -115,7 +115,7 @@ class _LayerStage:
     @functools.cached_property
     def layers(self) -> list[list[int]]:
         """``[stages][slots]``: the layer in each slot."""
-        return _layers_of_stages(self.counts)
+        return layers_of_stages(self.counts)
 
     @property
     def padded(self) -> bool:

@@ -187,6 +187,10 @@ class _LinenModel:
         found = dict(zip(self.entries, [blocks] if self.stacked else blocks, strict=True))
         return _replaced(outer, self.path, {**_at(outer, self.path, self.path), **found})
 
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """As `put`."""
+        return self.put(outer, blocks)
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """Parameters with each block's in place."""
         rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)

@@ -124,6 +124,10 @@ class NNXFunction:
         constants = jax.tree.map(lambda leaf: leaf, self.constants)  # new variables, which the module will own
         return nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
 
+    def state_of(self, tree: Any) -> Any:
+        """The `nnx.State` whose variables hold what a tree like ``self.params`` has in their places."""
+        return jax.tree.unflatten(self._variables, jax.tree.structure(self.params).flatten_up_to(tree))
+
     def _changed(self, after: Callable[[NNXFunction], Mapping[Any, Any]], before: Mapping[Any, Any]) -> list[Any]:
         """Paths of variables that a call changes."""
         paths, flat = list(before), dict(nnx.to_flat_state(self.constants))

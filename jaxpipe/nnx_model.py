@@ -194,8 +194,14 @@ class _NNXModel:
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
-        return self.function.with_random(self._whole(outer, rows), self.random)
+        return self.function.with_random(self._whole(outer, self._joined(blocks)), self.random)
+
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """An `nnx.State` of the kinds of variables that are trained, each holding what there is for it."""
+        return nnx.filter_state(self.function.state_of(self._whole(outer, self._joined(blocks))), nnx.Param)
+
+    def _joined(self, blocks: Sequence[Any]) -> Any:
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
 
     def _whole(self, outer: Any, blocks: Any) -> Any:
         return _put(outer, self.path, blocks if self.stacked else dict(enumerate(blocks)))

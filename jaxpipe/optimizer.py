@@ -68,16 +68,17 @@ def floating_only(transformation: optax.GradientTransformation) -> optax.Gradien
         like = updates if params is None else params
         floating = None if params is None else _floating(like, params)
         found, state = transformation.update(_floating(like, updates), state, floating, **extra)
-        return jax.tree.map(lambda leaf, new: new if _is_floating(leaf) else Unchanged(), like, found), state
+        return jax.tree.map(lambda leaf, new: new if is_floating(leaf) else Unchanged(), like, found), state
 
     return type(transformation)(init, update)
 
 
 def _floating(like: Any, tree: Any) -> Any:
     """The tree, with nothing in place of what is not floating in ``like``."""
-    return jax.tree.map(lambda leaf, value: value if _is_floating(leaf) else (), like, tree)
+    return jax.tree.map(lambda leaf, value: value if is_floating(leaf) else (), like, tree)
 
 
-def _is_floating(leaf: Any) -> bool:
+def is_floating(leaf: Any) -> bool:
+    """Whether a leaf is of a floating or complex dtype."""
     dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
     return jnp.issubdtype(dtype, jnp.inexact)

@@ -14,11 +14,14 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
+from jaxpipe.layer_optimizers import map_params
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.params import Params
+from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stacking import Stacking
 
 
 class CutModel(Protocol):
@@ -61,6 +64,9 @@ class CutModel(Protocol):
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """A model with these parameters: the inverse of `take`."""
 
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """What an optimizer keeps for each parameter, in the form of those that it is given of the plain model."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PipelinedModel:
@@ -77,6 +83,12 @@ class PipelinedModel:
     shardings: Params
     _model: CutModel
 
+    @functools.cached_property
+    def stacking(self) -> Stacking:
+        """Where each block's parameters are, for masks, norms and optimizers by layer."""
+        names = tuple(self._model.names)
+        return Stacking(self.pipeline.program.schedule, len(names), "storage", names)
+
     @property
     def __name__(self) -> str:
         """The pipeline's, which `jax.jit` names the compiled module by."""
@@ -91,12 +103,40 @@ class PipelinedModel:
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
-        rows = unstack_layers(params.stages, len(self._model.names), self.pipeline.program.schedule, "storage")
-        return self._model.put(params.outer, rows)
+        return self._model.put(params.outer, self._rows(params))
 
     def split(self, model: Any) -> Params:
         """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
         return jax.device_put(stack(self._model, self.pipeline.program.schedule, model), self.shardings)
+
+    def merge_state(self, state: Any) -> Any:
+        """An optimizer's state of the plain model, of one of the pipelined parameters.
+
+        What has the form of the parameters (averages of gradients) gets that of the model's parameters, as an optimizer
+        started from them has it: of NNX ``nnx.state(model, nnx.Param)``, of Linen the dict. The rest stays.
+
+        Args:
+          state: what ``optimizer.init(pipe.params)`` or ``optimizer.update`` returned.
+
+        Raises:
+          ValueError: a state of other parameters.
+        """
+        return map_params(lambda params: self._model.put_state(params.outer, self._rows(params)), state)
+
+    def restore(self, read: Callable[[Any], Any], like: Any, source: Stacking) -> Any:
+        """Reads a checkpoint of another schedule or mesh; see `jaxpipe.restore`.
+
+        Args:
+          read: ``read(abstract)`` returns the arrays, ``lambda like: checkpointer.restore(path, like)`` with Orbax.
+          like: what to read as this pipeline has it: ``{"params": pipe.params, "state": optimizer.init(pipe.params)}``.
+          source: ``stacking`` of the pipeline that wrote it.
+        """
+        mesh = self.pipeline.mesh
+        assert isinstance(mesh, Mesh)
+        return restore(read, like, source, self.stacking, mesh, axis=self.pipeline.axes.pipeline)
+
+    def _rows(self, params: Params) -> list[Any]:
+        return unstack_layers(params.stages, len(self._model.names), self.pipeline.program.schedule, "storage")
 
 
 def stack(model: CutModel, schedule: Schedule, params: Any) -> Params:
