@@ -26,6 +26,7 @@ from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.trainable import Trainable, trainable_mask
 
 _NO_GRADIENT = (
     "a pipeline's result cannot be differentiated, since it holds the gradients already: take them from "
@@ -108,6 +109,17 @@ class Pipeline:
         result = self._run(params, microbatches, rng, specs)
         return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
 
+    def trainable_mask(self, params: Params) -> Params:
+        """A bool for every leaf of params: whether it has a gradient. It is a mask for `optax.masked`, too.
+
+        Args:
+          params: as the pipeline is called with, or their shapes (`jax.ShapeDtypeStruct`).
+
+        Raises:
+          ValueError: what `value_and_grad` was given as ``trainable`` does not fit params.
+        """
+        return trainable_mask(self.options.trainable, params)
+
     def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
@@ -121,7 +133,8 @@ class Pipeline:
             out_specs = (manual(self.batch_spec), P())
         else:
             spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
-            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes)
+            mask = self.trainable_mask(params)
+            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes, mask)
             out_specs = (P(), param_specs)
         result = jax.shard_map(
             body,
@@ -158,6 +171,7 @@ def value_and_grad(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    trainable: Trainable = None,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -219,12 +233,17 @@ def value_and_grad(
         it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
         not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
         runs do best to keep parameters in storage order; see `stack_stages`.
+      trainable: which parameters are trained: a tree prefix of Params with bools, as the masks of optax, where None for
+        ``stages`` or ``outer`` stands for all; or a function ``(path, leaf) -> bool`` of a parameter's path, such as
+        ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
+        sent for a gradient of theirs, and they may be in ``compute_dtype``. Activations are differentiated all the
+        same, in every stage.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
-      ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
+      the structure, sharding and dtypes of ``params`` (float0 for frozen parameters, integers, bools and keys,
+      as `jax.grad` with ``allow_int=True`` has it; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
       contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
 
     Raises:
@@ -248,7 +267,7 @@ def value_and_grad(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, trainable=trainable,
     )  # fmt: skip
 
 

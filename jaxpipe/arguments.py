@@ -16,6 +16,7 @@ from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.trainable import check_trainable
 
 _CALLS = {
     "stage": ("params", "x", "ctx"),
@@ -39,6 +40,7 @@ def check_options(
     dispatch: Any,
     shared_ends: bool,
     order: Any,
+    trainable: Any = None,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -56,6 +58,7 @@ def check_options(
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
+        trainable=check_trainable(trainable),
     )
 
 

@@ -21,6 +21,7 @@ LAYERS = [
     "jaxpipe.stage",
     "jaxpipe.params",
     "jaxpipe.runtime",
+    "jaxpipe.trainable",
     "jaxpipe.arguments",
     "jaxpipe.inputs",
     "jaxpipe.not_differentiable",

@@ -56,6 +56,7 @@ def train(
     model: Model,
     options: Options,
     spec_axes: Params,
+    trainable: Params,
     params: Params,
     batch: Any,
     rng: jax.Array | None,
@@ -63,12 +64,12 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it. Gradients are None for
-    leaves that are neither floating nor complex: nothing is computed, summed or moved for those.
+    For every leaf of params ``spec_axes`` holds the frozenset of manual axes that shard it, and ``trainable`` whether it
+    has a gradient: a bool. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
     local = _start(program, model, options, params, batch, rng)
-    split = _split_stage(program, options, local)
-    head = _head_shapes(program, options, split, local)
+    split = _split_stage(program, options, local, trainable.stages)
+    head = _head_shapes(program, options, split, local, trainable.outer)
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
@@ -78,12 +79,13 @@ def train(
         split=split,
         prepared=prepared,
         outer=local.outer,
+        trainable=trainable,
         batch=batch,
         shares=shares,
         rng=local.rng,
         num_stages=program.schedule.num_stages,
     )
-    buffers = _train_buffers(program, options, local, split, head)
+    buffers = _train_buffers(program, options, local, split, head, trainable)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         return _reduce(program, options, spec_axes, params, buffers, shares)
@@ -103,16 +105,21 @@ def _start(
     return _Local(model, chunks, outer, batch, rng, ctx, x)
 
 
-def _split_stage(program: Program, options: Options, local: _Local) -> SplitStage:
+def _split_stage(program: Program, options: Options, local: _Local, trainable: Any) -> SplitStage:
     """The stage in its parts, after checks."""
     recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
-    split = split_stage(local.model.run_stage, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
+    split = split_stage(
+        local.model.run_stage, local.chunks[0], local.x, local.ctx,
+        has_aux=True, recompute=recompute, trainable=trainable,
+    )  # fmt: skip
     check_alone("stage", program, options.axes.pipeline, split.collectives)
     _check_boundary(local.x, split.out[0])
     return split
 
 
-def _head_shapes(program: Program, options: Options, split: SplitStage, local: _Local) -> tuple[Any, Any]:
+def _head_shapes(
+    program: Program, options: Options, split: SplitStage, local: _Local, trainable: Any
+) -> tuple[Any, Any]:
     """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; the ends and weights checked."""
     model, outer, x, ctx, axis = local.model, local.outer, local.x, local.ctx, options.axes.pipeline
     loss, metrics = None, {}
@@ -120,7 +127,7 @@ def _head_shapes(program: Program, options: Options, split: SplitStage, local: _
         loss, metrics = shape_of_end(program, axis, "head", model.run_head, outer, x, ctx)
     if loss is None and split.out[1] is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
-    check_gradients_of_ends(program, axis, model, outer, x, ctx)
+    check_gradients_of_ends(program, axis, model, outer, trainable, x, ctx)
     check_weight(model.weight, axis, local.batch)
     return loss, metrics
 
@@ -135,7 +142,12 @@ def _shares(options: Options, local: _Local, losses: Any) -> Shares:
 
 
 def _train_buffers(
-    program: Program, options: Options, local: _Local, split: SplitStage, head: tuple[Any, Any]
+    program: Program,
+    options: Options,
+    local: _Local,
+    split: SplitStage,
+    head: tuple[Any, Any],
+    trainable: Params,
 ) -> Buffers:
     """Empty slots, and sums of zero."""
     pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
@@ -145,8 +157,8 @@ def _train_buffers(
         stash=pool(split.residuals.input, program.num_stash_slots + 1),
         weight_stash=pool(split.residuals.weight, program.num_weight_stash_slots + 1),
         cross=pool(split.crossing, program.num_cross_slots + 1),
-        grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in local.chunks),
-        outer_grads=jax.tree.map(accumulator, partition(local.outer)[0]),
+        grads=tuple(jax.tree.map(accumulator, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
+        outer_grads=jax.tree.map(accumulator, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),

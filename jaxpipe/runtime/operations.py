@@ -17,6 +17,7 @@ from jax import lax
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
+from jaxpipe.params import Params
 from jaxpipe.runtime.program import Branch, Field, Op
 from jaxpipe.stage import SplitStage, vjp_once
 
@@ -38,6 +39,7 @@ class TrainStep:
       split: the stage's forward, input gradient and weight gradient.
       prepared: for each local chunk, what ``split.prepare`` made of its parameters.
       outer: outer parameters in compute dtype.
+      trainable: which parameters have a gradient, a tree of bools.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       shares: each microbatch's share of the mean loss.
       rng: key or None.
@@ -48,6 +50,7 @@ class TrainStep:
     split: SplitStage
     prepared: tuple[Any, ...]
     outer: Any
+    trainable: Params
     batch: Any
     shares: Shares
     rng: jax.Array | None
@@ -143,7 +146,9 @@ class TrainStep:
 
         def compute(dx: Any, operands: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, -1, operands[Field.MICROBATCH])
-            diff, rest = partition(self.outer)
+            diff, rest = partition(self.outer, self.trainable.outer)
+            if not jax.tree.leaves(diff):
+                return diff
 
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
@@ -168,7 +173,7 @@ class TrainStep:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
             ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
-            outer_diff, outer_rest = partition(self.outer)
+            outer_diff, outer_rest = partition(self.outer, self.trainable.outer)
             y_diff, y_rest = partition(y)
 
             def loss_of(outer_diff: Any, y_diff: Any) -> Any:
@@ -282,12 +287,13 @@ def run_sequential(
     return tuple(one(index) for index in range(len(branch)))
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
-    """(inexact leaves, other leaves) of a tree, None in the others' places."""
-    inexact = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+def partition(tree: Any, chosen: Any = None) -> tuple[Any, Any]:
+    """(chosen leaves, other leaves) of a tree, None in the others' places; by default inexact leaves are chosen."""
+    if chosen is None:
+        chosen = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
     return (
-        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, inexact),
-        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, inexact),
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen),
     )
 
 

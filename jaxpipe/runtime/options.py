@@ -52,6 +52,7 @@ class Options:
       dispatch: one of `DISPATCHERS`, or `AUTOMATIC`.
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+      trainable: which parameters have a gradient, as the user says it; see `jaxpipe.value_and_grad`.
     """
 
     axes: Axes
@@ -62,3 +63,4 @@ class Options:
     dispatch: str
     shared_ends: bool
     order: str
+    trainable: Any = None
