@@ -18,7 +18,8 @@ from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, pipelined
+from jaxpipe.trainable import alike, choose
+from jaxpipe.whole import PipelinedModel, pipelined, stack_rows
 
 
 def from_linen(
@@ -29,6 +30,7 @@ def from_linen(
     blocks: str,
     loss: Callable[..., Any],
     specs: Params | None = None,
+    trainable: Any = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of a Linen model and the loss function that it is trained with.
@@ -46,6 +48,9 @@ def from_linen(
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
         the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
       specs: as for `jaxpipe.value_and_grad`.
+      trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
+        ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
+        "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
@@ -72,6 +77,10 @@ def from_linen(
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
     model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    if trainable is not None and not isinstance(trainable, Params):
+        options["trainable"] = model.mask(choose(trainable, model.shapes))
+    elif trainable is not None:
+        options["trainable"] = trainable
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -182,6 +191,11 @@ class _LinenModel:
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
 
+    def mask(self, chosen: Any) -> Params:
+        """Bools for the parameters as those of a pipeline."""
+        outer, blocks = self.take(chosen)
+        return Params(blocks if self.stacked else alike(blocks, self.names), outer)
+
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""
         found = dict(zip(self.entries, [blocks] if self.stacked else blocks, strict=True))
@@ -189,7 +203,7 @@ class _LinenModel:
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """Parameters with each block's in place."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
+        rows = stack_rows(blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
 
 

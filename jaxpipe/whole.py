@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe import inputs
@@ -70,11 +71,13 @@ class PipelinedModel:
       pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
       params: the model's parameters where the step wants them: each stage's on its rank, in storage order.
       shardings: of the parameters, a tree like ``params``.
+      trainable: whether each of them has a gradient, a tree of bools like ``params``; see `jaxpipe.floating_only`.
     """
 
     pipeline: Pipeline
     params: Params
     shardings: Params
+    trainable: Params
     _model: CutModel
 
     @property
@@ -129,10 +132,12 @@ def pipelined(
         parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
     start = lambda: stack(model, schedule, make())  # noqa: E731
-    found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
+    shapes = jax.eval_shape(start)
+    trainable = pipeline.trainable_mask(shapes)
+    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, model)
+    return PipelinedModel(pipeline, params, shardings, trainable, model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -199,6 +204,15 @@ class _Parts:
             return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
+
+
+def stack_rows(blocks: Sequence[Any]) -> Any:
+    """Parameters or gradients of blocks as rows; of what has no gradient, zeros of dtype float0."""
+
+    def stacked(*leaves: Any) -> Any:
+        return np.stack(leaves) if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
+
+    return jax.tree.map(stacked, *blocks)
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:

@@ -170,6 +170,7 @@ def test_optimizers_have_no_state_for_frozen_parameters(x64, optimizer):
     ("trainable", "message"),
     [
         (True, r"trainable is True: pass jaxpipe\.Params"),
+        (int, "from_nnx takes types of variables"),
         (jaxpipe.Params(stages=1), r"trainable\.stages is 1: say True"),
         (jaxpipe.Params({"v": True}), "a tree like the parameters, or a prefix"),
         (jaxpipe.Params(False, False), r"leaves no floating parameter to train, of \.stages\['b'\], "),
