@@ -95,18 +95,19 @@ class Pipeline:
     def __repr__(self) -> str:
         return f"<jaxpipe.Pipeline {self.__name__} on {dict(self.mesh.shape)}, dispatch={self.dispatch!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """Runs the pipeline; see `value_and_grad` and `forward`."""
         schedule, axes, shared_ends = self.program.schedule, self.axes, self.program.shared_ends
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
+        step_inputs = inputs.as_step_inputs(step_inputs)
         specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
         inputs.check_specs(specs, axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
         inputs.check_batch(batch, schedule.num_microbatches, axes, self.batch_spec)
-        inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
+        inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
-        result = self._run(params, microbatches, rng, specs)
+        result = self._run(params, microbatches, rng, step_inputs, specs)
         return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
 
     def trainable_mask(self, params: Params) -> Params:
@@ -120,7 +121,7 @@ class Pipeline:
         """
         return trainable_mask(self.options.trainable, params)
 
-    def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
+    def _run(self, params: Params, batch: Any, rng: jax.Array | None, step_inputs: Any, specs: Params) -> Any:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
         manual = functools.partial(inputs.manual_part, axes.names)
@@ -139,11 +140,11 @@ class Pipeline:
         result = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(param_specs, batch_specs, P(), (P(None, axes.pipeline), P())),
+            in_specs=(param_specs, batch_specs, P(), P(), (P(None, axes.pipeline), P())),
             out_specs=out_specs,
             axis_names=set(axes.names),
             check_vma=False,
-        )(params, batch, rng, execute.make_tables(self.program))
+        )(params, batch, rng, step_inputs, execute.make_tables(self.program))
         if self.program.forward_only:
             return result
         value, grads = result
@@ -240,11 +241,16 @@ def value_and_grad(
         same, in every stage.
 
     Returns:
-      A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
-      summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params`` (float0 for frozen parameters, integers, bools and keys,
-      as `jax.grad` with ``allow_int=True`` has it; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
-      contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
+      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``((loss, aux), grads)``, the loss and
+      ``aux`` (the summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the
+      gradients with the structure, sharding and dtypes of ``params`` (float0 for frozen parameters, integers, bools and
+      keys, as `jax.grad` with ``allow_int=True``; see `jaxpipe.floating_only`). Jit it, alone or with an optimizer
+      around it.
+
+      The batch's leaves are ``[B, ...]``; microbatch m is the m-th contiguous part of each data-parallel shard.
+      ``step_inputs`` is a pytree of numbers and arrays that belong to the step and to no example (its number, a
+      coefficient, a mask that all share). Embed, stage and head find it whole in ``ctx.step_inputs``. It is not
+      differentiated, and under `jax.jit` other values compile nothing anew.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.
@@ -295,7 +301,7 @@ def forward(
     ``[microbatch, ...]``; without a head the outputs are the last stage's.
 
     Returns:
-      A function of ``(params, batch, rng=None)`` that returns ``(outputs, metrics)``: outputs with leaves
+      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``(outputs, metrics)``: outputs with leaves
       ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed.
     """
     return _pipeline(

@@ -188,6 +188,13 @@ def check_key(rng: Any) -> None:
         raise ValueError(f"rng is {rng!r:.80}: pass one key, such as jax.random.key(0), or None")
 
 
+def as_step_inputs(step_inputs: Any) -> Any:
+    """Numbers and arrays as arrays; raises ValueError where there is something else."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step_inputs):
+        _check_array(leaf, f"step_inputs{jax.tree_util.keystr(path)}")
+    return jax.tree.map(jnp.asarray, step_inputs)
+
+
 def check_surroundings(mesh: Any, arrays: Any) -> None:
     """Raises ValueError where JAX was told to use another mesh than the pipeline's, or arrays are on another."""
     around, own = jax.sharding.get_abstract_mesh(), mesh.abstract_mesh

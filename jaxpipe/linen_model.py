@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -19,7 +18,7 @@ from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.trainable import alike, choose
-from jaxpipe.whole import PipelinedModel, pipelined, stack_rows
+from jaxpipe.whole import PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
 def from_linen(
@@ -46,7 +45,8 @@ def from_linen(
         ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
         "decoder.layers" is within "decoder".
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
-        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
+        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
+        ``step_inputs``, it is called with ``step_inputs=...`` besides.
       specs: as for `jaxpipe.value_and_grad`.
       trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
         ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
@@ -141,7 +141,7 @@ class _LinenModel:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
         row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
@@ -172,7 +172,9 @@ class _LinenModel:
 
         whole = self.put_blocks(outer, blocks)
         with nn.intercept_methods(intercept):
-            return self.user_loss(whole, data, key) if _takes_key(self.user_loss) else self.user_loss(whole, data)
+            given = {} if step_inputs is None else {"step_inputs": step_inputs}
+            args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
+            return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
     def kind(self, index: int, call: Call) -> Any:
         """The block's module and streams."""
@@ -211,14 +213,6 @@ def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, a
     module, streams = call
     keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in streams}
     return module.apply({"params": params}, *args, rngs=keys, **kwargs)
-
-
-def _takes_key(loss: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(loss).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:

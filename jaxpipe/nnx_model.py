@@ -19,7 +19,7 @@ from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.trainable import alike
-from jaxpipe.whole import PipelinedModel, choose, pipelined, stack_rows
+from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
 def from_nnx(
@@ -54,7 +54,8 @@ def from_nnx(
       blocks: where the model keeps its blocks, "layers" or "decoder.layers": a list of modules, called one after the
         other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
-        which are summed over microbatches. It is called for one microbatch.
+        which are summed over microbatches. It is called for one microbatch; and as ``loss(model, batch,
+        step_inputs=...)`` where the step is given ``step_inputs``, see `jaxpipe.value_and_grad`.
       specs: as for `jaxpipe.value_and_grad`.
       trainable: which parameters are trained, a filter of NNX: a type of variables such as `nnx.LoRAParam`, a function
         ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
@@ -166,7 +167,7 @@ class _NNXModel:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
         inside = Context.make(0, 0, key, data, num_stages=len(self.functions))
@@ -177,7 +178,7 @@ class _NNXModel:
             for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
                 module._pipeline_block = _Stand(name, function, inside)
-            return self.user_loss(model, data)
+            return call_loss(self.user_loss, model, data, step_inputs=step_inputs)
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 

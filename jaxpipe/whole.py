@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -44,7 +45,7 @@ class CutModel(Protocol):
     @property
     def stacked(self) -> bool: ...  # noqa: D102
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
     def kind(self, index: int, call: Call) -> Any:
@@ -88,9 +89,9 @@ class PipelinedModel:
     def __repr__(self) -> str:
         return f"<jaxpipe.flax.PipelinedModel of {len(self._model.names)} blocks in {self.pipeline!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
-        return self.pipeline(params, batch, rng)
+        return self.pipeline(params, batch, rng, step_inputs)
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
@@ -150,16 +151,16 @@ class _Parts:
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
-        return self._cut(ctx).embed(outer, _key(ctx), data)
+        return self._cut(ctx).embed(outer, _key(ctx), (data, ctx.step_inputs))
 
     def head(self, outer: Any, x: Any, data: Any, ctx: Context) -> Any:
         """The loss of what the last stage ends with."""
-        return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
+        return as_output(self._cut(ctx).head(outer, x, _key(ctx), (data, ctx.step_inputs)))
 
     def stage(self, params: Any, x: Any, ctx: Context) -> Any:
         """A stage's blocks."""
         cut = self._cut(ctx)
-        arrays = cut.arguments(x, ctx.data)
+        arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
         kind_of = [next(k for k, other in enumerate(kinds) if _equal(kind, other)) for kind in kinds]
         firsts = sorted(set(kind_of))
@@ -189,19 +190,22 @@ class _Parts:
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        leaves, structure = jax.tree.flatten((_key(ctx), ctx.data))
+        leaves, structure = jax.tree.flatten((_key(ctx), (ctx.data, ctx.step_inputs)))
         return self._cut_for(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
     @functools.cached_property
     def _cut_for(self) -> Callable[[Any, Any], Cut]:
         """The loss cut for a key and data of some shapes: embed, stage and head, traced several times, share it."""
 
+        def loss(outer: Any, blocks: Any, key: Any, inputs: Any) -> Any:
+            return self.model.loss(outer, blocks, key, *inputs)
+
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
-            return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
 
@@ -218,6 +222,29 @@ def stack_rows(blocks: Sequence[Any]) -> Any:
 def choose(column: Sequence[Any], row: Any) -> Any:
     """One of several arrays alike, which are often one."""
     return column[0] if all(other is column[0] for other in column) else jnp.stack(column)[row]
+
+
+def call_loss(loss: Callable[..., Any], *args: Any, step_inputs: Any) -> Any:
+    """What a loss function returns, called with the step's inputs by name where there are any."""
+    if step_inputs is None:
+        return loss(*args)
+    if not takes(loss, *args, step_inputs=step_inputs):
+        raise ValueError(
+            f"step_inputs are given, and the loss function takes {inspect.signature(loss)}: give it a parameter of the "
+            "name step_inputs, or call the step without"
+        )
+    return loss(*args, step_inputs=step_inputs)
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments; True where it does not say."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def as_output(result: Any) -> Output:

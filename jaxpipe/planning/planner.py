@@ -116,6 +116,7 @@ def plan(
     *,
     optimizer: Any = None,
     rng: Any = None,
+    step_inputs: Any = None,
     costs: Costs | None = None,
     achieved: Achieved = PROGRAMS,
     devices_per_node: int = 8,
@@ -137,6 +138,7 @@ def plan(
       chip: a `jaxpipe.Chip`, or the name of a known one: "H100", "H200", "H800", "A100", "B200".
       optimizer: an optax transformation, or its state as arrays or shapes; None: nothing is updated.
       rng: the key that the pipeline is called with, or its shape; None: without one.
+      step_inputs: those that the pipeline is called with, or their shapes.
       costs: seconds that were measured, in place of those worked out here.
       achieved: which shares of the chip's best its kernels and links reach.
       devices_per_node: devices with fast links to each other; they are numbered in the order of the mesh's axes.
@@ -168,9 +170,10 @@ def plan(
         chip = chips.chip(chip)
     if devices_per_node < 1:
         raise ValueError(f"devices_per_node={devices_per_node}: a node has at least 1")
-    params_given, (params, batch) = params, jax.tree.map(_shape, (params, batch))
+    params_given = params
+    params, batch, step_inputs = jax.tree.map(_shape, (params, batch, step_inputs))
     pipeline = _as_on(pipeline, cpu=cpu)
-    closed, result = jax.make_jaxpr(pipeline, return_shape=True)(params, batch, rng)
+    closed, result = jax.make_jaxpr(pipeline, return_shape=True)(params, batch, rng, step_inputs)
     (mapped,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "shard_map")
     body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
     shardings = _shardings(pipeline, params)

@@ -60,6 +60,7 @@ def train(
     params: Params,
     batch: Any,
     rng: jax.Array | None,
+    step_inputs: Any,
     tables: Any,
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
@@ -67,13 +68,13 @@ def train(
     For every leaf of params ``spec_axes`` holds the frozenset of manual axes that shard it, and ``trainable`` whether it
     has a gradient: a bool. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
-    local = _start(program, model, options, params, batch, rng)
+    local = _start(program, model, options, params, batch, rng, step_inputs)
     split = _split_stage(program, options, local, trainable.stages)
     head = _head_shapes(program, options, split, local, trainable.outer)
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
-        prepared = lax.optimization_barrier(tuple(split.prepare(chunk) for chunk in local.chunks))
+        prepared = lax.optimization_barrier(tuple(split.prepare((chunk, step_inputs)) for chunk in local.chunks))
     step = TrainStep(
         model=local.model,
         split=split,
@@ -83,6 +84,7 @@ def train(
         batch=batch,
         shares=shares,
         rng=local.rng,
+        step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
     )
     buffers = _train_buffers(program, options, local, split, head, trainable)
@@ -92,7 +94,13 @@ def train(
 
 
 def _start(
-    program: Program, model: Model, options: Options, params: Params, batch: Any, rng: jax.Array | None
+    program: Program,
+    model: Model,
+    options: Options,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    step_inputs: Any,
 ) -> _Local:
     axes = options.axes
     rng = _fold_axes(rng, axes)
@@ -100,7 +108,7 @@ def _start(
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
         outer = cast(params.outer, options.compute_dtype)
     model = _prepare_model(program, model, options)
-    ctx = make_context(batch, rng, 0, 0)
+    ctx = make_context(batch, rng, step_inputs, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     return _Local(model, chunks, outer, batch, rng, ctx, x)
 
@@ -108,9 +116,15 @@ def _start(
 def _split_stage(program: Program, options: Options, local: _Local, trainable: Any) -> SplitStage:
     """The stage in its parts, after checks."""
     recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
+    step_inputs = local.ctx.step_inputs
+
+    def stage(given: Any, x: Any, ctx: Context) -> Any:
+        params, step_inputs = given  # both are there all the step long, so neither is stashed for a microbatch
+        return local.model.run_stage(params, x, ctx._replace(step_inputs=step_inputs))
+
     split = split_stage(
-        local.model.run_stage, local.chunks[0], local.x, local.ctx,
-        has_aux=True, recompute=recompute, trainable=trainable,
+        stage, (local.chunks[0], step_inputs), local.x, local.ctx._replace(step_inputs=None),
+        has_aux=True, recompute=recompute, trainable=(trainable, jax.tree.map(lambda _: False, step_inputs)),
     )  # fmt: skip
     check_alone("stage", program, options.axes.pipeline, split.collectives)
     _check_boundary(local.x, split.out[0])
@@ -202,10 +216,11 @@ def infer(
     params: Params,
     batch: Any,
     rng: jax.Array | None,
+    step_inputs: Any,
     tables: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
-    local, axes = _start(program, model, options, params, batch, rng), options.axes
+    local, axes = _start(program, model, options, params, batch, rng, step_inputs), options.axes
     model, ctx = local.model, local.ctx
     jaxpr, ((y, _), metrics) = jax.make_jaxpr(model.run_stage, return_shape=True)(local.chunks[0], local.x, ctx)
     check_alone("stage", program, axes.pipeline, collectives_of_jaxpr(jaxpr))
@@ -218,7 +233,7 @@ def infer(
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
+    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, step_inputs, program.schedule.num_stages)
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
