@@ -9,11 +9,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.arguments import check_model, check_options, check_schedule
+from jaxpipe.batches import lengthen, with_mask, without_padding
 from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.params import Params
 from jaxpipe.runtime import execute
@@ -104,11 +106,25 @@ class Pipeline:
         specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
         inputs.check_specs(specs, axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
-        inputs.check_batch(batch, schedule.num_microbatches, axes, self.batch_spec)
+        batch, size, total = self._pad(batch)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
         result = self._run(params, microbatches, rng, step_inputs, specs)
+        if size < total and self.program.forward_only:
+            result = without_padding(result, size, total)
         return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
+
+    def _pad(self, batch: Any) -> tuple[Any, int, int]:
+        """(the batch checked and padded where it may be, its size as given, its size now)."""
+        count, axes, mask = self.program.schedule.num_microbatches, self.axes, self.options.example_mask
+        multiple = count * math.prod(axes.sizes[axis] for axis in axes.data)
+        padded = self.program.forward_only or mask is not None
+        size = inputs.check_batch(batch, count, axes, self.batch_spec, padded=padded)
+        total = -(-size // multiple) * multiple
+        if mask is not None:
+            batch = with_mask(batch, mask, multiple)
+            inputs.check_batch(batch, count, axes, self.batch_spec)
+        return lengthen(batch, total), size, total
 
     def trainable_mask(self, params: Params) -> Params:
         """A bool for every leaf of params: whether it has a gradient. It is a mask for `optax.masked`, too.
@@ -173,6 +189,7 @@ def value_and_grad(
     shared_ends: bool = False,
     order: str = "model",
     trainable: Trainable = None,
+    example_mask: str | None = None,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -239,6 +256,12 @@ def value_and_grad(
         ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
         sent for a gradient of theirs, and they may be in ``compute_dtype``. Activations are differentiated all the
         same, in every stage.
+      example_mask: name of a bool leaf of the batch, which must then be a dict, such as "real": batches may have any
+        size, and the pipeline pads them with copies of the last example and gives each microbatch ``data["real"]``,
+        ``bool[microbatch]``, False for copies (and for what is False in the batch, if it has this leaf). ``head`` is to
+        take the mean over real examples; ``weight`` is by default their number, so that the objective is the mean over
+        all of them. Auxiliary losses and metrics of stages count copies like examples, unless stages mask them. None:
+        batches have to divide.
 
     Returns:
       A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``((loss, aux), grads)``, the loss and
@@ -269,11 +292,13 @@ def value_and_grad(
     >>> grads.stages["w"].shape
     (8, 16, 16)
     """
+    if weight is None and example_mask is not None:
+        weight = functools.partial(_number_of_examples, example_mask)
     return _pipeline(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, trainable=trainable,
+        order=order, trainable=trainable, example_mask=example_mask,
     )  # fmt: skip
 
 
@@ -302,7 +327,12 @@ def forward(
 
     Returns:
       A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``(outputs, metrics)``: outputs with leaves
-      ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed.
+      ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed. A batch may have any size:
+      where it does not divide, it is padded with copies of its last example, whose outputs are left out.
+
+    Raises:
+      ValueError: as `value_and_grad`; a batch that does not divide, where stages return metrics, which would count the
+        padding: `jaxpipe.pad_batch` says which examples are real, so that stages can mask it.
     """
     return _pipeline(
         Model(stage, embed, head), schedule, mesh, forward_only=True,
@@ -329,6 +359,11 @@ def make_mesh(**sizes: int) -> Mesh:
         )
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
+
+
+def _number_of_examples(name: str, data: Any) -> jax.Array:
+    """The weight of a microbatch whose leaf of some name says which examples count."""
+    return data[name].sum(dtype=jnp.int32)
 
 
 def _pipeline(

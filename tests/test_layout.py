@@ -25,6 +25,7 @@ LAYERS = [
     "jaxpipe.arguments",
     "jaxpipe.inputs",
     "jaxpipe.not_differentiable",
+    "jaxpipe.batches",
     "jaxpipe.api",
     "jaxpipe.planning",
     "jaxpipe.compiling",

@@ -188,9 +188,7 @@ def plan(
     network = Network.make(sizes, chip, achieved, devices_per_node)
     spent = costs or _costs(found, chip, achieved, network, pipeline.axes.pipeline)
     frozen = _some_frozen(pipeline, params)
-    return _plan(
-        pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen
-    )
+    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen)
 
 
 def _plan(

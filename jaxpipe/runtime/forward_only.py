@@ -37,7 +37,9 @@ class ForwardStep:
         """X -> y."""
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, self.step_inputs, operands[Field.STAGE], operands[Field.MICROBATCH])
+            ctx = make_context(
+                self.batch, self.rng, self.step_inputs, operands[Field.STAGE], operands[Field.MICROBATCH]
+            )
             (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
             return y, metrics
 

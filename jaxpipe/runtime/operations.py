@@ -14,10 +14,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
-from jaxpipe.params import Params
 from jaxpipe.runtime.program import Branch, Field, Op
 from jaxpipe.stage import SplitStage, vjp_once
 

@@ -53,6 +53,7 @@ class Options:
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
       trainable: which parameters have a gradient, as the user says it; see `jaxpipe.value_and_grad`.
+      example_mask: the batch's leaf that says which examples count, or None: all do.
     """
 
     axes: Axes
@@ -64,3 +65,4 @@ class Options:
     shared_ends: bool
     order: str
     trainable: Any = None
+    example_mask: str | None = None

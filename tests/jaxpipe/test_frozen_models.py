@@ -1,6 +1,5 @@
 """Whole Flax models with frozen parameters: adapters alone are trained, and the model comes back with the rest as it was."""
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -57,9 +56,7 @@ def test_adapters_alone_are_trained(x64):
     expected, of_adapters = nnx.value_and_grad(mean, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
     assert float(value) == pytest.approx(float(expected), rel=1e-12)
     merged = pipe.merge(grads)
-    assert_trees_close(
-        nnx.to_pure_dict(nnx.state(merged, nnx.LoRAParam)), nnx.to_pure_dict(of_adapters), rtol=1e-10
-    )
+    assert_trees_close(nnx.to_pure_dict(nnx.state(merged, nnx.LoRAParam)), nnx.to_pure_dict(of_adapters), rtol=1e-10)
     assert merged.layers[0].linear.base_module.kernel.dtype == jax.dtypes.float0
     assert pipe.trainable.outer == {"embed": {"embedding": False}}
 
@@ -77,8 +74,14 @@ def test_adapters_alone_are_trained(x64):
 def test_filters_of_paths_and_rows(x64):
     """One block's parameters are rows of arrays that others share; scanned models have their rows already."""
     pipe = pipelined(trainable=lambda path, variable: path[-1] == "kernel" or path[0] == "embed")
-    assert pipe.trainable.stages["linear"] == {"base_module": {"kernel": True, "bias": False}, "lora_a": False, "lora_b": False}
-    with pytest.raises(ValueError, match=r"trains \['linear'\]\['lora_a'\] of layers\[0\] and freezes that of layers\[1\]"):
+    assert pipe.trainable.stages["linear"] == {
+        "base_module": {"kernel": True, "bias": False},
+        "lora_a": False,
+        "lora_b": False,
+    }
+    with pytest.raises(
+        ValueError, match=r"trains \['linear'\]\['lora_a'\] of layers\[0\] and freezes that of layers\[1\]"
+    ):
         pipelined(trainable=lambda path, variable: path[:2] == ("layers", 0) and path[-1] == "lora_a")
     with pytest.raises(ValueError, match="leaves no floating parameter to train"):
         pipelined(trainable=nnx.BatchStat)

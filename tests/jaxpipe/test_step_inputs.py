@@ -63,9 +63,7 @@ def plain(params, batch, given, microbatches, aux=True):
 def test_equal_the_plain_program_and_compile_once(x64, options):
     schedule, mesh = jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2, dp=2)
     params, batch = make()
-    run = jax.jit(
-        jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, data_axes=("dp",), **options)
-    )
+    run = jax.jit(jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, data_axes=("dp",), **options))
     for step in (1, 5):
         given = step_inputs(step)
         (loss, _), grads = run(params, batch, None, given)
@@ -97,7 +95,11 @@ def test_nothing_is_stashed_for_a_microbatch(x64):
     carried = [var.aval.shape for var in loop.outvars]
     assert carried.count((7, 7)) == 1  # the gradient's sum
     assert not any(len(shape) == 3 and shape[1:] == (7, 7) for shape in carried)
-    within = [around for eqn, around in equations(traced) if eqn.primitive.name == "tanh" and eqn.outvars[0].aval.shape == (7, 7)]
+    within = [
+        around
+        for eqn, around in equations(traced)
+        if eqn.primitive.name == "tanh" and eqn.outvars[0].aval.shape == (7, 7)
+    ]
     assert within == [("shard_map",)] * 1
 
 

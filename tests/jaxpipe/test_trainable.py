@@ -129,9 +129,7 @@ def test_frozen_masters_in_the_compute_dtype():
         return (y.astype(jnp.float32) ** 2).mean()
 
     step = jax.jit(
-        jaxpipe.value_and_grad(
-            adapted, schedule, mesh, head=head, trainable=is_adapter, compute_dtype=jnp.bfloat16
-        )
+        jaxpipe.value_and_grad(adapted, schedule, mesh, head=head, trainable=is_adapter, compute_dtype=jnp.bfloat16)
     )
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), adapted_params(2))
     narrow = params | {"w": params["w"].astype(jnp.bfloat16)}
@@ -140,7 +138,9 @@ def test_frozen_masters_in_the_compute_dtype():
     assert bool((results[0][1].stages["a"] == results[1][1].stages["a"]).all())
 
 
-@pytest.mark.parametrize("optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))])
+@pytest.mark.parametrize(
+    "optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))]
+)
 def test_optimizers_have_no_state_for_frozen_parameters(x64, optimizer):
     trainable = jaxpipe.Params({"w": False, "b": True}, {"embedding": False, "scale": True})
     step = pipeline(trainable=trainable)
@@ -148,7 +148,11 @@ def test_optimizers_have_no_state_for_frozen_parameters(x64, optimizer):
     before = params
     guarded = jaxpipe.floating_only(optimizer, trainable=step.trainable_mask(params))
     state = guarded.init(params)
-    assert {leaf.shape for leaf in jax.tree.leaves(state)} <= {(), params.stages["b"].shape, params.outer["scale"].shape}
+    assert {leaf.shape for leaf in jax.tree.leaves(state)} <= {
+        (),
+        params.stages["b"].shape,
+        params.outer["scale"].shape,
+    }
 
     @jax.jit
     def train(params, state):
