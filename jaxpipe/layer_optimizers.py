@@ -11,9 +11,9 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
-from jaxpipe.optimizer import is_floating
 from jaxpipe.params import Params
 from jaxpipe.stacking import Stacking, dotted
+from jaxpipe.trainable import is_floating
 
 if TYPE_CHECKING:
     import optax

@@ -8,17 +8,17 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
+from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, choose, pipelined
+from jaxpipe.trainable import alike
+from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
 def from_nnx(
@@ -29,6 +29,7 @@ def from_nnx(
     blocks: str,
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
+    trainable: Any = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of an NNX model and the loss function that it is trained with.
@@ -52,8 +53,13 @@ def from_nnx(
       blocks: where the model keeps its blocks, "layers" or "decoder.layers": a list of modules, called one after the
         other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
-        which are summed over microbatches. It is called for one microbatch.
+        which are summed over microbatches. It is called for one microbatch; and as ``loss(model, batch,
+        step_inputs=...)`` where the step is given ``step_inputs``, see `jaxpipe.value_and_grad`.
       specs: as for `jaxpipe.value_and_grad`.
+      trainable: which parameters are trained, a filter of NNX: a type of variables such as `nnx.LoRAParam`, a function
+        ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
+        tuple, `nnx.Not`. The others are frozen, as `jaxpipe.value_and_grad` says. It must say the same of all blocks.
+        None: all are trained. `jaxpipe.Params` of bools may stand for it.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
     Raises:
@@ -87,6 +93,8 @@ def from_nnx(
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
     made = isinstance(model, nnx.Module)
+    if trainable is not None:
+        options["trainable"] = trainable if isinstance(trainable, Params) else parts.mask(trainable)
     return pipelined(parts, make, schedule, mesh, made=made, specs=specs, options=options)
 
 
@@ -100,6 +108,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      variables: the parameters' variables by path, for filters.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -108,6 +117,7 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    variables: Any
     stacked: bool = False
 
     @classmethod
@@ -115,8 +125,9 @@ class _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
+        variables = nnx.to_flat_state(nnx.state(model, is_parameter))
         if isinstance(where, nnx.Module):
-            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, variables, stacked=True)
         functions = tuple(map(nnx_function, where))
         check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
@@ -125,7 +136,7 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, random, loss)
+        return cls(function, functions, path, random, loss, variables)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -155,7 +166,7 @@ class _NNXModel:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
         inside = Context.make(0, 0, key, data, num_stages=len(self.functions))
@@ -166,7 +177,7 @@ class _NNXModel:
             for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
                 module._pipeline_block = _Stand(name, function, inside)
-            return self.user_loss(model, data)
+            return call_loss(self.user_loss, model, data, step_inputs=step_inputs)
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 
@@ -192,6 +203,20 @@ class _NNXModel:
         outer, blocks = _take(parameters_of(model), self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
+    def mask(self, trainable: Any) -> Params:
+        """Bools for the parameters as those of a pipeline: what a filter says of each variable."""
+        chosen: dict[Any, Any] = {}
+        keep = nnx.filterlib.to_predicate(trainable)
+        for path, variable in self.variables:
+            node = chosen
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = bool(keep(path, variable))
+        outer, blocks = _take(chosen, self.path)
+        if self.stacked:
+            return Params(blocks, outer)
+        return Params(alike([blocks.get(index, {}) for index in range(len(self.functions))], self.names), outer)
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""
         return self.function.with_random(self._whole(outer, self._joined(blocks)), self.random)
@@ -201,7 +226,7 @@ class _NNXModel:
         return nnx.filter_state(self.function.state_of(self._whole(outer, self._joined(blocks))), nnx.Param)
 
     def _joined(self, blocks: Sequence[Any]) -> Any:
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
+        return stack_rows(blocks) if self.stacked else blocks
 
     def _whole(self, outer: Any, blocks: Any) -> Any:
         return _put(outer, self.path, blocks if self.stacked else dict(enumerate(blocks)))

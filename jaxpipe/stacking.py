@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.layers import layers_of_stages, split_layers
-from jaxpipe.optimizer import is_floating
 from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.trainable import is_floating
 
 
 @dataclasses.dataclass(frozen=True)

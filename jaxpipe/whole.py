@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe import inputs
@@ -46,7 +48,7 @@ class CutModel(Protocol):
     @property
     def stacked(self) -> bool: ...  # noqa: D102
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
     def kind(self, index: int, call: Call) -> Any:
@@ -76,11 +78,13 @@ class PipelinedModel:
       pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
       params: the model's parameters where the step wants them: each stage's on its rank, in storage order.
       shardings: of the parameters, a tree like ``params``.
+      trainable: whether each of them has a gradient, a tree of bools like ``params``; see `jaxpipe.floating_only`.
     """
 
     pipeline: Pipeline
     params: Params
     shardings: Params
+    trainable: Params
     _model: CutModel
 
     @functools.cached_property
@@ -97,9 +101,9 @@ class PipelinedModel:
     def __repr__(self) -> str:
         return f"<jaxpipe.flax.PipelinedModel of {len(self._model.names)} blocks in {self.pipeline!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
-        return self.pipeline(params, batch, rng)
+        return self.pipeline(params, batch, rng, step_inputs)
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
@@ -169,10 +173,12 @@ def pipelined(
         parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
     start = lambda: stack(model, schedule, make())  # noqa: E731
-    found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
+    shapes = jax.eval_shape(start)
+    trainable = pipeline.trainable_mask(shapes)
+    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, model)
+    return PipelinedModel(pipeline, params, shardings, trainable, model)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -185,16 +191,16 @@ class _Parts:
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
-        return self._cut(ctx).embed(outer, _key(ctx), data)
+        return self._cut(ctx).embed(outer, _key(ctx), (data, ctx.step_inputs))
 
     def head(self, outer: Any, x: Any, data: Any, ctx: Context) -> Any:
         """The loss of what the last stage ends with."""
-        return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
+        return as_output(self._cut(ctx).head(outer, x, _key(ctx), (data, ctx.step_inputs)))
 
     def stage(self, params: Any, x: Any, ctx: Context) -> Any:
         """A stage's blocks."""
         cut = self._cut(ctx)
-        arrays = cut.arguments(x, ctx.data)
+        arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
         kind_of = [next(k for k, other in enumerate(kinds) if _equal(kind, other)) for kind in kinds]
         firsts = sorted(set(kind_of))
@@ -224,26 +230,61 @@ class _Parts:
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        leaves, structure = jax.tree.flatten((_key(ctx), ctx.data))
+        leaves, structure = jax.tree.flatten((_key(ctx), (ctx.data, ctx.step_inputs)))
         return self._cut_for(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
     @functools.cached_property
     def _cut_for(self) -> Callable[[Any, Any], Cut]:
         """The loss cut for a key and data of some shapes: embed, stage and head, traced several times, share it."""
 
+        def loss(outer: Any, blocks: Any, key: Any, inputs: Any) -> Any:
+            return self.model.loss(outer, blocks, key, *inputs)
+
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
-            return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
+
+
+def stack_rows(blocks: Sequence[Any]) -> Any:
+    """Parameters or gradients of blocks as rows; of what has no gradient, zeros of dtype float0."""
+
+    def stacked(*leaves: Any) -> Any:
+        return np.stack(leaves) if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
+
+    return jax.tree.map(stacked, *blocks)
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:
     """One of several arrays alike, which are often one."""
     return column[0] if all(other is column[0] for other in column) else jnp.stack(column)[row]
+
+
+def call_loss(loss: Callable[..., Any], *args: Any, step_inputs: Any) -> Any:
+    """What a loss function returns, called with the step's inputs by name where there are any."""
+    if step_inputs is None:
+        return loss(*args)
+    if not takes(loss, *args, step_inputs=step_inputs):
+        raise ValueError(
+            f"step_inputs are given, and the loss function takes {inspect.signature(loss)}: give it a parameter of the "
+            "name step_inputs, or call the step without"
+        )
+    return loss(*args, step_inputs=step_inputs)
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments; True where it does not say."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def as_output(result: Any) -> Output:

@@ -23,6 +23,7 @@ class ForwardStep:
     outer: Any
     batch: Any
     rng: jax.Array | None
+    step_inputs: Any
     num_stages: int
 
     def operation(self, op: Op, part: int) -> Operation:
@@ -30,14 +31,16 @@ class ForwardStep:
         if op is Op.F:
             return self.forward(*self.parts[part])
         if op is Op.EMBED:
-            return embed_operation(self.model, self.outer, self.batch, self.rng)
+            return embed_operation(self.model, self.outer, self.batch, self.rng, self.step_inputs)
         return self.head()
 
     def forward(self, chunk: int, kind: int) -> Operation:
         """X -> y."""
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
+            ctx = make_context(
+                self.batch, self.rng, self.step_inputs, operands[Field.STAGE], operands[Field.MICROBATCH]
+            )
             (y, _), metrics = self.model.run_kind(kind, self.chunks[chunk], x, ctx)
             return y, metrics
 
@@ -54,7 +57,8 @@ class ForwardStep:
         """The last stage's y -> outputs of the microbatch."""
 
         def compute(y: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
+            end, microbatch = self.num_stages, operands[Field.MICROBATCH]
+            ctx = make_context(self.batch, self.rng, self.step_inputs, end, microbatch, end)
             return run_outputs(self.model, self.outer, y, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, outputs: Any) -> Buffers:

@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
@@ -54,11 +55,13 @@ class TrainStep:
       splits: forward, input gradient and weight gradient of each kind of stage.
       pools: how the kinds share slots, of stash, weight stash and crossing.
       parts: the (local chunk, kind) of each part.
-      prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters.
+      prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters and of ``step_inputs``.
       outer: outer parameters in compute dtype.
+      trainable: which parameters have a gradient, a tree of bools.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       shares: each microbatch's share of the mean loss.
       rng: key or None.
+      step_inputs: of `Context`, for embed and head; ``prepared`` holds the stages'.
       num_stages: stages of the model.
     """
 
@@ -68,9 +71,11 @@ class TrainStep:
     parts: tuple[tuple[int, int], ...]
     prepared: tuple[Any, ...]
     outer: Any
+    trainable: Params
     batch: Any
     shares: Shares
     rng: jax.Array | None
+    step_inputs: Any
     num_stages: int
 
     def operation(self, op: Op, part: int) -> Operation:
@@ -80,7 +85,7 @@ class TrainStep:
             Op.B: self.backward,
             Op.I: self.backward_input,
             Op.W: self.backward_weight,
-            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng),
+            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng, self.step_inputs),
             Op.HEAD: self.head,
             Op.EMBED_GRAD: self.embed_grad,
         }
@@ -94,7 +99,7 @@ class TrainStep:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
+            ctx = make_context(self.batch, self.rng, None, operands[Field.STAGE], operands[Field.MICROBATCH])
             return self.splits[kind].forward(self.prepared[part], x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -173,8 +178,10 @@ class TrainStep:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(dx: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, -1, operands[Field.MICROBATCH])
-            diff, rest = partition(self.outer)
+            ctx = make_context(self.batch, self.rng, self.step_inputs, -1, operands[Field.MICROBATCH])
+            diff, rest = partition(self.outer, self.trainable.outer)
+            if not jax.tree.leaves(diff):
+                return diff
 
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
@@ -198,8 +205,9 @@ class TrainStep:
         def compute(y: Any, operands: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
-            outer_diff, outer_rest = partition(self.outer)
+            end, microbatch = self.num_stages, operands[Field.MICROBATCH]
+            ctx = make_context(self.batch, self.rng, self.step_inputs, end, microbatch, end)
+            outer_diff, outer_rest = partition(self.outer, self.trainable.outer)
             y_diff, y_rest = partition(y)
 
             def loss_of(outer_diff: Any, y_diff: Any) -> Any:
@@ -246,18 +254,19 @@ class TrainStep:
 
     def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, operands: jax.Array) -> Buffers:
         totals = list(buffers.grads)
-        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", operands))
+        of_params, _ = grads  # beside those of step_inputs, which are not differentiated
+        totals[chunk] = add(totals[chunk], partition(of_params)[0], self._counts("stage", operands))
         return buffers._replace(grads=tuple(totals))
 
 
-def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
+def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None, step_inputs: Any) -> Operation:
     """A microbatch's input to stage 0."""
 
     def read(buffers: Buffers, operands: jax.Array) -> None:
         return None
 
     def compute(_: Any, operands: jax.Array) -> Any:
-        return model.run_embed(outer, make_context(batch, rng, -1, operands[Field.MICROBATCH]))
+        return model.run_embed(outer, make_context(batch, rng, step_inputs, -1, operands[Field.MICROBATCH]))
 
     def write(buffers: Buffers, operands: jax.Array, x: Any) -> Buffers:
         return buffers._replace(in_flight=put(buffers.in_flight, operands[Field.TARGET], x))
@@ -266,11 +275,12 @@ def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None)
 
 
 def make_context(
-    batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any, num_stages: int | None = None
+    batch: Any, rng: jax.Array | None, step_inputs: Any, stage: Any, microbatch: Any, num_stages: int | None = None
 ) -> Context:
     """A Context with the microbatch's slice of the batch; ``num_stages`` where the stage may be the head's."""
     microbatch = jnp.asarray(microbatch, jnp.int32)
-    return Context.make(stage, microbatch, rng, take(batch, microbatch), num_stages=num_stages)
+    data = take(batch, microbatch)
+    return Context.make(stage, microbatch, rng, data, num_stages=num_stages, step_inputs=step_inputs)
 
 
 def run_branch(
@@ -313,12 +323,13 @@ def run_sequential(
     return tuple(one(index) for index in range(len(branch)))
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
-    """(inexact leaves, other leaves) of a tree, None in the others' places."""
-    inexact = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+def partition(tree: Any, chosen: Any = None) -> tuple[Any, Any]:
+    """(chosen leaves, other leaves) of a tree, None in the others' places; by default inexact leaves are chosen."""
+    if chosen is None:
+        chosen = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
     return (
-        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, inexact),
-        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, inexact),
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen),
     )
 
 
