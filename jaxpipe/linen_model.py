@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, pipelined
@@ -29,6 +29,7 @@ def from_linen(
     blocks: str,
     loss: Callable[..., Any],
     specs: Params | None = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of a Linen model and the loss function that it is trained with.
@@ -46,6 +47,7 @@ def from_linen(
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
         the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
       specs: as for `jaxpipe.value_and_grad`.
+      layer_costs: what each block costs, as for `from_nnx`.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
@@ -79,6 +81,7 @@ def from_linen(
         mesh,
         made=not callable(params),
         specs=specs,
+        layer_costs=layer_costs,
         options=options,
     )
 
@@ -111,7 +114,6 @@ class _LinenModel:
         numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
         if sorted(numbered) == list(range(len(numbered))) and numbered:
             entries = tuple(numbered[index] for index in range(len(numbered)))
-            check_same_structure([where[entry] for entry in entries])
             return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
@@ -135,10 +137,10 @@ class _LinenModel:
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
-        row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
-        row = (
-            jax.tree.map(lambda shape: shape[1:], row, is_leaf=lambda s: isinstance(s, tuple)) if self.stacked else row
-        )
+        shapes = [
+            jax.tree.map(lambda leaf: leaf.shape[1 if self.stacked else 0 :], block)
+            for block in ([self.blocks] if self.stacked else self.blocks)
+        ]
         index_of = {(*self.path, entry): index for index, entry in enumerate(self.entries)}
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -147,7 +149,7 @@ class _LinenModel:
             if context.method_name != "__call__" or index is None:
                 return next_call(*args, **kwargs)
             params = module.variables["params"]
-            if jax.tree.map(lambda leaf: leaf.shape, params) != row:
+            if jax.tree.map(lambda leaf: leaf.shape, params) != shapes[index]:
                 return next_call(*args, **kwargs)  # the scan over all blocks
             others = sorted(set(module.variables) - {"params"})
             if others:

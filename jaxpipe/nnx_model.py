@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, choose, pipelined
@@ -29,6 +29,7 @@ def from_nnx(
     blocks: str,
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of an NNX model and the loss function that it is trained with.
@@ -43,6 +44,8 @@ def from_nnx(
     * Dropout and other random streams of the model are seeded anew for each layer and microbatch from the step's key.
     * A parameter used before and after the blocks (tied embeddings) is one parameter.
     * `jax.checkpoint` or `nnx.remat` round a block's call is kept.
+    * Blocks may be of several classes or configurations, with parameters of their own structures (dense layers, then
+      experts; local and global attention in turn). `layered_stages` says how their parameters are stacked.
 
     Args:
       model: the model; or a function without arguments that makes it, which then runs under `jax.jit` so that each
@@ -54,11 +57,12 @@ def from_nnx(
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
         which are summed over microbatches. It is called for one microbatch.
       specs: as for `jaxpipe.value_and_grad`.
+      layer_costs: what each block costs, to divide them over the stages by; see `split_layers`.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
     Raises:
-      ValueError: there are no such blocks, their parameters differ or are shared, or the model changes state when it
-        is called; when the step is traced, blocks that the loss does not call in a row.
+      ValueError: there are no such blocks, they share parameters, or the model changes state when it is called; when
+        the step is traced, blocks that the loss does not call in a row.
 
     >>> import jaxpipe, optax
     >>> import jax.numpy as jnp
@@ -87,7 +91,7 @@ def from_nnx(
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
     made = isinstance(model, nnx.Module)
-    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, options=options)
+    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, layer_costs=layer_costs, options=options)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -118,7 +122,6 @@ class _NNXModel:
         if isinstance(where, nnx.Module):
             return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
         functions = tuple(map(nnx_function, where))
-        check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
             raise ValueError(

@@ -14,7 +14,8 @@ from jax.sharding import Mesh, NamedSharding
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
-from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
+from jaxpipe.layer_storage import LayerStorage
+from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.params import Params
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Output
@@ -76,6 +77,7 @@ class PipelinedModel:
     params: Params
     shardings: Params
     _model: CutModel
+    _storage: LayerStorage
 
     @property
     def __name__(self) -> str:
@@ -91,18 +93,19 @@ class PipelinedModel:
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
-        rows = unstack_layers(params.stages, len(self._model.names), self.pipeline.program.schedule, "storage")
+        rows = self._storage.unstack(params.stages, self.pipeline.program.schedule, "storage")
         return self._model.put(params.outer, rows)
 
     def split(self, model: Any) -> Params:
         """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
-        return jax.device_put(stack(self._model, self.pipeline.program.schedule, model), self.shardings)
+        stacked = stack(self._model, self._storage, self.pipeline.program.schedule, model)
+        return jax.device_put(stacked, self.shardings)
 
 
-def stack(model: CutModel, schedule: Schedule, params: Any) -> Params:
+def stack(model: CutModel, storage: LayerStorage, schedule: Schedule, params: Any) -> Params:
     """The stacked parameters of a model, in storage order."""
     outer, blocks = model.take(params)
-    return Params(stack_layers(blocks, schedule, "storage")[0], outer)
+    return Params(storage.stack(blocks, schedule, "storage"), outer)
 
 
 def pipelined(
@@ -113,6 +116,7 @@ def pipelined(
     *,
     made: bool,
     specs: Params | None,
+    layer_costs: Sequence[float] | None,
     options: Mapping[str, Any],
 ) -> PipelinedModel:
     """A model as a pipeline.
@@ -122,17 +126,19 @@ def pipelined(
       make: gives the user's model, from which `CutModel.take` takes the parameters.
       schedule, mesh: as for `jaxpipe.value_and_grad`.
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
+      layer_costs: what each block costs, to divide them over stages by.
       specs, options: for `jaxpipe.value_and_grad`.
     """
-    parts = _Parts(model, schedule, options.get("compute_dtype"))
+    storage = store_layers(model.blocks, schedule, layer_costs)
+    parts = _Parts(model, storage, options.get("compute_dtype"))
     pipeline = value_and_grad(
         parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
-    start = lambda: stack(model, schedule, make())  # noqa: E731
+    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
     found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, model)
+    return PipelinedModel(pipeline, params, shardings, model, storage)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -140,7 +146,7 @@ class _Parts:
     """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
 
     model: CutModel
-    schedule: Schedule
+    storage: LayerStorage
     dtype: Any
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
@@ -160,7 +166,7 @@ class _Parts:
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
-        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.schedule)(params, x, ctx)
+        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.storage)(params, x, ctx)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""
@@ -180,7 +186,9 @@ class _Parts:
         y, others = split_result(run(params, inner, given, row), inner)
         if cut.simple:
             return y
-        rows = (stacked.at[ctx.layer].set(value) for stacked, value in zip(x.others, others, strict=True))
+        rows = list(x.others)
+        for column, value in zip(cut.columns[members[0]], others, strict=True):
+            rows[column] = rows[column].at[ctx.layer].set(value)
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
