@@ -10,6 +10,7 @@ import jax
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
@@ -24,8 +25,9 @@ def split_stage(
 
     The backward pass that JAX derives is traced; the equations that the input's cotangent needs are one half, the
     rest is the other. No annotation is needed: jit, custom derivative rules and `jax.checkpoint` are inlined (what is
-    recomputed is recomputed once), scans are divided into two loops. ``stage`` may use collectives over mesh axes if
-    this is called where they are bound, inside `jax.shard_map`.
+    recomputed is recomputed once), scans are divided into two loops, and conditionals (`jax.lax.cond`,
+    `jax.lax.switch`) into two with the same index. ``stage`` may use collectives over mesh axes if this is called where
+    they are bound, inside `jax.shard_map`.
 
     The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
     again where their results are read, so a minimum cut (`jaxpipe.stage.residuals`) decides which values to keep. With
@@ -158,6 +160,7 @@ def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
     nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
+    nodes = read_known(nodes, forward.rest, forward.known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     assert len(outputs) == traced.num_params + traced.num_x
     return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :])
