@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxpipe.stage.graph import Branch, Cond, Node, Value
@@ -43,13 +43,13 @@ def share(values: Sequence[Sequence[Value]]) -> list[Shared]:
     ]
 
 
-def operands_of_branches(entering: Sequence[Iterable[tuple[Value, Value]]]) -> list[Shared]:
+def operands_of_branches(pairs: Sequence[Iterable[tuple[Value, Value]]]) -> list[Shared]:
     """Operands from which each branch has its values, of (outside, inside) pairs."""
     rows: dict[tuple[Value, int], list[Value | None]] = {}
-    for branch, pairs in enumerate(entering):
+    for branch, each in enumerate(pairs):
         counts: collections.Counter[Value] = collections.Counter()
-        for outer, inner in pairs:  # a branch may have one from outside by several names
-            rows.setdefault((outer, counts[outer]), [None] * len(entering))[branch] = inner
+        for outer, inner in each:  # a branch may have one from outside by several names
+            rows.setdefault((outer, counts[outer]), [None] * len(pairs))[branch] = inner
             counts[outer] += 1
     return [Shared(outer, tuple(inner)) for (outer, _), inner in rows.items()]
 
@@ -95,6 +95,66 @@ def restricted(
     )
 
 
+def entering(cond: Cond, branch: Branch) -> list[tuple[Value, Value]]:
+    """(outside, inside) of what a branch reads."""
+    pairs = zip(cond.operands, branch.inputs, strict=True)
+    return [(outer, inner) for outer, inner in pairs if inner is not None]
+
+
+def with_entering(cond: Cond, branches: Sequence[Branch], pairs: Sequence[Iterable[tuple[Value, Value]]]) -> Cond:
+    """The conditional with other branches, each of which reads what these (outside, inside) pairs name."""
+    shared = operands_of_branches(pairs)
+    rows = zip(*(each.inner for each in shared), strict=True) if shared else ((),) * len(branches)
+    return dataclasses.replace(
+        cond,
+        operands=tuple(each.outer for each in shared),
+        branches=tuple(branch._replace(inputs=tuple(row)) for branch, row in zip(branches, rows, strict=True)),
+    )
+
+
+def merge_recomputed(nodes: Sequence[Node], results: Collection[Value]) -> list[Node]:
+    """Nodes in which a conditional whose results only one other with the same index reads is part of that one.
+
+    `jax.checkpoint` computes a conditional again for its derivative. Together they are divided branch by branch: what
+    one branch reads in the first half, another may read in the second.
+
+    Args:
+      nodes: whose conditionals read each other's values, as `jaxpipe.stage.known.read_known` leaves them.
+      results: what is read of the nodes besides.
+    """
+    readers: dict[Value, list[Node]] = collections.defaultdict(list)
+    for node in nodes:
+        for value in dict.fromkeys(node.ins):
+            readers[value].append(node)
+    merged: dict[Node, Cond] = {}
+    gone: set[Node] = set()
+    for node in nodes:
+        if node.cond is None:
+            continue
+        values = [value for value in node.outs if not value.effect]
+        found = dict.fromkeys(reader for value in values for reader in readers[value])
+        only = next(iter(found)) if len(found) == 1 and not results & set(values) else None
+        if only is not None and only.cond is not None and only.cond.index is node.cond.index:
+            merged[only] = _joined(merged.get(node, node.cond), merged.get(only, only.cond))
+            gone.add(node)
+    return [merged[node].node() if node in merged else node for node in nodes if node not in gone]
+
+
+def _joined(one: Cond, two: Cond) -> Cond:
+    """Both in one, with the effects of the first."""
+    effects = [place for place, result in enumerate(one.results) if result.effect]
+    branches, pairs = [], []
+    for first, second in zip(one.branches, two.branches, strict=True):
+        made = {value for node in first.nodes for value in node.outs}
+        own = dict((inner, outer) for outer, inner in entering(one, first))
+        more = {inner: outer for outer, inner in entering(two, second) if inner not in made and inner not in own}
+        outputs = (*second.outputs, *(first.outputs[place] for place in effects))
+        branches.append(Branch((*first.nodes, *second.nodes), (), outputs))
+        pairs.append([(outer, inner) for inner, outer in (own | more).items()])
+    results = (*two.results, *(one.results[place] for place in effects))
+    return with_entering(dataclasses.replace(two, results=results), branches, pairs)
+
+
 def hoisted_of_branches(
     cond: Cond, parts: Sequence[tuple[Mapping[Value, Value], Sequence[Node], Branch, set[Value]]]
 ) -> tuple[list[Node], Node]:
@@ -109,7 +169,7 @@ def hoisted_of_branches(
     """
     moved: list[Node] = []
     done: dict[Any, Node] = {}
-    entering: list[list[tuple[Value, Value]]] = []
+    pairs: list[list[tuple[Value, Value]]] = []
     for inputs, nodes, _, wanted in parts:
         outside = dict(inputs)
         for node in nodes:
@@ -120,6 +180,6 @@ def hoisted_of_branches(
                 done[key] = fresh
                 moved.append(fresh)
             outside.update(zip(node.outs, done[key].outs, strict=True))
-        entering.append([(outside[out], out) for node in nodes for out in node.outs if out in wanted])
+        pairs.append([(outside[out], out) for node in nodes for out in node.outs if out in wanted])
     left = [branch.nodes for _, _, branch, _ in parts]
-    return moved, restricted(cond, left, set(cond.results), given=operands_of_branches(entering)).node()
+    return moved, restricted(cond, left, set(cond.results), given=operands_of_branches(pairs)).node()

@@ -10,19 +10,22 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterable, Mapping, Sequence
 
-from jaxpipe.stage.branches import operands_of_branches
+from jaxpipe.stage.branches import entering, merge_recomputed, with_entering
 from jaxpipe.stage.divide import closure, light_results
 from jaxpipe.stage.graph import Branch, Cond, Node, Scan, Value, producers
 from jaxpipe.stage.rewrite import substitute
 
 
-def read_known(nodes: Sequence[Node], forward: Sequence[Node], known: Iterable[Value]) -> list[Node]:
+def read_known(
+    nodes: Sequence[Node], forward: Sequence[Node], known: Iterable[Value], results: Collection[Value]
+) -> list[Node]:
     """Nodes whose conditionals, in loops, too, read known values and not what conditionals before them pass on of them.
 
     Args:
       nodes: of a backward pass that reads the forward's values; those without conditionals stay as they are.
       forward: the nodes of the forward.
       known: values that cost nothing to read.
+      results: what is read of the nodes besides.
     """
     known = light_results((*forward, *nodes), known)
     made = producers(forward)
@@ -34,7 +37,7 @@ def read_known(nodes: Sequence[Node], forward: Sequence[Node], known: Iterable[V
             node = _read_in_body(node.scan, made, known)
         rebuilt.append(node)
         made.update((value, node) for value in node.outs)
-    return rebuilt
+    return merge_recomputed(rebuilt, results)
 
 
 def _read_in_branches(cond: Cond, made: dict[Value, Node], known: Collection[Value]) -> Node:
@@ -42,30 +45,25 @@ def _read_in_branches(cond: Cond, made: dict[Value, Node], known: Collection[Val
     makers = (made[operand].cond for operand in cond.operands if operand in made)
     earlier = [maker for maker in dict.fromkeys(makers) if maker is not None and maker.index is cond.index]
     branches: list[Branch] = []
-    entering: list[list[tuple[Value, Value]]] = []
+    pairs: list[list[tuple[Value, Value]]] = []
     for place, branch in enumerate(cond.branches):
         alias: dict[Value, Value] = {}
         given: dict[Value, Value] = {}
         for maker in earlier:
             there = maker.branches[place]
             names = dict(zip((*maker.operands, *maker.results), (*there.inputs, *there.outputs), strict=True))
-            alias |= {inner: names[outer] for outer, inner in _pairs(cond, branch) if names.get(outer) is not None}
-            given |= {inner: outer for outer, inner in _pairs(maker, there) if outer in known}
-        sources = {alias.get(inner, inner): outer for outer, inner in _pairs(cond, branch)}
+            alias |= {inner: names[outer] for outer, inner in entering(cond, branch) if names.get(outer) is not None}
+            given |= {inner: outer for outer, inner in entering(maker, there) if outer in known}
+        sources = {alias.get(inner, inner): outer for outer, inner in entering(cond, branch)}
         given |= {inner: outer for inner, outer in sources.items() if outer in known}
         forward = [node for maker in earlier for node in maker.branches[place].nodes]
         outputs = tuple(None if value is None else alias.get(value, value) for value in branch.outputs)
-        rebuilt = Branch(_rebuild(branch.nodes, alias, forward, given, outputs), (), outputs)
+        results = [value for value in outputs if value is not None]
+        rebuilt = Branch(_rebuild(branch.nodes, alias, forward, given, results), (), outputs)
         reads = rebuilt.reads()
         branches.append(rebuilt)
-        entering.append([(outer, inner) for inner, outer in (sources | given).items() if inner in reads])
-    shared = operands_of_branches(entering)
-    inputs = zip(*(each.inner for each in shared), strict=True) if shared else ((),) * len(branches)
-    return dataclasses.replace(
-        cond,
-        operands=tuple(each.outer for each in shared),
-        branches=tuple(branch._replace(inputs=row) for branch, row in zip(branches, inputs, strict=True)),
-    ).node()
+        pairs.append([(outer, inner) for inner, outer in (sources | given).items() if inner in reads])
+    return with_entering(cond, branches, pairs).node()
 
 
 def _read_in_body(scan: Scan, made: dict[Value, Node], known: Collection[Value]) -> Node:
@@ -108,22 +106,16 @@ def _rebuild(
     alias: Mapping[Value, Value],
     forward: Sequence[Node],
     given: Mapping[Value, Value],
-    results: Iterable[Value | None],
+    results: Collection[Value],
 ) -> tuple[Node, ...]:
     """The nodes of a body or branch in the values of the forward's, after those that make known ones again."""
-    inner = read_known([substitute(node, alias) for node in nodes], forward, given)
+    inner = read_known([substitute(node, alias) for node in nodes], forward, given, set(results))
     made, known = producers(inner), light_results(forward, given)
     reads = dict.fromkeys((*(value for node in inner for value in node.ins), *results))
     missing = [value for value in reads if value in known and value not in made]
     again = closure(missing, forward, given)
     assert again is not None
     return (*again, *inner)
-
-
-def _pairs(cond: Cond, branch: Branch) -> list[tuple[Value, Value]]:
-    """(outside, inside) of what a branch reads."""
-    pairs = zip(cond.operands, branch.inputs, strict=True)
-    return [(outer, inner) for outer, inner in pairs if inner is not None]
 
 
 def _has_cond(nodes: Iterable[Node]) -> bool:

@@ -160,8 +160,8 @@ def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
     nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
-    nodes = read_known(nodes, forward.rest, forward.known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
+    nodes = read_known(nodes, forward.rest, forward.known, set(outputs))
     assert len(outputs) == traced.num_params + traced.num_x
     return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :])
 
