@@ -77,7 +77,8 @@ class Activations(NamedTuple):
     Attributes:
       x: the blocks' activations.
       arguments: arrays that blocks are called with and that take parameters or random numbers to make.
-      others: of each thing that blocks return besides x, a row for each block; zeros until the block has run.
+      others: of each thing that blocks return besides x, a row for each block; zeros until the block has run, and where
+        it returns no such thing.
     """
 
     x: Any
@@ -142,6 +143,10 @@ class Cut:
       names: of the blocks, for messages.
       stacked: see ``blocks``.
 
+    Attributes:
+      blocks: their calls, in order.
+      columns: for each block where that stands in `Activations.others` which it returns besides x.
+
     Raises:
       ValueError: blocks that are not called once each and in order, or whose activations or arguments other code
         changes on the way.
@@ -169,8 +174,9 @@ class Cut:
         self.blocks = _in_order(program.blocks(), rows, names)
         self._check_chain(names)
         self._made, self._carried = self._classify(names)
-        self._others = tuple(zip(*(block.others for block in self.blocks), strict=True))
-        known = {*self._outer, *self._key, *self._data, *self.blocks[-1].y, *(v for row in self._others for v in row)}
+        self.columns, self._others = _columns(self.blocks)
+        others = (value for column in self._others for value in column if value is not None)
+        known = {*self._outer, *self._key, *self._data, *self.blocks[-1].y, *others}
         missing = self._needed(self._outputs, known)[1]
         if missing:
             raise ValueError(
@@ -190,15 +196,16 @@ class Cut:
         x = jax.tree.unflatten(self.blocks[0].call.x, found[:count])
         if self.simple:
             return x
-        shapes = [((len(self.blocks), *row[0].aval.shape), row[0].aval.dtype) for row in self._others]
+        avals = [next(value.aval for value in column if value is not None) for column in self._others]
+        shapes = [((len(self.blocks), *aval.shape), aval.dtype) for aval in avals]
         return Activations(x, tuple(found[count:]), tuple(jnp.zeros(*shape) for shape in shapes))
 
     def head(self, outer: Any, activations: Any, key: Any, data: Any) -> Any:
         """What the loss returns, of what the last stage ends with."""
         x, others = (activations, ()) if self.simple else (activations.x, activations.others)
         known: dict[Value, Any] = dict(zip(self.blocks[-1].y, jax.tree.leaves(x), strict=True))
-        for row, stacked in zip(self._others, others, strict=True):
-            known.update((value, stacked[index]) for index, value in enumerate(row))
+        for column, stacked in zip(self._others, others, strict=True):
+            known.update((value, stacked[index]) for index, value in enumerate(column) if value is not None)
         found = self._evaluate(self._outputs, outer, key, data, known)
         return jax.tree.unflatten(jax.tree.structure(self._result), found)
 
@@ -353,6 +360,20 @@ def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: 
             "the parameters that it has in the model"
         )
     return tuple(found)
+
+
+def _columns(
+    blocks: Sequence[Block],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[Value | None, ...], ...]]:
+    """(for each block the columns of what it returns besides x; for each column the value of each block, or None).
+
+    Values at one place, of one shape and dtype, are one column.
+    """
+    keys = [[(place, v.aval.shape, v.aval.dtype) for place, v in enumerate(block.others)] for block in blocks]
+    every = list(dict.fromkeys(key for row in keys for key in row))
+    rows = [dict(zip(row, block.others, strict=True)) for row, block in zip(keys, blocks, strict=True)]
+    columns = tuple(tuple(every.index(key) for key in row) for row in keys)
+    return columns, tuple(tuple(row.get(key) for row in rows) for key in every)
 
 
 def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:

@@ -13,10 +13,10 @@ from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.trainable import alike, choose
+from jaxpipe.trainable import choose
 from jaxpipe.whole import PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
@@ -29,6 +29,7 @@ def from_linen(
     loss: Callable[..., Any],
     specs: Params | None = None,
     trainable: Any = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of a Linen model and the loss function that it is trained with.
@@ -50,6 +51,7 @@ def from_linen(
       trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
         ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
         "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
+      layer_costs: what each block costs, as for `from_nnx`.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
@@ -77,9 +79,7 @@ def from_linen(
     shapes = jax.eval_shape(make)
     model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
     if trainable is not None and not isinstance(trainable, Params):
-        options["trainable"] = model.mask(choose(trainable, model.shapes))
-    elif trainable is not None:
-        options["trainable"] = trainable
+        trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -87,6 +87,8 @@ def from_linen(
         mesh,
         made=not callable(params),
         specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
         options=options,
     )
 
@@ -119,7 +121,6 @@ class _LinenModel:
         numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
         if sorted(numbered) == list(range(len(numbered))) and numbered:
             entries = tuple(numbered[index] for index in range(len(numbered)))
-            check_same_structure([where[entry] for entry in entries])
             return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
@@ -143,10 +144,10 @@ class _LinenModel:
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
-        row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
-        row = (
-            jax.tree.map(lambda shape: shape[1:], row, is_leaf=lambda s: isinstance(s, tuple)) if self.stacked else row
-        )
+        shapes = [
+            jax.tree.map(lambda leaf: leaf.shape[1 if self.stacked else 0 :], block)
+            for block in ([self.blocks] if self.stacked else self.blocks)
+        ]
         index_of = {(*self.path, entry): index for index, entry in enumerate(self.entries)}
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -155,7 +156,7 @@ class _LinenModel:
             if context.method_name != "__call__" or index is None:
                 return next_call(*args, **kwargs)
             params = module.variables["params"]
-            if jax.tree.map(lambda leaf: leaf.shape, params) != row:
+            if jax.tree.map(lambda leaf: leaf.shape, params) != shapes[index]:
                 return next_call(*args, **kwargs)  # the scan over all blocks
             others = sorted(set(module.variables) - {"params"})
             if others:
@@ -191,11 +192,6 @@ class _LinenModel:
         blocks = [where[entry] for entry in self.entries]
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
-
-    def mask(self, chosen: Any) -> Params:
-        """Bools for the parameters as those of a pipeline."""
-        outer, blocks = self.take(chosen)
-        return Params(blocks if self.stacked else alike(blocks, self.names), outer)
 
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""

@@ -14,10 +14,9 @@ from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.trainable import alike
 from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
@@ -30,6 +29,7 @@ def from_nnx(
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
     trainable: Any = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of an NNX model and the loss function that it is trained with.
@@ -44,6 +44,8 @@ def from_nnx(
     * Dropout and other random streams of the model are seeded anew for each layer and microbatch from the step's key.
     * A parameter used before and after the blocks (tied embeddings) is one parameter.
     * `jax.checkpoint` or `nnx.remat` round a block's call is kept.
+    * Blocks may be of several classes or configurations, with parameters of their own structures (dense layers, then
+      experts; local and global attention in turn). `layered_stages` says how their parameters are stacked.
 
     Args:
       model: the model; or a function without arguments that makes it, which then runs under `jax.jit` so that each
@@ -60,11 +62,12 @@ def from_nnx(
         ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
         tuple, `nnx.Not`. The others are frozen, as `jaxpipe.value_and_grad` says. It must say the same of all blocks.
         None: all are trained. `jaxpipe.Params` of bools may stand for it.
+      layer_costs: what each block costs, to divide them over the stages by; see `split_layers`.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
     Raises:
-      ValueError: there are no such blocks, their parameters differ or are shared, or the model changes state when it
-        is called; when the step is traced, blocks that the loss does not call in a row.
+      ValueError: there are no such blocks, they share parameters, or the model changes state when it is called; when
+        the step is traced, blocks that the loss does not call in a row.
 
     >>> import jaxpipe, optax
     >>> import jax.numpy as jnp
@@ -93,9 +96,19 @@ def from_nnx(
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
     made = isinstance(model, nnx.Module)
-    if trainable is not None:
-        options["trainable"] = trainable if isinstance(trainable, Params) else parts.mask(trainable)
-    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, options=options)
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = parts.mask(trainable)
+    return pipelined(
+        parts,
+        make,
+        schedule,
+        mesh,
+        made=made,
+        specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
+        options=options,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -129,7 +142,6 @@ class _NNXModel:
         if isinstance(where, nnx.Module):
             return cls(function, _rows_of(where, ".".join(path)), path, random, loss, variables, stacked=True)
         functions = tuple(map(nnx_function, where))
-        check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
             raise ValueError(
@@ -203,8 +215,8 @@ class _NNXModel:
         outer, blocks = _take(parameters_of(model), self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
-    def mask(self, trainable: Any) -> Params:
-        """Bools for the parameters as those of a pipeline: what a filter says of each variable."""
+    def mask(self, trainable: Any) -> tuple[Any, Any]:
+        """Bools for (outer, blocks): what a filter says of each variable."""
         chosen: dict[Any, Any] = {}
         keep = nnx.filterlib.to_predicate(trainable)
         for path, variable in self.variables:
@@ -213,9 +225,7 @@ class _NNXModel:
                 node = node.setdefault(part, {})
             node[path[-1]] = bool(keep(path, variable))
         outer, blocks = _take(chosen, self.path)
-        if self.stacked:
-            return Params(blocks, outer)
-        return Params(alike([blocks.get(index, {}) for index in range(len(self.functions))], self.names), outer)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""

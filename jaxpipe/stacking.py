@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.layers import layers_of_stages, split_layers
+from jaxpipe.layer_split import split_layers
+from jaxpipe.layers import layers_of_stages
 from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.schedule.schedule import Schedule

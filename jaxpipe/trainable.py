@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -82,25 +82,6 @@ def choose(trainable: Any, params: Any) -> Any:
             f"trainable has structure {jax.tree.structure(trainable)}, the parameters {jax.tree.structure(params)}: a "
             f"mask is a tree like the parameters, or a prefix of it, with bools ({error})"
         ) from error
-
-
-def alike(masks: Sequence[Any], names: Sequence[str]) -> Any:
-    """The mask of every one of several blocks, whose parameters are rows of the same arrays.
-
-    Raises:
-      ValueError: the blocks' masks differ.
-    """
-    for name, mask in zip(names, masks, strict=True):
-        pairs = zip(jax.tree_util.tree_leaves_with_path(masks[0]), jax.tree.leaves(mask), strict=True)
-        for (path, first), other in pairs:
-            if first != other:
-                trained, frozen = (names[0], name) if first else (name, names[0])
-                raise ValueError(
-                    f"trainable trains {jax.tree_util.keystr(path)} of {trained} and freezes that of {frozen}, but one "
-                    "array holds both: train or freeze it in all blocks, and to hold some of them give the optimizer "
-                    "updates of zero there"
-                )
-    return masks[0]
 
 
 def _ask(function: Callable[[str, Any], bool], path: str, leaf: Any) -> bool:

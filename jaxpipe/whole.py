@@ -17,7 +17,8 @@ from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layer_optimizers import map_params
-from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
+from jaxpipe.layer_storage import LayerStorage
+from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
@@ -86,6 +87,7 @@ class PipelinedModel:
     shardings: Params
     trainable: Params
     _model: CutModel
+    _storage: LayerStorage
 
     @functools.cached_property
     def stacking(self) -> Stacking:
@@ -111,7 +113,8 @@ class PipelinedModel:
 
     def split(self, model: Any) -> Params:
         """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
-        return jax.device_put(stack(self._model, self.pipeline.program.schedule, model), self.shardings)
+        stacked = stack(self._model, self._storage, self.pipeline.program.schedule, model)
+        return jax.device_put(stacked, self.shardings)
 
     def merge_state(self, state: Any) -> Any:
         """An optimizer's state of the plain model, of one of the pipelined parameters.
@@ -140,13 +143,13 @@ class PipelinedModel:
         return restore(read, like, source, self.stacking, mesh, axis=self.pipeline.axes.pipeline)
 
     def _rows(self, params: Params) -> list[Any]:
-        return unstack_layers(params.stages, len(self._model.names), self.pipeline.program.schedule, "storage")
+        return self._storage.unstack(params.stages, self.pipeline.program.schedule, "storage")
 
 
-def stack(model: CutModel, schedule: Schedule, params: Any) -> Params:
+def stack(model: CutModel, storage: LayerStorage, schedule: Schedule, params: Any) -> Params:
     """The stacked parameters of a model, in storage order."""
     outer, blocks = model.take(params)
-    return Params(stack_layers(blocks, schedule, "storage")[0], outer)
+    return Params(storage.stack(blocks, schedule, "storage"), outer)
 
 
 def pipelined(
@@ -157,6 +160,8 @@ def pipelined(
     *,
     made: bool,
     specs: Params | None,
+    trainable: Params | tuple[Any, Any] | None,
+    layer_costs: Sequence[float] | None,
     options: Mapping[str, Any],
 ) -> PipelinedModel:
     """A model as a pipeline.
@@ -166,19 +171,53 @@ def pipelined(
       make: gives the user's model, from which `CutModel.take` takes the parameters.
       schedule, mesh: as for `jaxpipe.value_and_grad`.
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
+      trainable: as for `jaxpipe.value_and_grad`, or bools for (outer, blocks) as `CutModel.take` gives them.
+      layer_costs: what each block costs, to divide them over stages by.
       specs, options: for `jaxpipe.value_and_grad`.
     """
-    parts = _Parts(model, schedule, options.get("compute_dtype"))
+    storage = store_layers(model.blocks, schedule, layer_costs)
+    parts = _Parts(model, storage, options.get("compute_dtype"))
+    if trainable is not None and not isinstance(trainable, Params):
+        outer, blocks = trainable
+        trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
     pipeline = value_and_grad(
-        parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
+        parts.stage,
+        schedule,
+        mesh,
+        embed=parts.embed,
+        head=parts.head,
+        specs=specs,
+        order="storage",
+        trainable=trainable,
+        **options,
     )
-    start = lambda: stack(model, schedule, make())  # noqa: E731
+    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
     shapes = jax.eval_shape(start)
-    trainable = pipeline.trainable_mask(shapes)
+    mask = pipeline.trainable_mask(shapes)
     found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, trainable, model)
+    return PipelinedModel(pipeline, params, shardings, mask, model, storage)
+
+
+def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) -> Any:
+    """The mask of stacked parameters, of one for each block.
+
+    Raises:
+      ValueError: blocks whose parameters are rows of one array have different masks.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    for name, kind, mask in zip(names, storage.kind_of, masks, strict=True):
+        for place, (path, choice) in zip(storage.places[kind], jax.tree_util.tree_leaves_with_path(mask), strict=True):
+            first, other = found.setdefault(place, (name, choice))
+            if choice != other:
+                trained, frozen = (first, name) if other else (name, first)
+                raise ValueError(
+                    f"trainable trains {jax.tree_util.keystr(path)} of {trained} and freezes that of {frozen}, but one "
+                    "array holds both: train or freeze it in all blocks, and to hold some of them give the optimizer "
+                    "updates of zero there"
+                )
+    return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -186,7 +225,7 @@ class _Parts:
     """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
 
     model: CutModel
-    schedule: Schedule
+    storage: LayerStorage
     dtype: Any
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
@@ -206,7 +245,7 @@ class _Parts:
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
-        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.schedule)(params, x, ctx)
+        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.storage)(params, x, ctx)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""
@@ -226,7 +265,9 @@ class _Parts:
         y, others = split_result(run(params, inner, given, row), inner)
         if cut.simple:
             return y
-        rows = (stacked.at[ctx.layer].set(value) for stacked, value in zip(x.others, others, strict=True))
+        rows = list(x.others)
+        for column, value in zip(cut.columns[members[0]], others, strict=True):
+            rows[column] = rows[column].at[ctx.layer].set(value)
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
