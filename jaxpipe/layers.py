@@ -198,7 +198,7 @@ class Choice:
     """Functions of layers, of which each layer has one.
 
     Functions that compute the same (jaxprs of value and gradient compared) are one. Where several are left, a
-    `jax.lax.switch` chooses by ``ctx.layer``; as a conditional it is not divided into input and weight gradients.
+    `jax.lax.switch` chooses by ``ctx.layer``; it is divided into input and weight gradients branch by branch.
 
     Args:
       functions: each is ``(params, x, ctx) -> y or Output``.

@@ -175,7 +175,8 @@ def test_each_branch_has_the_plain_gradients(x64, name):
         x_ct, crossing = split.backward_input(prepared, residuals, out_ct)
         halves = split.backward_weight(prepared, residuals.weight, crossing), x_ct
         expected, vjp = jax.vjp(lambda p, x: stage(p, x, *args), params, x)
-        return (out, halves, split.backward(prepared, residuals, out_ct)), (expected, *(vjp(plain_cotangent(out_ct)),) * 2)
+        whole, expected_cts = split.backward(prepared, residuals, out_ct), vjp(plain_cotangent(out_ct))
+        return (out, halves, whole), (expected, expected_cts, expected_cts)
 
     for index in range(KINDS):
         found, expected = run(jnp.int32(index))
@@ -213,7 +214,9 @@ def looped_widths_stage(p, x, index):
     return lax.scan(lambda x, p: (widths_stage(p, x, index), None), x, p)[0]
 
 
-@pytest.mark.parametrize("stage, lead", [(widths_stage, ()), (looped_widths_stage, (LAYERS,))], ids=["once", "in a loop"])
+@pytest.mark.parametrize(
+    "stage, lead", [(widths_stage, ()), (looped_widths_stage, (LAYERS,))], ids=["once", "in a loop"]
+)
 def test_the_stash_is_that_of_the_largest_branch(x64, stage, lead):
     """Not the sum of all: what branches keep and hand over shares places."""
     split = split_stage(stage, zoo.normal(*lead, WIDTH, WIDTH), zoo.normal(ROWS, WIDTH), jnp.int32(0))
@@ -245,7 +248,6 @@ def test_no_branch_keeps_parameters(x64, name):
 def test_casts_in_branches_are_made_once_a_step(lead):
     """One narrow copy of each parameter for all branches, made by `SplitStage.prepare`; gradients are still right."""
 
-
     def layer(kind, p, x):
         return kind(jax.tree.map(lambda leaf: leaf.astype(x.dtype), p), x)
 
@@ -268,7 +270,9 @@ def test_casts_in_branches_are_made_once_a_step(lead):
     assert {leaf.dtype.name for leaf in prepared} == {"bfloat16"}
     assert {leaf.shape for leaf in jax.tree.leaves((residuals, crossing))}.isdisjoint(matrices)
     found = split.backward(prepared, residuals, out_ct)
-    assert_trees_close(found, jax.vjp(lambda p, x: chosen(p, x, jnp.int32(1)), params, x)[1](out_ct), rtol=5e-2, atol=5e-2)
+    assert_trees_close(
+        found, jax.vjp(lambda p, x: chosen(p, x, jnp.int32(1)), params, x)[1](out_ct), rtol=5e-2, atol=5e-2
+    )
 
 
 def test_side_effects_of_the_branch_that_runs(capsys):
@@ -312,9 +316,7 @@ def test_collectives_in_branches(x64):
         found = split.backward_weight(prepared, residuals.weight, crossing), x_ct
         return found, jax.vjp(lambda p, x: stage(p, x, index), p, x)[1](out)
 
-    run = jax.jit(
-        jax.shard_map(both, mesh=mesh, in_specs=(P(), P("ep"), P()), out_specs=P("ep"), check_vma=False)
-    )
+    run = jax.jit(jax.shard_map(both, mesh=mesh, in_specs=(P(), P("ep"), P()), out_specs=P("ep"), check_vma=False))
     for index in range(3):
         found, expected = run(params_of(), zoo.normal(4 * ROWS, WIDTH), jnp.int32(index))
         assert_trees_close(found, expected, rtol=1e-10)
