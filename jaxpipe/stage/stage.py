@@ -36,8 +36,8 @@ class SplitStage:
       aux: those of its auxiliary output; None without one.
       residuals: those of what `forward` keeps.
       crossing: those of what `backward_input` hands to `backward_weight`.
-      opaque: names of primitives (cond, while, shard_map, ...) that make weight gradients inside the input half,
-        because they are not divided.
+      opaque: names of primitives (shard_map, while, cond of `jax.lax.platform_dependent`, ...) that make weight
+        gradients inside the input half, because they are not divided.
     """
 
     out: Any
