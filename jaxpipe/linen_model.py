@@ -192,6 +192,14 @@ class _LinenModel:
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
 
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _LinenModel:
+        """The same with another loss."""
+        if model is not None:
+            raise ValueError(
+                "a Linen model is what the loss calls: pass loss=, a function that calls the module for evaluation"
+            )
+        return dataclasses.replace(self, user_loss=loss or self.user_loss)
+
     def mask(self, chosen: Any) -> Params:
         """Bools for the parameters as those of a pipeline."""
         outer, blocks = self.take(chosen)
