@@ -55,7 +55,8 @@ def from_linen(
     Raises:
       ValueError: as `from_nnx`.
 
-    >>> import jaxpipe, optax
+    >>> import jaxpipe
+    >>> import jax.numpy as jnp
     >>> class Model(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, tokens):
