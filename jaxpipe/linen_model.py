@@ -57,7 +57,8 @@ def from_linen(
     Raises:
       ValueError: as `from_nnx`.
 
-    >>> import jaxpipe, optax
+    >>> import jaxpipe
+    >>> import jax.numpy as jnp
     >>> class Model(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, tokens):
@@ -192,6 +193,14 @@ class _LinenModel:
         blocks = [where[entry] for entry in self.entries]
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
+
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _LinenModel:
+        """The same with another loss."""
+        if model is not None:
+            raise ValueError(
+                "a Linen model is what the loss calls: pass loss=, a function that calls the module for evaluation"
+            )
+        return dataclasses.replace(self, user_loss=loss or self.user_loss)
 
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""

@@ -22,7 +22,7 @@ from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
-from jaxpipe.runtime.model import Context, Output
+from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stacking import Stacking
 
@@ -59,6 +59,10 @@ class CutModel(Protocol):
         self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
+
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> CutModel:
+        """The same with another model, or with another loss; None: as it is."""
+        ...
 
     def take(self, model: Any, /) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
@@ -106,6 +110,30 @@ class PipelinedModel:
     def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
         return self.pipeline(params, batch, rng, step_inputs)
+
+    def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
+        """(loss, aux) without gradients, of the model and loss that are trained; see `evaluation`."""
+        return self.pipeline.evaluate(params, batch, rng, step_inputs)
+
+    def evaluation(self, model: Any = None, *, loss: Callable[..., Any] | None = None) -> Pipeline:
+        """The loss and metrics alone: ``(params, batch, rng=None, step_inputs=None) -> (loss, aux)``.
+
+        It runs on the same mesh with ``params`` as the step has them, so that a run needs no second copy of them. Make
+        and jit it once, before the loop.
+
+        Args:
+          model: an NNX model that differs from the trained one in more than its parameters, such as one in ``eval()``,
+            whose dropout is off; or a function that makes it. None: the trained one. Its own parameters are not used.
+          loss: in place of the trained one, with its arguments; a Linen model is in evaluation as this calls it.
+
+        Raises:
+          ValueError: the model's parameters are not like those of the trained one.
+        """
+        if model is None and loss is None:
+            return self.pipeline.evaluation
+        parts = _Parts(self._model.variant(model, loss), self._storage, self.pipeline.compute_dtype)
+        functions = Model(parts.stage, parts.embed, parts.head, self.pipeline.model.weight)
+        return dataclasses.replace(self.pipeline, model=functions).evaluation
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
