@@ -19,6 +19,7 @@ from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
 from jaxpipe.compiling import compiler_options
 from jaxpipe.layer_optimizers import muon, per_layer
 from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.optimizer_state import init_optimizer
 from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
@@ -41,6 +42,7 @@ __all__ = [
     "compiler_options",
     "floating_only",
     "forward",
+    "init_optimizer",
     "make_mesh",
     "muon",
     "per_layer",

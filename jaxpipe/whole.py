@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
+from jaxpipe.arguments import entry_axes
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
-from jaxpipe.layer_optimizers import map_params
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
+from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
@@ -164,24 +167,54 @@ def pipelined(
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
       specs, options: for `jaxpipe.value_and_grad`.
     """
-    parts = _Parts(model, schedule, options.get("compute_dtype"))
+    start = lambda: stack(model, schedule, make())  # noqa: E731
+    shapes = jax.eval_shape(start)
+    parts = _Parts(model, schedule, options.get("compute_dtype"), lambda: _local_shapes(model, pipeline, shapes))
     pipeline = value_and_grad(
         parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
-    start = lambda: stack(model, schedule, make())  # noqa: E731
-    found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
+    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
     return PipelinedModel(pipeline, params, shardings, model)
 
 
+def _local_shapes(model: Model, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
+    """(outer, blocks) of a device's parameters, divided as far as specs divide them over axes handled by hand."""
+    axes, schedule = pipeline.axes, pipeline.program.schedule
+    specs = inputs.broadcast_specs(pipeline.specs, shapes, axes, pipeline.mesh)
+
+    def local(names: frozenset[str], leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        parts = [math.prod(axes.sizes[name] for name in entry_axes(entry) if name in names) for entry in spec]
+        parts += [1] * (leaf.ndim - len(parts))
+        sizes = (size // part for size, part in zip(leaf.shape, parts, strict=True))
+        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
+
+    stages = jax.tree.map(functools.partial(local, axes.names - {axes.pipeline}), shapes.stages, specs.stages)
+    outer = jax.tree.map(functools.partial(local, axes.names), shapes.outer, specs.outer)
+
+    def unstack(stages: Any) -> Any:
+        rows = unstack_layers(stages, len(model.names), schedule, "storage")
+        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows) if model.stacked else rows
+
+    return outer, jax.eval_shape(unstack, stages)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
+    """A cut model as the functions of a pipeline.
+
+    Attributes:
+      model: cut.
+      schedule: of its stages.
+      dtype: of the working copies, or None.
+      shapes: gives (outer, blocks) of a device's parameters.
+    """
 
     model: Model
     schedule: Schedule
     dtype: Any
+    shapes: Callable[[], tuple[Any, Any]]
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
@@ -234,8 +267,7 @@ class _Parts:
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-            params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
-            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
+            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
             return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
@@ -277,7 +309,3 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (TypeError, ValueError):
         return False
-
-
-def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
