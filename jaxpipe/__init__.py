@@ -21,6 +21,7 @@ from jaxpipe.batches import pad_batch
 from jaxpipe.compiling import compiler_options
 from jaxpipe.layer_optimizers import muon, per_layer
 from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.optimizer_state import init_optimizer
 from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
@@ -45,6 +46,7 @@ __all__ = [
     "compiler_options",
     "floating_only",
     "forward",
+    "init_optimizer",
     "make_mesh",
     "muon",
     "pad_batch",

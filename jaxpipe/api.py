@@ -148,7 +148,13 @@ class Pipeline:
                 "whose head returns the loss"
             )
         shared = self.program.shared_ends
-        program = lower(self.program.schedule, self.options.costs, forward_only=True, shared_ends=shared)
+        program = lower(
+            self.program.schedule,
+            self.options.costs,
+            forward_only=True,
+            shared_ends=shared,
+            kind_of=self.model.kind_of,
+        )
         return dataclasses.replace(self, program=program, evaluates=True)
 
     def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,13 +13,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
+from jaxpipe.arguments import entry_axes
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
-from jaxpipe.layer_optimizers import map_params
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.layers import stage_of_layers, store_layers
+from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
@@ -131,7 +134,9 @@ class PipelinedModel:
         """
         if model is None and loss is None:
             return self.pipeline.evaluation
-        parts = _Parts(self._model.variant(model, loss), self._storage, self.pipeline.compute_dtype)
+        variant, shapes = self._model.variant(model, loss), jax.tree.map(_shape, self.params)
+        local = lambda: _local_shapes(variant, self._storage, self.pipeline, shapes)  # noqa: E731
+        parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, local)
         functions = Model(parts.stage, parts.embed, parts.head, self.pipeline.model.weight)
         return dataclasses.replace(self.pipeline, model=functions).evaluation
 
@@ -204,7 +209,10 @@ def pipelined(
       specs, options: for `jaxpipe.value_and_grad`.
     """
     storage = store_layers(model.blocks, schedule, layer_costs)
-    parts = _Parts(model, storage, options.get("compute_dtype"))
+    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
+    shapes = jax.eval_shape(start)
+    local = lambda: _local_shapes(model, storage, pipeline, shapes)  # noqa: E731
+    parts = _Parts(model, storage, options.get("compute_dtype"), local)
     if trainable is not None and not isinstance(trainable, Params):
         outer, blocks = trainable
         trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
@@ -219,8 +227,6 @@ def pipelined(
         trainable=trainable,
         **options,
     )
-    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
-    shapes = jax.eval_shape(start)
     mask = pipeline.trainable_mask(shapes)
     found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
@@ -248,13 +254,42 @@ def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) ->
     return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
 
 
+def _local_shapes(model: CutModel, storage: LayerStorage, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
+    """(outer, blocks) of a device's parameters, divided as far as specs divide them over axes handled by hand."""
+    axes, schedule = pipeline.axes, pipeline.program.schedule
+    specs = inputs.broadcast_specs(pipeline.specs, shapes, axes, pipeline.mesh)
+
+    def local(names: frozenset[str], leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        parts = [math.prod(axes.sizes[name] for name in entry_axes(entry) if name in names) for entry in spec]
+        parts += [1] * (leaf.ndim - len(parts))
+        sizes = (size // part for size, part in zip(leaf.shape, parts, strict=True))
+        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
+
+    stages = jax.tree.map(functools.partial(local, axes.names - {axes.pipeline}), shapes.stages, specs.stages)
+    outer = jax.tree.map(functools.partial(local, axes.names), shapes.outer, specs.outer)
+
+    def unstack(stages: Any) -> Any:
+        rows = storage.unstack(stages, schedule, "storage")
+        return stack_rows(rows) if model.stacked else rows
+
+    return outer, jax.eval_shape(unstack, stages)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
+    """A cut model as the functions of a pipeline.
+
+    Attributes:
+      model: cut.
+      storage: of its blocks' parameters.
+      dtype: of the working copies, or None.
+      shapes: gives (outer, blocks) of a device's parameters.
+    """
 
     model: CutModel
     storage: LayerStorage
     dtype: Any
+    shapes: Callable[[], tuple[Any, Any]]
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
@@ -312,8 +347,7 @@ class _Parts:
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-            params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
-            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
+            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
             return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
