@@ -68,8 +68,10 @@ def nnx_stages(
     * Random streams (``nnx.Dropout(rate, rngs=rngs)``) are seeded anew for each layer and microbatch, each stream from
       its place in the module and the context's key, so all are independent. A module in ``eval()`` needs no key.
     * Everything else (a layer's index, a window, an activation function) is static and may differ too. Where the
-      stages' programs then differ, they run under a `jax.lax.switch`. Two kinds of layers in turn need no switch if
-      each stage holds equally many of both (``num_layers``), and numbers that differ need none if they are arrays.
+      stages' programs then differ, they run under a `jax.lax.switch`, which is divided into input and weight gradients
+      branch by branch, and keeps as much of a microbatch as the kind that keeps most. Two kinds of layers in turn need
+      no switch if each stage holds equally many of both (``num_layers``), and numbers that differ need none if they are
+      arrays.
 
     Args:
       make_stage: makes one stage's module, or one layer's; called once per stage or layer, in the order of the forward

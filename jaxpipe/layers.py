@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -127,6 +128,15 @@ def unstack_layers(stacked: Any, layers: int | Layer, schedule: Schedule, order:
     return [jax.tree.map(lambda leaf, slot=slot: leaf[slot], stage) for stage, slot in places]
 
 
+def layers_of_stages(counts: Sequence[int]) -> list[list[int]]:
+    """``[stages][slots]``: the layer in each slot; in padding the stage's last one again."""
+    starts = [0, *itertools.accumulate(counts)][:-1]
+    return [
+        [start + min(slot, count - 1) for slot in range(max(counts))]
+        for start, count in zip(starts, counts, strict=True)
+    ]
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LayerStage:
     """The stage function of layers with parameters of one kind.
@@ -149,11 +159,7 @@ class _LayerStage:
     @functools.cached_property
     def layers(self) -> list[list[int]]:
         """``[stages][slots]``: the layer in each slot; in padding the stage's last one again."""
-        longest = range(max(self.counts))
-        return [
-            [start + min(slot, count - 1) for slot in longest]
-            for start, count in zip(self.storage.starts, self.counts, strict=True)
-        ]
+        return layers_of_stages(self.counts)
 
     @property
     def padded(self) -> bool:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
@@ -18,7 +16,8 @@ from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, pipelined
+from jaxpipe.trainable import choose
+from jaxpipe.whole import PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
 def from_linen(
@@ -29,6 +28,7 @@ def from_linen(
     blocks: str,
     loss: Callable[..., Any],
     specs: Params | None = None,
+    trainable: Any = None,
     layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
@@ -45,8 +45,12 @@ def from_linen(
         ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
         "decoder.layers" is within "decoder".
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
-        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
+        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
+        ``step_inputs``, it is called with ``step_inputs=...`` besides.
       specs: as for `jaxpipe.value_and_grad`.
+      trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
+        ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
+        "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
       layer_costs: what each block costs, as for `from_nnx`.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
@@ -74,6 +78,8 @@ def from_linen(
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
     model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -81,6 +87,7 @@ def from_linen(
         mesh,
         made=not callable(params),
         specs=specs,
+        trainable=trainable,
         layer_costs=layer_costs,
         options=options,
     )
@@ -134,7 +141,7 @@ class _LinenModel:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
         shapes = [
@@ -165,7 +172,9 @@ class _LinenModel:
 
         whole = self.put_blocks(outer, blocks)
         with nn.intercept_methods(intercept):
-            return self.user_loss(whole, data, key) if _takes_key(self.user_loss) else self.user_loss(whole, data)
+            given = {} if step_inputs is None else {"step_inputs": step_inputs}
+            args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
+            return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
     def kind(self, index: int, call: Call) -> Any:
         """The block's module and streams."""
@@ -189,9 +198,13 @@ class _LinenModel:
         found = dict(zip(self.entries, [blocks] if self.stacked else blocks, strict=True))
         return _replaced(outer, self.path, {**_at(outer, self.path, self.path), **found})
 
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """As `put`."""
+        return self.put(outer, blocks)
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """Parameters with each block's in place."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
+        rows = stack_rows(blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
 
 
@@ -199,14 +212,6 @@ def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, a
     module, streams = call
     keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in streams}
     return module.apply({"params": params}, *args, rngs=keys, **kwargs)
-
-
-def _takes_key(loss: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(loss).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:

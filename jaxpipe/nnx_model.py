@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
+from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
 from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, choose, pipelined
+from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
 def from_nnx(
@@ -29,6 +28,7 @@ def from_nnx(
     blocks: str,
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
+    trainable: Any = None,
     layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
@@ -55,8 +55,13 @@ def from_nnx(
       blocks: where the model keeps its blocks, "layers" or "decoder.layers": a list of modules, called one after the
         other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
-        which are summed over microbatches. It is called for one microbatch.
+        which are summed over microbatches. It is called for one microbatch; and as ``loss(model, batch,
+        step_inputs=...)`` where the step is given ``step_inputs``, see `jaxpipe.value_and_grad`.
       specs: as for `jaxpipe.value_and_grad`.
+      trainable: which parameters are trained, a filter of NNX: a type of variables such as `nnx.LoRAParam`, a function
+        ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
+        tuple, `nnx.Not`. The others are frozen, as `jaxpipe.value_and_grad` says. It must say the same of all blocks.
+        None: all are trained. `jaxpipe.Params` of bools may stand for it.
       layer_costs: what each block costs, to divide them over the stages by; see `split_layers`.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
@@ -91,7 +96,19 @@ def from_nnx(
     else:
         raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
     made = isinstance(model, nnx.Module)
-    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, layer_costs=layer_costs, options=options)
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = parts.mask(trainable)
+    return pipelined(
+        parts,
+        make,
+        schedule,
+        mesh,
+        made=made,
+        specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
+        options=options,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -104,6 +121,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      variables: the parameters' variables by path, for filters.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -112,6 +130,7 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    variables: Any
     stacked: bool = False
 
     @classmethod
@@ -119,8 +138,9 @@ class _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
+        variables = nnx.to_flat_state(nnx.state(model, is_parameter))
         if isinstance(where, nnx.Module):
-            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, variables, stacked=True)
         functions = tuple(map(nnx_function, where))
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
@@ -128,7 +148,7 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, random, loss)
+        return cls(function, functions, path, random, loss, variables)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -158,7 +178,7 @@ class _NNXModel:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
         inside = Context.make(0, 0, key, data, num_stages=len(self.functions))
@@ -169,7 +189,7 @@ class _NNXModel:
             for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
                 module._pipeline_block = _Stand(name, function, inside)
-            return self.user_loss(model, data)
+            return call_loss(self.user_loss, model, data, step_inputs=step_inputs)
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 
@@ -195,10 +215,28 @@ class _NNXModel:
         outer, blocks = _take(parameters_of(model), self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
+    def mask(self, trainable: Any) -> tuple[Any, Any]:
+        """Bools for (outer, blocks): what a filter says of each variable."""
+        chosen: dict[Any, Any] = {}
+        keep = nnx.filterlib.to_predicate(trainable)
+        for path, variable in self.variables:
+            node = chosen
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = bool(keep(path, variable))
+        outer, blocks = _take(chosen, self.path)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
-        return self.function.with_random(self._whole(outer, rows), self.random)
+        return self.function.with_random(self._whole(outer, self._joined(blocks)), self.random)
+
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """An `nnx.State` of the kinds of variables that are trained, each holding what there is for it."""
+        return nnx.filter_state(self.function.state_of(self._whole(outer, self._joined(blocks))), nnx.Param)
+
+    def _joined(self, blocks: Sequence[Any]) -> Any:
+        return stack_rows(blocks) if self.stacked else blocks
 
     def _whole(self, outer: Any, blocks: Any) -> Any:
         return _put(outer, self.path, blocks if self.stacked else dict(enumerate(blocks)))

@@ -4,22 +4,27 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
+from jaxpipe.layer_optimizers import map_params
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.params import Params
+from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.stacking import Stacking
 
 
 class CutModel(Protocol):
@@ -44,7 +49,7 @@ class CutModel(Protocol):
     @property
     def stacked(self) -> bool: ...  # noqa: D102
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
     def kind(self, index: int, call: Call) -> Any:
@@ -62,6 +67,9 @@ class CutModel(Protocol):
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """A model with these parameters: the inverse of `take`."""
 
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """What an optimizer keeps for each parameter, in the form of those that it is given of the plain model."""
+
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class PipelinedModel:
@@ -71,13 +79,21 @@ class PipelinedModel:
       pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
       params: the model's parameters where the step wants them: each stage's on its rank, in storage order.
       shardings: of the parameters, a tree like ``params``.
+      trainable: whether each of them has a gradient, a tree of bools like ``params``; see `jaxpipe.floating_only`.
     """
 
     pipeline: Pipeline
     params: Params
     shardings: Params
+    trainable: Params
     _model: CutModel
     _storage: LayerStorage
+
+    @functools.cached_property
+    def stacking(self) -> Stacking:
+        """Where each block's parameters are, for masks, norms and optimizers by layer."""
+        names = tuple(self._model.names)
+        return Stacking(self.pipeline.program.schedule, len(names), "storage", names)
 
     @property
     def __name__(self) -> str:
@@ -87,19 +103,47 @@ class PipelinedModel:
     def __repr__(self) -> str:
         return f"<jaxpipe.flax.PipelinedModel of {len(self._model.names)} blocks in {self.pipeline!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
-        return self.pipeline(params, batch, rng)
+        return self.pipeline(params, batch, rng, step_inputs)
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
-        rows = self._storage.unstack(params.stages, self.pipeline.program.schedule, "storage")
-        return self._model.put(params.outer, rows)
+        return self._model.put(params.outer, self._rows(params))
 
     def split(self, model: Any) -> Params:
         """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
         stacked = stack(self._model, self._storage, self.pipeline.program.schedule, model)
         return jax.device_put(stacked, self.shardings)
+
+    def merge_state(self, state: Any) -> Any:
+        """An optimizer's state of the plain model, of one of the pipelined parameters.
+
+        What has the form of the parameters (averages of gradients) gets that of the model's parameters, as an optimizer
+        started from them has it: of NNX ``nnx.state(model, nnx.Param)``, of Linen the dict. The rest stays.
+
+        Args:
+          state: what ``optimizer.init(pipe.params)`` or ``optimizer.update`` returned.
+
+        Raises:
+          ValueError: a state of other parameters.
+        """
+        return map_params(lambda params: self._model.put_state(params.outer, self._rows(params)), state)
+
+    def restore(self, read: Callable[[Any], Any], like: Any, source: Stacking) -> Any:
+        """Reads a checkpoint of another schedule or mesh; see `jaxpipe.restore`.
+
+        Args:
+          read: ``read(abstract)`` returns the arrays, ``lambda like: checkpointer.restore(path, like)`` with Orbax.
+          like: what to read as this pipeline has it: ``{"params": pipe.params, "state": optimizer.init(pipe.params)}``.
+          source: ``stacking`` of the pipeline that wrote it.
+        """
+        mesh = self.pipeline.mesh
+        assert isinstance(mesh, Mesh)
+        return restore(read, like, source, self.stacking, mesh, axis=self.pipeline.axes.pipeline)
+
+    def _rows(self, params: Params) -> list[Any]:
+        return self._storage.unstack(params.stages, self.pipeline.program.schedule, "storage")
 
 
 def stack(model: CutModel, storage: LayerStorage, schedule: Schedule, params: Any) -> Params:
@@ -116,6 +160,7 @@ def pipelined(
     *,
     made: bool,
     specs: Params | None,
+    trainable: Params | tuple[Any, Any] | None,
     layer_costs: Sequence[float] | None,
     options: Mapping[str, Any],
 ) -> PipelinedModel:
@@ -126,19 +171,53 @@ def pipelined(
       make: gives the user's model, from which `CutModel.take` takes the parameters.
       schedule, mesh: as for `jaxpipe.value_and_grad`.
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
+      trainable: as for `jaxpipe.value_and_grad`, or bools for (outer, blocks) as `CutModel.take` gives them.
       layer_costs: what each block costs, to divide them over stages by.
       specs, options: for `jaxpipe.value_and_grad`.
     """
     storage = store_layers(model.blocks, schedule, layer_costs)
     parts = _Parts(model, storage, options.get("compute_dtype"))
+    if trainable is not None and not isinstance(trainable, Params):
+        outer, blocks = trainable
+        trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
     pipeline = value_and_grad(
-        parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
+        parts.stage,
+        schedule,
+        mesh,
+        embed=parts.embed,
+        head=parts.head,
+        specs=specs,
+        order="storage",
+        trainable=trainable,
+        **options,
     )
     start = lambda: stack(model, storage, schedule, make())  # noqa: E731
-    found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
+    shapes = jax.eval_shape(start)
+    mask = pipeline.trainable_mask(shapes)
+    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, model, storage)
+    return PipelinedModel(pipeline, params, shardings, mask, model, storage)
+
+
+def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) -> Any:
+    """The mask of stacked parameters, of one for each block.
+
+    Raises:
+      ValueError: blocks whose parameters are rows of one array have different masks.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    for name, kind, mask in zip(names, storage.kind_of, masks, strict=True):
+        for place, (path, choice) in zip(storage.places[kind], jax.tree_util.tree_leaves_with_path(mask), strict=True):
+            first, other = found.setdefault(place, (name, choice))
+            if choice != other:
+                trained, frozen = (first, name) if other else (name, first)
+                raise ValueError(
+                    f"trainable trains {jax.tree_util.keystr(path)} of {trained} and freezes that of {frozen}, but one "
+                    "array holds both: train or freeze it in all blocks, and to hold some of them give the optimizer "
+                    "updates of zero there"
+                )
+    return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -151,16 +230,16 @@ class _Parts:
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
-        return self._cut(ctx).embed(outer, _key(ctx), data)
+        return self._cut(ctx).embed(outer, _key(ctx), (data, ctx.step_inputs))
 
     def head(self, outer: Any, x: Any, data: Any, ctx: Context) -> Any:
         """The loss of what the last stage ends with."""
-        return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
+        return as_output(self._cut(ctx).head(outer, x, _key(ctx), (data, ctx.step_inputs)))
 
     def stage(self, params: Any, x: Any, ctx: Context) -> Any:
         """A stage's blocks."""
         cut = self._cut(ctx)
-        arrays = cut.arguments(x, ctx.data)
+        arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
         kind_of = [next(k for k, other in enumerate(kinds) if _equal(kind, other)) for kind in kinds]
         firsts = sorted(set(kind_of))
@@ -192,26 +271,61 @@ class _Parts:
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        leaves, structure = jax.tree.flatten((_key(ctx), ctx.data))
+        leaves, structure = jax.tree.flatten((_key(ctx), (ctx.data, ctx.step_inputs)))
         return self._cut_for(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
     @functools.cached_property
     def _cut_for(self) -> Callable[[Any, Any], Cut]:
         """The loss cut for a key and data of some shapes: embed, stage and head, traced several times, share it."""
 
+        def loss(outer: Any, blocks: Any, key: Any, inputs: Any) -> Any:
+            return self.model.loss(outer, blocks, key, *inputs)
+
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
-            return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
+
+
+def stack_rows(blocks: Sequence[Any]) -> Any:
+    """Parameters or gradients of blocks as rows; of what has no gradient, zeros of dtype float0."""
+
+    def stacked(*leaves: Any) -> Any:
+        return np.stack(leaves) if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
+
+    return jax.tree.map(stacked, *blocks)
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:
     """One of several arrays alike, which are often one."""
     return column[0] if all(other is column[0] for other in column) else jnp.stack(column)[row]
+
+
+def call_loss(loss: Callable[..., Any], *args: Any, step_inputs: Any) -> Any:
+    """What a loss function returns, called with the step's inputs by name where there are any."""
+    if step_inputs is None:
+        return loss(*args)
+    if not takes(loss, *args, step_inputs=step_inputs):
+        raise ValueError(
+            f"step_inputs are given, and the loss function takes {inspect.signature(loss)}: give it a parameter of the "
+            "name step_inputs, or call the step without"
+        )
+    return loss(*args, step_inputs=step_inputs)
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments; True where it does not say."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def as_output(result: Any) -> Output:

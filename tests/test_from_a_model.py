@@ -1,4 +1,4 @@
-"""The guide "From a Flax model to a pipeline and back": what a pipeline adds to a script, and that it trains the same."""
+"""The guide "From a Flax model to a pipeline and back": what it adds to a script, and that it trains the same."""
 
 import difflib
 import pathlib

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from jaxpipe.stage.graph import Branch, Cond, Node, Value
@@ -112,7 +112,7 @@ def with_entering(cond: Cond, branches: Sequence[Branch], pairs: Sequence[Iterab
     )
 
 
-def merge_recomputed(nodes: Sequence[Node], results: Collection[Value]) -> list[Node]:
+def merge_recomputed(nodes: Sequence[Node], results: Iterable[Value]) -> list[Node]:
     """Nodes in which a conditional whose results only one other with the same index reads is part of that one.
 
     `jax.checkpoint` computes a conditional again for its derivative. Together they are divided branch by branch: what
@@ -126,6 +126,7 @@ def merge_recomputed(nodes: Sequence[Node], results: Collection[Value]) -> list[
     for node in nodes:
         for value in dict.fromkeys(node.ins):
             readers[value].append(node)
+    kept = set(results)
     merged: dict[Node, Cond] = {}
     gone: set[Node] = set()
     for node in nodes:
@@ -133,7 +134,7 @@ def merge_recomputed(nodes: Sequence[Node], results: Collection[Value]) -> list[
             continue
         values = [value for value in node.outs if not value.effect]
         found = dict.fromkeys(reader for value in values for reader in readers[value])
-        only = next(iter(found)) if len(found) == 1 and not results & set(values) else None
+        only = next(iter(found)) if len(found) == 1 and kept.isdisjoint(values) else None
         if only is not None and only.cond is not None and only.cond.index is node.cond.index:
             merged[only] = _joined(merged.get(node, node.cond), merged.get(only, only.cond))
             gone.add(node)

@@ -51,8 +51,9 @@ def _read_in_branches(cond: Cond, made: dict[Value, Node], known: Collection[Val
         given: dict[Value, Value] = {}
         for maker in earlier:
             there = maker.branches[place]
-            names = dict(zip((*maker.operands, *maker.results), (*there.inputs, *there.outputs), strict=True))
-            alias |= {inner: names[outer] for outer, inner in entering(cond, branch) if names.get(outer) is not None}
+            pairs_there = zip((*maker.operands, *maker.results), (*there.inputs, *there.outputs), strict=True)
+            names = {outer: inner for outer, inner in pairs_there if inner is not None}
+            alias |= {inner: names[outer] for outer, inner in entering(cond, branch) if outer in names}
             given |= {inner: outer for outer, inner in entering(maker, there) if outer in known}
         sources = {alias.get(inner, inner): outer for outer, inner in entering(cond, branch)}
         given |= {inner: outer for inner, outer in sources.items() if outer in known}

@@ -54,9 +54,7 @@ def substitute(node: Node, alias: Mapping[Value, Value]) -> Node:
         scan,
         consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
         carries=tuple(
-            carry._replace(
-                initial=alias.get(carry.initial, carry.initial), final=alias.get(carry.final, carry.final)
-            )
+            carry._replace(initial=alias.get(carry.initial, carry.initial), final=alias.get(carry.final, carry.final))
             for carry in scan.carries
         ),
         xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),

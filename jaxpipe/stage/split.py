@@ -15,11 +15,17 @@ from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
-from jaxpipe.stage.trace import Traced, shape_of, trace
+from jaxpipe.stage.trace import Traced, inexact, shape_of, trace
 
 
 def split_stage(
-    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, recompute: bool = True
+    stage: Callable[..., Any],
+    params: Any,
+    x: Any,
+    *args: Any,
+    has_aux: bool = False,
+    recompute: bool = True,
+    trainable: Any = None,
 ) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
@@ -46,6 +52,8 @@ def split_stage(
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
       recompute: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
+      trainable: a tree of bools like params; leaves where it is False are frozen: they are not differentiated, no
+        product is computed for them, and their cotangent is None. None: no leaf is frozen.
 
     Raises:
       ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
@@ -63,7 +71,9 @@ def split_stage(
     (4, 4)
     """
     params, x, args = jax.tree.map(shape_of, (params, x, args))
-    traced = trace(stage, params, x, args, has_aux)
+    frozen = jax.tree.map(lambda _: False, params) if trainable is None else jax.tree.map(lambda t: not t, trainable)
+    chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
+    traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
     forward = _read_forward(traced, len(jax.tree.leaves(params)))
     backward = _read_backward(traced, forward)
 
@@ -101,7 +111,7 @@ def split_stage(
             params_ct=backward.params_ct,
             params_ct_narrow=before_casts(backward.params_ct, second.nodes),
             x_ct=backward.x_ct,
-            params_like=params,
+            params_like=jax.tree.map(lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen),
             x_like=x,
         ),
     )

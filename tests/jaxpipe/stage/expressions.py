@@ -34,6 +34,7 @@ class Book:
         self.keys: dict[int, int] = {}  # by their data
         self.constants: dict[int, Any] = {}
         self.choices: dict[int, tuple[int, tuple[int, ...]]] = {}  # by index: what each branch gives
+        self.taken: dict[int, int] = {}  # by index: the branch that is being followed
         self.clamped: dict[int, tuple[int, Any, Any]] = {}  # scalars, between which constants
 
     def number(self, *expression: Any) -> int:
@@ -143,8 +144,12 @@ def _follow_cond(book: Book, eqn: Any, ins: list[int]) -> list[int]:
     last = len(eqn.params["branches"]) - 1
     while (inner := book.clamped.get(index)) and inner[1:] == (0, last):  # each time that it is bound
         index = inner[0]
-    results = [
-        _follow(book, closed, [book.chosen(number, index, branch) for number in operands])
-        for branch, closed in enumerate(eqn.params["branches"])
-    ]
+    if index in book.taken:  # within a branch of the same index no other can run
+        branch = min(book.taken[index], last)
+        return _follow(book, eqn.params["branches"][branch], operands)
+    results = []
+    for branch, closed in enumerate(eqn.params["branches"]):
+        book.taken[index] = branch
+        results.append(_follow(book, closed, [book.chosen(number, index, branch) for number in operands]))
+        del book.taken[index]
     return [book.choose(index, column) for column in zip(*results, strict=True)]
