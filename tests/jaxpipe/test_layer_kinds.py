@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 
 import jaxpipe
@@ -308,3 +309,51 @@ def test_what_kinds_cannot_do_is_refused():
         unstack_layers(stacked["w"], stage, schedule_of(2))
     with pytest.raises(ValueError, match="give the number of layers, or the stage function"):
         unstack_layers(stacked, counted, schedule_of(2))
+
+
+@pytest.mark.parametrize("order", ["model", "storage"])
+@pytest.mark.parametrize("row", ["three kinds", "DDDDDDD"])
+def test_masks_names_and_norms_by_layer(order, row):
+    """Of layers of several kinds, and of one kind divided by costs: as of the plain layers, unused rows left out."""
+    layers = make_layers(ROWS.get(row, row))
+    schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+    costs = [1 + i % 3 for i in range(len(layers))]
+    stage, stacked = layered_stages(layer, layers, schedule, layer_costs=costs)
+    stacked = jaxpipe.stack_stages(stacked, schedule, order)
+    params = jaxpipe.Params(stacked, {"head": normal(WIDTH, WIDTH)})
+    stacking = jaxpipe.Stacking(schedule, order=order, storage=stage.storage)
+    named = {f"layers[{i}]": each for i, each in enumerate(layers)}
+    assert_trees_close(stacking.by_layer(params), {**named, "outer": params.outer}, rtol=0)
+    squares = {name: sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(each)) for name, each in named.items()}
+    norms = stacking.norms(params)
+    assert {name: float(norms[name]) for name in squares} == pytest.approx(
+        {name: square**0.5 for name, square in squares.items()}
+    )
+    total = sum(squares.values()) + float((params.outer["head"] ** 2).sum())
+    assert float(stacking.global_norm(params)) == pytest.approx(total**0.5)
+    used = stacking.without_padding(params)
+    assert sum(float((leaf**2).sum()) for leaf in jax.tree.leaves(used)) == pytest.approx(total)
+    leaves = {f".stages{jax.tree_util.keystr(p)}": v for p, v in jax.tree_util.tree_leaves_with_path(stacked)}
+    paths = stacking.paths(params)
+    for index, each in enumerate(layers):
+        for path, leaf in jax.tree_util.tree_leaves_with_path(each):
+            name, place = paths[f"layers[{index}].{jax.tree_util.keystr(path, simple=True, separator='.')}"]
+            np.testing.assert_array_equal(leaves[name][place], leaf)
+    decays = jax.tree.leaves(jax.tree.map(lambda leaf: leaf.ndim > 3, stacked))
+    assert jax.tree.leaves(stacking.weight_decay_mask(params).stages) == decays
+
+
+def test_what_needs_layers_of_one_structure_is_refused():
+    schedule = schedule_of(2)
+    stage, stacked = layered_stages(layer, make_layers("DM"), schedule)
+    stacking = jaxpipe.Stacking(schedule, storage=stage.storage)
+    with pytest.raises(ValueError, match=r"optax\.contrib\.muon with MuonDimensionNumbers"):
+        jaxpipe.per_layer(optax.lamb(1e-2), stacking)
+    with pytest.raises(ValueError, match="from the one pipeline with merge, and give it to the other with split"):
+        jaxpipe.restack(jaxpipe.Params(stacked), stacking, stacking)
+    with pytest.raises(ValueError, match="storage of 2 layers in 2 stages for 3 layers"):
+        jaxpipe.Stacking(schedule, 3, storage=stage.storage)
+    with pytest.raises(ValueError, match="and storage where these are of several kinds"):
+        jaxpipe.Stacking(schedule, 4).norms(jaxpipe.Params(stacked))
+    with pytest.raises(ValueError, match=r"of several kinds .*give whole parameters"):
+        stacking.norms(jaxpipe.Params(stacked["mlp"]))
