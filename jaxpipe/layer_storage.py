@@ -75,6 +75,17 @@ class LayerStorage:
         assert None not in found
         return tuple(slot for slot in found if slot is not None)
 
+    def leaves_of(self, layer: int) -> list[tuple[Any, int, int]]:
+        """(path within the layer, number among the leaves of a stage, slot) of each of a layer's leaves."""
+        structure = self.structures[self.kind_of[layer]]
+        named = jax.tree.unflatten(structure, range(structure.num_leaves))
+        paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(named)]
+        return list(zip(paths, self.places[self.kind_of[layer]], self.slots_of(layer), strict=True))
+
+    def size(self, leaf: int) -> int:
+        """The slots that a leaf of a stage has."""
+        return 1 + max(slot for slot in self.slots[leaf] if slot is not None)
+
     def stack(self, layers: Any, schedule: Schedule, order: str = "model") -> Any:
         """The parameters of layers in the rows of an order, leaves ``[stages, slots, ...]``.
 
@@ -117,12 +128,11 @@ class LayerStorage:
         """``[leaves][slots]``: the layer that stands there."""
         own = range(self.starts[stage], self.starts[stage] + self.counts[stage])
         found = []
-        for slots in self.slots:
-            size = 1 + max(slot for slot in slots if slot is not None)
+        for leaf, slots in enumerate(self.slots):
             there = {slots[layer]: layer for layer in own if slots[layer] is not None}
             with_leaf = [layer for layer, slot in enumerate(slots) if slot is not None]
             unused = max(there.values(), default=with_leaf[0])
-            found.append([there.get(slot, unused) for slot in range(size)])
+            found.append([there.get(slot, unused) for slot in range(self.size(leaf))])
         return found
 
 

@@ -100,7 +100,7 @@ class PipelinedModel:
     def stacking(self) -> Stacking:
         """Where each block's parameters are, for masks, norms and optimizers by layer."""
         names = tuple(self._model.names)
-        return Stacking(self.pipeline.program.schedule, len(names), "storage", names)
+        return Stacking(self.pipeline.program.schedule, len(names), "storage", names, self._storage)
 
     @property
     def __name__(self) -> str:
