@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
@@ -177,12 +177,12 @@ class _LinenModel:
             args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
             return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's module and streams."""
         return call.tag
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block."""
         return _apply(call.tag, params, ctx, args, kwargs)

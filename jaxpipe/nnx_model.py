@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
@@ -197,14 +197,14 @@ class _NNXModel:
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's static part, and the shapes of its constants."""
         function = self.functions[index]
         shapes = [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(function.constants)]
         return function.graphdef, function.streams, jax.tree.structure(function.constants), shapes
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block with its own constants."""
         functions = [self.functions[index] for index in members]

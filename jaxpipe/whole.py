@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.arguments import entry_axes
-from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
+from jaxpipe.cutting import Activations, BlockCall, Cut, join_arguments, split_result
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.optimizer_state import map_params
@@ -55,11 +55,11 @@ class CutModel(Protocol):
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """What is equal for blocks that run the same program but for arrays."""
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
 
