@@ -48,8 +48,8 @@ def expert_specs(model: nnx.Module | Callable[[], nnx.Module], blocks: str, *, a
     ...     def __init__(self, rngs):
     ...         self.layers = nnx.List([eplb_jax.MoE(config, rngs, axis="ep") for _ in range(4)])
     >>> specs = expert_specs(Model(nnx.Rngs(0)), "layers")
-    >>> specs.stages["w_in"], specs.stages["router"]
-    (PartitionSpec('pp', None, 'ep'), PartitionSpec('pp',))
+    >>> tuple(specs.stages["w_in"]), tuple(specs.stages["router"])
+    (('pp', None, 'ep'), ('pp',))
     """
     found: Any = model if isinstance(model, nnx.Module) else nnx.eval_shape(model)
     for name in blocks.split("."):
