@@ -16,6 +16,7 @@ from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.trainable import check_trainable
 
 _CALLS = {
     "stage": ("params", "x", "ctx"),
@@ -39,6 +40,8 @@ def check_options(
     dispatch: Any,
     shared_ends: bool,
     order: Any,
+    trainable: Any = None,
+    example_mask: Any = None,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -56,13 +59,21 @@ def check_options(
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
+        trainable=check_trainable(trainable),
+        example_mask=_check_example_mask(example_mask),
     )
 
 
-def check_model(model: Model) -> None:
+def check_model(model: Model, schedule: Schedule) -> None:
     """Raises ValueError unless the model's functions can be called as they will be."""
-    for name, arguments in _CALLS.items():
-        function = getattr(model, name)
+    if model.kind_of is not None and len(model.kind_of) != schedule.num_stages:
+        raise ValueError(
+            f"kind_of={list(model.kind_of)} has {len(model.kind_of)} stages, schedule {schedule.name!r} "
+            f"{schedule.num_stages}: give each stage its kind"
+        )
+    stages = [("stage", function, _CALLS["stage"]) for function in model.stages]
+    ends = [(name, getattr(model, name), arguments) for name, arguments in _CALLS.items() if name != "stage"]
+    for name, function, arguments in (*stages, *ends):
         call = f"{name}({', '.join(arguments)})"
         if function is None and name != "stage":
             continue
@@ -124,6 +135,13 @@ def _check_dtype(dtype: Any) -> Any:
     if found is None or not jnp.issubdtype(found, jnp.floating):
         raise ValueError(f"compute_dtype={dtype!r}: give a floating dtype, such as jnp.bfloat16, or None")
     return dtype
+
+
+def _check_example_mask(name: Any) -> str | None:
+    """The name; raises ValueError unless it is one, or None."""
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"example_mask={name!r:.80}: give the name that the mask has in the batch, such as 'real'")
+    return name
 
 
 def _check_dispatch(dispatch: Any, schedule: Schedule) -> str:

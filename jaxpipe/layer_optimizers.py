@@ -8,10 +8,10 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 
-from jaxpipe.optimizer import is_floating
 from jaxpipe.optimizer_state import map_params, shardings_of_state
 from jaxpipe.params import Params
 from jaxpipe.stacking import Stacking, dotted
+from jaxpipe.trainable import is_floating
 
 if TYPE_CHECKING:
     import optax
@@ -42,7 +42,8 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
       stacking: of the parameters, `jaxpipe.flax.PipelinedModel.stacking` say.
 
     Raises:
-      ValueError: parameters that are not stacked so; when called, a transformation that couples layers.
+      ValueError: parameters that are not stacked so, or layers of several kinds; when called, a transformation that
+        couples layers.
 
     >>> import jaxpipe, optax
     >>> import jax.numpy as jnp
@@ -53,6 +54,11 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
     >>> updates.stages["w"].shape
     (2, 3, 3)
     """
+    if stacking.mixed:
+        raise ValueError(
+            "the layers have parameters of several structures, and an optimizer for each layer sees one. Muon takes the "
+            "stacked dimensions for those of a batch: optax.contrib.muon with MuonDimensionNumbers(2, 3) for matrices"
+        )
 
     def over_layers(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
         for _ in range(stacking.depth):

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, pipelined
+from jaxpipe.trainable import choose
+from jaxpipe.whole import PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
 def from_linen(
@@ -29,6 +28,8 @@ def from_linen(
     blocks: str,
     loss: Callable[..., Any],
     specs: Params | None = None,
+    trainable: Any = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of a Linen model and the loss function that it is trained with.
@@ -44,14 +45,20 @@ def from_linen(
         ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
         "decoder.layers" is within "decoder".
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
-        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
+        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
+        ``step_inputs``, it is called with ``step_inputs=...`` besides.
       specs: as for `jaxpipe.value_and_grad`.
+      trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
+        ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
+        "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
+      layer_costs: what each block costs, as for `from_nnx`.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
       ValueError: as `from_nnx`.
 
-    >>> import jaxpipe, optax
+    >>> import jaxpipe
+    >>> import jax.numpy as jnp
     >>> class Model(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, tokens):
@@ -72,6 +79,8 @@ def from_linen(
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
     model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -79,13 +88,15 @@ def from_linen(
         mesh,
         made=not callable(params),
         specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
         options=options,
     )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _LinenModel:
-    """A Linen model by its parameters; a `jaxpipe.whole.Model`.
+    """A Linen model by its parameters; a `jaxpipe.whole.CutModel`.
 
     Attributes:
       shapes: of the parameters.
@@ -111,7 +122,6 @@ class _LinenModel:
         numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
         if sorted(numbered) == list(range(len(numbered))) and numbered:
             entries = tuple(numbered[index] for index in range(len(numbered)))
-            check_same_structure([where[entry] for entry in entries])
             return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
@@ -132,13 +142,13 @@ class _LinenModel:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
-        row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
-        row = (
-            jax.tree.map(lambda shape: shape[1:], row, is_leaf=lambda s: isinstance(s, tuple)) if self.stacked else row
-        )
+        shapes = [
+            jax.tree.map(lambda leaf: leaf.shape[1 if self.stacked else 0 :], block)
+            for block in ([self.blocks] if self.stacked else self.blocks)
+        ]
         index_of = {(*self.path, entry): index for index, entry in enumerate(self.entries)}
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -147,7 +157,7 @@ class _LinenModel:
             if context.method_name != "__call__" or index is None:
                 return next_call(*args, **kwargs)
             params = module.variables["params"]
-            if jax.tree.map(lambda leaf: leaf.shape, params) != row:
+            if jax.tree.map(lambda leaf: leaf.shape, params) != shapes[index]:
                 return next_call(*args, **kwargs)  # the scan over all blocks
             others = sorted(set(module.variables) - {"params"})
             if others:
@@ -163,14 +173,16 @@ class _LinenModel:
 
         whole = self.put_blocks(outer, blocks)
         with nn.intercept_methods(intercept):
-            return self.user_loss(whole, data, key) if _takes_key(self.user_loss) else self.user_loss(whole, data)
+            given = {} if step_inputs is None else {"step_inputs": step_inputs}
+            args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
+            return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's module and streams."""
         return call.tag
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block."""
         return _apply(call.tag, params, ctx, args, kwargs)
@@ -181,6 +193,14 @@ class _LinenModel:
         blocks = [where[entry] for entry in self.entries]
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
+
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _LinenModel:
+        """The same with another loss."""
+        if model is not None:
+            raise ValueError(
+                "a Linen model is what the loss calls: pass loss=, a function that calls the module for evaluation"
+            )
+        return dataclasses.replace(self, user_loss=loss or self.user_loss)
 
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""
@@ -193,7 +213,7 @@ class _LinenModel:
 
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """Parameters with each block's in place."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
+        rows = stack_rows(blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
 
 
@@ -201,14 +221,6 @@ def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, a
     module, streams = call
     keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in streams}
     return module.apply({"params": params}, *args, rngs=keys, **kwargs)
-
-
-def _takes_key(loss: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(loss).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
 
 
 def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:

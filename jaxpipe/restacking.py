@@ -232,6 +232,11 @@ def _map_stages(function: Callable[[Any], Any], tree: Any, source: Stacking) -> 
 
 
 def _check_alike(source: Stacking, target: Stacking) -> None:
+    if source.mixed or target.mixed:
+        raise ValueError(
+            "layers of several kinds have parameters of several structures, which cannot travel one by one between "
+            "stackings: take the model from the one pipeline with merge, and give it to the other with split"
+        )
     if len(source.places) != len(target.places):
         raise ValueError(
             f"{len(source.places)} layers of schedule {source.schedule.name!r} are to be stacked as "

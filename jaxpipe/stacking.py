@@ -11,11 +11,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.layers import layers_of_stages, split_layers
-from jaxpipe.optimizer import is_floating
+from jaxpipe.layer_split import split_layers
+from jaxpipe.layer_storage import LayerStorage
+from jaxpipe.layers import layers_of_stages
 from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.schedule.schedule import Schedule
+from jaxpipe.trainable import is_floating
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,9 +39,12 @@ class Stacking:
         ``nnx_stages(..., num_layers=...)`` and ``from_nnx`` stack them; None: a stage is one layer, ``[stages, ...]``.
       order: of the rows, "model" or "storage", as the pipeline's.
       names: of the layers; by default ``layers[0]``, ...
+      storage: needed where layers are of several kinds or divided by costs: ``stage.storage`` of the stage function
+        that `jaxpipe.flax.layered_stages` and the like returned with the parameters.
 
     Raises:
-      ValueError: an unknown order, fewer layers than stages, another number of names than layers.
+      ValueError: an unknown order, fewer layers than stages, another number of names than layers, or of layers than in
+        the storage.
 
     >>> import jaxpipe, optax
     >>> stacking = Stacking(jaxpipe.schedule.build("1f1b", 2, 4), num_layers=5)
@@ -55,10 +60,19 @@ class Stacking:
     num_layers: int | None = None
     order: str = "model"
     names: tuple[str, ...] = ()
+    storage: LayerStorage | None = None
 
     def __post_init__(self) -> None:
         """Checks what is given, and names the layers."""
         stage_of_rows(self.schedule, self.order)
+        if self.storage is not None:
+            stored, stages = len(self.storage.kind_of), len(self.storage.counts)
+            object.__setattr__(self, "num_layers", stored if self.num_layers is None else self.num_layers)
+            if (self.num_layers, self.schedule.num_stages) != (stored, stages):
+                raise ValueError(
+                    f"a storage of {stored} layers in {stages} stages for {self.num_layers} layers in the "
+                    f"{self.schedule.num_stages} of schedule {self.schedule.name!r}: give those that it was made for"
+                )
         count = len(self.places)
         object.__setattr__(self, "names", tuple(self.names) or tuple(f"layers[{i}]" for i in range(count)))
         if len(self.names) != count:
@@ -74,6 +88,7 @@ class Stacking:
         """``[rows][slots]``: the layer in each; in padding the row's last layer again."""
         stages = self.schedule.num_stages
         counts = (1,) * stages if self.num_layers is None else split_layers(self.num_layers, stages)
+        counts = counts if self.storage is None else self.storage.counts
         layers = layers_of_stages(counts)
         return tuple(tuple(layers[stage]) for stage in stage_of_rows(self.schedule, self.order))
 
@@ -85,6 +100,11 @@ class Stacking:
             for slot, layer in enumerate(layers):
                 found.setdefault(layer, (row, slot)[: self.depth])
         return tuple(found[layer] for layer in sorted(found))
+
+    @property
+    def mixed(self) -> bool:
+        """Whether layers have parameters of several structures, and leaves slots of their own."""
+        return self.storage is not None and self.storage.mixed
 
     def weight_decay_mask(self, params: Params) -> Params:
         """For optax's ``mask=``: True where a parameter decays, that is, where a layer's has two dimensions or more.
@@ -105,6 +125,9 @@ class Stacking:
         1
         """
         self.check(tree)
+        if self.storage is not None and self.storage.mixed:
+            found = self.storage.unstack(tree.stages, self.schedule, self.order)
+            return {**dict(zip(self.names, found, strict=True)), "outer": tree.outer}
         layers = {
             name: jax.tree.map(lambda leaf, place=place: leaf[place], tree.stages)
             for name, place in zip(self.names, self.places, strict=True)
@@ -124,9 +147,9 @@ class Stacking:
         key = jax.tree_util.keystr
         stages, outer = (jax.tree_util.tree_leaves_with_path(tree) for tree in params)
         found = {
-            _join(name, path): (f".stages{key(path)}", place)
-            for name, place in zip(self.names, self.places, strict=True)
-            for path, _ in stages
+            _join(name, own): (f".stages{key(stages[leaf][0])}", place)
+            for name, leaves in zip(self.names, self._leaves_of_layers(params.stages), strict=True)
+            for own, leaf, place in leaves
         }
         return {**found, **{dotted(path): (f".outer{key(path)}", ()) for path, _ in outer}}
 
@@ -141,14 +164,13 @@ class Stacking:
           scalars, float32 or what is wider in the tree.
         """
         self.check(tree)
-        stages, outer = (
-            {dotted(path): _squares(leaf, depth) for path, leaf in jax.tree_util.tree_leaves_with_path(part)
-             if is_floating(leaf)}
-            for part, depth in ((tree.stages, self.depth), (tree.outer, 0))
-        )  # fmt: skip
+        squares = [_squares(leaf, self.depth) if is_floating(leaf) else None for leaf in jax.tree.leaves(tree.stages)]
         found: dict[str, Any] = {}
-        for name, place in zip(self.names, self.places, strict=True):
-            found.update(_named(name, {path: squares[place] for path, squares in stages.items()}, each))
+        for name, leaves in zip(self.names, self._leaves_of_layers(tree.stages), strict=True):
+            own = {dotted(path): square[place] for path, leaf, place in leaves if (square := squares[leaf]) is not None}
+            found.update(_named(name, own, each))
+        leaves = [(path, leaf) for path, leaf in jax.tree_util.tree_leaves_with_path(tree.outer) if is_floating(leaf)]
+        outer = {dotted(path): _squares(leaf, 0) for path, leaf in leaves}
         found.update(outer if each else _named("outer", outer, each))
         return {name: jnp.sqrt(square) for name, square in found.items()}
 
@@ -158,30 +180,56 @@ class Stacking:
 
     def without_padding(self, tree: Params) -> Params:
         """The same with zeros in padding, for sums over whole leaves."""
-        first = np.zeros((len(self.slots), len(self.slots[0])), bool)
-        for place in self.places:
-            first[(*place, 0)[:2]] = True
-        if self.depth == 1 or first.all():
-            return tree
+        leaves, structure = jax.tree.flatten(tree.stages)
+        used = [np.zeros(leading, bool) for leading in self._leading(tree.stages)]
+        for layer in self._leaves_of_layers(tree.stages):
+            for _, leaf, place in layer:
+                used[leaf][place] = True
 
-        def zero(leaf: Any, ndim: int) -> Any:
-            return jnp.where(first.reshape(first.shape + (1,) * ndim), leaf, jnp.zeros_like(leaf))
+        def without(leaf: Any, used: np.ndarray) -> Any:
+            if used.all() or not is_floating(leaf):
+                return leaf
+            mask = used.reshape(used.shape + (1,) * (np.ndim(leaf) - self.depth))
+            return jnp.where(mask, leaf, jnp.zeros_like(leaf))
 
-        return Params(self._map(lambda leaf, n: zero(leaf, n) if is_floating(leaf) else leaf, tree).stages, tree.outer)
+        return Params(jax.tree.unflatten(structure, map(without, leaves, used)), tree.outer)
 
     def check(self, tree: Any) -> None:
         """Raises ValueError unless this is Params whose stages are stacked so."""
         if not isinstance(tree, Params):
             raise ValueError(f"got a {type(tree).__name__}: give jaxpipe.Params, or gradients or updates in their form")
-        leading = (len(self.slots), len(self.slots[0]))[: self.depth]
-        wanted = ", ".join(map(str, leading))
-        for path, leaf in jax.tree_util.tree_leaves_with_path(tree.stages):
+        leaves = jax.tree_util.tree_leaves_with_path(tree.stages)
+        for (path, leaf), leading in zip(leaves, self._leading(tree.stages), strict=True):
             if np.shape(leaf)[: self.depth] != leading:
+                wanted = ", ".join(map(str, leading))
                 raise ValueError(
                     f"stages{jax.tree_util.keystr(path)} has shape {np.shape(leaf)}, but {len(self.places)} layers of "
                     f"schedule {self.schedule.name!r} are stacked in leaves [{wanted}, ...]: give the schedule that "
-                    "the parameters are stacked for, and num_layers where stages hold several layers"
+                    "the parameters are stacked for, num_layers where stages hold several layers, and storage where "
+                    "these are of several kinds or divided by costs"
                 )
+
+    def _leading(self, stages: Any) -> list[tuple[int, ...]]:
+        """The stacked dimensions of each leaf."""
+        count = len(jax.tree.leaves(stages))
+        if self.storage is None or not self.storage.mixed:
+            return [(len(self.slots), len(self.slots[0]))[: self.depth]] * count
+        if jax.tree.structure(stages) != self.storage.tree:
+            raise ValueError(
+                f"the stages have structure {jax.tree.structure(stages)}, and those of these layers of several kinds "
+                f"{self.storage.tree}: give whole parameters, gradients or updates"
+            )
+        return [(len(self.slots), self.storage.size(place)) for place in range(count)]
+
+    def _leaves_of_layers(self, stages: Any) -> list[list[tuple[Any, int, tuple[int, ...]]]]:
+        """For each layer its leaves: (path within the layer, number of the stacked leaf, index there)."""
+        if self.storage is None or not self.storage.mixed:
+            paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(stages)]
+            return [[(path, leaf, place) for leaf, path in enumerate(paths)] for place in self.places]
+        return [
+            [(path, leaf, (row, slot)) for path, leaf, slot in self.storage.leaves_of(layer)]
+            for layer, (row, _) in enumerate(self.places)
+        ]
 
     def _map(self, function: Callable[[Any, int], Any], tree: Params) -> Params:
         """``function(leaf, its own dimensions)`` of every leaf."""

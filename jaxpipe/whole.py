@@ -4,30 +4,33 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import inspect
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.arguments import entry_axes
-from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
-from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
+from jaxpipe.cutting import Activations, BlockCall, Cut, join_arguments, split_result
+from jaxpipe.layer_storage import LayerStorage
+from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
-from jaxpipe.runtime.model import Context, Output
+from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stacking import Stacking
 
 
-class Model(Protocol):
+class CutModel(Protocol):
     """What a library's models must give to be cut.
 
     Attributes:
@@ -49,18 +52,22 @@ class Model(Protocol):
     @property
     def stacked(self) -> bool: ...  # noqa: D102
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """What is equal for blocks that run the same program but for arrays."""
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
 
-    def take(self, model: Any) -> tuple[Any, Any]:
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> CutModel:
+        """The same with another model, or with another loss; None: as it is."""
+        ...
+
+    def take(self, model: Any, /) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
         ...
 
@@ -79,18 +86,21 @@ class PipelinedModel:
       pipeline: the step, ``pipeline(params, batch, rng) -> ((loss, aux), grads)``.
       params: the model's parameters where the step wants them: each stage's on its rank, in storage order.
       shardings: of the parameters, a tree like ``params``.
+      trainable: whether each of them has a gradient, a tree of bools like ``params``; see `jaxpipe.floating_only`.
     """
 
     pipeline: Pipeline
     params: Params
     shardings: Params
-    _model: Model
+    trainable: Params
+    _model: CutModel
+    _storage: LayerStorage
 
     @functools.cached_property
     def stacking(self) -> Stacking:
         """Where each block's parameters are, for masks, norms and optimizers by layer."""
         names = tuple(self._model.names)
-        return Stacking(self.pipeline.program.schedule, len(names), "storage", names)
+        return Stacking(self.pipeline.program.schedule, len(names), "storage", names, self._storage)
 
     @property
     def __name__(self) -> str:
@@ -100,9 +110,35 @@ class PipelinedModel:
     def __repr__(self) -> str:
         return f"<jaxpipe.flax.PipelinedModel of {len(self._model.names)} blocks in {self.pipeline!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
-        return self.pipeline(params, batch, rng)
+        return self.pipeline(params, batch, rng, step_inputs)
+
+    def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
+        """(loss, aux) without gradients, of the model and loss that are trained; see `evaluation`."""
+        return self.pipeline.evaluate(params, batch, rng, step_inputs)
+
+    def evaluation(self, model: Any = None, *, loss: Callable[..., Any] | None = None) -> Pipeline:
+        """The loss and metrics alone: ``(params, batch, rng=None, step_inputs=None) -> (loss, aux)``.
+
+        It runs on the same mesh with ``params`` as the step has them, so that a run needs no second copy of them. Make
+        and jit it once, before the loop.
+
+        Args:
+          model: an NNX model that differs from the trained one in more than its parameters, such as one in ``eval()``,
+            whose dropout is off; or a function that makes it. None: the trained one. Its own parameters are not used.
+          loss: in place of the trained one, with its arguments; a Linen model is in evaluation as this calls it.
+
+        Raises:
+          ValueError: the model's parameters are not like those of the trained one.
+        """
+        if model is None and loss is None:
+            return self.pipeline.evaluation
+        variant, shapes = self._model.variant(model, loss), jax.tree.map(_shape, self.params)
+        local = lambda: _local_shapes(variant, self._storage, self.pipeline, shapes)  # noqa: E731
+        parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, local)
+        functions = Model(parts.stage, parts.embed, parts.head, self.pipeline.model.weight)
+        return dataclasses.replace(self.pipeline, model=functions).evaluation
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
@@ -110,7 +146,8 @@ class PipelinedModel:
 
     def split(self, model: Any) -> Params:
         """The parameters of a model like the pipelined one, where the step wants them: the inverse of `merge`."""
-        return jax.device_put(stack(self._model, self.pipeline.program.schedule, model), self.shardings)
+        stacked = stack(self._model, self._storage, self.pipeline.program.schedule, model)
+        return jax.device_put(stacked, self.shardings)
 
     def merge_state(self, state: Any) -> Any:
         """An optimizer's state of the plain model, of one of the pipelined parameters.
@@ -139,47 +176,85 @@ class PipelinedModel:
         return restore(read, like, source, self.stacking, mesh, axis=self.pipeline.axes.pipeline)
 
     def _rows(self, params: Params) -> list[Any]:
-        return unstack_layers(params.stages, len(self._model.names), self.pipeline.program.schedule, "storage")
+        return self._storage.unstack(params.stages, self.pipeline.program.schedule, "storage")
 
 
-def stack(model: Model, schedule: Schedule, params: Any) -> Params:
+def stack(model: CutModel, storage: LayerStorage, schedule: Schedule, params: Any) -> Params:
     """The stacked parameters of a model, in storage order."""
     outer, blocks = model.take(params)
-    return Params(stack_layers(blocks, schedule, "storage")[0], outer)
+    return Params(storage.stack(blocks, schedule, "storage"), outer)
 
 
 def pipelined(
-    model: Model,
+    model: CutModel,
     make: Callable[[], Any],
     schedule: Schedule,
     mesh: Mesh,
     *,
     made: bool,
     specs: Params | None,
+    trainable: Params | tuple[Any, Any] | None,
+    layer_costs: Sequence[float] | None,
     options: Mapping[str, Any],
 ) -> PipelinedModel:
     """A model as a pipeline.
 
     Args:
       model: cut.
-      make: gives the user's model, from which `Model.take` takes the parameters.
+      make: gives the user's model, from which `CutModel.take` takes the parameters.
       schedule, mesh: as for `jaxpipe.value_and_grad`.
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
+      trainable: as for `jaxpipe.value_and_grad`, or bools for (outer, blocks) as `CutModel.take` gives them.
+      layer_costs: what each block costs, to divide them over stages by.
       specs, options: for `jaxpipe.value_and_grad`.
     """
-    start = lambda: stack(model, schedule, make())  # noqa: E731
+    storage = store_layers(model.blocks, schedule, layer_costs)
+    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
     shapes = jax.eval_shape(start)
-    parts = _Parts(model, schedule, options.get("compute_dtype"), lambda: _local_shapes(model, pipeline, shapes))
+    local = lambda: _local_shapes(model, storage, pipeline, shapes)  # noqa: E731
+    parts = _Parts(model, storage, options.get("compute_dtype"), local)
+    if trainable is not None and not isinstance(trainable, Params):
+        outer, blocks = trainable
+        trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
     pipeline = value_and_grad(
-        parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
+        parts.stage,
+        schedule,
+        mesh,
+        embed=parts.embed,
+        head=parts.head,
+        specs=specs,
+        order="storage",
+        trainable=trainable,
+        **options,
     )
+    mask = pipeline.trainable_mask(shapes)
     found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
-    return PipelinedModel(pipeline, params, shardings, model)
+    return PipelinedModel(pipeline, params, shardings, mask, model, storage)
 
 
-def _local_shapes(model: Model, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
+def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) -> Any:
+    """The mask of stacked parameters, of one for each block.
+
+    Raises:
+      ValueError: blocks whose parameters are rows of one array have different masks.
+    """
+    found: dict[int, tuple[str, bool]] = {}
+    for name, kind, mask in zip(names, storage.kind_of, masks, strict=True):
+        for place, (path, choice) in zip(storage.places[kind], jax.tree_util.tree_leaves_with_path(mask), strict=True):
+            first, other = found.setdefault(place, (name, choice))
+            if choice != other:
+                trained, frozen = (first, name) if other else (name, first)
+                raise ValueError(
+                    f"trainable trains {jax.tree_util.keystr(path)} of {trained} and freezes that of {frozen}, but one "
+                    "array holds both: train or freeze it in all blocks, and to hold some of them give the optimizer "
+                    "updates of zero there"
+                )
+    return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
+
+
+def _local_shapes(model: CutModel, storage: LayerStorage, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
     """(outer, blocks) of a device's parameters, divided as far as specs divide them over axes handled by hand."""
     axes, schedule = pipeline.axes, pipeline.program.schedule
     specs = inputs.broadcast_specs(pipeline.specs, shapes, axes, pipeline.mesh)
@@ -194,8 +269,8 @@ def _local_shapes(model: Model, pipeline: Pipeline, shapes: Params) -> tuple[Any
     outer = jax.tree.map(functools.partial(local, axes.names), shapes.outer, specs.outer)
 
     def unstack(stages: Any) -> Any:
-        rows = unstack_layers(stages, len(model.names), schedule, "storage")
-        return jax.tree.map(lambda *leaves: jnp.stack(leaves), *rows) if model.stacked else rows
+        rows = storage.unstack(stages, schedule, "storage")
+        return stack_rows(rows) if model.stacked else rows
 
     return outer, jax.eval_shape(unstack, stages)
 
@@ -206,34 +281,34 @@ class _Parts:
 
     Attributes:
       model: cut.
-      schedule: of its stages.
+      storage: of its blocks' parameters.
       dtype: of the working copies, or None.
       shapes: gives (outer, blocks) of a device's parameters.
     """
 
-    model: Model
-    schedule: Schedule
+    model: CutModel
+    storage: LayerStorage
     dtype: Any
     shapes: Callable[[], tuple[Any, Any]]
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
-        return self._cut(ctx).embed(outer, _key(ctx), data)
+        return self._cut(ctx).embed(outer, _key(ctx), (data, ctx.step_inputs))
 
     def head(self, outer: Any, x: Any, data: Any, ctx: Context) -> Any:
         """The loss of what the last stage ends with."""
-        return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
+        return as_output(self._cut(ctx).head(outer, x, _key(ctx), (data, ctx.step_inputs)))
 
     def stage(self, params: Any, x: Any, ctx: Context) -> Any:
         """A stage's blocks."""
         cut = self._cut(ctx)
-        arrays = cut.arguments(x, ctx.data)
+        arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
         kind_of = [next(k for k, other in enumerate(kinds) if _equal(kind, other)) for kind in kinds]
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
-        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.schedule)(params, x, ctx)
+        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.storage)(params, x, ctx)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""
@@ -253,29 +328,66 @@ class _Parts:
         y, others = split_result(run(params, inner, given, row), inner)
         if cut.simple:
             return y
-        rows = (stacked.at[ctx.layer].set(value) for stacked, value in zip(x.others, others, strict=True))
+        rows = list(x.others)
+        for column, value in zip(cut.columns[members[0]], others, strict=True):
+            rows[column] = rows[column].at[ctx.layer].set(value)
         return Activations(y, x.arguments, tuple(rows))
 
     def _cut(self, ctx: Context) -> Cut:
-        leaves, structure = jax.tree.flatten((_key(ctx), ctx.data))
+        leaves, structure = jax.tree.flatten((_key(ctx), (ctx.data, ctx.step_inputs)))
         return self._cut_for(structure, tuple((leaf.shape, leaf.dtype) for leaf in leaves))
 
     @functools.cached_property
     def _cut_for(self) -> Callable[[Any, Any], Cut]:
         """The loss cut for a key and data of some shapes: embed, stage and head, traced several times, share it."""
 
+        def loss(outer: Any, blocks: Any, key: Any, inputs: Any) -> Any:
+            return self.model.loss(outer, blocks, key, *inputs)
+
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
-            return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut
+
+
+def stack_rows(blocks: Sequence[Any]) -> Any:
+    """Parameters or gradients of blocks as rows; of what has no gradient, zeros of dtype float0."""
+
+    def stacked(*leaves: Any) -> Any:
+        return np.stack(leaves) if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
+
+    return jax.tree.map(stacked, *blocks)
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:
     """One of several arrays alike, which are often one."""
     return column[0] if all(other is column[0] for other in column) else jnp.stack(column)[row]
+
+
+def call_loss(loss: Callable[..., Any], *args: Any, step_inputs: Any) -> Any:
+    """What a loss function returns, called with the step's inputs by name where there are any."""
+    if step_inputs is None:
+        return loss(*args)
+    if not takes(loss, *args, step_inputs=step_inputs):
+        raise ValueError(
+            f"step_inputs are given, and the loss function takes {inspect.signature(loss)}: give it a parameter of the "
+            "name step_inputs, or call the step without"
+        )
+    return loss(*args, step_inputs=step_inputs)
+
+
+def takes(function: Callable[..., Any], *args: Any, **kwargs: Any) -> bool:
+    """Whether a function can be called with these arguments; True where it does not say."""
+    try:
+        inspect.signature(function).bind(*args, **kwargs)
+    except TypeError:
+        return False
+    except ValueError:
+        return True
+    return True
 
 
 def as_output(result: Any) -> Output:
@@ -309,3 +421,7 @@ def _equal(a: Any, b: Any) -> bool:
         return bool(a == b)
     except (TypeError, ValueError):
         return False
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)

@@ -18,26 +18,30 @@ class ForwardStep:
     """What the forward-only operations have in common on one rank; see `operations.TrainStep`."""
 
     model: Model
+    parts: tuple[tuple[int, int], ...]
     chunks: tuple[Any, ...]
     outer: Any
     batch: Any
     rng: jax.Array | None
+    step_inputs: Any
     num_stages: int
 
-    def operation(self, op: Op, chunk: int) -> Operation:
-        """The operation of a kind on a local chunk."""
+    def operation(self, op: Op, part: int) -> Operation:
+        """The operation of a kind on a part."""
         if op is Op.F:
-            return self.forward(chunk)
+            return self.forward(*self.parts[part])
         if op is Op.EMBED:
-            return embed_operation(self.model, self.outer, self.batch, self.rng)
+            return embed_operation(self.model, self.outer, self.batch, self.rng, self.step_inputs)
         return self.head()
 
-    def forward(self, chunk: int) -> Operation:
+    def forward(self, chunk: int, kind: int) -> Operation:
         """X -> y."""
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
+            ctx = make_context(
+                self.batch, self.rng, self.step_inputs, operands[Field.STAGE], operands[Field.MICROBATCH]
+            )
+            (y, _), metrics = self.model.run_kind(kind, self.chunks[chunk], x, ctx)
             return y, metrics
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -47,19 +51,20 @@ class ForwardStep:
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
-        return Operation(_read_source, compute, write)
+        return Operation(read_source, compute, write)
 
     def head(self) -> Operation:
         """The last stage's y -> outputs of the microbatch."""
 
         def compute(y: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
+            end, microbatch = self.num_stages, operands[Field.MICROBATCH]
+            ctx = make_context(self.batch, self.rng, self.step_inputs, end, microbatch, end)
             return run_outputs(self.model, self.outer, y, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, outputs: Any) -> Buffers:
             return buffers._replace(outputs=put(buffers.outputs, operands[Field.MICROBATCH], outputs))
 
-        return Operation(_read_source, compute, write)
+        return Operation(read_source, compute, write)
 
 
 def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
@@ -67,5 +72,6 @@ def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
     return y if model.head is None else model.head(outer, y, ctx.data, ctx)
 
 
-def _read_source(buffers: Buffers, operands: jax.Array) -> Any:
+def read_source(buffers: Buffers, operands: jax.Array) -> Any:
+    """The message that an operation starts with."""
     return take(buffers.in_flight, operands[Field.SOURCE])

@@ -7,6 +7,7 @@ and residual lives.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,6 +31,7 @@ def lower(
     forward_only: bool = False,
     shared_ends: bool = False,
     packing: Packing | None = None,
+    kind_of: Sequence[int] | None = None,
 ) -> Program:
     """Lowers a schedule to the tables of one scan.
 
@@ -41,6 +43,7 @@ def lower(
       shared_ends: all ranks run EMBED, HEAD and EMBED_GRAD together, each in a step of its own.
       packing: the ticks, instead of those that ``pack`` finds, with the same ``shared_ends``. With ``forward_only``
         it is a packing of ``forwards(schedule)``.
+      kind_of: of each stage its kind, each with code of its own; None: all are of one kind.
 
     Returns:
       The program; its stash slots are as few as the order of each rank allows.
@@ -64,12 +67,15 @@ def lower(
     messages = route(values, schedule.num_ranks)
     moved = _last_steps(operations.ticks)[messages.tick]
     slots = _allocate(actions, operations, values, messages, moved)
-    branches, branch, operands = _write_operands(operations, values, slots, schedule.num_ranks)
+    parts, part = _parts(operations, np.asarray(kind_of or (0,) * schedule.num_stages))
+    branches, which = _branches(operations, part)
+    branch, operands = _write_operands(operations, values, slots, which, schedule.num_ranks)
     communicate, send, receive = _write_messages(operations, values, messages, moved, slots, schedule.num_ranks)
     return Program(
         schedule=schedule,
         forward_only=forward_only,
         shared_ends=shared_ends,
+        parts=parts,
         branches=branches,
         branch=branch,
         operands=operands,
@@ -185,27 +191,39 @@ def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> 
     return np.where(away, slots[0], slots[1]), slots[1], count
 
 
-def _branches(operations: Operations) -> tuple[tuple[Branch, ...], np.ndarray]:
-    """The distinct branches, idle first, and ``int[operations]``: which of them the operation is part of."""
-    chunks = int(operations.chunk.max(initial=0)) + 1
-    number = 1 + operations.op * chunks + operations.chunk
-    most = len(Op) * chunks + 1
+def _parts(operations: Operations, kind_of: np.ndarray) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
+    """The distinct (chunk, kind of stage) and ``int[operations]``: the part of each operation.
+
+    The ends, which have no kind, have the first part of their chunk.
+    """
+    kinds = int(kind_of.max(initial=0)) + 1
+    first = operations.chunk * kinds
+    code = np.where(np.isin(operations.op, (F, B, I, W)), first + kind_of[operations.stage], -1)
+    distinct = np.unique(code[code >= 0])
+    part = np.searchsorted(distinct, np.where(code >= 0, code, first))
+    return tuple(divmod(each, kinds) for each in distinct.tolist()), part
+
+
+def _branches(operations: Operations, part: np.ndarray) -> tuple[tuple[Branch, ...], np.ndarray]:
+    """The distinct branches, idle first, and ``int[operations]``: which of them the operation is in."""
+    parts = int(part.max(initial=0)) + 1
+    number = 1 + operations.op * parts + part
+    most = len(Op) * parts + 1
     numbers = np.zeros((int(operations.instruction.max(initial=-1)) + 1, 2), np.int64)  # 0 where there is no second
     numbers[operations.instruction, operations.place] = number
     distinct, which = np.unique(numbers @ [most, 1], return_inverse=True)
     ops = list(Op)
 
     def branch(code: int) -> Branch:
-        return tuple((ops[(n - 1) // chunks], (n - 1) % chunks) for n in divmod(code, most) if n)
+        return tuple((ops[(n - 1) // parts], (n - 1) % parts) for n in divmod(code, most) if n)
 
     return ((), *map(branch, distinct.tolist())), which[operations.instruction] + 1
 
 
 def _write_operands(
-    operations: Operations, values: Values, slots: _SlotTables, num_ranks: int
-) -> tuple[tuple[Branch, ...], np.ndarray, np.ndarray]:
-    """(branches, branch, operands) of the `Program`."""
-    branches, which = _branches(operations)
+    operations: Operations, values: Values, slots: _SlotTables, which: np.ndarray, num_ranks: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(branch, operands) of the `Program`; ``which`` is the branch of each operation."""
     step, shape = operations.step, (len(operations.ticks), num_ranks)
     branch = np.zeros(shape, np.int32)
     operands = np.zeros((*shape, 2, len(Field)), np.int32)
@@ -220,7 +238,7 @@ def _write_operands(
     operands[step, operations.rank, operations.place] = np.column_stack(
         [operations.microbatch, operations.stage, _slots_of_operations(operations, values, slots)]
     )
-    return branches, branch, operands
+    return branch, operands
 
 
 def _slots_of_operations(operations: Operations, values: Values, slots: _SlotTables) -> np.ndarray:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
+from jaxpipe.runtime.stage_kinds import StageKinds
 
 HEAD = -2
 """What the head folds into a microbatch's key. A layer folds its index and embed -1; as uint32 this is no layer's."""
@@ -37,6 +38,7 @@ class Context(NamedTuple):
       layer: int32 scalar, the layer in the order of the forward pass, in a layer of `jaxpipe.flax.layered_stages`;
         everywhere else equal to ``stage``.
       microbatch_rng: the microbatch's key, of which `at_layer` makes those of layers.
+      step_inputs: what the step was called with as ``step_inputs``, whole and the same everywhere, or None.
     """
 
     stage: Any
@@ -45,9 +47,19 @@ class Context(NamedTuple):
     data: Any
     layer: Any = None
     microbatch_rng: Any = None
+    step_inputs: Any = None
 
     @classmethod
-    def make(cls, stage: Any, microbatch: Any, rng: jax.Array | None, data: Any, *, num_stages: int | None) -> Context:
+    def make(
+        cls,
+        stage: Any,
+        microbatch: Any,
+        rng: jax.Array | None,
+        data: Any,
+        *,
+        num_stages: int | None,
+        step_inputs: Any = None,
+    ) -> Context:
         """The context that a pipeline gives to embed (stage -1), a stage, or head (stage ``num_stages``).
 
         Args:
@@ -56,6 +68,7 @@ class Context(NamedTuple):
           rng: the key that the step is called with, or None.
           data: the microbatch.
           num_stages: number of stages, or of layers where ``stage`` is a layer; None where it is not the head's.
+          step_inputs: what the step is called with as ``step_inputs``.
 
         >>> import jax
         >>> ctx = Context.make(3, 0, jax.random.key(0), None, num_stages=8)
@@ -64,10 +77,10 @@ class Context(NamedTuple):
         """
         stage, microbatch = jnp.asarray(stage, jnp.int32), jnp.asarray(microbatch, jnp.int32)
         if rng is None:
-            return cls(stage, microbatch, None, data, stage)
+            return cls(stage, microbatch, None, data, stage, step_inputs=step_inputs)
         rng = jax.random.fold_in(rng, microbatch)
         index = stage if num_stages is None else jnp.where(stage == num_stages, HEAD, stage)
-        return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng)
+        return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng, step_inputs)
 
     def at_layer(self, layer: Any) -> Context:
         """The context of a layer of the stage: its index and its own key.
@@ -100,7 +113,7 @@ class Model:
     """The functions of a pipelined model.
 
     Attributes:
-      stage: ``stage(params, x, ctx) -> y or Output``; y has x's structure, shapes and dtypes.
+      stage: ``stage(params, x, ctx) -> y or Output``; y has x's structure, shapes and dtypes. Or `StageKinds` of such.
       embed: ``embed(outer, data, ctx) -> x``, or None: the microbatch itself is x.
       head: ``head(outer, y, data, ctx) -> loss or Output``, or None. In a forward-only program it may
         return any pytree of per-example outputs.
@@ -116,9 +129,27 @@ class Model:
         """The first stage's input for a microbatch."""
         return ctx.data if self.embed is None else self.embed(outer, ctx.data, ctx)
 
+    @property
+    def stages(self) -> tuple[Callable[..., Any], ...]:
+        """The stage functions, one for each kind of stage."""
+        return self.stage.functions if isinstance(self.stage, StageKinds) else (self.stage,)
+
+    @property
+    def kind_of(self) -> tuple[int, ...] | None:
+        """The kind of each stage; None where all are of one."""
+        return self.stage.kind_of if isinstance(self.stage, StageKinds) else None
+
     def run_stage(self, params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
         """((y, aux_loss), metrics) of one stage; aux_loss is None where the stage returns none."""
-        output = as_output(self.stage(params, x, ctx))
+        return self._run(self.stage, params, x, ctx)
+
+    def run_kind(self, kind: int, params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        """`run_stage` of a stage of a kind."""
+        return self._run(self.stages[kind], params, x, ctx)
+
+    @staticmethod
+    def _run(stage: Callable[..., Any], params: Any, x: Any, ctx: Context) -> tuple[tuple[Any, Any], dict[str, Any]]:
+        output = as_output(stage(params, x, ctx))
         aux_loss = None if output.aux_loss is None else as_loss(output.aux_loss, "the stage's aux_loss has")
         return (as_arrays(output.value, "stage"), aux_loss), as_metrics(output.metrics, "stage")
 

@@ -7,26 +7,43 @@ read both its inputs, compute both in one block of code that the compiler may in
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
-from jaxpipe.stage import SplitStage, vjp_once
+from jaxpipe.runtime.stage_kinds import SharedPool
+from jaxpipe.stage import Residuals, SplitStage, vjp_once
 
 
 class Operation(NamedTuple):
-    """One kind of work of one local chunk; ``operands`` are its row of the Program's."""
+    """One kind of work of one part; ``operands`` are its row of the Program's."""
 
     read: Callable[[Buffers, jax.Array], Any]
     compute: Callable[[Any, jax.Array], Any]
     write: Callable[[Buffers, jax.Array, Any], Buffers]
+
+
+class Pools(NamedTuple):
+    """How kinds of stages share slots; see `Buffers`."""
+
+    stash: SharedPool
+    weight_stash: SharedPool
+    cross: SharedPool
+
+    @classmethod
+    def of(cls, splits: Sequence[SplitStage]) -> Pools:
+        """The pools of the divided stages."""
+        kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], [s.crossing for s in splits])
+        return cls(*map(SharedPool.of, kept))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,65 +52,79 @@ class TrainStep:
 
     Attributes:
       model: the user's functions.
-      split: the stage's forward, input gradient and weight gradient.
-      prepared: for each local chunk, what ``split.prepare`` made of its parameters.
+      splits: forward, input gradient and weight gradient of each kind of stage.
+      pools: how the kinds share slots, of stash, weight stash and crossing.
+      parts: the (local chunk, kind) of each part.
+      prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters and of ``step_inputs``.
       outer: outer parameters in compute dtype.
+      trainable: which parameters have a gradient, a tree of bools.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       shares: each microbatch's share of the mean loss.
       rng: key or None.
+      step_inputs: of `Context`, for embed and head; ``prepared`` holds the stages'.
       num_stages: stages of the model.
     """
 
     model: Model
-    split: SplitStage
+    splits: tuple[SplitStage, ...]
+    pools: Pools
+    parts: tuple[tuple[int, int], ...]
     prepared: tuple[Any, ...]
     outer: Any
+    trainable: Params
     batch: Any
     shares: Shares
     rng: jax.Array | None
+    step_inputs: Any
     num_stages: int
 
-    def operation(self, op: Op, chunk: int) -> Operation:
-        """The operation of a kind on a local chunk."""
+    def operation(self, op: Op, part: int) -> Operation:
+        """The operation of a kind on a part."""
         makers = {
             Op.F: self.forward,
             Op.B: self.backward,
             Op.I: self.backward_input,
             Op.W: self.backward_weight,
-            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng),
+            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng, self.step_inputs),
             Op.HEAD: self.head,
             Op.EMBED_GRAD: self.embed_grad,
         }
-        return makers[op](chunk)
+        return makers[op](part)
 
-    def forward(self, chunk: int) -> Operation:
+    def forward(self, part: int) -> Operation:
         """X -> y, and the residuals into the stash."""
+        kind, pools = self.parts[part][1], self.pools
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            return self.split.forward(self.prepared[chunk], x, ctx)
+            ctx = make_context(self.batch, self.rng, None, operands[Field.STAGE], operands[Field.MICROBATCH])
+            return self.splits[kind].forward(self.prepared[part], x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
             return buffers._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
-                stash=put(buffers.stash, operands[Field.STASH], residuals.input),
-                weight_stash=put(buffers.weight_stash, operands[Field.WEIGHT_STASH], residuals.weight),
+                stash=pools.stash.put(buffers.stash, operands[Field.STASH], kind, residuals.input),
+                weight_stash=pools.weight_stash.put(
+                    buffers.weight_stash, operands[Field.WEIGHT_STASH], kind, residuals.weight
+                ),
                 aux_loss=self._add_loss(buffers.aux_loss, aux_loss, operands),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
         return Operation(read, compute, write)
 
-    def backward(self, chunk: int) -> Operation:
+    def backward(self, part: int) -> Operation:
         """Output cotangent -> input cotangent, and the weight gradient accumulated."""
+        chunk, kind = self.parts[part]
+        split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
             residuals, dy = inputs
-            grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, operands), narrow=True)
+            ct = self._cotangent(split, dy, operands)
+            grads, dx = split.backward(self.prepared[part], residuals, ct, narrow=True)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -102,48 +133,55 @@ class TrainStep:
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], dx)
             )
 
-        return Operation(self._read_backward, compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write)
 
-    def backward_input(self, chunk: int) -> Operation:
+    def backward_input(self, part: int) -> Operation:
         """Output cotangent -> input cotangent, and what the weight gradient still needs."""
+        kind = self.parts[part][1]
+        split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
             residuals, dy = inputs
-            dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, operands))
+            ct = self._cotangent(split, dy, operands)
+            dx, crossing = split.backward_input(self.prepared[part], residuals, ct)
             return select(dx, self._counts("stage", operands)), crossing
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             dx, crossing = result
             return buffers._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], dx),
-                cross=put(buffers.cross, operands[Field.CROSS], crossing),
+                cross=self.pools.cross.put(buffers.cross, operands[Field.CROSS], kind, crossing),
             )
 
-        return Operation(self._read_backward, compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write)
 
-    def backward_weight(self, chunk: int) -> Operation:
+    def backward_weight(self, part: int) -> Operation:
         """The weight gradient accumulated."""
+        (chunk, kind), pools = self.parts[part], self.pools
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
-            return take(buffers.weight_stash, operands[Field.WEIGHT_STASH]), take(buffers.cross, operands[Field.CROSS])
+            weight_stash = pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+            return weight_stash, pools.cross.take(buffers.cross, operands[Field.CROSS], kind)
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            return self.split.backward_weight(self.prepared[chunk], *inputs, narrow=True)
+            return self.splits[kind].backward_weight(self.prepared[part], *inputs, narrow=True)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, chunk, grads, operands)
 
         return Operation(read, compute, write)
 
-    def embed_grad(self, chunk: int) -> Operation:
+    def embed_grad(self, part: int) -> Operation:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(dx: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, -1, operands[Field.MICROBATCH])
-            diff, rest = partition(self.outer)
+            ctx = make_context(self.batch, self.rng, self.step_inputs, -1, operands[Field.MICROBATCH])
+            diff, rest = partition(self.outer, self.trainable.outer)
+            if not jax.tree.leaves(diff):
+                return diff
 
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
@@ -155,7 +193,7 @@ class TrainStep:
 
         return Operation(read, compute, write)
 
-    def head(self, chunk: int) -> Operation:
+    def head(self, part: int) -> Operation:
         """The last stage's y -> its loss, y's cotangent and the head's gradient accumulated.
 
         Forward and backward of the head run at once: its residuals (the logits) are never stashed.
@@ -167,8 +205,9 @@ class TrainStep:
         def compute(y: Any, operands: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
-            outer_diff, outer_rest = partition(self.outer)
+            end, microbatch = self.num_stages, operands[Field.MICROBATCH]
+            ctx = make_context(self.batch, self.rng, self.step_inputs, end, microbatch, end)
+            outer_diff, outer_rest = partition(self.outer, self.trainable.outer)
             y_diff, y_rest = partition(y)
 
             def loss_of(outer_diff: Any, y_diff: Any) -> Any:
@@ -192,10 +231,10 @@ class TrainStep:
 
         return Operation(read, compute, write)
 
-    def _read_backward(self, buffers: Buffers, operands: jax.Array) -> Any:
-        stash = take(buffers.stash, operands[Field.STASH])
-        weight_stash = take(buffers.weight_stash, operands[Field.WEIGHT_STASH])
-        return type(self.split.residuals)(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
+    def _read_backward(self, kind: int, buffers: Buffers, operands: jax.Array) -> Any:
+        stash = self.pools.stash.take(buffers.stash, operands[Field.STASH], kind)
+        weight_stash = self.pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+        return Residuals(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
 
     def _seed(self, operands: jax.Array) -> jax.Array:
         return self.shares.seeds[operands[Field.MICROBATCH]]
@@ -205,28 +244,35 @@ class TrainStep:
         return None if counts is None else counts[operands[Field.MICROBATCH]]
 
     def _add_loss(self, total: Any, loss: Any, operands: jax.Array) -> Any:
-        weight = self.shares.weights[operands[Field.MICROBATCH]]
-        weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
-        return add(total, weighted, self._counts("loss", operands))
+        return add_loss(total, loss, self.shares, operands)
 
-    def _cotangent(self, dy: Any, operands: jax.Array) -> Any:
-        _, aux_loss = self.split.out
+    def _cotangent(self, split: SplitStage, dy: Any, operands: jax.Array) -> Any:
+        _, aux_loss = split.out
         return dy, jax.tree.map(lambda aval: self._seed(operands).astype(aval.dtype), aux_loss)
 
     def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, operands: jax.Array) -> Buffers:
         totals = list(buffers.grads)
-        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", operands))
+        of_params, _ = grads  # beside those of step_inputs, which are not differentiated
+        totals[chunk] = add(totals[chunk], partition(of_params)[0], self._counts("stage", operands))
         return buffers._replace(grads=tuple(totals))
 
 
-def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
+def add_loss(total: Any, loss: Any, shares: Shares, operands: jax.Array) -> Any:
+    """Total + a microbatch's loss times its weight."""
+    weight = shares.weights[operands[Field.MICROBATCH]]
+    weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
+    counts = shares.counts.loss
+    return add(total, weighted, None if counts is None else counts[operands[Field.MICROBATCH]])
+
+
+def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None, step_inputs: Any) -> Operation:
     """A microbatch's input to stage 0."""
 
     def read(buffers: Buffers, operands: jax.Array) -> None:
         return None
 
     def compute(_: Any, operands: jax.Array) -> Any:
-        return model.run_embed(outer, make_context(batch, rng, -1, operands[Field.MICROBATCH]))
+        return model.run_embed(outer, make_context(batch, rng, step_inputs, -1, operands[Field.MICROBATCH]))
 
     def write(buffers: Buffers, operands: jax.Array, x: Any) -> Buffers:
         return buffers._replace(in_flight=put(buffers.in_flight, operands[Field.TARGET], x))
@@ -235,11 +281,12 @@ def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None)
 
 
 def make_context(
-    batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any, num_stages: int | None = None
+    batch: Any, rng: jax.Array | None, step_inputs: Any, stage: Any, microbatch: Any, num_stages: int | None = None
 ) -> Context:
     """A Context with the microbatch's slice of the batch; ``num_stages`` where the stage may be the head's."""
     microbatch = jnp.asarray(microbatch, jnp.int32)
-    return Context.make(stage, microbatch, rng, take(batch, microbatch), num_stages=num_stages)
+    data = take(batch, microbatch)
+    return Context.make(stage, microbatch, rng, data, num_stages=num_stages, step_inputs=step_inputs)
 
 
 def run_branch(
@@ -249,7 +296,7 @@ def run_branch(
 
     ``apart``: whether pools are `Apart` and the slots in ``operands`` integers.
     """
-    parts = [(op, operation(op, chunk)) for op, chunk in branch]
+    parts = [(op, operation(op, part)) for op, part in branch]
 
     def run(buffers: Buffers, operands: Any) -> Buffers:
         inputs, results = [], []
@@ -282,12 +329,13 @@ def run_sequential(
     return tuple(one(index) for index in range(len(branch)))
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
-    """(inexact leaves, other leaves) of a tree, None in the others' places."""
-    inexact = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+def partition(tree: Any, chosen: Any = None) -> tuple[Any, Any]:
+    """(chosen leaves, other leaves) of a tree, None in the others' places; by default inexact leaves are chosen."""
+    if chosen is None:
+        chosen = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
     return (
-        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, inexact),
-        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, inexact),
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen),
     )
 
 

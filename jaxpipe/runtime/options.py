@@ -52,6 +52,8 @@ class Options:
       dispatch: one of `DISPATCHERS`, or `AUTOMATIC`.
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+      trainable: which parameters have a gradient, as the user says it; see `jaxpipe.value_and_grad`.
+      example_mask: the batch's leaf that says which examples count, or None: all do.
     """
 
     axes: Axes
@@ -62,3 +64,5 @@ class Options:
     dispatch: str
     shared_ends: bool
     order: str
+    trainable: Any = None
+    example_mask: str | None = None

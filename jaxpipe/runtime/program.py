@@ -53,7 +53,10 @@ class Field(enum.IntEnum):
 
 
 Branch = tuple[tuple[Op, int], ...]
-"""The one or two operations that a rank runs in a step, each with its local chunk; ``()`` is idle."""
+"""The one or two operations that a rank runs in a step, each with its part, an index into ``Program.parts``.
+
+``()`` is idle.
+"""
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -70,6 +73,7 @@ class Program:
       schedule: what was lowered.
       forward_only: whether only forwards (and EMBED and HEAD, which then writes no gradient) remain.
       shared_ends: whether all ranks run EMBED, HEAD and EMBED_GRAD together.
+      parts: the distinct (local chunk, kind of stage); where all stages are of one kind, part i is chunk i.
       branches: the distinct branches; ``branches[0]`` is idle.
       branch: ``int32[steps, ranks]``, indices into ``branches``.
       operands: ``int32[steps, ranks, 2, len(Field)]``, one row per operation of the branch, the
@@ -90,6 +94,7 @@ class Program:
     schedule: Schedule
     forward_only: bool
     shared_ends: bool
+    parts: tuple[tuple[int, int], ...]
     branches: tuple[Branch, ...]
     branch: np.ndarray
     operands: np.ndarray

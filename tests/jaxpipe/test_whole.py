@@ -10,8 +10,7 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from jaxpipe.linen_model import from_linen
-from jaxpipe.nnx_model import from_nnx
+from jaxpipe.flax import from_linen, from_nnx
 from tests.plain import assert_trees_close
 
 WIDTH, VOCABULARY, LENGTH, SEQUENCES, MICROBATCHES = 8, 16, 5, 8, 4

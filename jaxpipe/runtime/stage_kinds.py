@@ -1,0 +1,109 @@
+"""Stages of several kinds, each with code of its own in the program."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jaxpipe.runtime.buffers import Apart, put, take
+
+
+class StageKinds:
+    """A stage function of several kinds: stage s runs ``functions[kind_of[s]]``.
+
+    A rank's program has a branch for each operation of each kind that it runs. Nothing is chosen within a stage: a
+    forward and a backward that overlap are one block of code whatever their kinds, and each kind is divided into input
+    and weight gradient by itself. All kinds take the same ``params``, a row of ``Params.stages``, and use of it what
+    they need; gradients of what they do not use are zero.
+
+    Called as a function, as a plain program does, it chooses by ``ctx.stage``.
+
+    Args:
+      functions: each as `jaxpipe.value_and_grad`'s ``stage``.
+      kind_of: of each stage, in the order of the forward pass, an index of ``functions``.
+
+    Raises:
+      ValueError: functions that are none, indices that are out of range or leave a function out.
+
+    >>> import jaxpipe
+    >>> double, add = (lambda w, x, ctx: x * w), (lambda w, x, ctx: x + w)
+    >>> stage = StageKinds([double, add], [0, 1, 1, 1])
+    >>> mesh, schedule = jaxpipe.make_mesh(pp=4), jaxpipe.schedule.build("zb1p", 4, 8)
+    >>> pipeline = jaxpipe.value_and_grad(stage, schedule, mesh, head=lambda outer, y, data, ctx: y.sum())
+    >>> (loss, _), grads = pipeline(jaxpipe.Params(jnp.arange(2.0, 6.0)), jnp.ones(8))
+    >>> float(loss), grads.stages.tolist()  # 1 * 2 + 3 + 4 + 5
+    (14.0, [1.0, 1.0, 1.0, 1.0])
+    """
+
+    def __init__(self, functions: Sequence[Callable[..., Any]], kind_of: Sequence[int]) -> None:
+        self.functions, self.kind_of = tuple(functions), tuple(map(int, kind_of))
+        wrong = [function for function in self.functions if not callable(function)]
+        if wrong or not self.functions:
+            raise ValueError(f"functions has {wrong or 'none'}: pass functions, to be called as stage(params, x, ctx)")
+        if sorted(set(self.kind_of)) != list(range(len(self.functions))):
+            raise ValueError(
+                f"kind_of={list(self.kind_of)} for {len(self.functions)} functions: give each stage an index of "
+                f"functions, 0 to {len(self.functions) - 1}, and leave out functions that no stage runs"
+            )
+
+    def __call__(self, params: Any, x: Any, ctx: Any) -> Any:
+        """What the stage of the context's kind returns."""
+        return jax.lax.switch(jnp.asarray(self.kind_of, jnp.int32)[ctx.stage], self.functions, params, x, ctx)
+
+
+class SharedPool(NamedTuple):
+    """A pool whose slots hold a value of any kind.
+
+    What two kinds keep of equal shape and dtype has one place, so that a slot is about as large as the largest kind.
+
+    Attributes:
+      avals: shapes and dtypes of a slot's places.
+      places: for each kind, the place of each of its arrays.
+    """
+
+    avals: tuple[Any, ...]
+    places: tuple[tuple[int, ...], ...]
+
+    @classmethod
+    def of(cls, kinds: Sequence[Sequence[Any]]) -> SharedPool:
+        """The pool for what each kind keeps, given as shapes and dtypes.
+
+        >>> small, large = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((9,), jnp.float32)
+        >>> SharedPool.of([[small, large], [large, large]]).places
+        ((0, 1), (1, 2))
+        """
+        avals: list[Any] = []
+        places = []
+        for kind in kinds:
+            mine: list[int] = []
+            for aval in kind:
+                same = (
+                    place
+                    for place, other in enumerate(avals)
+                    if place not in mine and (other.shape, other.dtype) == (aval.shape, aval.dtype)
+                )
+                place = next(same, len(avals))
+                if place == len(avals):
+                    avals.append(aval)
+                mine.append(place)
+            places.append(tuple(mine))
+        return cls(tuple(avals), tuple(places))
+
+    def take(self, pool: Any, slot: Any, kind: int) -> tuple[Any, ...]:
+        """What is kept in a slot, of a kind."""
+        mine = pool if isinstance(pool, Apart) else tuple(pool[place] for place in self.places[kind])
+        return take(mine, slot)
+
+    def put(self, pool: Any, slot: Any, kind: int, values: tuple[Any, ...]) -> Any:
+        """The pool with a slot's places for a kind replaced."""
+        if isinstance(pool, Apart):
+            return put(pool, slot, values)
+        leaves = list(pool)
+        for place, leaf in zip(
+            self.places[kind], put(tuple(leaves[i] for i in self.places[kind]), slot, values), strict=True
+        ):
+            leaves[place] = leaf
+        return tuple(leaves)

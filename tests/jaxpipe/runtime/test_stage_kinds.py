@@ -1,0 +1,161 @@
+"""Stages of several kinds: the plain program's numbers, a branch for each operation and kind, slots that are shared."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpipe
+from jaxpipe.runtime.program import Op
+from tests.plain import assert_trees_close
+
+WIDTH, HIDDEN, BATCH, MICROBATCHES = 8, 24, 16, 8
+
+
+def dense(params, x, ctx):
+    """Wide: keeps more of a microbatch than the others."""
+    y = jnp.tanh(x @ params["w"]) @ params["wide"]
+    y = x + jax.nn.silu(y) @ params["narrow"]
+    return jaxpipe.Output(y, (y**2).mean(), {"dense": jnp.int32(1), "noise": jnp.zeros(2, x.dtype)})
+
+
+def gated(params, x, ctx):
+    """Uses another matrix of the same row, and the context."""
+    noise = jax.random.normal(ctx.rng, x.shape, x.dtype)
+    y = x + jax.nn.sigmoid(x @ params["w"]) * (x @ params["v"]) * (ctx.stage + 1).astype(x.dtype) + 0.1 * noise
+    return jaxpipe.Output(y, (y**4).mean(), {"dense": jnp.int32(0), "noise": jnp.stack([noise.sum(), noise[0, 0]])})
+
+
+def plain(params, batch, rng, schedule, stage):
+    def of_microbatch(m, data):
+        contexts = [
+            jaxpipe.Context.make(s, m, rng, data, num_stages=schedule.num_stages)
+            for s in range(-1, schedule.num_stages)
+        ]
+        x, extra = data @ params.outer["in"], 0.0
+        for s in range(schedule.num_stages):
+            output = stage(jax.tree.map(lambda leaf, s=s: leaf[s], params.stages), x, contexts[s + 1])
+            x, extra = output.value, extra + output.aux_loss
+        return jnp.mean((x @ params.outer["in"].T) ** 2) + extra
+
+    data = batch.reshape(MICROBATCHES, -1, WIDTH)
+    return sum(of_microbatch(m, data[m]) for m in range(MICROBATCHES)) / MICROBATCHES
+
+
+def make(schedule):
+    rng = np.random.default_rng(0)
+    sizes = {"w": (WIDTH, WIDTH), "v": (WIDTH, WIDTH), "wide": (WIDTH, HIDDEN), "narrow": (HIDDEN, WIDTH)}
+    stages = {name: jnp.asarray(rng.normal(size=(schedule.num_stages, *size)) / 4) for name, size in sizes.items()}
+    outer = {"in": jnp.asarray(rng.normal(size=(WIDTH, WIDTH)) / 3)}
+    return jaxpipe.Params(stages, outer), jnp.asarray(rng.normal(size=(BATCH, WIDTH)))
+
+
+ENDS = {
+    "embed": lambda outer, data, ctx: data @ outer["in"],
+    "head": lambda outer, y, data, ctx: jnp.mean((y @ outer["in"].T) ** 2),
+}
+CASES = [
+    ("zb1p", 4, [0, 1, 1, 1], None),
+    ("dualpipev", 2, [0, 1, 1, 1], "loops"),
+    ("dualpipev", 1, [1, 0], None),
+    *(
+        pytest.param(*case, marks=pytest.mark.slow)
+        for case in [
+            ("1f1b", 4, [0, 1, 1, 0], None),
+            ("dualpipe", 4, [0, 1, 1, 1], None),
+            ("dualpipev", 4, [0, 0, 0, 1, 1, 1, 0, 1], None),
+            ("dualpipev", 2, [0, 1, 1, 1], "switch"),
+        ]
+    ),
+]
+
+
+@pytest.mark.parametrize(("name", "ranks", "kind_of", "dispatch"), CASES)
+def test_equals_the_plain_program(x64, name, ranks, kind_of, dispatch):
+    schedule = jaxpipe.schedule.build(name, ranks, MICROBATCHES)
+    params, batch = make(schedule)
+    stage, key = jaxpipe.StageKinds([dense, gated], kind_of), jax.random.key(1)
+    pipeline = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks), dispatch=dispatch, **ENDS)
+    (loss, aux), grads = jax.jit(pipeline)(params, batch, key)
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain), static_argnums=(3, 4))(
+        params, batch, key, schedule, stage
+    )
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert int(aux["dense"]) == kind_of.count(0) * MICROBATCHES
+    assert_trees_close(grads, expected_grads, rtol=1e-10)
+    unused = [stage for stage, kind in enumerate(kind_of) if kind]
+    assert not np.any(grads.stages["wide"][np.asarray(unused)])
+
+
+def test_every_stage_runs_the_branch_of_its_kind():
+    schedule = jaxpipe.schedule.build("zb1p", 4, MICROBATCHES)
+    kind_of = [0, 1, 1, 1]
+    stage = jaxpipe.StageKinds([dense, gated], kind_of)
+    program = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=4), **ENDS).program
+    assert program.parts == ((0, 0), (0, 1))
+    for rank in range(4):
+        ran = [program.branches[i] for i in program.branch[:, rank]]
+        kinds = {program.parts[part][1] for branch in ran for op, part in branch if op in (Op.F, Op.B, Op.I, Op.W)}
+        assert kinds == {kind_of[rank]}
+
+
+def test_a_stage_holds_no_conditional_and_slots_are_as_large_as_the_largest_kind():
+    """The dense kind keeps more than the gated one; both together keep no more than it."""
+    schedule = jaxpipe.schedule.build("zb1p", 4, MICROBATCHES)
+    mesh = jaxpipe.make_mesh(pp=4)
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make(schedule))
+
+    def program(functions, kind_of):
+        stage = jaxpipe.StageKinds(functions, kind_of)
+        pipeline = jaxpipe.value_and_grad(stage, schedule, mesh, **ENDS, dispatch="loops")
+        return jax.jit(pipeline).lower(params, batch, jax.random.key(0))
+
+    both = program([dense, gated], [0, 1, 1, 1])
+    text = both.as_text()
+    assert "stablehlo.case" not in text and "stablehlo.if" not in text
+    sizes = [
+        compiled.compile().memory_analysis().temp_size_in_bytes
+        for compiled in (both, program([dense], [0] * 4), program([gated], [0] * 4))
+    ]
+    assert sizes[0] < 1.2 * max(sizes[1:])
+
+
+def test_forward_runs_each_kind(x64):
+    schedule = jaxpipe.schedule.build("dualpipev", 2, MICROBATCHES)
+    params, batch = make(schedule)
+    stage, key = jaxpipe.StageKinds([dense, gated], [0, 1, 1, 0]), jax.random.key(1)
+    run = jaxpipe.forward(stage, schedule, jaxpipe.make_mesh(pp=2), embed=ENDS["embed"])
+    outputs, metrics = jax.jit(run)(params, batch, key)
+    assert int(metrics["dense"]) == 2 * MICROBATCHES
+    x = []
+    for m, data in enumerate(batch.reshape(MICROBATCHES, -1, WIDTH)):
+        y = data @ params.outer["in"]
+        for s in range(4):
+            ctx = jaxpipe.Context.make(s, m, key, data, num_stages=4)
+            y = stage(jax.tree.map(lambda leaf, s=s: leaf[s], params.stages), y, ctx).value
+        x.append(y)
+    np.testing.assert_allclose(outputs, jnp.concatenate(x), rtol=1e-12)
+
+
+def other_metrics(params, x, ctx):
+    return jaxpipe.Output(x @ params["w"], jnp.mean(x), {"dense": jnp.zeros(3)})
+
+
+@pytest.mark.parametrize(
+    ("make_stage", "message"),
+    [
+        (lambda: jaxpipe.StageKinds([], []), "functions has none"),
+        (lambda: jaxpipe.StageKinds([dense, 3], [0, 1, 0, 1]), r"functions has \[3\]"),
+        (lambda: jaxpipe.StageKinds([dense, gated], [0, 2, 0, 1]), "give each stage an index of functions, 0 to 1"),
+        (lambda: jaxpipe.StageKinds([dense, gated], [0, 0, 0, 0]), "leave out functions that no stage runs"),
+        (lambda: jaxpipe.StageKinds([dense, gated], [0, 1, 0]), r"has 3 stages, schedule 'zb1p' 4"),
+        (lambda: jaxpipe.StageKinds([dense, lambda x: x], [0, 1, 0, 1]), r"stage takes \(x\)"),
+        (lambda: jaxpipe.StageKinds([dense, other_metrics], [0, 1, 0, 1]), "zeros for what a kind does not have"),
+    ],
+)
+def test_what_does_not_fit_is_refused(make_stage, message):
+    schedule = jaxpipe.schedule.build("zb1p", 4, MICROBATCHES)
+    params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make(schedule))
+    with pytest.raises(ValueError, match=message):
+        pipeline = jaxpipe.value_and_grad(make_stage(), schedule, jaxpipe.make_mesh(pp=4), **ENDS)
+        jax.eval_shape(pipeline, params, batch, jax.random.key(0))
