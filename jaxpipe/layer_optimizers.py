@@ -7,6 +7,7 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
+import numpy as np
 
 from jaxpipe.optimizer_state import map_params, shardings_of_state
 from jaxpipe.params import Params
@@ -34,6 +35,10 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
 
         optax.chain(optax.clip_by_global_norm(1.0), per_layer(optax.contrib.muon(2e-2), stacking))
 
+    Layers of several kinds are updated together; a leaf that only some of them have repeats one layer meanwhile, so
+    that all leaves have as many slots. A path then ends in ``kind_0``, ``kind_1``, ... where kinds have parameters of
+    different shapes in one place, as `jaxpipe.flax.layered_stages` says.
+
     The state has leaves ``[stages, ...]`` as the parameters have, and scalars (counts) once. Made outside of `jax.jit`
     it is sharded as the parameters are.
 
@@ -42,8 +47,7 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
       stacking: of the parameters, `jaxpipe.flax.PipelinedModel.stacking` say.
 
     Raises:
-      ValueError: parameters that are not stacked so, or layers of several kinds; when called, a transformation that
-        couples layers.
+      ValueError: parameters that are not stacked so; when called, a transformation that couples layers.
 
     >>> import jaxpipe, optax
     >>> import jax.numpy as jnp
@@ -54,11 +58,12 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
     >>> updates.stages["w"].shape
     (2, 3, 3)
     """
-    if stacking.mixed:
-        raise ValueError(
-            "the layers have parameters of several structures, and an optimizer for each layer sees one. Muon takes "
-            "stacked dimensions for those of a batch: optax.contrib.muon with MuonDimensionNumbers(2, 3) for matrices"
-        )
+
+    def even(params: Params) -> Params:
+        return _with_slots(params, stacking, even=True)
+
+    def cut(params: Params) -> Params:
+        return _with_slots(params, stacking, even=False)
 
     def over_layers(function: Callable[..., Any], ins: Any, outs: Any) -> Callable[..., Any]:
         for _ in range(stacking.depth):
@@ -66,10 +71,11 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
         return function
 
     def start(params: Any) -> Any:
+        params = even(params)
         row = Params(*jax.eval_shape(lambda tree: tree, params))
         row = row._replace(stages=jax.tree.map(lambda leaf: _own_shape(leaf, stacking.depth), row.stages))
         outs = _axes(jax.eval_shape(transformation.init, row))
-        return over_layers(transformation.init, (Params(0, None),), outs)(params)
+        return map_params(cut, over_layers(transformation.init, (Params(0, None),), outs)(params))
 
     def init(params: Any) -> Any:
         stacking.check(params)
@@ -86,7 +92,8 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
 
         run = over_layers(of_layer, (Params(0, None), axes, given), (Params(0, None), axes))
         try:
-            return run(updates, state, params)
+            found = run(even(updates), map_params(even, state), None if params is None else even(params))
+            return map_params(cut, found)
         except ValueError as error:
             if "out_axes" not in str(error):
                 raise
@@ -168,6 +175,18 @@ def muon(
 def _axes(state: Any) -> Any:
     """Of an optimizer's state what `jax.vmap` maps: all that has the form of the parameters, by its rows."""
     return map_params(lambda _: Params(0, None), state, lambda _: None)
+
+
+def _with_slots(params: Params, stacking: Stacking, *, even: bool) -> Params:
+    """Leaves of layers of several kinds with as many slots as each other, or as each has of its own."""
+    if not stacking.mixed:
+        return params
+    leaves, structure = jax.tree.flatten(params.stages)
+    sizes = [table.shape[1] for table in stacking.leaf_tables(params.stages)]
+    slots = [np.minimum(np.arange(len(stacking.slots[0]) if even else size), size - 1) for size in sizes]
+    return Params(
+        jax.tree.unflatten(structure, [leaf[:, at] for leaf, at in zip(leaves, slots, strict=True)]), params.outer
+    )
 
 
 def _own_shape(leaf: Any, depth: int) -> jax.ShapeDtypeStruct:

@@ -110,18 +110,29 @@ class LayerStorage:
         return stack_stages([jax.tree.unflatten(self.tree, stage) for stage in stages], schedule, order)
 
     def unstack(self, stacked: Any, schedule: Schedule, order: str = "model") -> list[Any]:
-        """The inverse of `stack`: the parameters, or their gradients, of layers 0, 1, ..."""
-        stages = [jax.tree.leaves(stage) for stage in unstack_stages(self._checked(stacked), schedule, order)]
+        """The inverse of `stack`: the parameters, or their gradients, of layers 0, 1, ...
+
+        In place of a leaf there may be a node without leaves, as optimizers have it for what they do not update.
+        """
+        stages = [self.tree.flatten_up_to(stage) for stage in unstack_stages(self.checked(stacked), schedule, order)]
         found = []
         for stage, (start, count) in enumerate(zip(self.starts, self.counts, strict=True)):
             for layer in range(start, start + count):
                 kind = self.kind_of[layer]
-                leaves = zip(self.places[kind], self.slots_of(layer), strict=True)
-                found.append(jax.tree.unflatten(self.structures[kind], [stages[stage][p][slot] for p, slot in leaves]))
+                leaves = [
+                    jax.tree.map(lambda leaf, slot=slot: leaf[slot], stages[stage][place])
+                    for place, slot in zip(self.places[kind], self.slots_of(layer), strict=True)
+                ]
+                found.append(jax.tree.unflatten(self.structures[kind], leaves))
         return found
 
-    def _checked(self, stacked: Any) -> Any:
-        if jax.tree.structure(stacked) != self.tree:
+    def checked(self, stacked: Any) -> Any:
+        """The same; raises ValueError unless it has the structure of a stage's parameters, but for leaves left out."""
+        try:
+            fits = all(len(jax.tree.leaves(leaf)) <= 1 for leaf in self.tree.flatten_up_to(stacked))
+        except (TypeError, ValueError):
+            fits = False
+        if not fits:
             raise ValueError(
                 f"the stacked parameters have structure {jax.tree.structure(stacked)}, and those of these layers "
                 f"{self.tree}: give the parameters that were stacked with this stage, or their gradients"

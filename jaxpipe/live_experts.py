@@ -48,8 +48,8 @@ def expert_specs(model: nnx.Module | Callable[[], nnx.Module], blocks: str, *, a
     ...     def __init__(self, rngs):
     ...         self.layers = nnx.List([eplb_jax.MoE(config, rngs, axis="ep") for _ in range(4)])
     >>> specs = expert_specs(Model(nnx.Rngs(0)), "layers")
-    >>> specs.stages["w_in"], specs.stages["router"]
-    (PartitionSpec('pp', None, 'ep'), PartitionSpec('pp',))
+    >>> tuple(specs.stages["w_in"]), tuple(specs.stages["router"])
+    (('pp', None, 'ep'), ('pp',))
     """
     found: Any = model if isinstance(model, nnx.Module) else nnx.eval_shape(model)
     for name in blocks.split("."):
@@ -101,7 +101,7 @@ class LiveExperts:
     def __init__(self, pipe: PipelinedModel, config: RebalanceConfig, *, bias_rate: float = 1e-3, decay: float = 0.8):
         self.config, self.steps = config, 0
         self.last: Decision | None = None
-        self._stacking, self._bias_rate = pipe.stacking, bias_rate
+        self._bias_rate = bias_rate
         self._path = _find_layer(pipe.params.stages)
         leaves = _at(pipe.params.stages, self._path)
         experts = leaves["logcnt"].shape[-1]
@@ -110,9 +110,13 @@ class LiveExperts:
                 f"the blocks' placements have {leaves['phy2log'].shape[-1]} slots, and num_replicas is "
                 f"{config.num_replicas}: make both of one RebalanceConfig, with eplb_jax.initial_placement"
             )
-        self._places = tuple(np.asarray(pipe.stacking.places).T)
-        self._slots = np.asarray(pipe.stacking.slots)
-        self.average = MovingAverage.create(decay, len(pipe.stacking.places), experts)
+        number = [leaf is leaves["bias"] for leaf in jax.tree.leaves(pipe.params.stages)].index(True)
+        table = pipe.stacking.leaf_tables(pipe.params.stages)[number]
+        layers = sorted({*table.flat} - {-1})  # those blocks that have experts
+        self._slots = np.searchsorted(layers, np.maximum(table, layers[0]))
+        first = [int(np.flatnonzero(table == layer)[0]) for layer in layers]
+        self._places = np.divmod(first, table.shape[1])
+        self.average = MovingAverage.create(decay, len(layers), experts)
         self._observe = jax.jit(self._observed, out_shardings=(None, leaves["bias"].sharding))
 
     def __call__(self, params: Params, loads: jax.Array) -> Params:
@@ -120,7 +124,8 @@ class LiveExperts:
 
         Args:
           params: after the optimizer's update.
-          loads: ``[blocks, experts]`` of the step, summed over microbatches and devices, as the pipeline's metrics are.
+          loads: ``[blocks, experts]`` of the step, of those blocks that have experts; summed over microbatches and
+            devices, as the pipeline's metrics are.
 
         Raises:
           ValueError: loads of another shape.

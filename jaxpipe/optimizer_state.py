@@ -34,8 +34,8 @@ def init_optimizer(optimizer: optax.GradientTransformation, params: Params) -> A
     >>> sharding = NamedSharding(jaxpipe.make_mesh(pp=2), P("pp"))
     >>> params = jax.device_put(Params({"w": jnp.ones((2, 3))}), sharding)
     >>> state = init_optimizer(optax.adam(1e-3), params)
-    >>> state[0].mu.stages["w"].sharding.spec, len(state[0].count.devices())
-    (PartitionSpec('pp',), 2)
+    >>> tuple(state[0].mu.stages["w"].sharding.spec), len(state[0].count.devices())
+    (('pp',), 2)
     """
     shardings = shardings_of_state(optimizer.init, params)
     if shardings is None:

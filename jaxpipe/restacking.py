@@ -45,17 +45,18 @@ def restack(tree: Any, source: Stacking, target: Stacking, mesh: Mesh | None = N
     """
     _check_alike(source, target)
     if mesh is None:
-        return _map_stages(functools.partial(_gather, source, target), tree, source)
-    travels = _Travels.plan(source, target, mesh.shape[axis]) if len(source.slots) % mesh.shape[axis] == 0 else None
+        return _map_stages(_gather, tree, source, target)
+    ranks = mesh.shape[axis]
 
-    def move(leaf: jax.Array) -> jax.Array:
-        if travels is None:
-            return jax.lax.with_sharding_constraint(_gather(source, target, leaf), NamedSharding(mesh, P(axis)))
-        run = functools.partial(travels.run, axis)
+    def move(leaf: jax.Array, before: np.ndarray, after: np.ndarray, depths: tuple[int, int]) -> jax.Array:
+        if len(before) % ranks:
+            found = _gather(leaf, before, after, depths)
+            return jax.lax.with_sharding_constraint(found, NamedSharding(mesh, P(axis)))
+        run = functools.partial(_Travels.plan(before, after, ranks).run, axis, depths)
         specs = {"in_specs": P(axis), "out_specs": P(axis)}
         return jax.shard_map(run, mesh=mesh, axis_names={axis}, check_vma=False, **specs)(leaf)
 
-    run = functools.partial(_map_stages, move, source=source)
+    run = functools.partial(_map_stages, move, source=source, target=target)
     if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves(tree)):
         return run(tree)
     shardings = jax.tree.map(lambda leaf: leaf.sharding, _abstract(tree, source, target, mesh, axis))
@@ -118,25 +119,25 @@ class _Round(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Travels:
-    """How all layers reach the ranks that will have them.
+    """How all layers of a leaf reach the ranks that will have them.
 
     Attributes:
-      source, target: before and after.
       rounds: of layers that travel at once.
       fill: ``[ranks][places]``: where a rank's places are filled from, which is another place in padding.
+      slots: of a row of the result.
     """
 
-    source: Stacking
-    target: Stacking
     rounds: tuple[_Round, ...]
     fill: np.ndarray
+    slots: int
 
     @classmethod
-    def plan(cls, source: Stacking, target: Stacking, ranks: int) -> _Travels:
-        """Each layer in the first round that has its two ranks free."""
-        before, after = (_layers(each).reshape(ranks, -1) for each in (source, target))
+    def plan(cls, before: np.ndarray, after: np.ndarray, ranks: int) -> _Travels:
+        """Each layer in the first round that has its two ranks free; tables as `Stacking.leaf_tables` makes them."""
+        slots = after.shape[1]
+        before, after = before.reshape(ranks, -1), after.reshape(ranks, -1)
         rounds: list[list[tuple[int, int, int, int]]] = []
-        for layer in range(len(source.places)):
+        for layer in sorted({*after.flat} - {-1}):
             sender, take = (int(index[0]) for index in np.nonzero(before == layer))
             receiver, put = (int(index[0]) for index in np.nonzero(after == layer))
             fits = (
@@ -156,44 +157,44 @@ class _Travels:
                 takes[sender], puts[receiver] = take, put
             pairs = tuple((sender, receiver) for sender, _, receiver, _ in members if sender != receiver)
             found.append(_Round(pairs, takes, puts))
-        fill = np.stack([[list(row).index(layer) for layer in row] for row in after]).astype(np.int32)
-        return cls(source, target, tuple(found), fill)
+        fill = [[place if at < 0 else list(row).index(at) for place, at in enumerate(row)] for row in after]
+        return cls(tuple(found), np.asarray(fill, np.int32), slots)
 
-    def run(self, axis: str, leaf: jax.Array) -> jax.Array:
+    def run(self, axis: str, depths: tuple[int, int], leaf: jax.Array) -> jax.Array:
         """A rank's part of the restacked leaf, of its part of the leaf."""
-        rank, own = jax.lax.axis_index(axis), leaf.shape[self.source.depth :]
+        rank, own = jax.lax.axis_index(axis), leaf.shape[depths[0] :]
         parts = leaf.reshape(-1, *own)
         found = jnp.broadcast_to(parts[:1], (self.fill.shape[1], *own))
         for each in self.rounds:
             part = parts[jnp.asarray(each.take)[rank]]
             part = send(part, axis, each.pairs) if each.pairs else part
             found = found.at[jnp.asarray(each.put)[rank]].set(part, mode="drop")
-        rows = len(self.target.slots) // len(self.fill)
-        return found[jnp.asarray(self.fill)[rank]].reshape(rows, *_leading(self.target)[1:], *own)
+        return found[jnp.asarray(self.fill)[rank]].reshape(-1, *[self.slots][: depths[1] - 1], *own)
 
 
-def _gather(source: Stacking, target: Stacking, leaf: Any) -> Any:
+def _gather(leaf: Any, before: np.ndarray, after: np.ndarray, depths: tuple[int, int]) -> Any:
     """A restacked leaf, all at once."""
-    places = np.asarray(source.places)[_layers(target)]  # [rows, slots, depth]
-    index = tuple(np.moveaxis(places, -1, 0))
-    found = leaf[index]
-    return found if target.depth == 2 else found[:, 0]
+    place = {layer: index for index, layer in reversed(list(enumerate(before.flat)))}
+    flat = [place.get(layer, 0) for layer in after.flat]  # unused slots hold whatever is there
+    rows, slots = np.divmod(np.asarray(flat).reshape(after.shape), before.shape[1])
+    found = leaf[rows] if depths[0] == 1 else leaf[rows, slots]
+    return found if depths[1] == 2 else found[:, 0]
 
 
 def _abstract(tree: Any, source: Stacking, target: Stacking, mesh: Mesh, axis: str) -> Any:
     """Shapes of a restacked tree, with shardings on a mesh: rows over its axis, all other dimensions as they are."""
     ranks = mesh.shape[axis]
 
-    def of_stages(leaf: Any) -> jax.ShapeDtypeStruct:
-        own = np.shape(leaf)[source.depth :]
-        spec = [*_spec(leaf), *[None] * np.ndim(leaf)][source.depth : np.ndim(leaf)]
-        leading: list[Any] = [axis, None][: target.depth]
-        if len(target.slots) % ranks:  # over a dimension of the layers' instead, or no device could hold its part
+    def of_stages(leaf: Any, _: Any, after: np.ndarray, depths: tuple[int, int]) -> jax.ShapeDtypeStruct:
+        own = np.shape(leaf)[depths[0] :]
+        spec = [*_spec(leaf), *[None] * np.ndim(leaf)][depths[0] : np.ndim(leaf)]
+        leading: list[Any] = [axis, None][: depths[1]]
+        if len(after) % ranks:  # over a dimension of the layers' instead, or no device could hold its part
             leading[0] = None
             free = [i for i, size in enumerate(own) if spec[i] is None and size % ranks == 0]
             if free:
                 spec[free[0]] = axis
-        return _shaped(leaf, (*_leading(target), *own), P(*leading, *spec))
+        return _shaped(leaf, (*after.shape[: depths[1]], *own), P(*leading, *spec))
 
     def of_other(leaf: Any) -> jax.ShapeDtypeStruct:
         return _shaped(leaf, np.shape(leaf), _spec(leaf))
@@ -202,11 +203,7 @@ def _abstract(tree: Any, source: Stacking, target: Stacking, mesh: Mesh, axis: s
         dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
         return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
 
-    def convert(params: Params) -> Params:
-        source.check(params)
-        return Params(jax.tree.map(of_stages, params.stages), jax.tree.map(of_other, params.outer))
-
-    return map_params(convert, tree, of_other)
+    return _map_stages(of_stages, tree, source, target, of_other)
 
 
 def _spec(leaf: Any) -> P:
@@ -214,31 +211,32 @@ def _spec(leaf: Any) -> P:
     return sharding.spec if isinstance(sharding, NamedSharding) else P()
 
 
-def _layers(stacking: Stacking) -> np.ndarray:
-    """``[rows, slots]``: the layer in each; padding has the layer before it again."""
-    return np.asarray(stacking.slots)
+def _map_stages(
+    function: Callable[[Any, np.ndarray, np.ndarray, tuple[int, int]], Any],
+    tree: Any,
+    source: Stacking,
+    target: Stacking,
+    others: Callable[[Any], Any] = lambda leaf: leaf,
+) -> Any:
+    """``function(leaf, layers before, layers after, stacked dimensions)`` of the stages' leaves in a tree."""
+    depths = source.depth, target.depth
 
-
-def _leading(stacking: Stacking) -> tuple[int, ...]:
-    return _layers(stacking).shape[: stacking.depth]
-
-
-def _map_stages(function: Callable[[Any], Any], tree: Any, source: Stacking) -> Any:
     def convert(params: Params) -> Params:
         source.check(params)
-        return Params(jax.tree.map(function, params.stages), params.outer)
+        leaves, structure = jax.tree.flatten(params.stages)
+        tables = zip(source.leaf_tables(params.stages), target.leaf_tables(params.stages), strict=True)
+        found = [function(leaf, *both, depths) for leaf, both in zip(leaves, tables, strict=True)]
+        return Params(jax.tree.unflatten(structure, found), jax.tree.map(others, params.outer))
 
-    return map_params(convert, tree)
+    return map_params(convert, tree, others)
 
 
 def _check_alike(source: Stacking, target: Stacking) -> None:
-    if source.mixed or target.mixed:
+    kinds = [each.storage if each.mixed else None for each in (source, target)]
+    alike = [kind and (kind.tree, kind.kind_of) for kind in kinds]
+    if len(source.places) != len(target.places) or alike[0] != alike[1]:
+        texts = [f"{len(kind.structures) if kind else 1} kinds" for kind in kinds]
         raise ValueError(
-            "layers of several kinds have parameters of several structures, which cannot travel one by one between "
-            "stackings: take the model from the one pipeline with merge, and give it to the other with split"
-        )
-    if len(source.places) != len(target.places):
-        raise ValueError(
-            f"{len(source.places)} layers of schedule {source.schedule.name!r} are to be stacked as "
-            f"{len(target.places)} of {target.schedule.name!r}: both have to be of the same model"
+            f"{len(source.places)} layers of schedule {source.schedule.name!r}, of {texts[0]}, are to be stacked as "
+            f"{len(target.places)} of {target.schedule.name!r}, of {texts[1]}: both have to be of the same model"
         )

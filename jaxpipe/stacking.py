@@ -209,25 +209,46 @@ class Stacking:
                     "these are of several kinds or divided by costs"
                 )
 
+    def leaf_tables(self, stages: Any) -> list[np.ndarray]:
+        """For each leaf of the stages, ``[rows, slots]``: the layer there; again the last in padding; -1 where unused.
+
+        Args:
+          stages: parameters, gradients or what an optimizer keeps of them; some leaves may be left out.
+
+        >>> import jaxpipe
+        >>> stacking = Stacking(jaxpipe.schedule.build("1f1b", 2, 4), num_layers=3)
+        >>> stacking.leaf_tables({"w": jnp.ones((2, 2, 4))})[0].tolist()
+        [[0, 1], [2, 2]]
+        """
+        if self.storage is None or not self.storage.mixed:
+            return [np.asarray(self.slots)] * len(jax.tree.leaves(stages))
+        tables = []
+        for leaf in self._present(stages):
+            table = np.full((len(self.slots), self.storage.size(leaf)), -1)
+            for layer, slot in enumerate(self.storage.slots[leaf]):
+                if slot is not None:
+                    table[self.places[layer][0], slot] = layer
+            tables.append(table)
+        return tables
+
+    def _present(self, stages: Any) -> list[int]:
+        """The numbers that leaves of stages with layers of several kinds have among all such leaves."""
+        assert self.storage is not None
+        leaves = self.storage.tree.flatten_up_to(self.storage.checked(stages))
+        return [leaf for leaf, node in enumerate(leaves) if jax.tree.leaves(node)]
+
     def _leading(self, stages: Any) -> list[tuple[int, ...]]:
         """The stacked dimensions of each leaf."""
-        count = len(jax.tree.leaves(stages))
-        if self.storage is None or not self.storage.mixed:
-            return [(len(self.slots), len(self.slots[0]))[: self.depth]] * count
-        if jax.tree.structure(stages) != self.storage.tree:
-            raise ValueError(
-                f"the stages have structure {jax.tree.structure(stages)}, and those of these layers of several kinds "
-                f"{self.storage.tree}: give whole parameters, gradients or updates"
-            )
-        return [(len(self.slots), self.storage.size(place)) for place in range(count)]
+        return [table.shape[: self.depth] for table in self.leaf_tables(stages)]
 
     def _leaves_of_layers(self, stages: Any) -> list[list[tuple[Any, int, tuple[int, ...]]]]:
         """For each layer its leaves: (path within the layer, number of the stacked leaf, index there)."""
         if self.storage is None or not self.storage.mixed:
             paths = [path for path, _ in jax.tree_util.tree_leaves_with_path(stages)]
             return [[(path, leaf, place) for leaf, path in enumerate(paths)] for place in self.places]
+        number = {leaf: index for index, leaf in enumerate(self._present(stages))}
         return [
-            [(path, leaf, (row, slot)) for path, leaf, slot in self.storage.leaves_of(layer)]
+            [(path, number[leaf], (row, slot)) for path, leaf, slot in self.storage.leaves_of(layer) if leaf in number]
             for layer, (row, _) in enumerate(self.places)
         ]
 

@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 from optax.contrib import MuonDimensionNumbers
 
 import jaxpipe
-from jaxpipe.layers import stack_layers, unstack_layers
+from jaxpipe.layers import store_layers, unstack_layers
 from tests.plain import assert_trees_close
 
 LAYERS, EXPERTS = 5, 4
@@ -35,7 +35,7 @@ def plain_tree(seed):
 
 
 def stacked(tree, schedule, mesh=None):
-    rows = stack_layers(tree["layers"], schedule, "storage")[0]
+    rows = store_layers(tree["layers"], schedule).stack(tree["layers"], schedule, "storage")
     params = jaxpipe.Params(rows, {"embed": tree["embed"]})
     if mesh is None:
         return params
@@ -103,6 +103,40 @@ def test_layers_are_updated_as_in_the_plain_model(x64, name):
     assert_trees_close(unstacked(found, schedule), expected, rtol=1e-10)
     assert all(leaf.shape == () or leaf.shape[:2] == (4, 2) or "outer" in jax.tree_util.keystr(path)
                for path, leaf in jax.tree_util.tree_leaves_with_path(state) if leaf.shape != (3,))  # fmt: skip
+
+
+MIXED = [{"kernel": (6, 4), "scale": (4,)}, *[{"kernel": (6, 4), "router": (4, 3), "w_in": (EXPERTS, 4, 6)}] * 4]
+"""A dense layer, then experts."""
+
+
+def mixed_tree(seed):
+    rng = np.random.default_rng(seed)
+    layers = [{name: jnp.asarray(rng.normal(size=shape)) for name, shape in each.items()} for each in MIXED]
+    return {"layers": layers, "embed": jnp.asarray(rng.normal(size=(9, 4)))}
+
+
+@pytest.mark.parametrize("name", ["muon", "lamb"])
+def test_layers_of_several_kinds_are_updated_as_in_the_plain_model(x64, name):
+    """Leaves that some layers have in fewer slots than others; sharded, under jit, and without a collective."""
+    schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 4), jaxpipe.make_mesh(pp=2)
+    storage = store_layers(mixed_tree(0)["layers"], schedule)
+    stacking = jaxpipe.Stacking(schedule, order="storage", storage=storage)
+
+    def stack(tree):
+        params = jaxpipe.Params(storage.stack(tree["layers"], schedule, "storage"), {"embed": tree["embed"]})
+        specs = jaxpipe.Params(jax.tree.map(lambda _: P("pp"), params.stages), {"embed": P()})
+        return jax.device_put(params, jax.tree.map(functools.partial(NamedSharding, mesh), specs))
+
+    ours, theirs = OPTIMIZERS[name]
+    optimizer, grads = ours(stacking), [mixed_tree(seed) for seed in (1, 2)]
+    params = stack(mixed_tree(0))
+    found, state = run(optimizer, params, [stack(gradient) for gradient in grads])
+    expected, _ = run(theirs(), mixed_tree(0), grads)
+    assert_trees_close(storage.unstack(found.stages, schedule, "storage"), expected["layers"], rtol=1e-10)
+    assert_trees_close(found.outer["embed"], expected["embed"], rtol=1e-10)
+    assert jax.tree.map(jnp.shape, state) == jax.tree.map(jnp.shape, optimizer.init(params))
+    text = jax.jit(optimizer.update).lower(params, state, params).compile().as_text()
+    assert not COLLECTIVES.findall(text)
 
 
 def test_one_layer_a_stage_and_float32():

@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.layers import store_layers
 from jaxpipe.linen_model import from_linen
 from jaxpipe.nnx_model import from_nnx
 from tests.jaxpipe.test_stacking import LAYERS, Model, loss_of, make_batch, make_pipe, plain_params
@@ -61,6 +62,36 @@ def test_layers_keep_their_values(source, target):
     moved = jaxpipe.restack(jaxpipe.Params(placed), source, target, mesh)
     assert_trees_close(moved.stages, expected, rtol=0)
     assert all(leaf.sharding.spec[0] == "pp" for leaf in jax.tree.leaves(moved))
+
+
+def test_layers_of_several_kinds_keep_their_values():
+    """Dense layers, then experts; with a state that leaves some parameters out; at once and travelling."""
+    rng, mesh = np.random.default_rng(0), jaxpipe.make_mesh(pp=2)
+    row = [{"w": (3, 2)}] * 2 + [{"w": (3, 2), "experts": (2, 3)}] * 5
+    layers = [{name: rng.normal(size=shape).astype(np.float32) for name, shape in each.items()} for each in row]
+    schedules = [jaxpipe.schedule.build(*sizes) for sizes in (("dualpipev", 2, 4), ("1f1b", 2, 4))]
+    storages = [store_layers(layers, schedule) for schedule in schedules]
+    source, target = (
+        jaxpipe.Stacking(schedule, order="storage", storage=storage)
+        for schedule, storage in zip(schedules, storages, strict=True)
+    )
+    stages = storages[0].stack(layers, schedules[0], "storage")
+    placed = jax.device_put(stages, NamedSharding(mesh, P("pp")))
+    tree = {"params": jaxpipe.Params(placed), "state": (jaxpipe.Params({**placed, "w": ()}), 3)}
+    for found in (
+        jaxpipe.restack(jax.tree.map(np.asarray, tree), source, target),
+        jaxpipe.restack(tree, source, target, mesh),
+        jaxpipe.restore(lambda like: tree, jaxpipe.restack(tree, source, target, mesh), source, target, mesh),
+    ):
+        assert_trees_close(storages[1].unstack(found["params"].stages, schedules[1], "storage"), layers, rtol=0)
+        state, count = found["state"]
+        assert state.stages["w"] == () and int(count) == 3
+        np.testing.assert_array_equal(state.stages["experts"], found["params"].stages["experts"])
+    back = jaxpipe.restack(found, target, source, mesh)["params"].stages
+    assert_trees_close(storages[0].unstack(back, schedules[0], "storage"), layers, rtol=0)
+    other = jaxpipe.Stacking(schedules[1], 7, "storage")
+    with pytest.raises(ValueError, match="of 2 kinds, are to be stacked as 7 of '1f1b', of 1 kinds"):
+        jaxpipe.restack(tree, source, other)
 
 
 def test_one_layer_a_stage_and_keys():
@@ -215,7 +246,9 @@ def test_orbax_of_linen(x64, tmp_path):
 def test_other_models_are_refused():
     mesh = jaxpipe.make_mesh(pp=2)
     params = jaxpipe.Params({"w": np.zeros((4, 2))})
-    with pytest.raises(ValueError, match="13 layers of schedule '1f1b' are to be stacked as 4 of 'dualpipev'"):
+    with pytest.raises(
+        ValueError, match="13 layers of schedule '1f1b', of 1 kinds, are to be stacked as 4 of 'dualpipev'"
+    ):
         jaxpipe.restack(params, stacking("1f1b", 2, 13), stacking("dualpipev", 2))
     with pytest.raises(ValueError, match="give the schedule that the parameters are stacked for"):
         jaxpipe.restack(params, stacking("1f1b", 2, 13), stacking("dualpipev", 2, 13), mesh)
