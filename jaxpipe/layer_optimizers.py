@@ -58,7 +58,7 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
     """
     if stacking.mixed:
         raise ValueError(
-            "the layers have parameters of several structures, and an optimizer for each layer sees one. Muon takes the "
+            "the layers have parameters of several structures, and an optimizer for each layer sees one. Muon takes "
             "stacked dimensions for those of a batch: optax.contrib.muon with MuonDimensionNumbers(2, 3) for matrices"
         )
 
