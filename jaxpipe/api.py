@@ -39,6 +39,9 @@ _NO_FORWARD_GRADIENT = (
     "jaxpipe.forward cannot be differentiated in reverse: make a step with jaxpipe.value_and_grad, whose head returns "
     "the loss, and take ((loss, aux), grads) from it"
 )
+_NO_EVALUATION_GRADIENT = (
+    "an evaluation cannot be differentiated: the pipeline that it is of returns ((loss, aux), grads)"
+)
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -50,12 +53,14 @@ class Pipeline:
       model: the user's functions.
       mesh: the device mesh.
       options: what else `value_and_grad` or `forward` was asked for, checked, with defaults filled in.
+      evaluates: whether it returns the loss and metrics alone, as `evaluation` does.
     """
 
     program: Program
     model: Model
     mesh: Mesh | AbstractMesh
     options: Options
+    evaluates: bool = False
 
     @property
     def axes(self) -> Axes:
@@ -91,7 +96,7 @@ class Pipeline:
     def __name__(self) -> str:
         """Ranks and microbatches, as in "dualpipev_4x16"; `jax.jit` names the compiled module so."""
         schedule = self.program.schedule
-        kind = "_forward" * self.program.forward_only
+        kind = "_evaluation" if self.evaluates else "_forward" * self.program.forward_only
         return f"{schedule.name}_{schedule.num_ranks}x{schedule.num_microbatches}{kind}"
 
     def __repr__(self) -> str:
@@ -110,15 +115,62 @@ class Pipeline:
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
         result = self._run(params, microbatches, rng, step_inputs, specs)
-        if size < total and self.program.forward_only:
+        if size < total and self._returns_outputs:
             result = without_padding(result, size, total)
-        return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
+        message = _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT
+        return not_transposed(result, _NO_EVALUATION_GRADIENT if self.evaluates else message)
+
+    @functools.cached_property
+    def evaluation(self) -> Pipeline:
+        """The loss and metrics alone: ``(params, batch, rng=None, step_inputs=None) -> (loss, aux)``.
+
+        The same model on the same mesh, of the same parameters and with the same objective, run forward in the order
+        of the same schedule: nothing is stashed, and no gradient is computed. Jit it once beside the step. What differs
+        in evaluation (dropout that is off) is for the model to know: by a leaf of ``step_inputs`` or of the batch, or
+        by a pipeline of its own.
+
+        Raises:
+          ValueError: of a pipeline made by `forward`, which has no loss.
+
+        >>> import jax, jax.numpy as jnp, jaxpipe
+        >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+        >>> step = jaxpipe.value_and_grad(lambda w, x, ctx: x * w, schedule, jaxpipe.make_mesh(pp=2),
+        ...                               head=lambda outer, y, data, ctx: y.mean())
+        >>> loss, aux = jax.jit(step.evaluation)(jaxpipe.Params(jnp.array([2.0, 3.0])), jnp.ones(8))
+        >>> loss.item()
+        6.0
+        """
+        if self.evaluates:
+            return self
+        if self.program.forward_only:
+            raise ValueError(
+                "jaxpipe.forward has no loss to evaluate: take the evaluation of a step of jaxpipe.value_and_grad, "
+                "whose head returns the loss"
+            )
+        shared = self.program.shared_ends
+        program = lower(
+            self.program.schedule,
+            self.options.costs,
+            forward_only=True,
+            shared_ends=shared,
+            kind_of=self.model.kind_of,
+        )
+        return dataclasses.replace(self, program=program, evaluates=True)
+
+    def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
+        """(loss, aux) alone, as the pipeline returns them beside the gradients; see `evaluation`."""
+        return self.evaluation(params, batch, rng, step_inputs)
+
+    @property
+    def _returns_outputs(self) -> bool:
+        """Whether it returns outputs of examples, as `forward` does."""
+        return self.program.forward_only and not self.evaluates
 
     def _pad(self, batch: Any) -> tuple[Any, int, int]:
         """(the batch checked and padded where it may be, its size as given, its size now)."""
         count, axes, mask = self.program.schedule.num_microbatches, self.axes, self.options.example_mask
         multiple = count * math.prod(axes.sizes[axis] for axis in axes.data)
-        padded = self.program.forward_only or mask is not None
+        padded = self._returns_outputs or mask is not None
         size = inputs.check_batch(batch, count, axes, self.batch_spec, padded=padded)
         total = -(-size // multiple) * multiple
         if mask is not None:
@@ -145,7 +197,10 @@ class Pipeline:
         batch_specs = jax.tree.map(lambda _: manual(batch_spec), batch)
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
-        if self.program.forward_only:
+        if self.evaluates:
+            body = functools.partial(execute.evaluate, self.program, self.model, self.options)
+            out_specs = (P(), P())
+        elif self.program.forward_only:
             body = functools.partial(execute.infer, self.program, self.model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
@@ -326,9 +381,9 @@ def forward(
     ``[microbatch, ...]``; without a head the outputs are the last stage's.
 
     Returns:
-      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``(outputs, metrics)``: outputs with leaves
-      ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed. A batch may have any size:
-      where it does not divide, it is padded with copies of its last example, whose outputs are left out.
+      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``(outputs, metrics)``: outputs with
+      leaves ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed. A batch may have any
+      size: where it does not divide, it is padded with copies of its last example, whose outputs are left out.
 
     Raises:
       ValueError: as `value_and_grad`; a batch that does not divide, where stages return metrics, which would count the

@@ -60,8 +60,8 @@ def with_mask(batch: Any, name: str, multiple: int) -> dict[str, Any]:
     """
     if not isinstance(batch, Mapping):
         raise ValueError(
-            f"example_mask={name!r}, but the batch is a {type(batch).__name__}: pass a dict of arrays, in which the mask "
-            "can have a name"
+            f"example_mask={name!r}, but the batch is a {type(batch).__name__}: pass a dict of arrays, in which the "
+            "mask can have a name"
         )
     mask = batch.get(name)
     if mask is not None and (np.ndim(mask) != 1 or jnp.result_type(mask) != jnp.bool_):
@@ -84,7 +84,7 @@ def without_padding(result: tuple[Any, Any], size: int, total: int) -> tuple[Any
     outputs, metrics = result
     if metrics:
         raise ValueError(
-            f"a batch of {size} is padded to {total}, and the stages' metrics {sorted(metrics)} would count the padding: "
-            f"use a multiple of what divides, or jaxpipe.pad_batch and its mask in stages"
+            f"a batch of {size} is padded to {total}, and the stages' metrics {sorted(metrics)} would count the "
+            "padding: use a size that divides, or jaxpipe.pad_batch and its mask in stages"
         )
     return jax.tree.map(lambda leaf: leaf[:size], outputs), metrics

@@ -26,12 +26,12 @@ _block.multiple_results = True
 
 
 @_block.def_abstract_eval
-def _(*_: Any, call: Call) -> Any:
+def _(*_: Any, call: BlockCall) -> Any:
     return call.results
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
+class BlockCall:
     """One call of a block, as its equation says it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Call:
     tag: Any = None
 
 
-class Block(NamedTuple):
+class CalledBlock(NamedTuple):
     """A block's call as values of the program.
 
     Attributes:
@@ -62,7 +62,7 @@ class Block(NamedTuple):
       checkpoints: keywords of `jax.checkpoint` for each one that the model calls the block in, outermost first.
     """
 
-    call: Call
+    call: BlockCall
     params: tuple[Value, ...]
     x: tuple[Value, ...]
     arguments: tuple[Value, ...]
@@ -114,7 +114,7 @@ def call_block(
             "a tuple that begins with them"
         )
     given = jax.tree.leaves(params)
-    call = Call((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals), tag)
+    call = BlockCall((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals), tag)
     return jax.tree.unflatten(jax.tree.structure(result), _block.bind(*given, *x, *arrays, call=call))
 
 
@@ -285,7 +285,7 @@ class _Program:
             self.nodes.append(Node("row", (stacked,), (row,), lambda array: [array[index]]))
         return self._rows[stacked, index]
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[CalledBlock]:
         """The calls of blocks, in order."""
         found = []
         for node in self.nodes:
@@ -299,7 +299,7 @@ class _Program:
                     for eqn in node.context
                     if eqn.primitive.name in CHECKPOINTS
                 )
-                found.append(Block(call, params, x, arguments, y, others, checkpoints))
+                found.append(CalledBlock(call, params, x, arguments, y, others, checkpoints))
         return found
 
     def _emit(
@@ -349,7 +349,9 @@ def _holds_block(eqn: JaxprEqn) -> bool:
     return eqn.primitive is _block or any(_holds_block(inner) for sub in subjaxprs(eqn) for inner in _open(sub)[0].eqns)
 
 
-def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: Sequence[str]) -> tuple[Block, ...]:
+def _in_order(
+    found: Sequence[CalledBlock], rows: Sequence[tuple[Value, ...]], names: Sequence[str]
+) -> tuple[CalledBlock, ...]:
     """The blocks, each called once and one after the other."""
     index_of = {values: index for index, values in enumerate(rows)}
     order = [index_of.get(block.params) for block in found]
@@ -363,7 +365,7 @@ def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: 
 
 
 def _columns(
-    blocks: Sequence[Block],
+    blocks: Sequence[CalledBlock],
 ) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[Value | None, ...], ...]]:
     """(for each block the columns of what it returns besides x; for each column the value of each block, or None).
 

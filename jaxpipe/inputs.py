@@ -138,9 +138,12 @@ def refuse_sharded_by_compiler(specs: Params, batch_spec: P, axes: Axes, mesh: A
 
 
 def check_batch(batch: Any, count: int, axes: Axes, spec: P, *, padded: bool = False) -> int:
-    """The number of examples; raises ValueError unless all leaves are ``[B, ...]`` and divide into microbatches and shards.
+    """The number of examples.
 
     ``padded``: the batch will be padded, so its size need not divide.
+
+    Raises:
+      ValueError: not all leaves are ``[B, ...]``, or they do not divide into microbatches and shards.
     """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:

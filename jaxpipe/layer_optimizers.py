@@ -7,10 +7,8 @@ from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import jax
-from jax.sharding import NamedSharding
-from jax.sharding import PartitionSpec as P
 
-from jaxpipe._jax import Tracer
+from jaxpipe.optimizer_state import map_params, shardings_of_state
 from jaxpipe.params import Params
 from jaxpipe.stacking import Stacking, dotted
 from jaxpipe.trainable import is_floating
@@ -75,7 +73,7 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
 
     def init(params: Any) -> Any:
         stacking.check(params)
-        shardings = _shardings_like(params, jax.eval_shape(start, params), stacking.depth)
+        shardings = shardings_of_state(start, params)
         return start(params) if shardings is None else jax.jit(start, out_shardings=shardings)(params)
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
@@ -172,40 +170,5 @@ def _axes(state: Any) -> Any:
     return map_params(lambda _: Params(0, None), state, lambda _: None)
 
 
-def map_params(function: Callable[[Params], Any], state: Any, others: Callable[[Any], Any] = lambda leaf: leaf) -> Any:
-    """A state with ``function`` of each tree in it that has the form of the parameters, and ``others`` of other leaves.
-
-    Optimizers keep averages as trees like the parameters, masked or not; these are `Params` then.
-    """
-
-    def is_params(node: Any) -> bool:
-        return isinstance(node, Params)
-
-    return jax.tree.map(lambda node: function(node) if is_params(node) else others(node), state, is_leaf=is_params)
-
-
 def _own_shape(leaf: Any, depth: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(leaf.shape[depth:], leaf.dtype)
-
-
-def _shardings_like(params: Params, state: Any, depth: int) -> Any:
-    """Shardings of a state, of which a leaf lies where its parameter does; None where that is not known."""
-    flat = jax.tree_util.tree_leaves_with_path(params)
-    if any(isinstance(leaf, Tracer) or not _is_sharded(leaf) for _, leaf in flat):
-        return None
-    known = {path: leaf for path, leaf in flat}
-    everywhere = NamedSharding(flat[0][1].sharding.mesh, P())
-
-    def of_leaf(path: Any, leaf: Any) -> Any:
-        param = known.get(path)
-        if param is None:
-            return everywhere
-        spec = param.sharding.spec
-        kept = depth if path[0] == jax.tree_util.GetAttrKey("stages") else 0
-        return param.sharding if param.shape == leaf.shape else NamedSharding(everywhere.mesh, P(*spec[:kept]))
-
-    return map_params(lambda tree: jax.tree_util.tree_map_with_path(of_leaf, tree), state, lambda _: everywhere)
-
-
-def _is_sharded(leaf: Any) -> bool:
-    return isinstance(getattr(leaf, "sharding", None), NamedSharding)

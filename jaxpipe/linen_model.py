@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
@@ -59,7 +59,8 @@ def from_linen(
     Raises:
       ValueError: as `from_nnx`.
 
-    >>> import jaxpipe, optax
+    >>> import jaxpipe
+    >>> import jax.numpy as jnp
     >>> class Model(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, tokens):
@@ -183,12 +184,12 @@ class _LinenModel:
             args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
             return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's module and streams."""
         return call.tag
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block."""
         return _apply(call.tag, params, ctx, args, kwargs)
@@ -199,6 +200,14 @@ class _LinenModel:
         blocks = [where[entry] for entry in self.entries]
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
+
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _LinenModel:
+        """The same with another loss."""
+        if model is not None:
+            raise ValueError(
+                "a Linen model is what the loss calls: pass loss=, a function that calls the module for evaluation"
+            )
+        return dataclasses.replace(self, user_loss=loss or self.user_loss)
 
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""

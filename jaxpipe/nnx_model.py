@@ -12,9 +12,9 @@ import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
-from jaxpipe.params import Params
+from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
@@ -88,16 +88,11 @@ def from_nnx(
     >>> pipe.merge(pipe.params).layers[4].kernel.shape
     (8, 8)
     """
-    if isinstance(model, nnx.Module):
-        parts, make = _NNXModel.of(model, tuple(blocks.split(".")), loss), lambda: model
-    elif callable(model):
-        parts, make = _NNXModel.of(_abstract(model), tuple(blocks.split(".")), loss), model
-        parts = parts.with_state(make)
-    else:
-        raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
+    parts, shapes = _NNXModel.of_any(model, tuple(blocks.split(".")), loss)
     made = isinstance(model, nnx.Module)
+    make: Any = (lambda: model) if made else model
     if trainable is not None and not isinstance(trainable, Params):
-        trainable = parts.mask(trainable)
+        trainable = parts.mask(shapes, trainable)
     return pipelined(
         parts,
         make,
@@ -121,7 +116,6 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
-      variables: the parameters' variables by path, for filters.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -130,17 +124,27 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
-    variables: Any
     stacked: bool = False
+
+    @classmethod
+    def of_any(
+        cls, model: nnx.Module | Callable[[], nnx.Module], path: tuple[str, ...], loss: Callable[..., Any]
+    ) -> tuple[_NNXModel, nnx.Module]:
+        """(the parts, the model) of a model, or of what makes one; the model then has shapes for arrays."""
+        if isinstance(model, nnx.Module):
+            return cls.of(model, path, loss), model
+        if not callable(model):
+            raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
+        shapes = _abstract(model)
+        return cls.of(shapes, path, loss).with_state(model), shapes
 
     @classmethod
     def of(cls, model: nnx.Module, path: tuple[str, ...], loss: Callable[[Any, Any], Any]) -> _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
-        variables = nnx.to_flat_state(nnx.state(model, is_parameter))
         if isinstance(where, nnx.Module):
-            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, variables, stacked=True)
+            return cls(_without_arrays(function), _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
         functions = tuple(map(nnx_function, where))
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
@@ -148,7 +152,7 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, random, loss, variables)
+        return cls(_without_arrays(function), tuple(map(_without_arrays, functions)), path, random, loss)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -193,14 +197,14 @@ class _NNXModel:
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's static part, and the shapes of its constants."""
         function = self.functions[index]
         shapes = [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(function.constants)]
         return function.graphdef, function.streams, jax.tree.structure(function.constants), shapes
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block with its own constants."""
         functions = [self.functions[index] for index in members]
@@ -215,11 +219,20 @@ class _NNXModel:
         outer, blocks = _take(parameters_of(model), self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
-    def mask(self, trainable: Any) -> tuple[Any, Any]:
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _NNXModel:
+        """The same with another model, parameters aside, or with another loss."""
+        loss = loss or self.user_loss
+        if model is None:
+            return dataclasses.replace(self, user_loss=loss)
+        parts = type(self).of_any(model, self.path, loss)[0]
+        check_same_structure([self.function.params, parts.function.params])
+        return parts
+
+    def mask(self, model: nnx.Module, trainable: Any) -> tuple[Any, Any]:
         """Bools for (outer, blocks): what a filter says of each variable."""
         chosen: dict[Any, Any] = {}
         keep = nnx.filterlib.to_predicate(trainable)
-        for path, variable in self.variables:
+        for path, variable in nnx.to_flat_state(nnx.state(model, is_parameter)):
             node = chosen
             for part in path[:-1]:
                 node = node.setdefault(part, {})
@@ -278,6 +291,12 @@ def _abstract(make: Callable[[], nnx.Module]) -> nnx.Module:
     for (module, name), array in zip(places(model), arrays, strict=True):
         vars(module)[name] = array
     return model
+
+
+def _without_arrays(function: NNXFunction) -> NNXFunction:
+    """The function with shapes for its parameters, which are then nobody's but the pipeline's."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), function.params)
+    return dataclasses.replace(function, params=shapes)
 
 
 def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:

@@ -58,7 +58,7 @@ def floating_only(transformation: optax.GradientTransformation, trainable: Any =
     Raises:
       ValueError: in ``update``, a leaf has no gradient that ``trainable`` says is trained.
 
-    >>> import optax
+    >>> import jax.numpy as jnp, optax
     >>> params = {"w": jnp.ones(2), "frozen": jnp.ones(2), "placement": jnp.array([0, 5, 7, 2])}
     >>> grads = jax.grad(lambda p: p["w"].sum(), allow_int=True)(params)
     >>> optimizer = optax.chain(optax.add_decayed_weights(0.5), optax.sgd(0.5))
@@ -91,7 +91,7 @@ def _chosen(chosen: Any, tree: Any) -> Any:
 
 
 def _check_gradient(path: Any, choice: bool, gradient: Any) -> None:
-    if choice and gradient.dtype == jax.dtypes.float0:
+    if choice and getattr(gradient, "dtype", None) == jax.dtypes.float0:
         raise ValueError(
             f"{jax.tree_util.keystr(path)} has no gradient, since it is frozen: pass floating_only(optimizer, "
             "trainable=...) what jaxpipe.value_and_grad was given as trainable"

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
-from jaxpipe.layer_optimizers import map_params
+from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.runtime.copies import send
 from jaxpipe.stacking import Stacking

@@ -68,8 +68,9 @@ def choose(trainable: Any, params: Any) -> Any:
     if trainable is None:
         return jax.tree.map(lambda _: True, params)
     if callable(trainable):
+        function: Any = trainable
         return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: _ask(trainable, jax.tree_util.keystr(path), leaf), params
+            lambda path, leaf: _ask(function, jax.tree_util.keystr(path), leaf), params
         )
     if isinstance(trainable, Params):
         trainable = Params(*(True if part is None else part for part in trainable))

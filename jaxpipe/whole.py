@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -12,17 +13,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
-from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
-from jaxpipe.layer_optimizers import map_params
+from jaxpipe.arguments import entry_axes
+from jaxpipe.cutting import Activations, BlockCall, Cut, join_arguments, split_result
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.layers import stage_of_layers, store_layers
+from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
-from jaxpipe.runtime.model import Context, Output
+from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stacking import Stacking
 
@@ -52,13 +55,17 @@ class CutModel(Protocol):
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """What is equal for blocks that run the same program but for arrays."""
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block: the one of index ``members[row]`` among those of one kind."""
+
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> CutModel:
+        """The same with another model, or with another loss; None: as it is."""
+        ...
 
     def take(self, model: Any, /) -> tuple[Any, Any]:
         """(outer, blocks) of the parameters of a model like this one."""
@@ -106,6 +113,32 @@ class PipelinedModel:
     def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """((loss, aux), grads); see `jaxpipe.value_and_grad`."""
         return self.pipeline(params, batch, rng, step_inputs)
+
+    def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
+        """(loss, aux) without gradients, of the model and loss that are trained; see `evaluation`."""
+        return self.pipeline.evaluate(params, batch, rng, step_inputs)
+
+    def evaluation(self, model: Any = None, *, loss: Callable[..., Any] | None = None) -> Pipeline:
+        """The loss and metrics alone: ``(params, batch, rng=None, step_inputs=None) -> (loss, aux)``.
+
+        It runs on the same mesh with ``params`` as the step has them, so that a run needs no second copy of them. Make
+        and jit it once, before the loop.
+
+        Args:
+          model: an NNX model that differs from the trained one in more than its parameters, such as one in ``eval()``,
+            whose dropout is off; or a function that makes it. None: the trained one. Its own parameters are not used.
+          loss: in place of the trained one, with its arguments; a Linen model is in evaluation as this calls it.
+
+        Raises:
+          ValueError: the model's parameters are not like those of the trained one.
+        """
+        if model is None and loss is None:
+            return self.pipeline.evaluation
+        variant, shapes = self._model.variant(model, loss), jax.tree.map(_shape, self.params)
+        local = lambda: _local_shapes(variant, self._storage, self.pipeline, shapes)  # noqa: E731
+        parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, local)
+        functions = Model(parts.stage, parts.embed, parts.head, self.pipeline.model.weight)
+        return dataclasses.replace(self.pipeline, model=functions).evaluation
 
     def merge(self, params: Params) -> Any:
         """The model (of Linen, its parameters) with these parameters in place; gradients in the model's structure."""
@@ -176,7 +209,10 @@ def pipelined(
       specs, options: for `jaxpipe.value_and_grad`.
     """
     storage = store_layers(model.blocks, schedule, layer_costs)
-    parts = _Parts(model, storage, options.get("compute_dtype"))
+    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
+    shapes = jax.eval_shape(start)
+    local = lambda: _local_shapes(model, storage, pipeline, shapes)  # noqa: E731
+    parts = _Parts(model, storage, options.get("compute_dtype"), local)
     if trainable is not None and not isinstance(trainable, Params):
         outer, blocks = trainable
         trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
@@ -191,8 +227,6 @@ def pipelined(
         trainable=trainable,
         **options,
     )
-    start = lambda: stack(model, storage, schedule, make())  # noqa: E731
-    shapes = jax.eval_shape(start)
     mask = pipeline.trainable_mask(shapes)
     found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
@@ -220,13 +254,42 @@ def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) ->
     return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
 
 
+def _local_shapes(model: CutModel, storage: LayerStorage, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
+    """(outer, blocks) of a device's parameters, divided as far as specs divide them over axes handled by hand."""
+    axes, schedule = pipeline.axes, pipeline.program.schedule
+    specs = inputs.broadcast_specs(pipeline.specs, shapes, axes, pipeline.mesh)
+
+    def local(names: frozenset[str], leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        parts = [math.prod(axes.sizes[name] for name in entry_axes(entry) if name in names) for entry in spec]
+        parts += [1] * (leaf.ndim - len(parts))
+        sizes = (size // part for size, part in zip(leaf.shape, parts, strict=True))
+        return jax.ShapeDtypeStruct(tuple(sizes), leaf.dtype)
+
+    stages = jax.tree.map(functools.partial(local, axes.names - {axes.pipeline}), shapes.stages, specs.stages)
+    outer = jax.tree.map(functools.partial(local, axes.names), shapes.outer, specs.outer)
+
+    def unstack(stages: Any) -> Any:
+        rows = storage.unstack(stages, schedule, "storage")
+        return stack_rows(rows) if model.stacked else rows
+
+    return outer, jax.eval_shape(unstack, stages)
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
+    """A cut model as the functions of a pipeline.
+
+    Attributes:
+      model: cut.
+      storage: of its blocks' parameters.
+      dtype: of the working copies, or None.
+      shapes: gives (outer, blocks) of a device's parameters.
+    """
 
     model: CutModel
     storage: LayerStorage
     dtype: Any
+    shapes: Callable[[], tuple[Any, Any]]
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
@@ -284,8 +347,7 @@ class _Parts:
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-            params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
-            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
+            outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
             return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
         return cut

@@ -36,8 +36,8 @@ from jaxpipe.planning.chips import chip_of
 
 
 @dataclasses.dataclass(frozen=True)
-class LlamaSizes:
-    """LlamaSizes of a Llama; the table of the embedding is the output matrix, too."""
+class LlamaShape:
+    """LlamaShape of a Llama; the table of the embedding is the output matrix, too."""
 
     tokens: int = 128_256
     width: int = 2048
@@ -64,7 +64,7 @@ class LlamaSizes:
         return 6 * self.total + 3 * self.layers * flops.score_flops(self.length * self.heads, size, size)
 
 
-TINY = LlamaSizes(tokens=128, width=32, hidden=64, heads=4, kv_heads=2, layers=6, length=16)
+TINY = LlamaShape(tokens=128, width=32, hidden=64, heads=4, kv_heads=2, layers=6, length=16)
 
 
 def rotate(x: jax.Array) -> jax.Array:
@@ -81,7 +81,7 @@ def rotate(x: jax.Array) -> jax.Array:
 class LlamaBlock(nnx.Module):
     """Attention of grouped queries and a gated feed-forward layer, each beside a residual branch."""
 
-    def __init__(self, sizes: LlamaSizes, rngs: nnx.Rngs) -> None:
+    def __init__(self, sizes: LlamaShape, rngs: nnx.Rngs) -> None:
         linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
         kv = sizes.width * sizes.kv_heads // sizes.heads
         self.sizes = sizes
@@ -105,7 +105,7 @@ class LlamaBlock(nnx.Module):
 class Llama(nnx.Module):
     """Embedding, layers, and the embedding's table again as output matrix."""
 
-    def __init__(self, sizes: LlamaSizes, rngs: nnx.Rngs, *, remat: bool = False) -> None:
+    def __init__(self, sizes: LlamaShape, rngs: nnx.Rngs, *, remat: bool = False) -> None:
         self.embed = nnx.Embed(sizes.tokens, sizes.width, rngs=rngs)
         self.layers = nnx.List([LlamaBlock(sizes, rngs) for _ in range(sizes.layers)])
         self.norm = nnx.RMSNorm(sizes.width, rngs=rngs)
@@ -129,7 +129,7 @@ def loss_of(model: Llama, batch: Any) -> jax.Array:
 class Setting:
     """What all programs of a run have in common."""
 
-    sizes: LlamaSizes
+    sizes: LlamaShape
     devices: int
     sequences: int
     microbatch_size: int
@@ -278,7 +278,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
-    sizes = TINY if args.tiny else LlamaSizes()
+    sizes = TINY if args.tiny else LlamaShape()
     setting = Setting(sizes, args.devices, args.sequences, args.microbatch_size)
     found = programs(setting)
     names = [name.strip() for name in args.programs.split(";")] if args.programs else list(found)

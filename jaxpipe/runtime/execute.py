@@ -16,6 +16,7 @@ from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
+from jaxpipe.runtime.evaluate import EvaluationStep
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
@@ -73,13 +74,16 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    For every leaf of params ``spec_axes`` holds the frozenset of manual axes that shard it, and ``trainable`` a bool:
+    For every leaf of params ``spec_axes`` holds the frozenset of manual axes that shard it, and ``trainable`` a bool,
     whether it has a gradient. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
-    local = _start(program, model, options, params, batch, rng, step_inputs)
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
     split, pools = splits[0], Pools.of(splits)
-    head = _head_shapes(program, options, split, local, trainable.outer)
+    head = _head_shapes(program, options, split.out[1], local)
+    check_gradients_of_ends(
+        program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
+    )
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
@@ -113,13 +117,15 @@ def _start(
     batch: Any,
     rng: jax.Array | None,
     step_inputs: Any,
+    *,
+    outputs: bool,
 ) -> _Local:
     axes = options.axes
     rng = _fold_axes(rng, axes)
     with jax.named_scope("prepare"):
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
         outer = cast(params.outer, options.compute_dtype)
-    model = _prepare_model(program, model, options)
+    model = _prepare_model(program, model, options, outputs=outputs)
     ctx = make_context(batch, rng, step_inputs, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     return _Local(model, chunks, outer, batch, rng, ctx, x)
@@ -152,17 +158,14 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
     return tuple(splits)
 
 
-def _head_shapes(
-    program: Program, options: Options, split: SplitStage, local: _Local, trainable: Any
-) -> tuple[Any, Any]:
-    """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; the ends and weights checked."""
+def _head_shapes(program: Program, options: Options, aux_loss: Any, local: _Local) -> tuple[Any, Any]:
+    """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; weights checked."""
     model, outer, x, ctx, axis = local.model, local.outer, local.x, local.ctx, options.axes.pipeline
     loss, metrics = None, {}
     if model.head is not None:
         loss, metrics = shape_of_end(program, axis, "head", model.run_head, outer, x, ctx)
-    if loss is None and split.out[1] is None:
+    if loss is None and aux_loss is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
-    check_gradients_of_ends(program, axis, model, outer, trainable, x, ctx)
     check_weight(model.weight, axis, local.batch)
     return loss, metrics
 
@@ -207,6 +210,18 @@ def _reduce(
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     axes = options.axes
+    losses, aux = _sum_losses(axes, buffers, shares)
+    stages, outer = buffers.grads, buffers.outer_grads
+    if shares.scale is not None:
+        scale = shares.scale
+        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
+    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
+    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    return (_total(losses), aux), grads
+
+
+def _sum_losses(axes: Axes, buffers: Buffers, shares: Shares) -> tuple[list[jax.Array], dict[str, Any]]:
+    """(the objective's parts, metrics with the part that arose in stages), of what every rank has summed."""
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
     loss, aux_loss = (
         jax.tree.map(lambda leaf: leaf * shares.unit.astype(leaf.dtype), lax.psum(value, everywhere))
@@ -216,14 +231,13 @@ def _reduce(
     aux = _sum_metrics(buffers, axes)
     if aux_loss is not None:
         aux["aux_loss"] = aux_loss
-    stages, outer = buffers.grads, buffers.outer_grads
-    if shares.scale is not None:
-        scale = shares.scale
-        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
-    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
-    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    return losses, aux
+
+
+def _total(losses: Sequence[jax.Array]) -> jax.Array:
+    """The sum in the widest dtype."""
     dtype = functools.reduce(jnp.promote_types, (value.dtype for value in losses))
-    return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
+    return functools.reduce(jnp.add, (value.astype(dtype) for value in losses))
 
 
 def finish_grad(constrain: Callable[[Any, Any], jax.Array], param: Any, grad: jax.Array | None, spec: Any) -> Any:
@@ -242,9 +256,10 @@ def infer(
     tables: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
-    local, axes = _start(program, model, options, params, batch, rng, step_inputs), options.axes
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=True)
+    axes = options.axes
     model, ctx = local.model, local.ctx
-    y, metrics = _check_forwards(program, axes.pipeline, local)
+    (y, _), metrics = _stage_shapes(program, options, local)
     run_head = functools.partial(run_outputs, model)
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
@@ -270,18 +285,48 @@ def infer(
     return outputs, _sum_metrics(buffers, axes)
 
 
-def _check_forwards(program: Program, axis: str, local: _Local) -> tuple[Any, Any]:
-    """(y, metrics) of a stage as shapes and dtypes, each kind of stage checked."""
+def evaluate(
+    program: Program,
+    model: Model,
+    options: Options,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    step_inputs: Any,
+    tables: Any,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(loss, aux) as `train` returns them, of a forward-only program on one rank."""
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
+    (y, aux_loss), metrics = _stage_shapes(program, options, local)
+    loss, head_metrics = _head_shapes(program, options, aux_loss, local)
+    shares = _shares(options, local, (loss, aux_loss))
+    buffers = Buffers(
+        in_flight=allocate(y, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        loss=jax.tree.map(accumulator, loss),
+        aux_loss=jax.tree.map(accumulator, aux_loss),
+        stage_metrics=jax.tree.map(accumulator, metrics),
+        head_metrics=jax.tree.map(accumulator, head_metrics),
+    )
+    stages = program.schedule.num_stages
+    step = EvaluationStep(
+        local.model, program.parts, local.chunks, local.outer, batch, local.rng, step_inputs, stages, shares
+    )
+    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
+    losses, aux = _sum_losses(options.axes, buffers, shares)
+    return _total(losses), aux
+
+
+def _stage_shapes(program: Program, options: Options, local: _Local) -> Any:
+    """What a stage returns in a forward-only program, as shapes and dtypes, each kind of stage checked."""
     returned = []
     for kind in range(len(local.model.stages)):
         run = functools.partial(local.model.run_kind, kind)
         jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(local.chunks[0], local.x, local.ctx)
-        check_alone("stage", program, axis, collectives_of_jaxpr(jaxpr))
-        (y, aux_loss), metrics = shapes
-        _check_boundary(local.x, y)
-        returned.append((aux_loss, metrics))
-    _check_same_returns(returned)
-    return y, returned[0][1]
+        check_alone("stage", program, options.axes.pipeline, collectives_of_jaxpr(jaxpr))
+        _check_boundary(local.x, shapes[0][0])
+        returned.append(shapes)
+    _check_same_returns([(aux_loss, metrics) for (_, aux_loss), metrics in returned])
+    return returned[0]
 
 
 def _check_same_returns(returned: Sequence[tuple[Any, Any]]) -> None:
@@ -393,14 +438,17 @@ def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: A
     return function(carry, *operands)
 
 
-def _prepare_model(program: Program, model: Model, options: Options) -> Model:
-    """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared."""
+def _prepare_model(program: Program, model: Model, options: Options, *, outputs: bool) -> Model:
+    """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared.
+
+    ``outputs``: whether the head returns outputs of examples, and no loss.
+    """
     dtype = options.compute_dtype
     if model.embed is None and dtype is not None:
         model = dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
     if not program.shared_ends:
         return model
-    return share_ends(model, program.schedule, options.axes.pipeline, forward_only=program.forward_only)
+    return share_ends(model, program.schedule, options.axes.pipeline, forward_only=outputs)
 
 
 def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:

@@ -51,7 +51,7 @@ class ForwardStep:
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
 
-        return Operation(_read_source, compute, write)
+        return Operation(read_source, compute, write)
 
     def head(self) -> Operation:
         """The last stage's y -> outputs of the microbatch."""
@@ -64,7 +64,7 @@ class ForwardStep:
         def write(buffers: Buffers, operands: jax.Array, outputs: Any) -> Buffers:
             return buffers._replace(outputs=put(buffers.outputs, operands[Field.MICROBATCH], outputs))
 
-        return Operation(_read_source, compute, write)
+        return Operation(read_source, compute, write)
 
 
 def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
@@ -72,5 +72,6 @@ def run_outputs(model: Model, outer: Any, y: Any, ctx: Any) -> Any:
     return y if model.head is None else model.head(outer, y, ctx.data, ctx)
 
 
-def _read_source(buffers: Buffers, operands: jax.Array) -> Any:
+def read_source(buffers: Buffers, operands: jax.Array) -> Any:
+    """The message that an operation starts with."""
     return take(buffers.in_flight, operands[Field.SOURCE])

@@ -244,9 +244,7 @@ class TrainStep:
         return None if counts is None else counts[operands[Field.MICROBATCH]]
 
     def _add_loss(self, total: Any, loss: Any, operands: jax.Array) -> Any:
-        weight = self.shares.weights[operands[Field.MICROBATCH]]
-        weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
-        return add(total, weighted, self._counts("loss", operands))
+        return add_loss(total, loss, self.shares, operands)
 
     def _cotangent(self, split: SplitStage, dy: Any, operands: jax.Array) -> Any:
         _, aux_loss = split.out
@@ -257,6 +255,14 @@ class TrainStep:
         of_params, _ = grads  # beside those of step_inputs, which are not differentiated
         totals[chunk] = add(totals[chunk], partition(of_params)[0], self._counts("stage", operands))
         return buffers._replace(grads=tuple(totals))
+
+
+def add_loss(total: Any, loss: Any, shares: Shares, operands: jax.Array) -> Any:
+    """Total + a microbatch's loss times its weight."""
+    weight = shares.weights[operands[Field.MICROBATCH]]
+    weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
+    counts = shares.counts.loss
+    return add(total, weighted, None if counts is None else counts[operands[Field.MICROBATCH]])
 
 
 def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None, step_inputs: Any) -> Operation:

@@ -1,4 +1,4 @@
-"""Whole Flax models with frozen parameters: adapters alone are trained, and the model comes back with the rest as it was."""
+"""Whole Flax models with frozen parameters: adapters alone are trained, and the rest comes back as it was."""
 
 import jax
 import jax.numpy as jnp

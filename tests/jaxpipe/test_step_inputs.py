@@ -1,4 +1,4 @@
-"""What belongs to a step and to no example: whole in every context, not differentiated, never stashed, no recompilation."""
+"""What belongs to a step and to no example: whole in every context, not differentiated, never stashed."""
 
 import flax.linen as nn
 import jax
