@@ -25,7 +25,7 @@ def from_linen(
     schedule: Schedule,
     mesh: Mesh,
     *,
-    blocks: str,
+    blocks: str | Sequence[str],
     loss: Callable[..., Any],
     specs: Params | None = None,
     trainable: Any = None,
@@ -43,7 +43,9 @@ def from_linen(
       mesh: as for `jaxpipe.value_and_grad`.
       blocks: where ``params`` has the blocks' parameters: "Block" stands for ``Block_0``, ``Block_1``, ..., "layers" of
         ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
-        "decoder.layers" is within "decoder".
+        "decoder.layers" is within "decoder". Where blocks have names of several beginnings, a list of these or of whole
+        names in the order in which they are called: ``["Dense", "Experts"]`` stands for ``Dense_0``, ``Dense_1``, ...
+        and then ``Experts_0``, ...
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
         the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
         ``step_inputs``, it is called with ``step_inputs=...`` besides.
@@ -78,7 +80,7 @@ def from_linen(
     """
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
-    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    model = _LinenModel.of(nn.unbox(shapes), blocks, loss)
     if trainable is not None and not isinstance(trainable, Params):
         trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
@@ -115,22 +117,27 @@ class _LinenModel:
     user_loss: Callable[..., Any]
 
     @classmethod
-    def of(cls, shapes: Any, path: tuple[str, ...], loss: Callable[..., Any]) -> _LinenModel:
+    def of(cls, shapes: Any, blocks: str | Sequence[str], loss: Callable[..., Any]) -> _LinenModel:
         """The blocks found in the parameters."""
-        *outside, name = path
-        where = _at(shapes, outside, path)
-        numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
-        if sorted(numbered) == list(range(len(numbered))) and numbered:
-            entries = tuple(numbered[index] for index in range(len(numbered)))
-            return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
+        paths = [tuple(name.split(".")) for name in ([blocks] if isinstance(blocks, str) else blocks)]
+        outside = {path[:-1] for path in paths}
+        if len(outside) != 1:
+            raise ValueError(f"blocks={blocks!r}: name the blocks of one module, with the same path before their names")
+        inside = outside.pop()
+        where = _at(shapes, inside, paths[0])
+        found = [_entries(where, path[-1], alone=isinstance(blocks, str)) for path in paths]
+        if all(found):
+            entries = tuple(entry for each in found for entry in each)
+            return cls(shapes, inside, entries, False, [".".join((*inside, entry)) for entry in entries], loss)
+        name = paths[found.index(())][-1]
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
-                f"blocks={'.'.join(path)!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row "
-                f"for each block; there are {', '.join(sorted(where))}"
+                f"blocks={blocks!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row for each "
+                f"block; there are {', '.join(sorted(where))}"
             )
-        names = [f"{'.'.join(path)}[{index}]" for index in range(lengths.pop()[0])]
-        return cls(shapes, tuple(outside), (name,), True, names, loss)
+        names = [f"{blocks}[{index}]" for index in range(lengths.pop()[0])]
+        return cls(shapes, inside, (name,), True, names, loss)
 
     @property
     def outer(self) -> Any:
@@ -221,6 +228,14 @@ def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, a
     module, streams = call
     keys = {} if ctx.rng is None else {name: fold_name(ctx.rng, name) for name in streams}
     return module.apply({"params": params}, *args, rngs=keys, **kwargs)
+
+
+def _entries(where: Mapping[str, Any], name: str, *, alone: bool) -> tuple[str, ...]:
+    """The entries of blocks that a name stands for: numbered ones, or among others (not ``alone``) its own."""
+    numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
+    if numbered and sorted(numbered) == list(range(len(numbered))):
+        return tuple(numbered[index] for index in range(len(numbered)))
+    return (name,) if name in where and not alone else ()
 
 
 def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:

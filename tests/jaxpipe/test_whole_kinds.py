@@ -197,6 +197,63 @@ def test_linen_equals_the_plain_model_and_comes_back(x64):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, pipe.merge(pipe.params), params))
 
 
+class Compact(nn.Module):
+    """Blocks named by their classes: LinenDense_0, LinenGated_0, LinenGated_1, LinenDense_1."""
+
+    @nn.compact
+    def __call__(self, x):
+        for block in (LinenDense, LinenGated, LinenGated, LinenDense):
+            x = (block(4) if block is LinenGated else block())(x, jnp.ones((), x.dtype))
+        return x
+
+
+@pytest.mark.parametrize(("blocks", "message"), [
+    (["LinenDense_0", "LinenGated", "LinenDense_1"], None),
+    (["LinenDense", "LinenGated"], "the loss calls LinenDense_0, LinenGated_0, LinenGated_1, LinenDense_1"),
+    (["LinenDense", "Dense"], "neither Dense_0, Dense_1, .* nor an entry Dense"),
+    (["LinenDense", "decoder.LinenGated"], "name the blocks of one module"),
+    ("LinenDense", "LinenDense_1 is not called with what LinenDense_0 returns"),
+])  # fmt: skip
+def test_linen_blocks_of_several_names(x64, blocks, message):
+    x = jnp.asarray(np.random.default_rng(2).normal(size=(4, 5, WIDTH)))
+    params = Compact().init(jax.random.key(0), x)["params"]
+
+    def loss(params, batch):
+        return (Compact().apply({"params": params}, batch) ** 2).mean()
+
+    def run():
+        schedule = jaxpipe.schedule.build("1f1b", 2, 2)
+        pipe = from_linen(params, schedule, jaxpipe.make_mesh(pp=2), blocks=blocks, loss=loss)
+        return pipe, *jax.jit(pipe)(pipe.params, x)
+
+    if message is not None:
+        with pytest.raises(ValueError, match=message):
+            run()
+        return
+    pipe, (value, _), grads = run()
+    expected, expected_grads = jax.value_and_grad(loss)(params, x)
+    assert float(value) == pytest.approx(float(expected), rel=1e-12)
+    assert_trees_close(pipe.merge(grads), expected_grads, rtol=1e-10)
+
+
+def test_frozen_parameters_of_some_kinds(x64):
+    """What all blocks have is trained, and what only some have; nothing else has a gradient."""
+    model, batch = Model(nnx.Rngs(0), dense=1, count=3), make_batch()
+    schedule = jaxpipe.schedule.build("1f1b", 2, MICROBATCHES)
+    _, expected = nnx.value_and_grad(plain(loss_of, batch, MICROBATCHES))(model)
+    expected = dict(nnx.to_flat_state(expected))
+    trainable = nnx.Any(nnx.PathContains("value"), nnx.PathContains("router"))
+    mesh = jaxpipe.make_mesh(pp=2)
+    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=loss_of, trainable=trainable)
+    _, grads = jax.jit(pipe)(pipe.params, batch)
+    grads = dict(nnx.to_flat_state(nnx.state(pipe.merge(grads), nnx.Param)))
+    trained = [path for path, leaf in grads.items() if leaf.get_value().dtype != jax.dtypes.float0]
+    assert sum("value" in path for path in trained) == 3  # a kernel each
+    assert sum("router" in path for path in trained) == len(trained) - 3 == 4  # two with a kernel and a bias
+    for path in trained:
+        np.testing.assert_allclose(grads[path].get_value(), expected[path].get_value(), rtol=1e-10, atol=1e-14)
+
+
 @pytest.mark.parametrize("num_layers", [None, 5])
 @pytest.mark.parametrize("library", ["nnx", "linen"])
 def test_modules_of_several_kinds_as_stages(x64, library, num_layers):
