@@ -97,7 +97,7 @@ class Experts(nnx.Module):
         return jnp.einsum("bte,ebti->bti", gates, y)
 
 
-class Block(nnx.Module):
+class AdaptedBlock(nnx.Module):
     """Attention and experts, each behind a norm and beside a residual."""
 
     def __init__(self, sizes: LlamaSizes, rngs: nnx.Rngs) -> None:
@@ -115,7 +115,7 @@ class AdaptedLlama(nnx.Module):
 
     def __init__(self, sizes: LlamaSizes, rngs: nnx.Rngs) -> None:
         self.embed = nnx.Embed(sizes.vocabulary, sizes.width, rngs=rngs)
-        self.layers = nnx.List([Block(sizes, rngs) for _ in range(sizes.layers)])
+        self.layers = nnx.List([AdaptedBlock(sizes, rngs) for _ in range(sizes.layers)])
         self.norm = nnx.RMSNorm(sizes.width, rngs=rngs)
         self.head = nnx.Linear(sizes.width, sizes.vocabulary, use_bias=False, rngs=rngs)
 

@@ -1,15 +1,17 @@
 """A stage of layers of several kinds: each finds its parameters at places that are known before anything runs.
 
-Where all stages have a layer of the same kind at the same place, at their start or end, it runs without asking which
-stage it is, and several alike run in a scan. What is left in the middle is one `jax.lax.switch` with a branch for each
-row of kinds that occurs in a stage: in a branch every layer's kind and slots are known. So parameters are read where
-they are used, no stage has padding, and the gradient of a parameter is made once for a whole stage.
+Stages that hold the same row of kinds are one kind of stage, with code of its own in the pipeline's program
+(`jaxpipe.StageKinds`). There every layer's kind and slots are known: parameters are read where they are used, layers
+alike run in a scan, no stage has padding, and the gradient of a parameter is made once for a whole stage.
+
+A function of stages whose rows differ does the same for layers that all stages have at the same place, at their start
+or end. What is left in the middle is one `jax.lax.switch` with a branch for each row.
 """
 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -19,6 +21,7 @@ from jaxpipe.layer_choice import Alike, Layer, call, check_like, shorten
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Output
+from jaxpipe.runtime.stage_kinds import StageKinds
 
 
 class _Step(NamedTuple):
@@ -40,12 +43,12 @@ class _Plan(NamedTuple):
 
     Attributes:
       start, end: steps of the first and last layers, the same in all stages.
-      middle: ``[stages]``, the steps in between.
+      middle: of each stage the steps in between.
       others: zeros for the auxiliary loss and metrics of any layer.
     """
 
     start: tuple[_Step, ...]
-    middle: tuple[tuple[_Step, ...], ...]
+    middle: Mapping[int, tuple[_Step, ...]]
     end: tuple[_Step, ...]
     others: Any
 
@@ -57,10 +60,18 @@ class KindStage:
       functions: each is ``(params, x, ctx) -> y or Output``.
       function_of: the function of each layer, an index of ``functions``.
       storage: of the layers' parameters.
+      stages: that it runs; None: all.
     """
 
-    def __init__(self, functions: Sequence[Layer], function_of: Sequence[int], storage: LayerStorage) -> None:
+    def __init__(
+        self,
+        functions: Sequence[Layer],
+        function_of: Sequence[int],
+        storage: LayerStorage,
+        stages: Sequence[int] | None = None,
+    ) -> None:
         self.storage = storage
+        self._stages = range(len(storage.counts)) if stages is None else stages
         self._functions, self._function_of = tuple(functions), tuple(function_of)
         used = [
             sorted({function for function, other in zip(function_of, storage.kind_of, strict=True) if other == kind})
@@ -78,7 +89,7 @@ class KindStage:
             for values in (starts, [start + count - len(plan.end) for start, count in zip(starts, counts, strict=True)])
         )
         x, others = self._run_scanned(plan.start, plan.others, leaves, x, ctx, first)
-        if any(plan.middle):
+        if any(plan.middle.values()):
             x, other = self._switch(plan, leaves, x, ctx, first + len(plan.start))
             others.append(other)
         x, more = self._run_scanned(plan.end, plan.others, leaves, x, ctx, last)
@@ -99,12 +110,12 @@ class KindStage:
             _Step(kind, first_of[kind, function], self.storage.slots_of(layer))
             for layer, (kind, function) in enumerate(zip(self.storage.kind_of, self._function_of, strict=True))
         ]
-        stages = [
-            steps[start : start + count] for start, count in zip(self.storage.starts, self.storage.counts, strict=True)
-        ]
+        stages = [[steps[layer] for layer in self.storage.layers_of(stage)] for stage in self._stages]
         start = _alike(stages)
         end = _alike([stage[start:][::-1] for stage in stages])
-        middle = tuple(tuple(stage[start : len(stage) - end]) for stage in stages)
+        middle = {
+            number: tuple(stage[start : len(stage) - end]) for number, stage in zip(self._stages, stages, strict=True)
+        }
         return _Plan(tuple(stages[0][:start]), middle, tuple(stages[0][len(stages[0]) - end :]), _zeros(returns))
 
     def _layer_with(self, kind: int, function: int) -> int:
@@ -164,7 +175,7 @@ class KindStage:
         Branches are unrolled: what they keep for the backward pass is then alike from branch to branch, layer by layer,
         and shares its memory.
         """
-        rows = list(dict.fromkeys(plan.middle))
+        rows = list(dict.fromkeys(plan.middle.values()))
         read = sorted({place for row in rows for step in row for place in self.storage.places[step.kind]})
 
         def branch(row: Sequence[_Step], given: Sequence[Any], x: Any, ctx: Context, first: Any) -> tuple[Any, Any]:
@@ -173,9 +184,33 @@ class KindStage:
             y, others = self._run_unrolled(row, plan.others, every, x, ctx, first)
             return y, _total(others or [jax.tree.map(_widened, plan.others)])
 
-        index = jnp.asarray([rows.index(row) for row in plan.middle], jnp.int32)[ctx.stage]
+        row_of = [rows.index(plan.middle.get(stage, rows[0])) for stage in range(len(self.storage.counts))]
+        index = jnp.asarray(row_of, jnp.int32)[ctx.stage]
         branches = [functools.partial(branch, row) for row in rows]
         return jax.lax.switch(index, branches, [leaves[place] for place in read], x, ctx, first)
+
+
+class LayerStageKinds(StageKinds):
+    """Stages of layers, one kind for each row of kinds of layers.
+
+    Args:
+      make: ``make(stages)`` returns the function of these stages, which hold the same row.
+      storage: of the layers' parameters.
+      function_of: of each layer what else tells rows apart.
+    """
+
+    def __init__(
+        self, make: Callable[[Sequence[int]], Layer], storage: LayerStorage, function_of: Sequence[int]
+    ) -> None:
+        self.storage = storage
+        groups: dict[Any, list[int]] = {}
+        for stage in range(len(storage.counts)):
+            layers = storage.layers_of(stage)
+            row = tuple((storage.kind_of[layer], function_of[layer], storage.slots_of(layer)) for layer in layers)
+            groups.setdefault(row, []).append(stage)
+        rows = list(groups.values())
+        kind_of = [next(k for k, row in enumerate(rows) if stage in row) for stage in range(len(storage.counts))]
+        super().__init__([make(row) for row in rows], kind_of)
 
 
 def _alike(stages: Sequence[Sequence[_Step]]) -> int:

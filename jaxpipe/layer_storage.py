@@ -69,6 +69,10 @@ class LayerStorage:
         """``[stages]``: the first layer of each."""
         return [0, *itertools.accumulate(self.counts)][:-1]
 
+    def layers_of(self, stage: int) -> range:
+        """The layers of a stage."""
+        return range(self.starts[stage], self.starts[stage] + self.counts[stage])
+
     def slots_of(self, layer: int) -> tuple[int, ...]:
         """``[leaves of its kind]``: the slots in which a layer stands."""
         found = [self.slots[place][layer] for place in self.places[self.kind_of[layer]]]
@@ -137,7 +141,7 @@ class LayerStorage:
 
     def _rows(self, stage: int) -> list[list[int]]:
         """``[leaves][slots]``: the layer that stands there."""
-        own = range(self.starts[stage], self.starts[stage] + self.counts[stage])
+        own = self.layers_of(stage)
         found = []
         for leaf, slots in enumerate(self.slots):
             there = {slots[layer]: layer for layer in own if slots[layer] is not None}

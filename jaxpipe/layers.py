@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.layer_choice import Choice, Layer, check_like, shorten
-from jaxpipe.layer_kinds import KindStage
+from jaxpipe.layer_kinds import KindStage, LayerStageKinds
 from jaxpipe.layer_split import split_layers
 from jaxpipe.layer_storage import LayerStorage, is_sequence
 from jaxpipe.params import unstack_stages
@@ -38,7 +38,8 @@ def layered_stages(
     ``kind_0``, ``kind_1``, ... for these (numbered in the order of the layers), so a parameter's own path is the
     beginning of its path here. A leaf is ``[num_stages, slots, ...]`` with as many slots as a stage holds layers that
     have it, at most; stages that hold fewer have unused rows, with gradients of zero, since all devices store as much.
-    Stages of several kinds are not padded. Layers in which stages differ run in a `jax.lax.switch`.
+    Stages of such layers are not padded. Those with different rows of kinds are different kinds of stages, each with
+    code of its own in the pipeline's program (`jaxpipe.StageKinds`).
 
     Args:
       layer: ``layer(params, x, ctx) -> y``, y like x, or a `jaxpipe.Output`, whose auxiliary losses and metrics are
@@ -93,7 +94,8 @@ def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], stor
     if len(function_of) != len(storage.kind_of):
         raise ValueError(f"{len(function_of)} functions for {len(storage.kind_of)} layers: give one for each, or one")
     if storage.mixed:
-        return KindStage(functions, function_of, storage)
+        make = functools.partial(KindStage, functions, function_of, storage)
+        return LayerStageKinds(make, storage, function_of)
     return _LayerStage(Choice(functions, function_of), storage)
 
 
@@ -116,7 +118,7 @@ def unstack_layers(stacked: Any, layers: int | Layer, schedule: Schedule, order:
     >>> [float(w) for w in unstack_layers(stages, stage, schedule)]
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    if isinstance(layers, KindStage | _LayerStage):
+    if isinstance(layers, LayerStageKinds | _LayerStage):
         return layers.storage.unstack(stacked, schedule, order)
     if not isinstance(layers, int):
         raise ValueError(

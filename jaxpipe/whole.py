@@ -19,6 +19,7 @@ from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.arguments import entry_axes
 from jaxpipe.cutting import Activations, BlockCall, Cut, join_arguments, split_result
+from jaxpipe.layer_kinds import KindStage, LayerStageKinds
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.layers import stage_of_layers, store_layers
 from jaxpipe.optimizer_state import map_params
@@ -137,7 +138,7 @@ class PipelinedModel:
         variant, shapes = self._model.variant(model, loss), jax.tree.map(_shape, self.params)
         local = lambda: _local_shapes(variant, self._storage, self.pipeline, shapes)  # noqa: E731
         parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, local)
-        functions = Model(parts.stage, parts.embed, parts.head, self.pipeline.model.weight)
+        functions = Model(parts.stages, parts.embed, parts.head, self.pipeline.model.weight)
         return dataclasses.replace(self.pipeline, model=functions).evaluation
 
     def merge(self, params: Params) -> Any:
@@ -217,7 +218,7 @@ def pipelined(
         outer, blocks = trainable
         trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
     pipeline = value_and_grad(
-        parts.stage,
+        parts.stages,
         schedule,
         mesh,
         embed=parts.embed,
@@ -299,8 +300,16 @@ class _Parts:
         """The loss of what the last stage ends with."""
         return as_output(self._cut(ctx).head(outer, x, _key(ctx), (data, ctx.step_inputs)))
 
-    def stage(self, params: Any, x: Any, ctx: Context) -> Any:
-        """A stage's blocks."""
+    @property
+    def stages(self) -> Callable[..., Any]:
+        """The stage function; of blocks of several kinds, one for each row of kinds."""
+        if not self.storage.mixed:
+            return self.stage
+        make = lambda stages: functools.partial(self.stage, stages=stages)  # noqa: E731
+        return LayerStageKinds(make, self.storage, (0,) * len(self.storage.kind_of))
+
+    def stage(self, params: Any, x: Any, ctx: Context, stages: Sequence[int] | None = None) -> Any:
+        """A stage's blocks; ``stages`` are those with the same row of kinds, None: all."""
         cut = self._cut(ctx)
         arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
@@ -308,7 +317,10 @@ class _Parts:
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
-        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.storage)(params, x, ctx)
+        function_of = [firsts.index(kind) for kind in kind_of]
+        if stages is None:
+            return stage_of_layers(functions, function_of, self.storage)(params, x, ctx)
+        return KindStage(functions, function_of, self.storage, stages)(params, x, ctx)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""

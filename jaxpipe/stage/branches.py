@@ -147,10 +147,11 @@ def _joined(one: Cond, two: Cond) -> Cond:
     branches, pairs = [], []
     for first, second in zip(one.branches, two.branches, strict=True):
         made = {value for node in first.nodes for value in node.outs}
-        own = dict((inner, outer) for outer, inner in entering(one, first))
+        own = {inner: outer for outer, inner in entering(one, first)}
         more = {inner: outer for outer, inner in entering(two, second) if inner not in made and inner not in own}
         outputs = (*second.outputs, *(first.outputs[place] for place in effects))
-        branches.append(Branch((*first.nodes, *second.nodes), (), outputs))
+        rest = (node for node in second.nodes if not made.issuperset(node.outs))  # not what both make of parameters
+        branches.append(Branch((*first.nodes, *rest), (), outputs))
         pairs.append([(outer, inner) for inner, outer in (own | more).items()])
     results = (*two.results, *(one.results[place] for place in effects))
     return with_entering(dataclasses.replace(two, results=results), branches, pairs)

@@ -27,6 +27,8 @@ def read_known(
       known: values that cost nothing to read.
       results: what is read of the nodes besides.
     """
+    if not _has_cond(nodes):
+        return list(nodes)
     known = light_results((*forward, *nodes), known)
     made = producers(forward)
     rebuilt = []

@@ -117,6 +117,22 @@ def test_every_weight_product_is_in_the_weights_half(x64, name):
     assert matrices.isdisjoint(leaf.shape for leaf in kept)
 
 
+def test_a_plan_counts_divided_layers_as_whole_ones(x64):
+    """The work of I and W is that of the whole backward, with layers of several kinds, too."""
+    batch = jnp.ones((2 * MICROBATCHES, ROWS, WIDTH))
+
+    def planned(name):
+        schedule = jaxpipe.schedule.build(name, 4, MICROBATCHES)
+        stage, stacked = make_stages(schedule)
+        pipeline = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=4), head=head)
+        return jaxpipe.plan(pipeline, jaxpipe.Params(stacked), batch, chip="H100")
+
+    divided, whole = planned("zb1p").work.actions, planned("1f1b").work.actions
+    assert 0 < divided["W"].flops < divided["I"].flops
+    assert divided["I"].flops + divided["W"].flops == whole["B"].flops
+    assert divided["F"].flops == whole["F"].flops
+
+
 def test_a_stash_is_that_of_the_largest_kind(x64):
     """Of each shape, layers of all kinds together keep and hand over as many arrays as the kind with most of them."""
 

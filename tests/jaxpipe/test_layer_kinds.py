@@ -133,17 +133,20 @@ def test_common_leaves_stand_once_and_others_in_as_many_slots_as_a_stage_needs()
     }
 
 
-@pytest.mark.parametrize(("row", "stages", "found"), [
-    ("DMDMDMDM", 4, ()),  # D and M in all stages
-    ("DMMMDMMM", 2, ("scan",)),  # the layers with experts in a loop
-    ("DMMMMMMM", 2, ("cond", "scan")),  # stages differ in their first layer alone
-    ("DDDMMMM", 2, ("cond",)),  # three dense ones and one with experts, or three of these
+@pytest.mark.parametrize(("row", "stages", "kind_of", "loops"), [
+    ("DMDMDMDM", 4, (0, 0, 0, 0), (False,)),  # D and M in all stages
+    ("DMMMDMMM", 2, (0, 0), (True,)),  # the layers with experts in a loop
+    ("DMMMMMMM", 2, (0, 1), (True, True)),
+    ("DDDMM", 2, (0, 1), (True, True)),  # three dense ones, or two with experts
+    ("DMDMMMM", 3, (0, 1, 1), (False, True)),
 ])  # fmt: skip
-def test_what_all_stages_have_in_common_asks_for_no_stage(row, stages, found):
+def test_stages_with_the_same_row_of_kinds_are_one_kind_in_which_nothing_is_chosen(row, stages, kind_of, loops):
     stage, stacked = layered_stages(layer, make_layers(row), schedule_of(stages))
+    assert stage.kind_of == kind_of
     params = jax.tree.map(lambda leaf: leaf[0], stacked)
-    jaxpr = jax.make_jaxpr(stage)(params, normal(2, WIDTH), context(0, stages))
-    assert tuple(name for name in ("cond", "scan") if name in primitives(jaxpr)) == found
+    for function, loop in zip(stage.functions, loops, strict=True):
+        found = primitives(jax.make_jaxpr(function)(params, normal(2, WIDTH), context(0, stages)))
+        assert "cond" not in found and ("scan" in found) == loop
 
 
 class Pair(NamedTuple):

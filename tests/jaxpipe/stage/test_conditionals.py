@@ -297,6 +297,41 @@ def test_side_effects_of_the_branch_that_runs(capsys):
         assert capsys.readouterr().out == ""
 
 
+@jax.custom_vjp
+def loud_derivative(x, w):
+    return x @ w
+
+
+def _loud_backward(kept, ct):
+    jax.debug.print("derivative")
+    return ct @ kept[1].T, kept[0].T @ ct
+
+
+loud_derivative.defvjp(lambda x, w: (x @ w, (x, w)), _loud_backward)
+
+
+def test_side_effects_of_derivatives_run_once(capsys):
+    """In one of the halves, and in the whole backward, of the branch that was taken."""
+
+    def loud(p, x):
+        return loud_derivative(x, p["up"]) @ p["down"]
+
+    def stage(p, x, index):
+        return lax.switch(index, [loud, tanh_layer, jax.checkpoint(loud)], p, x)
+
+    split = split_stage(stage, params_of(), zoo.normal(ROWS, WIDTH), jnp.int32(0))
+    prepared = split.prepare(params_of())
+    for index, printed in enumerate(["derivative\n", "", "derivative\n"]):
+        out, residuals = split.forward(prepared, zoo.normal(ROWS, WIDTH), jnp.int32(index))
+        _, crossing = split.backward_input(prepared, residuals, out)
+        split.backward_weight(prepared, residuals.weight, crossing)
+        jax.effects_barrier()
+        assert capsys.readouterr().out == printed
+        split.backward(prepared, residuals, out)
+        jax.effects_barrier()
+        assert capsys.readouterr().out == printed
+
+
 def test_collectives_in_branches(x64):
     """Devices of a group take the same branch; the halves' conditionals hold its collectives."""
     mesh = jaxpipe.make_mesh(ep=4)
