@@ -29,7 +29,8 @@ from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.restacking import restack, restore
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.runtime.stage_kinds import StageKinds
-from jaxpipe.stacking import Stacking, trainable_mask
+from jaxpipe.stacking import Stacking
+from jaxpipe.trainable import trainable_mask
 
 __all__ = [
     "Achieved",

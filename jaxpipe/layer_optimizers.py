@@ -54,7 +54,8 @@ def per_layer(transformation: optax.GradientTransformation, stacking: Stacking) 
     >>> stacking = Stacking(jaxpipe.schedule.build("1f1b", 2, 4))
     >>> params = Params({"w": jnp.ones((2, 3, 3))})
     >>> optimizer = per_layer(optax.contrib.muon(1e-2), stacking)
-    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> with jax.numpy_dtype_promotion("standard"):  # JAX's default, which optax counts on
+    ...     updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> updates.stages["w"].shape
     (2, 3, 3)
     """
@@ -136,7 +137,8 @@ def muon(
     >>> stacking = Stacking(jaxpipe.schedule.build("1f1b", 2, 4))
     >>> params = Params({"kernel": jnp.ones((2, 3, 5)), "w_in": jnp.ones((2, 4, 3, 5)), "scale": jnp.ones((2, 3))})
     >>> optimizer = muon(1e-2, stacking, dimensions={"w_in": (1, 2)})
-    >>> updates, state = optimizer.update(params, optimizer.init(params), params)
+    >>> with jax.numpy_dtype_promotion("standard"):  # JAX's default, which optax counts on
+    ...     updates, state = optimizer.update(params, optimizer.init(params), params)
     >>> params = optax.apply_updates(params, updates)
     """
     from optax.contrib import MuonDimensionNumbers  # noqa: PLC0415  (optax is for those who use it)

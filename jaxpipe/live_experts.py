@@ -6,7 +6,7 @@ What `__all__` names is public; all else here is internal and may change without
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -20,6 +20,7 @@ from eplb_jax.moe.router import update_bias
 from eplb_jax.plan.live import Decision, RebalanceConfig, decide
 from eplb_jax.plan.load import MovingAverage
 from eplb_jax.plan.placement import Placement
+from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.nnx_function import parameters_of
 from jaxpipe.params import Params
 from jaxpipe.whole import PipelinedModel
@@ -54,17 +55,33 @@ def expert_specs(model: nnx.Module | Callable[[], nnx.Module], blocks: str, *, a
     found: Any = model if isinstance(model, nnx.Module) else nnx.eval_shape(model)
     for name in blocks.split("."):
         found = getattr(found, name)
-    block = found if isinstance(found, nnx.Module) and not isinstance(found, nnx.List) else found[0]
-    specs = jax.tree.map(lambda _: P(axis), parameters_of(block))
-    layers = [(path, each) for path, each in nnx.iter_graph(block) if isinstance(each, MoE) and each.axis is not None]
-    if not layers:
+    each = list(found) if isinstance(found, Sequence | nnx.List) else [found]
+    specs = [_block_specs(block, axis) for block in each]
+    if not any(spec != P(axis) for block in specs for spec in jax.tree.leaves(block, is_leaf=_is_spec)):
         raise ValueError(
             f"blocks={blocks!r} hold no eplb_jax.MoE with an axis: make them as MoE(config, rngs, axis='ep')"
         )
-    for path, layer in layers:
-        own = functools.reduce(lambda tree, key: tree[key], path, specs)
-        own.update(w_in=P(axis, None, layer.axis), w_out=P(axis, None, layer.axis))
-    return Params(specs, P())
+    storage = LayerStorage.of([parameters_of(block) for block in each], (len(each),))
+    stacked = {
+        place: spec
+        for kind, block in zip(storage.kind_of, specs, strict=True)
+        for place, spec in zip(storage.places[kind], jax.tree.leaves(block, is_leaf=_is_spec), strict=True)
+    }
+    return Params(jax.tree.unflatten(storage.tree, [stacked[place] for place in range(len(stacked))]), P())
+
+
+def _block_specs(block: nnx.Module, axis: str) -> Any:
+    """PartitionSpecs of a block's parameters."""
+    specs = jax.tree.map(lambda _: P(axis), parameters_of(block))
+    for path, layer in nnx.iter_graph(block):
+        if isinstance(layer, MoE) and layer.axis is not None:
+            own = functools.reduce(lambda tree, key: tree[key], path, specs)
+            own.update(w_in=P(axis, None, layer.axis), w_out=P(axis, None, layer.axis))
+    return specs
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)
 
 
 class LiveExperts:

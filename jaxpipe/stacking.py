@@ -259,24 +259,6 @@ class Stacking:
         return Params(stages, jax.tree.map(lambda leaf: function(leaf, np.ndim(leaf)), tree.outer))
 
 
-def trainable_mask(params: Any, frozen: Callable[[str], bool] | None = None) -> Any:
-    """Of each leaf whether it is trained: it is floating, and ``frozen`` does not say otherwise.
-
-    Args:
-      params: `jaxpipe.Params`, or any tree.
-      frozen: ``frozen(path)`` of a leaf's path with dots, as in "stages.attention.query.kernel" or "outer.embed".
-
-    >>> params = Params({"w": jnp.ones(2), "lora": jnp.ones(2), "placement": jnp.arange(2)}, None)
-    >>> trainable_mask(params, frozen=lambda path: "lora" not in path)
-    Params(stages={'lora': True, 'placement': False, 'w': False}, outer=None)
-    """
-
-    def trained(path: Any, leaf: Any) -> bool:
-        return is_floating(leaf) and not (frozen is not None and frozen(dotted(path)))
-
-    return jax.tree_util.tree_map_with_path(trained, params)
-
-
 def _squares(leaf: Any, depth: int) -> jax.Array:
     """Sums of squares over a leaf's own dimensions, at least float32."""
     wide = jnp.abs(leaf)

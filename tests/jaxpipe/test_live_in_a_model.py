@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import MoE, MoEConfig, RebalanceConfig, RouterConfig, balancedness, initial_placement
@@ -138,6 +139,52 @@ def make_pipe(placement, count=1, replicas=12):
     schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 4), jaxpipe.make_mesh(pp=2)
     model = Model(nnx.Rngs(0))
     return model, from_nnx(model, schedule, mesh, blocks="blocks", loss=lambda model, x: model(x).mean())
+
+
+def test_a_dense_block_before_the_experts():
+    """Loads are of the blocks that have experts, and each block gets the placement and bias of its own."""
+    rebalance = RebalanceConfig(12, 1, 1, 2, interval=1)
+    start = initial_placement(1, EXPERTS, rebalance).of_layer(0)
+
+    class Dense(nnx.Module):
+        def __init__(self, rngs):
+            self.linear = nnx.Linear(WIDTH, WIDTH, rngs=rngs)
+
+        def __call__(self, x):
+            return self.linear(x)
+
+    class Sparse(Dense):
+        def __init__(self, rngs):
+            super().__init__(rngs)
+            self.moe = MoE(MOE, rngs, axis="ep", placement=start)
+
+        def __call__(self, x):
+            return x + self.moe(super().__call__(x))[0]
+
+    class Model(nnx.Module):
+        def __init__(self, rngs):
+            self.layers = nnx.List([Dense(rngs), Dense(rngs), Sparse(rngs), Sparse(rngs), Sparse(rngs)])
+
+        def __call__(self, x):
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    model, mesh = Model(nnx.Rngs(0)), jaxpipe.make_mesh(pp=2, ep=2)
+    specs = expert_specs(model, "layers")
+    schedule, options = jaxpipe.schedule.build("1f1b", 2, 2), {"specs": specs, "data_axes": ("ep",)}
+    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=lambda model, x: model(x).mean(), **options)
+    assert pipe.params.stages["moe"]["w_in"].sharding.spec == P("pp", None, "ep")
+    live, loads = LiveExperts(pipe, rebalance), np.ones((3, EXPERTS), np.int32)
+    loads[np.arange(3), [4, 5, 6]] = 1000  # which have one copy at the start
+    params = live(pipe.params, jnp.asarray(loads))
+    found = pipe.merge(params)
+    for layer, load, replicas in zip(found.layers[2:], loads, live.placement(params).logcnt, strict=True):
+        assert layer.moe.logcnt[...].tolist() == replicas.tolist() and replicas[load.argmax()] > 1
+        expected = np.where(load == 1000, -1e-3, 1e-3).astype(np.float32)
+        np.testing.assert_array_equal(layer.moe.bias[...], expected)
+    assert live.last.changed == 3
+    jax.tree.map(lambda a, b: a is b or pytest.fail("moved"), params.stages["linear"], pipe.params.stages["linear"])
 
 
 def test_what_cannot_be_balanced_is_refused():
