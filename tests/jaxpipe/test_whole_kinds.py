@@ -64,7 +64,7 @@ class Experts(nnx.Module):
 class Model(nnx.Module):
     """Tied embeddings; dense blocks first, then experts, local and global in turn."""
 
-    def __init__(self, rngs, dense=3, count=7, rate=0.0):
+    def __init__(self, rngs, dense=3, count=5, rate=0.0):
         self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs, **DOUBLE)
         self.layers = nnx.List(
             [Dense(rngs, rate) if index < dense else Experts(rngs, index % 2 == 1, rate) for index in range(count)]
@@ -85,18 +85,17 @@ def parameters(model):
 
 
 def test_nnx_equals_the_plain_model_and_comes_back(x64):
-    """7 blocks of three kinds on 2 stages, divided by costs."""
+    """5 blocks of three kinds on 2 stages, divided by costs."""
     model, batch = Model(nnx.Rngs(0)), make_batch()
     schedule = jaxpipe.schedule.build("zb1p", 2, MICROBATCHES)
-    options = {"blocks": "layers", "loss": loss_of, "layer_costs": [1] * 3 + [3] * 4}
+    options = {"blocks": "layers", "loss": loss_of, "layer_costs": [1, 1, 1, 3, 3]}
     pipe = from_nnx(model, schedule, jaxpipe.make_mesh(pp=2), **options)
-    # The stages hold 5 and 2 layers. All have attention.value; three dense ones and one of the others wide keys, and
-    # in the second stage one.
+    # The stages hold 4 blocks and 1. All have attention.value; three of the first, and the last one, have wide keys.
     attention = pipe.params.stages["attention"]
-    assert attention["value"]["kernel"].shape == (2, 5, WIDTH, WIDTH)
+    assert attention["value"]["kernel"].shape == (2, 4, WIDTH, WIDTH)
     keys = attention["key"]["kernel"]
     assert {kind: leaf.shape for kind, leaf in keys.items()} == {
-        "kind_0": (2, 4, WIDTH, WIDTH),
+        "kind_0": (2, 3, WIDTH, WIDTH),
         "kind_1": (2, 1, WIDTH, 4),
     }
     (loss, _), grads = jax.jit(pipe)(pipe.params, batch)
@@ -115,7 +114,7 @@ def test_made_in_shards_and_divided_over_devices(x64):
     specs = jaxpipe.Params({"attention": {"value": P("pp", None, None, "tp"), "key": P("pp", None, None, "tp")}}, P())
     specs = specs._replace(stages={**dict.fromkeys(("up", "down", "router", "experts"), P("pp")), **specs.stages})
     pipe = from_nnx(
-        lambda: Model(nnx.Rngs(0), dense=2, count=5),
+        lambda: Model(nnx.Rngs(0), dense=1, count=3),
         schedule,
         jaxpipe.make_mesh(pp=2, tp=2),
         blocks="layers",
@@ -125,10 +124,10 @@ def test_made_in_shards_and_divided_over_devices(x64):
     kernels = pipe.params.stages["attention"]["key"]["kernel"]
     assert {kind: leaf.sharding.spec for kind, leaf in kernels.items()} == {
         "kind_0": P("pp", None, None, "tp"),
-        "kind_2": P("pp", None, None, "tp"),
+        "kind_1": P("pp", None, None, "tp"),
     }
     model = pipe.merge(pipe.params)
-    made = parameters(Model(nnx.Rngs(0), dense=2, count=5))
+    made = parameters(Model(nnx.Rngs(0), dense=1, count=3))
     assert_trees_close(parameters(model), made, rtol=1e-6)
     (loss, _), grads = jax.jit(pipe)(pipe.params, batch)
     expected, expected_grads = nnx.value_and_grad(plain(loss_of, batch, MICROBATCHES))(model)
