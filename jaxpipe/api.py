@@ -16,7 +16,7 @@ from jaxpipe import inputs
 from jaxpipe.arguments import check_model, check_options, check_schedule
 from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.params import Params
-from jaxpipe.runtime import execute
+from jaxpipe.runtime import execute, fsdp
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
@@ -84,6 +84,23 @@ class Pipeline:
         """Which stage a row of the stages' parameters belongs to, "model" or "storage"."""
         return self.options.order
 
+    def shardings(self, params: Params) -> Params:
+        """A NamedSharding for every parameter, and so for its gradient, as ``specs`` and ``fsdp_axis`` say.
+
+        Args:
+          params: the parameters, or their shapes and dtypes.
+        """
+        specs = self._sharded(params).specs
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
+
+    def not_sharded(self, params: Params) -> dict[str, str]:
+        """Why parameters are not sharded over ``fsdp_axis``, by path; empty without that option.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._sharded(params).whole
+
     @property
     def __name__(self) -> str:
         """Ranks and microbatches, as in "dualpipev_4x16"; `jax.jit` names the compiled module so."""
@@ -99,16 +116,20 @@ class Pipeline:
         schedule, axes, shared_ends = self.program.schedule, self.axes, self.program.shared_ends
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
-        specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
+        specs, shards, _ = self._sharded(params)
         inputs.check_specs(specs, axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
         inputs.check_batch(batch, schedule.num_microbatches, axes, self.batch_spec)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
-        result = self._run(params, microbatches, rng, specs)
+        result = self._run(fsdp.gather_where_used(self.model, shards), params, microbatches, rng, specs)
         return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
 
-    def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
+    def _sharded(self, params: Params) -> fsdp.FullySharded:
+        specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
+        return fsdp.shard_fully(specs, params, self.options, self.model)
+
+    def _run(self, model: Model, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
         manual = functools.partial(inputs.manual_part, axes.names)
@@ -117,11 +138,11 @@ class Pipeline:
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
         if self.program.forward_only:
-            body = functools.partial(execute.infer, self.program, self.model, self.options)
+            body = functools.partial(execute.infer, self.program, model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
             spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
-            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes)
+            body = functools.partial(execute.train, self.program, model, self.options, spec_axes)
             out_specs = (P(), param_specs)
         result = jax.shard_map(
             body,
@@ -158,6 +179,8 @@ def value_and_grad(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    fsdp_axis: str | Sequence[str] | None = None,
+    fsdp_min_size: int = 2**14,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -248,7 +271,7 @@ def value_and_grad(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, fsdp_axis=fsdp_axis, fsdp_min_size=fsdp_min_size,
     )  # fmt: skip
 
 
@@ -269,6 +292,8 @@ def forward(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    fsdp_axis: str | Sequence[str] | None = None,
+    fsdp_min_size: int = 2**14,
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -283,7 +308,7 @@ def forward(
         Model(stage, embed, head), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, fsdp_axis=fsdp_axis, fsdp_min_size=fsdp_min_size,
     )  # fmt: skip
 
 

@@ -14,6 +14,7 @@ from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
+from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
 
@@ -39,6 +40,8 @@ def check_options(
     dispatch: Any,
     shared_ends: bool,
     order: Any,
+    fsdp_axis: Any,
+    fsdp_min_size: Any,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -56,7 +59,21 @@ def check_options(
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
+        fsdp_axes=_check_fsdp(fsdp_axis, axes),
+        fsdp_min_size=at_least("value_and_grad", "fsdp_min_size", fsdp_min_size, 0),
     )
+
+
+def _check_fsdp(fsdp_axis: Any, axes: Axes) -> tuple[str, ...]:
+    """The axes that parameters are sharded over by hand; raises ValueError unless the batch is divided over them."""
+    names = () if fsdp_axis is None else _names("fsdp_axis", fsdp_axis)
+    if not set(names) <= set(axes.data) or len(set(names)) < len(names):
+        wanted = tuple(dict.fromkeys((*axes.data, *names)))
+        raise ValueError(
+            f"fsdp_axis={fsdp_axis!r}: name axes of data_axes, {list(axes.data)} here, each once, since parameters are "
+            f"gathered by hand over axes that divide the batch by hand; such as data_axes={wanted!r}"
+        )
+    return names
 
 
 def check_model(model: Model) -> None:

@@ -15,6 +15,7 @@ import numpy as np
 from jaxpipe.jaxpr_equality import same_program
 from jaxpipe.params import check_same_structure, stack_stages, unstack_stages
 from jaxpipe.runtime.buffers import accumulation_dtype
+from jaxpipe.runtime.fsdp import Gather, StageOfLayers
 from jaxpipe.runtime.model import Context, Output, as_output
 from jaxpipe.runtime.operations import merge, partition
 from jaxpipe.runtime.outputs import shape_texts
@@ -81,9 +82,10 @@ def stack_layers(layers: Any, schedule: Schedule, order: str = "model") -> tuple
     return stack_stages([stack(layers) for layers in rows], schedule, order), num_layers
 
 
-def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], schedule: Schedule) -> Layer:
+def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], schedule: Schedule) -> StageOfLayers:
     """The stage that scans over its layers, of parameters as `stack_layers` stacks them."""
-    return _LayerStage(Choice(functions, function_of), split_layers(len(function_of), schedule.num_stages)).run
+    layers = _LayerStage(Choice(functions, function_of), split_layers(len(function_of), schedule.num_stages))
+    return StageOfLayers(layers.run)
 
 
 def _layers_of_stages(counts: Sequence[int]) -> list[list[int]]:
@@ -122,11 +124,12 @@ class _LayerStage:
         """Whether some stages have padding."""
         return len(set(self.counts)) > 1
 
-    def run(self, params: Any, x: Any, ctx: Context) -> Any:
-        """The stage function; leaves of ``params`` are ``[slots, ...]``."""
+    def run(self, params: Any, x: Any, ctx: Context, gather: Gather | None = None) -> Any:
+        """The stage function; leaves of ``params`` are ``[slots, ...]``, in a layer made by ``gather`` of its row."""
         start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (self.starts, self.counts))
-        run_slot = functools.partial(self._run_slot, ctx, start, count)
-        kinds = self.choice.kinds(jax.tree.map(lambda leaf: leaf[0], params), x, ctx.at_layer(start))
+        run_slot = functools.partial(self._run_slot, ctx, start, count, gather)
+        row = jax.tree.map(lambda leaf: leaf[0], params)
+        kinds = self.choice.kinds(row if gather is None else gather(row), x, ctx.at_layer(start))
         members = [sorted(set(layers)) for layers in zip(*self.layers, strict=True)]  # of each slot, in all stages
         in_turn = len(set(kinds)) > 1 and all(len({kinds[i] for i in layers}) == 1 for layers in members)
         y, others = self._run_in_turn(run_slot, members, params, x) if in_turn else self._scan(run_slot, params, x)
@@ -134,7 +137,16 @@ class _LayerStage:
         return shorten(Output(y, aux_loss, metrics))
 
     def _run_slot(
-        self, ctx: Context, start: Any, count: Any, x: Any, last: Any, slot: Any, params: Any, layers: Sequence[int]
+        self,
+        ctx: Context,
+        start: Any,
+        count: Any,
+        gather: Gather | None,
+        x: Any,
+        last: Any,
+        slot: Any,
+        params: Any,
+        layers: Sequence[int],
     ) -> tuple[Any, Any, Any]:
         """(y, the layer's input, (auxiliary loss, metrics)) of a slot, which holds one of some layers.
 
@@ -142,6 +154,7 @@ class _LayerStage:
         defined on its own output.
         """
         real = jnp.asarray(slot < count)
+        params = params if gather is None else gather(params)
         given = _where(real, x, last) if self.padded else x
         output = self.choice.run(layers, params, given, ctx.at_layer(start + jnp.minimum(slot, count - 1)))
         y, others = output.value, (output.aux_loss, output.metrics)

@@ -9,14 +9,14 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
-from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.params import Params
 from jaxpipe.runtime.copies import cast
+from jaxpipe.runtime.fsdp import Gather, StageOfLayers
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
 
@@ -125,12 +125,12 @@ def pipelined(
       specs, options: for `jaxpipe.value_and_grad`.
     """
     parts = _Parts(model, schedule, options.get("compute_dtype"))
+    stage = StageOfLayers(parts.stage)
     pipeline = value_and_grad(
-        parts.stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
+        stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
     start = lambda: stack(model, schedule, make())  # noqa: E731
-    found = inputs.broadcast_specs(pipeline.specs, jax.eval_shape(start), pipeline.axes, mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
+    shardings = pipeline.shardings(jax.eval_shape(start))
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
     return PipelinedModel(pipeline, params, shardings, model)
 
@@ -151,8 +151,8 @@ class _Parts:
         """The loss of what the last stage ends with."""
         return as_output(self._cut(ctx).head(outer, x, _key(ctx), data))
 
-    def stage(self, params: Any, x: Any, ctx: Context) -> Any:
-        """A stage's blocks."""
+    def stage(self, params: Any, x: Any, ctx: Context, gather: Gather | None = None) -> Any:
+        """A stage's blocks, whose parameters ``gather`` makes of their shards."""
         cut = self._cut(ctx)
         arrays = cut.arguments(x, ctx.data)
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
@@ -160,7 +160,8 @@ class _Parts:
         firsts = sorted(set(kind_of))
         groups = [[index for index, kind in enumerate(kind_of) if kind == first] for first in firsts]
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
-        return stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.schedule)(params, x, ctx)
+        stage = stage_of_layers(functions, [firsts.index(kind) for kind in kind_of], self.schedule)
+        return dataclasses.replace(stage, gather=gather)(params, x, ctx)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""

@@ -82,6 +82,7 @@ def train(
         shares=shares,
         rng=local.rng,
         num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
     )
     buffers = _train_buffers(program, options, local, split, head)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
@@ -206,7 +207,8 @@ def infer(
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
+    gathers = bool(options.fsdp_axes)
+    step = ForwardStep(model, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages, gathers)
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, take
+from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.operations import Operation, embed_operation, make_context
 from jaxpipe.runtime.program import Field, Op
@@ -23,6 +24,7 @@ class ForwardStep:
     batch: Any
     rng: jax.Array | None
     num_stages: int
+    gathers: bool = False
 
     def operation(self, op: Op, chunk: int) -> Operation:
         """The operation of a kind on a local chunk."""
@@ -37,7 +39,8 @@ class ForwardStep:
 
         def compute(x: Any, operands: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            (y, _), metrics = self.model.run_stage(self.chunks[chunk], x, ctx)
+            params, x = tie(self.chunks[chunk], x) if self.gathers else (self.chunks[chunk], x)
+            (y, _), metrics = self.model.run_stage(params, x, ctx)
             return y, metrics
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
@@ -42,6 +43,7 @@ class TrainStep:
       shares: each microbatch's share of the mean loss.
       rng: key or None.
       num_stages: stages of the model.
+      gathers: whether ``prepared`` holds shards, which the stage gathers.
     """
 
     model: Model
@@ -52,6 +54,7 @@ class TrainStep:
     shares: Shares
     rng: jax.Array | None
     num_stages: int
+    gathers: bool = False
 
     def operation(self, op: Op, chunk: int) -> Operation:
         """The operation of a kind on a local chunk."""
@@ -74,7 +77,8 @@ class TrainStep:
 
         def compute(x: Any, operands: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            return self.split.forward(self.prepared[chunk], x, ctx)
+            prepared, x = self._use(chunk, x)
+            return self.split.forward(prepared, x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
@@ -92,8 +96,8 @@ class TrainStep:
         """Output cotangent -> input cotangent, and the weight gradient accumulated."""
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
-            grads, dx = self.split.backward(self.prepared[chunk], residuals, self._cotangent(dy, operands), narrow=True)
+            prepared, (residuals, dy) = self._use(chunk, inputs)
+            grads, dx = self.split.backward(prepared, residuals, self._cotangent(dy, operands), narrow=True)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -108,8 +112,8 @@ class TrainStep:
         """Output cotangent -> input cotangent, and what the weight gradient still needs."""
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
-            dx, crossing = self.split.backward_input(self.prepared[chunk], residuals, self._cotangent(dy, operands))
+            prepared, (residuals, dy) = self._use(chunk, inputs)
+            dx, crossing = self.split.backward_input(prepared, residuals, self._cotangent(dy, operands))
             return select(dx, self._counts("stage", operands)), crossing
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -128,7 +132,8 @@ class TrainStep:
             return take(buffers.weight_stash, operands[Field.WEIGHT_STASH]), take(buffers.cross, operands[Field.CROSS])
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            return self.split.backward_weight(self.prepared[chunk], *inputs, narrow=True)
+            prepared, inputs = self._use(chunk, inputs)
+            return self.split.backward_weight(prepared, *inputs, narrow=True)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, chunk, grads, operands)
@@ -191,6 +196,10 @@ class TrainStep:
             )
 
         return Operation(read, compute, write)
+
+    def _use(self, chunk: int, inputs: Any) -> tuple[Any, Any]:
+        """(what is prepared of a chunk's parameters, inputs) for an operation."""
+        return tie(self.prepared[chunk], inputs) if self.gathers else (self.prepared[chunk], inputs)
 
     def _read_backward(self, buffers: Buffers, operands: jax.Array) -> Any:
         stash = take(buffers.stash, operands[Field.STASH])

@@ -52,6 +52,8 @@ class Options:
       dispatch: one of `DISPATCHERS`, or `AUTOMATIC`.
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+      fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
+      fsdp_min_size: elements of the smallest parameter that is.
     """
 
     axes: Axes
@@ -62,3 +64,5 @@ class Options:
     dispatch: str
     shared_ends: bool
     order: str
+    fsdp_axes: tuple[str, ...] = ()
+    fsdp_min_size: int = 0

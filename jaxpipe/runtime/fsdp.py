@@ -1,0 +1,215 @@
+"""Fully sharded data parallelism within a stage: parameters are shards, and whole only where they are used.
+
+A rank's working copies stay shards. A stage gathers them where it uses them, layer by layer where it is made of layers:
+in F, and again in I and W, since what is gathered is never stashed. The gradient of a gathered parameter is
+reduce-scattered where it is made, so sums of gradients have the size of shards, too, and the reduction after the loop
+leaves them alone.
+
+All devices of a data-parallel group run the same operations at the same time, so these collectives wait for nobody
+else. Sources: ZeRO-3, arXiv 1910.02054; FSDP, arXiv 2304.11277.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec as P
+
+from jaxpipe.params import Params
+from jaxpipe.runtime.buffers import accumulation_dtype
+from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.options import Options
+from jaxpipe.stage.fuse import GATHERED
+
+Gather = Callable[[Any], Any]
+"""Makes parameters of their shards."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StageOfLayers:
+    """A stage function whose parameters are rows, one for each of its layers.
+
+    Attributes:
+      run: ``run(params, x, ctx, gather)``, which calls ``gather(row)`` for the parameters of a layer before it uses
+        them; None: rows are whole.
+      gather: that function.
+    """
+
+    run: Callable[[Any, Any, Context, Gather | None], Any]
+    gather: Gather | None = None
+
+    def __call__(self, params: Any, x: Any, ctx: Context) -> Any:
+        """The stage."""
+        return self.run(params, x, ctx, self.gather)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shard:
+    """How a parameter is divided: its dimension, counted in the stacked leaf, over mesh axes."""
+
+    axes: tuple[str, ...]
+    dimension: int
+
+
+class FullySharded(NamedTuple):
+    """Parameters divided over the axes of ``fsdp_axis``.
+
+    Attributes:
+      specs: PartitionSpec of every parameter.
+      shards: for stages and outer a list with a `Shard` or None for each leaf.
+      whole: why parameters are not divided, by path.
+    """
+
+    specs: Params
+    shards: Params
+    whole: dict[str, str]
+
+
+def shard_fully(specs: Params, params: Params, options: Options, model: Model) -> FullySharded:
+    """Divides every parameter that can be divided over the axes of ``fsdp_axis``.
+
+    It is divided along its largest dimension, the first of equals, that its spec leaves whole and the axes divide. Of
+    a stage's parameters the dimension of rows does not count, nor, in a stage of layers, that of layers.
+
+    Args:
+      specs: PartitionSpec of every leaf of params.
+      params: the parameters, or their shapes and dtypes.
+      options: the pipeline's.
+      model: whose stage may be a `StageOfLayers`.
+    """
+    if not options.fsdp_axes:
+        return FullySharded(specs, Params([], []), {})
+    rows = {"stages": 2 if isinstance(model.stage, StageOfLayers) else 1, "outer": 0}
+    found: dict[str, list[tuple[P, Shard | None]]] = {"stages": [], "outer": []}
+    whole = {}
+    for part, first in rows.items():
+        leaves = jax.tree_util.tree_leaves_with_path(getattr(params, part))
+        for (path, leaf), spec in zip(leaves, jax.tree.leaves(getattr(specs, part), is_leaf=_is_spec), strict=True):
+            divided = _divide(leaf, spec, options, first)
+            if isinstance(divided, str):
+                whole[f".{part}{jax.tree_util.keystr(path)}"] = divided
+                found[part].append((spec, None))
+            else:
+                found[part].append((_with_axes(spec, divided), divided))
+    trees = [
+        jax.tree.unflatten(jax.tree.structure(getattr(params, part)), [spec for spec, _ in found[part]])
+        for part in rows
+    ]
+    return FullySharded(Params(*trees), Params(*([shard for _, shard in found[part]] for part in rows)), whole)
+
+
+def _divide(leaf: Any, spec: P, options: Options, first: int) -> Shard | str:
+    """How a leaf is divided, or why it is not."""
+    shape, sizes = jnp.shape(leaf), options.axes.sizes
+    named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
+    axes = tuple(axis for axis in options.fsdp_axes if axis not in named)
+    count, size = math.prod(sizes[axis] for axis in axes), math.prod(shape[first:])
+    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
+        return f"it is {jnp.result_type(leaf)}, not floating"
+    if not axes:
+        return f"its PartitionSpec {spec} names {list(options.fsdp_axes)} already"
+    if size < options.fsdp_min_size:
+        return f"its {size} elements are fewer than fsdp_min_size={options.fsdp_min_size}"
+    entries = (*spec, *(None,) * (len(shape) - len(spec)))
+    free = [d for d in range(first, len(shape)) if entries[d] in (None, ()) and shape[d] and shape[d] % count == 0]
+    if not free:
+        return f"of its shape {shape}, {spec} leaves no dimension from {first} on whole that {count} divides"
+    return Shard(axes, max(free, key=lambda d: shape[d]))
+
+
+def _with_axes(spec: P, shard: Shard) -> P:
+    entries = [*spec, *(None,) * (shard.dimension + 1 - len(spec))]
+    entries[shard.dimension] = shard.axes if len(shard.axes) > 1 else shard.axes[0]
+    return P(*entries)
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)
+
+
+def gather_where_used(model: Model, shards: Params) -> Model:
+    """The model with functions that take shards of parameters and gather them."""
+    stage, embed, head = model.stage, model.embed, model.head
+    if any(shards.stages):
+        if isinstance(stage, StageOfLayers):
+            stage = dataclasses.replace(stage, gather=functools.partial(_gather_tree, shards.stages, 2))
+        else:
+            stage = functools.partial(_gathering_stage, stage, functools.partial(_gather_tree, shards.stages, 1))
+    if any(shards.outer):
+        gather = functools.partial(_gather_tree, shards.outer, 0)
+        embed = embed and functools.partial(_gathering_embed, embed, gather)
+        head = head and functools.partial(_gathering_head, head, gather)
+    return dataclasses.replace(model, stage=stage, embed=embed, head=head)
+
+
+def _gathering_stage(stage: Callable[..., Any], gather: Gather, params: Any, x: Any, ctx: Context) -> Any:
+    return stage(gather(params), x, ctx)
+
+
+def _gathering_embed(embed: Callable[..., Any], gather: Gather, outer: Any, data: Any, ctx: Context) -> Any:
+    return embed(gather(_after(outer, ctx)), data, ctx)
+
+
+def _gathering_head(head: Callable[..., Any], gather: Gather, outer: Any, y: Any, data: Any, ctx: Context) -> Any:
+    return head(gather(_after(outer, ctx)), y, data, ctx)
+
+
+def _gather_tree(shards: Sequence[Shard | None], rows: int, tree: Any) -> Any:
+    """The tree whole; its leaves have no dimensions for this many rows, which `Shard.dimension` counts."""
+    leaves, structure = jax.tree.flatten(tree)
+    whole = [
+        leaf if shard is None else checkpoint_name(_gather(leaf, shard.axes, shard.dimension - rows), GATHERED)
+        for leaf, shard in zip(leaves, shards, strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _gather(shard: jax.Array, axes: tuple[str, ...], dimension: int) -> jax.Array:
+    """The shards of all devices in one; its gradient is summed as all gradients are, in float32 at least."""
+    return lax.all_gather(shard, axes, axis=dimension, tiled=True)
+
+
+def _gather_forward(shard: jax.Array, axes: tuple[str, ...], dimension: int) -> tuple[jax.Array, None]:
+    return lax.all_gather(shard, axes, axis=dimension, tiled=True), None
+
+
+def _gather_backward(axes: tuple[str, ...], dimension: int, _: None, whole: jax.Array) -> tuple[jax.Array]:
+    wide = whole.astype(accumulation_dtype(whole.dtype))
+    return (lax.psum_scatter(wide, axes, scatter_dimension=dimension, tiled=True).astype(whole.dtype),)
+
+
+_gather.defvjp(_gather_forward, _gather_backward)
+
+
+def tie(shards: Any, inputs: Any) -> tuple[Any, Any]:
+    """(shards, inputs) behind one barrier, so that what is gathered is gathered where these inputs are there.
+
+    Shards are the same in all steps. XLA would gather them once, before the loop, and keep them whole.
+    """
+    return lax.optimization_barrier((shards, inputs))
+
+
+@jax.custom_vjp
+def _after(outer: Any, ctx: Context) -> Any:
+    """Outer parameters behind a barrier with what differs between microbatches."""
+    return tie(outer, ctx.microbatch)[0]
+
+
+def _after_forward(outer: Any, ctx: Context) -> tuple[Any, None]:
+    return tie(outer, ctx.microbatch)[0], None
+
+
+def _after_backward(_: None, outer: Any) -> tuple[Any, None]:
+    return outer, None
+
+
+_after.defvjp(_after_forward, _after_backward)
