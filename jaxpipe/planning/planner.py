@@ -349,8 +349,7 @@ def _shape(leaf: Any) -> Any:
 def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
     """Of each leaf of params, as the pipeline's specs say."""
     inputs.check_params(params, pipeline.program.schedule)
-    specs = inputs.broadcast_specs(pipeline.specs, params, pipeline.axes, pipeline.mesh)
-    return [NamedSharding(pipeline.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=inputs.is_spec)]
+    return jax.tree.leaves(pipeline.shardings(params))
 
 
 def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:

@@ -50,9 +50,7 @@ def _with_makers(node: Node, makers: Mapping[Value, tuple[Scan, Value]]) -> Node
     if not found:
         return node
     again = {each: None for maker, _, _ in found for each in maker.nodes}
-    entering = [
-        Node("copy", (made,), (inner,), lambda array: [array]) for _, made, inner in found
-    ]
+    entering = [Node("copy", (made,), (inner,), lambda array: [array]) for _, made, inner in found]
     fused = {inner for _, _, inner in found}
     return dataclasses.replace(
         scan,
