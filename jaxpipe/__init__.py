@@ -4,7 +4,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
-`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer, and `plan` foretells memory and time.
+`stack_stages` and `compiler_options` prepare a run, `floating_only` and `shard_optimizer` an optimizer, and `plan`
+foretells memory and time.
 
 Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
 `jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
@@ -23,6 +24,7 @@ from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.runtime.model import Context, Output
+from jaxpipe.zero import shard_optimizer
 
 __all__ = [
     "Achieved",
@@ -40,6 +42,7 @@ __all__ = [
     "make_mesh",
     "plan",
     "schedule",
+    "shard_optimizer",
     "stack_stages",
     "unstack_stages",
     "value_and_grad",

@@ -85,13 +85,20 @@ class Pipeline:
         return self.options.order
 
     def shardings(self, params: Params) -> Params:
-        """A NamedSharding for every parameter, and so for its gradient, as ``specs`` and ``fsdp_axis`` say.
+        """A NamedSharding for every parameter, as ``specs`` and ``fsdp_axis`` say.
 
         Args:
           params: the parameters, or their shapes and dtypes.
         """
-        specs = self._sharded(params).specs
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
+        return self._named(self._sharded(params).specs)
+
+    def grad_shardings(self, params: Params) -> Params:
+        """A NamedSharding for every gradient: with ``zero1_axis`` they are sharded further than parameters.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._named(self._scattered(params, self._sharded(params).specs).specs)
 
     def not_sharded(self, params: Params) -> dict[str, str]:
         """Why parameters are not sharded over ``fsdp_axis``, by path; empty without that option.
@@ -127,7 +134,14 @@ class Pipeline:
 
     def _sharded(self, params: Params) -> fsdp.FullySharded:
         specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
-        return fsdp.shard_fully(specs, params, self.options, self.model)
+        rows = 2 if isinstance(self.model.stage, fsdp.StageOfLayers) else 1
+        return fsdp.shard_fully(specs, params, self.options, self.options.fsdp_axes, rows)
+
+    def _scattered(self, params: Params, specs: Params) -> fsdp.FullySharded:
+        return fsdp.shard_fully(specs, params, self.options, self.options.zero1_axes, 1)
+
+    def _named(self, specs: Params) -> Params:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
 
     def _run(self, model: Model, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
         """The result, of a batch in microbatches."""
@@ -141,9 +155,11 @@ class Pipeline:
             body = functools.partial(execute.infer, self.program, model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
-            spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
-            body = functools.partial(execute.train, self.program, model, self.options, spec_axes)
-            out_specs = (P(), param_specs)
+            scattered = self._scattered(params, specs)
+            reductions = scattered.reductions(jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec))
+            body = functools.partial(execute.train, self.program, model, self.options, reductions)
+            specs = scattered.specs
+            out_specs = (P(), jax.tree.map(manual, specs, is_leaf=inputs.is_spec))
         result = jax.shard_map(
             body,
             mesh=self.mesh,
@@ -180,7 +196,8 @@ def value_and_grad(
     shared_ends: bool = False,
     order: str = "model",
     fsdp_axis: str | Sequence[str] | None = None,
-    fsdp_min_size: int = 2**14,
+    zero1_axis: str | Sequence[str] | None = None,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -242,11 +259,22 @@ def value_and_grad(
         it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
         not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
         runs do best to keep parameters in storage order; see `stack_stages`.
+      fsdp_axis: an axis of ``data_axes``, or several, over which floating parameters are sharded besides what ``specs``
+        says (FSDP, ZeRO-3), each along its largest dimension that its spec leaves whole and the axes divide. Working
+        copies stay shards: a layer of `jaxpipe.flax.layered_stages` or of a whole model, any other stage, embed or
+        head gathers its own in ``compute_dtype`` where it runs, forward and backward. Its gradients are
+        reduce-scattered there, in float32 at least. `Pipeline.shardings` tells where parameters belong, and
+        `Pipeline.not_sharded` which ones stay whole. As sums over devices are then taken for each microbatch, the
+        gradients of one of weight 0 have to be finite if others of its place in the batch have a weight.
+      zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are reduce-scattered
+        after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps the optimizer's
+        state so (ZeRO-1).
+      min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
+      the structure, sharding (but for ``zero1_axis``) and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
       ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
       contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
 
@@ -271,7 +299,7 @@ def value_and_grad(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, fsdp_axis=fsdp_axis, fsdp_min_size=fsdp_min_size,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size,
     )  # fmt: skip
 
 
@@ -293,7 +321,7 @@ def forward(
     shared_ends: bool = False,
     order: str = "model",
     fsdp_axis: str | Sequence[str] | None = None,
-    fsdp_min_size: int = 2**14,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -308,7 +336,7 @@ def forward(
         Model(stage, embed, head), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, fsdp_axis=fsdp_axis, fsdp_min_size=fsdp_min_size,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=None, min_shard_size=min_shard_size,
     )  # fmt: skip
 
 

@@ -41,7 +41,8 @@ def check_options(
     shared_ends: bool,
     order: Any,
     fsdp_axis: Any,
-    fsdp_min_size: Any,
+    zero1_axis: Any,
+    min_shard_size: Any,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -59,19 +60,20 @@ def check_options(
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
-        fsdp_axes=_check_fsdp(fsdp_axis, axes),
-        fsdp_min_size=at_least("value_and_grad", "fsdp_min_size", fsdp_min_size, 0),
+        fsdp_axes=_check_sharding_axis("fsdp_axis", fsdp_axis, axes),
+        zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
+        min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
     )
 
 
-def _check_fsdp(fsdp_axis: Any, axes: Axes) -> tuple[str, ...]:
-    """The axes that parameters are sharded over by hand; raises ValueError unless the batch is divided over them."""
-    names = () if fsdp_axis is None else _names("fsdp_axis", fsdp_axis)
+def _check_sharding_axis(argument: str, given: Any, axes: Axes) -> tuple[str, ...]:
+    """Axes of fsdp_axis or zero1_axis; raises ValueError unless the batch is divided over them by hand."""
+    names = () if given is None else _names(argument, given)
     if not set(names) <= set(axes.data) or len(set(names)) < len(names):
         wanted = tuple(dict.fromkeys((*axes.data, *names)))
         raise ValueError(
-            f"fsdp_axis={fsdp_axis!r}: name axes of data_axes, {list(axes.data)} here, each once, since parameters are "
-            f"gathered by hand over axes that divide the batch by hand; such as data_axes={wanted!r}"
+            f"{argument}={given!r}: name axes of data_axes, {list(axes.data)} here, each once, since the pipeline "
+            f"itself gathers and sums over axes that divide the batch by hand; such as data_axes={wanted!r}"
         )
     return names
 

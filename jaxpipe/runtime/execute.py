@@ -17,6 +17,7 @@ from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, al
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
+from jaxpipe.runtime.fsdp import Reduction
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import Operation, TrainStep, make_context, partition, run_branch, run_sequential
@@ -55,7 +56,7 @@ def train(
     program: Program,
     model: Model,
     options: Options,
-    spec_axes: Params,
+    reductions: Params,
     params: Params,
     batch: Any,
     rng: jax.Array | None,
@@ -63,8 +64,8 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it. Gradients are None for
-    leaves that are neither floating nor complex: nothing is computed, summed or moved for those.
+    ``reductions`` holds, for every leaf of params, the `Reduction` of its gradient. Gradients are None for leaves
+    that are neither floating nor complex: nothing is computed, summed or moved for those.
     """
     local = _start(program, model, options, params, batch, rng)
     split = _split_stage(program, options, local)
@@ -87,7 +88,7 @@ def train(
     buffers = _train_buffers(program, options, local, split, head)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, spec_axes, params, buffers, shares)
+        return _reduce(program, options, reductions, params, buffers, shares)
 
 
 def _start(
@@ -156,7 +157,7 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     axes = options.axes
@@ -174,7 +175,7 @@ def _reduce(
         scale = shares.scale
         stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
     grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
-    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     dtype = functools.reduce(jnp.promote_types, (value.dtype for value in losses))
     return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
 
@@ -353,10 +354,9 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
 
 
-def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, sharded: frozenset[str]) -> jax.Array | None:
+def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, reduction: Reduction) -> jax.Array | None:
     """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
     if grad is None:
         return None
-    missing = tuple(sorted(axes.names - sharded))
     assert grad.dtype == accumulation_dtype(grad.dtype)
-    return (lax.psum(grad, missing) if missing else grad).astype(param.dtype)
+    return reduction.run(grad, axes.names).astype(param.dtype)

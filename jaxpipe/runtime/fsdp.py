@@ -60,10 +60,10 @@ class Shard:
 
 
 class FullySharded(NamedTuple):
-    """Parameters divided over the axes of ``fsdp_axis``.
+    """Parameters, or their gradients, divided over the axes of ``fsdp_axis`` or ``zero1_axis``.
 
     Attributes:
-      specs: PartitionSpec of every parameter.
+      specs: PartitionSpec of every one.
       shards: for stages and outer a list with a `Shard` or None for each leaf.
       whole: why parameters are not divided, by path.
     """
@@ -72,28 +72,59 @@ class FullySharded(NamedTuple):
     shards: Params
     whole: dict[str, str]
 
+    def reductions(self, sharded: Params) -> Params:
+        """How each gradient is summed, where ``sharded`` holds the manual axes that shard its parameter."""
+        leaves, structure = jax.tree.flatten(sharded)
+        shards = (*self.shards.stages, *self.shards.outer) or (None,) * len(leaves)
+        return jax.tree.unflatten(structure, [Reduction(*pair) for pair in zip(leaves, shards, strict=True)])
 
-def shard_fully(specs: Params, params: Params, options: Options, model: Model) -> FullySharded:
-    """Divides every parameter that can be divided over the axes of ``fsdp_axis``.
 
-    It is divided along its largest dimension, the first of equals, that its spec leaves whole and the axes divide. Of
-    a stage's parameters the dimension of rows does not count, nor, in a stage of layers, that of layers.
+@dataclasses.dataclass(frozen=True)
+class Reduction:
+    """How the gradient of a parameter is summed over the manual axes that do not shard it.
+
+    Attributes:
+      sharded: those that do.
+      scatter: how the sum is divided over some of the others, or None: it is whole on all devices.
+    """
+
+    sharded: frozenset[str]
+    scatter: Shard | None
+
+    def run(self, grad: jax.Array, axes: frozenset[str]) -> jax.Array:
+        """The sum of a gradient over those of some axes that do not shard the parameter."""
+        missing = axes - self.sharded
+        if self.scatter is not None:
+            over, dimension = self.scatter.axes, self.scatter.dimension
+            grad = lax.psum_scatter(grad, over, scatter_dimension=dimension, tiled=True)
+            missing -= {*over}
+        return lax.psum(grad, tuple(sorted(missing))) if missing else grad
+
+
+def shard_fully(
+    specs: Params, params: Params, options: Options, axes: tuple[str, ...], rows_of_stages: int
+) -> FullySharded:
+    """Divides every parameter that can be divided over some axes.
+
+    It is divided along its largest dimension, the first of equals, that its spec leaves whole and the axes divide.
 
     Args:
       specs: PartitionSpec of every leaf of params.
       params: the parameters, or their shapes and dtypes.
       options: the pipeline's.
-      model: whose stage may be a `StageOfLayers`.
+      axes: those of ``fsdp_axis`` or ``zero1_axis``.
+      rows_of_stages: leading dimensions of the stages' parameters that are not to be divided: the stages', and the
+        layers' where each layer gathers its own.
     """
-    if not options.fsdp_axes:
+    if not axes:
         return FullySharded(specs, Params([], []), {})
-    rows = {"stages": 2 if isinstance(model.stage, StageOfLayers) else 1, "outer": 0}
+    rows = {"stages": rows_of_stages, "outer": 0}
     found: dict[str, list[tuple[P, Shard | None]]] = {"stages": [], "outer": []}
     whole = {}
     for part, first in rows.items():
         leaves = jax.tree_util.tree_leaves_with_path(getattr(params, part))
         for (path, leaf), spec in zip(leaves, jax.tree.leaves(getattr(specs, part), is_leaf=_is_spec), strict=True):
-            divided = _divide(leaf, spec, options, first)
+            divided = _divide(leaf, spec, options, axes, first)
             if isinstance(divided, str):
                 whole[f".{part}{jax.tree_util.keystr(path)}"] = divided
                 found[part].append((spec, None))
@@ -106,18 +137,19 @@ def shard_fully(specs: Params, params: Params, options: Options, model: Model) -
     return FullySharded(Params(*trees), Params(*([shard for _, shard in found[part]] for part in rows)), whole)
 
 
-def _divide(leaf: Any, spec: P, options: Options, first: int) -> Shard | str:
+def _divide(leaf: Any, spec: P, options: Options, over: tuple[str, ...], first: int) -> Shard | str:
     """How a leaf is divided, or why it is not."""
     shape, sizes = jnp.shape(leaf), options.axes.sizes
     named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
-    axes = tuple(axis for axis in options.fsdp_axes if axis not in named)
+    axes = tuple(axis for axis in over if axis not in named)
     count, size = math.prod(sizes[axis] for axis in axes), math.prod(shape[first:])
-    if not jnp.issubdtype(jnp.result_type(leaf), jnp.floating):
-        return f"it is {jnp.result_type(leaf)}, not floating"
+    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    if not jnp.issubdtype(dtype, jnp.floating):
+        return f"it is {dtype}, not floating"
     if not axes:
-        return f"its PartitionSpec {spec} names {list(options.fsdp_axes)} already"
-    if size < options.fsdp_min_size:
-        return f"its {size} elements are fewer than fsdp_min_size={options.fsdp_min_size}"
+        return f"its PartitionSpec {spec} names {list(over)} already"
+    if size < options.min_shard_size:
+        return f"its {size} elements are fewer than min_shard_size={options.min_shard_size}"
     entries = (*spec, *(None,) * (len(shape) - len(spec)))
     free = [d for d in range(first, len(shape)) if entries[d] in (None, ()) and shape[d] and shape[d] % count == 0]
     if not free:

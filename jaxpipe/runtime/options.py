@@ -53,7 +53,8 @@ class Options:
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
       fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
-      fsdp_min_size: elements of the smallest parameter that is.
+      zero1_axes: data axes over which gradients are reduce-scattered after the loop.
+      min_shard_size: elements of the smallest parameter that either is done to.
     """
 
     axes: Axes
@@ -65,4 +66,5 @@ class Options:
     shared_ends: bool
     order: str
     fsdp_axes: tuple[str, ...] = ()
-    fsdp_min_size: int = 0
+    zero1_axes: tuple[str, ...] = ()
+    min_shard_size: int = 0

@@ -15,7 +15,7 @@ from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
 
 WIDTH, HIDDEN, VOCABULARY, MICROBATCHES = 8, 16, 12, 4
-OPTIONS = {"data_axes": ("dp",), "fsdp_axis": "dp", "fsdp_min_size": 20}
+OPTIONS = {"data_axes": ("dp",), "fsdp_axis": "dp", "min_shard_size": 20}
 
 
 def layer(params, x, ctx):
@@ -188,7 +188,7 @@ def test_axes_specs_and_ends_together(x64):
     specs = jaxpipe.Params({"expert": P("pp", "ep"), "mix": None}, P("pp"))
     step = jaxpipe.value_and_grad(
         lambda *args: stage(*args, of_expert=True), schedule, mesh, embed=split, head=head, specs=specs,
-        data_axes=("dp", "ep"), fsdp_axis=("dp", "ep"), fsdp_min_size=0, shared_ends=True,
+        data_axes=("dp", "ep"), fsdp_axis=("dp", "ep"), min_shard_size=0, shared_ends=True,
     )  # fmt: skip
     found = jax.tree.map(lambda sharding: sharding.spec, step.shardings(params))
     assert found.stages == {"expert": P("pp", "ep", "dp"), "mix": P("pp", ("dp", "ep"))}
@@ -223,15 +223,15 @@ def test_what_is_not_sharded_is_told():
     stages = {"w": jnp.ones((2, 16, 16)), "odd": jnp.ones((2, 15, 15)), "own": jnp.ones((2, 16, 16))}
     stages |= {"small": jnp.ones((2, 16)), "index": jnp.ones((2, 99), jnp.int32)}
     specs = jaxpipe.Params({"w": None, "odd": None, "own": P("pp", "dp"), "small": None, "index": None})
-    options = {"data_axes": ("dp",), "fsdp_axis": "dp", "fsdp_min_size": 100, "specs": specs}
+    options = {"data_axes": ("dp",), "fsdp_axis": "dp", "min_shard_size": 100, "specs": specs}
     step = jaxpipe.value_and_grad(layer, schedule, mesh, **options)
     told = step.not_sharded(jaxpipe.Params(stages, jnp.ones(3)))
     assert told == {
         ".stages['index']": "it is int32, not floating",
         ".stages['odd']": f"of its shape (2, 15, 15), {P('pp')} leaves no dimension from 1 on whole that 4 divides",
         ".stages['own']": f"its PartitionSpec {P('pp', 'dp')} names ['dp'] already",
-        ".stages['small']": "its 16 elements are fewer than fsdp_min_size=100",
-        ".outer": "its 3 elements are fewer than fsdp_min_size=100",
+        ".stages['small']": "its 16 elements are fewer than min_shard_size=100",
+        ".outer": "its 3 elements are fewer than min_shard_size=100",
     }
     assert jaxpipe.value_and_grad(layer, schedule, mesh).not_sharded(jaxpipe.Params(jnp.ones((2, 1)))) == {}
 
@@ -242,7 +242,7 @@ def test_what_is_not_sharded_is_told():
         ({"fsdp_axis": "dp"}, r"fsdp_axis='dp': name axes of data_axes, \[\] here.*such as data_axes=\('dp',\)"),
         ({"fsdp_axis": ("dp", "dp"), "data_axes": "dp"}, "each once"),
         ({"fsdp_axis": 3, "data_axes": "dp"}, "fsdp_axis=3: give names"),
-        ({"fsdp_min_size": -1}, "fsdp_min_size=-1: it must be an integer of at least 0"),
+        ({"min_shard_size": -1}, "min_shard_size=-1: it must be an integer of at least 0"),
     ],
 )
 def test_bad_options_are_refused(options, message):
