@@ -266,17 +266,18 @@ def value_and_grad(
         reduce-scattered there, in float32 at least. `Pipeline.shardings` tells where parameters belong, and
         `Pipeline.not_sharded` which ones stay whole. As sums over devices are then taken for each microbatch, the
         gradients of one of weight 0 have to be finite if others of its place in the batch have a weight.
-      zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are reduce-scattered
-        after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps the optimizer's
-        state so (ZeRO-1).
+      zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are
+        reduce-scattered after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps
+        the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
 
     Returns:
       A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
       summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding (but for ``zero1_axis``) and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
-      ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
-      contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
+      the structure and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
+      ``allow_int=True``; see `jaxpipe.floating_only`), and sharded as these, but for ``zero1_axis``. The batch's leaves
+      are ``[B, ...]``; microbatch m is the m-th contiguous part of each data-parallel shard. Jit it, alone or with an
+      optimizer around it.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.

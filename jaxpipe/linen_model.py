@@ -12,6 +12,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxpipe.cutting import Call, call_block
 from jaxpipe.nnx_function import fold_name
@@ -45,7 +46,8 @@ def from_linen(
         "decoder.layers" is within "decoder".
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
         the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
-      specs: as for `jaxpipe.value_and_grad`.
+      specs: as for `from_nnx`; None: as the model annotates its parameters (`nn.with_partitioning`, or
+        `nn.with_logical_partitioning` under `nn.logical_axis_rules`), and whole where it does not.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
@@ -71,7 +73,7 @@ def from_linen(
     """
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
-    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss, _specs_of(shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -94,6 +96,7 @@ class _LinenModel:
       stacked: whether they are.
       names: of the blocks.
       user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
+      specs: PartitionSpecs of the parameters, as the model annotates them.
     """
 
     shapes: Any
@@ -102,9 +105,10 @@ class _LinenModel:
     stacked: bool
     names: list[str]
     user_loss: Callable[..., Any]
+    specs: Any
 
     @classmethod
-    def of(cls, shapes: Any, path: tuple[str, ...], loss: Callable[..., Any]) -> _LinenModel:
+    def of(cls, shapes: Any, path: tuple[str, ...], loss: Callable[..., Any], specs: Any) -> _LinenModel:
         """The blocks found in the parameters."""
         *outside, name = path
         where = _at(shapes, outside, path)
@@ -112,7 +116,8 @@ class _LinenModel:
         if sorted(numbered) == list(range(len(numbered))) and numbered:
             entries = tuple(numbered[index] for index in range(len(numbered)))
             check_same_structure([where[entry] for entry in entries])
-            return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
+            names = [".".join((*outside, entry)) for entry in entries]
+            return cls(shapes, tuple(outside), entries, False, names, loss, specs)
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
@@ -120,7 +125,7 @@ class _LinenModel:
                 f"for each block; there are {', '.join(sorted(where))}"
             )
         names = [f"{'.'.join(path)}[{index}]" for index in range(lengths.pop()[0])]
-        return cls(shapes, tuple(outside), (name,), True, names, loss)
+        return cls(shapes, tuple(outside), (name,), True, names, loss, specs)
 
     @property
     def outer(self) -> Any:
@@ -131,6 +136,11 @@ class _LinenModel:
     def blocks(self) -> Any:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
+
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """PartitionSpecs of (outer, blocks), as `nn.with_partitioning` annotates them."""
+        return self.take(self.specs)
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss, each block an opaque equation."""
@@ -191,6 +201,23 @@ class _LinenModel:
         """Parameters with each block's in place."""
         rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
+
+
+def _specs_of(shapes: Any) -> Any:
+    """PartitionSpecs of parameters in boxes, P() of those without; logical names as the rules around translate them."""
+
+    def of(leaf: Any) -> P:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            rules = leaf.rules or nn.get_logical_axis_rules()
+            if not rules:
+                raise ValueError(
+                    f"the model names dimensions of parameters {leaf.names}, and no rules say which axes of the mesh "
+                    "these are: make the pipeline under flax.linen.logical_axis_rules(rules), or pass specs"
+                )
+            return nn.logical_to_mesh_axes(leaf.names, rules) or P()
+        return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else P()
+
+    return jax.tree.map(of, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
 
 
 def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:

@@ -172,6 +172,11 @@ def parameters_of(module: nnx.Module) -> Any:
     return nnx.to_pure_dict(nnx.state(module, _is_parameter))
 
 
+def specs_of(module: nnx.Module) -> Any:
+    """PartitionSpecs of the parameters of a module, as it annotates them; P() of those that it does not."""
+    return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(module, _is_parameter)))
+
+
 def _is_parameter(path: Any, leaf: Any) -> bool:
     return isinstance(leaf, nnx.Param) or getattr(type(leaf), "pipeline_parameter", False) is True
 

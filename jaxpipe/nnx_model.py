@@ -14,7 +14,7 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
+from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of, specs_of
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
@@ -53,7 +53,8 @@ def from_nnx(
         other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
         which are summed over microbatches. It is called for one microbatch.
-      specs: as for `jaxpipe.value_and_grad`.
+      specs: as for `jaxpipe.value_and_grad`, where a block's parameters have the dimensions of stages and of layers
+        before their own; None: as the model annotates them (`nnx.with_partitioning`), and whole where it does not.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
     Raises:
@@ -100,6 +101,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      specs: PartitionSpecs of the parameters, as the model annotates them.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -108,6 +110,7 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    specs: Any
     stacked: bool = False
 
     @classmethod
@@ -115,8 +118,9 @@ class _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
+        specs = specs_of(model)
         if isinstance(where, nnx.Module):
-            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, specs, stacked=True)
         functions = tuple(map(nnx_function, where))
         check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
@@ -125,7 +129,7 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, random, loss)
+        return cls(function, functions, path, random, loss, specs)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -154,6 +158,12 @@ class _NNXModel:
     def blocks(self) -> Any:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
+
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """PartitionSpecs of (outer, blocks), as `nnx.with_partitioning` annotates them."""
+        outer, blocks = _take(self.specs, self.path)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss, each block an opaque equation."""

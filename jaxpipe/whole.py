@@ -10,8 +10,11 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
+from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
+from jaxpipe.arguments import entry_axes
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.params import Params
@@ -29,6 +32,7 @@ class CutModel(Protocol):
       outer: shapes of the parameters outside of the blocks.
       blocks: shapes of each block's parameters, a list; with ``stacked`` of all of them, in rows.
       stacked: whether the model keeps its blocks in rows.
+      annotated: PartitionSpecs with which the model annotates the parameters in ``outer`` and ``blocks``.
     """
 
     @property
@@ -42,6 +46,9 @@ class CutModel(Protocol):
 
     @property
     def stacked(self) -> bool: ...  # noqa: D102
+
+    @property
+    def annotated(self) -> tuple[Any, Any]: ...  # noqa: D102
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
@@ -126,6 +133,8 @@ def pipelined(
     """
     parts = _Parts(model, schedule, options.get("compute_dtype"))
     stage = StageOfLayers(parts.stage)
+    if specs is None:
+        specs = _annotated_specs(model, options)
     pipeline = value_and_grad(
         stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
@@ -133,6 +142,34 @@ def pipelined(
     shardings = pipeline.shardings(jax.eval_shape(start))
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
     return PipelinedModel(pipeline, params, shardings, model)
+
+
+def _annotated_specs(model: CutModel, options: Mapping[str, Any]) -> Params:
+    """The specs that the model's own annotations make; ``fsdp_axis`` divides what it divides by its own rule."""
+    fsdp = options.get("fsdp_axis") or ()
+    without = functools.partial(_without_axes, {fsdp} if isinstance(fsdp, str) else {*fsdp})
+    outer, blocks = jax.tree.map(without, model.annotated, is_leaf=inputs.is_spec)
+    if model.stacked:
+        block = jax.tree.map(lambda spec: P(*spec[1:]), blocks, is_leaf=inputs.is_spec)
+    else:
+        block = blocks[0]
+        for index, other in enumerate(blocks):
+            if other != block:
+                raise ValueError(
+                    f"{model.names[index]} annotates its parameters with PartitionSpecs {other}, {model.names[0]} with "
+                    f"{block}: blocks are stacked, so annotate all alike, or pass specs"
+                )
+    axis = options.get("axis", "pp")
+    return Params(jax.tree.map(lambda spec: P(axis, None, *spec), block, is_leaf=inputs.is_spec), outer)
+
+
+def _without_axes(names: set[str], spec: P) -> P:
+    """The spec without some axes."""
+    entries = []
+    for entry in spec:
+        kept = tuple(name for name in entry_axes(entry) if name not in names)
+        entries.append(kept if len(kept) > 1 else (kept[0] if kept else None))
+    return P(*entries)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
