@@ -53,7 +53,7 @@ def check_options(
     stage_of_rows(schedule, order)
     return Options(
         axes=axes,
-        specs=_check_specs_given(specs, axis),
+        specs=check_specs_given(specs, axis),
         batch_spec=_check_batch_spec(batch_spec, axes, mesh),
         compute_dtype=_check_dtype(compute_dtype),
         costs=_check_costs(costs),
@@ -203,7 +203,7 @@ def _names(argument: str, axes: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_specs_given(specs: Any, axis: str) -> Params:
+def check_specs_given(specs: Any, axis: str) -> Params:
     """The specs, or the default: stages by rows, the others whole."""
     default = Params(P(axis), P())
     if specs is None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -14,7 +16,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
-from jaxpipe.arguments import entry_axes
+from jaxpipe.arguments import check_mesh, check_specs_given, entry_axes
 from jaxpipe.cutting import Activations, Call, Cut, join_arguments, split_result
 from jaxpipe.layers import stack_layers, stage_of_layers, unstack_layers
 from jaxpipe.params import Params
@@ -131,20 +133,21 @@ def pipelined(
       made: whether the model has been made: its parameters are then moved, otherwise made in parts under `jax.jit`.
       specs, options: for `jaxpipe.value_and_grad`.
     """
-    parts = _Parts(model, schedule, options.get("compute_dtype"))
+    axis = options.get("axis", "pp")
+    specs = _annotated_specs(model, options, axis) if specs is None else check_specs_given(specs, axis)
+    start = lambda: stack(model, schedule, make())  # noqa: E731
+    outer, blocks = _local_shapes(model, jax.eval_shape(start), specs, schedule, mesh, options)
+    parts = _Parts(model, schedule, options.get("compute_dtype"), outer, blocks)
     stage = StageOfLayers(parts.stage)
-    if specs is None:
-        specs = _annotated_specs(model, options)
     pipeline = value_and_grad(
         stage, schedule, mesh, embed=parts.embed, head=parts.head, specs=specs, order="storage", **options
     )
-    start = lambda: stack(model, schedule, make())  # noqa: E731
     shardings = pipeline.shardings(jax.eval_shape(start))
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
     return PipelinedModel(pipeline, params, shardings, model)
 
 
-def _annotated_specs(model: CutModel, options: Mapping[str, Any]) -> Params:
+def _annotated_specs(model: CutModel, options: Mapping[str, Any], axis: str) -> Params:
     """The specs that the model's own annotations make; ``fsdp_axis`` divides what it divides by its own rule."""
     fsdp = options.get("fsdp_axis") or ()
     without = functools.partial(_without_axes, {fsdp} if isinstance(fsdp, str) else {*fsdp})
@@ -159,7 +162,6 @@ def _annotated_specs(model: CutModel, options: Mapping[str, Any]) -> Params:
                     f"{model.names[index]} annotates its parameters with PartitionSpecs {other}, {model.names[0]} with "
                     f"{block}: blocks are stacked, so annotate all alike, or pass specs"
                 )
-    axis = options.get("axis", "pp")
     return Params(jax.tree.map(lambda spec: P(axis, None, *spec), block, is_leaf=inputs.is_spec), outer)
 
 
@@ -172,13 +174,43 @@ def _without_axes(names: set[str], spec: P) -> P:
     return P(*entries)
 
 
+def _local_shapes(
+    model: CutModel, params: Params, specs: Params, schedule: Schedule, mesh: Mesh, options: Mapping[str, Any]
+) -> tuple[Any, Any]:
+    """Shapes of ``model.outer`` and ``model.blocks`` as the model's functions see them: shards over axes by hand."""
+    names = {"axis": "pp", "data_axes": (), "replicated_axes": ()}
+    axes = check_mesh(schedule, mesh, *(options.get(name, default) for name, default in names.items()))
+    specs = inputs.broadcast_specs(specs, params, axes, mesh)
+
+    def local(leaf: Any, spec: P) -> jax.ShapeDtypeStruct:
+        counts = [math.prod(axes.sizes.get(name, 1) for name in entry_axes(entry)) for entry in spec]
+        counts += [1] * (len(leaf.shape) - len(counts))
+        return jax.ShapeDtypeStruct(tuple(map(operator.floordiv, leaf.shape, counts)), leaf.dtype)
+
+    def block(shapes: Any) -> Any:
+        leading = (None,) if model.stacked else ()
+        return jax.tree.map(lambda leaf, spec: local(leaf, P(*leading, *spec[2:])), shapes, specs.stages)
+
+    outer = jax.tree.map(local, model.outer, specs.outer)
+    return outer, block(model.blocks) if model.stacked else list(map(block, model.blocks))
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Parts:
-    """A cut model as the functions of a pipeline; ``dtype`` is that of the working copies, or None."""
+    """A cut model as the functions of a pipeline.
+
+    Attributes:
+      model: the model.
+      schedule: gives the stages.
+      dtype: that of the working copies, or None.
+      outer, blocks: shapes of its parameters on a device.
+    """
 
     model: CutModel
     schedule: Schedule
     dtype: Any
+    outer: Any
+    blocks: Any
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
         """What the first stage starts with."""
@@ -232,7 +264,7 @@ class _Parts:
         @functools.lru_cache(maxsize=4)
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
-            params = jax.tree.map(_shape, (self.model.outer, self.model.blocks))
+            params = jax.tree.map(_shape, (self.outer, self.blocks))
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), params)
             return Cut(self.model.loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
 
