@@ -19,7 +19,7 @@ from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, pipelined
+from jaxpipe.whole import Annotation, PipelinedModel, pipelined
 
 
 def from_linen(
@@ -73,7 +73,7 @@ def from_linen(
     """
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
-    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss, _specs_of(shapes))
+    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss, _annotations_of(shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -96,7 +96,7 @@ class _LinenModel:
       stacked: whether they are.
       names: of the blocks.
       user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
-      specs: PartitionSpecs of the parameters, as the model annotates them.
+      specs: `Annotation` of each parameter.
     """
 
     shapes: Any
@@ -139,7 +139,7 @@ class _LinenModel:
 
     @property
     def annotated(self) -> tuple[Any, Any]:
-        """PartitionSpecs of (outer, blocks), as `nn.with_partitioning` annotates them."""
+        """`Annotation` of each parameter in (outer, blocks)."""
         return self.take(self.specs)
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
@@ -203,8 +203,8 @@ class _LinenModel:
         return self.put_blocks(outer, rows)
 
 
-def _specs_of(shapes: Any) -> Any:
-    """PartitionSpecs of parameters in boxes, P() of those without; logical names as the rules around translate them."""
+def _annotations_of(shapes: Any) -> Any:
+    """How boxes annotate parameters, P() of those without; logical names as the rules around translate them."""
 
     def of(leaf: Any) -> P:
         if isinstance(leaf, nn.LogicallyPartitioned):
@@ -217,7 +217,9 @@ def _specs_of(shapes: Any) -> Any:
             return nn.logical_to_mesh_axes(leaf.names, rules) or P()
         return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else P()
 
-    return jax.tree.map(of, shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned))
+    return jax.tree.map(
+        lambda leaf: Annotation(of(leaf)), shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
 
 
 def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:

@@ -156,7 +156,7 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
     >>> sorted(function.params), function(function.params, jnp.ones((5, 2))).shape
     (['bias', 'kernel'], (5, 3))
     """
-    graphdef, params, random, constants = nnx.split(module, _is_parameter, nnx.RngState, ...)
+    graphdef, params, random, constants = nnx.split(module, is_parameter, nnx.RngState, ...)
     kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(constants) if isinstance(leaf, MUTABLE)})
     if kinds:
         raise ValueError(
@@ -169,15 +169,11 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
 
 def parameters_of(module: nnx.Module) -> Any:
     """The parameters of a module, as `nnx_function` has them."""
-    return nnx.to_pure_dict(nnx.state(module, _is_parameter))
+    return nnx.to_pure_dict(nnx.state(module, is_parameter))
 
 
-def specs_of(module: nnx.Module) -> Any:
-    """PartitionSpecs of the parameters of a module, as it annotates them; P() of those that it does not."""
-    return nnx.to_pure_dict(nnx.get_partition_spec(nnx.state(module, _is_parameter)))
-
-
-def _is_parameter(path: Any, leaf: Any) -> bool:
+def is_parameter(path: Any, leaf: Any) -> bool:
+    """Whether a variable is a parameter; a filter of NNX."""
     return isinstance(leaf, nnx.Param) or getattr(type(leaf), "pipeline_parameter", False) is True
 
 
@@ -245,7 +241,7 @@ def _seed(path: tuple[Any, ...], keys: Keys, key: jax.Array | None) -> jax.Array
 
 def _values(module: Any) -> dict[tuple[Any, ...], Any]:
     """The value of each variable that is neither a parameter nor of a random stream, by path."""
-    state = nnx.state(module, nnx.Not(nnx.Any(_is_parameter, nnx.RngState)))
+    state = nnx.state(module, nnx.Not(nnx.Any(is_parameter, nnx.RngState)))
     found = nnx.to_flat_state(state)
     return {path: leaf.get_raw_value() for path, leaf in found if isinstance(leaf, nnx.Variable)}
 

@@ -14,11 +14,11 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from jaxpipe.cutting import Call, call_block
-from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of, specs_of
+from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, choose, pipelined
+from jaxpipe.whole import Annotation, PipelinedModel, choose, pipelined
 
 
 def from_nnx(
@@ -101,7 +101,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
-      specs: PartitionSpecs of the parameters, as the model annotates them.
+      specs: `Annotation` of each parameter.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -118,7 +118,7 @@ class _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
-        specs = specs_of(model)
+        specs = _annotations_of(model)
         if isinstance(where, nnx.Module):
             return cls(function, _rows_of(where, ".".join(path)), path, random, loss, specs, stacked=True)
         functions = tuple(map(nnx_function, where))
@@ -161,7 +161,7 @@ class _NNXModel:
 
     @property
     def annotated(self) -> tuple[Any, Any]:
-        """PartitionSpecs of (outer, blocks), as `nnx.with_partitioning` annotates them."""
+        """`Annotation` of each parameter in (outer, blocks)."""
         outer, blocks = _take(self.specs, self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
@@ -247,6 +247,17 @@ def _abstract(make: Callable[[], nnx.Module]) -> nnx.Module:
     for (module, name), array in zip(places(model), arrays, strict=True):
         vars(module)[name] = array
     return model
+
+
+def _annotations_of(model: nnx.Module) -> Any:
+    """How the model annotates its parameters (`nnx.with_partitioning`); P() where it does not."""
+    state = nnx.state(model, is_parameter)
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    found = {
+        path: variable.copy(Annotation(specs[path].get_raw_value(), variable.get_metadata().get("by_hand", False)))
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.to_pure_dict(nnx.from_flat_state(found))
 
 
 def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:

@@ -26,6 +26,23 @@ from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
 
 
+@dataclasses.dataclass(frozen=True)
+class Annotation:
+    """How a model annotates a parameter.
+
+    Attributes:
+      spec: its PartitionSpec.
+      by_hand: whether the model's functions take the shards that it makes, and communicate themselves.
+    """
+
+    spec: P
+    by_hand: bool = False
+
+    def without(self, axes: set[str]) -> P:
+        """The spec without axes over which the pipeline divides parameters by its own rule and gathers them."""
+        return self.spec if self.by_hand else inputs.manual_part(inputs.axes_of(self.spec) - axes, self.spec)
+
+
 class CutModel(Protocol):
     """What a library's models must give to be cut.
 
@@ -34,7 +51,7 @@ class CutModel(Protocol):
       outer: shapes of the parameters outside of the blocks.
       blocks: shapes of each block's parameters, a list; with ``stacked`` of all of them, in rows.
       stacked: whether the model keeps its blocks in rows.
-      annotated: PartitionSpecs with which the model annotates the parameters in ``outer`` and ``blocks``.
+      annotated: `Annotation` of each parameter in ``outer`` and ``blocks``.
     """
 
     @property
@@ -148,10 +165,10 @@ def pipelined(
 
 
 def _annotated_specs(model: CutModel, options: Mapping[str, Any], axis: str) -> Params:
-    """The specs that the model's own annotations make; ``fsdp_axis`` divides what it divides by its own rule."""
+    """The specs that the model's own annotations make."""
     fsdp = options.get("fsdp_axis") or ()
-    without = functools.partial(_without_axes, {fsdp} if isinstance(fsdp, str) else {*fsdp})
-    outer, blocks = jax.tree.map(without, model.annotated, is_leaf=inputs.is_spec)
+    divided = {fsdp} if isinstance(fsdp, str) else {*fsdp}
+    outer, blocks = jax.tree.map(lambda annotation: annotation.without(divided), model.annotated)
     if model.stacked:
         block = jax.tree.map(lambda spec: P(*spec[1:]), blocks, is_leaf=inputs.is_spec)
     else:
@@ -163,15 +180,6 @@ def _annotated_specs(model: CutModel, options: Mapping[str, Any], axis: str) -> 
                     f"{block}: blocks are stacked, so annotate all alike, or pass specs"
                 )
     return Params(jax.tree.map(lambda spec: P(axis, None, *spec), block, is_leaf=inputs.is_spec), outer)
-
-
-def _without_axes(names: set[str], spec: P) -> P:
-    """The spec without some axes."""
-    entries = []
-    for entry in spec:
-        kept = tuple(name for name in entry_axes(entry) if name not in names)
-        entries.append(kept if len(kept) > 1 else (kept[0] if kept else None))
-    return P(*entries)
 
 
 def _local_shapes(

@@ -76,8 +76,8 @@ class MoE(nnx.Module):
         self.config, self.axis = config, axis
         self.router = nnx.Param(params.router)
         self.bias = RouterBias(params.bias)
-        # Says which dimension `axis` divides; whoever places the parameters reads it.
-        rows = {} if axis is None else {"out_sharding": (axis,), "eager_sharding": False}
+        # For whoever places the parameters: which dimension `axis` divides, and that the layer takes its part of them.
+        rows = {} if axis is None else {"out_sharding": (axis,), "eager_sharding": False, "by_hand": True}
         self.w_in, self.w_out = (nnx.Param(leaf, **rows) for leaf in params.experts)
         if params.shared is not None:
             self.shared_in, self.shared_out = nnx.Param(params.shared.w_in), nnx.Param(params.shared.w_out)

@@ -30,7 +30,7 @@ def normal(*names):
 
 
 class Block(nnx.Module):
-    """Attention and a gated MLP or experts; ``tensor``: how kernels are annotated; ``sequence``: axis of the sequence."""
+    """Attention and a gated MLP or experts; axes: ``tensor`` of kernels, ``sequence`` of activations, ``experts``."""
 
     def __init__(self, rngs, tensor=None, sequence=None, experts=None):
         def linear(inputs, outputs, *names):
@@ -279,3 +279,75 @@ def test_experts_beside_tensor_and_data_parallelism(x64, sizes, options):
     expected, expected_grads = plain(make(experts="all"), batch)
     assert float(value) == pytest.approx(float(expected), rel=1e-12)
     assert_trees_close(pure(pipe.merge(grads)), pure(expected_grads), rtol=1e-10)
+
+
+class LinenBlock(nn.Module):
+    logical: bool = False
+
+    @nn.compact
+    def __call__(self, x):
+        def dense(features, *names):
+            annotate = nn.with_logical_partitioning if self.logical else nn.with_partitioning
+            initializer = annotate(nn.initializers.normal(0.5), names)
+            return nn.Dense(features, use_bias=False, kernel_init=initializer, param_dtype=jnp.float64)
+
+        names = ("width", "hidden") if self.logical else (None, "tp")
+        hidden = nn.gelu(dense(HIDDEN, *names)(x))
+        return x + dense(WIDTH, *names[::-1])(hidden), None
+
+
+class LinenModel(nn.Module):
+    logical: bool = False
+
+    @nn.compact
+    def __call__(self, tokens):
+        embed = nn.Embed(VOCABULARY, WIDTH, param_dtype=jnp.float64)
+        blocks = nn.scan(
+            LinenBlock,
+            length=4,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            metadata_params={nn.PARTITION_NAME: "blocks"},
+        )
+        return embed.attend(blocks(self.logical, name="blocks")(embed(tokens))[0])
+
+
+def linen(logical, **options):
+    model = LinenModel(logical)
+
+    def loss(params, batch):
+        logits = model.apply({"params": params}, batch["tokens"])
+        return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
+
+    def init():
+        return model.init(jax.random.key(0), tokens()["tokens"])["params"]
+
+    return from_linen(init, SCHEDULE, jaxpipe.make_mesh(pp=2, dp=2, tp=2), blocks="blocks", loss=loss, **options), loss
+
+
+def test_linen_annotations_are_its_specs(x64):
+    """Of blocks in nn.scan, whose own dimension is the pipeline's, beside FSDP."""
+    pipe, loss = linen(False, data_axes="dp", fsdp_axis="dp", min_shard_size=0)
+    specs = jax.tree.map(lambda sharding: sharding.spec, pipe.shardings)
+    assert specs.stages["Dense_0"]["kernel"] == P("pp", None, "dp", "tp")
+    assert specs.stages["Dense_1"]["kernel"] == P("pp", None, "tp", "dp")
+    assert specs.outer["Embed_0"]["embedding"] == P("dp")
+    (value, _), grads = jax.jit(pipe)(pipe.params, tokens())
+    expected, expected_grads = jax.value_and_grad(loss)(pipe.merge(pipe.params), tokens())
+    assert float(value) == pytest.approx(float(expected), rel=1e-12)
+    assert_trees_close(pipe.merge(grads), expected_grads, rtol=1e-10)
+
+
+def test_logical_names_need_rules(x64):
+    with pytest.raises(ValueError, match=r"\('blocks', '\w+', '\w+'\), and no rules.*logical_axis_rules"):
+        linen(True)
+    with nn.logical_axis_rules((("width", None), ("hidden", "tp"), ("blocks", None))):
+        pipe, _ = linen(True)
+    assert pipe.shardings.stages["Dense_0"]["kernel"].spec == P("pp", None, None, "tp")
+
+
+def test_blocks_that_are_annotated_differently_are_refused(x64):
+    model = make(tensor="tp")
+    model.layers[1] = Block(nnx.Rngs(0))
+    with pytest.raises(ValueError, match=r"layers\[1\] annotates .* layers\[0\] with .*annotate all alike"):
+        from_nnx(model, SCHEDULE, jaxpipe.make_mesh(pp=2, tp=2), blocks="layers", loss=loss)
