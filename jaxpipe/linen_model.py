@@ -11,6 +11,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from flax.linen.spmd import logical_to_mesh
 from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
@@ -19,7 +20,7 @@ from jaxpipe.nnx_function import fold_name
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import Annotation, PipelinedModel, pipelined
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, pipelined
 
 
 def from_linen(
@@ -96,7 +97,7 @@ class _LinenModel:
       stacked: whether they are.
       names: of the blocks.
       user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
-      specs: `Annotation` of each parameter.
+      specs: `ParameterAnnotation` of each parameter.
     """
 
     shapes: Any
@@ -139,7 +140,7 @@ class _LinenModel:
 
     @property
     def annotated(self) -> tuple[Any, Any]:
-        """`Annotation` of each parameter in (outer, blocks)."""
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
         return self.take(self.specs)
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
@@ -214,11 +215,11 @@ def _annotations_of(shapes: Any) -> Any:
                     f"the model names dimensions of parameters {leaf.names}, and no rules say which axes of the mesh "
                     "these are: make the pipeline under flax.linen.logical_axis_rules(rules), or pass specs"
                 )
-            return nn.logical_to_mesh_axes(leaf.names, rules) or P()
+            return logical_to_mesh(P(*leaf.names), rules)
         return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else P()
 
     return jax.tree.map(
-        lambda leaf: Annotation(of(leaf)), shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+        lambda leaf: ParameterAnnotation(of(leaf)), shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
     )
 
 

@@ -18,7 +18,7 @@ from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parame
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import Annotation, PipelinedModel, choose, pipelined
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, choose, pipelined
 
 
 def from_nnx(
@@ -101,7 +101,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
-      specs: `Annotation` of each parameter.
+      specs: `ParameterAnnotation` of each parameter.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -161,7 +161,7 @@ class _NNXModel:
 
     @property
     def annotated(self) -> tuple[Any, Any]:
-        """`Annotation` of each parameter in (outer, blocks)."""
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
         outer, blocks = _take(self.specs, self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
@@ -254,7 +254,9 @@ def _annotations_of(model: nnx.Module) -> Any:
     state = nnx.state(model, is_parameter)
     specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
     found = {
-        path: variable.copy(Annotation(specs[path].get_raw_value(), variable.get_metadata().get("by_hand", False)))
+        path: variable.copy(
+            ParameterAnnotation(specs[path].get_raw_value(), variable.get_metadata().get("by_hand", False))
+        )
         for path, variable in nnx.to_flat_state(state)
     }
     return nnx.to_pure_dict(nnx.from_flat_state(found))

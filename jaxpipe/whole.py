@@ -27,7 +27,7 @@ from jaxpipe.schedule.schedule import Schedule
 
 
 @dataclasses.dataclass(frozen=True)
-class Annotation:
+class ParameterAnnotation:
     """How a model annotates a parameter.
 
     Attributes:
@@ -51,7 +51,7 @@ class CutModel(Protocol):
       outer: shapes of the parameters outside of the blocks.
       blocks: shapes of each block's parameters, a list; with ``stacked`` of all of them, in rows.
       stacked: whether the model keeps its blocks in rows.
-      annotated: `Annotation` of each parameter in ``outer`` and ``blocks``.
+      annotated: `ParameterAnnotation` of each parameter in ``outer`` and ``blocks``.
     """
 
     @property

@@ -49,17 +49,17 @@ def shard_optimizer(
     >>> tuple(jax.jit(optimizer.init)(params)[0].mu.stages.sharding.spec)
     ('pp', 'dp')
     """
-    step = getattr(step, "pipeline", step)
+    pipeline: Any = getattr(step, "pipeline", step)  # a PipelinedModel has one
 
     def init(params: Any) -> Any:
-        return _constrain(transformation.init(params), params, step.grad_shardings(params))
+        return _constrain(transformation.init(params), params, pipeline.grad_shardings(params))
 
     def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
         like = updates if params is None else params
-        shardings = step.grad_shardings(like)
+        shardings = pipeline.grad_shardings(like)
         given = (_constrain(tree, like, shardings) for tree in (updates, state, params))
         found, state = transformation.update(*given, **extra)
-        return _constrain(found, like, step.shardings(like)), _constrain(state, like, shardings)
+        return _constrain(found, like, pipeline.shardings(like)), _constrain(state, like, shardings)
 
     return type(transformation)(init, update)
 

@@ -32,7 +32,7 @@ RECIPES = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Sizes:
+class LlamaSizes:
     """Of the model and of a sequence."""
 
     layers: int = 16
@@ -107,7 +107,7 @@ def head(outer: Any, y: jax.Array, data: Any, ctx: Any) -> jax.Array:
     return (jax.nn.logsumexp(logits, -1) - target).mean()
 
 
-def pipelined(sizes: Sizes, args: Any, options: Any) -> tuple[Any, Any, Any, Any]:
+def pipelined(sizes: LlamaSizes, args: Any, options: Any) -> tuple[Any, Any, Any, Any]:
     """(mesh; makes parameters; (params, batch) -> ((loss, aux), grads); optimizer) of a pipeline."""
     mesh = jaxpipe.make_mesh(pp=args.ranks, dp=args.copies)
     schedule = jaxpipe.schedule.build("zb1p", args.ranks, args.microbatches)
@@ -127,7 +127,7 @@ def pipelined(sizes: Sizes, args: Any, options: Any) -> tuple[Any, Any, Any, Any
     return mesh, jax.jit(make, out_shardings=shardings), step, optimizer
 
 
-def in_jit(sizes: Sizes, args: Any) -> tuple[Any, Any, Any, Any]:
+def in_jit(sizes: LlamaSizes, args: Any) -> tuple[Any, Any, Any, Any]:
     """The same of a program without a pipeline, whose parameters the compiler gathers."""
     mesh = jaxpipe.make_mesh(dp=args.ranks * args.copies)
 
@@ -165,7 +165,7 @@ def in_jit(sizes: Sizes, args: Any) -> tuple[Any, Any, Any, Any]:
     return mesh, jax.jit(sizes.init, out_shardings=shardings), step, optax.adamw(1e-3)
 
 
-def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: Sizes, args: Any) -> dict[str, Any]:
+def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: LlamaSizes, args: Any) -> dict[str, Any]:
     """One row of the table."""
     mesh, make, value_and_grad, optimizer = parts
 
@@ -182,6 +182,7 @@ def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: Sizes, args: Any
     state = jax.jit(optimizer.init)(params)
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     memory = compiled.memory_analysis()
+    assert memory is not None, "this backend does not report memory"
     kept, temporary = memory.argument_size_in_bytes, memory.temp_size_in_bytes
     temporary += memory.output_size_in_bytes - memory.alias_size_in_bytes
     row = {"recipe": name, "state GiB": kept / 2**30, "temporary GiB": temporary / 2**30}
@@ -211,7 +212,7 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     args.copies = args.copies or len(jax.devices()) // args.ranks
-    sizes = Sizes(2, 128, 256, 4, 2, 512, 16) if args.tiny else Sizes()
+    sizes = LlamaSizes(2, 128, 256, 4, 2, 512, 16) if args.tiny else LlamaSizes()
     devices = args.ranks * args.copies
     report = Recorder.begin(
         args, machine(devices), f"pp={args.ranks} dp={args.copies}", f"{args.microbatches} microbatches"

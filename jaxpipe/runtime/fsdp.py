@@ -159,7 +159,7 @@ def _divide(leaf: Any, spec: P, options: Options, over: tuple[str, ...], first: 
 
 def _with_axes(spec: P, shard: Shard) -> P:
     entries = [*spec, *(None,) * (shard.dimension + 1 - len(spec))]
-    entries[shard.dimension] = shard.axes if len(shard.axes) > 1 else shard.axes[0]
+    entries[shard.dimension] = shard.axes[0] if len(shard.axes) == 1 else shard.axes
     return P(*entries)
 
 
