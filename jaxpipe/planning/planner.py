@@ -178,7 +178,7 @@ def plan(
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
-        optimizer=_optimizer_bytes(optimizer, params_given, params, shardings),
+        optimizer=_optimizer_bytes(optimizer, params_given, params, jax.tree.leaves(pipeline.grad_shardings(params))),
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
@@ -378,7 +378,7 @@ def _local(leaf: Any, sharding: Any) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, given: Params, params: Params, shardings: list[NamedSharding]) -> int:
-    """Bytes of an optimizer's state: it is where it says, what is like a parameter where that is, the rest whole."""
+    """Bytes of an optimizer's state: where it says, what is like a parameter where its gradient is, the rest whole."""
     if optimizer is None:
         return 0
     state = optimizer

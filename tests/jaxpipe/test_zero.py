@@ -128,3 +128,23 @@ def test_zero1_beside_fsdp_and_what_stays_whole():
     assert step.grad_shardings(params).stages["b"].spec == P("pp")
     with pytest.raises(ValueError, match=r"zero1_axis='tp': name axes of data_axes, \['dp'\] here"):
         pipeline(zero1_axis="tp")
+
+
+def test_plans_count_shards():
+    """Of the optimizer's state with ZeRO-1, and of parameters, working copies and sums with FSDP."""
+    shapes = jaxpipe.Params(jax.ShapeDtypeStruct((2, 64, 64), jnp.float32), None)
+    batch = jax.ShapeDtypeStruct((MICROBATCHES * 8, 64), jnp.float32)
+    schedule, mesh = jaxpipe.schedule.build("1f1b", 2, MICROBATCHES), jaxpipe.make_mesh(pp=2, dp=4)
+    memory = {}
+    for name in ("none", "zero1_axis", "fsdp_axis"):
+        options = {} if name == "none" else {name: "dp", "min_shard_size": 0}
+        step = jaxpipe.value_and_grad(
+            lambda w, x, ctx: x @ w, schedule, mesh, head=lambda outer, y, data, ctx: (y**2).mean(),
+            data_axes="dp", **options,
+        )  # fmt: skip
+        memory[name] = jaxpipe.plan(step, shapes, batch, "H200", optimizer=optax.adam(0.1)).memory
+    whole = 64 * 64 * 4
+    assert memory["none"].optimizer == 2 * whole + 4 and memory["none"].masters == whole
+    assert memory["zero1_axis"].optimizer == 2 * whole // 4 + 4 and memory["zero1_axis"].masters == whole
+    assert memory["fsdp_axis"].optimizer == 2 * whole // 4 + 4
+    assert memory["fsdp_axis"].masters == memory["fsdp_axis"].gradients == whole // 4
