@@ -224,7 +224,9 @@ def main() -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         for name, make in makers.items():
-            yield measure(name, make(), sizes, args)
+            with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, and so does JAX's attention
+                row = measure(name, make(), sizes, args)
+            yield row
             gc.collect()
 
     report.table(rows())

@@ -22,7 +22,7 @@ RECORDED = {
     "permute_rows": ("--tiny --repeats 1", 4),
     "swiglu": ("--tiny --repeats 1", 3),
     "shared_ends": ("--tiny --repeats 1", 6),
-    "recipes": ("--tiny --memory --ranks 2 --copies 2", 12),
+    "recipes": ("--tiny --memory --copies 2 --microbatches 2", 12),
 }
 
 

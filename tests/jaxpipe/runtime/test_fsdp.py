@@ -217,6 +217,20 @@ def test_beside_the_compilers_tensor_parallelism(x64):
     assert_trees_close(grads, expected, rtol=1e-10)
 
 
+def test_microbatches_of_unequal_weight(x64):
+    """Some of weight 0 on some devices and not on others: gradients for all are summed in each microbatch."""
+    schedule = jaxpipe.schedule.build("1f1b", 2, MICROBATCHES)
+    stage, params, batch = make(schedule, False)
+    batch = batch.at[4:12].set(0)
+    functions = {"embed": embed, "head": head, "weight": lambda data: (data > 0).sum()}
+    step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=2, dp=2), **functions, **OPTIONS)
+    (loss, _), grads = jax.jit(step)(params, batch)
+    eighths = jaxpipe.schedule.build("1f1b", 2, 2 * MICROBATCHES)  # whose microbatches are those of one device
+    (expected_loss, _), expected = plain_value_and_grad(stage, eighths, **functions)(params, batch)
+    np.testing.assert_allclose(loss, expected_loss, rtol=1e-12)
+    assert_trees_close(grads, expected, rtol=1e-10)
+
+
 def test_what_is_not_sharded_is_told():
     schedule = jaxpipe.schedule.build("1f1b", 2, MICROBATCHES)
     mesh = jaxpipe.make_mesh(pp=2, dp=4)
