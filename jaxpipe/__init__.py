@@ -4,8 +4,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
-`stack_stages`, `pad_batch` and `compiler_options` prepare a run, `floating_only` an optimizer, and `plan` foretells
-memory and time.
+`stack_stages`, `pad_batch` and `compiler_options` prepare a run, `floating_only` and `shard_optimizer` an optimizer,
+and `plan` foretells memory and time.
 
 Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
 `jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
@@ -31,6 +31,7 @@ from jaxpipe.runtime.model import Context, Output
 from jaxpipe.runtime.stage_kinds import StageKinds
 from jaxpipe.stacking import Stacking
 from jaxpipe.trainable import trainable_mask
+from jaxpipe.zero import shard_optimizer
 
 __all__ = [
     "Achieved",
@@ -56,6 +57,7 @@ __all__ = [
     "restack",
     "restore",
     "schedule",
+    "shard_optimizer",
     "stack_stages",
     "trainable_mask",
     "unstack_stages",

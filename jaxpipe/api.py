@@ -18,7 +18,7 @@ from jaxpipe.arguments import check_model, check_options, check_schedule
 from jaxpipe.batches import lengthen, with_mask, without_padding
 from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.params import Params
-from jaxpipe.runtime import execute
+from jaxpipe.runtime import execute, fsdp
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
@@ -92,6 +92,30 @@ class Pipeline:
         """Which stage a row of the stages' parameters belongs to, "model" or "storage"."""
         return self.options.order
 
+    def shardings(self, params: Params) -> Params:
+        """A NamedSharding for every parameter, as ``specs`` and ``fsdp_axis`` say.
+
+        Args:
+          params: the parameters, or their shapes and dtypes.
+        """
+        return self._named(self._sharded(params).specs)
+
+    def grad_shardings(self, params: Params) -> Params:
+        """A NamedSharding for every gradient: with ``zero1_axis`` they are sharded further than parameters.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._named(self._scattered(params, self._sharded(params).specs).specs)
+
+    def not_sharded(self, params: Params) -> dict[str, str]:
+        """Why parameters are not sharded over ``fsdp_axis``, by path; empty without that option.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._sharded(params).whole
+
     @property
     def __name__(self) -> str:
         """Ranks and microbatches, as in "dualpipev_4x16"; `jax.jit` names the compiled module so."""
@@ -108,13 +132,14 @@ class Pipeline:
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
         step_inputs = inputs.as_step_inputs(step_inputs)
-        specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
+        specs, shards, _ = self._sharded(params)
         inputs.check_specs(specs, axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
         batch, size, total = self._pad(batch)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
-        result = self._run(params, microbatches, rng, step_inputs, specs)
+        model = fsdp.gather_where_used(self.model, shards)
+        result = self._run(model, params, microbatches, rng, step_inputs, specs)
         if size < total and self._returns_outputs:
             result = without_padding(result, size, total)
         message = _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT
@@ -189,7 +214,20 @@ class Pipeline:
         """
         return trainable_mask(self.options.trainable, params)
 
-    def _run(self, params: Params, batch: Any, rng: jax.Array | None, step_inputs: Any, specs: Params) -> Any:
+    def _sharded(self, params: Params) -> fsdp.FullySharded:
+        specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
+        rows = fsdp.rows_of_stages(self.model)
+        return fsdp.shard_fully(specs, params, self.options, self.options.fsdp_axes, rows)
+
+    def _scattered(self, params: Params, specs: Params) -> fsdp.FullySharded:
+        return fsdp.shard_fully(specs, params, self.options, self.options.zero1_axes, 1)
+
+    def _named(self, specs: Params) -> Params:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
+
+    def _run(
+        self, model: Model, params: Params, batch: Any, rng: jax.Array | None, step_inputs: Any, specs: Params
+    ) -> Any:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
         manual = functools.partial(inputs.manual_part, axes.names)
@@ -198,16 +236,18 @@ class Pipeline:
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
         if self.evaluates:
-            body = functools.partial(execute.evaluate, self.program, self.model, self.options)
+            body = functools.partial(execute.evaluate, self.program, model, self.options)
             out_specs = (P(), P())
         elif self.program.forward_only:
-            body = functools.partial(execute.infer, self.program, self.model, self.options)
+            body = functools.partial(execute.infer, self.program, model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
-            spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
+            scattered = self._scattered(params, specs)
+            reductions = scattered.reductions(jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec))
             mask = self.trainable_mask(params)
-            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes, mask)
-            out_specs = (P(), param_specs)
+            body = functools.partial(execute.train, self.program, model, self.options, reductions, mask)
+            specs = scattered.specs
+            out_specs = (P(), jax.tree.map(manual, specs, is_leaf=inputs.is_spec))
         result = jax.shard_map(
             body,
             mesh=self.mesh,
@@ -245,6 +285,9 @@ def value_and_grad(
     order: str = "model",
     trainable: Trainable = None,
     example_mask: str | None = None,
+    fsdp_axis: str | Sequence[str] | None = None,
+    zero1_axis: str | Sequence[str] | None = None,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -306,6 +349,17 @@ def value_and_grad(
         it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
         not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
         runs do best to keep parameters in storage order; see `stack_stages`.
+      fsdp_axis: an axis of ``data_axes``, or several, over which floating parameters are sharded besides what ``specs``
+        says (FSDP, ZeRO-3), each along its largest dimension that its spec leaves whole and the axes divide. Working
+        copies stay shards: a layer of `jaxpipe.flax.layered_stages` or of a whole model, any other stage, embed or
+        head gathers its own in ``compute_dtype`` where it runs, forward and backward. Its gradients are
+        reduce-scattered there, in float32 at least. `Pipeline.shardings` tells where parameters belong, and
+        `Pipeline.not_sharded` which ones stay whole. As sums over devices are then taken for each microbatch, the
+        gradients of one of weight 0 have to be finite if others of its place in the batch have a weight.
+      zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are
+        reduce-scattered after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps
+        the optimizer's state so (ZeRO-1).
+      min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
       trainable: which parameters are trained: a tree prefix of Params with bools, as the masks of optax, where None for
         ``stages`` or ``outer`` stands for all; or a function ``(path, leaf) -> bool`` of a parameter's path, such as
         ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
@@ -321,9 +375,9 @@ def value_and_grad(
     Returns:
       A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``((loss, aux), grads)``, the loss and
       ``aux`` (the summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the
-      gradients with the structure, sharding and dtypes of ``params`` (float0 for frozen parameters, integers, bools and
-      keys, as `jax.grad` with ``allow_int=True``; see `jaxpipe.floating_only`). Jit it, alone or with an optimizer
-      around it.
+      gradients with the structure and dtypes of ``params`` (float0 for frozen parameters, integers, bools and keys, as
+      `jax.grad` with ``allow_int=True``; see `jaxpipe.floating_only`), and sharded as these, but for ``zero1_axis``.
+      Jit it, alone or with an optimizer around it.
 
       The batch's leaves are ``[B, ...]``; microbatch m is the m-th contiguous part of each data-parallel shard.
       ``step_inputs`` is a pytree of numbers and arrays that belong to the step and to no example (its number, a
@@ -353,7 +407,8 @@ def value_and_grad(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, trainable=trainable, example_mask=example_mask,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
+        example_mask=example_mask,
     )  # fmt: skip
 
 
@@ -374,6 +429,8 @@ def forward(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    fsdp_axis: str | Sequence[str] | None = None,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -393,7 +450,7 @@ def forward(
         Model(stage, embed, head), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=None, min_shard_size=min_shard_size,
     )  # fmt: skip
 
 

@@ -130,10 +130,10 @@ def refuse_sharded_by_compiler(specs: Params, batch_spec: P, axes: Axes, mesh: A
                 raise ValueError(
                     f"specs.{part}{jax.tree_util.keystr(path)} is {spec} and batch_spec {batch_spec}: both leave "
                     f"{name!r} to the compiler, which would move parts of the parameter between devices while pipeline "
-                    "ranks run different stages, and wait for ever. Gather it by hand: pass "
-                    f"data_axes={(*axes.data, name)!r}, and where the parameter is used take jax.lax.all_gather("
-                    f"parameter, {name!r}, axis={dimension - (part == 'stages')}, tiled=True); its gradient comes back "
-                    "divided as the parameter is"
+                    f"ranks run different stages, and wait for ever. Leave {name!r} out of the parameter's spec, and "
+                    f"pass data_axes={(*axes.data, name)!r} and fsdp_axis={name!r}: the pipeline then divides and "
+                    "gathers it. Or gather it by hand: with the same data_axes and spec, and where the parameter is "
+                    f"used jax.lax.all_gather(parameter, {name!r}, axis={dimension - (part == 'stages')}, tiled=True)"
                 )
 
 

@@ -10,6 +10,7 @@ or end. What is left in the middle is one `jax.lax.switch` with a branch for eac
 
 from __future__ import annotations
 
+import copy
 import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -20,6 +21,7 @@ import jax.numpy as jnp
 from jaxpipe.layer_choice import Alike, Layer, call, check_like, shorten
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.runtime.buffers import accumulation_dtype
+from jaxpipe.runtime.fsdp import Gather
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.runtime.stage_kinds import StageKinds
 
@@ -71,6 +73,7 @@ class KindStage:
         stages: Sequence[int] | None = None,
     ) -> None:
         self.storage = storage
+        self._gather: Gather | None = None
         self._stages = range(len(storage.counts)) if stages is None else stages
         self._functions, self._function_of = tuple(functions), tuple(function_of)
         used = [
@@ -79,8 +82,17 @@ class KindStage:
         ]
         self._used = [(numbers, Alike([self._functions[number] for number in numbers])) for numbers in used]
 
-    def __call__(self, params: Any, x: Any, ctx: Context) -> Any:
-        """Runs a stage; ``params`` are its rows of what `LayerStorage.stack` makes, leaves ``[slots, ...]``."""
+    def run(self, params: Any, x: Any, ctx: Context, gather: Gather | None = None) -> Any:
+        """The stage function.
+
+        ``params`` are a stage's rows of what `LayerStorage.stack` makes, leaves ``[slots, ...]``; in a layer they are
+        made by ``gather`` of its own.
+        """
+        gathering = copy.copy(self)
+        gathering._gather = gather
+        return gathering._run_stage(params, x, ctx)
+
+    def _run_stage(self, params: Any, x: Any, ctx: Context) -> Any:
         leaves = self.storage.tree.flatten_up_to(params)
         plan = self._plan(leaves, x, ctx)
         starts, counts = self.storage.starts, self.storage.counts
@@ -101,7 +113,9 @@ class KindStage:
         returns: dict[int, Output] = {}
         inside = ctx.at_layer(0)
         for kind, (numbers, alike) in enumerate(self._used):
-            params = self._params(kind, leaves, [0] * len(self.storage.places[kind]), _shape_of_row)
+            slots = [0] * len(self.storage.places[kind])
+            params = self._params(kind, leaves, slots, _shape_of_row)
+            params = jax.eval_shape(functools.partial(self._whole, kind), params)
             firsts, outputs = alike(params, x, inside)
             for number, first, output in zip(numbers, firsts, outputs, strict=True):
                 first_of[kind, number] = numbers[first]
@@ -127,9 +141,16 @@ class KindStage:
         found = [take(leaves[place], slot) for place, slot in zip(places, slots, strict=True)]
         return jax.tree.unflatten(self.storage.structures[kind], found)
 
+    def _whole(self, kind: int, params: Any) -> Any:
+        """The parameters of a layer of a kind, of its shards."""
+        if self._gather is None:
+            return params
+        leaves, structure = jax.tree.flatten(params)
+        return jax.tree.unflatten(structure, self._gather.leaves(self.storage.places[kind], leaves))
+
     def _run(self, step: _Step, zeros: Any, params: Any, x: Any, ctx: Context) -> tuple[Any, Any]:
         """(y, auxiliary loss and metrics with those of other layers as zeros) of one layer."""
-        output = call(self._functions[step.function], params, x, ctx)
+        output = call(self._functions[step.function], self._whole(step.kind, params), x, ctx)
         check_like(x, output.value)
         aux_loss, metrics = zeros
         aux_loss = aux_loss if output.aux_loss is None else output.aux_loss

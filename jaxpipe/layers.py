@@ -18,6 +18,7 @@ from jaxpipe.layer_split import split_layers
 from jaxpipe.layer_storage import LayerStorage, is_sequence
 from jaxpipe.params import unstack_stages
 from jaxpipe.runtime.buffers import accumulation_dtype
+from jaxpipe.runtime.fsdp import Gather, StageOfLayers
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.schedule.schedule import Schedule
 
@@ -94,9 +95,9 @@ def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], stor
     if len(function_of) != len(storage.kind_of):
         raise ValueError(f"{len(function_of)} functions for {len(storage.kind_of)} layers: give one for each, or one")
     if storage.mixed:
-        make = functools.partial(KindStage, functions, function_of, storage)
+        make = lambda stages: StageOfLayers(KindStage(functions, function_of, storage, stages).run)  # noqa: E731
         return LayerStageKinds(make, storage, function_of)
-    return _LayerStage(Choice(functions, function_of), storage)
+    return StageOfLayers(_LayerStage(Choice(functions, function_of), storage).run, storage=storage)
 
 
 def unstack_layers(stacked: Any, layers: int | Layer, schedule: Schedule, order: str = "model") -> list[Any]:
@@ -118,8 +119,9 @@ def unstack_layers(stacked: Any, layers: int | Layer, schedule: Schedule, order:
     >>> [float(w) for w in unstack_layers(stages, stage, schedule)]
     [0.0, 1.0, 2.0, 3.0, 4.0]
     """
-    if isinstance(layers, LayerStageKinds | _LayerStage):
-        return layers.storage.unstack(stacked, schedule, order)
+    storage = getattr(layers, "storage", None)
+    if isinstance(storage, LayerStorage):
+        return storage.unstack(stacked, schedule, order)
     if not isinstance(layers, int):
         raise ValueError(
             f"unstack_layers got {layers!r:.80}: give the number of layers, or the stage function that layered_stages, "
@@ -168,11 +170,12 @@ class _LayerStage:
         """Whether some stages have padding."""
         return len(set(self.counts)) > 1
 
-    def __call__(self, params: Any, x: Any, ctx: Context) -> Any:
-        """Runs a stage; leaves of ``params`` are ``[slots, ...]``."""
+    def run(self, params: Any, x: Any, ctx: Context, gather: Gather | None = None) -> Any:
+        """The stage function; leaves of ``params`` are ``[slots, ...]``, in a layer made by ``gather`` of its row."""
         start, count = (jnp.asarray(values, jnp.int32)[ctx.stage] for values in (self.storage.starts, self.counts))
-        run_slot = functools.partial(self._run_slot, ctx, start, count)
-        kinds = self.choice.kinds(jax.tree.map(lambda leaf: leaf[0], params), x, ctx.at_layer(start))
+        run_slot = functools.partial(self._run_slot, ctx, start, count, gather)
+        row = jax.tree.map(lambda leaf: leaf[0], params)
+        kinds = self.choice.kinds(row if gather is None else gather(row), x, ctx.at_layer(start))
         members = [sorted(set(layers)) for layers in zip(*self.layers, strict=True)]  # of each slot, in all stages
         in_turn = len(set(kinds)) > 1 and all(len({kinds[i] for i in layers}) == 1 for layers in members)
         y, others = self._run_in_turn(run_slot, members, params, x) if in_turn else self._scan(run_slot, params, x)
@@ -180,7 +183,16 @@ class _LayerStage:
         return shorten(Output(y, aux_loss, metrics))
 
     def _run_slot(
-        self, ctx: Context, start: Any, count: Any, x: Any, last: Any, slot: Any, params: Any, layers: Sequence[int]
+        self,
+        ctx: Context,
+        start: Any,
+        count: Any,
+        gather: Gather | None,
+        x: Any,
+        last: Any,
+        slot: Any,
+        params: Any,
+        layers: Sequence[int],
     ) -> tuple[Any, Any, Any]:
         """(y, the layer's input, (auxiliary loss, metrics)) of a slot, which holds one of some layers.
 
@@ -188,6 +200,7 @@ class _LayerStage:
         defined on its own output.
         """
         real = jnp.asarray(slot < count)
+        params = params if gather is None else gather(params)
         given = _where(real, x, last) if self.padded else x
         output = self.choice.run(layers, params, given, ctx.at_layer(start + jnp.minimum(slot, count - 1)))
         y, others = output.value, (output.aux_loss, output.metrics)

@@ -9,7 +9,9 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from flax.linen.spmd import logical_to_mesh
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
 from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import fold_name
@@ -17,7 +19,7 @@ from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.trainable import choose
-from jaxpipe.whole import PipelinedModel, call_loss, pipelined, stack_rows, takes
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
 def from_linen(
@@ -49,7 +51,8 @@ def from_linen(
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
         the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
         ``step_inputs``, it is called with ``step_inputs=...`` besides.
-      specs: as for `jaxpipe.value_and_grad`.
+      specs: as for `from_nnx`; None: as the model annotates its parameters (`nn.with_partitioning`, or
+        `nn.with_logical_partitioning` under `nn.logical_axis_rules`), and whole where it does not.
       trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
         ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
         "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
@@ -80,7 +83,7 @@ def from_linen(
     """
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
-    model = _LinenModel.of(nn.unbox(shapes), blocks, loss)
+    model = _LinenModel.of(nn.unbox(shapes), blocks, loss, _annotations_of(shapes))
     if trainable is not None and not isinstance(trainable, Params):
         trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
@@ -107,6 +110,7 @@ class _LinenModel:
       stacked: whether they are.
       names: of the blocks.
       user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
+      specs: `ParameterAnnotation` of each parameter.
     """
 
     shapes: Any
@@ -115,9 +119,10 @@ class _LinenModel:
     stacked: bool
     names: list[str]
     user_loss: Callable[..., Any]
+    specs: Any
 
     @classmethod
-    def of(cls, shapes: Any, blocks: str | Sequence[str], loss: Callable[..., Any]) -> _LinenModel:
+    def of(cls, shapes: Any, blocks: str | Sequence[str], loss: Callable[..., Any], specs: Any) -> _LinenModel:
         """The blocks found in the parameters."""
         paths = [tuple(name.split(".")) for name in ([blocks] if isinstance(blocks, str) else blocks)]
         outside = {path[:-1] for path in paths}
@@ -128,7 +133,7 @@ class _LinenModel:
         found = [_entries(where, path[-1], alone=isinstance(blocks, str)) for path in paths]
         if all(found):
             entries = tuple(entry for each in found for entry in each)
-            return cls(shapes, inside, entries, False, [".".join((*inside, entry)) for entry in entries], loss)
+            return cls(shapes, inside, entries, False, [".".join((*inside, entry)) for entry in entries], loss, specs)
         name = paths[found.index(())][-1]
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
@@ -137,7 +142,7 @@ class _LinenModel:
                 f"block; there are {', '.join(sorted(where))}"
             )
         names = [f"{blocks}[{index}]" for index in range(lengths.pop()[0])]
-        return cls(shapes, inside, (name,), True, names, loss)
+        return cls(shapes, inside, (name,), True, names, loss, specs)
 
     @property
     def outer(self) -> Any:
@@ -148,6 +153,11 @@ class _LinenModel:
     def blocks(self) -> Any:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
+
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
+        return self.take(self.specs)
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
@@ -222,6 +232,25 @@ class _LinenModel:
         """Parameters with each block's in place."""
         rows = stack_rows(blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
+
+
+def _annotations_of(shapes: Any) -> Any:
+    """How boxes annotate parameters, P() of those without; logical names as the rules around translate them."""
+
+    def of(leaf: Any) -> P:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            rules = leaf.rules or nn.get_logical_axis_rules()
+            if not rules:
+                raise ValueError(
+                    f"the model names dimensions of parameters {leaf.names}, and no rules say which axes of the mesh "
+                    "these are: make the pipeline under flax.linen.logical_axis_rules(rules), or pass specs"
+                )
+            return logical_to_mesh(P(*leaf.names), rules)
+        return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else P()
+
+    return jax.tree.map(
+        lambda leaf: ParameterAnnotation(of(leaf)), shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
 
 
 def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:

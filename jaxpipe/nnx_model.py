@@ -17,7 +17,7 @@ from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parame
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, call_loss, choose, pipelined, stack_rows
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
 def from_nnx(
@@ -57,7 +57,8 @@ def from_nnx(
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
         which are summed over microbatches. It is called for one microbatch; and as ``loss(model, batch,
         step_inputs=...)`` where the step is given ``step_inputs``, see `jaxpipe.value_and_grad`.
-      specs: as for `jaxpipe.value_and_grad`.
+      specs: as for `jaxpipe.value_and_grad`, where a block's parameters have the dimensions of stages and of layers
+        before their own; None: as the model annotates them (`nnx.with_partitioning`), and whole where it does not.
       trainable: which parameters are trained, a filter of NNX: a type of variables such as `nnx.LoRAParam`, a function
         ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
         tuple, `nnx.Not`. The others are frozen, as `jaxpipe.value_and_grad` says. It must say the same of all blocks.
@@ -116,6 +117,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      specs: `ParameterAnnotation` of each parameter.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -124,6 +126,7 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    specs: Any
     stacked: bool = False
 
     @classmethod
@@ -143,8 +146,11 @@ class _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
+        specs = _annotations_of(model)
         if isinstance(where, nnx.Module):
-            return cls(_without_arrays(function), _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+            return cls(
+                _without_arrays(function), _rows_of(where, ".".join(path)), path, random, loss, specs, stacked=True
+            )
         functions = tuple(map(nnx_function, where))
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
@@ -152,7 +158,7 @@ class _NNXModel:
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(_without_arrays(function), tuple(map(_without_arrays, functions)), path, random, loss)
+        return cls(_without_arrays(function), tuple(map(_without_arrays, functions)), path, random, loss, specs)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -181,6 +187,12 @@ class _NNXModel:
     def blocks(self) -> Any:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
+
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
+        outer, blocks = _take(self.specs, self.path)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
@@ -297,6 +309,19 @@ def _without_arrays(function: NNXFunction) -> NNXFunction:
     """The function with shapes for its parameters, which are then nobody's but the pipeline's."""
     shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), function.params)
     return dataclasses.replace(function, params=shapes)
+
+
+def _annotations_of(model: nnx.Module) -> Any:
+    """How the model annotates its parameters (`nnx.with_partitioning`); P() where it does not."""
+    state = nnx.state(model, is_parameter)
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    found = {
+        path: variable.copy(
+            ParameterAnnotation(specs[path].get_raw_value(), variable.get_metadata().get("by_hand", False))
+        )
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.to_pure_dict(nnx.from_flat_state(found))
 
 
 def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:

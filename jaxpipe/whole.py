@@ -12,12 +12,12 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline, value_and_grad
-from jaxpipe.arguments import entry_axes
+from jaxpipe.arguments import check_specs_given, entry_axes
 from jaxpipe.cutting import Activations, BlockCall, Cut, join_arguments, split_result
 from jaxpipe.layer_kinds import KindStage, LayerStageKinds
 from jaxpipe.layer_storage import LayerStorage
@@ -26,9 +26,27 @@ from jaxpipe.optimizer_state import map_params
 from jaxpipe.params import Params
 from jaxpipe.restacking import restore
 from jaxpipe.runtime.copies import cast
+from jaxpipe.runtime.fsdp import Gather, StageOfLayers
 from jaxpipe.runtime.model import Context, Model, Output
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.stacking import Stacking
+
+
+@dataclasses.dataclass(frozen=True)
+class ParameterAnnotation:
+    """How a model annotates a parameter.
+
+    Attributes:
+      spec: its PartitionSpec.
+      by_hand: whether the model's functions take the shards that it makes, and communicate themselves.
+    """
+
+    spec: P
+    by_hand: bool = False
+
+    def without(self, axes: set[str]) -> P:
+        """The spec without axes over which the pipeline divides parameters by its own rule and gathers them."""
+        return self.spec if self.by_hand else inputs.manual_part(inputs.axes_of(self.spec) - axes, self.spec)
 
 
 class CutModel(Protocol):
@@ -39,6 +57,7 @@ class CutModel(Protocol):
       outer: shapes of the parameters outside of the blocks.
       blocks: shapes of each block's parameters, a list; with ``stacked`` of all of them, in rows.
       stacked: whether the model keeps its blocks in rows.
+      annotated: `ParameterAnnotation` of each parameter in ``outer`` and ``blocks``.
     """
 
     @property
@@ -52,6 +71,9 @@ class CutModel(Protocol):
 
     @property
     def stacked(self) -> bool: ...  # noqa: D102
+
+    @property
+    def annotated(self) -> tuple[Any, Any]: ...  # noqa: D102
 
     def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss of a microbatch, blocks called through `jaxpipe.cutting.call_block`."""
@@ -213,10 +235,12 @@ def pipelined(
     start = lambda: stack(model, storage, schedule, make())  # noqa: E731
     shapes = jax.eval_shape(start)
     local = lambda: _local_shapes(model, storage, pipeline, shapes)  # noqa: E731
+    axis = options.get("axis", "pp")
+    specs = _annotated_specs(model, storage, options, axis) if specs is None else check_specs_given(specs, axis)
     parts = _Parts(model, storage, options.get("compute_dtype"), local)
     if trainable is not None and not isinstance(trainable, Params):
         outer, blocks = trainable
-        trainable = Params(blocks if model.stacked else _alike(blocks, storage, model.names), outer)
+        trainable = Params(blocks if model.stacked else _common(blocks, storage, model.names, _refuse_mask), outer)
     pipeline = value_and_grad(
         parts.stages,
         schedule,
@@ -229,30 +253,35 @@ def pipelined(
         **options,
     )
     mask = pipeline.trainable_mask(shapes)
-    found = inputs.broadcast_specs(pipeline.specs, shapes, pipeline.axes, mesh)
-    shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), found, is_leaf=inputs.is_spec)
+    shardings = pipeline.shardings(shapes)
     params = jax.device_put(start(), shardings) if made else jax.jit(start, out_shardings=shardings)()
     return PipelinedModel(pipeline, params, shardings, mask, model, storage)
 
 
-def _alike(masks: Sequence[Any], storage: LayerStorage, names: Sequence[str]) -> Any:
-    """The mask of stacked parameters, of one for each block.
+def _common(
+    trees: Sequence[Any], storage: LayerStorage, names: Sequence[str], refuse: Callable[[str, str, Any, str, Any], str]
+) -> Any:
+    """What is said of each stacked parameter, by a tree for each block like its parameters.
 
     Raises:
-      ValueError: blocks whose parameters are rows of one array have different masks.
+      ValueError: blocks whose parameters are rows of one array say different things; ``refuse`` makes the message.
     """
-    found: dict[int, tuple[str, bool]] = {}
-    for name, kind, mask in zip(names, storage.kind_of, masks, strict=True):
-        for place, (path, choice) in zip(storage.places[kind], jax.tree_util.tree_leaves_with_path(mask), strict=True):
-            first, other = found.setdefault(place, (name, choice))
-            if choice != other:
-                trained, frozen = (first, name) if other else (name, first)
-                raise ValueError(
-                    f"trainable trains {jax.tree_util.keystr(path)} of {trained} and freezes that of {frozen}, but one "
-                    "array holds both: train or freeze it in all blocks, and to hold some of them give the optimizer "
-                    "updates of zero there"
-                )
+    found: dict[int, tuple[str, Any]] = {}
+    for name, kind, tree in zip(names, storage.kind_of, trees, strict=True):
+        leaves = jax.tree_util.tree_leaves_with_path(tree, is_leaf=inputs.is_spec)
+        for place, (path, value) in zip(storage.places[kind], leaves, strict=True):
+            first, other = found.setdefault(place, (name, value))
+            if value != other:
+                raise ValueError(refuse(jax.tree_util.keystr(path), first, other, name, value))
     return jax.tree.unflatten(storage.tree, [found[place][1] for place in range(len(found))])
+
+
+def _refuse_mask(path: str, first: str, choice: bool, name: str, other: bool) -> str:
+    trained, frozen = (first, name) if choice else (name, first)
+    return (
+        f"trainable trains {path} of {trained} and freezes that of {frozen}, but one array holds both: train or freeze it "
+        "in all blocks, and to hold some of them give the optimizer updates of zero there"
+    )
 
 
 def _local_shapes(model: CutModel, storage: LayerStorage, pipeline: Pipeline, shapes: Params) -> tuple[Any, Any]:
@@ -274,6 +303,25 @@ def _local_shapes(model: CutModel, storage: LayerStorage, pipeline: Pipeline, sh
         return stack_rows(rows) if model.stacked else rows
 
     return outer, jax.eval_shape(unstack, stages)
+
+
+def _annotated_specs(model: CutModel, storage: LayerStorage, options: Mapping[str, Any], axis: str) -> Params:
+    """The specs that the model's own annotations make."""
+    fsdp = options.get("fsdp_axis") or ()
+    divided = {fsdp} if isinstance(fsdp, str) else {*fsdp}
+    outer, blocks = jax.tree.map(lambda annotation: annotation.without(divided), model.annotated)
+    if model.stacked:
+        block = jax.tree.map(lambda spec: P(*spec[1:]), blocks, is_leaf=inputs.is_spec)
+    else:
+        block = _common(blocks, storage, model.names, _refuse_specs)
+    return Params(jax.tree.map(lambda spec: P(axis, None, *spec), block, is_leaf=inputs.is_spec), outer)
+
+
+def _refuse_specs(path: str, first: str, spec: P, name: str, other: P) -> str:
+    return (
+        f"{name} annotates its parameter {path} with {other}, {first} with {spec}: blocks are stacked, so annotate all "
+        "alike, or pass specs"
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -304,12 +352,17 @@ class _Parts:
     def stages(self) -> Callable[..., Any]:
         """The stage function; of blocks of several kinds, one for each row of kinds."""
         if not self.storage.mixed:
-            return self.stage
-        make = lambda stages: functools.partial(self.stage, stages=stages)  # noqa: E731
+            return StageOfLayers(self.stage)
+        make = lambda stages: StageOfLayers(functools.partial(self.stage, stages=stages))  # noqa: E731
         return LayerStageKinds(make, self.storage, (0,) * len(self.storage.kind_of))
 
-    def stage(self, params: Any, x: Any, ctx: Context, stages: Sequence[int] | None = None) -> Any:
-        """A stage's blocks; ``stages`` are those with the same row of kinds, None: all."""
+    def stage(
+        self, params: Any, x: Any, ctx: Context, gather: Gather | None = None, *, stages: Sequence[int] | None = None
+    ) -> Any:
+        """A stage's blocks, whose parameters ``gather`` makes of their shards.
+
+        ``stages`` are those with the same row of kinds of blocks; None: all have the same.
+        """
         cut = self._cut(ctx)
         arrays = cut.arguments(x, (ctx.data, ctx.step_inputs))
         kinds = [(self.model.kind(index, block.call), _kind(block)) for index, block in enumerate(cut.blocks)]
@@ -319,8 +372,10 @@ class _Parts:
         functions = [functools.partial(self._block, cut, arrays, members) for members in groups]
         function_of = [firsts.index(kind) for kind in kind_of]
         if stages is None:
-            return stage_of_layers(functions, function_of, self.storage)(params, x, ctx)
-        return KindStage(functions, function_of, self.storage, stages)(params, x, ctx)
+            stage = stage_of_layers(functions, function_of, self.storage)
+            assert isinstance(stage, StageOfLayers)
+            return stage.run(params, x, ctx, gather)
+        return KindStage(functions, function_of, self.storage, stages).run(params, x, ctx, gather)
 
     def _block(self, cut: Cut, arrays: Any, members: Sequence[int], params: Any, x: Any, ctx: Context) -> Any:
         """One of those blocks that are alike but for arrays."""

@@ -182,7 +182,7 @@ def plan(
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
-        optimizer=_optimizer_bytes(optimizer, params_given, params, shardings),
+        optimizer=_optimizer_bytes(optimizer, params_given, params, jax.tree.leaves(pipeline.grad_shardings(params))),
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
@@ -361,8 +361,7 @@ def _shape(leaf: Any) -> Any:
 def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
     """Of each leaf of params, as the pipeline's specs say."""
     inputs.check_params(params, pipeline.program.schedule)
-    specs = inputs.broadcast_specs(pipeline.specs, params, pipeline.axes, pipeline.mesh)
-    return [NamedSharding(pipeline.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=inputs.is_spec)]
+    return jax.tree.leaves(pipeline.shardings(params))
 
 
 def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:
@@ -396,7 +395,7 @@ def _local(leaf: Any, sharding: Any) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, given: Params, params: Params, shardings: list[NamedSharding]) -> int:
-    """Bytes of an optimizer's state: it is where it says, what is like a parameter where that is, the rest whole."""
+    """Bytes of an optimizer's state: where it says, what is like a parameter where its gradient is, the rest whole."""
     if optimizer is None:
         return 0
     state = optimizer

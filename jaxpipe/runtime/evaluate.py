@@ -20,13 +20,13 @@ class EvaluationStep(ForwardStep):
 
     shares: Shares
 
-    def forward(self, chunk: int) -> Operation:
+    def forward(self, chunk: int, kind: int) -> Operation:
         """X -> y and its auxiliary loss."""
 
         def compute(x: Any, operands: jax.Array) -> Any:
             stage, microbatch = operands[Field.STAGE], operands[Field.MICROBATCH]
             ctx = make_context(self.batch, self.rng, self.step_inputs, stage, microbatch)
-            return self.model.run_stage(self.chunks[chunk], x, ctx)
+            return self.run(chunk, kind, x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics = result

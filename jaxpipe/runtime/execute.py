@@ -18,6 +18,7 @@ from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_en
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
+from jaxpipe.runtime.fsdp import Reduction
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import (
@@ -64,7 +65,7 @@ def train(
     program: Program,
     model: Model,
     options: Options,
-    spec_axes: Params,
+    reductions: Params,
     trainable: Params,
     params: Params,
     batch: Any,
@@ -74,8 +75,8 @@ def train(
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    For every leaf of params ``spec_axes`` holds the frozenset of manual axes that shard it, and ``trainable`` a bool,
-    whether it has a gradient. Gradients are None for the others: nothing is computed, summed or moved for those.
+    For every leaf of params ``reductions`` holds the `Reduction` of its gradient, and ``trainable`` a bool, whether it
+    has one. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
@@ -102,11 +103,12 @@ def train(
         rng=local.rng,
         step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, spec_axes, params, buffers, shares)
+        return _reduce(program, options, reductions, params, buffers, shares)
 
 
 def _start(
@@ -206,7 +208,7 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     axes = options.axes
@@ -216,7 +218,7 @@ def _reduce(
         scale = shares.scale
         stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
     grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
-    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     return (_total(losses), aux), grads
 
 
@@ -277,6 +279,7 @@ def infer(
         rng=local.rng,
         step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
     )
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
@@ -307,9 +310,17 @@ def evaluate(
         stage_metrics=jax.tree.map(accumulator, metrics),
         head_metrics=jax.tree.map(accumulator, head_metrics),
     )
-    stages = program.schedule.num_stages
     step = EvaluationStep(
-        local.model, program.parts, local.chunks, local.outer, batch, local.rng, step_inputs, stages, shares
+        model=local.model,
+        parts=program.parts,
+        chunks=local.chunks,
+        outer=local.outer,
+        batch=batch,
+        rng=local.rng,
+        step_inputs=step_inputs,
+        num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
+        shares=shares,
     )
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     losses, aux = _sum_losses(options.axes, buffers, shares)
@@ -480,10 +491,9 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
 
 
-def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, sharded: frozenset[str]) -> jax.Array | None:
+def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, reduction: Reduction) -> jax.Array | None:
     """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
     if grad is None:
         return None
-    missing = tuple(sorted(axes.names - sharded))
     assert grad.dtype == accumulation_dtype(grad.dtype)
-    return (lax.psum(grad, missing) if missing else grad).astype(param.dtype)
+    return reduction.run(grad, axes.names).astype(param.dtype)

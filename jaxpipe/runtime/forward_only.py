@@ -8,7 +8,8 @@ from typing import Any
 import jax
 
 from jaxpipe.runtime.buffers import Buffers, add, put, take
-from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.fsdp import tie
+from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import Operation, embed_operation, make_context
 from jaxpipe.runtime.program import Field, Op
 
@@ -25,6 +26,7 @@ class ForwardStep:
     rng: jax.Array | None
     step_inputs: Any
     num_stages: int
+    gathers: bool
 
     def operation(self, op: Op, part: int) -> Operation:
         """The operation of a kind on a part."""
@@ -41,7 +43,7 @@ class ForwardStep:
             ctx = make_context(
                 self.batch, self.rng, self.step_inputs, operands[Field.STAGE], operands[Field.MICROBATCH]
             )
-            (y, _), metrics = self.model.run_kind(kind, self.chunks[chunk], x, ctx)
+            (y, _), metrics = self.run(chunk, kind, x, ctx)
             return y, metrics
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -52,6 +54,11 @@ class ForwardStep:
             )
 
         return Operation(read_source, compute, write)
+
+    def run(self, chunk: int, kind: int, x: Any, ctx: Context) -> Any:
+        """((y, auxiliary loss), metrics) of a stage."""
+        params, x = tie(self.chunks[chunk], x) if self.gathers else (self.chunks[chunk], x)
+        return self.model.run_kind(kind, params, x, ctx)
 
     def head(self) -> Operation:
         """The last stage's y -> outputs of the microbatch."""

@@ -17,6 +17,7 @@ from jax import lax
 
 from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
@@ -63,6 +64,7 @@ class TrainStep:
       rng: key or None.
       step_inputs: of `Context`, for embed and head; ``prepared`` holds the stages'.
       num_stages: stages of the model.
+      gathers: whether ``prepared`` holds shards, which the stage gathers.
     """
 
     model: Model
@@ -77,6 +79,7 @@ class TrainStep:
     rng: jax.Array | None
     step_inputs: Any
     num_stages: int
+    gathers: bool = False
 
     def operation(self, op: Op, part: int) -> Operation:
         """The operation of a kind on a part."""
@@ -100,7 +103,8 @@ class TrainStep:
 
         def compute(x: Any, operands: jax.Array) -> Any:
             ctx = make_context(self.batch, self.rng, None, operands[Field.STAGE], operands[Field.MICROBATCH])
-            return self.splits[kind].forward(self.prepared[part], x, ctx)
+            prepared, x = self._use(part, x)
+            return self.splits[kind].forward(prepared, x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
@@ -122,9 +126,9 @@ class TrainStep:
         split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
+            prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            grads, dx = split.backward(self.prepared[part], residuals, ct, narrow=True)
+            grads, dx = split.backward(prepared, residuals, ct, narrow=True)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -141,9 +145,9 @@ class TrainStep:
         split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
+            prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            dx, crossing = split.backward_input(self.prepared[part], residuals, ct)
+            dx, crossing = split.backward_input(prepared, residuals, ct)
             return select(dx, self._counts("stage", operands)), crossing
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -164,7 +168,8 @@ class TrainStep:
             return weight_stash, pools.cross.take(buffers.cross, operands[Field.CROSS], kind)
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            return self.splits[kind].backward_weight(self.prepared[part], *inputs, narrow=True)
+            prepared, inputs = self._use(part, inputs)
+            return self.splits[kind].backward_weight(prepared, *inputs, narrow=True)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, chunk, grads, operands)
@@ -230,6 +235,10 @@ class TrainStep:
             )
 
         return Operation(read, compute, write)
+
+    def _use(self, part: int, inputs: Any) -> tuple[Any, Any]:
+        """(what is prepared of a part's parameters, inputs) for an operation."""
+        return tie(self.prepared[part], inputs) if self.gathers else (self.prepared[part], inputs)
 
     def _read_backward(self, kind: int, buffers: Buffers, operands: jax.Array) -> Any:
         stash = self.pools.stash.take(buffers.stash, operands[Field.STASH], kind)

@@ -9,6 +9,7 @@ import jax
 
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
+from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
@@ -89,6 +90,7 @@ def split_stage(
     rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
     used = _reads(rest, forward.outputs) | for_first | for_second
     prepared = tuple(value for value in forward.known if value in used)
+    whole = in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first))
     return SplitStage(
         out=traced.out,
         aux=traced.aux,
@@ -104,9 +106,9 @@ def split_stage(
             outputs=forward.outputs,
             kept=Residuals(inputs, weight),
             cotangents=backward.cotangents,
-            first=first.nodes,
-            second=second.nodes,
-            whole=in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first)),
+            first=fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes))),
+            second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
+            whole=fuse_gathers(whole, (*first.results, *second.results, *effects_of(whole))),
             crossing=crossing,
             params_ct=backward.params_ct,
             params_ct_narrow=before_casts(backward.params_ct, second.nodes),
