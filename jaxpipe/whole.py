@@ -279,8 +279,8 @@ def _common(
 def _refuse_mask(path: str, first: str, choice: bool, name: str, other: bool) -> str:
     trained, frozen = (first, name) if choice else (name, first)
     return (
-        f"trainable trains {path} of {trained} and freezes that of {frozen}, but one array holds both: train or freeze it "
-        "in all blocks, and to hold some of them give the optimizer updates of zero there"
+        f"trainable trains {path} of {trained} and freezes that of {frozen}, but one array holds both: train or freeze "
+        "it in all blocks, and to hold some of them give the optimizer updates of zero there"
     )
 
 

@@ -213,7 +213,7 @@ def gather_where_used(model: Model, shards: Params) -> Model:
 
 
 def rows_of_stages(model: Model) -> int:
-    """Leading dimensions of the stages' parameters that are not divided: the stages', and the layers' if they gather."""
+    """Leading dimensions of stages' parameters that are not divided: the stages', and the layers' if these gather."""
     return 2 if all(isinstance(stage, StageOfLayers) for stage in model.stages) else 1
 
 
