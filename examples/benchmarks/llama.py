@@ -1,12 +1,12 @@
 """A Llama of 1.2 billion parameters on the GPUs of a host: FSDP under plain jit, and pipelines made by `from_nnx`.
 
-    python examples/benchmarks/llama.py [--devices 2] [--sequences 64] [--microbatch-size 4] [--programs NAMES] [--tiny]
+    python examples/benchmarks/llama.py [--devices 2] [--sequences 64] [--programs NAMES] [--memory] [--tiny]
 
 One NNX model, that of Llama 3.2's 1B, and one loss; every program trains it on the same batch, float32 masters and
 moments of AdamW, bfloat16 products. "plain" programs are one jitted step without this library: parameters are sharded
 over the devices on their largest dimension, XLA gathers them, and gradients are accumulated over so many microbatches.
 "remat" computes each block again in its backward pass. A pipeline's layers are spread so that the stage with the head
-has fewer. MFU is of the chip's published dense bfloat16 peak, six FLOPs for each parameter but the embedding's lookup,
+has fewer. Devices beside its ranks are data-parallel, with ZeRO-1 or FSDP where the name says so. MFU is of the chip's published dense bfloat16 peak, six FLOPs for each parameter but the embedding's lookup,
 and causal attention's.
 """
 
@@ -188,16 +188,15 @@ def plain_fsdp(setting: Setting, parts: int, *, remat: bool) -> Program:
     return step, jax.jit(start, out_shardings=shardings), NamedSharding(mesh, P("dp"))
 
 
-def pipelined(setting: Setting, name: str, pp: int, *, remat: bool) -> Program:
-    """The same model, loss and optimizer as a pipeline; the devices beside its ranks are data-parallel, by FSDP."""
+def pipelined(setting: Setting, name: str, pp: int, recipe: str) -> Program:
+    """The same model, loss and optimizer as a pipeline."""
     dp = setting.devices // pp
     mesh = jaxpipe.make_mesh(pp=pp, dp=dp)
     schedule = jaxpipe.schedule.build(name, pp, setting.sequences // dp // setting.microbatch_size)
     costs = [float(setting.sizes.layer)] * setting.sizes.layers
     costs[-1] += setting.sizes.tokens * setting.sizes.width  # with the last layer comes the head
-    options: dict[str, Any] = {"fsdp_axis": "dp"} if dp > 1 else {}
     pipe = from_nnx(
-        lambda: setting.model(remat=remat),
+        lambda: setting.model(remat=False),
         schedule,
         mesh,
         blocks="layers",
@@ -205,19 +204,24 @@ def pipelined(setting: Setting, name: str, pp: int, *, remat: bool) -> Program:
         data_axes=("dp",),
         compute_dtype=jnp.bfloat16,
         layer_costs=costs,
-        **options,
+        **RECIPES[recipe],
     )
+    optimizer = jaxpipe.shard_optimizer(setting.optimizer, pipe.pipeline) if recipe == "ZeRO-1" else setting.optimizer
 
     def step(state: Any, batch: Any) -> Any:
         params, moments = state
         (loss, _), grads = pipe(params, batch)
-        updates, moments = setting.optimizer.update(grads, moments, params)
+        updates, moments = optimizer.update(grads, moments, params)
         return (optax.apply_updates(params, updates), moments), loss
 
     def start() -> Any:
-        return pipe.params, jax.jit(setting.optimizer.init)(pipe.params)
+        return pipe.params, jax.jit(optimizer.init)(pipe.params)
 
     return step, start, NamedSharding(mesh, P("dp"))
+
+
+RECIPES: dict[str, dict[str, Any]] = {"": {}, "ZeRO-1": {"zero1_axis": "dp"}, "FSDP": {"fsdp_axis": "dp"}}
+"""Options of `from_nnx` for devices beside the ranks."""
 
 
 def programs(setting: Setting) -> dict[str, Callable[[], Program]]:
@@ -227,25 +231,29 @@ def programs(setting: Setting) -> dict[str, Callable[[], Program]]:
         for remat in (False, True):
             name = f"plain FSDP, {parts} accumulated" + ", remat" * remat
             found[name] = functools.partial(plain_fsdp, setting, parts, remat=remat)
-    for name in ("1f1b", "zb1p", "dualpipev"):
-        found[f"{name}, pp={setting.devices}"] = functools.partial(
-            pipelined, setting, name, setting.devices, remat=False
-        )
-    found["dualpipev, pp=1, FSDP"] = functools.partial(pipelined, setting, "dualpipev", 1, remat=False)
-    if setting.devices > 2:
-        half = setting.devices // 2
-        found[f"dualpipev, pp={half}, FSDP"] = functools.partial(pipelined, setting, "dualpipev", half, remat=False)
+    for pp in (size for size in range(1, setting.devices + 1) if setting.devices % size == 0):
+        for name in ("1f1b", "zb1p", "dualpipev"):
+            for recipe in RECIPES if pp < setting.devices else [""]:
+                key = f"{name}, pp={pp}" + f", {recipe}" * bool(recipe)
+                found[key] = functools.partial(pipelined, setting, name, pp, recipe)
     return found
 
 
 def measure(setting: Setting, make: Callable[[], Program], repeats: int) -> dict[str, Any]:
-    """A row of the table, without its name."""
+    """A row of the table, without its name; without ``repeats`` of memory alone."""
     step, start, sharding = make()
     rng = np.random.default_rng(0)
     text = rng.integers(0, setting.sizes.tokens, (setting.sequences, setting.sizes.length + 1), np.int32)
     batch = jax.device_put({"tokens": text[:, :-1], "targets": text[:, 1:]}, sharding)
     state = start()
     compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
+    memory: Any = compiled.memory_analysis()
+    row = {
+        "arguments GiB": gib(memory.argument_size_in_bytes),
+        "temporaries GiB": gib(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes),
+    }
+    if not repeats:
+        return row
     held = [state]
     del state
 
@@ -255,15 +263,13 @@ def measure(setting: Setting, make: Callable[[], Program], repeats: int) -> dict
 
     first = float(call())
     (ms,) = medians_ms([call], repeats)
-    memory: Any = compiled.memory_analysis()
     tokens, chip = setting.sequences * setting.sizes.length, chip_of(jax.devices()[0].device_kind)
     peak = setting.devices * chip.flops("bf16") if chip else math.nan
     return {
         "step ms": ms,
         "tokens/s": round(tokens / ms * 1e3),
         "MFU %": 100 * setting.sizes.flops_per_token * tokens / ms * 1e3 / peak,
-        "arguments GiB": gib(memory.argument_size_in_bytes),
-        "temporaries GiB": gib(memory.temp_size_in_bytes),
+        **row,
         "first loss": first,
     }
 
@@ -276,6 +282,7 @@ def main() -> None:
     parser.add_argument("--microbatch-size", type=int, default=4, help="sequences of a pipeline's microbatch")
     parser.add_argument("--programs", help="their names, separated by semicolons; default: all")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
+    parser.add_argument("--memory", action="store_true", help="what the compiler says of memory, without running")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     sizes = TINY if args.tiny else LlamaShape()
@@ -286,7 +293,9 @@ def main() -> None:
         raise ValueError(f"--programs {sorted(unknown)}: there are {'; '.join(found)}")
     size = f"{sizes.total / 1e9:.2f} billion parameters, {args.sequences} sequences of {sizes.length} tokens a step"
     report = Recorder.begin(args, machine(args.devices), size)
-    report.table({"program": name, **measure(setting, found[name], args.repeats)} for name in names)
+    report.table(
+        {"program": name, **measure(setting, found[name], 0 if args.memory else args.repeats)} for name in names
+    )
 
 
 if __name__ == "__main__":
