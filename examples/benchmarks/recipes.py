@@ -122,8 +122,7 @@ def pipelined(sizes: LlamaSizes, args: Any, options: Any) -> tuple[Any, Any, Any
         return jaxpipe.Params(layered_stages(sizes.layer, layers, schedule)[1], outer)
 
     shardings = step.shardings(jax.eval_shape(make, jax.random.key(0)))
-    optimizer = optax.adamw(1e-3)
-    optimizer = jaxpipe.shard_optimizer(optimizer, step) if "zero1_axis" in options else optimizer
+    optimizer = jaxpipe.shard_optimizer(optax.adamw(1e-3), step)  # without zero1_axis as parameters are
     return mesh, jax.jit(make, out_shardings=shardings), step, optimizer
 
 
@@ -162,7 +161,24 @@ def in_jit(sizes: LlamaSizes, args: Any) -> tuple[Any, Any, Any, Any]:
         return (value, {}), grads
 
     shardings = jax.tree.map(spec, jax.eval_shape(sizes.init, jax.random.key(0)))
-    return mesh, jax.jit(sizes.init, out_shardings=shardings), step, optax.adamw(1e-3)
+    adam = optax.adamw(1e-3)
+
+    def init(params: Any) -> Any:
+        constrain = jax.lax.with_sharding_constraint
+        return optax.tree_utils.tree_map_params(adam, constrain, adam.init(params), shardings)
+
+    optimizer = optax.GradientTransformation(init, adam.update)
+    return mesh, jax.jit(sizes.init, out_shardings=shardings), step, optimizer
+
+
+def abstract(function: Any, *args: Any) -> Any:
+    """Shapes and shardings of what a jitted function returns, which is not run."""
+
+    def shape(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+        named = sharding if isinstance(sharding, NamedSharding) else None  # of a count it is one device's
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=named)
+
+    return jax.tree.map(shape, jax.eval_shape(function, *args), function.lower(*args).compile().output_shardings)
 
 
 def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: LlamaSizes, args: Any) -> dict[str, Any]:
@@ -178,8 +194,9 @@ def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: LlamaSizes, args
     ids = jax.random.randint(jax.random.key(1), (count, sizes.length + 1), 0, sizes.vocabulary)
     batch = {"tokens": ids[:, :-1], "targets": ids[:, 1:]}
     batch = jax.device_put(batch, NamedSharding(mesh, P()))
-    params = make(jax.random.key(0))
-    state = jax.jit(optimizer.init)(params)
+    call = abstract if args.memory else lambda function, *given: function(*given)
+    params = call(make, jax.random.key(0))
+    state = call(jax.jit(optimizer.init), params)
     compiled = jax.jit(update, donate_argnums=(0, 1)).lower(params, state, batch).compile()
     memory = compiled.memory_analysis()
     assert memory is not None, "this backend does not report memory"
@@ -192,12 +209,12 @@ def measure(name: str, parts: tuple[Any, Any, Any, Any], sizes: LlamaSizes, args
     held = [params, state]
     del params, state
 
-    def call() -> jax.Array:
+    def run() -> jax.Array:
         held[0], held[1], loss = compiled(*held, batch)
         return loss
 
-    first = float(call())
-    (milliseconds,) = medians_ms([call], args.repeats)
+    first = float(run())
+    (milliseconds,) = medians_ms([run], args.repeats)
     return row | {"step ms": milliseconds, "tokens/s": count * sizes.length / milliseconds * 1e3, "first loss": first}
 
 
@@ -208,7 +225,7 @@ def main() -> None:
     parser.add_argument("--copies", type=int, help="of the pipeline, data-parallel; by default all devices are used")
     parser.add_argument("--microbatches", type=int, default=8, help="of one sequence for each copy")
     parser.add_argument("--repeats", type=int, default=5, help="steps of which the median counts")
-    parser.add_argument("--memory", action="store_true", help="compile and measure memory alone")
+    parser.add_argument("--memory", action="store_true", help="of the compiled steps alone: nothing runs")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     args.copies = args.copies or len(jax.devices()) // args.ranks
