@@ -2,7 +2,8 @@
 
 A Llama of 16 layers (width 2048, 1.1 billion parameters with 32,000 tokens), AdamW, float32 masters and bfloat16
 products, zb1p. "FSDP in jit" is no pipeline: all devices share the batch, parameters are sharded over them, the
-compiler gathers, and layers are computed again in the backward pass. Memory is the compiled step's: parameters with the optimizer's state, and all that it makes besides.
+compiler gathers, and layers are computed again in the backward pass. Memory is the compiled step's: parameters with
+the optimizer's state, and all that it makes besides.
 
     python examples/benchmarks/recipes.py [--ranks 2] [--copies 2] [--microbatches 8] [--memory] [--tiny]
 """
