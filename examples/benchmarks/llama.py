@@ -6,8 +6,8 @@ One NNX model, that of Llama 3.2's 1B, and one loss; every program trains it on 
 moments of AdamW, bfloat16 products. "plain" programs are one jitted step without this library: parameters are sharded
 over the devices on their largest dimension, XLA gathers them, and gradients are accumulated over so many microbatches.
 "remat" computes each block again in its backward pass. A pipeline's layers are spread so that the stage with the head
-has fewer. Devices beside its ranks are data-parallel, with ZeRO-1 or FSDP where the name says so. MFU is of the chip's published dense bfloat16 peak, six FLOPs for each parameter but the embedding's lookup,
-and causal attention's.
+has fewer. Devices beside its ranks are data-parallel, with ZeRO-1 or FSDP where the name says so. MFU is of the chip's
+published dense bfloat16 peak, six FLOPs for each parameter but the embedding's lookup, and causal attention's.
 """
 
 from __future__ import annotations
@@ -288,9 +288,11 @@ def main() -> None:
     sizes = TINY if args.tiny else LlamaShape()
     setting = Setting(sizes, args.devices, args.sequences, args.microbatch_size)
     found = programs(setting)
-    names = [name.strip() for name in args.programs.split(";")] if args.programs else list(found)
-    if unknown := set(names) - set(found):
+    short = {name.replace(" ", ""): name for name in found}
+    asked = args.programs.replace(" ", "").split(";") if args.programs else list(short)
+    if unknown := set(asked) - set(short):
         raise ValueError(f"--programs {sorted(unknown)}: there are {'; '.join(found)}")
+    names = [short[name] for name in asked]
     size = f"{sizes.total / 1e9:.2f} billion parameters, {args.sequences} sequences of {sizes.length} tokens a step"
     report = Recorder.begin(args, machine(args.devices), size)
     report.table(

@@ -23,7 +23,7 @@ RECORDED = {
     "swiglu": ("--tiny --repeats 1", 3),
     "shared_ends": ("--tiny --repeats 1", 6),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
-    "llama": ("--tiny --memory --devices 4 --sequences 16 --microbatch-size 1 --programs 'zb1p, pp=2; zb1p, pp=2, FSDP'", 4),
+    "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
 
 
