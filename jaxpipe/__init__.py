@@ -4,7 +4,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
-`stack_stages` and `compiler_options` prepare a run, `floating_only` an optimizer, and `plan` foretells memory and time.
+`stack_stages`, `pad_batch` and `compiler_options` prepare a run, `floating_only` and `shard_optimizer` an optimizer,
+and `plan` foretells memory and time.
 
 Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
 `jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
@@ -16,14 +17,21 @@ import importlib.metadata
 
 from jaxpipe import schedule, vocabulary
 from jaxpipe.api import Pipeline, forward, make_mesh, value_and_grad
+from jaxpipe.batches import pad_batch
 from jaxpipe.compiling import compiler_options
+from jaxpipe.layer_optimizers import muon, per_layer
 from jaxpipe.optimizer import Unchanged, floating_only
+from jaxpipe.optimizer_state import init_optimizer
 from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.restacking import restack, restore
 from jaxpipe.runtime.model import Context, Output
 from jaxpipe.runtime.stage_kinds import StageKinds
+from jaxpipe.stacking import Stacking
+from jaxpipe.trainable import trainable_mask
+from jaxpipe.zero import shard_optimizer
 
 __all__ = [
     "Achieved",
@@ -34,15 +42,24 @@ __all__ = [
     "Params",
     "Pipeline",
     "Plan",
+    "Stacking",
     "StageKinds",
     "Unchanged",
     "compiler_options",
     "floating_only",
     "forward",
+    "init_optimizer",
     "make_mesh",
+    "muon",
+    "pad_batch",
+    "per_layer",
     "plan",
+    "restack",
+    "restore",
     "schedule",
+    "shard_optimizer",
     "stack_stages",
+    "trainable_mask",
     "unstack_stages",
     "value_and_grad",
     "vocabulary",

@@ -76,7 +76,7 @@ CHEAP = frozenset({
 """Primitives that are not fused, but may be run once more for each microbatch where only parameters go in."""
 
 OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback", "pallas_call"})
-"""Primitives with computations inside that are never divided."""
+"""Primitives with computations inside that are not divided; a cond is, unless its branches are for platforms."""
 
 HEAVY = frozenset({
     "cholesky", "conv_general_dilated", "cudnn_fusion", "custom_linear_solve", "dot_general",

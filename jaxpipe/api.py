@@ -9,14 +9,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe import inputs
 from jaxpipe.arguments import check_model, check_options, check_schedule
+from jaxpipe.batches import lengthen, with_mask, without_padding
 from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.params import Params
-from jaxpipe.runtime import execute
+from jaxpipe.runtime import execute, fsdp
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
@@ -26,6 +28,7 @@ from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.trainable import Trainable, trainable_mask
 
 _NO_GRADIENT = (
     "a pipeline's result cannot be differentiated, since it holds the gradients already: take them from "
@@ -35,6 +38,9 @@ _NO_GRADIENT = (
 _NO_FORWARD_GRADIENT = (
     "jaxpipe.forward cannot be differentiated in reverse: make a step with jaxpipe.value_and_grad, whose head returns "
     "the loss, and take ((loss, aux), grads) from it"
+)
+_NO_EVALUATION_GRADIENT = (
+    "an evaluation cannot be differentiated: the pipeline that it is of returns ((loss, aux), grads)"
 )
 
 
@@ -47,12 +53,14 @@ class Pipeline:
       model: the user's functions.
       mesh: the device mesh.
       options: what else `value_and_grad` or `forward` was asked for, checked, with defaults filled in.
+      evaluates: whether it returns the loss and metrics alone, as `evaluation` does.
     """
 
     program: Program
     model: Model
     mesh: Mesh | AbstractMesh
     options: Options
+    evaluates: bool = False
 
     @property
     def axes(self) -> Axes:
@@ -84,31 +92,142 @@ class Pipeline:
         """Which stage a row of the stages' parameters belongs to, "model" or "storage"."""
         return self.options.order
 
+    def shardings(self, params: Params) -> Params:
+        """A NamedSharding for every parameter, as ``specs`` and ``fsdp_axis`` say.
+
+        Args:
+          params: the parameters, or their shapes and dtypes.
+        """
+        return self._named(self._sharded(params).specs)
+
+    def grad_shardings(self, params: Params) -> Params:
+        """A NamedSharding for every gradient: with ``zero1_axis`` they are sharded further than parameters.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._named(self._scattered(params, self._sharded(params).specs).specs)
+
+    def not_sharded(self, params: Params) -> dict[str, str]:
+        """Why parameters are not sharded over ``fsdp_axis``, by path; empty without that option.
+
+        Args:
+          params: as for `shardings`.
+        """
+        return self._sharded(params).whole
+
     @property
     def __name__(self) -> str:
         """Ranks and microbatches, as in "dualpipev_4x16"; `jax.jit` names the compiled module so."""
         schedule = self.program.schedule
-        kind = "_forward" * self.program.forward_only
+        kind = "_evaluation" if self.evaluates else "_forward" * self.program.forward_only
         return f"{schedule.name}_{schedule.num_ranks}x{schedule.num_microbatches}{kind}"
 
     def __repr__(self) -> str:
         return f"<jaxpipe.Pipeline {self.__name__} on {dict(self.mesh.shape)}, dispatch={self.dispatch!r}>"
 
-    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None) -> Any:
+    def __call__(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
         """Runs the pipeline; see `value_and_grad` and `forward`."""
         schedule, axes, shared_ends = self.program.schedule, self.axes, self.program.shared_ends
         inputs.check_params(params, schedule)
         inputs.check_key(rng)
-        specs = inputs.broadcast_specs(self.specs, params, axes, self.mesh)
+        step_inputs = inputs.as_step_inputs(step_inputs)
+        specs, shards, _ = self._sharded(params)
         inputs.check_specs(specs, axes, shared_ends=shared_ends)
         inputs.refuse_sharded_by_compiler(specs, self.batch_spec, axes, self.mesh, shared_ends=shared_ends)
-        inputs.check_batch(batch, schedule.num_microbatches, axes, self.batch_spec)
-        inputs.check_surroundings(self.mesh, {"params": params, "batch": batch})
+        batch, size, total = self._pad(batch)
+        inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
-        result = self._run(params, microbatches, rng, specs)
-        return not_transposed(result, _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT)
+        model = fsdp.gather_where_used(self.model, shards)
+        result = self._run(model, params, microbatches, rng, step_inputs, specs)
+        if size < total and self._returns_outputs:
+            result = without_padding(result, size, total)
+        message = _NO_FORWARD_GRADIENT if self.program.forward_only else _NO_GRADIENT
+        return not_transposed(result, _NO_EVALUATION_GRADIENT if self.evaluates else message)
 
-    def _run(self, params: Params, batch: Any, rng: jax.Array | None, specs: Params) -> Any:
+    @functools.cached_property
+    def evaluation(self) -> Pipeline:
+        """The loss and metrics alone: ``(params, batch, rng=None, step_inputs=None) -> (loss, aux)``.
+
+        The same model on the same mesh, of the same parameters and with the same objective, run forward in the order
+        of the same schedule: nothing is stashed, and no gradient is computed. Jit it once beside the step. What differs
+        in evaluation (dropout that is off) is for the model to know: by a leaf of ``step_inputs`` or of the batch, or
+        by a pipeline of its own.
+
+        Raises:
+          ValueError: of a pipeline made by `forward`, which has no loss.
+
+        >>> import jax, jax.numpy as jnp, jaxpipe
+        >>> schedule = jaxpipe.schedule.build("1f1b", 2, 4)
+        >>> step = jaxpipe.value_and_grad(lambda w, x, ctx: x * w, schedule, jaxpipe.make_mesh(pp=2),
+        ...                               head=lambda outer, y, data, ctx: y.mean())
+        >>> loss, aux = jax.jit(step.evaluation)(jaxpipe.Params(jnp.array([2.0, 3.0])), jnp.ones(8))
+        >>> loss.item()
+        6.0
+        """
+        if self.evaluates:
+            return self
+        if self.program.forward_only:
+            raise ValueError(
+                "jaxpipe.forward has no loss to evaluate: take the evaluation of a step of jaxpipe.value_and_grad, "
+                "whose head returns the loss"
+            )
+        shared = self.program.shared_ends
+        program = lower(
+            self.program.schedule,
+            self.options.costs,
+            forward_only=True,
+            shared_ends=shared,
+            kind_of=self.model.kind_of,
+        )
+        return dataclasses.replace(self, program=program, evaluates=True)
+
+    def evaluate(self, params: Params, batch: Any, rng: jax.Array | None = None, step_inputs: Any = None) -> Any:
+        """(loss, aux) alone, as the pipeline returns them beside the gradients; see `evaluation`."""
+        return self.evaluation(params, batch, rng, step_inputs)
+
+    @property
+    def _returns_outputs(self) -> bool:
+        """Whether it returns outputs of examples, as `forward` does."""
+        return self.program.forward_only and not self.evaluates
+
+    def _pad(self, batch: Any) -> tuple[Any, int, int]:
+        """(the batch checked and padded where it may be, its size as given, its size now)."""
+        count, axes, mask = self.program.schedule.num_microbatches, self.axes, self.options.example_mask
+        multiple = count * math.prod(axes.sizes[axis] for axis in axes.data)
+        padded = self._returns_outputs or mask is not None
+        size = inputs.check_batch(batch, count, axes, self.batch_spec, padded=padded)
+        total = -(-size // multiple) * multiple
+        if mask is not None:
+            batch = with_mask(batch, mask, multiple)
+            inputs.check_batch(batch, count, axes, self.batch_spec)
+        return lengthen(batch, total), size, total
+
+    def trainable_mask(self, params: Params) -> Params:
+        """A bool for every leaf of params: whether it has a gradient. It is a mask for `optax.masked`, too.
+
+        Args:
+          params: as the pipeline is called with, or their shapes (`jax.ShapeDtypeStruct`).
+
+        Raises:
+          ValueError: what `value_and_grad` was given as ``trainable`` does not fit params.
+        """
+        return trainable_mask(self.options.trainable, params)
+
+    def _sharded(self, params: Params) -> fsdp.FullySharded:
+        specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
+        rows = fsdp.rows_of_stages(self.model)
+        return fsdp.shard_fully(specs, params, self.options, self.options.fsdp_axes, rows)
+
+    def _scattered(self, params: Params, specs: Params) -> fsdp.FullySharded:
+        return fsdp.shard_fully(specs, params, self.options, self.options.zero1_axes, 1)
+
+    def _named(self, specs: Params) -> Params:
+        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
+
+    def _run(
+        self, model: Model, params: Params, batch: Any, rng: jax.Array | None, step_inputs: Any, specs: Params
+    ) -> Any:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
         manual = functools.partial(inputs.manual_part, axes.names)
@@ -116,21 +235,27 @@ class Pipeline:
         batch_specs = jax.tree.map(lambda _: manual(batch_spec), batch)
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
-        if self.program.forward_only:
-            body = functools.partial(execute.infer, self.program, self.model, self.options)
+        if self.evaluates:
+            body = functools.partial(execute.evaluate, self.program, model, self.options)
+            out_specs = (P(), P())
+        elif self.program.forward_only:
+            body = functools.partial(execute.infer, self.program, model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
-            spec_axes = jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec)
-            body = functools.partial(execute.train, self.program, self.model, self.options, spec_axes)
-            out_specs = (P(), param_specs)
+            scattered = self._scattered(params, specs)
+            reductions = scattered.reductions(jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec))
+            mask = self.trainable_mask(params)
+            body = functools.partial(execute.train, self.program, model, self.options, reductions, mask)
+            specs = scattered.specs
+            out_specs = (P(), jax.tree.map(manual, specs, is_leaf=inputs.is_spec))
         result = jax.shard_map(
             body,
             mesh=self.mesh,
-            in_specs=(param_specs, batch_specs, P(), (P(None, axes.pipeline), P())),
+            in_specs=(param_specs, batch_specs, P(), P(), (P(None, axes.pipeline), P())),
             out_specs=out_specs,
             axis_names=set(axes.names),
             check_vma=False,
-        )(params, batch, rng, execute.make_tables(self.program))
+        )(params, batch, rng, step_inputs, execute.make_tables(self.program))
         if self.program.forward_only:
             return result
         value, grads = result
@@ -158,6 +283,11 @@ def value_and_grad(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    trainable: Trainable = None,
+    example_mask: str | None = None,
+    fsdp_axis: str | Sequence[str] | None = None,
+    zero1_axis: str | Sequence[str] | None = None,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -219,13 +349,40 @@ def value_and_grad(
         it runs, if all ranks run equally many. In model order some schedules make ranks run stages whose rows they do
         not own: working copies of those rows travel once a step, in ``compute_dtype``, and their gradients return. Long
         runs do best to keep parameters in storage order; see `stack_stages`.
+      fsdp_axis: an axis of ``data_axes``, or several, over which floating parameters are sharded besides what ``specs``
+        says (FSDP, ZeRO-3), each along its largest dimension that its spec leaves whole and the axes divide. Working
+        copies stay shards: a layer of `jaxpipe.flax.layered_stages` or of a whole model, any other stage, embed or
+        head gathers its own in ``compute_dtype`` where it runs, forward and backward. Its gradients are
+        reduce-scattered there, in float32 at least. `Pipeline.shardings` tells where parameters belong, and
+        `Pipeline.not_sharded` which ones stay whole. As sums over devices are then taken for each microbatch, the
+        gradients of one of weight 0 have to be finite if others of its place in the batch have a weight.
+      zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are
+        reduce-scattered after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps
+        the optimizer's state so (ZeRO-1).
+      min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
+      trainable: which parameters are trained: a tree prefix of Params with bools, as the masks of optax, where None for
+        ``stages`` or ``outer`` stands for all; or a function ``(path, leaf) -> bool`` of a parameter's path, such as
+        ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
+        sent for a gradient of theirs, and they may be in ``compute_dtype``. Activations are differentiated all the
+        same, in every stage.
+      example_mask: name of a bool leaf of the batch, which must then be a dict, such as "real": batches may have any
+        size, and the pipeline pads them with copies of the last example and gives each microbatch ``data["real"]``,
+        ``bool[microbatch]``, False for copies (and for what is False in the batch, if it has this leaf). ``head`` is to
+        take the mean over real examples; ``weight`` is by default their number, so that the objective is the mean over
+        all of them. Auxiliary losses and metrics of stages count copies like examples, unless stages mask them. None:
+        batches have to divide.
 
     Returns:
-      A function of ``(params, batch, rng=None)`` that returns ``((loss, aux), grads)``, the loss and ``aux`` (the
-      summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the gradients with
-      the structure, sharding and dtypes of ``params`` (float0 for integers, bools and keys, as `jax.grad` with
-      ``allow_int=True``; see `jaxpipe.floating_only`). The batch's leaves are ``[B, ...]``; microbatch m is the m-th
-      contiguous part of each data-parallel shard. Jit it, alone or with an optimizer around it.
+      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``((loss, aux), grads)``, the loss and
+      ``aux`` (the summed metrics, and ``"aux_loss"``, the part of the loss that arose in stages) on every rank, the
+      gradients with the structure and dtypes of ``params`` (float0 for frozen parameters, integers, bools and keys, as
+      `jax.grad` with ``allow_int=True``; see `jaxpipe.floating_only`), and sharded as these, but for ``zero1_axis``.
+      Jit it, alone or with an optimizer around it.
+
+      The batch's leaves are ``[B, ...]``; microbatch m is the m-th contiguous part of each data-parallel shard.
+      ``step_inputs`` is a pytree of numbers and arrays that belong to the step and to no example (its number, a
+      coefficient, a mask that all share). Embed, stage and head find it whole in ``ctx.step_inputs``. It is not
+      differentiated, and under `jax.jit` other values compile nothing anew.
 
     Raises:
       ValueError: before compilation, where schedule, mesh, parameters, batch or stage do not fit together.
@@ -244,11 +401,14 @@ def value_and_grad(
     >>> grads.stages["w"].shape
     (8, 16, 16)
     """
+    if weight is None and example_mask is not None:
+        weight = functools.partial(_number_of_examples, example_mask)
     return _pipeline(
         Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
+        example_mask=example_mask,
     )  # fmt: skip
 
 
@@ -269,6 +429,8 @@ def forward(
     dispatch: str | None = None,
     shared_ends: bool = False,
     order: str = "model",
+    fsdp_axis: str | Sequence[str] | None = None,
+    min_shard_size: int = 2**14,
 ) -> Pipeline:
     """The forward pass alone, with outputs.
 
@@ -276,14 +438,19 @@ def forward(
     ``[microbatch, ...]``; without a head the outputs are the last stage's.
 
     Returns:
-      A function of ``(params, batch, rng=None)`` that returns ``(outputs, metrics)``: outputs with leaves
-      ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed.
+      A function of ``(params, batch, rng=None, step_inputs=None)`` that returns ``(outputs, metrics)``: outputs with
+      leaves ``[B, ...]`` in the order of the batch, on every rank, and the stages' metrics summed. A batch may have any
+      size: where it does not divide, it is padded with copies of its last example, whose outputs are left out.
+
+    Raises:
+      ValueError: as `value_and_grad`; a batch that does not divide, where stages return metrics, which would count the
+        padding: `jaxpipe.pad_batch` says which examples are real, so that stages can mask it.
     """
     return _pipeline(
         Model(stage, embed, head), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=None, min_shard_size=min_shard_size,
     )  # fmt: skip
 
 
@@ -304,6 +471,11 @@ def make_mesh(**sizes: int) -> Mesh:
         )
     auto = (AxisType.Auto,) * len(sizes)
     return jax.make_mesh(tuple(sizes.values()), tuple(sizes), axis_types=auto, devices=devices[:count])
+
+
+def _number_of_examples(name: str, data: Any) -> jax.Array:
+    """The weight of a microbatch whose leaf of some name says which examples count."""
+    return data[name].sum(dtype=jnp.int32)
 
 
 def _pipeline(

@@ -14,8 +14,10 @@ from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
+from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.trainable import check_trainable
 
 _CALLS = {
     "stage": ("params", "x", "ctx"),
@@ -39,6 +41,11 @@ def check_options(
     dispatch: Any,
     shared_ends: bool,
     order: Any,
+    fsdp_axis: Any,
+    zero1_axis: Any,
+    min_shard_size: Any,
+    trainable: Any = None,
+    example_mask: Any = None,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -49,14 +56,31 @@ def check_options(
     stage_of_rows(schedule, order)
     return Options(
         axes=axes,
-        specs=_check_specs_given(specs, axis),
+        specs=check_specs_given(specs, axis),
         batch_spec=_check_batch_spec(batch_spec, axes, mesh),
         compute_dtype=_check_dtype(compute_dtype),
         costs=_check_costs(costs),
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
+        trainable=check_trainable(trainable),
+        example_mask=_check_example_mask(example_mask),
+        fsdp_axes=_check_sharding_axis("fsdp_axis", fsdp_axis, axes),
+        zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
+        min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
     )
+
+
+def _check_sharding_axis(argument: str, given: Any, axes: Axes) -> tuple[str, ...]:
+    """Axes of fsdp_axis or zero1_axis; raises ValueError unless the batch is divided over them by hand."""
+    names = () if given is None else _names(argument, given)
+    if not set(names) <= set(axes.data) or len(set(names)) < len(names):
+        wanted = tuple(dict.fromkeys((*axes.data, *names)))
+        raise ValueError(
+            f"{argument}={given!r}: name axes of data_axes, {list(axes.data)} here, each once, since the pipeline "
+            f"itself gathers and sums over axes that divide the batch by hand; such as data_axes={wanted!r}"
+        )
+    return names
 
 
 def check_model(model: Model, schedule: Schedule) -> None:
@@ -132,6 +156,13 @@ def _check_dtype(dtype: Any) -> Any:
     return dtype
 
 
+def _check_example_mask(name: Any) -> str | None:
+    """The name; raises ValueError unless it is one, or None."""
+    if name is not None and not isinstance(name, str):
+        raise ValueError(f"example_mask={name!r:.80}: give the name that the mask has in the batch, such as 'real'")
+    return name
+
+
 def _check_dispatch(dispatch: Any, schedule: Schedule) -> str:
     """The way to run branches; `AUTOMATIC` of None."""
     if dispatch is None:
@@ -190,7 +221,7 @@ def _names(argument: str, axes: Any) -> tuple[str, ...]:
     return tuple(names)
 
 
-def _check_specs_given(specs: Any, axis: str) -> Params:
+def check_specs_given(specs: Any, axis: str) -> Params:
     """The specs, or the default: stages by rows, the others whole."""
     default = Params(P(axis), P())
     if specs is None:

@@ -26,12 +26,12 @@ _block.multiple_results = True
 
 
 @_block.def_abstract_eval
-def _(*_: Any, call: Call) -> Any:
+def _(*_: Any, call: BlockCall) -> Any:
     return call.results
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Call:
+class BlockCall:
     """One call of a block, as its equation says it.
 
     Attributes:
@@ -51,7 +51,7 @@ class Call:
     tag: Any = None
 
 
-class Block(NamedTuple):
+class CalledBlock(NamedTuple):
     """A block's call as values of the program.
 
     Attributes:
@@ -62,7 +62,7 @@ class Block(NamedTuple):
       checkpoints: keywords of `jax.checkpoint` for each one that the model calls the block in, outermost first.
     """
 
-    call: Call
+    call: BlockCall
     params: tuple[Value, ...]
     x: tuple[Value, ...]
     arguments: tuple[Value, ...]
@@ -77,7 +77,8 @@ class Activations(NamedTuple):
     Attributes:
       x: the blocks' activations.
       arguments: arrays that blocks are called with and that take parameters or random numbers to make.
-      others: of each thing that blocks return besides x, a row for each block; zeros until the block has run.
+      others: of each thing that blocks return besides x, a row for each block; zeros until the block has run, and where
+        it returns no such thing.
     """
 
     x: Any
@@ -113,7 +114,7 @@ def call_block(
             "a tuple that begins with them"
         )
     given = jax.tree.leaves(params)
-    call = Call((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals), tag)
+    call = BlockCall((len(given), len(x), len(arrays)), x_tree, statics, arguments, tuple(program.out_avals), tag)
     return jax.tree.unflatten(jax.tree.structure(result), _block.bind(*given, *x, *arrays, call=call))
 
 
@@ -142,6 +143,10 @@ class Cut:
       names: of the blocks, for messages.
       stacked: see ``blocks``.
 
+    Attributes:
+      blocks: their calls, in order.
+      columns: for each block where that stands in `Activations.others` which it returns besides x.
+
     Raises:
       ValueError: blocks that are not called once each and in order, or whose activations or arguments other code
         changes on the way.
@@ -169,8 +174,9 @@ class Cut:
         self.blocks = _in_order(program.blocks(), rows, names)
         self._check_chain(names)
         self._made, self._carried = self._classify(names)
-        self._others = tuple(zip(*(block.others for block in self.blocks), strict=True))
-        known = {*self._outer, *self._key, *self._data, *self.blocks[-1].y, *(v for row in self._others for v in row)}
+        self.columns, self._others = _columns(self.blocks)
+        others = (value for column in self._others for value in column if value is not None)
+        known = {*self._outer, *self._key, *self._data, *self.blocks[-1].y, *others}
         missing = self._needed(self._outputs, known)[1]
         if missing:
             raise ValueError(
@@ -190,15 +196,16 @@ class Cut:
         x = jax.tree.unflatten(self.blocks[0].call.x, found[:count])
         if self.simple:
             return x
-        shapes = [((len(self.blocks), *row[0].aval.shape), row[0].aval.dtype) for row in self._others]
+        avals = [next(value.aval for value in column if value is not None) for column in self._others]
+        shapes = [((len(self.blocks), *aval.shape), aval.dtype) for aval in avals]
         return Activations(x, tuple(found[count:]), tuple(jnp.zeros(*shape) for shape in shapes))
 
     def head(self, outer: Any, activations: Any, key: Any, data: Any) -> Any:
         """What the loss returns, of what the last stage ends with."""
         x, others = (activations, ()) if self.simple else (activations.x, activations.others)
         known: dict[Value, Any] = dict(zip(self.blocks[-1].y, jax.tree.leaves(x), strict=True))
-        for row, stacked in zip(self._others, others, strict=True):
-            known.update((value, stacked[index]) for index, value in enumerate(row))
+        for column, stacked in zip(self._others, others, strict=True):
+            known.update((value, stacked[index]) for index, value in enumerate(column) if value is not None)
         found = self._evaluate(self._outputs, outer, key, data, known)
         return jax.tree.unflatten(jax.tree.structure(self._result), found)
 
@@ -278,7 +285,7 @@ class _Program:
             self.nodes.append(Node("row", (stacked,), (row,), lambda array: [array[index]]))
         return self._rows[stacked, index]
 
-    def blocks(self) -> list[Block]:
+    def blocks(self) -> list[CalledBlock]:
         """The calls of blocks, in order."""
         found = []
         for node in self.nodes:
@@ -292,7 +299,7 @@ class _Program:
                     for eqn in node.context
                     if eqn.primitive.name in CHECKPOINTS
                 )
-                found.append(Block(call, params, x, arguments, y, others, checkpoints))
+                found.append(CalledBlock(call, params, x, arguments, y, others, checkpoints))
         return found
 
     def _emit(
@@ -342,7 +349,9 @@ def _holds_block(eqn: JaxprEqn) -> bool:
     return eqn.primitive is _block or any(_holds_block(inner) for sub in subjaxprs(eqn) for inner in _open(sub)[0].eqns)
 
 
-def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: Sequence[str]) -> tuple[Block, ...]:
+def _in_order(
+    found: Sequence[CalledBlock], rows: Sequence[tuple[Value, ...]], names: Sequence[str]
+) -> tuple[CalledBlock, ...]:
     """The blocks, each called once and one after the other."""
     index_of = {values: index for index, values in enumerate(rows)}
     order = [index_of.get(block.params) for block in found]
@@ -353,6 +362,20 @@ def _in_order(found: Sequence[Block], rows: Sequence[tuple[Value, ...]], names: 
             "the parameters that it has in the model"
         )
     return tuple(found)
+
+
+def _columns(
+    blocks: Sequence[CalledBlock],
+) -> tuple[tuple[tuple[int, ...], ...], tuple[tuple[Value | None, ...], ...]]:
+    """(for each block the columns of what it returns besides x; for each column the value of each block, or None).
+
+    Values at one place, of one shape and dtype, are one column.
+    """
+    keys = [[(place, v.aval.shape, v.aval.dtype) for place, v in enumerate(block.others)] for block in blocks]
+    every = list(dict.fromkeys(key for row in keys for key in row))
+    rows = [dict(zip(row, block.others, strict=True)) for row, block in zip(keys, blocks, strict=True)]
+    columns = tuple(tuple(every.index(key) for key in row) for row in keys)
+    return columns, tuple(tuple(row.get(key) for row in rows) for key in every)
 
 
 def _open(jaxpr: Jaxpr | ClosedJaxpr) -> tuple[Jaxpr, Sequence[Any]]:

@@ -18,19 +18,13 @@ import numpy as np
 from flax import errors, nnx
 
 from jaxpipe.jaxpr_equality import same
-from jaxpipe.layers import (
-    Choice,
-    Layer,
-    layered_stages,
-    shorten,
-    split_layers,
-    stages_of_mixed_layers,
-    unstack_layers,
-)
+from jaxpipe.layer_choice import Choice, Layer, shorten
+from jaxpipe.layer_split import split_layers
+from jaxpipe.layers import layered_stages, stages_of_mixed_layers, store_layers, unstack_layers
 from jaxpipe.linen_model import from_linen
 from jaxpipe.nnx_function import NNXFunction, dotted, fold_name, make_rngs, nnx_function
 from jaxpipe.nnx_model import from_nnx
-from jaxpipe.params import check_same_structure, stack_stages
+from jaxpipe.params import stack_stages
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.whole import PipelinedModel
@@ -53,11 +47,12 @@ Arguments = Callable[[Context], "tuple[Any, ...] | Mapping[str, Any]"]
 
 
 def nnx_stages(
-    make_stage: Callable[[nnx.Rngs], nnx.Module],
+    make_stage: Callable[[nnx.Rngs], nnx.Module] | Sequence[Callable[[nnx.Rngs], nnx.Module]],
     schedule: Schedule,
     rngs: nnx.Rngs,
     *,
     num_layers: int | None = None,
+    layer_costs: Sequence[float] | None = None,
     arguments: Arguments | None = None,
     uses_rngs: bool | Sequence[str] = False,
 ) -> tuple[Layer, Any]:
@@ -66,30 +61,33 @@ def nnx_stages(
     What a module holds:
 
     * `nnx.Param` and its subclasses are parameters, and so are variables whose class says ``pipeline_parameter = True``
-      (see `nnx_function`). They must be alike in all stages and belong to one of them.
+      (see `nnx_function`). Each belongs to one module. Modules may have parameters of different structures and shapes,
+      which are then stacked as `layered_stages` says.
     * Other arrays and variables are constants: a causal mask, a rotary table. They may differ between stages, each of
       which then gets its own. State that a call changes is refused.
     * Random streams (``nnx.Dropout(rate, rngs=rngs)``) are seeded anew for each layer and microbatch, each stream from
       its place in the module and the context's key, so all are independent. A module in ``eval()`` needs no key.
     * Everything else (a layer's index, a window, an activation function) is static and may differ too. Where the
-      stages' programs then differ, they run under a `jax.lax.switch`, which is not divided into input and weight
-      gradients. Two kinds of layers in turn need no switch if each stage holds equally many of both (``num_layers``),
-      and numbers that differ need none if they are arrays.
+      stages' programs then differ, they run under a `jax.lax.switch`, which is divided into input and weight gradients
+      branch by branch, and keeps as much of a microbatch as the kind that keeps most. Two kinds of layers in turn need
+      no switch if each stage holds equally many of both (``num_layers``), and numbers that differ need none if they are
+      arrays.
 
     Args:
       make_stage: makes one stage's module, or one layer's; called once per stage or layer, in the order of the forward
-        pass. Its ``__call__(x)`` returns y or a `jaxpipe.Output`.
+        pass. Its ``__call__(x)`` returns y or a `jaxpipe.Output`. Or a list, a function for each stage or layer.
       schedule: gives the number of stages and their rows.
       rngs: for the modules' initialisation.
       num_layers: spread so many modules over the stages as `layered_stages` does; None: one module per stage.
+      layer_costs: what each layer costs, to divide them by, as `split_layers` does; with ``num_layers``.
       arguments: ``arguments(ctx)`` returns what the module is called with after x, a dict of keywords or a tuple:
         arrays of the microbatch (``ctx.data["mask"]``) or made of it, and Python values (``deterministic=False``).
       uses_rngs: call the module with ``rngs=``, an `nnx.Rngs` with the streams "default" and "dropout", or "default"
         and these.
 
     Raises:
-      ValueError: modules whose parameters differ in structure, shape or dtype, or share a parameter; state that calls
-        change; when the step is traced, random numbers without a key.
+      ValueError: modules that share a parameter; state that calls change; when the step is traced, random numbers
+        without a key.
 
     >>> import jaxpipe
     >>> class Layer(nnx.Module):
@@ -104,19 +102,21 @@ def nnx_stages(
     (2, 3, 4, 4)
     """
     count = schedule.num_stages if num_layers is None else num_layers
-    if isinstance(make_stage, nnx.Module) or not isinstance(rngs, nnx.Rngs):
+    makers = list(make_stage) if isinstance(make_stage, Sequence) else [make_stage] * count
+    if any(isinstance(make, nnx.Module) or not callable(make) for make in makers) or not isinstance(rngs, nnx.Rngs):
         raise ValueError(
             f"nnx_stages got a {type(make_stage).__name__} and a {type(rngs).__name__}: pass a function of nnx.Rngs "
             "that makes one stage's module, such as its class, and nnx.Rngs(seed)"
         )
-    modules = [make_stage(rngs) for _ in range(count)]
+    if len(makers) != count:
+        raise ValueError(f"{len(makers)} functions for {count} stages or layers: give one for each, or one for all")
+    modules = [make(rngs) for make in makers]
     for module in modules:
         if not isinstance(module, nnx.Module):
             raise ValueError(f"make_stage returned a {type(module).__name__}: return an nnx.Module, one for each call")
     _check_not_shared(modules)
     functions = [nnx_function(module) for module in modules]
     params = [function.params for function in functions]
-    check_same_structure(params)
     group_of, constants = _constants_of([function.constants for function in functions])
     definitions, definition_of = _distinct(
         [(function.graphdef, function.streams, group) for function, group in zip(functions, group_of, strict=True)]
@@ -126,12 +126,12 @@ def nnx_stages(
         function = dataclasses.replace(functions[index], constants=constants[group_of[index]](ctx.layer))
         args, kwargs = _arguments(arguments, ctx)
         if uses_rngs:
-            _check_takes_rngs(modules[0])
+            _check_takes_rngs(modules[index])
             kwargs["rngs"] = make_rngs(ctx, ("default", *_names(uses_rngs)), function.name)
         return function.run(params, ctx, (x, *args), kwargs)
 
     layers = [functools.partial(call, index) for index in definitions]
-    return _stages(layers, definition_of, params, schedule, num_layers)
+    return _stages(layers, definition_of, params, schedule, num_layers, layer_costs)
 
 
 def linen_stages(
@@ -141,6 +141,7 @@ def linen_stages(
     x: Any,
     *,
     num_layers: int | None = None,
+    layer_costs: Sequence[float] | None = None,
     arguments: Arguments | None = None,
     data: Any = None,
     uses_rngs: bool | Sequence[str] = False,
@@ -150,12 +151,13 @@ def linen_stages(
     Boxes of metadata (`nn.with_partitioning`) are taken off the parameters: a pipeline shards as ``specs`` says.
 
     Args:
-      module: called as ``module.apply(variables, x)``; returns y or a `jaxpipe.Output`. Or one for each stage or layer,
-        with parameters of the same shapes; those that differ run as in `nnx_stages`.
+      module: called as ``module.apply(variables, x)``; returns y or a `jaxpipe.Output`. Or a list, one for each stage
+        or layer; those that differ run as in `nnx_stages`.
       schedule: gives the number of stages and their rows.
       rng: for initialisation, folded with the stage or layer.
       x: an example input, arrays or ShapeDtypeStructs.
       num_layers: spread so many layers over the stages as `layered_stages` does; None: one module per stage.
+      layer_costs: what each layer costs, as in `nnx_stages`.
       arguments: ``arguments(ctx)`` returns what the module is called with after x, as in `nnx_stages`.
       data: an example microbatch for ``arguments``, arrays or ShapeDtypeStructs.
       uses_rngs: pass keys of the context for "dropout" and whatever else the module asks for, or for these names.
@@ -168,10 +170,9 @@ def linen_stages(
     _check_linen(modules, count, {"x": x, "data": data})
     names = _names(uses_rngs)
     params = _init_linen(modules, rng, x, data, arguments, names)
-    check_same_structure(params)
     definitions, definition_of = _distinct(modules)
     layers = [functools.partial(_apply_linen, modules[index], arguments, names) for index in definitions]
-    return _stages(layers, definition_of, params, schedule, num_layers)
+    return _stages(layers, definition_of, params, schedule, num_layers, layer_costs)
 
 
 def _check_linen(modules: Sequence[Any], count: int, examples: Mapping[str, Any]) -> None:
@@ -203,12 +204,13 @@ def _init_linen(
         return modules[index].init({**keys, "params": key}, inputs, *args, **kwargs)
 
     variables = [init(index) for index in range(len(modules))]
-    others = sorted(set(variables[0]) - {"params"})
-    if others:
-        raise ValueError(
-            f"{type(modules[0]).__name__} has variable collections {others} besides 'params': a pipeline stage is a "
-            "pure function, so remove them or return their updates as metrics"
-        )
+    for module, each in zip(modules, variables, strict=True):
+        others = sorted(set(each) - {"params"})
+        if others:
+            raise ValueError(
+                f"{type(module).__name__} has variable collections {others} besides 'params': a pipeline stage is a "
+                "pure function, so remove them or return their updates as metrics"
+            )
     return [nn.unbox(each.get("params", {})) for each in variables]
 
 
@@ -234,10 +236,13 @@ def _stages(
     params: Sequence[Any],
     schedule: Schedule,
     layers: int | None,
+    layer_costs: Sequence[float] | None,
 ) -> tuple[Layer, Any]:
     """(stage function, stacked parameters) of modules with functions of their own."""
-    if layers is not None:
-        return stages_of_mixed_layers(functions, function_of, params, schedule)
+    if layers is None and layer_costs is not None:
+        raise ValueError("layer_costs divides layers over stages: pass num_layers too, the number of them")
+    if layers is not None or store_layers(params, schedule).mixed:
+        return stages_of_mixed_layers(functions, function_of, params, schedule, layer_costs)
     choice = Choice(functions, function_of)
 
     def stage(params: Any, x: Any, ctx: Context) -> Any:

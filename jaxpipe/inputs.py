@@ -130,15 +130,21 @@ def refuse_sharded_by_compiler(specs: Params, batch_spec: P, axes: Axes, mesh: A
                 raise ValueError(
                     f"specs.{part}{jax.tree_util.keystr(path)} is {spec} and batch_spec {batch_spec}: both leave "
                     f"{name!r} to the compiler, which would move parts of the parameter between devices while pipeline "
-                    "ranks run different stages, and wait for ever. Gather it by hand: pass "
-                    f"data_axes={(*axes.data, name)!r}, and where the parameter is used take jax.lax.all_gather("
-                    f"parameter, {name!r}, axis={dimension - (part == 'stages')}, tiled=True); its gradient comes back "
-                    "divided as the parameter is"
+                    f"ranks run different stages, and wait for ever. Leave {name!r} out of the parameter's spec, and "
+                    f"pass data_axes={(*axes.data, name)!r} and fsdp_axis={name!r}: the pipeline then divides and "
+                    "gathers it. Or gather it by hand: with the same data_axes and spec, and where the parameter is "
+                    f"used jax.lax.all_gather(parameter, {name!r}, axis={dimension - (part == 'stages')}, tiled=True)"
                 )
 
 
-def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
-    """Raises ValueError unless all leaves are ``[B, ...]`` and divide into microbatches and shards."""
+def check_batch(batch: Any, count: int, axes: Axes, spec: P, *, padded: bool = False) -> int:
+    """The number of examples.
+
+    ``padded``: the batch will be padded, so its size need not divide.
+
+    Raises:
+      ValueError: not all leaves are ``[B, ...]``, or they do not divide into microbatches and shards.
+    """
     leaves = jax.tree_util.tree_leaves_with_path(batch)
     if not leaves:
         raise ValueError("the batch has no arrays; pass a pytree whose leaves have the batch as leading dimension")
@@ -157,14 +163,19 @@ def check_batch(batch: Any, count: int, axes: Axes, spec: P) -> None:
     (size,) = leading
     sizes = {axis: axes.sizes[axis] for axis in axes.data}
     shards = math.prod(sizes.values())
-    if size == 0 or size % (count * shards):
+    multiple = count * shards
+    if size == 0 or (size % multiple and not padded):
+        near = sorted({max(size // multiple, 1) * multiple, (size // multiple + 1) * multiple})
         raise ValueError(
             f"a batch of {size} does not divide into {count} microbatches on each of {shards} data-parallel "
-            f"shards {sizes}: use a multiple of {count * shards}"
+            f"shards {sizes}: use a multiple of {multiple}, such as {' or '.join(map(str, near))}, or let the pipeline "
+            "pad batches with examples that do not count (example_mask=, or jaxpipe.pad_batch)"
         )
+    size_of_microbatch = -(-size // multiple) * shards
     for path, leaf in leaves:
-        shape = (size // count, *np.shape(leaf)[1:])
+        shape = (size_of_microbatch, *np.shape(leaf)[1:])
         _check_fits(spec, shape, axes, f"a microbatch of batch{jax.tree_util.keystr(path)}")
+    return size
 
 
 def split_batch(batch: Any, count: int, axes: Axes) -> Any:
@@ -186,6 +197,13 @@ def check_key(rng: Any) -> None:
     typed = array and jnp.issubdtype(rng.dtype, jax.dtypes.prng_key)
     if not array or len(rng.shape) != 1 - typed or not (typed or rng.dtype == np.uint32):
         raise ValueError(f"rng is {rng!r:.80}: pass one key, such as jax.random.key(0), or None")
+
+
+def as_step_inputs(step_inputs: Any) -> Any:
+    """Numbers and arrays as arrays; raises ValueError where there is something else."""
+    for path, leaf in jax.tree_util.tree_leaves_with_path(step_inputs):
+        _check_array(leaf, f"step_inputs{jax.tree_util.keystr(path)}")
+    return jax.tree.map(jnp.asarray, step_inputs)
 
 
 def check_surroundings(mesh: Any, arrays: Any) -> None:

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
+from flax.linen.spmd import logical_to_mesh
 from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
 
-from jaxpipe.cutting import Call, call_block
+from jaxpipe.cutting import BlockCall, call_block
 from jaxpipe.nnx_function import fold_name
-from jaxpipe.params import Params, check_same_structure
+from jaxpipe.params import Params
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, pipelined
+from jaxpipe.trainable import choose
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, call_loss, pipelined, stack_rows, takes
 
 
 def from_linen(
@@ -26,9 +27,11 @@ def from_linen(
     schedule: Schedule,
     mesh: Mesh,
     *,
-    blocks: str,
+    blocks: str | Sequence[str],
     loss: Callable[..., Any],
     specs: Params | None = None,
+    trainable: Any = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of a Linen model and the loss function that it is trained with.
@@ -42,16 +45,25 @@ def from_linen(
       mesh: as for `jaxpipe.value_and_grad`.
       blocks: where ``params`` has the blocks' parameters: "Block" stands for ``Block_0``, ``Block_1``, ..., "layers" of
         ``setup`` for ``layers_0``, ...; or for one entry of that name with a row for each block, as `nn.scan` makes it.
-        "decoder.layers" is within "decoder".
+        "decoder.layers" is within "decoder". Where blocks have names of several beginnings, a list of these or of whole
+        names in the order in which they are called: ``["Dense", "Experts"]`` stands for ``Dense_0``, ``Dense_1``, ...
+        and then ``Experts_0``, ...
       loss: ``loss(params, batch)`` or, for a model that draws random numbers, ``loss(params, batch, key)``, which calls
-        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics.
-      specs: as for `jaxpipe.value_and_grad`.
+        the module's ``apply``. It returns a scalar, or a scalar and a flat dict of metrics. Where the step is given
+        ``step_inputs``, it is called with ``step_inputs=...`` besides.
+      specs: as for `from_nnx`; None: as the model annotates its parameters (`nn.with_partitioning`, or
+        `nn.with_logical_partitioning` under `nn.logical_axis_rules`), and whole where it does not.
+      trainable: which parameters are trained; the others are frozen, as `jaxpipe.value_and_grad` says: a tree like
+        ``params``, or a prefix of it, with bools; or ``(path, leaf) -> bool`` of a path in ``params`` such as
+        "['Dense_0']['kernel']". It must say the same of all blocks. None: all are trained.
+      layer_costs: what each block costs, as for `from_nnx`.
       **options: further arguments of `jaxpipe.value_and_grad`.
 
     Raises:
       ValueError: as `from_nnx`.
 
-    >>> import jaxpipe, optax
+    >>> import jaxpipe
+    >>> import jax.numpy as jnp
     >>> class Model(nn.Module):
     ...     @nn.compact
     ...     def __call__(self, tokens):
@@ -71,7 +83,9 @@ def from_linen(
     """
     make = params if callable(params) else lambda: params
     shapes = jax.eval_shape(make)
-    model = _LinenModel.of(nn.unbox(shapes), tuple(blocks.split(".")), loss)
+    model = _LinenModel.of(nn.unbox(shapes), blocks, loss, _annotations_of(shapes))
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = model.take(choose(trainable, model.shapes))
     return pipelined(
         model,
         lambda: nn.unbox(make()),
@@ -79,6 +93,8 @@ def from_linen(
         mesh,
         made=not callable(params),
         specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
         options=options,
     )
 
@@ -94,6 +110,7 @@ class _LinenModel:
       stacked: whether they are.
       names: of the blocks.
       user_loss: ``loss(params, data)`` or ``loss(params, data, key)``.
+      specs: `ParameterAnnotation` of each parameter.
     """
 
     shapes: Any
@@ -102,25 +119,30 @@ class _LinenModel:
     stacked: bool
     names: list[str]
     user_loss: Callable[..., Any]
+    specs: Any
 
     @classmethod
-    def of(cls, shapes: Any, path: tuple[str, ...], loss: Callable[..., Any]) -> _LinenModel:
+    def of(cls, shapes: Any, blocks: str | Sequence[str], loss: Callable[..., Any], specs: Any) -> _LinenModel:
         """The blocks found in the parameters."""
-        *outside, name = path
-        where = _at(shapes, outside, path)
-        numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
-        if sorted(numbered) == list(range(len(numbered))) and numbered:
-            entries = tuple(numbered[index] for index in range(len(numbered)))
-            check_same_structure([where[entry] for entry in entries])
-            return cls(shapes, tuple(outside), entries, False, [".".join((*outside, entry)) for entry in entries], loss)
+        paths = [tuple(name.split(".")) for name in ([blocks] if isinstance(blocks, str) else blocks)]
+        outside = {path[:-1] for path in paths}
+        if len(outside) != 1:
+            raise ValueError(f"blocks={blocks!r}: name the blocks of one module, with the same path before their names")
+        inside = outside.pop()
+        where = _at(shapes, inside, paths[0])
+        found = [_entries(where, path[-1], alone=isinstance(blocks, str)) for path in paths]
+        if all(found):
+            entries = tuple(entry for each in found for entry in each)
+            return cls(shapes, inside, entries, False, [".".join((*inside, entry)) for entry in entries], loss, specs)
+        name = paths[found.index(())][-1]
         lengths = {leaf.shape[:1] for leaf in jax.tree.leaves(where.get(name, {}))}
         if len(lengths) != 1 or () in lengths:
             raise ValueError(
-                f"blocks={'.'.join(path)!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row "
-                f"for each block; there are {', '.join(sorted(where))}"
+                f"blocks={blocks!r}: there are neither {name}_0, {name}_1, ... nor an entry {name} with a row for each "
+                f"block; there are {', '.join(sorted(where))}"
             )
-        names = [f"{'.'.join(path)}[{index}]" for index in range(lengths.pop()[0])]
-        return cls(shapes, tuple(outside), (name,), True, names, loss)
+        names = [f"{blocks}[{index}]" for index in range(lengths.pop()[0])]
+        return cls(shapes, inside, (name,), True, names, loss, specs)
 
     @property
     def outer(self) -> Any:
@@ -132,13 +154,18 @@ class _LinenModel:
         """The blocks' parameters."""
         return self.take(self.shapes)[1]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
+        return self.take(self.specs)
+
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         inside = Context.make(0, 0, key, data, num_stages=len(self.names))
-        row = jax.tree.map(lambda leaf: leaf.shape, self.blocks if self.stacked else self.blocks[0])
-        row = (
-            jax.tree.map(lambda shape: shape[1:], row, is_leaf=lambda s: isinstance(s, tuple)) if self.stacked else row
-        )
+        shapes = [
+            jax.tree.map(lambda leaf: leaf.shape[1 if self.stacked else 0 :], block)
+            for block in ([self.blocks] if self.stacked else self.blocks)
+        ]
         index_of = {(*self.path, entry): index for index, entry in enumerate(self.entries)}
 
         def intercept(next_call: Any, args: Any, kwargs: Any, context: Any) -> Any:
@@ -147,7 +174,7 @@ class _LinenModel:
             if context.method_name != "__call__" or index is None:
                 return next_call(*args, **kwargs)
             params = module.variables["params"]
-            if jax.tree.map(lambda leaf: leaf.shape, params) != row:
+            if jax.tree.map(lambda leaf: leaf.shape, params) != shapes[index]:
                 return next_call(*args, **kwargs)  # the scan over all blocks
             others = sorted(set(module.variables) - {"params"})
             if others:
@@ -163,14 +190,16 @@ class _LinenModel:
 
         whole = self.put_blocks(outer, blocks)
         with nn.intercept_methods(intercept):
-            return self.user_loss(whole, data, key) if _takes_key(self.user_loss) else self.user_loss(whole, data)
+            given = {} if step_inputs is None else {"step_inputs": step_inputs}
+            args = (whole, data, key) if takes(self.user_loss, whole, data, key, **given) else (whole, data)
+            return call_loss(self.user_loss, *args, step_inputs=step_inputs)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's module and streams."""
         return call.tag
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block."""
         return _apply(call.tag, params, ctx, args, kwargs)
@@ -182,15 +211,46 @@ class _LinenModel:
         rest = {name: value for name, value in where.items() if name not in self.entries}
         return _replaced(params, self.path, rest), blocks[0] if self.stacked else blocks
 
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _LinenModel:
+        """The same with another loss."""
+        if model is not None:
+            raise ValueError(
+                "a Linen model is what the loss calls: pass loss=, a function that calls the module for evaluation"
+            )
+        return dataclasses.replace(self, user_loss=loss or self.user_loss)
+
     def put_blocks(self, outer: Any, blocks: Any) -> Any:
         """Parameters with blocks as the model keeps them."""
         found = dict(zip(self.entries, [blocks] if self.stacked else blocks, strict=True))
         return _replaced(outer, self.path, {**_at(outer, self.path, self.path), **found})
 
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """As `put`."""
+        return self.put(outer, blocks)
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> Any:
         """Parameters with each block's in place."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else list(blocks)
+        rows = stack_rows(blocks) if self.stacked else list(blocks)
         return self.put_blocks(outer, rows)
+
+
+def _annotations_of(shapes: Any) -> Any:
+    """How boxes annotate parameters, P() of those without; logical names as the rules around translate them."""
+
+    def of(leaf: Any) -> P:
+        if isinstance(leaf, nn.LogicallyPartitioned):
+            rules = leaf.rules or nn.get_logical_axis_rules()
+            if not rules:
+                raise ValueError(
+                    f"the model names dimensions of parameters {leaf.names}, and no rules say which axes of the mesh "
+                    "these are: make the pipeline under flax.linen.logical_axis_rules(rules), or pass specs"
+                )
+            return logical_to_mesh(P(*leaf.names), rules)
+        return leaf.get_partition_spec() if isinstance(leaf, nn.Partitioned) else P()
+
+    return jax.tree.map(
+        lambda leaf: ParameterAnnotation(of(leaf)), shapes, is_leaf=lambda leaf: isinstance(leaf, nn.Partitioned)
+    )
 
 
 def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, args: Any, kwargs: Any) -> Any:
@@ -199,12 +259,12 @@ def _apply(call: tuple[nn.Module, tuple[str, ...]], params: Any, ctx: Context, a
     return module.apply({"params": params}, *args, rngs=keys, **kwargs)
 
 
-def _takes_key(loss: Callable[..., Any]) -> bool:
-    try:
-        inspect.signature(loss).bind(None, None, None)
-    except TypeError:
-        return False
-    return True
+def _entries(where: Mapping[str, Any], name: str, *, alone: bool) -> tuple[str, ...]:
+    """The entries of blocks that a name stands for: numbered ones, or among others (not ``alone``) its own."""
+    numbered = {int(m[1]): key for key in where if (m := re.fullmatch(re.escape(name) + r"_(\d+)", key))}
+    if numbered and sorted(numbered) == list(range(len(numbered))):
+        return tuple(numbered[index] for index in range(len(numbered)))
+    return (name,) if name in where and not alone else ()
 
 
 def _at(params: Any, path: Sequence[str], blocks: Sequence[str]) -> Any:

@@ -124,6 +124,10 @@ class NNXFunction:
         constants = jax.tree.map(lambda leaf: leaf, self.constants)  # new variables, which the module will own
         return nnx.merge(self.graphdef, jax.tree.unflatten(self._variables, leaves), constants, random)
 
+    def state_of(self, tree: Any) -> Any:
+        """The `nnx.State` whose variables hold what a tree like ``self.params`` has in their places."""
+        return jax.tree.unflatten(self._variables, jax.tree.structure(self.params).flatten_up_to(tree))
+
     def _changed(self, after: Callable[[NNXFunction], Mapping[Any, Any]], before: Mapping[Any, Any]) -> list[Any]:
         """Paths of variables that a call changes."""
         paths, flat = list(before), dict(nnx.to_flat_state(self.constants))
@@ -156,7 +160,7 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
     >>> sorted(function.params), function(function.params, jnp.ones((5, 2))).shape
     (['bias', 'kernel'], (5, 3))
     """
-    graphdef, params, random, constants = nnx.split(module, _is_parameter, nnx.RngState, ...)
+    graphdef, params, random, constants = nnx.split(module, is_parameter, nnx.RngState, ...)
     kinds = sorted({type(leaf).__name__ for _, leaf in nnx.to_flat_state(constants) if isinstance(leaf, MUTABLE)})
     if kinds:
         raise ValueError(
@@ -169,10 +173,11 @@ def nnx_function(module: nnx.Module) -> NNXFunction:
 
 def parameters_of(module: nnx.Module) -> Any:
     """The parameters of a module, as `nnx_function` has them."""
-    return nnx.to_pure_dict(nnx.state(module, _is_parameter))
+    return nnx.to_pure_dict(nnx.state(module, is_parameter))
 
 
-def _is_parameter(path: Any, leaf: Any) -> bool:
+def is_parameter(path: Any, leaf: Any) -> bool:
+    """A filter of NNX: what `nnx_function` takes for a parameter."""
     return isinstance(leaf, nnx.Param) or getattr(type(leaf), "pipeline_parameter", False) is True
 
 
@@ -240,7 +245,7 @@ def _seed(path: tuple[Any, ...], keys: Keys, key: jax.Array | None) -> jax.Array
 
 def _values(module: Any) -> dict[tuple[Any, ...], Any]:
     """The value of each variable that is neither a parameter nor of a random stream, by path."""
-    state = nnx.state(module, nnx.Not(nnx.Any(_is_parameter, nnx.RngState)))
+    state = nnx.state(module, nnx.Not(nnx.Any(is_parameter, nnx.RngState)))
     found = nnx.to_flat_state(state)
     return {path: leaf.get_raw_value() for path, leaf in found if isinstance(leaf, nnx.Variable)}
 

@@ -8,17 +8,16 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import Mesh
 
-from jaxpipe.cutting import Call, call_block
-from jaxpipe.nnx_function import NNXFunction, nnx_function, parameters_of
+from jaxpipe.cutting import BlockCall, call_block
+from jaxpipe.nnx_function import NNXFunction, is_parameter, nnx_function, parameters_of
 from jaxpipe.params import Params, check_same_structure
 from jaxpipe.runtime.model import Context
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.whole import PipelinedModel, choose, pipelined
+from jaxpipe.whole import ParameterAnnotation, PipelinedModel, call_loss, choose, pipelined, stack_rows
 
 
 def from_nnx(
@@ -29,6 +28,8 @@ def from_nnx(
     blocks: str,
     loss: Callable[[Any, Any], Any],
     specs: Params | None = None,
+    trainable: Any = None,
+    layer_costs: Sequence[float] | None = None,
     **options: Any,
 ) -> PipelinedModel:
     """Makes a pipeline of an NNX model and the loss function that it is trained with.
@@ -43,6 +44,8 @@ def from_nnx(
     * Dropout and other random streams of the model are seeded anew for each layer and microbatch from the step's key.
     * A parameter used before and after the blocks (tied embeddings) is one parameter.
     * `jax.checkpoint` or `nnx.remat` round a block's call is kept.
+    * Blocks may be of several classes or configurations, with parameters of their own structures (dense layers, then
+      experts; local and global attention in turn). `layered_stages` says how their parameters are stacked.
 
     Args:
       model: the model; or a function without arguments that makes it, which then runs under `jax.jit` so that each
@@ -52,13 +55,20 @@ def from_nnx(
       blocks: where the model keeps its blocks, "layers" or "decoder.layers": a list of modules, called one after the
         other, each with what the one before returned; or one module made by `nnx.vmap` and called in `nnx.scan`.
       loss: ``loss(model, batch)`` returns a scalar, the mean over its batch; or a scalar and a flat dict of metrics,
-        which are summed over microbatches. It is called for one microbatch.
-      specs: as for `jaxpipe.value_and_grad`.
+        which are summed over microbatches. It is called for one microbatch; and as ``loss(model, batch,
+        step_inputs=...)`` where the step is given ``step_inputs``, see `jaxpipe.value_and_grad`.
+      specs: as for `jaxpipe.value_and_grad`, where a block's parameters have the dimensions of stages and of layers
+        before their own; None: as the model annotates them (`nnx.with_partitioning`), and whole where it does not.
+      trainable: which parameters are trained, a filter of NNX: a type of variables such as `nnx.LoRAParam`, a function
+        ``(path, variable) -> bool`` of a path in the model such as ``("layers", 3, "linear", "kernel")``, several in a
+        tuple, `nnx.Not`. The others are frozen, as `jaxpipe.value_and_grad` says. It must say the same of all blocks.
+        None: all are trained. `jaxpipe.Params` of bools may stand for it.
+      layer_costs: what each block costs, to divide them over the stages by; see `split_layers`.
       **options: further arguments of `jaxpipe.value_and_grad`, such as ``data_axes``, ``compute_dtype``, ``weight``.
 
     Raises:
-      ValueError: there are no such blocks, their parameters differ or are shared, or the model changes state when it
-        is called; when the step is traced, blocks that the loss does not call in a row.
+      ValueError: there are no such blocks, they share parameters, or the model changes state when it is called; when
+        the step is traced, blocks that the loss does not call in a row.
 
     >>> import jaxpipe, optax
     >>> import jax.numpy as jnp
@@ -79,15 +89,22 @@ def from_nnx(
     >>> pipe.merge(pipe.params).layers[4].kernel.shape
     (8, 8)
     """
-    if isinstance(model, nnx.Module):
-        parts, make = _NNXModel.of(model, tuple(blocks.split(".")), loss), lambda: model
-    elif callable(model):
-        parts, make = _NNXModel.of(_abstract(model), tuple(blocks.split(".")), loss), model
-        parts = parts.with_state(make)
-    else:
-        raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
+    parts, shapes = _NNXModel.of_any(model, tuple(blocks.split(".")), loss)
     made = isinstance(model, nnx.Module)
-    return pipelined(parts, make, schedule, mesh, made=made, specs=specs, options=options)
+    make: Any = (lambda: model) if made else model
+    if trainable is not None and not isinstance(trainable, Params):
+        trainable = parts.mask(shapes, trainable)
+    return pipelined(
+        parts,
+        make,
+        schedule,
+        mesh,
+        made=made,
+        specs=specs,
+        trainable=trainable,
+        layer_costs=layer_costs,
+        options=options,
+    )
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -100,6 +117,7 @@ class _NNXModel:
       path: where the blocks are.
       random: the state of the model's random streams.
       user_loss: ``loss(model, data)``.
+      specs: `ParameterAnnotation` of each parameter.
       stacked: whether the blocks are one module with a row for each, as `nnx.vmap` makes and `nnx.scan` calls it.
     """
 
@@ -108,24 +126,39 @@ class _NNXModel:
     path: tuple[str, ...]
     random: Any
     user_loss: Callable[[Any, Any], Any]
+    specs: Any
     stacked: bool = False
+
+    @classmethod
+    def of_any(
+        cls, model: nnx.Module | Callable[[], nnx.Module], path: tuple[str, ...], loss: Callable[..., Any]
+    ) -> tuple[_NNXModel, nnx.Module]:
+        """(the parts, the model) of a model, or of what makes one; the model then has shapes for arrays."""
+        if isinstance(model, nnx.Module):
+            return cls.of(model, path, loss), model
+        if not callable(model):
+            raise ValueError(f"from_nnx got a {type(model).__name__}: give an nnx.Module, or a function that makes one")
+        shapes = _abstract(model)
+        return cls.of(shapes, path, loss).with_state(model), shapes
 
     @classmethod
     def of(cls, model: nnx.Module, path: tuple[str, ...], loss: Callable[[Any, Any], Any]) -> _NNXModel:
         """The parts of a model, whose arrays may be abstract."""
         function, where = nnx_function(model), _blocks_of(model, path)
         random = nnx.split(model, nnx.RngState, ...)[1]
+        specs = _annotations_of(model)
         if isinstance(where, nnx.Module):
-            return cls(function, _rows_of(where, ".".join(path)), path, random, loss, stacked=True)
+            return cls(
+                _without_arrays(function), _rows_of(where, ".".join(path)), path, random, loss, specs, stacked=True
+            )
         functions = tuple(map(nnx_function, where))
-        check_same_structure([block.params for block in functions])
         held = len(jax.tree.leaves(_take(function.params, path)[1]))
         if held != sum(len(jax.tree.leaves(block.params)) for block in functions):
             raise ValueError(
                 f"the blocks in {'.'.join(path)} share parameters with each other or with the rest of the model, but "
                 "each block trains its own: make a new module for each, or keep what all share outside of them"
             )
-        return cls(function, functions, path, random, loss)
+        return cls(_without_arrays(function), tuple(map(_without_arrays, functions)), path, random, loss, specs)
 
     def with_state(self, make: Callable[[], nnx.Module]) -> _NNXModel:
         """The same with the arrays that are no parameters, of a model that nobody has made yet."""
@@ -155,7 +188,13 @@ class _NNXModel:
         """The blocks' parameters."""
         return _take(self.function.params, self.path)[1] if self.stacked else [each.params for each in self.functions]
 
-    def loss(self, outer: Any, blocks: Any, key: Any, data: Any) -> Any:
+    @property
+    def annotated(self) -> tuple[Any, Any]:
+        """`ParameterAnnotation` of each parameter in (outer, blocks)."""
+        outer, blocks = _take(self.specs, self.path)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
+
+    def loss(self, outer: Any, blocks: Any, key: Any, data: Any, step_inputs: Any) -> Any:
         """The user's loss, each block an opaque equation."""
         outside = Context(np.int32(-1), np.int32(0), key, data, np.int32(-1))
         inside = Context.make(0, 0, key, data, num_stages=len(self.functions))
@@ -166,18 +205,18 @@ class _NNXModel:
             for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
                 module._pipeline_block = _Stand(name, function, inside)
-            return self.user_loss(model, data)
+            return call_loss(self.user_loss, model, data, step_inputs=step_inputs)
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
 
-    def kind(self, index: int, call: Call) -> Any:
+    def kind(self, index: int, call: BlockCall) -> Any:
         """The block's static part, and the shapes of its constants."""
         function = self.functions[index]
         shapes = [(np.shape(leaf), getattr(leaf, "dtype", type(leaf))) for leaf in jax.tree.leaves(function.constants)]
         return function.graphdef, function.streams, jax.tree.structure(function.constants), shapes
 
     def run(
-        self, call: Call, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
+        self, call: BlockCall, members: Sequence[int], row: Any, params: Any, ctx: Context, args: Any, kwargs: Any
     ) -> Any:
         """Calls a block with its own constants."""
         functions = [self.functions[index] for index in members]
@@ -192,10 +231,37 @@ class _NNXModel:
         outer, blocks = _take(parameters_of(model), self.path)
         return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
 
+    def variant(self, model: Any, loss: Callable[..., Any] | None) -> _NNXModel:
+        """The same with another model, parameters aside, or with another loss."""
+        loss = loss or self.user_loss
+        if model is None:
+            return dataclasses.replace(self, user_loss=loss)
+        parts = type(self).of_any(model, self.path, loss)[0]
+        check_same_structure([self.function.params, parts.function.params])
+        return parts
+
+    def mask(self, model: nnx.Module, trainable: Any) -> tuple[Any, Any]:
+        """Bools for (outer, blocks): what a filter says of each variable."""
+        chosen: dict[Any, Any] = {}
+        keep = nnx.filterlib.to_predicate(trainable)
+        for path, variable in nnx.to_flat_state(nnx.state(model, is_parameter)):
+            node = chosen
+            for part in path[:-1]:
+                node = node.setdefault(part, {})
+            node[path[-1]] = bool(keep(path, variable))
+        outer, blocks = _take(chosen, self.path)
+        return outer, blocks if self.stacked else [blocks.get(index, {}) for index in range(len(self.functions))]
+
     def put(self, outer: Any, blocks: Sequence[Any]) -> nnx.Module:
         """The model with these parameters, and everything else as it was."""
-        rows = jax.tree.map(lambda *leaves: jnp.stack(leaves), *blocks) if self.stacked else blocks
-        return self.function.with_random(self._whole(outer, rows), self.random)
+        return self.function.with_random(self._whole(outer, self._joined(blocks)), self.random)
+
+    def put_state(self, outer: Any, blocks: Sequence[Any]) -> Any:
+        """An `nnx.State` of the kinds of variables that are trained, each holding what there is for it."""
+        return nnx.filter_state(self.function.state_of(self._whole(outer, self._joined(blocks))), nnx.Param)
+
+    def _joined(self, blocks: Sequence[Any]) -> Any:
+        return stack_rows(blocks) if self.stacked else blocks
 
     def _whole(self, outer: Any, blocks: Any) -> Any:
         return _put(outer, self.path, blocks if self.stacked else dict(enumerate(blocks)))
@@ -237,6 +303,25 @@ def _abstract(make: Callable[[], nnx.Module]) -> nnx.Module:
     for (module, name), array in zip(places(model), arrays, strict=True):
         vars(module)[name] = array
     return model
+
+
+def _without_arrays(function: NNXFunction) -> NNXFunction:
+    """The function with shapes for its parameters, which are then nobody's but the pipeline's."""
+    shapes = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), function.params)
+    return dataclasses.replace(function, params=shapes)
+
+
+def _annotations_of(model: nnx.Module) -> Any:
+    """How the model annotates its parameters (`nnx.with_partitioning`); P() where it does not."""
+    state = nnx.state(model, is_parameter)
+    specs = dict(nnx.to_flat_state(nnx.get_partition_spec(state)))
+    found = {
+        path: variable.copy(
+            ParameterAnnotation(specs[path].get_raw_value(), variable.get_metadata().get("by_hand", False))
+        )
+        for path, variable in nnx.to_flat_state(state)
+    }
+    return nnx.to_pure_dict(nnx.from_flat_state(found))
 
 
 def _rows_of(module: nnx.Module, name: str) -> tuple[NNXFunction, ...]:

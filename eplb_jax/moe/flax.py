@@ -50,7 +50,8 @@ class MoE(nnx.Module):
       config: sizes and choices.
       rngs: for the parameters.
       axis: the mesh axis of the experts, within `jax.shard_map`; None: all experts are on one device. A module made
-        outside of it holds all masters, ``[num_masters, ...]``; one made inside, this device's.
+        outside of it holds all masters, ``[num_masters, ...]``; one made inside, this device's. The experts' parameters
+        are annotated with it, as by `nnx.with_partitioning`.
       placement: of this layer, `Placement.of_layer`; None: slot i holds expert i, until `set_placement`.
       dtype: of the parameters.
 
@@ -75,7 +76,9 @@ class MoE(nnx.Module):
         self.config, self.axis = config, axis
         self.router = nnx.Param(params.router)
         self.bias = RouterBias(params.bias)
-        self.w_in, self.w_out = nnx.Param(params.experts.w_in), nnx.Param(params.experts.w_out)
+        # For whoever places the parameters: which dimension `axis` divides, and that the layer takes its part of them.
+        rows = {} if axis is None else {"out_sharding": (axis,), "eager_sharding": False, "by_hand": True}
+        self.w_in, self.w_out = (nnx.Param(leaf, **rows) for leaf in params.experts)
         if params.shared is not None:
             self.shared_in, self.shared_out = nnx.Param(params.shared.w_in), nnx.Param(params.shared.w_out)
         self.redundant = False

@@ -25,6 +25,7 @@ from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import DeviceWork, Works, works
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, Timeline, simulate
+from jaxpipe.trainable import trainable_mask
 
 PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
 """The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md."""
@@ -115,6 +116,7 @@ def plan(
     *,
     optimizer: Any = None,
     rng: Any = None,
+    step_inputs: Any = None,
     costs: Costs | None = None,
     achieved: Achieved = PROGRAMS,
     devices_per_node: int = 8,
@@ -136,6 +138,7 @@ def plan(
       chip: a `jaxpipe.Chip`, or the name of a known one: "H100", "H200", "H800", "A100", "B200".
       optimizer: an optax transformation, or its state as arrays or shapes; None: nothing is updated.
       rng: the key that the pipeline is called with, or its shape; None: without one.
+      step_inputs: those that the pipeline is called with, or their shapes.
       costs: seconds that were measured, in place of those worked out here.
       achieved: which shares of the chip's best its kernels and links reach.
       devices_per_node: devices with fast links to each other; they are numbered in the order of the mesh's axes.
@@ -167,9 +170,10 @@ def plan(
         chip = chips.chip(chip)
     if devices_per_node < 1:
         raise ValueError(f"devices_per_node={devices_per_node}: a node has at least 1")
-    params_given, (params, batch) = params, jax.tree.map(_shape, (params, batch))
+    params_given = params
+    params, batch, step_inputs = jax.tree.map(_shape, (params, batch, step_inputs))
     pipeline = _as_on(pipeline, cpu=cpu)
-    closed, result = jax.make_jaxpr(pipeline, return_shape=True)(params, batch, rng)
+    closed, result = jax.make_jaxpr(pipeline, return_shape=True)(params, batch, rng, step_inputs)
     (mapped,) = (eqn for eqn in closed.eqns if eqn.primitive.name == "shard_map")
     body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
     shardings = _shardings(pipeline, params)
@@ -178,12 +182,13 @@ def plan(
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
-        optimizer=_optimizer_bytes(optimizer, params_given, params, shardings),
+        optimizer=_optimizer_bytes(optimizer, params_given, params, jax.tree.leaves(pipeline.grad_shardings(params))),
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
     spent = costs or _costs(found, chip, achieved, network, pipeline.axes.pipeline)
-    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None)
+    frozen = _some_frozen(pipeline, params)
+    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen)
 
 
 def _plan(
@@ -196,8 +201,12 @@ def _plan(
     network: Network,
     *,
     updated: bool,
+    frozen: bool,
 ) -> Plan:
-    """The plan, of a step's work and the costs of its actions; ``updated``: whether an optimizer updates the state."""
+    """The plan, of a step's work and the costs of its actions.
+
+    ``updated``: whether an optimizer updates the state; ``frozen``: whether some floating parameters have no gradient.
+    """
     seconds = {
         letter: work.compute(chip, achieved) + work.communicate(network) for letter, work in found.actions.items()
     }
@@ -211,7 +220,7 @@ def _plan(
     ends = max(counts.get("E", 0) * embed + counts.get("H", 0) * head for counts in runs)
     total = timeline.makespan + ends + once
     others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
-    flops, executed = _step_flops(pipeline, found, runs, others)
+    flops, executed = _step_flops(pipeline, found, runs, others, frozen=frozen)
     return Plan(
         name=pipeline.__name__,
         mesh=network.axes,
@@ -239,7 +248,7 @@ def _timeline(pipeline: Pipeline, costs: Costs) -> Timeline:
 
 
 def _step_flops(
-    pipeline: Pipeline, found: Works, runs: Sequence[Mapping[str, int]], others: int
+    pipeline: Pipeline, found: Works, runs: Sequence[Mapping[str, int]], others: int, *, frozen: bool
 ) -> tuple[float, float]:
     """(FLOPs of a step on all devices as the model needs them, those that the devices run).
 
@@ -248,9 +257,12 @@ def _step_flops(
       found: the work of one run of each kind of action.
       runs: how often each rank runs each.
       others: devices that do what a rank does, each on its part.
+      frozen: whether some floating parameters have no gradient.
     """
     # Backward takes two products for each of forward; a head computes both at once.
     factors = {"F": 1, "E": 1, "H": 1} if pipeline.program.forward_only else {"F": 3, "E": 3, "H": 1}
+    if frozen:  # one product of these two, and what else the backward has is all that the model needs
+        factors = dict.fromkeys("FEHBIWG", 1)
     executed = flops = 0.0
     for counts in runs:
         for letter, count in counts.items():
@@ -349,8 +361,7 @@ def _shape(leaf: Any) -> Any:
 def _shardings(pipeline: Pipeline, params: Params) -> list[NamedSharding]:
     """Of each leaf of params, as the pipeline's specs say."""
     inputs.check_params(params, pipeline.program.schedule)
-    specs = inputs.broadcast_specs(pipeline.specs, params, pipeline.axes, pipeline.mesh)
-    return [NamedSharding(pipeline.mesh, spec) for spec in jax.tree.leaves(specs, is_leaf=inputs.is_spec)]
+    return jax.tree.leaves(pipeline.shardings(params))
 
 
 def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:
@@ -367,10 +378,15 @@ def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> di
     if pipeline.program.forward_only:
         return {**counts, "results": len(jax.tree.leaves(result[0])), "others": 0}
     chunks = len(pipeline.program.schedule.rank_stages[0])
-    stages, outer = (sum(jnp.issubdtype(leaf.dtype, jnp.inexact) for leaf in jax.tree.leaves(tree)) for tree in params)
+    stages, outer = (sum(jax.tree.leaves(mask)) for mask in pipeline.trainable_mask(params))
     # Without a head the loss is the sum of auxiliary losses, and no buffer of its own.
     others = len(jax.tree.leaves(result[0])) - (pipeline.model.head is None)
     return {**counts, "results": chunks * stages + outer, "others": others}
+
+
+def _some_frozen(pipeline: Pipeline, params: Params) -> bool:
+    """Whether some floating parameters have no gradient."""
+    return not pipeline.program.forward_only and pipeline.trainable_mask(params) != trainable_mask(None, params)
 
 
 def _local(leaf: Any, sharding: Any) -> int:
@@ -379,7 +395,7 @@ def _local(leaf: Any, sharding: Any) -> int:
 
 
 def _optimizer_bytes(optimizer: Any, given: Params, params: Params, shardings: list[NamedSharding]) -> int:
-    """Bytes of an optimizer's state: it is where it says, what is like a parameter where that is, the rest whole."""
+    """Bytes of an optimizer's state: where it says, what is like a parameter where its gradient is, the rest whole."""
     if optimizer is None:
         return 0
     state = optimizer

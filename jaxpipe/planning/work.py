@@ -148,6 +148,8 @@ class Works:
 def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> Works:
     """The work in the body of a pipeline's `jax.shard_map`.
 
+    Of a conditional within an action the branch with most work counts; of a divided one, in each half by itself.
+
     Args:
       body: as `jax.make_jaxpr` of a pipeline has it.
       divided: its values over the compiler's axes.

@@ -12,6 +12,7 @@ from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import merge, partition
 from jaxpipe.runtime.program import Program
 from jaxpipe.stage.axes import Collectives, collectives_of_jaxpr
+from jaxpipe.stage.trace import inexact
 
 
 def check_alone(name: str, program: Program, axis: str, used: Collectives) -> None:
@@ -52,19 +53,23 @@ def check_weight(weight: Callable[..., Any] | None, axis: str, batch: Any) -> No
         )
 
 
-def check_gradients_of_ends(program: Program, axis: str, model: Model, outer: Any, y: Any, ctx: Context) -> None:
+def check_gradients_of_ends(
+    program: Program, axis: str, model: Model, outer: Any, trainable: Any, y: Any, ctx: Context
+) -> None:
     """Raises ValueError where the gradient of an end that one rank runs alone uses the pipeline axis."""
     if program.shared_ends:
         return
     for name, end in (("embed", model.embed and model.run_embed), ("head", model.head and model.run_head)):
         if end is not None:
-            args = (outer,) if name == "embed" else (outer, y)
-            check_alone(name, program, axis, _collectives_of_gradient(end, *args, ctx=ctx))
+            args, chosen = (outer, y), (trainable, jax.tree.map(inexact, y))
+            if name == "embed":
+                args, chosen = args[:1], chosen[:1]
+            check_alone(name, program, axis, _collectives_of_gradient(end, *args, chosen=chosen, ctx=ctx))
 
 
-def _collectives_of_gradient(end: Callable[..., Any], *args: Any, ctx: Context) -> Collectives:
-    """The collectives of a function of ``(*args, ctx)`` and of its gradient."""
-    diff, rest = partition(args)
+def _collectives_of_gradient(end: Callable[..., Any], *args: Any, chosen: Any, ctx: Context) -> Collectives:
+    """The collectives of a function of ``(*args, ctx)`` and of its gradient with respect to chosen leaves."""
+    diff, rest = partition(args, chosen)
 
     def gradient(diff: Any, rest: Any, ctx: Context) -> Any:
         def floating(diff: Any) -> Any:

@@ -100,7 +100,7 @@ def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype
     ]
 
     def arrive(move: Move) -> Any:
-        return owned[move.row] if move.stays else _send(owned[move.row], axis, move.pairs)
+        return owned[move.row] if move.stays else send(owned[move.row], axis, move.pairs)
 
     def choose(moves: Sequence[Move]) -> Any:
         copy = arrive(moves[0])
@@ -127,7 +127,7 @@ def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: s
 
     def give_back(grad: jax.Array, move: Move) -> jax.Array:
         if not move.stays:
-            return _send(grad, axis, tuple((holder, owner) for owner, holder in move.pairs))
+            return send(grad, axis, tuple((holder, owner) for owner, holder in move.pairs))
         if len(move.pairs) == schedule.num_ranks:
             return grad
         return jnp.where(_holds(move, schedule.num_ranks, axis), grad, jnp.zeros_like(grad))
@@ -136,16 +136,16 @@ def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: s
     return lax.optimization_barrier(jax.tree.map(gather, *grads))
 
 
-def _send(tree: Any, axis: str, pairs: tuple[tuple[int, int], ...]) -> Any:
+def send(tree: Any, axis: str, pairs: tuple[tuple[int, int], ...]) -> Any:
     """One ppermute of a tree; random keys travel as their data."""
 
-    def send(leaf: jax.Array) -> jax.Array:
+    def of_leaf(leaf: jax.Array) -> jax.Array:
         if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
             data = lax.ppermute(jax.random.key_data(leaf), axis, pairs)
             return jax.random.wrap_key_data(data, impl=jax.random.key_impl(leaf))
         return lax.ppermute(leaf, axis, pairs)
 
-    return jax.tree.map(send, tree)
+    return jax.tree.map(of_leaf, tree)
 
 
 def _holds(move: Move, num_ranks: int, axis: str) -> jax.Array:

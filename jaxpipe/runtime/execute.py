@@ -16,7 +16,9 @@ from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
+from jaxpipe.runtime.evaluate import EvaluationStep
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
+from jaxpipe.runtime.fsdp import Reduction
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import (
@@ -63,25 +65,30 @@ def train(
     program: Program,
     model: Model,
     options: Options,
-    spec_axes: Params,
+    reductions: Params,
+    trainable: Params,
     params: Params,
     batch: Any,
     rng: jax.Array | None,
+    step_inputs: Any,
     tables: Any,
 ) -> tuple[tuple[jax.Array, dict[str, Any]], Params]:
     """((loss, aux), gradients) of one step on one rank; everything but ``tables`` is this rank's shard.
 
-    ``spec_axes`` holds, for every leaf of params, the frozenset of manual axes that shard it. Gradients are None for
-    leaves that are neither floating nor complex: nothing is computed, summed or moved for those.
+    For every leaf of params ``reductions`` holds the `Reduction` of its gradient, and ``trainable`` a bool, whether it
+    has one. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
-    local = _start(program, model, options, params, batch, rng)
-    splits = _split_stages(program, options, local)
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
+    splits = _split_stages(program, options, local, trainable.stages)
     split, pools = splits[0], Pools.of(splits)
-    head = _head_shapes(program, options, split, local)
+    head = _head_shapes(program, options, split.out[1], local)
+    check_gradients_of_ends(
+        program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
+    )
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
         # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
-        prepared = tuple(splits[kind].prepare(local.chunks[chunk]) for chunk, kind in program.parts)
+        prepared = tuple(splits[kind].prepare((local.chunks[chunk], step_inputs)) for chunk, kind in program.parts)
         prepared = lax.optimization_barrier(prepared)
     step = TrainStep(
         model=local.model,
@@ -90,38 +97,62 @@ def train(
         parts=program.parts,
         prepared=prepared,
         outer=local.outer,
+        trainable=trainable,
         batch=batch,
         shares=shares,
         rng=local.rng,
+        step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
     )
-    buffers = _train_buffers(program, options, local, split, pools, head)
+    buffers = _train_buffers(program, options, local, split, pools, head, trainable)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, spec_axes, params, buffers, shares)
+        return _reduce(program, options, reductions, params, buffers, shares)
 
 
 def _start(
-    program: Program, model: Model, options: Options, params: Params, batch: Any, rng: jax.Array | None
+    program: Program,
+    model: Model,
+    options: Options,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    step_inputs: Any,
+    *,
+    outputs: bool,
 ) -> _Local:
     axes = options.axes
     rng = _fold_axes(rng, axes)
     with jax.named_scope("prepare"):
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
         outer = cast(params.outer, options.compute_dtype)
-    model = _prepare_model(program, model, options)
-    ctx = make_context(batch, rng, 0, 0)
+    model = _prepare_model(program, model, options, outputs=outputs)
+    ctx = make_context(batch, rng, step_inputs, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
     return _Local(model, chunks, outer, batch, rng, ctx, x)
 
 
-def _split_stages(program: Program, options: Options, local: _Local) -> tuple[SplitStage, ...]:
+def _split_stages(program: Program, options: Options, local: _Local, trainable: Any) -> tuple[SplitStage, ...]:
     """Each kind of stage in its parts, after checks."""
     recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
+    step_inputs = local.ctx.step_inputs
+
+    def stage(kind: int, given: Any, x: Any, ctx: Context) -> Any:
+        params, step_inputs = given  # both are there all the step long, so neither is stashed for a microbatch
+        return local.model.run_kind(kind, params, x, ctx._replace(step_inputs=step_inputs))
+
     splits = []
     for kind in range(len(local.model.stages)):
-        run = functools.partial(local.model.run_kind, kind)
-        split = split_stage(run, local.chunks[0], local.x, local.ctx, has_aux=True, recompute=recompute)
+        split = split_stage(
+            functools.partial(stage, kind),
+            (local.chunks[0], step_inputs),
+            local.x,
+            local.ctx._replace(step_inputs=None),
+            has_aux=True,
+            recompute=recompute,
+            trainable=(trainable, jax.tree.map(lambda _: False, step_inputs)),
+        )
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])
         splits.append(split)
@@ -129,15 +160,14 @@ def _split_stages(program: Program, options: Options, local: _Local) -> tuple[Sp
     return tuple(splits)
 
 
-def _head_shapes(program: Program, options: Options, split: SplitStage, local: _Local) -> tuple[Any, Any]:
-    """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; the ends and weights checked."""
+def _head_shapes(program: Program, options: Options, aux_loss: Any, local: _Local) -> tuple[Any, Any]:
+    """(loss, metrics) of the head as shapes and dtypes, (None, {}) without a head; weights checked."""
     model, outer, x, ctx, axis = local.model, local.outer, local.x, local.ctx, options.axes.pipeline
     loss, metrics = None, {}
     if model.head is not None:
         loss, metrics = shape_of_end(program, axis, "head", model.run_head, outer, x, ctx)
-    if loss is None and split.out[1] is None:
+    if loss is None and aux_loss is None:
         raise ValueError("neither is there a head nor does the stage return an aux_loss: nothing to differentiate")
-    check_gradients_of_ends(program, axis, model, outer, x, ctx)
     check_weight(model.weight, axis, local.batch)
     return loss, metrics
 
@@ -152,7 +182,13 @@ def _shares(options: Options, local: _Local, losses: Any) -> Shares:
 
 
 def _train_buffers(
-    program: Program, options: Options, local: _Local, split: SplitStage, pools: Pools, head: tuple[Any, Any]
+    program: Program,
+    options: Options,
+    local: _Local,
+    split: SplitStage,
+    pools: Pools,
+    head: tuple[Any, Any],
+    trainable: Params,
 ) -> Buffers:
     """Empty slots, and sums of zero."""
     pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
@@ -162,8 +198,8 @@ def _train_buffers(
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, program.num_cross_slots + 1),
-        grads=tuple(jax.tree.map(accumulator, partition(chunk)[0]) for chunk in local.chunks),
-        outer_grads=jax.tree.map(accumulator, partition(local.outer)[0]),
+        grads=tuple(jax.tree.map(accumulator, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
+        outer_grads=jax.tree.map(accumulator, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
@@ -172,10 +208,22 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, spec_axes: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
     axes = options.axes
+    losses, aux = _sum_losses(axes, buffers, shares)
+    stages, outer = buffers.grads, buffers.outer_grads
+    if shares.scale is not None:
+        scale = shares.scale
+        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
+    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
+    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
+    return (_total(losses), aux), grads
+
+
+def _sum_losses(axes: Axes, buffers: Buffers, shares: Shares) -> tuple[list[jax.Array], dict[str, Any]]:
+    """(the objective's parts, metrics with the part that arose in stages), of what every rank has summed."""
     everywhere = (axes.pipeline, *axes.data, *axes.replicated)
     loss, aux_loss = (
         jax.tree.map(lambda leaf: leaf * shares.unit.astype(leaf.dtype), lax.psum(value, everywhere))
@@ -185,14 +233,13 @@ def _reduce(
     aux = _sum_metrics(buffers, axes)
     if aux_loss is not None:
         aux["aux_loss"] = aux_loss
-    stages, outer = buffers.grads, buffers.outer_grads
-    if shares.scale is not None:
-        scale = shares.scale
-        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
-    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
-    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, spec_axes)
+    return losses, aux
+
+
+def _total(losses: Sequence[jax.Array]) -> jax.Array:
+    """The sum in the widest dtype."""
     dtype = functools.reduce(jnp.promote_types, (value.dtype for value in losses))
-    return (functools.reduce(jnp.add, (value.astype(dtype) for value in losses)), aux), grads
+    return functools.reduce(jnp.add, (value.astype(dtype) for value in losses))
 
 
 def finish_grad(constrain: Callable[[Any, Any], jax.Array], param: Any, grad: jax.Array | None, spec: Any) -> Any:
@@ -207,12 +254,14 @@ def infer(
     params: Params,
     batch: Any,
     rng: jax.Array | None,
+    step_inputs: Any,
     tables: Any,
 ) -> tuple[Any, dict[str, Any]]:
     """(outputs with leaves ``[local batch, ...]``, metrics) of a forward-only program on one rank."""
-    local, axes = _start(program, model, options, params, batch, rng), options.axes
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=True)
+    axes = options.axes
     model, ctx = local.model, local.ctx
-    y, metrics = _check_forwards(program, axes.pipeline, local)
+    (y, _), metrics = _stage_shapes(program, options, local)
     run_head = functools.partial(run_outputs, model)
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
@@ -221,7 +270,17 @@ def infer(
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(model, program.parts, local.chunks, local.outer, batch, local.rng, program.schedule.num_stages)
+    step = ForwardStep(
+        model=model,
+        parts=program.parts,
+        chunks=local.chunks,
+        outer=local.outer,
+        batch=batch,
+        rng=local.rng,
+        step_inputs=step_inputs,
+        num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
+    )
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
@@ -229,18 +288,56 @@ def infer(
     return outputs, _sum_metrics(buffers, axes)
 
 
-def _check_forwards(program: Program, axis: str, local: _Local) -> tuple[Any, Any]:
-    """(y, metrics) of a stage as shapes and dtypes, each kind of stage checked."""
+def evaluate(
+    program: Program,
+    model: Model,
+    options: Options,
+    params: Params,
+    batch: Any,
+    rng: jax.Array | None,
+    step_inputs: Any,
+    tables: Any,
+) -> tuple[jax.Array, dict[str, Any]]:
+    """(loss, aux) as `train` returns them, of a forward-only program on one rank."""
+    local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
+    (y, aux_loss), metrics = _stage_shapes(program, options, local)
+    loss, head_metrics = _head_shapes(program, options, aux_loss, local)
+    shares = _shares(options, local, (loss, aux_loss))
+    buffers = Buffers(
+        in_flight=allocate(y, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        loss=jax.tree.map(accumulator, loss),
+        aux_loss=jax.tree.map(accumulator, aux_loss),
+        stage_metrics=jax.tree.map(accumulator, metrics),
+        head_metrics=jax.tree.map(accumulator, head_metrics),
+    )
+    step = EvaluationStep(
+        model=local.model,
+        parts=program.parts,
+        chunks=local.chunks,
+        outer=local.outer,
+        batch=batch,
+        rng=local.rng,
+        step_inputs=step_inputs,
+        num_stages=program.schedule.num_stages,
+        gathers=bool(options.fsdp_axes),
+        shares=shares,
+    )
+    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
+    losses, aux = _sum_losses(options.axes, buffers, shares)
+    return _total(losses), aux
+
+
+def _stage_shapes(program: Program, options: Options, local: _Local) -> Any:
+    """What a stage returns in a forward-only program, as shapes and dtypes, each kind of stage checked."""
     returned = []
     for kind in range(len(local.model.stages)):
         run = functools.partial(local.model.run_kind, kind)
         jaxpr, shapes = jax.make_jaxpr(run, return_shape=True)(local.chunks[0], local.x, local.ctx)
-        check_alone("stage", program, axis, collectives_of_jaxpr(jaxpr))
-        (y, aux_loss), metrics = shapes
-        _check_boundary(local.x, y)
-        returned.append((aux_loss, metrics))
-    _check_same_returns(returned)
-    return y, returned[0][1]
+        check_alone("stage", program, options.axes.pipeline, collectives_of_jaxpr(jaxpr))
+        _check_boundary(local.x, shapes[0][0])
+        returned.append(shapes)
+    _check_same_returns([(aux_loss, metrics) for (_, aux_loss), metrics in returned])
+    return returned[0]
 
 
 def _check_same_returns(returned: Sequence[tuple[Any, Any]]) -> None:
@@ -352,14 +449,17 @@ def _trip(function: Callable[..., Any], operands: Any, trip: jax.Array, carry: A
     return function(carry, *operands)
 
 
-def _prepare_model(program: Program, model: Model, options: Options) -> Model:
-    """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared."""
+def _prepare_model(program: Program, model: Model, options: Options, *, outputs: bool) -> Model:
+    """The model with inputs in compute dtype where the batch itself is the first stage's input; its ends shared.
+
+    ``outputs``: whether the head returns outputs of examples, and no loss.
+    """
     dtype = options.compute_dtype
     if model.embed is None and dtype is not None:
         model = dataclasses.replace(model, embed=lambda outer, data, ctx: cast(data, dtype))
     if not program.shared_ends:
         return model
-    return share_ends(model, program.schedule, options.axes.pipeline, forward_only=program.forward_only)
+    return share_ends(model, program.schedule, options.axes.pipeline, forward_only=outputs)
 
 
 def _fold_axes(rng: jax.Array | None, axes: Axes) -> jax.Array | None:
@@ -391,10 +491,9 @@ def _sum_metrics(buffers: Buffers, axes: Axes) -> dict[str, Any]:
     return lax.psum({**buffers.stage_metrics, **head_metrics}, (axes.pipeline, *axes.data))
 
 
-def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, sharded: frozenset[str]) -> jax.Array | None:
+def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, reduction: Reduction) -> jax.Array | None:
     """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
     if grad is None:
         return None
-    missing = tuple(sorted(axes.names - sharded))
     assert grad.dtype == accumulation_dtype(grad.dtype)
-    return (lax.psum(grad, missing) if missing else grad).astype(param.dtype)
+    return reduction.run(grad, axes.names).astype(param.dtype)

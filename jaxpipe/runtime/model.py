@@ -38,6 +38,7 @@ class Context(NamedTuple):
       layer: int32 scalar, the layer in the order of the forward pass, in a layer of `jaxpipe.flax.layered_stages`;
         everywhere else equal to ``stage``.
       microbatch_rng: the microbatch's key, of which `at_layer` makes those of layers.
+      step_inputs: what the step was called with as ``step_inputs``, whole and the same everywhere, or None.
     """
 
     stage: Any
@@ -46,9 +47,19 @@ class Context(NamedTuple):
     data: Any
     layer: Any = None
     microbatch_rng: Any = None
+    step_inputs: Any = None
 
     @classmethod
-    def make(cls, stage: Any, microbatch: Any, rng: jax.Array | None, data: Any, *, num_stages: int | None) -> Context:
+    def make(
+        cls,
+        stage: Any,
+        microbatch: Any,
+        rng: jax.Array | None,
+        data: Any,
+        *,
+        num_stages: int | None,
+        step_inputs: Any = None,
+    ) -> Context:
         """The context that a pipeline gives to embed (stage -1), a stage, or head (stage ``num_stages``).
 
         Args:
@@ -57,6 +68,7 @@ class Context(NamedTuple):
           rng: the key that the step is called with, or None.
           data: the microbatch.
           num_stages: number of stages, or of layers where ``stage`` is a layer; None where it is not the head's.
+          step_inputs: what the step is called with as ``step_inputs``.
 
         >>> import jax
         >>> ctx = Context.make(3, 0, jax.random.key(0), None, num_stages=8)
@@ -65,10 +77,10 @@ class Context(NamedTuple):
         """
         stage, microbatch = jnp.asarray(stage, jnp.int32), jnp.asarray(microbatch, jnp.int32)
         if rng is None:
-            return cls(stage, microbatch, None, data, stage)
+            return cls(stage, microbatch, None, data, stage, step_inputs=step_inputs)
         rng = jax.random.fold_in(rng, microbatch)
         index = stage if num_stages is None else jnp.where(stage == num_stages, HEAD, stage)
-        return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng)
+        return cls(stage, microbatch, jax.random.fold_in(rng, index), data, stage, rng, step_inputs)
 
     def at_layer(self, layer: Any) -> Context:
         """The context of a layer of the stage: its index and its own key.

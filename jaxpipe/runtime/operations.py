@@ -15,7 +15,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
@@ -54,12 +56,15 @@ class TrainStep:
       splits: forward, input gradient and weight gradient of each kind of stage.
       pools: how the kinds share slots, of stash, weight stash and crossing.
       parts: the (local chunk, kind) of each part.
-      prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters.
+      prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters and of ``step_inputs``.
       outer: outer parameters in compute dtype.
+      trainable: which parameters have a gradient, a tree of bools.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       shares: each microbatch's share of the mean loss.
       rng: key or None.
+      step_inputs: of `Context`, for embed and head; ``prepared`` holds the stages'.
       num_stages: stages of the model.
+      gathers: whether ``prepared`` holds shards, which the stage gathers.
     """
 
     model: Model
@@ -68,10 +73,13 @@ class TrainStep:
     parts: tuple[tuple[int, int], ...]
     prepared: tuple[Any, ...]
     outer: Any
+    trainable: Params
     batch: Any
     shares: Shares
     rng: jax.Array | None
+    step_inputs: Any
     num_stages: int
+    gathers: bool = False
 
     def operation(self, op: Op, part: int) -> Operation:
         """The operation of a kind on a part."""
@@ -80,7 +88,7 @@ class TrainStep:
             Op.B: self.backward,
             Op.I: self.backward_input,
             Op.W: self.backward_weight,
-            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng),
+            Op.EMBED: lambda _: embed_operation(self.model, self.outer, self.batch, self.rng, self.step_inputs),
             Op.HEAD: self.head,
             Op.EMBED_GRAD: self.embed_grad,
         }
@@ -94,8 +102,9 @@ class TrainStep:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(x: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, operands[Field.STAGE], operands[Field.MICROBATCH])
-            return self.splits[kind].forward(self.prepared[part], x, ctx)
+            ctx = make_context(self.batch, self.rng, None, operands[Field.STAGE], operands[Field.MICROBATCH])
+            prepared, x = self._use(part, x)
+            return self.splits[kind].forward(prepared, x, ctx)
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
@@ -117,9 +126,9 @@ class TrainStep:
         split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
+            prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            grads, dx = split.backward(self.prepared[part], residuals, ct, narrow=True)
+            grads, dx = split.backward(prepared, residuals, ct, narrow=True)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -136,9 +145,9 @@ class TrainStep:
         split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            residuals, dy = inputs
+            prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            dx, crossing = split.backward_input(self.prepared[part], residuals, ct)
+            dx, crossing = split.backward_input(prepared, residuals, ct)
             return select(dx, self._counts("stage", operands)), crossing
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -159,7 +168,8 @@ class TrainStep:
             return weight_stash, pools.cross.take(buffers.cross, operands[Field.CROSS], kind)
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
-            return self.splits[kind].backward_weight(self.prepared[part], *inputs, narrow=True)
+            prepared, inputs = self._use(part, inputs)
+            return self.splits[kind].backward_weight(prepared, *inputs, narrow=True)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, chunk, grads, operands)
@@ -173,8 +183,10 @@ class TrainStep:
             return take(buffers.in_flight, operands[Field.SOURCE])
 
         def compute(dx: Any, operands: jax.Array) -> Any:
-            ctx = make_context(self.batch, self.rng, -1, operands[Field.MICROBATCH])
-            diff, rest = partition(self.outer)
+            ctx = make_context(self.batch, self.rng, self.step_inputs, -1, operands[Field.MICROBATCH])
+            diff, rest = partition(self.outer, self.trainable.outer)
+            if not jax.tree.leaves(diff):
+                return diff
 
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
@@ -198,8 +210,9 @@ class TrainStep:
         def compute(y: Any, operands: jax.Array) -> Any:
             if self.model.head is None:
                 return jax.tree.map(jnp.zeros_like, y), None, None, {}
-            ctx = make_context(self.batch, self.rng, self.num_stages, operands[Field.MICROBATCH], self.num_stages)
-            outer_diff, outer_rest = partition(self.outer)
+            end, microbatch = self.num_stages, operands[Field.MICROBATCH]
+            ctx = make_context(self.batch, self.rng, self.step_inputs, end, microbatch, end)
+            outer_diff, outer_rest = partition(self.outer, self.trainable.outer)
             y_diff, y_rest = partition(y)
 
             def loss_of(outer_diff: Any, y_diff: Any) -> Any:
@@ -223,6 +236,10 @@ class TrainStep:
 
         return Operation(read, compute, write)
 
+    def _use(self, part: int, inputs: Any) -> tuple[Any, Any]:
+        """(what is prepared of a part's parameters, inputs) for an operation."""
+        return tie(self.prepared[part], inputs) if self.gathers else (self.prepared[part], inputs)
+
     def _read_backward(self, kind: int, buffers: Buffers, operands: jax.Array) -> Any:
         stash = self.pools.stash.take(buffers.stash, operands[Field.STASH], kind)
         weight_stash = self.pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
@@ -236,9 +253,7 @@ class TrainStep:
         return None if counts is None else counts[operands[Field.MICROBATCH]]
 
     def _add_loss(self, total: Any, loss: Any, operands: jax.Array) -> Any:
-        weight = self.shares.weights[operands[Field.MICROBATCH]]
-        weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
-        return add(total, weighted, self._counts("loss", operands))
+        return add_loss(total, loss, self.shares, operands)
 
     def _cotangent(self, split: SplitStage, dy: Any, operands: jax.Array) -> Any:
         _, aux_loss = split.out
@@ -246,18 +261,27 @@ class TrainStep:
 
     def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, operands: jax.Array) -> Buffers:
         totals = list(buffers.grads)
-        totals[chunk] = add(totals[chunk], partition(grads)[0], self._counts("stage", operands))
+        of_params, _ = grads  # beside those of step_inputs, which are not differentiated
+        totals[chunk] = add(totals[chunk], partition(of_params)[0], self._counts("stage", operands))
         return buffers._replace(grads=tuple(totals))
 
 
-def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None) -> Operation:
+def add_loss(total: Any, loss: Any, shares: Shares, operands: jax.Array) -> Any:
+    """Total + a microbatch's loss times its weight."""
+    weight = shares.weights[operands[Field.MICROBATCH]]
+    weighted = jax.tree.map(lambda t, value: value.astype(t.dtype) * weight.astype(t.dtype), total, loss)
+    counts = shares.counts.loss
+    return add(total, weighted, None if counts is None else counts[operands[Field.MICROBATCH]])
+
+
+def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None, step_inputs: Any) -> Operation:
     """A microbatch's input to stage 0."""
 
     def read(buffers: Buffers, operands: jax.Array) -> None:
         return None
 
     def compute(_: Any, operands: jax.Array) -> Any:
-        return model.run_embed(outer, make_context(batch, rng, -1, operands[Field.MICROBATCH]))
+        return model.run_embed(outer, make_context(batch, rng, step_inputs, -1, operands[Field.MICROBATCH]))
 
     def write(buffers: Buffers, operands: jax.Array, x: Any) -> Buffers:
         return buffers._replace(in_flight=put(buffers.in_flight, operands[Field.TARGET], x))
@@ -266,11 +290,12 @@ def embed_operation(model: Model, outer: Any, batch: Any, rng: jax.Array | None)
 
 
 def make_context(
-    batch: Any, rng: jax.Array | None, stage: Any, microbatch: Any, num_stages: int | None = None
+    batch: Any, rng: jax.Array | None, step_inputs: Any, stage: Any, microbatch: Any, num_stages: int | None = None
 ) -> Context:
     """A Context with the microbatch's slice of the batch; ``num_stages`` where the stage may be the head's."""
     microbatch = jnp.asarray(microbatch, jnp.int32)
-    return Context.make(stage, microbatch, rng, take(batch, microbatch), num_stages=num_stages)
+    data = take(batch, microbatch)
+    return Context.make(stage, microbatch, rng, data, num_stages=num_stages, step_inputs=step_inputs)
 
 
 def run_branch(
@@ -313,12 +338,13 @@ def run_sequential(
     return tuple(one(index) for index in range(len(branch)))
 
 
-def partition(tree: Any) -> tuple[Any, Any]:
-    """(inexact leaves, other leaves) of a tree, None in the others' places."""
-    inexact = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
+def partition(tree: Any, chosen: Any = None) -> tuple[Any, Any]:
+    """(chosen leaves, other leaves) of a tree, None in the others' places; by default inexact leaves are chosen."""
+    if chosen is None:
+        chosen = jax.tree.map(lambda leaf: jnp.issubdtype(leaf.dtype, jnp.inexact), tree)
     return (
-        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, inexact),
-        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, inexact),
+        jax.tree.map(lambda leaf, keep: leaf if keep else None, tree, chosen),
+        jax.tree.map(lambda leaf, keep: None if keep else leaf, tree, chosen),
     )
 
 

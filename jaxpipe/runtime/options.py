@@ -52,6 +52,11 @@ class Options:
       dispatch: one of `DISPATCHERS`, or `AUTOMATIC`.
       shared_ends: whether all ranks run embed and head together.
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
+      trainable: which parameters have a gradient, as the user says it; see `jaxpipe.value_and_grad`.
+      example_mask: the batch's leaf that says which examples count, or None: all do.
+      fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
+      zero1_axes: data axes over which gradients are reduce-scattered after the loop.
+      min_shard_size: elements of the smallest parameter that either is done to.
     """
 
     axes: Axes
@@ -62,3 +67,8 @@ class Options:
     dispatch: str
     shared_ends: bool
     order: str
+    trainable: Any = None
+    example_mask: str | None = None
+    fsdp_axes: tuple[str, ...] = ()
+    zero1_axes: tuple[str, ...] = ()
+    min_shard_size: int = 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -48,6 +49,12 @@ class StageKinds:
                 f"kind_of={list(self.kind_of)} for {len(self.functions)} functions: give each stage an index of "
                 f"functions, 0 to {len(self.functions) - 1}, and leave out functions that no stage runs"
             )
+
+    def map(self, change: Callable[[Callable[..., Any]], Callable[..., Any]]) -> StageKinds:
+        """The same kinds with functions that ``change`` makes of theirs."""
+        changed = copy.copy(self)
+        changed.functions = tuple(map(change, self.functions))
+        return changed
 
     def __call__(self, params: Any, x: Any, ctx: Any) -> Any:
         """What the stage of the context's kind returns."""

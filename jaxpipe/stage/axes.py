@@ -30,9 +30,9 @@ def collectives_of_nodes(nodes: Iterable[Node]) -> Collectives:
     """All collectives in a graph."""
     found: Collectives = frozenset()
     for node in nodes:
-        if node.scan is not None:
-            found |= collectives_of_nodes(node.scan.nodes)
-        elif node.eqn is not None:
+        for body in node.bodies:
+            found |= collectives_of_nodes(body)
+        if node.eqn is not None:
             found |= _of_eqn(node.eqn)
     return found
 

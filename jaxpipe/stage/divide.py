@@ -1,7 +1,8 @@
 """Divides a graph in two: what the first results need, and what the second results need beyond that.
 
 `divide` cuts the backward pass into input and weight gradients. `hoist` cuts what depends on parameters alone out of
-the forward pass. Both go into the bodies of scans, which then become two loops, the first one stacking for the second.
+the forward pass. Both go into the bodies of scans, which then become two loops, the first one stacking for the second,
+and into the branches of conditionals, which become two with the same index (`jaxpipe.stage.branches`).
 """
 
 from __future__ import annotations
@@ -11,7 +12,8 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
-from jaxpipe.stage.graph import Carry, Node, Scan, Value, has_effect, producers, stack_of
+from jaxpipe.stage.branches import hoisted_of_branches, outputs_for, restricted, share
+from jaxpipe.stage.graph import Carry, Cond, Node, Scan, Value, has_effect, producers, stack_of
 
 
 class Parts(NamedTuple):
@@ -73,15 +75,21 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
     rest: list[Node] = []
     for node in nodes:
         if node.scan is not None:
-            before, after = _hoist_scan(node.scan, sources)
-            if before is not None:
-                _derive(before, sources)
-                once.append(before)
-            if after is not None:
-                rest.append(after)
+            stacked, looped = _hoist_scan(node.scan, sources)
+            if stacked is not None:
+                _derive(stacked, sources)
+                once.append(stacked)
+            if looped is not None:
+                rest.append(looped)
         elif _worth_hoisting(node, sources):
             _derive(node, sources)
             once.append(node)
+        elif node.cond is not None:
+            before, after = _hoist_cond(node.cond, sources)
+            for moved in before:
+                _derive(moved, sources)
+            once += before
+            rest.append(after)
         else:
             rest.append(node)
     return tuple(once), tuple(rest), sources
@@ -90,7 +98,7 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
 def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
     """The light nodes that make values from given ones and constants; None if it takes heavier nodes.
 
-    Scans are cut down to what makes the values, and are light if that is.
+    Scans and conditionals are cut down to what makes the values, and are light if that is.
     """
     made = producers(nodes)
     wanted: dict[Node, set[Value]] = {}
@@ -122,22 +130,26 @@ def light_results(nodes: Sequence[Node], given: Iterable[Value]) -> set[Value]:
 
 
 def count_heavy(nodes: Sequence[Node]) -> int:
-    """How many nodes, in the bodies of scans, too, are not light; side effects do not count."""
+    """How many nodes, in bodies and branches, too, are not light; side effects do not count."""
 
     def count(node: Node) -> int:
-        return count_heavy(node.scan.nodes) if node.scan is not None else not (_light(node) or has_effect(node))
+        return sum(map(count_heavy, node.bodies)) if _divisible(node) else not (_light(node) or has_effect(node))
 
     return sum(map(count, nodes))
 
 
 def _cut_down(node: Node, values: set[Value]) -> Node:
-    """The part of a scan that makes values; other nodes as they are."""
-    return node if node.scan is None else divide((node,), values, ()).first[0]
+    """The part of a scan or conditional that makes values; other nodes as they are."""
+    return divide((node,), values, ()).first[0] if _divisible(node) else node
+
+
+def _divisible(node: Node) -> bool:
+    return node.scan is not None or node.cond is not None
 
 
 def _light(node: Node) -> bool:
-    if node.scan is not None:
-        return all(map(_light, node.scan.nodes))
+    if _divisible(node):
+        return all(_light(inner) for body in node.bodies for inner in body)
     return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 
 
@@ -150,6 +162,9 @@ def _divide_node(
     if node.scan is not None:
         one, two = _divide_scan(node.scan, for_first, for_second, opaque)
         return (one.node() if one.carries or one.ys else None), (two.node() if two.carries or two.ys else None)
+    if node.cond is not None:
+        one, two = _divide_cond(node.cond, for_first, for_second, opaque)
+        return (one.node() if one.results else None), (two.node() if two.results else None)
     if not for_first:
         return None, node
     if for_second and node.name in OPAQUE:
@@ -187,6 +202,35 @@ def _divide_scan(scan: Scan, for_first: set[Value], for_second: set[Value], opaq
         xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
         ys=tuple(second_ys),
     )
+    return first, second
+
+
+def _divide_cond(cond: Cond, for_first: set[Value], for_second: set[Value], opaque: list[str]) -> tuple[Cond, Cond]:
+    """A conditional that makes the first results, and returns what a second one with the same index needs of it."""
+    parts = [
+        divide(branch.nodes, outputs_for(cond, branch, for_first), outputs_for(cond, branch, for_second))
+        for branch in cond.branches
+    ]
+    opaque.extend(name for each in parts for name in each.opaque)
+    later = [set(producers(each.second)) for each in parts]
+    known = [set(producers(each.first)) - made for each, made in zip(parts, later, strict=True)]
+
+    def is_known(place: int) -> bool:
+        """Whether no branch is left to make anything for a result that one has made for the first side."""
+        values = [branch.outputs[place] for branch in cond.branches]
+        some = any(value in made for value, made in zip(values, known, strict=True))
+        return some and not any(value in made for value, made in zip(values, later, strict=True))
+
+    early = {result for place, result in enumerate(cond.results) if result in for_second and is_known(place)}
+    late = for_second - early
+    crossing = []
+    for branch, each, made in zip(cond.branches, parts, known, strict=True):
+        reads = {value for node in each.second for value in node.ins} | outputs_for(cond, branch, late)
+        order = dict.fromkeys(value for node in (*branch.nodes, *each.first) for value in node.outs)
+        crossing.append([value for value in order if value in reads and value in made])
+    shared = share(crossing)
+    first = restricted(cond, [each.first for each in parts], for_first | early, returned=shared)
+    second = restricted(cond, [each.second for each in parts], late, given=shared)
     return first, second
 
 
@@ -272,6 +316,19 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
         ys=tuple(pair for pair in scan.ys if pair not in stacked_here),
     )
     return before.node(), (after.node() if after.carries or after.ys else None)
+
+
+def _hoist_cond(cond: Cond, sources: Sources) -> tuple[list[Node], Node]:
+    """(what branches derive from params alone; the conditional that reads it)."""
+    parts = []
+    for branch in cond.branches:
+        pairs = zip(cond.operands, branch.inputs, strict=True)
+        inner = {value: operand for operand, value in pairs if value is not None and operand in sources}
+        once, rest, _ = hoist(branch.nodes, inner)
+        left = branch._replace(nodes=rest)
+        wanted = left.reads() & set(producers(once))
+        parts.append((inner, divide(once, wanted, ()).first, left, wanted))
+    return hoisted_of_branches(cond, parts)
 
 
 def _ordered(values: set[Value], scan: Scan, nodes: Iterable[Node]) -> list[Value]:

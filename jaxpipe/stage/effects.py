@@ -13,8 +13,9 @@ from typing import Any
 import jax
 
 from jaxpipe._jax import NEW_REF_EFFECT, REF_EFFECTS, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, discharge_refs
+from jaxpipe.stage.branches import restricted
 from jaxpipe.stage.flops import subjaxprs
-from jaxpipe.stage.graph import Node, Value, eqn_node, has_effect, has_side_effects
+from jaxpipe.stage.graph import Cond, Node, Value, eqn_node, has_effect, has_side_effects
 
 
 def effects_of(nodes: Iterable[Node]) -> tuple[Value, ...]:
@@ -92,6 +93,13 @@ def _silence(nodes: Iterable[Node], chosen: Callable[[Node], bool]) -> tuple[Nod
             ys = tuple(pair for pair in node.scan.ys if pair[0] not in gone)
             if ys or node.scan.carries:
                 kept.append(dataclasses.replace(node.scan, nodes=inner, ys=ys).node())
+        elif node.cond is not None and has_effect(node):
+            bodies = [_silence(body, chosen) for body in node.bodies]
+            left = {value for body in bodies for value in effects_of(body)}
+            rows = zip(node.cond.results, zip(*(b.outputs for b in node.cond.branches), strict=True), strict=True)
+            results = {result for result, row in rows if not result.effect or not left.isdisjoint(row)}
+            if results:
+                kept.append(restricted(node.cond, bodies, results).node())
         elif not has_effect(node) or not chosen(node):
             kept.append(node)
         elif node.eqn and (outs := tuple(value for value in node.outs if not value.effect)):
@@ -143,17 +151,20 @@ def _kinds(eqn: JaxprEqn | None) -> frozenset[Any]:
 
 
 def flat(nodes: Iterable[Node]) -> Iterable[Node]:
-    """The nodes, and those of scans' bodies."""
+    """The nodes, and those of bodies and branches."""
     for node in nodes:
         yield node
-        if node.scan is not None:
-            yield from flat(node.scan.nodes)
+        for body in node.bodies:
+            yield from flat(body)
 
 
 def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
-    """Values, and all that depend on them, in the bodies of scans, too."""
+    """Values, and all that depend on them, in bodies and branches, too."""
     found = set(values)
     for node in nodes:
+        if node.cond is not None:
+            _spread(node.cond, found)
+            continue
         scan = node.scan
         if scan is None:
             if not found.isdisjoint(node.ins):
@@ -170,3 +181,15 @@ def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
         found.update(carry.final for carry in scan.carries if carry.entering in found or carry.leaving in found)
         found.update(stacked for inner, stacked in scan.ys if inner in found)
     return found
+
+
+def _spread(cond: Cond, found: set[Value]) -> None:
+    """Adds what depends on found values in a conditional: all results where the index does."""
+    for branch in cond.branches:
+        pairs = zip(cond.operands, branch.inputs, strict=True)
+        found.update(value for operand, value in pairs if value is not None and operand in found)
+        if cond.index in found:
+            found.update(value for node in branch.nodes for value in (*node.ins, *node.outs))
+        found |= _dependents(branch.nodes, found)
+        pairs = zip(cond.results, branch.outputs, strict=True)
+        found.update(result for result, value in pairs if value in found or cond.index in found)

@@ -12,30 +12,37 @@ from jaxpipe._jax import ClosedJaxpr, Jaxpr, JaxprEqn
 from jaxpipe.flops import convolution_flops, dot_flops
 
 
-def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any) -> int:
+def matmul_flops(function: Callable[..., Any] | ClosedJaxpr, *args: Any, branch: int | None = None) -> int:
     """FLOPs (a multiplication and an addition are two) of all matrix products and convolutions.
 
     Scans count length times, conds as their largest branch, while loops once, what a custom call or a Pallas kernel
     does not at all.
 
+    The two halves of a divided conditional may each have another branch that is the largest. With ``branch`` they
+    count as the same one, and together as much as the whole backward.
+
     Args:
       function: a function to trace, or a closed jaxpr.
       *args: the function's arguments, arrays or shapes.
+      branch: of each cond the branch that counts, the last one of a cond that has fewer; None: the largest.
 
     >>> import jax.numpy as jnp
     >>> matmul_flops(lambda a, b: a @ b, jnp.ones((2, 3)), jnp.ones((3, 4)))
     48
+    >>> choose = lambda i, a, b: jax.lax.switch(i, [lambda a, b: a, lambda a, b: a @ b], a, b)
+    >>> [matmul_flops(choose, 0, jnp.ones((2, 3)), jnp.ones((3, 3)), branch=branch) for branch in (0, 1, None)]
+    [0, 36, 36]
     """
     closed = function if isinstance(function, ClosedJaxpr) else jax.make_jaxpr(function)(*args)
-    return _jaxpr_flops(closed.jaxpr)
+    return _jaxpr_flops(closed.jaxpr, branch)
 
 
-def _jaxpr_flops(jaxpr: Jaxpr) -> int:
-    return sum(eqn_flops(eqn) for eqn in jaxpr.eqns)
+def _jaxpr_flops(jaxpr: Jaxpr, branch: int | None) -> int:
+    return sum(eqn_flops(eqn, branch) for eqn in jaxpr.eqns)
 
 
-def eqn_flops(eqn: JaxprEqn) -> int:
-    """FLOPs of one equation, with all inside of it."""
+def eqn_flops(eqn: JaxprEqn, branch: int | None = None) -> int:
+    """FLOPs of one equation, with all inside of it; ``branch`` as `matmul_flops` takes it."""
     name = eqn.primitive.name
     if name == "dot_general":
         (contract, _), _ = eqn.params["dimension_numbers"]
@@ -45,9 +52,9 @@ def eqn_flops(eqn: JaxprEqn) -> int:
         return convolution_flops(_shape(eqn.invars[1]), feature, _shape(eqn.outvars[0]))
     if name in ("ragged_dot", "ragged_dot_general"):
         return _ragged_flops(eqn)
-    subs = [_jaxpr_flops(sub) for sub in subjaxprs(eqn)]
+    subs = [_jaxpr_flops(sub, branch) for sub in subjaxprs(eqn)]
     if name == "cond":
-        return max(subs, default=0)
+        return max(subs) if branch is None else subs[min(branch, len(subs) - 1)]
     return sum(subs) * (eqn.params["length"] if name == "scan" else 1)
 
 

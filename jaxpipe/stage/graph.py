@@ -1,7 +1,8 @@
 """A jaxpr as a flat list of nodes that can be divided and evaluated in parts.
 
-Calls (jit, remat, custom derivative rules) are inlined; a scan is one node that holds the nodes of its body, so that
-it can be divided too. Everything else stays the equation it was, and is bound again when its node runs.
+Calls (jit, remat, custom derivative rules) are inlined; a scan is one node that holds the nodes of its body, and a
+conditional one that holds those of its branches, so that they can be divided too. Everything else stays the equation it
+was, and is bound again when its node runs.
 """
 
 from __future__ import annotations
@@ -50,8 +51,9 @@ class Value:
 class Node:
     """Outputs computed from inputs.
 
-    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``recompute``
-    if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint` computes a forward pass again.
+    ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``cond`` where
+    it is a conditional, ``recompute`` if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint`
+    computes a forward pass again.
     """
 
     name: str
@@ -60,9 +62,17 @@ class Node:
     run: Callable[..., Sequence[Any]]
     eqn: JaxprEqn | None = None
     scan: Scan | None = None
+    cond: Cond | None = None
     context: tuple[JaxprEqn, ...] = ()
     recompute: bool = False
     recomputed: bool = False
+
+    @property
+    def bodies(self) -> tuple[tuple[Node, ...], ...]:
+        """The nodes of a loop's body or of each of a conditional's branches; empty for others."""
+        if self.scan is not None:
+            return (self.scan.nodes,)
+        return () if self.cond is None else tuple(branch.nodes for branch in self.cond.branches)
 
 
 class Carry(NamedTuple):
@@ -139,6 +149,84 @@ class Scan:
         return [*carry, *ys]
 
 
+class Branch(NamedTuple):
+    """One branch of a conditional.
+
+    Attributes:
+      nodes: in an order in which they can run.
+      inputs: what each of the conditional's operands is in here; None where it is not read.
+      outputs: what each of its results is; None where nobody reads it if this branch was taken, so zeros will do.
+    """
+
+    nodes: tuple[Node, ...]
+    inputs: tuple[Value | None, ...]
+    outputs: tuple[Value | None, ...]
+
+    def reads(self) -> set[Value]:
+        """What its nodes and outputs read, made among the nodes or not."""
+        return {value for node in self.nodes for value in node.ins} | {v for v in self.outputs if v is not None}
+
+
+@dataclasses.dataclass(eq=False)
+class Cond:
+    """A conditional whose branches are nodes.
+
+    Attributes:
+      index: of the branch that runs, an int32.
+      operands: values of the outer graph that the branches read.
+      branches: one for each index.
+      results: values of the outer graph that they make.
+      context: scopes to run it in.
+    """
+
+    index: Value
+    operands: tuple[Value, ...]
+    branches: tuple[Branch, ...]
+    results: tuple[Value, ...]
+    context: tuple[JaxprEqn, ...]
+
+    def node(self) -> Node:
+        """The conditional as a node of the outer graph; operands that no branch reads are left out."""
+        columns = []
+        for branch in self.branches:
+            read = branch.reads()
+            columns.append([value if value in read else None for value in branch.inputs])
+        rows = [
+            (operand, row)
+            for operand, row in zip(self.operands, zip(*columns, strict=True), strict=True)
+            if any(value is not None for value in row)
+        ]
+        branches = tuple(
+            branch._replace(inputs=tuple(row[place] for _, row in rows)) for place, branch in enumerate(self.branches)
+        )
+        kept = dataclasses.replace(self, operands=tuple(operand for operand, _ in rows), branches=branches)
+        return Node("cond", (kept.index, *kept.operands), kept.results, kept.run, cond=kept)
+
+    def run(self, index: Any, *arrays: Any) -> list[Any]:
+        """Runs the chosen branch on the node's inputs."""
+
+        def function(branch: Branch) -> Callable[..., list[Any]]:
+            def run(*arrays: Any) -> list[Any]:
+                env = {value: array for value, array in zip(branch.inputs, arrays, strict=True) if value is not None}
+                evaluate(branch.nodes, env)
+                pairs = zip(branch.outputs, self.results, strict=True)
+                return [_branch_output(env, value, result.aval) for value, result in pairs]
+
+            return run
+
+        with _contexts(self.context):
+            return lax.switch(index, [function(branch) for branch in self.branches], *arrays)
+
+
+def _branch_output(env: dict[Value, Any], value: Value | None, aval: Any) -> Any:
+    """A branch's output, of the dtype that all branches return."""
+    if value is None:
+        return jnp.zeros(aval.shape, aval.dtype)
+    if value.const is None or jnp.issubdtype(aval.dtype, jax.dtypes.extended):
+        return read(env, value)
+    return jnp.asarray(value.const, aval.dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Graph:
     """A function as nodes in an order in which they can run."""
@@ -169,7 +257,7 @@ def read(env: dict[Value, Any], value: Value) -> Any:
 
 
 def has_effect(node: Node) -> bool:
-    """Whether the node does more than to compute its outputs; of a scan, whether a node of its body does."""
+    """Whether the node does more than to compute its outputs, or one of its body or branches does."""
     return any(value.effect for value in node.outs)
 
 
@@ -207,6 +295,8 @@ def _emit(
             outs = [Value(var.aval) for var in eqn.outvars]
             if name == "scan":
                 nodes.append(_scan(eqn, ins, outs, context, recomputed=recomputed).node())
+            elif name == "cond" and not eqn.params.get("branches_platforms"):
+                nodes.append(_cond(eqn, ins, outs, context, recomputed=recomputed).node())
             else:
                 nodes.append(dataclasses.replace(eqn_node(eqn, ins, outs, context), recomputed=recomputed))
         env.update(zip(eqn.outvars, outs, strict=True))
@@ -264,6 +354,42 @@ def _scan(
         length=eqn.params["length"],
         reverse=eqn.params["reverse"],
         unroll=eqn.params["unroll"],
+        context=(*context, eqn),
+    )
+
+
+def _cond(
+    eqn: JaxprEqn,
+    ins: Sequence[Value],
+    outs: Sequence[Value],
+    context: tuple[JaxprEqn, ...],
+    *,
+    recomputed: bool,
+) -> Cond:
+    branches: list[Branch] = []
+    for closed in eqn.params["branches"]:
+        jaxpr, consts = _open(closed)
+        inputs = tuple(Value(var.aval) for var in jaxpr.invars)
+        nodes: list[Node] = []
+        outputs = _emit(jaxpr, consts, inputs, nodes, (), recomputed=recomputed)
+        _mark_recomputed(nodes)
+        branches.append(Branch(tuple(nodes), inputs, tuple(outputs)))
+    # Each effect is a result of its own, which only the branch that has it makes.
+    effects = [
+        (place, value)
+        for place, branch in enumerate(branches)
+        for node in branch.nodes
+        for value in node.outs
+        if value.effect
+    ]
+    return Cond(
+        index=ins[0],
+        operands=tuple(ins[1:]),
+        branches=tuple(
+            branch._replace(outputs=(*branch.outputs, *(value if at == place else None for at, value in effects)))
+            for place, branch in enumerate(branches)
+        ),
+        results=(*outs, *(Value(value.aval, effect=True) for _, value in effects)),
         context=(*context, eqn),
     )
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxpipe._jax import LIGHT
@@ -35,18 +35,30 @@ def eliminate_common_subexpressions(
     return kept
 
 
-def substitute(node: Node, alias: dict[Value, Value]) -> Node:
-    """The node reading other values; scans' bodies read only what enters through the node."""
-    if not any(value in alias for value in node.ins):
+def substitute(node: Node, alias: Mapping[Value, Value]) -> Node:
+    """The node reading and making other values; bodies and branches read only what enters through the node."""
+    if not any(value in alias for value in (*node.ins, *node.outs)):
         return node
+
+    def new(values: Iterable[Value]) -> tuple[Value, ...]:
+        return tuple(alias.get(value, value) for value in values)
+
+    if node.cond is not None:
+        cond = node.cond
+        (index,) = new((cond.index,))
+        return dataclasses.replace(cond, index=index, operands=new(cond.operands), results=new(cond.results)).node()
     if node.scan is None:
-        return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins))
+        return dataclasses.replace(node, ins=new(node.ins), outs=new(node.outs))
     scan = node.scan
     return dataclasses.replace(
         scan,
         consts=tuple((alias.get(outer, outer), inner) for outer, inner in scan.consts),
-        carries=tuple(carry._replace(initial=alias.get(carry.initial, carry.initial)) for carry in scan.carries),
+        carries=tuple(
+            carry._replace(initial=alias.get(carry.initial, carry.initial), final=alias.get(carry.final, carry.final))
+            for carry in scan.carries
+        ),
         xs=tuple((alias.get(outer, outer), inner) for outer, inner in scan.xs),
+        ys=tuple((inner, alias.get(outer, outer)) for inner, outer in scan.ys),
     ).node()
 
 

@@ -9,23 +9,32 @@ import jax
 
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
+from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
-from jaxpipe.stage.trace import Traced, shape_of, trace
+from jaxpipe.stage.trace import Traced, inexact, shape_of, trace
 
 
 def split_stage(
-    stage: Callable[..., Any], params: Any, x: Any, *args: Any, has_aux: bool = False, recompute: bool = True
+    stage: Callable[..., Any],
+    params: Any,
+    x: Any,
+    *args: Any,
+    has_aux: bool = False,
+    recompute: bool = True,
+    trainable: Any = None,
 ) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
     The backward pass that JAX derives is traced; the equations that the input's cotangent needs are one half, the
     rest is the other. No annotation is needed: jit, custom derivative rules and `jax.checkpoint` are inlined (what is
-    recomputed is recomputed once), scans are divided into two loops. ``stage`` may use collectives over mesh axes if
-    this is called where they are bound, inside `jax.shard_map`.
+    recomputed is recomputed once), scans are divided into two loops, and conditionals (`jax.lax.cond`,
+    `jax.lax.switch`) into two with the same index. ``stage`` may use collectives over mesh axes if this is called where
+    they are bound, inside `jax.shard_map`.
 
     The parts keep as few bytes for each other as they can: elementwise operations, moves and sums over axes are done
     again where their results are read, so a minimum cut (`jaxpipe.stage.residuals`) decides which values to keep. With
@@ -44,6 +53,8 @@ def split_stage(
       *args: pytrees of arrays, not differentiated.
       has_aux: whether the stage also returns values that are not differentiated.
       recompute: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
+      trainable: a tree of bools like params; leaves where it is False are frozen: they are not differentiated, no
+        product is computed for them, and their cotangent is None. None: no leaf is frozen.
 
     Raises:
       ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
@@ -61,7 +72,9 @@ def split_stage(
     (4, 4)
     """
     params, x, args = jax.tree.map(shape_of, (params, x, args))
-    traced = trace(stage, params, x, args, has_aux)
+    frozen = jax.tree.map(lambda _: False, params) if trainable is None else jax.tree.map(lambda t: not t, trainable)
+    chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
+    traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
     forward = _read_forward(traced, len(jax.tree.leaves(params)))
     backward = _read_backward(traced, forward)
 
@@ -77,6 +90,7 @@ def split_stage(
     rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
     used = _reads(rest, forward.outputs) | for_first | for_second
     prepared = tuple(value for value in forward.known if value in used)
+    whole = in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first))
     return SplitStage(
         out=traced.out,
         aux=traced.aux,
@@ -92,14 +106,14 @@ def split_stage(
             outputs=forward.outputs,
             kept=Residuals(inputs, weight),
             cotangents=backward.cotangents,
-            first=first.nodes,
-            second=second.nodes,
-            whole=in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first)),
+            first=fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes))),
+            second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
+            whole=fuse_gathers(whole, (*first.results, *second.results, *effects_of(whole))),
             crossing=crossing,
             params_ct=backward.params_ct,
             params_ct_narrow=before_casts(backward.params_ct, second.nodes),
             x_ct=backward.x_ct,
-            params_like=params,
+            params_like=jax.tree.map(lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen),
             x_like=x,
         ),
     )
@@ -159,6 +173,7 @@ def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
     nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
+    nodes = read_known(nodes, forward.rest, forward.known, set(outputs))
     assert len(outputs) == traced.num_params + traced.num_x
     return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :])
 

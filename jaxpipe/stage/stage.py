@@ -36,8 +36,8 @@ class SplitStage:
       aux: those of its auxiliary output; None without one.
       residuals: those of what `forward` keeps.
       crossing: those of what `backward_input` hands to `backward_weight`.
-      opaque: names of primitives (cond, while, shard_map, ...) that make weight gradients inside the input half,
-        because they are not divided.
+      opaque: names of primitives (shard_map, while, cond of `jax.lax.platform_dependent`, ...) that make weight
+        gradients inside the input half, because they are not divided.
     """
 
     out: Any
@@ -84,7 +84,7 @@ class SplitStage:
         *,
         narrow: bool = False,
     ) -> Any:
-        """The parameters' cotangent: the half that no other stage waits for.
+        """The parameters' cotangent, None for frozen ones: the half that no other stage waits for.
 
         With ``narrow`` gradients are returned as they are before a last cast to a wider dtype: the caller adds them to
         sums in the parameters' dtype.
@@ -141,7 +141,7 @@ class Graphs(NamedTuple):
       second: the half that makes ``params_ct``.
       whole: both halves in one order.
       params_ct_narrow: ``params_ct`` before its last casts to wider dtypes.
-      params_like, x_like: shapes and dtypes of the parameters and of x.
+      params_like, x_like: shapes and dtypes of the parameters, None for frozen ones, and of x.
     """
 
     params: tuple[Value, ...]

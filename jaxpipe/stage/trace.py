@@ -17,9 +17,9 @@ class Traced(NamedTuple):
 
     Attributes:
       forward: params, x, args -> out, aux, residuals.
-      backward: residuals, floating outputs' cotangents -> cotangents of the floating leaves of params and of x.
+      backward: residuals, floating outputs' cotangents -> cotangents of the differentiated leaves of params and of x.
       out, aux: shapes and dtypes; aux is None without one.
-      num_params, num_x: how many leaves are floating.
+      num_params, num_x: how many leaves are differentiated.
     """
 
     forward: Graph
@@ -30,21 +30,26 @@ class Traced(NamedTuple):
     num_x: int
 
 
-def trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: bool) -> Traced:
+def trace(
+    stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: bool, trainable: Sequence[bool] | None = None
+) -> Traced:
     """Traces a stage and its derivative.
+
+    ``trainable`` says for each leaf of params whether it is differentiated; None: the floating ones are.
 
     Raises:
       ValueError: it has an effect that a stage cannot have.
     """
     param_leaves, param_tree = jax.tree.flatten(params)
     x_leaves, x_tree = jax.tree.flatten(x)
+    of_params, of_x = list(map(inexact, param_leaves)) if trainable is None else trainable, list(map(inexact, x_leaves))
     vjp_tree: Any = None
     refs: list[bool] = []
 
     def forward(params: Any, x: Any, args: Any) -> Any:
         nonlocal vjp_tree
-        p_diff, p_rest = _divide_leaves(jax.tree.leaves(params))
-        x_diff, x_rest = _divide_leaves(jax.tree.leaves(x))
+        p_diff, p_rest = _divide_leaves(jax.tree.leaves(params), of_params)
+        x_diff, x_rest = _divide_leaves(jax.tree.leaves(x), of_x)
 
         def differentiable(p_diff: Any, x_diff: Any) -> Any:
             p = jax.tree.unflatten(param_tree, _join_leaves(p_diff, p_rest))
@@ -66,10 +71,9 @@ def trace(stage: Callable[..., Any], params: Any, x: Any, args: Any, has_aux: bo
         p_ct, x_ct = jax.tree.unflatten(vjp_tree, residuals)(cts)
         return [leaf for leaf in p_ct if leaf is not None], [leaf for leaf in x_ct if leaf is not None]
 
-    num_params, num_x = (sum(map(inexact, leaves)) for leaves in (param_leaves, x_leaves))
     backward_closed = jax.make_jaxpr(backward)(residuals, cts)
     forward_graph, backward_graph = (make_graph(without_refs(jaxpr)) for jaxpr in (closed, backward_closed))
-    return Traced(forward_graph, backward_graph, out, aux if has_aux else None, num_params, num_x)
+    return Traced(forward_graph, backward_graph, out, aux if has_aux else None, sum(of_params), sum(of_x))
 
 
 def shape_of(leaf: Any) -> jax.ShapeDtypeStruct:
@@ -92,9 +96,10 @@ def inexact(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jnp.inexact)
 
 
-def _divide_leaves(leaves: Sequence[Any]) -> tuple[list[Any], list[Any]]:
-    """(differentiable leaves, others), None in the other's places."""
-    return [leaf if inexact(leaf) else None for leaf in leaves], [None if inexact(leaf) else leaf for leaf in leaves]
+def _divide_leaves(leaves: Sequence[Any], chosen: Sequence[bool]) -> tuple[list[Any], list[Any]]:
+    """(chosen leaves, others), None in the other's places."""
+    pairs = list(zip(leaves, chosen, strict=True))
+    return [leaf if choice else None for leaf, choice in pairs], [None if choice else leaf for leaf, choice in pairs]
 
 
 def _join_leaves(diff: Sequence[Any], rest: Sequence[Any]) -> list[Any]:

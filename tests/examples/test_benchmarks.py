@@ -22,6 +22,8 @@ RECORDED = {
     "permute_rows": ("--tiny --repeats 1", 4),
     "swiglu": ("--tiny --repeats 1", 3),
     "shared_ends": ("--tiny --repeats 1", 6),
+    "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
+    "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
 
 

@@ -118,7 +118,7 @@ def test_fewer_layers_than_stages_are_refused():
 def test_stages_must_be_alike():
     uneven = [*layers(3), {"w": jnp.ones((2, 2))}]
     with pytest.raises(ValueError, match=r"parameters 3 have shapes .*must be alike"):
-        layered_stages(layer, uneven, SCHEDULE)
+        jaxpipe.stack_stages(uneven, SCHEDULE)
 
 
 def test_state_that_calls_change_is_refused():

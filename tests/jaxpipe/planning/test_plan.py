@@ -87,6 +87,16 @@ def test_integers_have_no_gradients():
     assert found.stash == without.stash
 
 
+def test_frozen_parameters_have_no_gradients():
+    """Half of the weights' products, of their gradients and of what an optimizer updates."""
+    found = planned("zb1p", trainable=lambda path, leaf: "up" in path)
+    flops = {letter: work.flops for letter, work in found.work.actions.items()}
+    assert [flops[letter] for letter in "FIW"] == [2 * PRODUCT, 2 * PRODUCT, PRODUCT]
+    assert found.flops == found.executed == 4 * 8 * 5 * PRODUCT
+    assert found.memory.gradients == WIDTH * HIDDEN * 4
+    assert found.memory.masters == planned("zb1p").memory.masters == 2 * WIDTH * HIDDEN * 4
+
+
 def test_stash_is_what_the_schedule_holds():
     """Gpipe keeps all microbatches, 1f1b as many as there are ranks, whatever their number."""
     one = 4 * TOKENS * (WIDTH + HIDDEN)  # x and the hidden activations

@@ -180,7 +180,7 @@ def test_parameters_sharded_over_the_batch_axis_by_the_compiler_are_refused():
         step = jaxpipe.value_and_grad(models.deepseek_stage, schedule, mesh, specs=specs, **functions, **options)
         return jax.eval_shape(step, params, batch)
 
-    recipe = r"data_axes=\('dp',\).*all_gather\(parameter, 'dp', axis=1, tiled=True\)"
+    recipe = r"data_axes=\('dp',\) and fsdp_axis='dp'.*all_gather\(parameter, 'dp', axis=1, tiled=True\)"
     with pytest.raises(ValueError, match=r"specs\.stages\['down'\] is P.*for ever.*" + recipe):
         trace(jaxpipe.Params(stages, P()), batch_spec=P("dp"))
     outer = jaxpipe.Params(P("pp"), {"scale": P("dp")})

@@ -1,8 +1,8 @@
 """Functions as expressions of their inputs: two that give the same expression give the same numbers, in any dtype.
 
 `expressions` traces a function and numbers what it computes: the same primitive with the same parameters of the same
-operands has the same number. Calls and loops are followed turn by turn, barriers are looked through. No arithmetic is
-done, so nothing is rounded, compiled or hidden by an unlucky input.
+operands has the same number. Calls and loops are followed turn by turn, barriers are looked through, and so are all
+branches of a conditional. No arithmetic is done, so nothing is rounded, compiled or hidden by an unlucky input.
 """
 
 import itertools
@@ -33,6 +33,9 @@ class Book:
         self.stacks: dict[int, tuple[int, ...]] = {}
         self.keys: dict[int, int] = {}  # by their data
         self.constants: dict[int, Any] = {}
+        self.choices: dict[int, tuple[int, tuple[int, ...]]] = {}  # by index: what each branch gives
+        self.taken: dict[int, int] = {}  # by index: the branch that is being followed
+        self.clamped: dict[int, tuple[int, Any, Any]] = {}  # scalars, between which constants
 
     def number(self, *expression: Any) -> int:
         return self.numbers.setdefault(expression, len(self.numbers))
@@ -48,6 +51,22 @@ class Book:
     def stack(self, rows: tuple[int, ...]) -> int:
         number = self.number("stack", rows)
         self.stacks[number] = rows
+        return number
+
+    def choose(self, index: int, results: tuple[int, ...]) -> int:
+        """What a conditional returns, which is what its branches return where these agree."""
+        if len(set(results)) == 1:
+            return results[0]
+        number = self.number("choice", index, results)
+        self.choices[number] = index, results
+        return number
+
+    def chosen(self, number: int, index: int, branch: int) -> int:
+        """What an expression is where an index chooses a branch."""
+        if number in self.choices and self.choices[number][0] == index:
+            return self.chosen(self.choices[number][1][branch], index, branch)
+        if number in self.stacks:
+            return self.stack(tuple(self.chosen(row, index, branch) for row in self.stacks[number]))
         return number
 
     def constant(self, value: Any) -> int:
@@ -88,6 +107,8 @@ def _follow_eqn(book: Book, eqn: Any, ins: list[int]) -> list[int]:
         return ins
     if name == "scan":
         return _follow_scan(book, eqn, ins)
+    if name == "cond" and not params.get("branches_platforms"):
+        return _follow_cond(book, eqn, ins)
     if name == "random_wrap" and ins[0] in book.keys:  # a key that was stashed as its data
         return [book.keys[ins[0]]]
     if name == "convert_element_type":
@@ -101,6 +122,8 @@ def _follow_eqn(book: Book, eqn: Any, ins: list[int]) -> list[int]:
     outs = [book.number(name, text, avals, tuple(ins), i) for i in range(len(eqn.outvars))]
     if name == "random_unwrap":
         book.keys[outs[0]] = ins[0]
+    if name == "clamp" and {ins[0], ins[2]} <= {*book.constants} and eqn.outvars[0].aval.shape == ():
+        book.clamped[outs[0]] = ins[1], book.constants[ins[0]].item(), book.constants[ins[2]].item()
     return outs
 
 
@@ -113,3 +136,20 @@ def _follow_scan(book: Book, eqn: Any, ins: list[int]) -> list[int]:
         outs = _follow(book, eqn.params["jaxpr"], [*consts, *carry, *(book.row(stacked, turn) for stacked in xs)])
         carry, rows[turn] = outs[:num_carry], outs[num_carry:]
     return [*carry, *(book.stack(column) for column in zip(*(rows[turn] for turn in turns), strict=True))]
+
+
+def _follow_cond(book: Book, eqn: Any, ins: list[int]) -> list[int]:
+    """Each branch, given what conditionals of the same index before it made in the same branch."""
+    index, *operands = ins
+    last = len(eqn.params["branches"]) - 1
+    while (inner := book.clamped.get(index)) and inner[1:] == (0, last):  # each time that it is bound
+        index = inner[0]
+    if index in book.taken:  # within a branch of the same index no other can run
+        branch = min(book.taken[index], last)
+        return _follow(book, eqn.params["branches"][branch], operands)
+    results = []
+    for branch, closed in enumerate(eqn.params["branches"]):
+        book.taken[index] = branch
+        results.append(_follow(book, closed, [book.chosen(number, index, branch) for number in operands]))
+        del book.taken[index]
+    return [book.choose(index, column) for column in zip(*results, strict=True)]

@@ -27,7 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jaxpipe.stage import split_stage
+from jaxpipe.stage import matmul_flops, split_stage
 from tests.jaxpipe.stage.expressions import Book, expressions
 from tests.jaxpipe.stage.leaves import COLUMNS, ROWS, Context
 from tests.jaxpipe.stage.pieces import Maker
@@ -129,6 +129,32 @@ def check(program: Program) -> None:
     assert_floating_same(program.params, narrow, cts[0], "whole B, narrow")
     assert whole_like == like[2:] == jax.tree.map(shape_of, args[:2])
     assert (split.residuals, split.crossing) == (residuals_like, crossing_like)
+    check_first_half(program, split, given[1])
+
+
+def check_first_half(program: Program, split: Any, given: Any) -> None:
+    """No product of the weights' gradient is in the first half, whichever branches its conditionals take.
+
+    It has no more products than the plain gradient of the input alone, unless heavy work is computed again by name.
+    """
+    if "light_by_name" in program.pieces and program.seed % 4 != 0:
+        return
+
+    def plain_vjp(params: Any, x: Any, context: Context) -> Any:
+        diff, rest = partition(x)
+
+        def call(diff: Any) -> Any:
+            result = program.stage(params, merge(diff, rest), context)
+            return partition(result[0] if program.has_aux else result)[0]
+
+        return jax.vjp(call, diff)[1]
+
+    vjp = jax.eval_shape(plain_vjp, program.params, program.x, program.context)
+    plain_x = jax.make_jaxpr(lambda vjp, ct: vjp(ct))(vjp, partition(given[-1])[0])
+    first = jax.make_jaxpr(split.backward_input)(*given)
+    for branch in range(3):
+        found, least = (matmul_flops(jaxpr, branch=branch) for jaxpr in (first, plain_x))
+        assert found <= least, f"I, branch {branch}: {found} FLOPs, {least} for the input's gradient alone"
 
 
 def widened(program: Program, split: Any, prepared: Any, residuals: Any, out_ct: Any) -> Any:

@@ -125,6 +125,30 @@ def choose_by_value(m):
 
 
 @leaf
+def uneven_branches(m):
+    """Branches that keep arrays of other shapes, return integers beside, or read neither input nor parameters."""
+    up, down, w, f = m.param(COLUMNS, 6), m.param(6, COLUMNS), m.matrix(), act(m)
+    sign, kind = m.param(1), m.rng.choice(["index", "value", "params"])
+
+    def deep(p, h, c):
+        return f(jnp.sin(h @ up(p, h)) @ down(p, h)), jnp.argsort(lax.stop_gradient(h[:, 0])).astype(jnp.int32)
+
+    def shallow(p, h, c):
+        return h @ w(p, h), (c.position + 1) % ROWS
+
+    def constant(p, h, c):
+        return jnp.ones_like(h), jnp.zeros(ROWS, jnp.int32)
+
+    def run(p, h, c):
+        choices = {"index": c.index, "value": jnp.asarray(h.sum() > 0, jnp.int32)}
+        which = choices.get(kind, jnp.asarray(sign(p, h)[0] > 0, jnp.int32))
+        y, rows = lax.switch(which, [deep, shallow, constant], p, h, c)
+        return y[rows] + h
+
+    return run
+
+
+@leaf
 def choose_by_params(m):
     a, mask = m.matrix(), m.param(COLUMNS)
     return lambda p, h, c: jnp.where(mask(p, h) > 0, h @ a(p, h), h)

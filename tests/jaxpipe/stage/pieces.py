@@ -129,6 +129,30 @@ def choice(m, depth):
 
 
 @nested
+def switched_layers(m, depth):
+    """A scan over layers of one structure of parameters and of several kinds, in an order of their own."""
+    own = Maker(m.rng, m.names)
+    kinds = [own.piece(depth - 1) for _ in range(m.rng.choice([2, 3]))]
+    order, moving = [m.rng.randrange(len(kinds)) for _ in range(TURNS)], m.rng.random() < 0.5
+    again = m.rng.random() < 0.2
+    name = f"switched{len(m.shapes)}"
+    own.shapes.setdefault("bias", (COLUMNS,))
+    m.shapes[name] = jax.tree.map(lambda s: (TURNS, *s), own.shapes, is_leaf=lambda node: isinstance(node, tuple))
+
+    def run(p, h, c):
+        def layer(h, inputs):
+            turn, row = inputs
+            kind = jnp.asarray(order, jnp.int32)[turn]
+            kind = (kind + c.index) % len(kinds) if moving else kind
+            return bounded(lax.switch(kind, kinds, row, h, c)) + row["bias"].astype(h.dtype), None
+
+        body = jax.checkpoint(layer) if again else layer
+        return lax.scan(body, h, (jnp.arange(TURNS, dtype=jnp.int32), p[name]))[0]
+
+    return run
+
+
+@nested
 def layers(m, depth):
     """A scan over stacked parameters, whose body may read unstacked ones, too."""
     own = Maker(m.rng, m.names)

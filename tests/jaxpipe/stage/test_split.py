@@ -11,7 +11,7 @@ from jaxpipe.stage import matmul_flops, split_stage
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
-UNDIVIDED = {"tokens": "no input half", "cond": "opaque"}
+UNDIVIDED = {"tokens": "no input half"}
 
 
 def cotangents(out):
@@ -106,10 +106,20 @@ def test_without_differentiable_input_there_is_no_input_half(x64):
 
 
 def test_undivided_primitives_are_named(x64):
-    stage, params, x, args = zoo.CASES["cond"]()
-    assert split_stage(stage, params, x, *args).opaque == ("cond",)
-    stage, params, x, args = zoo.CASES["mlp"]()
-    assert split_stage(stage, params, x, *args).opaque == ()
+    """A conditional on the platform, of which each platform compiles one branch, stays as it is."""
+    params, x = zoo.normal(4, 4), zoo.normal(2, 4)
+
+    def stage(params, x):
+        return jax.lax.platform_dependent(params, x, cuda=lambda w, x: x @ w * 2, default=lambda w, x: x @ w)
+
+    split = split_stage(stage, params, x)
+    assert split.opaque == ("cond",)
+    prepared = split.prepare(params)
+    out, residuals = split.forward(prepared, x)
+    assert_trees_close(split.backward(prepared, residuals, out), jax.vjp(stage, params, x)[1](out), rtol=1e-12)
+    for name in ("mlp", "cond"):
+        stage, params, x, args = zoo.CASES[name]()
+        assert split_stage(stage, params, x, *args).opaque == ()
 
 
 def mesh_case(inside):

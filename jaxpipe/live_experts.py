@@ -1,0 +1,228 @@
+"""Experts of a pipelined model that are balanced while it trains: placements and router biases of all its blocks.
+
+What `__all__` names is public; all else here is internal and may change without notice.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.experimental import multihost_utils
+from jax.sharding import PartitionSpec as P
+
+from eplb_jax.moe.flax import MoE
+from eplb_jax.moe.router import update_bias
+from eplb_jax.plan.live import Decision, RebalanceConfig, decide
+from eplb_jax.plan.load import MovingAverage
+from eplb_jax.plan.placement import Placement
+from jaxpipe.layer_storage import LayerStorage
+from jaxpipe.nnx_function import parameters_of
+from jaxpipe.params import Params
+from jaxpipe.whole import PipelinedModel
+
+__all__ = ["LiveExperts", "expert_specs"]
+
+PLACEMENT = ("phy2log", "log2phy", "logcnt")
+"""What `eplb_jax.MoE` calls the arrays of its placement."""
+
+
+def expert_specs(model: nnx.Module | Callable[[], nnx.Module], blocks: str, *, axis: str = "pp") -> Params:
+    """PartitionSpecs for `jaxpipe.flax.from_nnx` of a model with `eplb_jax.MoE` layers in its blocks.
+
+    Experts are sharded over the axis that the layer was made with, all else of a block over pipeline ranks alone.
+
+    Args:
+      model, blocks: as for `jaxpipe.flax.from_nnx`.
+      axis: of the pipeline.
+
+    Raises:
+      ValueError: no block has such a layer with an axis.
+
+    >>> import eplb_jax
+    >>> config = eplb_jax.MoEConfig(width=8, hidden=4, router=eplb_jax.RouterConfig(4, 2, 1, 1))
+    >>> class Model(nnx.Module):
+    ...     def __init__(self, rngs):
+    ...         self.layers = nnx.List([eplb_jax.MoE(config, rngs, axis="ep") for _ in range(4)])
+    >>> specs = expert_specs(Model(nnx.Rngs(0)), "layers")
+    >>> tuple(specs.stages["w_in"]), tuple(specs.stages["router"])
+    (('pp', None, 'ep'), ('pp',))
+    """
+    found: Any = model if isinstance(model, nnx.Module) else nnx.eval_shape(model)
+    for name in blocks.split("."):
+        found = getattr(found, name)
+    each = list(found) if isinstance(found, Sequence | nnx.List) else [found]
+    specs = [_block_specs(block, axis) for block in each]
+    if not any(spec != P(axis) for block in specs for spec in jax.tree.leaves(block, is_leaf=_is_spec)):
+        raise ValueError(
+            f"blocks={blocks!r} hold no eplb_jax.MoE with an axis: make them as MoE(config, rngs, axis='ep')"
+        )
+    storage = LayerStorage.of([parameters_of(block) for block in each], (len(each),))
+    stacked = {
+        place: spec
+        for kind, block in zip(storage.kind_of, specs, strict=True)
+        for place, spec in zip(storage.places[kind], jax.tree.leaves(block, is_leaf=_is_spec), strict=True)
+    }
+    return Params(jax.tree.unflatten(storage.tree, [stacked[place] for place in range(len(stacked))]), P())
+
+
+def _block_specs(block: nnx.Module, axis: str) -> Any:
+    """PartitionSpecs of a block's parameters."""
+    specs = jax.tree.map(lambda _: P(axis), parameters_of(block))
+    for path, layer in nnx.iter_graph(block):
+        if isinstance(layer, MoE) and layer.axis is not None:
+            own = functools.reduce(lambda tree, key: tree[key], path, specs)
+            own.update(w_in=P(axis, None, layer.axis), w_out=P(axis, None, layer.axis))
+    return specs
+
+
+def _is_spec(node: Any) -> bool:
+    return isinstance(node, P)
+
+
+class LiveExperts:
+    """Balances the experts of a pipelined NNX model whose blocks have an `eplb_jax.MoE`; one call a step.
+
+    Each call moves the routers' biases towards equal loads, on the devices, and remembers the loads. After every
+    ``config.interval`` calls the host plans where copies of busy experts go. Only values of arrays change, never their
+    shapes or shardings: nothing is compiled again, and masters, gradients and the optimizer's state do not move.
+
+    Placements and biases are among the parameters, so that a checkpoint has them; the optimizer must not change them:
+    wrap it in `jaxpipe.floating_only`, and let biases not decay (``mask=pipe.stacking.weight_decay_mask``).
+
+    Attributes:
+      average: recent loads, of all steps with decreasing weight; a pytree, to be saved beside the parameters.
+      steps: calls so far.
+      last: what the last call decided; None between decisions.
+
+    Args:
+      pipe: made by `jaxpipe.flax.from_nnx`, its layers with a placement, `eplb_jax.initial_placement` say.
+      config: when and within what sizes; ``num_gpus`` is the size of the experts' axis.
+      bias_rate: what a router's bias changes by in a step; 0: never.
+      decay: share of the average that a step's loads leave; see `eplb_jax.MovingAverage`.
+
+    Raises:
+      ValueError: blocks without such a layer or with several, layers without a placement, or one of another size.
+
+    Blocks return ``stats.loads`` of their layer, and the loss ``{"loads": jnp.stack(...)}`` of them. Then::
+
+        (loss, aux), grads = step(params, batch)
+        ...
+        params = live(params, aux["loads"])
+    """
+
+    def __init__(self, pipe: PipelinedModel, config: RebalanceConfig, *, bias_rate: float = 1e-3, decay: float = 0.8):
+        self.config, self.steps = config, 0
+        self.last: Decision | None = None
+        self._bias_rate = bias_rate
+        self._path = _find_layer(pipe.params.stages)
+        leaves = _at(pipe.params.stages, self._path)
+        experts = leaves["logcnt"].shape[-1]
+        if leaves["phy2log"].shape[-1] != config.num_replicas:
+            raise ValueError(
+                f"the blocks' placements have {leaves['phy2log'].shape[-1]} slots, and num_replicas is "
+                f"{config.num_replicas}: make both of one RebalanceConfig, with eplb_jax.initial_placement"
+            )
+        number = [leaf is leaves["bias"] for leaf in jax.tree.leaves(pipe.params.stages)].index(True)
+        table = pipe.stacking.leaf_tables(pipe.params.stages)[number]
+        layers = sorted({*table.flat} - {-1})  # those blocks that have experts
+        self._slots = np.searchsorted(layers, np.maximum(table, layers[0]))
+        first = [int(np.flatnonzero(table == layer)[0]) for layer in layers]
+        self._places = np.divmod(first, table.shape[1])
+        self.average = MovingAverage.create(decay, len(layers), experts)
+        self._observe = jax.jit(self._observed, out_shardings=(None, leaves["bias"].sharding))
+
+    def __call__(self, params: Params, loads: jax.Array) -> Params:
+        """The parameters for the next step.
+
+        Args:
+          params: after the optimizer's update.
+          loads: ``[blocks, experts]`` of the step, of those blocks that have experts; summed over microbatches and
+            devices, as the pipeline's metrics are.
+
+        Raises:
+          ValueError: loads of another shape.
+        """
+        wanted = self.average.average.shape
+        if loads.shape != wanted:
+            raise ValueError(
+                f"loads have shape {loads.shape}: they must be [blocks, experts] = {wanted}, jnp.stack of what each "
+                "block's layer counted, in order"
+            )
+        leaves = dict(_at(params.stages, self._path))
+        self.average, leaves["bias"] = self._observe(self.average, leaves["bias"], loads)
+        self.steps += 1
+        self.last = None
+        if self.steps % self.config.interval == 0:
+            self._rebalance(leaves)
+        return params._replace(stages=_put(params.stages, self._path, leaves))
+
+    def placement(self, params: Params) -> Placement:
+        """The placement of all blocks, on the host."""
+        leaves = _at(params.stages, self._path)
+        return Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
+
+    def _observed(self, average: MovingAverage, bias: jax.Array, loads: jax.Array) -> tuple[MovingAverage, jax.Array]:
+        """(the average with a step's loads, the biases after it)."""
+        rows = loads[self._slots].reshape(bias.shape)
+        return average.update(loads), update_bias(bias, rows, self._bias_rate) if self._bias_rate else bias
+
+    def _rebalance(self, leaves: dict[str, Any]) -> None:
+        """Puts another placement into the leaves where one is better."""
+        before = Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
+        self.last = decide(self.steps, _on_host(self.average.loads()), before, self.config)
+        if self.last is None or not self.last.changed:
+            return
+        for name, array in zip(PLACEMENT, self.last.placement, strict=True):
+            old = leaves[name]
+            rows = np.asarray(array, old.dtype)[self._slots]
+            if rows.shape != old.shape:
+                raise ValueError(
+                    f"{name} has shape {old.shape} and would get {rows.shape}: start with a placement that is padded, "
+                    "as eplb_jax.initial_placement makes it, so that its shape never changes"
+                )
+            leaves[name] = jax.device_put(rows, old.sharding)
+
+
+def _find_layer(stages: Any) -> tuple[str, ...]:
+    """The path of the one layer in a block that has a router's bias and a placement."""
+
+    def walk(tree: Any, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], Mapping[str, Any]]]:
+        if isinstance(tree, Mapping):
+            if {"router", "bias", "w_in", "w_out"} <= set(tree):
+                yield path, tree
+            for name, value in tree.items():
+                yield from walk(value, (*path, name))
+
+    found = list(walk(stages, ()))
+    if len(found) != 1:
+        raise ValueError(
+            f"the pipeline's blocks have {len(found)} eplb_jax.MoE layers each, at {[path for path, _ in found]}: "
+            "live balancing is for one in each block"
+        )
+    (path, layer), *_ = found
+    if not set(PLACEMENT) <= set(layer):
+        raise ValueError(
+            "the blocks' layers have no placement to change: make them as MoE(config, rngs, axis='ep', "
+            "placement=eplb_jax.initial_placement(1, experts, rebalance_config).of_layer(0))"
+        )
+    return path
+
+
+def _at(tree: Any, path: tuple[str, ...]) -> Any:
+    return functools.reduce(lambda node, name: node[name], path, tree)
+
+
+def _put(tree: Any, path: tuple[str, ...], value: Any) -> Any:
+    return {**tree, path[0]: _put(tree[path[0]], path[1:], value)} if path else value
+
+
+def _on_host(array: jax.Array) -> np.ndarray:
+    """The whole array on this process."""
+    if not array.is_fully_addressable and not array.is_fully_replicated:
+        array = multihost_utils.process_allgather(array, tiled=True)  # others have other ranks' blocks
+    return np.asarray(array)
