@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import inspect
 import math
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Protocol
 
@@ -415,7 +416,9 @@ class _Parts:
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
-            return Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            cut = Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
+            _warn_of_wider_products(cut, self.dtype, self.model.names[0])
+            return cut
 
         return cut
 
@@ -427,6 +430,23 @@ def stack_rows(blocks: Sequence[Any]) -> Any:
         return np.stack(leaves) if leaves[0].dtype == jax.dtypes.float0 else jnp.stack(leaves)
 
     return jax.tree.map(stacked, *blocks)
+
+
+def _warn_of_wider_products(cut: Cut, dtype: Any, name: str) -> None:
+    """Says so where blocks compute in a wider dtype than that of the working copies, which modules may ask for."""
+    if dtype is None:
+        return
+    asked, wider = jnp.finfo(dtype), set()
+    for value in cut.blocks[0].x:
+        if jnp.issubdtype(value.aval.dtype, jnp.floating) and jnp.finfo(value.aval.dtype).bits > asked.bits:
+            wider.add(value.aval.dtype.name)
+    if wider:
+        warnings.warn(
+            f"compute_dtype is {asked.dtype.name}, but {name} is called with activations of "
+            f"{', '.join(sorted(wider))}: modules that do not say otherwise then multiply in that dtype. Give the "
+            f"model's modules (nnx.Embed first) dtype={asked.dtype.name}, or leave compute_dtype out",
+            stacklevel=2,
+        )
 
 
 def choose(column: Sequence[Any], row: Any) -> Any:

@@ -15,14 +15,14 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from chunks import gib
+from chunks import compile_all, gib
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -82,10 +82,10 @@ class LlamaBlock(nnx.Module):
     """Attention of grouped queries and a gated feed-forward layer, each beside a residual branch."""
 
     def __init__(self, sizes: LlamaShape, rngs: nnx.Rngs) -> None:
-        linear = functools.partial(nnx.Linear, use_bias=False, rngs=rngs)
+        linear = functools.partial(nnx.Linear, use_bias=False, dtype=jnp.bfloat16, rngs=rngs)
         kv = sizes.width * sizes.kv_heads // sizes.heads
         self.sizes = sizes
-        self.norm1, self.norm2 = nnx.RMSNorm(sizes.width, rngs=rngs), nnx.RMSNorm(sizes.width, rngs=rngs)
+        self.norm1, self.norm2 = (nnx.RMSNorm(sizes.width, dtype=jnp.bfloat16, rngs=rngs) for _ in range(2))
         self.q, self.out = linear(sizes.width, sizes.width), linear(sizes.width, sizes.width)
         self.k, self.v = linear(sizes.width, kv), linear(sizes.width, kv)
         self.gate, self.up = linear(sizes.width, sizes.hidden), linear(sizes.width, sizes.hidden)
@@ -106,9 +106,9 @@ class Llama(nnx.Module):
     """Embedding, layers, and the embedding's table again as output matrix."""
 
     def __init__(self, sizes: LlamaShape, rngs: nnx.Rngs, *, remat: bool = False) -> None:
-        self.embed = nnx.Embed(sizes.tokens, sizes.width, rngs=rngs)
+        self.embed = nnx.Embed(sizes.tokens, sizes.width, dtype=jnp.bfloat16, rngs=rngs)
         self.layers = nnx.List([LlamaBlock(sizes, rngs) for _ in range(sizes.layers)])
-        self.norm = nnx.RMSNorm(sizes.width, rngs=rngs)
+        self.norm = nnx.RMSNorm(sizes.width, dtype=jnp.bfloat16, rngs=rngs)
         self.remat = remat
 
     def __call__(self, tokens: jax.Array) -> jax.Array:
@@ -215,7 +215,8 @@ def pipelined(setting: Setting, name: str, pp: int, recipe: str) -> Program:
         return (optax.apply_updates(params, updates), moments), loss
 
     def start() -> Any:
-        return pipe.params, jax.jit(optimizer.init)(pipe.params)
+        init = jax.jit(optimizer.init) if recipe == "ZeRO-1" else functools.partial(jaxpipe.init_optimizer, optimizer)
+        return pipe.params, init(pipe.params)
 
     return step, start, NamedSharding(mesh, P("dp"))
 
@@ -239,21 +240,22 @@ def programs(setting: Setting) -> dict[str, Callable[[], Program]]:
     return found
 
 
-def measure(setting: Setting, make: Callable[[], Program], repeats: int) -> dict[str, Any]:
-    """A row of the table, without its name; without ``repeats`` of memory alone."""
-    step, start, sharding = make()
+def batch_of(setting: Setting) -> Any:
+    """Random tokens, the same for all."""
     rng = np.random.default_rng(0)
     text = rng.integers(0, setting.sizes.tokens, (setting.sequences, setting.sizes.length + 1), np.int32)
-    batch = jax.device_put({"tokens": text[:, :-1], "targets": text[:, 1:]}, sharding)
-    state = start()
-    compiled = jax.jit(step, donate_argnums=0).lower(state, batch).compile()
-    memory: Any = compiled.memory_analysis()
-    row = {
-        "arguments GiB": gib(memory.argument_size_in_bytes),
-        "temporaries GiB": gib(memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes),
-    }
-    if not repeats:
-        return row
+    return {"tokens": text[:, :-1], "targets": text[:, 1:]}
+
+
+def memory_of(compiled: Any) -> dict[str, float]:
+    """What the compiler says that a device holds: state and batch, and all that a step makes besides."""
+    memory = compiled.memory_analysis()
+    made = memory.temp_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+    return {"arguments GiB": gib(memory.argument_size_in_bytes), "temporaries GiB": gib(made)}
+
+
+def measure(setting: Setting, compiled: Any, state: Any, batch: Any, repeats: int) -> dict[str, Any]:
+    """Time, speed and the first loss of a program, whose state it takes over."""
     held = [state]
     del state
 
@@ -265,13 +267,18 @@ def measure(setting: Setting, make: Callable[[], Program], repeats: int) -> dict
     (ms,) = medians_ms([call], repeats)
     tokens, chip = setting.sequences * setting.sizes.length, chip_of(jax.devices()[0].device_kind)
     peak = setting.devices * chip.flops("bf16") if chip else math.nan
-    return {
-        "step ms": ms,
-        "tokens/s": round(tokens / ms * 1e3),
-        "MFU %": 100 * setting.sizes.flops_per_token * tokens / ms * 1e3 / peak,
-        **row,
-        "first loss": first,
-    }
+    mfu = 100 * setting.sizes.flops_per_token * tokens / ms * 1e3 / peak
+    return {"step ms": ms, "tokens/s": round(tokens / ms * 1e3), "MFU %": mfu, "first loss": first}
+
+
+def rows(setting: Setting, makers: dict[str, Callable[[], Program]], repeats: int) -> Iterator[dict[str, Any]]:
+    """The table, of memory alone without ``repeats``; programs are compiled side by side and run one by one."""
+    made = {name: make() for name, make in makers.items()}
+    batches = {name: jax.device_put(batch_of(setting), sharding) for name, (_, _, sharding) in made.items()}
+    lowered = [jax.jit(step, donate_argnums=0).lower(start(), batches[name]) for name, (step, start, _) in made.items()]
+    for (name, (_, start, _)), compiled in zip(made.items(), compile_all(lowered), strict=True):
+        times = measure(setting, compiled, start(), batches[name], repeats) if repeats else {}
+        yield {"program": name, **times, **memory_of(compiled)}
 
 
 def main() -> None:
@@ -295,9 +302,7 @@ def main() -> None:
     names = [short[name] for name in asked]
     size = f"{sizes.total / 1e9:.2f} billion parameters, {args.sequences} sequences of {sizes.length} tokens a step"
     report = Recorder.begin(args, machine(args.devices), size)
-    report.table(
-        {"program": name, **measure(setting, found[name], 0 if args.memory else args.repeats)} for name in names
-    )
+    report.table(rows(setting, {name: found[name] for name in names}, 0 if args.memory else args.repeats))
 
 
 if __name__ == "__main__":
