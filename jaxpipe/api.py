@@ -223,7 +223,10 @@ class Pipeline:
         return fsdp.shard_fully(specs, params, self.options, self.options.zero1_axes, 1)
 
     def _named(self, specs: Params) -> Params:
-        return jax.tree.map(lambda spec: NamedSharding(self.mesh, spec), specs, is_leaf=inputs.is_spec)
+        """Shardings of specs, written as those of results are, or a second step would be compiled anew."""
+        return jax.tree.map(
+            lambda spec: NamedSharding(self.mesh, inputs.without_trailing(spec)), specs, is_leaf=inputs.is_spec
+        )
 
     def _run(
         self, model: Model, params: Params, batch: Any, rng: jax.Array | None, step_inputs: Any, specs: Params

@@ -251,3 +251,15 @@ def manual_part(manual: frozenset[str], spec: P) -> P:
 def axes_of(spec: P) -> frozenset[str]:
     """The mesh axes that a PartitionSpec names."""
     return frozenset(name for entry in spec for name in entry_axes(entry))
+
+
+def without_trailing(spec: P) -> P:
+    """The spec without entries of None at its end.
+
+    >>> tuple(without_trailing(P("pp", None, "ep", None)))
+    ('pp', None, 'ep')
+    """
+    entries = list(spec)
+    while entries and entries[-1] is None:
+        entries.pop()
+    return P(*entries)

@@ -6,82 +6,24 @@ What `__all__` names is public; all else here is internal and may change without
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
 import numpy as np
-from flax import nnx
 from jax.experimental import multihost_utils
-from jax.sharding import PartitionSpec as P
 
-from eplb_jax.moe.flax import MoE
 from eplb_jax.moe.router import update_bias
 from eplb_jax.plan.live import Decision, RebalanceConfig, decide
 from eplb_jax.plan.load import MovingAverage
 from eplb_jax.plan.placement import Placement
-from jaxpipe.layer_storage import LayerStorage
-from jaxpipe.nnx_function import parameters_of
 from jaxpipe.params import Params
 from jaxpipe.whole import PipelinedModel
 
-__all__ = ["LiveExperts", "expert_specs"]
+__all__ = ["LiveExperts"]
 
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
 """What `eplb_jax.MoE` calls the arrays of its placement."""
-
-
-def expert_specs(model: nnx.Module | Callable[[], nnx.Module], blocks: str, *, axis: str = "pp") -> Params:
-    """PartitionSpecs for `jaxpipe.flax.from_nnx` of a model with `eplb_jax.MoE` layers in its blocks.
-
-    Experts are sharded over the axis that the layer was made with, all else of a block over pipeline ranks alone.
-
-    Args:
-      model, blocks: as for `jaxpipe.flax.from_nnx`.
-      axis: of the pipeline.
-
-    Raises:
-      ValueError: no block has such a layer with an axis.
-
-    >>> import eplb_jax
-    >>> config = eplb_jax.MoEConfig(width=8, hidden=4, router=eplb_jax.RouterConfig(4, 2, 1, 1))
-    >>> class Model(nnx.Module):
-    ...     def __init__(self, rngs):
-    ...         self.layers = nnx.List([eplb_jax.MoE(config, rngs, axis="ep") for _ in range(4)])
-    >>> specs = expert_specs(Model(nnx.Rngs(0)), "layers")
-    >>> tuple(specs.stages["w_in"]), tuple(specs.stages["router"])
-    (('pp', None, 'ep'), ('pp',))
-    """
-    found: Any = model if isinstance(model, nnx.Module) else nnx.eval_shape(model)
-    for name in blocks.split("."):
-        found = getattr(found, name)
-    each = list(found) if isinstance(found, Sequence | nnx.List) else [found]
-    specs = [_block_specs(block, axis) for block in each]
-    if not any(spec != P(axis) for block in specs for spec in jax.tree.leaves(block, is_leaf=_is_spec)):
-        raise ValueError(
-            f"blocks={blocks!r} hold no eplb_jax.MoE with an axis: make them as MoE(config, rngs, axis='ep')"
-        )
-    storage = LayerStorage.of([parameters_of(block) for block in each], (len(each),))
-    stacked = {
-        place: spec
-        for kind, block in zip(storage.kind_of, specs, strict=True)
-        for place, spec in zip(storage.places[kind], jax.tree.leaves(block, is_leaf=_is_spec), strict=True)
-    }
-    return Params(jax.tree.unflatten(storage.tree, [stacked[place] for place in range(len(stacked))]), P())
-
-
-def _block_specs(block: nnx.Module, axis: str) -> Any:
-    """PartitionSpecs of a block's parameters."""
-    specs = jax.tree.map(lambda _: P(axis), parameters_of(block))
-    for path, layer in nnx.iter_graph(block):
-        if isinstance(layer, MoE) and layer.axis is not None:
-            own = functools.reduce(lambda tree, key: tree[key], path, specs)
-            own.update(w_in=P(axis, None, layer.axis), w_out=P(axis, None, layer.axis))
-    return specs
-
-
-def _is_spec(node: Any) -> bool:
-    return isinstance(node, P)
 
 
 class LiveExperts:

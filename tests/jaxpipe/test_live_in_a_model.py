@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import MoE, MoEConfig, RebalanceConfig, RouterConfig, balancedness, initial_placement
-from jaxpipe.live_experts import LiveExperts, expert_specs
+from jaxpipe.live_experts import LiveExperts
 from jaxpipe.nnx_model import from_nnx
 
 WIDTH, VOCABULARY, EXPERTS, BLOCKS, STEPS = 8, 16, 8, 3, 4
@@ -53,8 +53,7 @@ def script():
         return losses.mean(), {"loads": loads}  # live
 
     model, schedule, mesh = Model(nnx.Rngs(0)), jaxpipe.schedule.build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2, ep=2)
-    specs = expert_specs(model, "layers")
-    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=loss, specs=specs, data_axes=("ep",))
+    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=loss, data_axes=("ep",))
     mask = pipe.stacking.weight_decay_mask
     optimizer = jaxpipe.floating_only(optax.adamw(1e-2, weight_decay=0.1, mask=mask))  # live
     params, state = pipe.params, jaxpipe.init_optimizer(optimizer, pipe.params)
@@ -171,8 +170,7 @@ def test_a_dense_block_before_the_experts():
             return x
 
     model, mesh = Model(nnx.Rngs(0)), jaxpipe.make_mesh(pp=2, ep=2)
-    specs = expert_specs(model, "layers")
-    schedule, options = jaxpipe.schedule.build("1f1b", 2, 2), {"specs": specs, "data_axes": ("ep",)}
+    schedule, options = jaxpipe.schedule.build("1f1b", 2, 2), {"data_axes": ("ep",)}
     pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=lambda model, x: model(x).mean(), **options)
     assert pipe.params.stages["moe"]["w_in"].sharding.spec == P("pp", None, "ep")
     live, loads = LiveExperts(pipe, rebalance), np.ones((3, EXPERTS), np.int32)
@@ -188,7 +186,7 @@ def test_a_dense_block_before_the_experts():
 
 
 def test_what_cannot_be_balanced_is_refused():
-    model, pipe = make_pipe(placement=False)
+    _, pipe = make_pipe(placement=False)
     config = RebalanceConfig(12, 1, 1, 2)
     with pytest.raises(ValueError, match="have no placement to change"):
         LiveExperts(pipe, config)
@@ -196,8 +194,6 @@ def test_what_cannot_be_balanced_is_refused():
         LiveExperts(make_pipe(placement=True, count=2)[1], config)
     with pytest.raises(ValueError, match="placements have 10 slots, and num_replicas is 12"):
         LiveExperts(make_pipe(placement=True, replicas=10)[1], config)
-    with pytest.raises(ValueError, match=r"hold no eplb_jax\.MoE with an axis"):
-        expert_specs(model, "blocks")
     pipe = make_pipe(placement=True)[1]
     with pytest.raises(ValueError, match=r"loads have shape \(8,\): they must be \[blocks, experts\] = \(2, 8\)"):
         LiveExperts(pipe, config)(pipe.params, jnp.zeros(8, jnp.int32))

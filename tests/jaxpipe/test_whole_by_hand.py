@@ -9,7 +9,6 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import MoE, MoEConfig, RouterConfig
-from jaxpipe.live_experts import expert_specs
 from jaxpipe.nnx_model import from_nnx
 
 WIDTH, BLOCKS = 6, 3
@@ -89,7 +88,6 @@ def test_experts_of_an_axis_without_a_placement():
         return (y**2).mean(), {"loads": loads}
 
     model, schedule, mesh = Model(nnx.Rngs(0)), jaxpipe.schedule.build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2, ep=2)
-    specs = expert_specs(model, "layers")
-    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=loss, specs=specs, data_axes=("ep",))
+    pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=loss, data_axes=("ep",))
     (_, aux), grads = jax.eval_shape(pipe, pipe.params, jnp.zeros((8, 8)))
     assert aux["loads"].shape == (2, 8) and grads.stages["w_in"].shape == pipe.params.stages["w_in"].shape
