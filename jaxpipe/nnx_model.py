@@ -204,7 +204,7 @@ class _NNXModel:
             modules = [where] if self.stacked else where
             for name, module, function in zip(self.names, modules, self.functions, strict=not self.stacked):
                 module.__class__ = _standing_for(type(module))
-                module._pipeline_block = _Stand(name, function, inside)
+                module._pipeline_block = _Stand(name, function, inside, _statics(module))
             return call_loss(self.user_loss, model, data, step_inputs=step_inputs)
 
         return self.function.apply(self._whole(outer, blocks), outside, use)
@@ -269,11 +269,35 @@ class _NNXModel:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class _Stand:
-    """What a block needs to stand for itself."""
+    """What a block needs to stand for itself; ``statics`` are those of its modules before the loss runs."""
 
     name: str
     function: NNXFunction
     ctx: Context
+    statics: dict[str, Any]
+
+
+def _statics(module: nnx.Module) -> dict[str, Any]:
+    """The numbers, flags and texts that modules are made with, by path."""
+    return {
+        ".".join(map(str, (*path, name))): value
+        for path, node in nnx.iter_graph(module)
+        if isinstance(node, nnx.Module)
+        for name, value in vars(node).items()
+        if isinstance(value, bool | int | float | str | None)
+    }
+
+
+def _check_unchanged(stand: _Stand, module: nnx.Module) -> None:
+    """Raises ValueError where the loss has changed what a block is: the pipeline runs the block that was given."""
+    now = _statics(module)
+    for name in (*stand.statics, *now):
+        before, after = stand.statics.get(name), now.get(name)
+        if before != after:
+            raise ValueError(
+                f"the loss changes {name} of {stand.name} from {before} to {after} before it calls it, as eval() "
+                "does: change the model before from_nnx, or evaluate with pipe.evaluation(model)"
+            )
 
 
 @functools.cache
@@ -282,6 +306,7 @@ def _standing_for(kind: type) -> type:
 
     def call(self: Any, *args: Any, **kwargs: Any) -> Any:
         stand: _Stand = self._pipeline_block
+        _check_unchanged(stand, self)
 
         def run(params: Any, x: Any, *args: Any, **kwargs: Any) -> Any:
             return stand.function.run(params, stand.ctx, (x, *args), kwargs)

@@ -309,3 +309,38 @@ def test_tensor_parallel_by_specs(x64):
     pipe = from_nnx(model, schedule, jaxpipe.make_mesh(pp=2, tp=2), blocks="decoder.layers", loss=loss_of, specs=specs)
     (loss, _), _ = jax.jit(pipe)(pipe.params, batch)
     assert float(loss) == pytest.approx(float(plain(loss_of, batch, MICROBATCHES)(model)), rel=1e-12)
+
+
+def test_a_loss_that_changes_its_model_is_refused(x64):
+    """`model.eval()` within the loss would be without effect: blocks are those that were given."""
+
+    def evaluated(model, batch):
+        model.eval()
+        return loss_of(model, batch)
+
+    schedule, mesh = jaxpipe.schedule.build("1f1b", 2, MICROBATCHES), jaxpipe.make_mesh(pp=2)
+    pipe = from_nnx(Model(nnx.Rngs(0), rate=0.5), schedule, mesh, blocks="decoder.layers", loss=evaluated)
+    with pytest.raises(ValueError, match=r"dropout\.deterministic of decoder\.layers\[0\] from False to True"):
+        jax.eval_shape(pipe, pipe.params, make_batch(), jax.random.key(0))
+
+
+def test_products_wider_than_asked_for_are_told():
+    """An embedding's own dtype decides what the blocks multiply in."""
+
+    class Wide(nnx.Module):
+        def __init__(self, rngs):
+            self.embed = nnx.Embed(VOCABULARY, WIDTH, rngs=rngs)
+            self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2)])
+
+        def __call__(self, tokens):
+            x = self.embed(tokens)
+            for layer in self.layers:
+                x = layer(x)
+            return x
+
+    schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 4), jaxpipe.make_mesh(pp=2)
+    options = {"blocks": "layers", "loss": lambda model, tokens: model(tokens).mean(), "compute_dtype": jnp.bfloat16}
+    pipe = from_nnx(Wide(nnx.Rngs(0)), schedule, mesh, **options)
+    warned = pytest.warns(UserWarning, match=r"layers\[0\] is called with activations of float32")
+    with warned, jax.numpy_dtype_promotion("standard"):
+        jax.eval_shape(pipe, pipe.params, jnp.zeros((8, 3), jnp.int32))
