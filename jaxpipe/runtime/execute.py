@@ -270,17 +270,7 @@ def infer(
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
-    step = ForwardStep(
-        model=model,
-        parts=program.parts,
-        chunks=local.chunks,
-        outer=local.outer,
-        batch=batch,
-        rng=local.rng,
-        step_inputs=step_inputs,
-        num_stages=program.schedule.num_stages,
-        gathers=bool(options.fsdp_axes),
-    )
+    step = ForwardStep(**_forward_fields(program, options, local, step_inputs))
     buffers = run_steps(program, step.operation, axes.pipeline, options.dispatch, buffers, tables)
     # Only the ranks with the last stage hold outputs; all others hold zeros, so the sum is exact.
     outputs = jax.tree.map(lambda leaf: sum_exactly(leaf, axes.pipeline), buffers.outputs)
@@ -310,21 +300,25 @@ def evaluate(
         stage_metrics=jax.tree.map(accumulator, metrics),
         head_metrics=jax.tree.map(accumulator, head_metrics),
     )
-    step = EvaluationStep(
-        model=local.model,
-        parts=program.parts,
-        chunks=local.chunks,
-        outer=local.outer,
-        batch=batch,
-        rng=local.rng,
-        step_inputs=step_inputs,
-        num_stages=program.schedule.num_stages,
-        gathers=bool(options.fsdp_axes),
-        shares=shares,
-    )
+    step = EvaluationStep(**_forward_fields(program, options, local, step_inputs), shares=shares)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     losses, aux = _sum_losses(options.axes, buffers, shares)
     return _total(losses), aux
+
+
+def _forward_fields(program: Program, options: Options, local: _Local, step_inputs: Any) -> dict[str, Any]:
+    """The fields of a `ForwardStep`."""
+    return {
+        "model": local.model,
+        "parts": program.parts,
+        "chunks": local.chunks,
+        "outer": local.outer,
+        "batch": local.batch,
+        "rng": local.rng,
+        "step_inputs": step_inputs,
+        "num_stages": program.schedule.num_stages,
+        "gathers": bool(options.fsdp_axes),
+    }
 
 
 def _stage_shapes(program: Program, options: Options, local: _Local) -> Any:
