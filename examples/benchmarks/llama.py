@@ -302,7 +302,8 @@ def main() -> None:
     names = [short[name] for name in asked]
     size = f"{sizes.total / 1e9:.2f} billion parameters, {args.sequences} sequences of {sizes.length} tokens a step"
     report = Recorder.begin(args, machine(args.devices), size)
-    report.table(rows(setting, {name: found[name] for name in names}, 0 if args.memory else args.repeats))
+    with jax.numpy_dtype_promotion("standard"):  # optax mixes dtypes, and so do Flax's norms
+        report.table(rows(setting, {name: found[name] for name in names}, 0 if args.memory else args.repeats))
 
 
 if __name__ == "__main__":
