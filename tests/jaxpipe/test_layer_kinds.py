@@ -83,10 +83,10 @@ def plain(layers, outer, batch, key):
 
 @pytest.mark.parametrize(("name", "ranks", "row"), [
     ("1f1b", 4, "in turn"),
-    ("zb1p", 4, "three kinds"),
+    pytest.param("zb1p", 4, "three kinds", marks=pytest.mark.slow),
     ("zb1p", 4, "dense, then experts"),
-    ("dualpipe", 4, "once more"),
-    ("dualpipev", 4, "dense, then experts"),
+    pytest.param("dualpipe", 4, "once more", marks=pytest.mark.slow),
+    pytest.param("dualpipev", 4, "dense, then experts", marks=pytest.mark.slow),
     ("dualpipev", 2, "as many of each"),
 ])  # fmt: skip
 def test_kinds_equal_the_plain_loop(name, ranks, row, x64):
