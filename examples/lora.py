@@ -30,7 +30,7 @@ from jaxpipe.flax import from_nnx
 
 @dataclasses.dataclass(frozen=True)
 class LlamaSizes:
-    """Sizes of a model; ``rank`` is that of the adapters, 0 for none."""
+    """Sizes of a model; ``rank`` is that of the adapters, 0 for none; ``dtype`` of activations and products."""
 
     vocabulary: int = 256
     width: int = 128
@@ -40,6 +40,7 @@ class LlamaSizes:
     experts: int = 4
     chosen: int = 2
     rank: int = 8
+    dtype: Any = jnp.bfloat16
 
 
 class Attention(nnx.Module):
@@ -114,7 +115,7 @@ class AdaptedLlama(nnx.Module):
     """Tokens to logits."""
 
     def __init__(self, sizes: LlamaSizes, rngs: nnx.Rngs) -> None:
-        self.embed = nnx.Embed(sizes.vocabulary, sizes.width, rngs=rngs)
+        self.embed = nnx.Embed(sizes.vocabulary, sizes.width, dtype=sizes.dtype, rngs=rngs)
         self.layers = nnx.List([AdaptedBlock(sizes, rngs) for _ in range(sizes.layers)])
         self.norm = nnx.RMSNorm(sizes.width, rngs=rngs)
         self.head = nnx.Linear(sizes.width, sizes.vocabulary, use_bias=False, rngs=rngs)

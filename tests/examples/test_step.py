@@ -152,6 +152,7 @@ def test_rebalancing_moves_copies_and_nothing_else():
         trainer.Rebalancer(model, 4)
 
 
+@pytest.mark.slow
 def test_evaluation_is_the_loss_of_the_next_token():
     needs_devices(4)
     config = small(layers=3, shared_ends=True)

@@ -25,8 +25,8 @@ MODEL = {"embed": token_embed, "head": token_head, "weight": token_weight}
     ("name", "ranks", "options"),
     [
         ("1f1b", 1, {}),
-        ("dualpipe", 2, {}),
-        ("zb1p", 2, {"dispatch": "switch", "order": "storage"}),
+        pytest.param("dualpipe", 2, {}, marks=pytest.mark.slow),
+        pytest.param("zb1p", 2, {"dispatch": "switch", "order": "storage"}, marks=pytest.mark.slow),
         ("dualpipev", 2, {"shared_ends": True}),
     ],
 )
@@ -104,6 +104,7 @@ def test_a_forward_pass_and_its_gradient_are_refused():
         jax.grad(lambda params: step.evaluate(params, jnp.ones(8))[0])(jaxpipe.Params(jnp.ones(2)))
 
 
+@pytest.mark.slow
 def test_a_model_of_nnx_without_dropout_and_with_another_loss(x64):
     batch, schedule, mesh = make_batch(), jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2)
     model = Model(nnx.Rngs(0), rate=0.5)

@@ -92,7 +92,7 @@ def test_filters_of_paths_and_rows(x64):
     assert pipe.merge(grads).layers.linear.kernel.dtype == jax.dtypes.float0
 
 
-@pytest.mark.parametrize("call", ["loop", "scan"])
+@pytest.mark.parametrize("call", [pytest.param("loop", marks=pytest.mark.slow), "scan"])
 def test_linen_masks_and_paths(x64, call):
     model, batch = LinenModel(call), make_batch()
 

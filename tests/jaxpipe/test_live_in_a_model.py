@@ -140,6 +140,7 @@ def make_pipe(placement, count=1, replicas=12):
     return model, from_nnx(model, schedule, mesh, blocks="blocks", loss=lambda model, x: model(x).mean())
 
 
+@pytest.mark.slow
 def test_a_dense_block_before_the_experts():
     """Loads are of the blocks that have experts, and each block gets the placement and bias of its own."""
     rebalance = RebalanceConfig(12, 1, 1, 2, interval=1)

@@ -219,6 +219,7 @@ def standard_promotion():
 
 
 @pytest.mark.parametrize(("name", "ranks"), SCHEDULES)
+@pytest.mark.slow
 def test_nnx(name, ranks, x64, standard_promotion):
     model = Llama(nnx.Rngs(0))
     embed_fn, head_fn = nnx_function(model.embed), nnx_function(model.head)
@@ -283,6 +284,7 @@ def keep(tree, like):
 
 
 @pytest.mark.parametrize(("name", "ranks"), SCHEDULES)
+@pytest.mark.slow
 def test_linen(name, ranks, x64, standard_promotion):
     module, rng = LinenBlock(), jax.random.key(3)
     example = {name: leaf[:SIZE] for name, leaf in make_batch().items()}

@@ -175,6 +175,7 @@ def test_orbax_from_pp4_to_pp2_and_to_the_plain_model(x64, tmp_path):
     assert_trees_close(after, plain_params(merged), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_a_state_with_masked_parameters_goes_to_the_plain_model(x64):
     """Muon keeps Adam's averages for some parameters alone."""
     pipe = make_pipe()

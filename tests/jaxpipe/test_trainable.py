@@ -29,7 +29,9 @@ def pipeline(name="dualpipev", ranks=2, **options):
     return jaxpipe.value_and_grad(token_stage, schedule, jaxpipe.make_mesh(pp=ranks), **MODEL, **options)
 
 
-@pytest.mark.parametrize(("name", "ranks"), [("1f1b", 1), ("dualpipe", 2), ("zb1p", 2)])
+@pytest.mark.parametrize(
+    ("name", "ranks"), [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)]
+)
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradients_are_the_plain_programs(x64, name, ranks, mask):
     """DualPipe's second copies have none to return either."""

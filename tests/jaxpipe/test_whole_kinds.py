@@ -107,6 +107,7 @@ def test_nnx_equals_the_plain_model_and_comes_back(x64):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, pipe.split(back), pipe.params))
 
 
+@pytest.mark.slow
 def test_made_in_shards_and_divided_over_devices(x64):
     """Two devices for each rank share the batch and, by one spec for all kinds, the columns of a kernel."""
     batch = make_batch()
@@ -135,6 +136,7 @@ def test_made_in_shards_and_divided_over_devices(x64):
     assert_trees_close(parameters(pipe.merge(grads)), nnx.to_pure_dict(expected_grads), rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_alone(x64):
     """Not on how many stages the blocks of several kinds are divided over."""
     model, batch, found = Model(nnx.Rngs(0), dense=1, count=3, rate=0.3), make_batch(), []
@@ -235,6 +237,7 @@ def test_linen_blocks_of_several_names(x64, blocks, message):
     assert_trees_close(pipe.merge(grads), expected_grads, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_of_some_kinds(x64):
     """What all blocks have is trained, and what only some have; nothing else has a gradient."""
     model, batch = Model(nnx.Rngs(0), dense=1, count=3), make_batch()
