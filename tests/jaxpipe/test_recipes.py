@@ -257,7 +257,7 @@ def test_recipes_equal_the_plain_model(x64, recipe):
 @pytest.mark.parametrize(
     ("sizes", "options"),
     [
-        ({"pp": 2, "ep": 2, "tp": 2}, {"data_axes": "ep"}),
+        pytest.param({"pp": 2, "ep": 2, "tp": 2}, {"data_axes": "ep"}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "ep": 1, "tp": 2, "dp": 2}, {"data_axes": ("dp", "ep")}, marks=pytest.mark.slow),
         pytest.param(
             {"pp": 2, "ep": 2, "dp": 2},

@@ -113,6 +113,7 @@ def test_nnx_equals_the_plain_model(x64, name, call):
     assert_trees_close(nnx.to_pure_dict(found), nnx.to_pure_dict(expected_grads), rtol=1e-10)
 
 
+@pytest.mark.slow  # the guide of whole models does all of it
 def test_data_parallel_uneven_and_made_in_shards(x64):
     """7 blocks on 4 stages, two devices for each rank; a model that no device has ever held whole."""
     batch = make_batch()

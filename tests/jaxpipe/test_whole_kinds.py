@@ -179,6 +179,7 @@ class LinenModel(nn.Module):
         return self.table.attend(x)
 
 
+@pytest.mark.slow
 def test_linen_equals_the_plain_model_and_comes_back(x64):
     model, batch = LinenModel(), make_batch()
 
