@@ -28,7 +28,7 @@ class Layer(nnx.Module):
     def __init__(self, rngs, kind):
         linear = functools.partial(
             nnx.Linear, rngs=rngs, use_bias=False, dtype=jnp.float64, param_dtype=jnp.float64,
-            kernel_init=nnx.initializers.normal(0.5),
+            kernel_init=nnx.initializers.normal(0.2),
         )  # fmt: skip
         self.a, self.b, self.out = linear(WIDTH, HIDDEN), linear(WIDTH, HIDDEN), linear(HIDDEN, WIDTH)
         self.kind = kind

@@ -8,6 +8,7 @@ import pytest
 
 import jaxpipe
 from jaxpipe.stage import split_stage
+from jaxpipe.stage.graph import scan_counts
 from jaxpipe.trainable import trainable_mask
 from tests.jaxpipe.runtime.models import token_batch, token_embed, token_head, token_params, token_stage, token_weight
 from tests.jaxprs import equations
@@ -83,7 +84,7 @@ def test_no_weight_products_and_no_buffers_are_left(x64):
                 if var.aval.shape[-2:] == (12, 12):
                     kinds.setdefault(eqn.primitive.name, []).append(around)
         (loop,) = (eqn for eqn, _ in equations(traced) if eqn.primitive.name == "scan" and eqn.params["length"] > 4)
-        carried = [v.aval.shape for v in loop.invars[loop.params["num_consts"] :]]
+        carried = [v.aval.shape for v in loop.invars[scan_counts(loop)[0] :]]
         return kinds, carried
 
     every, carried = found(None)
