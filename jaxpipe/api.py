@@ -172,12 +172,11 @@ class Pipeline:
                 "jaxpipe.forward has no loss to evaluate: take the evaluation of a step of jaxpipe.value_and_grad, "
                 "whose head returns the loss"
             )
-        shared = self.program.shared_ends
         program = lower(
             self.program.schedule,
             self.options.costs,
             forward_only=True,
-            shared_ends=shared,
+            shared_ends=self.program.shared_ends,
             kind_of=self.model.kind_of,
         )
         return dataclasses.replace(self, program=program, evaluates=True)

@@ -4,8 +4,8 @@ Stages that hold the same row of kinds are one kind of stage, with code of its o
 (`jaxpipe.StageKinds`). There every layer's kind and slots are known: parameters are read where they are used, layers
 alike run in a scan, no stage has padding, and the gradient of a parameter is made once for a whole stage.
 
-A function of stages whose rows differ does the same for layers that all stages have at the same place, at their start
-or end. What is left in the middle is one `jax.lax.switch` with a branch for each row.
+Functions may still differ between stages of one row, by what they compute and not by their parameters. Layers that all
+stages have alike at their start or end then run as they are, and what is left in the middle is one `jax.lax.switch`.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class KindStage:
       functions: each is ``(params, x, ctx) -> y or Output``.
       function_of: the function of each layer, an index of ``functions``.
       storage: of the layers' parameters.
-      stages: that it runs; None: all.
+      stages: that it runs, which hold the same row of kinds.
     """
 
     def __init__(
@@ -70,11 +70,11 @@ class KindStage:
         functions: Sequence[Layer],
         function_of: Sequence[int],
         storage: LayerStorage,
-        stages: Sequence[int] | None = None,
+        stages: Sequence[int],
     ) -> None:
         self.storage = storage
         self._gather: Gather | None = None
-        self._stages = range(len(storage.counts)) if stages is None else stages
+        self._stages = stages
         self._functions, self._function_of = tuple(functions), tuple(function_of)
         used = [
             sorted({function for function, other in zip(function_of, storage.kind_of, strict=True) if other == kind})
