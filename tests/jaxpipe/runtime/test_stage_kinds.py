@@ -137,6 +137,16 @@ def test_forward_runs_each_kind(x64):
     np.testing.assert_allclose(outputs, jnp.concatenate(x), rtol=1e-12)
 
 
+def test_an_evaluation_runs_each_kind(x64):
+    schedule = jaxpipe.schedule.build("zb1p", 2, MICROBATCHES)
+    params, batch = make(schedule)
+    stage, key = jaxpipe.StageKinds([dense, gated], [0, 1]), jax.random.key(1)
+    pipeline = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=2), **ENDS)
+    loss, aux = jax.jit(pipeline.evaluation)(params, batch, key)
+    assert float(loss) == pytest.approx(float(plain(params, batch, key, schedule, stage)), rel=1e-12)
+    assert int(aux["dense"]) == MICROBATCHES
+
+
 def other_metrics(params, x, ctx):
     return jaxpipe.Output(x @ params["w"], jnp.mean(x), {"dense": jnp.zeros(3)})
 
