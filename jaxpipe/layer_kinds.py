@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jaxpipe.layer_choice import Alike, Layer, call, check_like, shorten
+from jaxpipe.layer_split import unroll_of
 from jaxpipe.layer_storage import LayerStorage
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.fsdp import Gather
@@ -186,7 +187,8 @@ class KindStage:
             params = self._params(
                 step.kind, leaves, step.slots, lambda leaf, slot, length=length: leaf[slot : slot + length]
             )
-            x, other = jax.lax.scan(body, x, (jnp.arange(length, dtype=jnp.int32), params))
+            rows = jnp.arange(length, dtype=jnp.int32), params
+            x, other = jax.lax.scan(body, x, rows, unroll=unroll_of(length))
             others.append(jax.tree.map(lambda leaf: leaf.sum(0, dtype=leaf.dtype), other))
         return x, others
 

@@ -8,6 +8,20 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 
+MOST_UNROLLED = 16
+"""Layers of a stage: more are a loop."""
+
+
+def unroll_of(count: int) -> int:
+    """How many turns of a scan over the layers of a stage are written out: all up to `MOST_UNROLLED`, else none.
+
+    A loop keeps everything that its turns share with the backward pass in stacks, which are filled with zeros first,
+    written, and read row by row; written out, layers keep what is needed least, where it is. The price is code: a stage
+    of ten layers compiles in about the time that the plain model takes.
+    """
+    return count if count <= MOST_UNROLLED else 1
+
+
 def split_layers(num_layers: int, num_stages: int, costs: Sequence[float] | None = None) -> tuple[int, ...]:
     """Layers of each stage, as even as possible, the longer stages first.
 

@@ -32,6 +32,7 @@ class LayerStorage:
       tree: structure of a stage's parameters.
       places: ``[kinds]`` of ``[leaves of the kind]``, each leaf's number among a stage's leaves.
       slots: ``[leaves of a stage]`` of ``[layers]``, the slot of each layer in its stage; None without the leaf.
+      by_cost: whether the counts follow from what layers cost.
     """
 
     counts: tuple[int, ...]
@@ -40,14 +41,16 @@ class LayerStorage:
     tree: Any
     places: tuple[tuple[int, ...], ...]
     slots: tuple[tuple[int | None, ...], ...]
+    by_cost: bool = False
 
     @classmethod
-    def of(cls, layers: Any, counts: Sequence[int]) -> LayerStorage:
+    def of(cls, layers: Any, counts: Sequence[int], *, by_cost: bool = False) -> LayerStorage:
         """The storage of layers in stages of so many.
 
         Args:
           layers: the parameters of each, arrays or shapes: a list or tuple of pytrees, or one pytree of rows.
           counts: ``[stages]``, layers of each stage.
+          by_cost: whether these follow from what layers cost.
         """
         if not is_sequence(layers):
             paths, structure = jax.tree_util.tree_flatten_with_path(layers)
@@ -57,12 +60,21 @@ class LayerStorage:
         tree, places, kinds_with = _union(structures, of_kinds)
         align = _Alignment(tuple(counts), kind_of)
         slots = {kinds: align.slots(kinds) for kinds in set(kinds_with)}
-        return cls(tuple(counts), kind_of, structures, tree, places, tuple(slots[kinds] for kinds in kinds_with))
+        return cls(tuple(counts), kind_of, structures, tree, places, tuple(slots[kinds] for kinds in kinds_with), by_cost)
 
     @property
     def mixed(self) -> bool:
         """Whether there are several kinds."""
         return len(self.structures) > 1
+
+    @property
+    def apart(self) -> bool:
+        """Whether stages that hold other rows of layers are kinds of their own, and none is padded.
+
+        Where all layers cost the same the longest stage sets the pace, and padding costs no time. Where costs divided
+        them, a stage with fewer layers is as busy as the others.
+        """
+        return self.mixed or (self.by_cost and len(set(self.counts)) > 1)
 
     @property
     def starts(self) -> list[int]:

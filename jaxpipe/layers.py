@@ -14,7 +14,7 @@ import numpy as np
 
 from jaxpipe.layer_choice import Choice, Layer, check_like, shorten
 from jaxpipe.layer_kinds import KindStage, LayerStageKinds
-from jaxpipe.layer_split import split_layers
+from jaxpipe.layer_split import split_layers, unroll_of
 from jaxpipe.layer_storage import LayerStorage, is_sequence
 from jaxpipe.params import unstack_stages
 from jaxpipe.runtime.buffers import accumulation_dtype
@@ -87,14 +87,15 @@ def stages_of_mixed_layers(
 
 def store_layers(layers: Any, schedule: Schedule, layer_costs: Sequence[float] | None = None) -> LayerStorage:
     """Where the parameters of layers, arrays or shapes, stand in stacked stages."""
-    return LayerStorage.of(layers, split_layers(count_layers(layers), schedule.num_stages, layer_costs))
+    counts = split_layers(count_layers(layers), schedule.num_stages, layer_costs)
+    return LayerStorage.of(layers, counts, by_cost=layer_costs is not None)
 
 
 def stage_of_layers(functions: Sequence[Layer], function_of: Sequence[int], storage: LayerStorage) -> Layer:
     """The stage function of layers, of parameters as a storage stacks them."""
     if len(function_of) != len(storage.kind_of):
         raise ValueError(f"{len(function_of)} functions for {len(storage.kind_of)} layers: give one for each, or one")
-    if storage.mixed:
+    if storage.apart:
         make = lambda stages: StageOfLayers(KindStage(functions, function_of, storage, stages).run)  # noqa: E731
         return LayerStageKinds(make, storage, function_of)
     return StageOfLayers(_LayerStage(Choice(functions, function_of), storage).run, storage=storage)
@@ -233,7 +234,8 @@ class _LayerStage:
             return (y, given if self.padded else None), part
 
         carry = x, x if self.padded else None
-        (y, _), others = jax.lax.scan(body, carry, (jnp.arange(max(self.counts), dtype=jnp.int32), params))
+        rows = jnp.arange(max(self.counts), dtype=jnp.int32), params
+        (y, _), others = jax.lax.scan(body, carry, rows, unroll=unroll_of(max(self.counts)))
         return y, others
 
 

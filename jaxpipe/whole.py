@@ -352,7 +352,7 @@ class _Parts:
     @property
     def stages(self) -> Callable[..., Any]:
         """The stage function; of blocks of several kinds, one for each row of kinds."""
-        if not self.storage.mixed:
+        if not self.storage.apart:
             return StageOfLayers(self.stage)
         make = lambda stages: StageOfLayers(functools.partial(self.stage, stages=stages))  # noqa: E731
         return LayerStageKinds(make, self.storage, (0,) * len(self.storage.kind_of))

@@ -1,8 +1,8 @@
 """A jaxpr as a flat list of nodes that can be divided and evaluated in parts.
 
-Calls (jit, remat, custom derivative rules) are inlined; a scan is one node that holds the nodes of its body, and a
-conditional one that holds those of its branches, so that they can be divided too. Everything else stays the equation it
-was, and is bound again when its node runs.
+Calls (jit, remat, custom derivative rules) are inlined, and so are the turns of a scan that is unrolled as a whole.
+Another scan is one node that holds the nodes of its body, and a conditional one that holds those of its branches, so
+that they can be divided too. Everything else stays the equation it was, and is bound again when its node runs.
 """
 
 from __future__ import annotations
@@ -31,12 +31,14 @@ RECOMPUTE = "recompute"
 class Value:
     """An array of a graph, by identity; ``const`` holds it where it is known.
 
-    With ``effect`` it is a flag that stands for a side effect of the node that makes it.
+    With ``effect`` it is a flag that stands for a side effect of the node that makes it. ``rows`` are the values that
+    an unrolled scan stacked to make it.
     """
 
     aval: Any
     const: Any = None
     effect: bool = False
+    rows: tuple[Value, ...] = ()
 
     @property
     def nbytes(self) -> int:
@@ -53,7 +55,7 @@ class Node:
 
     ``eqn`` is the equation that it is, within those of ``context``; ``scan`` is set where it is a loop, ``cond`` where
     it is a conditional, ``recompute`` if it makes a value named `RECOMPUTE`, ``recomputed`` where `jax.checkpoint`
-    computes a forward pass again.
+    computes a forward pass again, ``row`` where it reads this row of its input for a turn of an unrolled scan.
     """
 
     name: str
@@ -66,6 +68,7 @@ class Node:
     context: tuple[JaxprEqn, ...] = ()
     recompute: bool = False
     recomputed: bool = False
+    row: int | None = None
 
     @property
     def bodies(self) -> tuple[tuple[Node, ...], ...]:
@@ -291,6 +294,8 @@ def _emit(
             if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
                 ins = [_barrier(value, nodes) for value in ins]
             outs = _emit(inner, inner_consts, ins, nodes, (*context, eqn), recomputed=recomputed)
+        elif name == "scan" and eqn.params["unroll"] >= eqn.params["length"] > 0:
+            outs = _emit_turns(eqn, ins, nodes, context, recomputed=recomputed)
         else:
             outs = [Value(var.aval) for var in eqn.outvars]
             if name == "scan":
@@ -301,6 +306,45 @@ def _emit(
                 nodes.append(dataclasses.replace(eqn_node(eqn, ins, outs, context), recomputed=recomputed))
         env.update(zip(eqn.outvars, outs, strict=True))
     return [lookup(atom) for atom in jaxpr.outvars]
+
+
+def _emit_turns(
+    eqn: JaxprEqn, ins: Sequence[Value], nodes: list[Node], context: tuple[JaxprEqn, ...], *, recomputed: bool
+) -> list[Value]:
+    """Appends the nodes of all turns of a scan; returns its outputs."""
+    jaxpr, consts = _open(eqn.params["jaxpr"])
+    num_consts, num_carry = scan_counts(eqn)
+    fixed, carry, xs = ins[:num_consts], ins[num_consts : num_consts + num_carry], ins[num_consts + num_carry :]
+    length = eqn.params["length"]
+    stacked: list[list[Value]] = [[] for _ in eqn.outvars[num_carry:]]
+    for turn in reversed(range(length)) if eqn.params["reverse"] else range(length):
+        rows = [_row(value, turn, nodes) for value in xs]
+        outs = _emit(jaxpr, consts, [*fixed, *carry, *rows], nodes, (*context, eqn), recomputed=recomputed)
+        carry = outs[:num_carry]
+        for rows, out in zip(stacked, outs[num_carry:], strict=True):
+            rows.append(out)
+    if eqn.params["reverse"]:
+        stacked = [rows[::-1] for rows in stacked]
+    return [*carry, *(_stack(rows, var.aval, nodes) for rows, var in zip(stacked, eqn.outvars[num_carry:], strict=True))]
+
+
+def _row(value: Value, index: int, nodes: list[Node]) -> Value:
+    """A row of a value, of a node that reads it where none has made it."""
+    if value.rows:
+        return value.rows[index]
+    aval = value.aval.update(shape=value.aval.shape[1:])
+    if value.const is not None:
+        return Value(aval, value.const[index])
+    out = Value(aval)
+    nodes.append(Node("slice", (value,), (out,), lambda array: [array[index]], row=index))
+    return out
+
+
+def _stack(rows: Sequence[Value], aval: Any, nodes: list[Node]) -> Value:
+    """The value with these rows, of a node that stacks them."""
+    out = Value(aval, rows=tuple(rows))
+    nodes.append(Node("concatenate", tuple(rows), (out,), lambda *arrays: [jnp.stack(arrays)]))
+    return out
 
 
 def _mark_recomputed(nodes: Sequence[Node]) -> None:

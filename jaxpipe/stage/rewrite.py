@@ -15,12 +15,12 @@ def eliminate_common_subexpressions(
 ) -> list[Node]:
     """The nodes of a backward pass that reads other values, as ``alias`` says, without work that ``once`` does already.
 
-    A layer under `jax.checkpoint` casts its parameters again, from behind a barrier. ``alias``, which is extended, then
+    Rows of what the forward stacked are the values that it stacked. A layer under `jax.checkpoint` casts its parameters again, from behind a barrier. ``alias``, which is extended, then
     leads from the results of these casts to those of ``once``.
     """
 
     def key(node: Node) -> Any:
-        return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
+        return node.name, node.ins, node.row, repr(sorted(node.eqn.params.items())) if node.eqn else ""
 
     done = {key(node): node for node in once if node.name in LIGHT}
     kept = []
@@ -28,6 +28,8 @@ def eliminate_common_subexpressions(
         node = substitute(node, alias)
         if node.name == "optimization_barrier" and node.eqn is None and node.ins[0] in known:
             alias[node.outs[0]] = node.ins[0]
+        elif node.row is not None and (rows := node.ins[0].rows):
+            alias[node.outs[0]] = rows[node.row]
         elif node.name in LIGHT and (same := done.get(key(node))):
             alias.update(zip(node.outs, same.outs, strict=True))
         else:

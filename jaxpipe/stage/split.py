@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -88,7 +88,10 @@ def split_stage(
     weight = tuple(value for value in kept if value in for_second)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
     rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
-    used = _reads(rest, forward.outputs) | for_first | for_second
+    rows = {node.outs[0]: node for node in forward.once if node.row is not None}
+    rest = _with_rows(rows, rest, forward.outputs)
+    first, second = (half._replace(nodes=_with_rows(rows, half.nodes, half.results)) for half in (first, second))
+    used = (_reads(rest, forward.outputs) | first.reads() | second.reads()) - rows.keys()
     prepared = tuple(value for value in forward.known if value in used)
     whole = in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first))
     return SplitStage(
@@ -234,9 +237,23 @@ def _choose_crossing(
     return second._replace(nodes=in_time(nodes, second.nodes)), crossing
 
 
+def _with_rows(rows: Mapping[Value, Node], nodes: Sequence[Node], results: Iterable[Value]) -> tuple[Node, ...]:
+    """The nodes, which read rows of what is known where they need them: a row kept by itself would be a copy."""
+    reads = _reads(nodes, results)
+    return in_time([node for value, node in rows.items() if value in reads], nodes)
+
+
 def _shared(forward: _Forward, reads: Collection[Value]) -> list[Value]:
     """What of the forward's residuals is read and depends on more than parameters."""
-    return [value for value in dict.fromkeys(forward.residuals) if value in reads and value not in forward.known]
+    residuals = dict.fromkeys(_with_their_rows(forward.residuals))
+    return [value for value in residuals if value in reads and value not in forward.known]
+
+
+def _with_their_rows(values: Iterable[Value]) -> Iterator[Value]:
+    """Values and, of those that an unrolled scan stacked, the rows, which the backward reads in their place."""
+    for value in values:
+        yield value
+        yield from _with_their_rows(value.rows)
 
 
 def _remake(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -> tuple[Node, ...]:
@@ -246,7 +263,7 @@ def _remake(values: Sequence[Value], nodes: Sequence[Node], given: set[Value]) -
     return found
 
 
-def _reads(nodes: Sequence[Node], results: Sequence[Value]) -> set[Value]:
+def _reads(nodes: Sequence[Node], results: Iterable[Value]) -> set[Value]:
     """What nodes and results read, made among the nodes or not."""
     return {value for node in nodes for value in node.ins} | set(results)
 
