@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe import layer_split
 from jaxpipe.flax import layered_stages
 from profiling import check_collectives
 from tests.jaxprs import equations
@@ -100,8 +101,11 @@ def of_loops(found):
     return {var.aval.shape for eqn, _ in found if eqn.primitive.name in ("scan", "while") for var in eqn.outvars}
 
 
-def test_whole_parameters_live_in_the_layer_that_uses_them():
+@pytest.mark.parametrize("layers", ["in a loop", "written out"])
+def test_whole_parameters_live_in_the_layer_that_uses_them(layers, monkeypatch):
     """No loop carries one or stacks one for another; W gathers none, and reduces its sums where they are made."""
+    if layers == "in a loop":
+        monkeypatch.setattr(layer_split, "MOST_UNROLLED", 1)
     found = trace()
     whole = {(WIDTH, HIDDEN), (HIDDEN, WIDTH)}
     assert not {shape[-2:] for shape in of_loops(found)} & whole
@@ -109,7 +113,10 @@ def test_whole_parameters_live_in_the_layer_that_uses_them():
     for name, of_layers, of_ends in (("all_gather", 2 * ["F", "I"], 3), ("reduce_scatter", 2 * ["W"], 2)):
         places = [around for eqn, around in found if eqn.primitive.name == name]
         inner = [around for around in places if around[:4] == ("shard_map", "scan", "while", "scan")]
-        assert len(inner) == len(of_layers) and len(places) - len(inner) == of_ends
+        if layers == "in a loop":
+            assert len(inner) == len(of_layers) and len(places) - len(inner) == of_ends
+        else:
+            assert not inner and len(places) == 2 * len(of_layers) + of_ends
         assert all(around[:3] == ("shard_map", "scan", "while") for around in places)
     once = [eqn for eqn, around in found if eqn.primitive.name.startswith("psum") and around == ("shard_map",)]
     assert (1, 2, HIDDEN) in {var.aval.shape for eqn in once for var in eqn.outvars}  # biases are whole

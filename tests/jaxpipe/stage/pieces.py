@@ -128,6 +128,11 @@ def choice(m, depth):
     return run
 
 
+def unroll_of(m):
+    """Whether a scan is a loop or written out: in turn, which leaves the choice of all else as it was."""
+    return (1, TURNS)[len(m.shapes) % 2]
+
+
 @nested
 def switched_layers(m, depth):
     """A scan over layers of one structure of parameters and of several kinds, in an order of their own."""
@@ -135,6 +140,7 @@ def switched_layers(m, depth):
     kinds = [own.piece(depth - 1) for _ in range(m.rng.choice([2, 3]))]
     order, moving = [m.rng.randrange(len(kinds)) for _ in range(TURNS)], m.rng.random() < 0.5
     again = m.rng.random() < 0.2
+    unroll = unroll_of(m)
     name = f"switched{len(m.shapes)}"
     own.shapes.setdefault("bias", (COLUMNS,))
     m.shapes[name] = jax.tree.map(lambda s: (TURNS, *s), own.shapes, is_leaf=lambda node: isinstance(node, tuple))
@@ -147,7 +153,7 @@ def switched_layers(m, depth):
             return bounded(lax.switch(kind, kinds, row, h, c)) + row["bias"].astype(h.dtype), None
 
         body = jax.checkpoint(layer) if again else layer
-        return lax.scan(body, h, (jnp.arange(TURNS, dtype=jnp.int32), p[name]))[0]
+        return lax.scan(body, h, (jnp.arange(TURNS, dtype=jnp.int32), p[name]), unroll=unroll)[0]
 
     return run
 
@@ -159,7 +165,7 @@ def layers(m, depth):
     inner = own.chain(m.rng.randint(1, 2), depth - 1)
     shared = m.piece(0) if m.rng.random() < 0.4 else None
     again = m.rng.choice([None, None, POLICIES.nothing_saveable, POLICIES.dots_saveable])
-    reverse, sums = m.rng.random() < 0.3, m.rng.random() < 0.4
+    reverse, sums, unroll = m.rng.random() < 0.3, m.rng.random() < 0.4, unroll_of(m)
     own.shapes.setdefault("bias", (COLUMNS,))
     name = f"layers{len(m.shapes)}"
     m.shapes[name] = jax.tree.map(lambda s: (TURNS, *s), own.shapes, is_leaf=lambda node: isinstance(node, tuple))
@@ -174,7 +180,7 @@ def layers(m, depth):
             return y, y.mean(0) if sums else None
 
         body = layer if again is None else jax.checkpoint(layer, policy=again)
-        h, rows = lax.scan(body, h, (jnp.arange(TURNS, dtype=jnp.int32), p[name]), reverse=reverse)
+        h, rows = lax.scan(body, h, (jnp.arange(TURNS, dtype=jnp.int32), p[name]), reverse=reverse, unroll=unroll)
         return h + rows if sums else h
 
     return run

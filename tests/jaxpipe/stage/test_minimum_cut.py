@@ -142,3 +142,47 @@ def test_remat_shares_the_casts_that_are_made_once_a_step():
     y, residuals = split.forward(prepared, x)
     expected = jax.vjp(stage, params, x)[1](y)
     assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=2e-2)
+
+
+@pytest.mark.parametrize("reverse", [False, True])
+def test_turns_of_an_unrolled_scan_are_as_written_out(x64, reverse):
+    """What is kept and handed over is what code without a loop keeps; nothing is stacked, no parameter copied."""
+    turns, width = 3, 4
+    params = {"a": zoo.normal(turns, width, 2 * width), "b": zoo.normal(turns, 2 * width, width)}
+    x, gain = zoo.normal(2, width), zoo.normal(turns, width)
+
+    def layer(p, x, gain):
+        return x + jax.nn.silu(jnp.tanh((x * gain) @ p["a"])) @ p["b"]
+
+    def scanned(params, x, gain, *, unroll=turns):
+        """Also stacks what a second loop reads."""
+        step = lambda x, row: (layer(*row[:1], x, row[1]), x)  # noqa: E731
+        x, rows = jax.lax.scan(step, x, (params, gain), reverse=reverse, unroll=unroll)
+        return jax.lax.scan(lambda x, row: (x * jnp.cos(row), None), x, rows, unroll=unroll)[0]
+
+    def written(params, x, gain):
+        rows = [None] * turns
+        for turn in range(turns)[::-1] if reverse else range(turns):
+            rows[turn] = x
+            x = layer(jax.tree.map(lambda leaf, turn=turn: leaf[turn], params), x, gain[turn])
+        for row in rows:
+            x = x * jnp.cos(row)
+        return x
+
+    def run(stage):
+        split = split_stage(stage, params, x, gain)
+        prepared = split.prepare(params)
+        y, residuals = split.forward(prepared, x, gain)
+        x_ct, crossing = split.backward_input(prepared, residuals, jnp.sin(y))
+        shapes = [sorted(str(leaf.shape) for leaf in jax.tree.leaves(kept)) for kept in (residuals, crossing)]
+        return (y, x_ct, split.backward_weight(prepared, residuals.weight, crossing)), shapes, prepared
+
+    got, shapes, prepared = run(scanned)
+    want, plain_shapes, _ = run(written)
+    loop, loop_shapes, _ = run(functools.partial(scanned, unroll=1))
+    assert_trees_close(got, want, rtol=1e-12)
+    assert_trees_close(got, loop, rtol=1e-12)
+    assert shapes == plain_shapes != loop_shapes
+    assert sorted(leaf.shape for leaf in jax.tree.leaves(prepared)) == sorted(
+        leaf.shape for leaf in jax.tree.leaves(params)
+    )
