@@ -28,10 +28,14 @@ def layered_stages(
 ) -> tuple[Layer, Any]:
     """(stage function, stacked parameters) for layers whose number need not divide over the stages.
 
-    Stages hold `split_layers` layers and scan over them. Shorter stages are padded: they run their last layer again,
-    on the same input and with the same key, and discard what it returns. A pipeline waits for its longest stage, so
-    this costs memory but no time. Gradients of the padding are exactly zero. Its auxiliary losses and metrics do not
-    count, but a side effect such as `jax.debug.print` happens again.
+    Stages hold `split_layers` layers. Up to 16 are written out one after the other: each then keeps what its backward
+    pass needs least, where it is. More are a loop, which stacks all that its turns keep.
+
+    Shorter stages are padded: they run their last layer again, on the same input and with the same key, and discard
+    what it returns. A pipeline waits for its longest stage, so where layers cost the same, this costs memory but no
+    time. Gradients of the padding are exactly zero. Its auxiliary losses and metrics do not count, but a side effect
+    such as `jax.debug.print` happens again. With ``layer_costs`` no stage is padded: those that hold another number of
+    layers are a kind of stages of their own, with code of its own in the pipeline's program (`jaxpipe.StageKinds`).
 
     Layers may be of several kinds, each with parameters of its own structure: dense layers, then experts. Their stacked
     parameters are a nested dict of all leaves by the layers' own paths, ``stages["mlp"]["router"]``; one that kinds
@@ -39,8 +43,7 @@ def layered_stages(
     ``kind_0``, ``kind_1``, ... for these (numbered in the order of the layers), so a parameter's own path is the
     beginning of its path here. A leaf is ``[num_stages, slots, ...]`` with as many slots as a stage holds layers that
     have it, at most; stages that hold fewer have unused rows, with gradients of zero, since all devices store as much.
-    Stages of such layers are not padded. Those with different rows of kinds are different kinds of stages, each with
-    code of its own in the pipeline's program (`jaxpipe.StageKinds`).
+    Stages of such layers are not padded either: those with different rows of kinds are different kinds of stages.
 
     Args:
       layer: ``layer(params, x, ctx) -> y``, y like x, or a `jaxpipe.Output`, whose auxiliary losses and metrics are

@@ -21,7 +21,9 @@ ROWS = {
     "three kinds": "DMMLMMLMMLMMD",
     "as many of each": "DMDMDMDM",
     "once more": "DMDMDMD",
+    "one kind, by cost": "MMMMMMM",
 }
+COSTS = {"one kind, by cost": [1] * 6 + [4]}
 
 
 def normal(*shape, seed=0):
@@ -88,6 +90,7 @@ def plain(layers, outer, batch, key):
     pytest.param("dualpipe", 4, "once more", marks=pytest.mark.slow),
     pytest.param("dualpipev", 4, "dense, then experts", marks=pytest.mark.slow),
     ("dualpipev", 2, "as many of each"),
+    ("zb1p", 2, "one kind, by cost"),
 ])  # fmt: skip
 def test_kinds_equal_the_plain_loop(name, ranks, row, x64):
     """Loss, metrics and gradients, of layers with keys of their own."""
@@ -95,7 +98,7 @@ def test_kinds_equal_the_plain_loop(name, ranks, row, x64):
     outer, batch, key = normal(WIDTH, WIDTH, seed=30), normal(16, WIDTH, seed=31), jax.random.key(5)
     (expected, tokens), expected_grads = jax.value_and_grad(plain, (0, 1), has_aux=True)(layers, outer, batch, key)
     schedule = jaxpipe.schedule.build(name, ranks, MICROBATCHES)
-    stage, stacked = layered_stages(layer, layers, schedule)
+    stage, stacked = layered_stages(layer, layers, schedule, layer_costs=COSTS.get(row))
     step = jax.jit(jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=ranks), head=head))
     (loss, aux), grads = step(jaxpipe.Params(stacked, outer), batch, key)
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
@@ -240,15 +243,19 @@ def test_no_division_is_better(seed):
     ("zb1p", "in turn"),
     ("dualpipev", "dense, then experts"),
     ("dualpipev", "three kinds"),
+    ("zb1p", "one kind, by cost"),
 ])  # fmt: skip
 def test_the_backward_of_every_stage_divides_as_its_layers_do(name, row):
-    """13 layers on 4 ranks: FLOPs(I) + FLOPs(W) = FLOPs(backward), and W holds the weight products of each layer."""
+    """13 layers on 4 ranks: FLOPs(I) + FLOPs(W) = FLOPs(backward), and W holds the weight products of each layer.
+
+    So no stage runs padding, where layers are of several kinds or costs divide them.
+    """
     layers, schedule = make_layers(ROWS[row]), jaxpipe.schedule.build(name, 4, MICROBATCHES)
-    stage, stacked = layered_stages(layer, layers, schedule)
+    stage, stacked = layered_stages(layer, layers, schedule, layer_costs=COSTS.get(row))
     params = jax.tree.map(lambda leaf: leaf[0], stacked)
     of_kind = {kind: halves(layer, make_layer(kind, 0))(None) for kind in set(ROWS[row])}
     expected, start = set(), 0
-    for count in split_layers(len(layers), schedule.num_stages):
+    for count in split_layers(len(layers), schedule.num_stages, COSTS.get(row)):
         own = [of_kind[kind] for kind in ROWS[row][start : start + count]]
         expected.add(tuple(map(sum, zip(*own, strict=True))))
         start += count

@@ -31,6 +31,7 @@ class Book:
     def __init__(self) -> None:
         self.numbers: dict[Any, int] = {}
         self.stacks: dict[int, tuple[int, ...]] = {}
+        self.cuts: dict[int, tuple[int, int]] = {}  # arrays of one row: of what, and which
         self.keys: dict[int, int] = {}  # by their data
         self.constants: dict[int, Any] = {}
         self.choices: dict[int, tuple[int, tuple[int, ...]]] = {}  # by index: what each branch gives
@@ -107,6 +108,10 @@ def _follow_eqn(book: Book, eqn: Any, ins: list[int]) -> list[int]:
         return ins
     if name == "scan":
         return _follow_scan(book, eqn, ins)
+    if name == "stack" and params["axis"] == 0:
+        return [book.stack(tuple(ins))]
+    if name == "squeeze" and params["dimensions"] == (0,) and ins[0] in book.cuts:
+        return [book.row(*book.cuts[ins[0]])]
     if name == "cond" and not params.get("branches_platforms"):
         return _follow_cond(book, eqn, ins)
     if name == "random_wrap" and ins[0] in book.keys:  # a key that was stashed as its data
@@ -120,6 +125,8 @@ def _follow_eqn(book: Book, eqn: Any, ins: list[int]) -> list[int]:
     text = str(sorted((key, str(value)) for key, value in params.items()))
     avals = tuple((var.aval.shape, str(var.aval.dtype)) for var in eqn.outvars)
     outs = [book.number(name, text, avals, tuple(ins), i) for i in range(len(eqn.outvars))]
+    if name == "slice" and eqn.outvars[0].aval.shape == (1, *eqn.invars[0].aval.shape[1:]):
+        book.cuts[outs[0]] = ins[0], params["start_indices"][0]
     if name == "random_unwrap":
         book.keys[outs[0]] = ins[0]
     if name == "clamp" and {ins[0], ins[2]} <= {*book.constants} and eqn.outvars[0].aval.shape == ():
