@@ -60,7 +60,8 @@ class LayerStorage:
         tree, places, kinds_with = _union(structures, of_kinds)
         align = _Alignment(tuple(counts), kind_of)
         slots = {kinds: align.slots(kinds) for kinds in set(kinds_with)}
-        return cls(tuple(counts), kind_of, structures, tree, places, tuple(slots[kinds] for kinds in kinds_with), by_cost)
+        slots_of_leaves = tuple(slots[kinds] for kinds in kinds_with)
+        return cls(tuple(counts), kind_of, structures, tree, places, slots_of_leaves, by_cost)
 
     @property
     def mixed(self) -> bool:

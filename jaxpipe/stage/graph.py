@@ -325,7 +325,8 @@ def _emit_turns(
             rows.append(out)
     if eqn.params["reverse"]:
         stacked = [rows[::-1] for rows in stacked]
-    return [*carry, *(_stack(rows, var.aval, nodes) for rows, var in zip(stacked, eqn.outvars[num_carry:], strict=True))]
+    columns = zip(stacked, eqn.outvars[num_carry:], strict=True)
+    return [*carry, *(_stack(rows, var.aval, nodes) for rows, var in columns)]
 
 
 def _row(value: Value, index: int, nodes: list[Node]) -> Value:

@@ -15,8 +15,9 @@ def eliminate_common_subexpressions(
 ) -> list[Node]:
     """The nodes of a backward pass that reads other values, as ``alias`` says, without work that ``once`` does already.
 
-    Rows of what the forward stacked are the values that it stacked. A layer under `jax.checkpoint` casts its parameters again, from behind a barrier. ``alias``, which is extended, then
-    leads from the results of these casts to those of ``once``.
+    Rows of what the forward stacked are the values that it stacked. A layer under `jax.checkpoint` casts its parameters
+    again, from behind a barrier. ``alias``, which is extended, then leads from the results of these casts to those of
+    ``once``.
     """
 
     def key(node: Node) -> Any:

@@ -23,15 +23,15 @@ SCHEDULES = {name: jaxpipe.schedule.build(name, 4, MICROBATCHES) for name in ("z
 
 
 class Layer(nnx.Module):
-    """A layer of one of three kinds, all with the same parameters."""
+    """A layer of one of three kinds, all with the same parameters; ``twin`` is the same but for a sign."""
 
-    def __init__(self, rngs, kind):
+    def __init__(self, rngs, kind, *, twin=False):
         linear = functools.partial(
             nnx.Linear, rngs=rngs, use_bias=False, dtype=jnp.float64, param_dtype=jnp.float64,
             kernel_init=nnx.initializers.normal(0.2),
         )  # fmt: skip
         self.a, self.b, self.out = linear(WIDTH, HIDDEN), linear(WIDTH, HIDDEN), linear(HIDDEN, WIDTH)
-        self.kind = kind
+        self.kind, self.twin = kind, twin
 
     def __call__(self, x):
         a, b = self.a(x), self.b(x)
@@ -42,7 +42,7 @@ class Layer(nnx.Module):
                 h = jax.nn.silu(a) * b
             case "attention":
                 h = jax.nn.softmax(a @ jnp.swapaxes(b, -1, -2)) @ b
-        return x + self.out(h)
+        return x + self.out(-h if self.twin else h)
 
 
 def make_stages(schedule):
@@ -134,17 +134,19 @@ def test_a_plan_counts_divided_layers_as_whole_ones(x64):
 
 
 def test_a_stash_is_that_of_the_largest_kind(x64):
-    """Of each shape, layers of all kinds together keep and hand over as many arrays as the kind with most of them."""
+    """Of each shape, layers of all kinds together keep and hand over as many arrays as the kind with most of them.
+
+    A kind is alone beside its twin, so that a conditional chooses there, too.
+    """
 
     def shapes(order):
         kinds, schedule = itertools.cycle(order), SCHEDULES["zb1p"]
-        stage, stacked = nnx_stages(
-            lambda rngs: Layer(rngs, KINDS[next(kinds)]), schedule, nnx.Rngs(0), num_layers=len(ORDER)
-        )
+        stage, stacked = nnx_stages(lambda rngs: Layer(rngs, **next(kinds)), schedule, nnx.Rngs(0), num_layers=13)
         params, x = jaxpipe.unstack_stages(stacked, schedule)[0], jnp.ones((2, ROWS, WIDTH))
         split = split_stage(stage, params, x, jaxpipe.Context.make(0, 0, None, None, num_stages=4))
         floating = [leaf for leaf in jax.tree.leaves(split.residuals) if leaf.dtype == jnp.float64]
         return [collections.Counter(leaf.shape for leaf in leaves) for leaves in (floating, split.crossing)]
 
-    for together, *alone in zip(shapes(ORDER), *(shapes([kind]) for kind in range(len(KINDS))), strict=True):
+    twins = [[{"kind": kind}, {"kind": kind, "twin": True}] for kind in KINDS]
+    for together, *alone in zip(shapes([{"kind": KINDS[i]} for i in ORDER]), *map(shapes, twins), strict=True):
         assert together == functools.reduce(operator.or_, alone)
