@@ -40,7 +40,9 @@ $(VENV)/.docs: $(VENV)/.stamp
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --editable '.[docs]'
 	@touch $@
 
+# The site, after its code has run.
 docs: $(VENV)/.docs
+	$(BIN)/python -m pytest -n 2 --dist worksteal -q -m pages tests/test_readme.py
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet $(ARGS)
 	@echo "wrote site/index.html"
 

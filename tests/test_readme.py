@@ -55,6 +55,7 @@ NEEDING = [
 COMPARISONS = [found for text in PAGES.values() for found in COMPARISON.findall(text)]
 
 
+@pytest.mark.pages
 @pytest.mark.parametrize("page", WITH_CODE)
 def test_python_blocks_run(page):
     environment = dict(
