@@ -28,18 +28,18 @@ def layer(w, x):
     return jnp.tanh(x @ w)
 
 
-def in_scan(w, x):
-    return lax.scan(lambda c, _: (layer(w, c), None), x, length=3)[0]
+def in_scan(w, x, unroll=1):
+    return lax.scan(lambda c, _: (layer(w, c), None), x, length=3, unroll=unroll)[0]
 
 
-def in_stacked_scan(w, x):
+def in_stacked_scan(w, x, unroll=1):
     """A parameter's own work in the loop is done once a step, its print in each turn."""
 
     def body(c, row):
         tap(row.sum())
         return jnp.tanh(c @ row.T), None
 
-    return lax.scan(body, x, jnp.stack([w, -w, w / 2]))[0]
+    return lax.scan(body, x, jnp.stack([w, -w, w / 2]), unroll=unroll)[0]
 
 
 def in_cond(w, x):
@@ -112,6 +112,8 @@ STAGES = {
     "jit": (jax.jit(layer), 1),
     "scan": (in_scan, 3),
     "scan over parameters": (in_stacked_scan, 3),
+    "unrolled scan": (functools.partial(in_scan, unroll=3), 3),
+    "unrolled scan over parameters": (functools.partial(in_stacked_scan, unroll=True), 3),
     "cond": (in_cond, 1),
     "while": (in_while, 3),
     "fori_loop": (lambda w, x: lax.fori_loop(0, 3, lambda _, c: layer(w, c), x), 3),
