@@ -318,15 +318,15 @@ def _emit_turns(
     length = eqn.params["length"]
     stacked: list[list[Value]] = [[] for _ in eqn.outvars[num_carry:]]
     for turn in reversed(range(length)) if eqn.params["reverse"] else range(length):
-        rows = [_row(value, turn, nodes) for value in xs]
-        outs = _emit(jaxpr, consts, [*fixed, *carry, *rows], nodes, (*context, eqn), recomputed=recomputed)
+        entering = [*fixed, *carry, *(_row(value, turn, nodes) for value in xs)]
+        outs = _emit(jaxpr, consts, entering, nodes, (*context, eqn), recomputed=recomputed)
         carry = outs[:num_carry]
-        for rows, out in zip(stacked, outs[num_carry:], strict=True):
-            rows.append(out)
+        for column, out in zip(stacked, outs[num_carry:], strict=True):
+            column.append(out)
     if eqn.params["reverse"]:
-        stacked = [rows[::-1] for rows in stacked]
+        stacked = [column[::-1] for column in stacked]
     columns = zip(stacked, eqn.outvars[num_carry:], strict=True)
-    return [*carry, *(_stack(rows, var.aval, nodes) for rows, var in columns)]
+    return [*carry, *(_stack(column, var.aval, nodes) for column, var in columns)]
 
 
 def _row(value: Value, index: int, nodes: list[Node]) -> Value:

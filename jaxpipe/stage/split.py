@@ -239,8 +239,13 @@ def _choose_crossing(
 
 def _with_rows(rows: Mapping[Value, Node], nodes: Sequence[Node], results: Iterable[Value]) -> tuple[Node, ...]:
     """The nodes, which read rows of what is known where they need them: a row kept by itself would be a copy."""
-    reads = _reads(nodes, results)
-    return in_time([node for value, node in rows.items() if value in reads], nodes)
+    again: dict[Node, None] = {}
+    pending = list(_reads(nodes, results) & rows.keys())
+    while pending:
+        node = rows[pending.pop()]
+        again[node] = None
+        pending += rows.keys() & set(node.ins)
+    return in_time(list(again), nodes)
 
 
 def _shared(forward: _Forward, reads: Collection[Value]) -> list[Value]:

@@ -186,3 +186,26 @@ def test_turns_of_an_unrolled_scan_are_as_written_out(x64, reverse):
     assert sorted(leaf.shape for leaf in jax.tree.leaves(prepared)) == sorted(
         leaf.shape for leaf in jax.tree.leaves(params)
     )
+
+
+@pytest.mark.parametrize("inner", [1, 2])
+def test_an_unrolled_scan_within_another(x64, inner):
+    """Rows of rows of parameters; the inner one a loop, too."""
+    params, x = {"w": zoo.normal(3, 2, 4, 4), "gain": zoo.normal(3, 4)}, zoo.normal(2, 4)
+
+    def stage(params, x, *, outer=3, inner=inner):
+        def block(x, row):
+            y, norms = jax.lax.scan(lambda x, w: (jnp.tanh(x @ w), jnp.sin(x)), x, row["w"], unroll=inner)
+            return x + y * row["gain"], norms
+
+        x, norms = jax.lax.scan(block, x, params, unroll=outer)
+        return x + norms.sum((0, 1))
+
+    y, vjp = jax.vjp(functools.partial(stage, outer=1, inner=1), params, x)
+    split = split_stage(stage, params, x)
+    prepared = split.prepare(params)
+    found, residuals = split.forward(prepared, x)
+    x_ct, crossing = split.backward_input(prepared, residuals, jnp.cos(y))
+    got = found, (split.backward_weight(prepared, residuals.weight, crossing), x_ct)
+    assert_trees_close(got, (y, vjp(jnp.cos(y))), rtol=1e-12)
+    assert [leaf.shape for leaf in jax.tree.leaves(prepared) if leaf.size > 16] == [(3, 2, 4, 4)]  # and no copy
