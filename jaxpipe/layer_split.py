@@ -7,7 +7,7 @@ import math
 from collections.abc import Sequence
 from fractions import Fraction
 
-MOST_UNROLLED = 16
+MOST_UNROLLED = 32
 """Layers of a stage: more are a loop."""
 
 

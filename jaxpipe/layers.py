@@ -28,7 +28,7 @@ def layered_stages(
 ) -> tuple[Layer, Any]:
     """(stage function, stacked parameters) for layers whose number need not divide over the stages.
 
-    Stages hold `split_layers` layers. Up to 16 are written out one after the other: each then keeps what its backward
+    Stages hold `split_layers` layers. Up to 32 are written out one after the other: each then keeps what its backward
     pass needs least, where it is. More are a loop, which stacks all that its turns keep.
 
     Shorter stages are padded: they run their last layer again, on the same input and with the same key, and discard
