@@ -69,7 +69,7 @@ def scale_of(largest: Float[Array, "*shape"], *, power_of_two: bool) -> tuple[Ar
     return jnp.where(used, scale, 0), jnp.where(used, back, 0)
 
 
-def largest_of(x: Float[Array, "..."], axis: int | tuple[int, ...]) -> Float[Array, "..."]:
+def largest_of(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float[Array, "*rest"]:
     """The largest magnitude along axes, float32; NaN where one is NaN, which maxima of floats may pass over.
 
     >>> largest_of(jnp.array([1.0, -3.0]), 0), largest_of(jnp.array([1.0, jnp.nan, jnp.inf]), 0)
