@@ -177,9 +177,9 @@ def gate(
 
 def gate_by_xla(hidden: jax.Array, weight: jax.Array, *, power_of_two: bool) -> tuple[ScaledRows, ScaledRows]:
     """`gate` for every platform."""
-    halves = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
-    act = gated(*halves, jnp.broadcast_to(weight[:, None], halves[0].shape))
-    return tuple(quantise_rows(x, power_of_two=power_of_two) for x in (act, hidden))  # pyright: ignore[reportReturnType]
+    gates, values = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
+    act = gated(gates, values, jnp.broadcast_to(weight[:, None], gates.shape))
+    return quantise_rows(act, power_of_two=power_of_two), quantise_rows(hidden, power_of_two=power_of_two)
 
 
 class GateGradients(NamedTuple):
