@@ -221,7 +221,8 @@ def _shared_first_fwd(w_in: ScaledWeights, tokens: Carried, products: Products) 
     act, hidden = _first(w_in, rows, jnp.ones(rows.numbers.shape[0], jnp.float32), sizes, products)
     bad = _count(sizes, rows, hidden, act) + count_not_finite(w_in.forward)
     kept = _without_forward(w_in), tokens.value, hidden, jnp.zeros(0, tokens.gradient.dtype)
-    return (Carried(act, jnp.zeros(act.numbers.shape, jnp.bfloat16)), bad), kept
+    gradient, _ = same_axes(jnp.zeros(act.numbers.shape, jnp.bfloat16), act.scales)
+    return (Carried(act, gradient), bad), kept
 
 
 def _shared_first_bwd(products: Products, residuals: Any, cts: tuple[Carried, Any]) -> tuple[Any, Any]:

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,8 +25,8 @@ from eplb_jax.moe import exchange
 from eplb_jax.moe.carried import Products, Route, add_results, scale_tokens
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.dispatchers import DISPATCHERS
-from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
-from eplb_jax.moe.fp8_experts import ScaledExperts
+from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out, working_copies
+from eplb_jax.moe.fp8_experts import ScaledExperts, scaled_working_copies
 from eplb_jax.moe.fp8_layer import local_results, scaled_layer
 from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
@@ -273,6 +274,28 @@ def moe_layer(
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
     return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss, bad)
+
+
+def working_copies_for(
+    masters: ExpertParams, phy2log: Int[Array | np.ndarray, " P"], config: MoEConfig, axis: str | None = None
+) -> ExpertParams | ScaledExperts:
+    """`eplb_jax.working_copies` of a layer's experts, gathered in 8 bits where its recipe says so.
+
+    Args:
+      masters, phy2log, axis: as there.
+      config: of the layer.
+
+    Raises:
+      ValueError: as there.
+
+    >>> config = MoEConfig(width=128, hidden=128, router=RouterConfig(4, 2, 1, 1), precision="fp8")
+    >>> working_copies_for(init_moe(jax.random.key(0), config).experts, jnp.array([0, 1, 2, 3, 0]), config).w_in.shape
+    (5, 128, 256)
+    """
+    products = _products(config)
+    if products is None or not config.recipe.gather:
+        return working_copies(masters, phy2log, axis)
+    return scaled_working_copies(masters, phy2log, products, axis)
 
 
 def local_experts(
