@@ -268,9 +268,10 @@ def moe_layer(
         y, dropped, bad = scaled_layer(*experts, x, chosen, routing.weights, slots, capacities, products, way)
     elif axis is None or devices == 1:
         y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, capacities, config)
-        if params.shared is not None:
+        shared: Any = params.shared
+        if shared is not None:
             with jax.named_scope("shared_expert"):
-                y = y + shared_out(params.shared, shared_in(params.shared, x))
+                y = y + shared_out(shared, shared_in(shared, x))
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
     return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss, bad)
@@ -333,9 +334,10 @@ def local_experts(
         rows = permute(x, found.moves, backend=config.backend)
         weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
+        plain: Any = experts
         if (dtype := config.recipe.product_dtype) is not None:
-            experts, rows = jax.tree.map(lambda leaf: leaf.astype(dtype), (experts, rows))
-        rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
+            plain, rows = jax.tree.map(lambda leaf: leaf.astype(dtype), (plain, rows))
+        rows = apply_experts(plain, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
         return unpermute(rows, found.moves, backend=config.backend), found.dropped
 
@@ -355,7 +357,8 @@ def _remote(
     The shared experts' first product runs while tokens travel there, the second while they travel back. Barriers fix
     this order, because a scheduler that sees forward and backward at once chooses another. Their transposes do too.
     """
-    devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    devices, top_k = jax.lax.axis_size(axis), slots.shape[1]
+    shared: Any = params.shared
     dispatcher = DISPATCHERS[config.exchange]
     hidden: Any = None
     with jax.named_scope("dispatch"):
@@ -466,7 +469,9 @@ def _count_slots(
     return total
 
 
-def _check_shapes(name: str, found: ExpertParams | ScaledExperts, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
+def _check_shapes(
+    name: str, found: ExpertParams | ScaledExperts, wanted: dict[str, tuple[int, ...]], remedy: str
+) -> None:
     for leaf, shape in wanted.items():
         if getattr(found, leaf).shape != shape:
             raise ValueError(f"{name}.{leaf} has shape {getattr(found, leaf).shape}: {remedy.format(shape)}")

@@ -1,4 +1,4 @@
-"""Activations that travel in 8 bits, and no products: how far quantised numbers are off, what stays exact, how far a layer is off."""
+"""Activations alone in 8 bits: how far they are off, what stays exact, how far a layer is off."""
 
 import dataclasses
 import functools

@@ -154,12 +154,16 @@ def test_other_starts_of_groups_drop_the_same_choices():
         for rows in (128, 248):
             near, far = (sort(slots, 6, rows, align) for align in (8, 128))
             assert near.sizes.tolist() == far.sizes.tolist() and int(near.dropped) == int(far.dropped)
-            assert int(near.dropped) == 192 - int(near.sizes.sum()) and far.assignment.shape == (padded_rows(rows, 6, 128),)
+            assert int(near.dropped) == 192 - int(near.sizes.sum()) and far.assignment.shape == (
+                padded_rows(rows, 6, 128),
+            )
             starts = np.cumsum([0, *(-(-np.asarray(far.sizes) // 128) * 128)])
             for slot, size in enumerate(far.sizes.tolist()):
                 held = np.asarray(far.assignment)[starts[slot] : starts[slot + 1]]
                 assert (slots.ravel()[held[:size]] == slot).all() and (held[size:] == 192).all()
-            assert np.array_equal(np.asarray(near.moves.rows) < near.assignment.size, np.asarray(far.moves.rows) < far.assignment.size)
+            assert np.array_equal(
+                np.asarray(near.moves.rows) < near.assignment.size, np.asarray(far.moves.rows) < far.assignment.size
+            )
 
 
 def test_experts_for_inference_have_no_place_for_gradients():

@@ -107,7 +107,10 @@ CASES = {
     "num_shared": (call(MoEConfig, num_shared=-1), "num_shared=-1"),
     "replicas": (call(MoEConfig, replicas="far"), "replicas='far': it must be one of .'hash', 'nearest'"),
     "exchange": (call(MoEConfig, exchange="sparse"), "exchange='sparse': it must be one of .'dense', 'ragged'"),
-    "fp8 width": (call(MoEConfig, width=200, fp8=True), "fp8 needs width to be a multiple of 128, not 200: .* precision='bf16'"),
+    "fp8 width": (
+        call(MoEConfig, width=200, fp8=True),
+        "fp8 needs width to be a multiple of 128, not 200: .* precision='bf16'",
+    ),
     "fp8 ragged": (
         call(MoEConfig, precision="fp8_exchange", exchange="ragged"),
         "fp8_exchange travels by the dense exchange only: choose exchange='dense'",
