@@ -67,7 +67,8 @@ def scaled_outer_products(
 ) -> jax.Array:
     """`eplb_jax.kernels.fp8_gemm.xla.outer` with a given division of the work: output tiles of 128 rows and columns.
 
-    The largest groups come first, so that the blocks end together.
+    The largest groups come first, so that the blocks end together. A slot holds one step: with a second one's scales of
+    columns the registers would not do.
     """
     height, columns = lhs.shape[0], dout.shape[0]
     groups = group_sizes.shape[0]
@@ -98,7 +99,8 @@ def scaled_outer_products(
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
-        pl.run_scoped(scoped, **slots.scratch(tile, 2, dtype), collective_axes="warpgroup")
+        staged = jnp.dtype(dtype) != jnp.float32
+        pl.run_scoped(scoped, **slots.scratch(tile, 2, dtype, staged), collective_axes="warpgroup")
 
     order = jnp.argsort(-group_sizes).astype(jnp.int32)
     starts, steps = group_starts(group_sizes, FP8_ALIGN) // BLOCK, round_up(group_sizes, FP8_ALIGN) // BLOCK
@@ -110,56 +112,60 @@ def scaled_outer_products(
 def _load(block: _ScaledOuterBlock) -> None:
     """The producer: copies the operands of all of the block's tiles into the ring."""
     plgpu.set_max_registers(40, action="decrease")
+    tile = block.tile
 
-    def load_tile(first, _, *fields):
+    def load_tile(before, _, *fields):
         output = _ScaledOuterOutput(*fields)
         high = pl.ds(pl.multiple_of(output.row, BLOCK), BLOCK)
         wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
 
-        def load(k, _):
-            rows = output.start + k
-            deep = pl.ds(pl.multiple_of(rows * BLOCK, BLOCK), BLOCK)
+        def load_step(k, _):
+            rows = pl.ds(output.start + k, 1)
+            deep = pl.ds(pl.multiple_of((output.start + k) * BLOCK, BLOCK), BLOCK)
             scales = [block.lhs_scales.at[rows, high], block.dout_scales.at[rows, wide]]
             a, b = block.lhs.at[high, deep], block.dout.at[wide, deep]
-            slots.fill(first + k, block.tile, block.refs, a, b, scales)
+            slot = ring.slot_of(before + k, tile)
+            slots.fill(slot, before + k >= tile.stages, tile, block.refs, a, b, scales)
 
-        lax.fori_loop(jnp.int32(0), output.steps, load, None)
-        return first + output.steps
+        lax.fori_loop(jnp.int32(0), output.steps, load_step, None)
+        return before + output.steps
 
-    ring.drain(block.for_each_tile(load_tile), block.tile, block.refs)
+    ring.drain(block.for_each_tile(load_tile), tile, block.refs)
 
 
 def _compute(block: _ScaledOuterBlock) -> None:
     """A consumer: multiplies and stores this warpgroup's rows of the block's tiles."""
     plgpu.set_max_registers(232, action="increase")
 
-    def compute_tile(first, _, *fields):
+    def compute_tile(before, _, *fields):
         output = _ScaledOuterOutput(*fields)
-        _multiply_and_store(block, first, output)
-        return first + output.steps
+        _multiply_and_store(block, before, output)
+        return before + output.steps
 
     block.for_each_tile(compute_tile)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _multiply_and_store(block: _ScaledOuterBlock, first: jax.Array, output: _ScaledOuterOutput) -> None:
+def _multiply_and_store(block: _ScaledOuterBlock, before: jax.Array, output: _ScaledOuterOutput) -> None:
     """Makes this warpgroup's rows of a tile."""
     tile, refs, warpgroup = block.tile, block.refs, block.warpgroup
 
-    def step(k, total):
-        slot = ring.slot_of(first + k, tile)
+    def multiply_step(k, total):
+        slot = ring.slot_of(before + k, tile)
         plgpu.barrier_wait(refs["filled"].at[slot])
 
         def multiply(acc):
-            plgpu.wgmma(acc, *slots.operands(slot, warpgroup, refs))
+            slots.multiply(acc, slot, 0, warpgroup, refs)
             return slots.row_scales(slot, warpgroup, refs), slots.column_scales(slot, refs), acc[...]
 
         rows, columns, sums = pl.run_scoped(multiply, ring.accumulator(PART, BLOCK))
-        ring.release(first + k, tile, refs)
-        rows, columns = (lax.broadcast_in_dim(x, sums.shape, (i,)) for i, x in enumerate((rows, columns)))
-        return total + sums * rows * columns
+        plgpu.barrier_arrive(refs["free"].at[slot])
+        return total + sums * slots.spread(rows, 0) * slots.spread(columns, 1)
 
-    total = lax.fori_loop(jnp.int32(0), output.steps, step, slots.zeros())
+    total = lax.fori_loop(jnp.int32(0), output.steps, multiply_step, slots.zeros())
     high = pl.ds(pl.multiple_of(output.row + warpgroup * PART, PART), PART)
     target = block.out.at[output.group, high, pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)]
-    slots.store(total, refs, warpgroup, target)
+    if "out_pieces" in refs:
+        slots.store(total, refs, warpgroup, target)
+    else:  # four threads have 32 neighbouring bytes of float32: memory takes them well as they are
+        target[...] = total
