@@ -37,8 +37,14 @@ class Hopper:
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """The function of an operation, for the GPU that the program in hand is for."""
-        if name in ("matmul", "outer"):
-            return {"matmul": mosaic.matmul, "outer": mosaic.outer}[name]
+        products = {
+            "matmul": mosaic.matmul,
+            "outer": mosaic.outer,
+            "scaled_matmul": fp8_mosaic.matmul,
+            "scaled_outer": fp8_mosaic.outer,
+        }
+        if name in products:
+            return products[name]
         kernels = {
             "copy_rows": permute.copy_rows,
             "add_rows": permute.add_rows,
