@@ -26,6 +26,7 @@ from eplb_jax.kernels.scaled_tiles import (
     go_through,
     of_columns,
     of_rows,
+    pair_and_half,
     part,
     place,
     put,
@@ -56,6 +57,7 @@ def gate(
     rows, width = hidden.shape
     high, wide = rows // HALF, width // (2 * BLOCK)
     plan = plan.of(hidden.dtype)
+    warpgroups = HALVES * plan.pairs
 
     def body(hidden_ref, weight_ref, act_ref, act_scales_ref, kept_ref, kept_scales_ref):
         def scoped(ring, weights, numbers, scales, filled):
@@ -91,16 +93,15 @@ def gate(
 
                 return store
 
-            worker = lax.axis_index("worker") * HALVES + me
-            go_through(plan, high * wide, worker, cores * plan.blocks * HALVES, load, work)
+            go_through(plan, high * wide, me, warpgroups, load, work)
 
         pl.run_scoped(
             scoped,
-            tiled(HALVES, plan.stages, 2, HALF, BLOCK, dtype=hidden.dtype),
-            plgpu.SMEM((HALVES, plan.stages, HALF), jnp.float32),
-            tiled(HALVES, 3, HALF, BLOCK, dtype=E4M3),
-            plgpu.SMEM((HALVES, 3, HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=3, num_barriers=HALVES * plan.stages),
+            tiled(warpgroups, plan.stages, 2, HALF, BLOCK, dtype=hidden.dtype),
+            plgpu.SMEM((warpgroups, plan.stages, HALF), jnp.float32),
+            tiled(warpgroups, 3, HALF, BLOCK, dtype=E4M3),
+            plgpu.SMEM((warpgroups, 3, HALF), jnp.float32),
+            plgpu.Barrier(num_arrivals=3, num_barriers=warpgroups * plan.stages),
             collective_axes="warpgroup",
         )
 
@@ -111,7 +112,7 @@ def gate(
         ((2 * wide, rows), jnp.float32),
     )
     out = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    found = launch(body, "scaled_gate", cores * plan.blocks, HALVES, out, hidden, weight)
+    found = launch(body, "scaled_gate", cores, warpgroups, out, hidden, weight)
     return ScaledRows(*found[:2]), ScaledRows(*found[2:])
 
 
@@ -141,13 +142,14 @@ def gate_backward(
         rows_ref, row_scales_ref, columns_ref, column_scales_ref, act_ref, act_scales_ref, sums_ref = out_refs
 
         def scoped(pairs, factors, weights, cts, out, out_scales, sums, filled, left):
-            me = lax.axis_index("warpgroup")
+            pair, me = pair_and_half()
             half = pl.ds(me * HALF, HALF)
-            out, out_scales, sums = out.at[me], out_scales.at[me], sums.at[me]
+            pairs, factors, weights, cts, left = (ref.at[pair] for ref in (pairs, factors, weights, cts, left))
+            out, out_scales, sums = (ref.at[pair, me] for ref in (out, out_scales, sums))
 
             def load(tile, slot):
                 row, column = place(tile, high, wide, plan)
-                here, to = part(row, me), filled.at[slot]
+                here, to = part(row, me), filled.at[pair * plan.stages + slot]
                 for i in range(2):
                     source = numbers_ref.at[here, whole(column + i * wide)]
                     plgpu.copy_gmem_to_smem(source, pairs.at[slot, i, half], to)
@@ -168,7 +170,7 @@ def gate_backward(
             def work(tile, slot):
                 row, column = place(tile, high, wide, plan)
                 valid = valid_of[row]
-                plgpu.barrier_wait(filled.at[slot])
+                plgpu.barrier_wait(filled.at[pair * plan.stages + slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 found = by_rows(slot)
                 sums[...] = found.weight.sum(1)
@@ -192,19 +194,19 @@ def gate_backward(
 
                 return store
 
-            go_through(plan, high * wide, lax.axis_index("worker"), cores * plan.blocks, load, work, left)
+            go_through(plan, high * wide, pair, plan.pairs, load, work, left)
 
         pl.run_scoped(
             scoped,
-            tiled(plan.stages, 2, BLOCK, BLOCK, dtype=E4M3, line=HALF),
-            plgpu.SMEM((plan.stages, 2, BLOCK), jnp.float32),
-            plgpu.SMEM((plan.stages, BLOCK), jnp.float32),
-            tiled(plan.stages, BLOCK, BLOCK, dtype=ct.dtype),
-            tiled(HALVES, 5, HALF, BLOCK, dtype=E4M3),
-            plgpu.SMEM((HALVES, 5, HALF), jnp.float32),
-            plgpu.SMEM((HALVES, HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=6 * HALVES, num_barriers=plan.stages),
-            plgpu.Barrier(num_arrivals=HALVES),
+            tiled(plan.pairs, plan.stages, 2, BLOCK, BLOCK, dtype=E4M3, line=HALF),
+            plgpu.SMEM((plan.pairs, plan.stages, 2, BLOCK), jnp.float32),
+            plgpu.SMEM((plan.pairs, plan.stages, BLOCK), jnp.float32),
+            tiled(plan.pairs, plan.stages, BLOCK, BLOCK, dtype=ct.dtype),
+            tiled(plan.pairs, HALVES, 5, HALF, BLOCK, dtype=E4M3),
+            plgpu.SMEM((plan.pairs, HALVES, 5, HALF), jnp.float32),
+            plgpu.SMEM((plan.pairs, HALVES, HALF), jnp.float32),
+            plgpu.Barrier(num_arrivals=6 * HALVES, num_barriers=plan.pairs * plan.stages),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs),
             collective_axes="warpgroup",
         )
 
@@ -213,5 +215,5 @@ def gate_backward(
     shapes += [((half, rows), E4M3), ((high, half), f32), ((wide, rows), f32)]
     out = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
     operands = all_valid(valid, high), numbers, scales, weight, ct
-    *found, sums = launch(body, "scaled_gate_backward", cores * plan.blocks, HALVES, out, *operands)
+    *found, sums = launch(body, "scaled_gate_backward", cores, HALVES * plan.pairs, out, *operands)
     return GateGradients(ScaledRows(*found[:2]), ScaledRows(*found[2:4]), ScaledRows(*found[4:]), sums.sum(0))

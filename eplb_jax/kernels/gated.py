@@ -1,4 +1,4 @@
-"""Weighted SwiGLU number by number, in float32: the same for XLA's forms and for kernels. What its gradients come in."""
+"""Weighted SwiGLU number by number, in float32: the same for XLA's forms and for kernels; and its gradients' type."""
 
 from __future__ import annotations
 

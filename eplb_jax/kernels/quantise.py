@@ -233,7 +233,7 @@ def gate_backward(
         raise ValueError(f"ct has shape {ct.shape}: it must be {(rows, width // 2)}, half as wide as hidden")
     _check_dtype("ct", ct, DTYPES)
     _check_weight(weight, rows)
-    chosen = registry.choose("scaled_gate", backend, hidden.numbers, ct)
+    chosen = registry.choose("scaled_gate", backend, hidden.numbers)
     operands = (*hidden, weight, ct) if valid is None else (*hidden, weight, ct, valid)
     return registry.dispatch(chosen, "gate_backward", gate_backward_by_xla, *operands, power_of_two=power_of_two)
 

@@ -23,6 +23,7 @@ from eplb_jax.kernels.scaled_tiles import (
     all_valid,
     go_through,
     of_columns,
+    pair_and_half,
     part,
     place,
     put,
@@ -63,6 +64,7 @@ def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, pla
     rows, width = x.shape
     high, wide = rows // HALF, width // BLOCK
     plan = plan.of(x.dtype)
+    warpgroups = HALVES * plan.pairs
 
     def body(x_ref, numbers_ref, scales_ref):
         def scoped(ring, numbers, scales, filled):
@@ -91,20 +93,19 @@ def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, pla
 
                 return store
 
-            worker = lax.axis_index("worker") * HALVES + me
-            go_through(plan, high * wide, worker, cores * plan.blocks * HALVES, load, work)
+            go_through(plan, high * wide, me, warpgroups, load, work)
 
         pl.run_scoped(
             scoped,
-            tiled(HALVES, plan.stages, HALF, BLOCK, dtype=x.dtype),
-            tiled(HALVES, HALF, BLOCK, dtype=E4M3),
-            plgpu.SMEM((HALVES, HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=1, num_barriers=HALVES * plan.stages),
+            tiled(warpgroups, plan.stages, HALF, BLOCK, dtype=x.dtype),
+            tiled(warpgroups, HALF, BLOCK, dtype=E4M3),
+            plgpu.SMEM((warpgroups, HALF), jnp.float32),
+            plgpu.Barrier(num_arrivals=1, num_barriers=warpgroups * plan.stages),
             collective_axes="warpgroup",
         )
 
     out = jax.ShapeDtypeStruct(x.shape, E4M3), jax.ShapeDtypeStruct((wide, rows), jnp.float32)
-    return ScaledRows(*launch(body, "quantise_rows", cores * plan.blocks, HALVES, out, x))
+    return ScaledRows(*launch(body, "quantise_rows", cores, warpgroups, out, x))
 
 
 def quantise(
@@ -128,18 +129,21 @@ def quantise(
 
     def body(valid_of, x_ref, rows_ref, row_scales_ref, columns_ref, column_scales_ref):
         def scoped(ring, numbers, scales, filled, left):
-            me = lax.axis_index("warpgroup")
+            pair, me = pair_and_half()
             half = pl.ds(me * HALF, HALF)
-            numbers, scales = numbers.at[me], scales.at[me]
+            ring, left = ring.at[pair], left.at[pair]
+            numbers, scales = numbers.at[pair, me], scales.at[pair, me]
 
             def load(tile, slot):
                 row, column = place(tile, high, wide, plan)
-                plgpu.copy_gmem_to_smem(x_ref.at[part(row, me), whole(column)], ring.at[slot, half], filled.at[slot])
+                plgpu.copy_gmem_to_smem(
+                    x_ref.at[part(row, me), whole(column)], ring.at[slot, half], filled.at[pair * plan.stages + slot]
+                )
 
             def work(tile, slot):
                 row, column = place(tile, high, wide, plan)
                 valid = valid_of[row]
-                plgpu.barrier_wait(filled.at[slot])
+                plgpu.barrier_wait(filled.at[pair * plan.stages + slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 put(upright(ring[slot, half]), numbers.at[0], scales.at[0], power_of_two)
                 put(valid_columns(turned(ring.at[slot], half), valid), numbers.at[1], scales.at[1], power_of_two)
@@ -153,21 +157,21 @@ def quantise(
 
                 return store
 
-            go_through(plan, high * wide, lax.axis_index("worker"), cores * plan.blocks, load, work, left)
+            go_through(plan, high * wide, pair, plan.pairs, load, work, left)
 
         pl.run_scoped(
             scoped,
-            tiled(plan.stages, BLOCK, BLOCK, dtype=x.dtype),
-            tiled(HALVES, 2, HALF, BLOCK, dtype=E4M3),
-            plgpu.SMEM((HALVES, 2, HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.stages),
-            plgpu.Barrier(num_arrivals=HALVES),
+            tiled(plan.pairs, plan.stages, BLOCK, BLOCK, dtype=x.dtype),
+            tiled(plan.pairs, HALVES, 2, HALF, BLOCK, dtype=E4M3),
+            plgpu.SMEM((plan.pairs, HALVES, 2, HALF), jnp.float32),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs * plan.stages),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs),
             collective_axes="warpgroup",
         )
 
     shapes = ((rows, width), E4M3), ((wide, rows), jnp.float32), ((width, rows), E4M3), ((high, width), jnp.float32)
     out = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    found = launch(body, "quantise", cores * plan.blocks, HALVES, out, all_valid(valid, high), x)
+    found = launch(body, "quantise", cores, HALVES * plan.pairs, out, all_valid(valid, high), x)
     return ScaledRows(*found[:2]), ScaledRows(*found[2:])
 
 
@@ -191,20 +195,21 @@ def columns_of(
 
     def body(valid_of, numbers_ref, scales_ref, out_ref, out_scales_ref):
         def scoped(ring, factors, out, out_scales, filled, left):
-            me = lax.axis_index("warpgroup")
+            pair, me = pair_and_half()
             half = pl.ds(me * HALF, HALF)
-            out, out_scales = out.at[me], out_scales.at[me]
+            ring, factors, left = ring.at[pair], factors.at[pair], left.at[pair]
+            out, out_scales = out.at[pair, me], out_scales.at[pair, me]
 
             def load(tile, slot):
                 row, column = place(tile, high, wide, plan)
-                here, to = part(row, me), filled.at[slot]
+                here, to = part(row, me), filled.at[pair * plan.stages + slot]
                 plgpu.copy_gmem_to_smem(numbers_ref.at[here, whole(column)], ring.at[slot, half], to)
                 plgpu.copy_gmem_to_smem(scales_ref.at[column, here], factors.at[slot, half], to)
 
             def work(tile, slot):
                 row, column = place(tile, high, wide, plan)
                 valid = valid_of[row]
-                plgpu.barrier_wait(filled.at[slot])
+                plgpu.barrier_wait(filled.at[pair * plan.stages + slot])
                 plgpu.wait_smem_to_gmem(0, wait_read_only=True)
                 x = turned(ring.at[slot], half)
                 x = valid_columns(x * of_columns(factors[slot], x.shape), valid)
@@ -217,22 +222,22 @@ def columns_of(
 
                 return store
 
-            go_through(plan, high * wide, lax.axis_index("worker"), cores * plan.blocks, load, work, left)
+            go_through(plan, high * wide, pair, plan.pairs, load, work, left)
 
         pl.run_scoped(
             scoped,
-            tiled(plan.stages, BLOCK, BLOCK, dtype=E4M3, line=HALF),
-            plgpu.SMEM((plan.stages, BLOCK), jnp.float32),
-            tiled(HALVES, HALF, BLOCK, dtype=E4M3),
-            plgpu.SMEM((HALVES, HALF), jnp.float32),
-            plgpu.Barrier(num_arrivals=2 * HALVES, num_barriers=plan.stages),
-            plgpu.Barrier(num_arrivals=HALVES),
+            tiled(plan.pairs, plan.stages, BLOCK, BLOCK, dtype=E4M3, line=HALF),
+            plgpu.SMEM((plan.pairs, plan.stages, BLOCK), jnp.float32),
+            tiled(plan.pairs, HALVES, HALF, BLOCK, dtype=E4M3),
+            plgpu.SMEM((plan.pairs, HALVES, HALF), jnp.float32),
+            plgpu.Barrier(num_arrivals=2 * HALVES, num_barriers=plan.pairs * plan.stages),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs),
             collective_axes="warpgroup",
         )
 
     out = jax.ShapeDtypeStruct((width, rows), E4M3), jax.ShapeDtypeStruct((high, width), jnp.float32)
     operands = all_valid(valid, high), numbers, scales
-    return ScaledRows(*launch(body, "columns_of", cores * plan.blocks, HALVES, out, *operands))
+    return ScaledRows(*launch(body, "columns_of", cores, HALVES * plan.pairs, out, *operands))
 
 
 def quantise_weights(
@@ -252,9 +257,10 @@ def quantise_weights(
 
     def body(w_ref, forward_ref, backward_ref, scales_ref):
         def scoped(ring, straight, across, tops, filled, met, left):
-            me = lax.axis_index("warpgroup")
+            pair, me = pair_and_half()
             half = pl.ds(me * HALF, HALF)
-            straight, across = straight.at[me], across.at[me]
+            ring, tops, met, left = ring.at[pair], tops.at[pair], met.at[pair], left.at[pair]
+            straight, across = straight.at[pair, me], across.at[pair, me]
 
             def corner(tile):
                 group = lax.div(tile, jnp.int32(high * wide))
@@ -263,11 +269,11 @@ def quantise_weights(
             def load(tile, slot):
                 group, row, column = corner(tile)
                 source = w_ref.at[group, part(row, me), whole(column)]
-                plgpu.copy_gmem_to_smem(source, ring.at[slot, half], filled.at[slot])
+                plgpu.copy_gmem_to_smem(source, ring.at[slot, half], filled.at[pair * plan.stages + slot])
 
             def work(tile, slot):
                 group, row, column = corner(tile)
-                plgpu.barrier_wait(filled.at[slot])
+                plgpu.barrier_wait(filled.at[pair * plan.stages + slot])
                 x = upright(ring[slot, half])
                 tops[me] = lax.bitcast_convert_type(largest_of(x, 1), jnp.int32).max()
                 plgpu.barrier_arrive(met)
@@ -296,22 +302,28 @@ def quantise_weights(
 
                 return store
 
-            go_through(plan, groups * high * wide, lax.axis_index("worker"), cores * plan.blocks, load, work, left)
+            go_through(plan, groups * high * wide, pair, plan.pairs, load, work, left)
 
         pl.run_scoped(
             scoped,
-            tiled(plan.stages, BLOCK, BLOCK, dtype=w.dtype),
-            tiled(HALVES, HALF, BLOCK, dtype=E4M3),
-            tiled(HALVES, BLOCK, HALF, dtype=E4M3, line=HALF),
-            plgpu.SMEM((HALVES,), jnp.int32),
-            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.stages),
-            plgpu.Barrier(num_arrivals=HALVES),
-            plgpu.Barrier(num_arrivals=HALVES),
+            tiled(plan.pairs, plan.stages, BLOCK, BLOCK, dtype=w.dtype),
+            tiled(plan.pairs, HALVES, HALF, BLOCK, dtype=E4M3),
+            tiled(plan.pairs, HALVES, BLOCK, HALF, dtype=E4M3, line=HALF),
+            plgpu.SMEM(
+                (
+                    plan.pairs,
+                    HALVES,
+                ),
+                jnp.int32,
+            ),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs * plan.stages),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs),
+            plgpu.Barrier(num_arrivals=HALVES, num_barriers=plan.pairs),
             collective_axes="warpgroup",
         )
 
     shapes = ((groups, width, rows), E4M3), (w.shape, E4M3), ((groups, high, wide), jnp.int32)
     out = tuple(jax.ShapeDtypeStruct(*shape) for shape in shapes)
-    forward, backward, scales = launch(body, "quantise_weights", cores * plan.blocks, HALVES, out, w)
+    forward, backward, scales = launch(body, "quantise_weights", cores, HALVES * plan.pairs, out, w)
     scales = lax.bitcast_convert_type(scales, jnp.float32)
     return ScaledMatrices(forward, scales.swapaxes(1, 2)), ScaledMatrices(backward, scales)

@@ -1,6 +1,6 @@
 """What the Mosaic kernels share that make numbers of 8 bits: tiles of 128 by 128, and how blocks go through them.
 
-The warpgroups of a block have a tile together. A ring of slots in shared memory keeps bytes on their way in, and the
+Two warpgroups have a tile together. A ring of slots in shared memory keeps bytes on their way in, and the
 copy engine takes the results from there. Whoever makes the column-wise copy of a tile reads half of its columns
 transposed, so that scales along the rows are found, and numbers stored, as those of rows are: two neighbouring numbers
 of a row lie beside each other in memory, come into one register, and change places with those of the next row by a
@@ -33,17 +33,25 @@ class Plan:
 
     Attributes:
       stages: slots of the ring.
-      blocks: of each multiprocessor.
-      down: whether blocks that run side by side have tiles below each other, and not beside each other.
+      pairs: pairs of warpgroups of a block, each with its own tiles; there is one block on a multiprocessor. Two pairs
+        leave a thread 128 registers, one pair 255.
+      down: whether pairs that run side by side have tiles below each other, and not beside each other.
     """
 
     stages: int
-    blocks: int
+    pairs: int
     down: bool = False
 
     def of(self, dtype: Any) -> Plan:
         """The plan for what is read in this dtype: half the slots where they are twice as large as for bfloat16."""
         return dataclasses.replace(self, stages=max(self.stages * 2 // max(jnp.dtype(dtype).itemsize, 2), 1))
+
+
+def pair_and_half() -> tuple[jax.Array, jax.Array]:
+    """Which pair of its block a warpgroup belongs to, and which half of a tile it has."""
+    warpgroup = lax.axis_index("warpgroup")
+    pair = lax.div(warpgroup, jnp.int32(HALVES))
+    return pair, warpgroup - pair * HALVES
 
 
 def whole(index: jax.Array) -> Any:
@@ -104,22 +112,23 @@ def put(x: jax.Array, numbers: Any, scales: Any, power_of_two: bool) -> None:
 def go_through(
     plan: Plan,
     tiles: int,
-    worker: jax.Array,
-    workers: int,
+    unit: jax.Array,
+    units: int,
     load: Callable[[jax.Array, jax.Array], None],
     work: Callable[[jax.Array, jax.Array], Callable[[], None]],
     left: Any = None,
 ) -> None:
-    """Goes through a worker's share of the tiles.
+    """Goes through a share of the tiles.
 
     Args:
       plan: the division of the work.
       tiles: how many there are.
-      worker, workers: which share of how many.
+      unit, units: which pair, or single warpgroup, of its block this is of how many.
       load: starts the copies of a tile into a slot of the ring.
       work: waits for them, makes the results in shared memory, and returns what starts their copies to memory.
-      left: the barrier at which the warpgroups meet that read a slot together; None: each has its own.
+      left: the barrier at which warpgroups meet that read a slot together; None: each has its own.
     """
+    worker, workers = lax.axis_index("worker") * units + unit, lax.axis_size("worker") * units
     mine = turns(tiles, worker, workers)
 
     def fill(turn: jax.Array, _: Any = None) -> None:

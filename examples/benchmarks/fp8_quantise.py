@@ -96,13 +96,14 @@ def measure(name: str, case: Case, plans: list[Plan], repeats: int) -> Iterator[
     xla = jax.jit(functools.partial(case.xla, power_of_two=True))
     want = jax.block_until_ready(xla(*case.arguments))
     calls, differences = {"XLA": functools.partial(xla, *case.arguments)}, {"XLA": 0.0}
-    for plan in [case.plan, *(plan for plan in plans if plan != case.plan)]:
-        title = "kernel" if plan == case.plan else f"{plan.stages} slots, {plan.blocks} blocks" + ", down" * plan.down
-        options = dict(cores=current_target().cores, power_of_two=True, plan=plan)
+    target = current_target()
+    for plan in [case.plan, *(plan for plan in plans if plan != case.plan)] if target.hopper else []:
+        title = "kernel" if plan == case.plan else f"{plan.stages} slots, {plan.pairs} pairs" + ", down" * plan.down
+        options = dict(cores=target.cores, power_of_two=True, plan=plan)
         call = functools.partial(jax.jit(functools.partial(case.kernel, **options)), *case.arguments)
         try:
             differences[title] = float(difference(call(), want))
-        except (ValueError, jax.errors.JaxRuntimeError) as error:
+        except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
             if plan == case.plan:
                 raise
             print(f"{name}, {title}: {str(error).splitlines()[0]}", flush=True)  # too much shared memory
