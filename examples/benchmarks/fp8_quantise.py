@@ -22,8 +22,10 @@ from eplb_jax.kernels import quantise as by_xla
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.scaled_tiles import Plan
 
-PLANS = [Plan(2, 1), Plan(2, 2), Plan(2, 2, down=True), Plan(3, 1), Plan(4, 1), Plan(4, 1, down=True), Plan(4, 2),
-         Plan(6, 1, down=True), Plan(1, 2)]  # fmt: skip
+PLANS = [
+    Plan(2, 1), Plan(2, 2), Plan(2, 2, down=True), Plan(3, 1), Plan(3, 2, down=True), Plan(4, 1), Plan(4, 1, down=True),
+    Plan(6, 1), Plan(8, 1),
+]  # fmt: skip
 
 
 class Case(NamedTuple):
