@@ -77,8 +77,13 @@ def test_kernels_in_the_interpreter(name, rows, width, dtype, plan, power_of_two
     """Two multiprocessors, simulated on the CPU, some with more tiles than slots."""
     kernel, by_xla = OPERATIONS[name]
     arguments = operands(name, rows, width, dtype)
-    with interpreted(uninitialized_memory="zero"):
-        found = kernel(*arguments, cores=2, power_of_two=power_of_two, plan=plan)
+    try:
+        with interpreted(uninitialized_memory="zero"):
+            found = kernel(*arguments, cores=2, power_of_two=power_of_two, plan=plan)
+    except NotImplementedError as error:
+        if "for platform cpu" not in str(error):
+            raise
+        pytest.skip(f"JAX's interpreter does not know layouts here: {error}")  # before 0.12
     check_same(found, by_xla(*arguments, power_of_two=power_of_two), exact=name != "gate_backward")
 
 
