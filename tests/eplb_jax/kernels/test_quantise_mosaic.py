@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 
 from eplb_jax.kernels import gate_mosaic, quantise_mosaic, registry, scaled
 from eplb_jax.kernels import quantise as quantisation
@@ -143,3 +144,20 @@ def test_fallback_on_a_gpu_is_said_once(monkeypatch, caplog):
     assert [record.getMessage() for record in caplog.records if record.name == registry.logger.name] == [
         "numbers of 8 bits are made by XLA's fusions, not by our kernels: the device is 'NVIDIA A100', no Hopper GPU"
     ]
+
+
+def test_inside_shard_map(monkeypatch):
+    """Results vary over the mesh axis, also where no valid rows are given."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Auto,), devices=jax.devices()[:2])
+
+    def body(x, weight):
+        act, kept = gate(x, weight)
+        return act, quantise(x), gate_backward(kept, weight, x[:, :256]), quantise_weights(x[None])
+
+    out = jax.shard_map(lambda *of: [leaf[None] for leaf in jax.tree.leaves(body(*of))], mesh=mesh,
+                        in_specs=(P("data"), P("data")), out_specs=P("data"))  # fmt: skip
+    shapes = jax.ShapeDtypeStruct((512, 512), jnp.bfloat16), jax.ShapeDtypeStruct((512,), jnp.float32)
+    assert jax.jit(out).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
