@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs, working_copies_for
-from eplb_jax.kernels import quantise, registry
+from eplb_jax.kernels import hopper, quantise, registry
+from eplb_jax.kernels.backend import HOPPER_SMS, Target
 from eplb_jax.kernels.blockwise import Blockwise
 from eplb_jax.kernels.fp8_gemm import xla as products
 from eplb_jax.kernels.gated import gradients
@@ -218,6 +219,28 @@ def test_kernels_leave_8_bits_to_keep_and_to_hand_over(monkeypatch):
     assert [leaf.shape for leaf in wide if leaf.dtype == jnp.bfloat16] == [x.shape]  # which the router reads, too
     prepared = jax.eval_shape(split.prepare, params)
     assert {leaf.dtype for leaf in prepared if leaf.size > 2**24} == {jnp.dtype("float8_e4m3fn")}
+
+
+def test_every_operation_has_its_kernel(monkeypatch):
+    """Lowered for a Hopper GPU: one for each product, gate, move of rows, and what no other could write."""
+    target = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
+    monkeypatch.setattr(registry, "current_target", lambda: target)
+    monkeypatch.setattr(hopper, "current_target", lambda: target)
+    config = dataclasses.replace(CONFIG, width=512, hidden=256, backend="auto")
+    split, params, x = divided(config)
+    prepared = jax.eval_shape(split.prepare, params)
+    y, residuals = jax.eval_shape(split.forward, prepared, x)
+    _, crossing = jax.eval_shape(split.backward_input, prepared, residuals, y)
+
+    def kernels(function, *arguments):
+        lowered = jax.jit(function).trace(*arguments).lower(lowering_platforms=("cuda",))
+        return lowered.as_text().count("@mosaic_gpu_v2")
+
+    assert kernels(split.prepare, params) == 4  # matrices
+    assert kernels(split.forward, prepared, x) == 4 + 2 + 2  # products, gates, moves
+    assert kernels(split.backward_input, prepared, residuals, y) == 4 + 2 + 2
+    # Tokens and the result's gradient, of routed experts and the shared one, and the shared one's activations.
+    assert kernels(split.backward_weight, prepared, residuals.weight, crossing) == 4 + 5 + 2  # columns in between
 
 
 def test_rows_travel_as_bytes_with_scales():
