@@ -215,7 +215,7 @@ def test_kernels_leave_8_bits_to_keep_and_to_hand_over(monkeypatch):
     assert 0.6 < bytes_of(split.residuals) / bytes_of(plain.residuals) < 0.68
     assert bytes_of(split.crossing) < 0.79 * bytes_of(plain.crossing)
     wide = [leaf for leaf in jax.tree.leaves((split.residuals, split.crossing)) if leaf.size > 4096 * 1024]
-    assert {leaf.dtype for leaf in wide} == {jnp.dtype("float8_e4m3fn"), jnp.dtype("bfloat16")}
+    assert {leaf.dtype for leaf in wide} == {jnp.dtype(RECIPES["fp8"].kept), jnp.dtype("bfloat16")}
     assert [leaf.shape for leaf in wide if leaf.dtype == jnp.bfloat16] == [x.shape]  # which the router reads, too
     prepared = jax.eval_shape(split.prepare, params)
     assert {leaf.dtype for leaf in prepared if leaf.size > 2**24} == {jnp.dtype("float8_e4m3fn")}

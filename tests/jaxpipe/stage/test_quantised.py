@@ -1,4 +1,4 @@
-"""Parameters become numbers of 8 bits once a step, although wider ones are made on the way; others stay where they are."""
+"""Parameters become numbers of 8 bits once a step, although wider ones are made on the way; others stay."""
 
 import jax
 import jax.numpy as jnp
