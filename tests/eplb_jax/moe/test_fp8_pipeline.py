@@ -67,10 +67,10 @@ def test_pipelined_equals_plain(redundant):
     value_and_grad = jax.jit(jax.value_and_grad(plain))
     found = [value_and_grad(floats, part) for part in jnp.split(x, MICROBATCHES)]
     expected, expected_grads = jax.tree.map(lambda *each: functools.reduce(jnp.add, each) / MICROBATCHES, *found)
-    np.testing.assert_allclose(loss, expected, rtol=1e-5)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
     assert int(aux["bad"]) == 0
     for name in names:
         want = np.asarray(expected_grads[name])
         # Copies of an expert share its rows, which are then scaled in other blocks for the weight gradient.
-        limit = 0.03 if redundant and name.startswith("w_") else 1e-5
+        limit = 0.03 if redundant and name.startswith("w_") else 2e-3
         assert not want.any() or relative(grads.stages["moe"][name], want) < limit, name
