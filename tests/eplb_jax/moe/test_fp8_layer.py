@@ -96,8 +96,8 @@ def test_on_several_devices_as_on_one(monkeypatch, ep, spare, exchange):
     (y, stats), grads = run(dataclasses.replace(CONFIG, exchange=exchange), ep, params, x, ct, placement)
     (expected, stats_of_one), grads_of_one = on_one_device()
     assert stats.loads.tolist() == stats_of_one.loads.tolist() and int(stats.not_finite) == 0
-    # A last bit of a routing weight may differ, and an activation then rounds to the next number of 8 bits. Copies of an
-    # expert have other rows in a block of 128, which are scaled together for its weight gradient.
+    # A last bit of a routing weight may differ, and an activation then rounds to the next number of 8 bits. Copies of
+    # an expert have other rows in a block of 128, which are scaled together for its weight gradient.
     same, experts = 2e-3, 0.03 if spare else 2e-3
     assert relative(y, expected) < same
     for (path, a), b in zip(jax.tree.leaves_with_path(grads), jax.tree.leaves(grads_of_one), strict=True):
