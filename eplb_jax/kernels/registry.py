@@ -35,9 +35,15 @@ class KernelTask(NamedTuple):
 
 TASKS = {
     "grouped_matmul": KernelTask("run this", "grouped_matmul runs on XLA's ragged dot, which is slow on GPUs"),
+    "scaled_matmul": KernelTask("multiply these", "products in FP8 run on XLA, which makes them in float32"),
+    "scaled_outer": KernelTask("multiply these", "weight gradients in FP8 run on XLA, which makes them in float32"),
     "move_rows": KernelTask("move these rows", "rows are moved by XLA's fusions, not by our kernels"),
     "gate_gradient": KernelTask(
         "make the gate's gradient", "the gate's gradient is made by XLA's fusions, not by our kernel"
+    ),
+    "quantise": KernelTask("quantise this", "numbers of 8 bits are made by XLA's fusions, not by our kernels"),
+    "scaled_gate": KernelTask(
+        "gate these rows in 8 bits", "rows of 8 bits are gated by XLA's fusions, not by our kernels"
     ),
 }
 

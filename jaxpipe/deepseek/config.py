@@ -347,7 +347,7 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
         ),
         # DeepSeek-V3: arXiv 2412.19437, 4.2; 64 redundant slots are one a device of its 64-way expert parallelism.
         "dsv3-671b": ModelConfig(
-            moe=MoEConfig(capacity_factor=1.25, fp8=True),
+            moe=MoEConfig(capacity_factor=1.25, precision="fp8_exchange"),
             vocab=129_280,
             layers=61,
             dense_layers=3,

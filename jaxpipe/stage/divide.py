@@ -14,6 +14,7 @@ from typing import NamedTuple
 from jaxpipe._jax import OPAQUE, is_heavy
 from jaxpipe.stage.branches import hoisted_of_branches, outputs_for, restricted, share
 from jaxpipe.stage.graph import Carry, Cond, Node, Scan, Value, has_effect, producers, stack_of
+from jaxpipe.stage.quantised import constant_nodes, quantising_nodes
 
 
 class Parts(NamedTuple):
@@ -64,18 +65,36 @@ Sources = dict[Value, frozenset[Value]]
 """For each value known from parameters alone, the parameters it derives from."""
 
 
-def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
+def hoist(
+    nodes: Sequence[Node],
+    params: Iterable[Value],
+    results: Collection[Value] = (),
+    constants: Collection[Value] = (),
+) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
     """(nodes worth computing once for given params, the rest, where all values so known derive from).
 
     A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
     transposes, products of parameters, but not broadcasts. Constants stay where they are used, and so do side effects.
+    Parameters that become numbers of 8 bits do so once, whatever is made on the way: see `jaxpipe.stage.quantised`.
+
+    Args:
+      nodes: in an order in which they can run.
+      params: what is given once.
+      results: what is read of the nodes besides.
+      constants: values that are made of nothing and given, too.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
     rest: list[Node] = []
+    free = constant_nodes(nodes, constants)
+    constants = {*constants, *producers(free)}
+    quantising = quantising_nodes(nodes, sources, constants, results)
     for node in nodes:
-        if node.scan is not None:
-            stacked, looped = _hoist_scan(node.scan, sources)
+        if node in quantising.nodes:
+            once.append(node)
+            sources.update((out, quantising.roots[out]) for out in node.outs if out in quantising.kept)
+        elif node.scan is not None:
+            stacked, looped = _hoist_scan(node.scan, sources, constants)
             if stacked is not None:
                 _derive(stacked, sources)
                 once.append(stacked)
@@ -92,7 +111,8 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
             rest.append(after)
         else:
             rest.append(node)
-    return tuple(once), tuple(rest), sources
+    reads = {value for node in once for value in node.ins}
+    return (*divide(free, reads, ()).first, *once), tuple(rest), sources
 
 
 def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
@@ -293,15 +313,17 @@ def _derive(node: Node, sources: Sources) -> None:
     sources.update((out, roots) for out in node.outs)
 
 
-def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]:
+def _hoist_scan(scan: Scan, sources: Sources, constants: Collection[Value]) -> tuple[Node | None, Node | None]:
     """(a scan of what each iteration derives from params alone, stacked; a scan of the rest)."""
     constant = {inner for outer, inner in scan.consts if outer in sources}
     sliced = {inner for outer, inner in scan.xs if outer in sources}
-    once, rest, derived = hoist(scan.nodes, constant | sliced)
+    same_always = {inner for outer, inner in scan.consts if outer in constants or outer.const is not None}
+    results = _body_results(scan, scan.carries, {stacked for _, stacked in scan.ys})
+    once, rest, derived = hoist(scan.nodes, constant | sliced, results, same_always)
     # What is the same in every iteration stays in the loop: stacking it would make copies.
-    same = tuple(node for node in once if all(derived[out] <= constant for out in node.outs))
+    same = tuple(node for node in once if all(out in derived and derived[out] <= constant for out in node.outs))
     rest = (*same, *rest)
-    made = {value for node in once if node not in same for value in node.outs}
+    made = {value for node in once if node not in same for value in node.outs}.difference(producers(rest))
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
     crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
@@ -324,9 +346,9 @@ def _hoist_cond(cond: Cond, sources: Sources) -> tuple[list[Node], Node]:
     for branch in cond.branches:
         pairs = zip(cond.operands, branch.inputs, strict=True)
         inner = {value: operand for operand, value in pairs if value is not None and operand in sources}
-        once, rest, _ = hoist(branch.nodes, inner)
+        once, rest, _ = hoist(branch.nodes, inner, {value for value in branch.outputs if value is not None})
         left = branch._replace(nodes=rest)
-        wanted = left.reads() & set(producers(once))
+        wanted = left.reads() & set(producers(once)).difference(producers(rest))
         parts.append((inner, divide(once, wanted, ()).first, left, wanted))
     return hoisted_of_branches(cond, parts)
 

@@ -164,7 +164,7 @@ def _read_forward(traced: Traced, num_params: int) -> _Forward:
     graph = traced.forward
     num_outputs = len(jax.tree.leaves((traced.out, traced.aux)))
     params, arguments = graph.inputs[:num_params], graph.inputs[num_params:]
-    once, rest, known = hoist(graph.nodes, params)
+    once, rest, known = hoist(graph.nodes, params, set(graph.outputs))
     return _Forward(params, arguments, graph.outputs[:num_outputs], graph.outputs[num_outputs:], once, rest, known)
 
 
@@ -174,7 +174,8 @@ def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
     cotangents = graph.inputs[len(forward.residuals) :]
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
-    nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
+    once = [node for node in forward.once if all(out in forward.known for out in node.outs)]
+    nodes = eliminate_common_subexpressions(nodes, once, set(forward.known), alias)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     nodes = read_known(nodes, forward.rest, forward.known, set(outputs))
     assert len(outputs) == traced.num_params + traced.num_x
