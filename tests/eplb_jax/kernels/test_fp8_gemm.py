@@ -272,15 +272,15 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
 
 
 @needs_casts
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dense_kernel_in_the_interpreter(monkeypatch, dtype):
+@pytest.mark.parametrize("rows, dtype", [(200, "float32"), (200, "bfloat16"), (24, "bfloat16")])
+def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
     """The last block has fewer than 128 rows."""
     monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((200, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
+    x, w = rng.standard_normal((rows, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
     lhs, rhs = quantise_rows(jnp.asarray(x)), quantise_matrices(jnp.asarray(w))
     with interpreted():
-        got = mosaic.matmul(*lhs, *rhs, jnp.array([200]), dtype=dtype)
+        got = mosaic.matmul(*lhs, *rhs, jnp.array([rows]), dtype=dtype)
     assert_close(got, rows_in_float64(lhs) @ matrices_in_float64(rhs)[0].T, dtype)
 
 
