@@ -325,7 +325,7 @@ def test_mosaic_says_what_it_cannot_do(monkeypatch):
     with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
         scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
-    with pytest.raises(ValueError, match=r"lhs \(100, 256\) has a number of rows that is no multiple of 8 .*; pad it"):
+    with pytest.raises(ValueError, match=r"lhs \(100, 256\) has a number of rows that is no multiple of 8; pad it"):
         scaled_dot(rows_of(100, 256), matrices_of(1, 384, 256), backend="mosaic")
     with pytest.raises(ValueError, match=r"lhs \(256, 0\) and rhs \(1, 384, 0\) leave nothing to multiply"):
         scaled_dot(rows_of(256, 0), matrices_of(1, 384, 0), backend="mosaic")
