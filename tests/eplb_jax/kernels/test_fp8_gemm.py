@@ -321,6 +321,29 @@ def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
     assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize("backend", ["mosaic", "auto"])
+def test_results_vary_as_their_operands_do(monkeypatch, backend):
+    """Within shard_map with its check of varying values; lowered for a GPU, no GPU needed."""
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, lasts = ScaledRows(P("data"), P(None, "data")), ScaledRows(P(None, "data"), P("data"))
+
+    def step(lhs, columns, rhs, sizes):
+        out = scaled_matmul(lhs, rhs, sizes, backend=backend)
+        return out, scaled_outer(columns, columns, sizes, backend=backend)
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(rows, lasts, P(), P("data")), out_specs=P("data"))
+    arguments = rows_of(512, 256), rows_of(256, 512), matrices_of(2, 384, 256), jnp.array([1, 2, 3, 4])
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
+
+
+def test_no_rows():
+    out = scaled_matmul(rows_of(0, 256), matrices_of(2, 384, 256), jnp.array([0, 0]))
+    assert out.shape == (0, 384) and scaled_dot(rows_of(0, 256), matrices_of(1, 384, 256)).shape == (0, 384)
+    assert (scaled_outer(rows_of(256, 0), rows_of(384, 0), jnp.array([0, 0])) == jnp.zeros((2, 256, 384))).all()
+
+
 def test_mosaic_says_what_it_cannot_do(monkeypatch):
     with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
         scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
