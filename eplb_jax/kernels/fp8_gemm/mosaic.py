@@ -21,11 +21,11 @@ TILES = {
     "scaled_matmul": Tile(BLOCK, BLOCK, 2 * BLOCK, 3),
     "scaled_outer": Tile(BLOCK, BLOCK, BLOCK, 6),
 }
-"""The fastest on an H200 of those that ``examples/benchmarks/fp8_gemm.py --sweep`` tries.
+"""The best on an H200 of those that ``examples/benchmarks/fp8_gemm.py --sweep`` tries, as far as they were measured.
 
 Both products read shared memory about as fast as it can be read: a step of 128 of an output tile of 128 by 128 moves
 80 KiB, and the scales of columns another 32. Wider tiles, which would move less, leave too few registers. Blocks that
-share their rows' copies wait for each other, which costs more than the copies.
+share the copies of their rows wait for each other, and gain nothing by it.
 """
 
 
