@@ -20,6 +20,7 @@ RECORDED = {
     "clusters": ("--ranks 8 --microbatches 20", 40),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
     "permute_rows": ("--tiny --repeats 1", 4),
+    "fp8_gemm": ("--tiny --repeats 1", 24),
     "swiglu": ("--tiny --repeats 1", 3),
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),

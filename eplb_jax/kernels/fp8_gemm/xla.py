@@ -78,6 +78,8 @@ def outer(
     height, rows = lhs.shape
     columns, groups = dout.shape[0], group_sizes.shape[0]
     blocks = rows // BLOCK
+    if not blocks:
+        return jnp.zeros((groups, height, columns), dtype)
     group = group_of_blocks(group_sizes, blocks)
     total = jnp.zeros((groups, height, columns), jnp.float32)
     total, lhs, lhs_scales, dout, dout_scales, group = same_axes(total, lhs, lhs_scales, dout, dout_scales, group)

@@ -272,15 +272,15 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
 
 
 @needs_casts
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_dense_kernel_in_the_interpreter(monkeypatch, dtype):
+@pytest.mark.parametrize("rows, dtype", [(200, "float32"), (200, "bfloat16"), (24, "bfloat16")])
+def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
     """The last block has fewer than 128 rows."""
     monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((200, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
+    x, w = rng.standard_normal((rows, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
     lhs, rhs = quantise_rows(jnp.asarray(x)), quantise_matrices(jnp.asarray(w))
     with interpreted():
-        got = mosaic.matmul(*lhs, *rhs, jnp.array([200]), dtype=dtype)
+        got = mosaic.matmul(*lhs, *rhs, jnp.array([rows]), dtype=dtype)
     assert_close(got, rows_in_float64(lhs) @ matrices_in_float64(rhs)[0].T, dtype)
 
 
@@ -321,11 +321,34 @@ def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
     assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
 
 
+@pytest.mark.parametrize("backend", ["mosaic", "auto"])
+def test_results_vary_as_their_operands_do(monkeypatch, backend):
+    """Within shard_map with its check of varying values; lowered for a GPU, no GPU needed."""
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
+    rows, lasts = ScaledRows(P("data"), P(None, "data")), ScaledRows(P(None, "data"), P("data"))
+
+    def step(lhs, columns, rhs, sizes):
+        out = scaled_matmul(lhs, rhs, sizes, backend=backend)
+        return out, scaled_outer(columns, columns, sizes, backend=backend)
+
+    mapped = jax.shard_map(step, mesh=mesh, in_specs=(rows, lasts, P(), P("data")), out_specs=P("data"))
+    arguments = rows_of(512, 256), rows_of(256, 512), matrices_of(2, 384, 256), jnp.array([1, 2, 3, 4])
+    text = jax.jit(mapped).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == 2
+
+
+def test_no_rows():
+    out = scaled_matmul(rows_of(0, 256), matrices_of(2, 384, 256), jnp.array([0, 0]))
+    assert out.shape == (0, 384) and scaled_dot(rows_of(0, 256), matrices_of(1, 384, 256)).shape == (0, 384)
+    assert (scaled_outer(rows_of(256, 0), rows_of(384, 0), jnp.array([0, 0])) == jnp.zeros((2, 256, 384))).all()
+
+
 def test_mosaic_says_what_it_cannot_do(monkeypatch):
     with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
         scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
-    with pytest.raises(ValueError, match=r"lhs \(100, 256\) has a number of rows that is no multiple of 8 .*; pad it"):
+    with pytest.raises(ValueError, match=r"lhs \(100, 256\) has a number of rows that is no multiple of 8; pad it"):
         scaled_dot(rows_of(100, 256), matrices_of(1, 384, 256), backend="mosaic")
     with pytest.raises(ValueError, match=r"lhs \(256, 0\) and rhs \(1, 384, 0\) leave nothing to multiply"):
         scaled_dot(rows_of(256, 0), matrices_of(1, 384, 0), backend="mosaic")

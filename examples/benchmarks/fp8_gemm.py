@@ -1,0 +1,254 @@
+"""Speed of the products in FP8 on one GPU beside bfloat16: grouped and dense, quantised before: one table.
+
+Per shape the forward pass, the gradient of the rows (dx) and that of the matrices (dw), with equal groups and with
+uneven ones: sizes drawn from a Zipf-like distribution, no multiples of 128, one group empty. Only used rows count as
+work. Beside a grouped product stands our own in bfloat16, beside a dense one XLA's, which is cuBLAS's. The calls take
+turns, figures are medians. Results are bfloat16, but dw in FP8 is float32. The error is that of a sample, by its norm,
+against float64 of the quantised operands; a bfloat16 result alone is off by about 0.0017.
+
+    python examples/benchmarks/fp8_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--seconds 60] [--tiny]
+
+``--sweep`` tries divisions of the work instead; eplb_jax/kernels/fp8_gemm/mosaic.py holds the best. With ``--record``
+the least of the grouped figures of each pass are recorded, too, once all of them were measured.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import time
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
+
+from eplb_jax.kernels.fp8_gemm import mosaic
+from eplb_jax.kernels.fp8_gemm.interface import scaled_matmul, scaled_outer
+from eplb_jax.kernels.grouped_gemm import interface
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows
+from eplb_jax.kernels.grouped_gemm.ring import Tile
+from eplb_jax.kernels.scaled import (
+    BLOCK,
+    ScaledMatrices,
+    ScaledRows,
+    quantise_columns,
+    quantise_matrices,
+    quantise_rows,
+)
+
+KINDS = ("forward", "dx", "dw")
+WIDTHS = ((7168, 4096), (2048, 7168))
+
+
+class ScaledCase(NamedTuple):
+    """One shape: rows of all groups, both sides of a matrix, how many of these, and how rows are shared out."""
+
+    rows: int
+    k: int
+    n: int
+    groups: int
+    balance: str
+
+    @property
+    def name(self) -> str:
+        """For --only."""
+        return f"{self.groups}x {self.rows}x{self.k}->{self.n} {self.balance}"
+
+
+LARGE = tuple(
+    ScaledCase(32768, k, n, g, balance) for g in (8, 32) for k, n in WIDTHS for balance in ("equal", "uneven")
+)
+CASES = (*LARGE, ScaledCase(8192, 8192, 8192, 1, "dense"))
+TINY = (ScaledCase(512, 128, 256, 3, "uneven"), ScaledCase(256, 256, 128, 1, "dense"))
+
+
+def sizes_of(case: ScaledCase) -> np.ndarray:
+    """Sizes that fill the rows as far as their rounding lets them."""
+    if case.balance != "uneven":
+        return np.full(case.groups, case.rows // case.groups)
+    rng, total = np.random.default_rng(0), case.rows
+    shares = rng.permutation(1 / np.arange(1, case.groups + 1) ** 0.8)
+    shares[case.groups // 2] = 0
+    while True:
+        sizes = rng.multinomial(total, shares / shares.sum())
+        if round_up(sizes, FP8_ALIGN).sum() <= case.rows:
+            return sizes
+        total -= 8
+
+
+class ScaledWork:
+    """Operands of a case, in both precisions, and its products."""
+
+    def __init__(self, case: ScaledCase):
+        self.case = case
+        self.host_sizes = sizes_of(case)
+        self.sizes = jnp.asarray(self.host_sizes, jnp.int32)
+        self.flops = 2 * int(self.host_sizes.sum()) * case.k * case.n
+        keys = jax.random.split(jax.random.key(0), 3)
+        shapes = (case.rows, case.k), (case.groups, case.k, case.n), (case.rows, case.n)
+        normal = jax.jit(jax.random.normal, static_argnums=(1, 2))
+        self.x, self.w, self.dout = (normal(*each, jnp.bfloat16) for each in zip(keys, shapes, strict=True))
+        used = used_rows(self.sizes, case.rows, FP8_ALIGN)[:, None]
+        rows, columns, matrices = (jax.jit(f) for f in (quantise_rows, quantise_columns, quantise_matrices))
+        w, w_transposed = matrices(self.w.swapaxes(1, 2)), matrices(self.w)
+        self.quantised: dict[str, tuple[ScaledRows, Any]] = {
+            "forward": (rows(self.x), w),
+            "dx": (rows(self.dout), w_transposed),
+            "dw": (columns(jnp.where(used, self.x, 0)), columns(jnp.where(used, self.dout, 0))),
+        }
+
+    def operands(self, kind: str) -> tuple[Any, ...]:
+        """What a product takes in bfloat16."""
+        pair = {"forward": (self.x, self.w), "dx": (self.dout, self.w), "dw": (self.x, self.dout)}[kind]
+        return *pair, self.sizes
+
+    def error(self, kind: str, result: jax.Array) -> float:
+        """Of 32 rows and 64 columns of the largest group's results."""
+        group = int(self.host_sizes.argmax())
+        start = int(np.asarray(group_starts(self.sizes, FP8_ALIGN))[group])
+        lhs, rhs = self.quantised[kind]
+        if kind == "dw":
+            rows = slice(start, start + int(round_up(int(self.host_sizes[group]), FP8_ALIGN)))
+            a, b = (_rows(each, slice(0, count), rows) for each, count in ((lhs, 32), (rhs, 64)))
+            got = result[group, :32, :64]
+        else:
+            sample = slice(start, start + min(32, int(self.host_sizes[group])))
+            a, b = _rows(lhs, sample, slice(None)), _matrix(rhs, group)
+            got = result[sample, :64]
+        want = a @ b.T
+        return float(np.linalg.norm(np.asarray(got).astype(np.float64) - want) / np.linalg.norm(want))
+
+
+def _rows(rows: ScaledRows, some: slice, deep: slice) -> np.ndarray:
+    """A part of what numbers and scales stand for, in float64."""
+    blocks = slice(*(None if end is None else end // BLOCK for end in (deep.start, deep.stop)))
+    numbers = np.asarray(rows.numbers[some, deep]).astype(np.float64)
+    return numbers * np.asarray(rows.scales[blocks, some]).astype(np.float64).T.repeat(BLOCK, 1)
+
+
+def _matrix(matrices: ScaledMatrices, group: int) -> np.ndarray:
+    """The first 64 rows of a matrix in float64."""
+    scales = np.asarray(matrices.scales[group, 0]).astype(np.float64).repeat(BLOCK)
+    return np.asarray(matrices.numbers[group, :64]).astype(np.float64) * scales
+
+
+def bfloat16_product(kind: str, case: ScaledCase) -> Callable[..., jax.Array]:
+    """The product that stands beside the one in FP8, of `ScaledWork.operands`."""
+    if case.balance == "dense":
+        contracted = {"forward": ((1,), (0,)), "dx": ((1,), (1,)), "dw": ((0,), (0,))}[kind]
+
+        def dense(a: jax.Array, b: jax.Array, sizes: jax.Array) -> jax.Array:
+            del sizes
+            return jax.lax.dot_general(a, b[0] if b.ndim == 3 else b, (contracted, ((), ())))
+
+        return dense
+    if kind == "dw":
+        return lambda a, b, sizes: interface.outer(a, b, sizes, interface.choose(a, b[None], "auto"))
+    return functools.partial(interface.grouped_matmul, transpose_rhs=kind == "dx")
+
+
+def scaled_product(kind: str, tile: Tile | None = None) -> Callable[..., jax.Array]:
+    """The product in FP8, of `ScaledWork.quantised` and the sizes."""
+    if tile is None:
+        return scaled_outer if kind == "dw" else scaled_matmul
+    if kind == "dw":
+        return lambda a, b, sizes: mosaic.outer(
+            a.numbers, a.scales, b.numbers, b.scales, sizes, dtype=jnp.float32, tile=tile
+        )
+    return lambda a, b, sizes: mosaic.matmul(
+        a.numbers, a.scales, b.numbers, b.scales, sizes, dtype=jnp.bfloat16, tile=tile
+    )
+
+
+def compiled(calls: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]) -> dict[str, Callable[[], jax.Array]]:
+    """The calls with their arguments, compiled several at a time."""
+    lowered = {name: jax.jit(function).lower(*arguments) for name, (function, arguments) in calls.items()}
+    with concurrent.futures.ThreadPoolExecutor(8) as pool:
+        programs = dict(zip(lowered, pool.map(lambda each: each.compile(), lowered.values()), strict=True))
+    return {name: functools.partial(program, *calls[name][1]) for name, program in programs.items()}
+
+
+def measure(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows of the table: one for each pass."""
+    work = ScaledWork(case)
+    calls: dict[str, Any] = {}
+    for kind in KINDS:
+        calls[f"{kind} bf16"] = bfloat16_product(kind, case), work.operands(kind)
+        calls[f"{kind} fp8"] = scaled_product(kind), (*work.quantised[kind], work.sizes)
+    programs = compiled(calls)
+    errors = {kind: work.error(kind, programs[f"{kind} fp8"]()) for kind in KINDS}
+    times = dict(zip(programs, medians_ms(list(programs.values()), repeats, inner=12e-3), strict=True))
+    for kind in KINDS:
+        plain, scaled = times[f"{kind} bf16"], times[f"{kind} fp8"]
+        yield {
+            "groups": case.groups,
+            "rows x k → n": f"{case.rows} x {case.k} → {case.n}",
+            "pass": kind,
+            "balance": case.balance,
+            "fp8 ms": scaled,
+            "fp8 TFLOP/s": work.flops / scaled / 1e9,
+            "bf16 TFLOP/s": work.flops / plain / 1e9,
+            "fp8 / bf16": plain / scaled,
+            "error": errors[kind],
+        }
+
+
+SWEEP = {
+    "forward": [Tile(BLOCK, BLOCK, 2 * BLOCK, 3, cluster=c, width=w) for c in (1, 2) for w in (4, 8, 16)]
+    + [Tile(BLOCK, BLOCK, BLOCK, 5)],
+    "dw": [
+        Tile(BLOCK, BLOCK, BLOCK, s, cluster=c, width=w) for s, c, w in ((5, 1, 8), (6, 1, 8), (6, 1, 16), (6, 2, 8))
+    ],
+}
+
+
+def sweep(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
+    """Rows of a table of tiles."""
+    work = ScaledWork(case)
+    for kind, tiles in SWEEP.items():
+        arguments = *work.quantised[kind], work.sizes
+        programs = compiled({str(tile): (scaled_product(kind, tile), arguments) for tile in tiles})
+        times = medians_ms(list(programs.values()), repeats, inner=12e-3)
+        for tile, ms in sorted(zip(tiles, times, strict=True), key=lambda each: each[1]):
+            division = f"k={tile.k} stages={tile.stages} cluster={tile.cluster} width={tile.width}"
+            yield {"case": case.name, "pass": kind, "tile": division, "fp8 TFLOP/s": work.flops / ms / 1e9}
+
+
+def main() -> None:
+    """Prints the table."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--sweep", action="store_true", help="try divisions of the work")
+    parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases to run")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
+    parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this long")
+    parser.add_argument("--tiny", action="store_true", help="small products, to try this out")
+    arguments = parser.parse_args()
+    start, least = time.perf_counter(), {kind: [] for kind in KINDS}
+
+    def rows() -> Iterator[dict[str, Any]]:
+        for case in TINY if arguments.tiny else CASES:
+            if not any(part in case.name for part in arguments.only):
+                continue
+            if time.perf_counter() - start > arguments.seconds:
+                print(f"{case.name}: out of time")
+                continue
+            for row in (sweep if arguments.sweep else measure)(case, arguments.repeats):
+                if case in LARGE:
+                    least[row["pass"]].append(row["fp8 TFLOP/s"])
+                yield row
+
+    report = Recorder.begin(arguments, machine(), "quantised before")
+    formats = {**dict.fromkeys(("fp8 TFLOP/s", "bf16 TFLOP/s"), ".0f"), "fp8 / bf16": ".2f", "error": ".1e"}
+    report.table(
+        rows(), labels=3 if arguments.sweep else 4, title="sweep" if arguments.sweep else None, formats=formats
+    )
+    if report.file and not arguments.sweep and all(len(figures) == len(LARGE) for figures in least.values()):
+        keys = {f"fp8_grouped_{kind}_tflops": (min(figures), "TFLOP/s") for kind, figures in least.items()}
+        write_records(report.file, keys, command=command_line(), machine=report.machine)
+
+
+if __name__ == "__main__":
+    main()
