@@ -20,11 +20,11 @@ from record import Recorder, machine, make_parser, medians_ms
 from eplb_jax.kernels import gate_mosaic, quantise_mosaic, scaled
 from eplb_jax.kernels import quantise as by_xla
 from eplb_jax.kernels.backend import current_target
-from eplb_jax.kernels.scaled_tiles import Plan
+from eplb_jax.kernels.scaled_tiles import TilePlan
 
 PLANS = [
-    Plan(2, 1), Plan(2, 2), Plan(2, 2, down=True), Plan(3, 1), Plan(3, 2, down=True), Plan(4, 1), Plan(4, 1, down=True),
-    Plan(6, 1), Plan(8, 1),
+    TilePlan(2, 1), TilePlan(2, 2), TilePlan(2, 2, down=True), TilePlan(3, 1), TilePlan(3, 2, down=True), TilePlan(4, 1), TilePlan(4, 1, down=True),
+    TilePlan(6, 1), TilePlan(8, 1),
 ]  # fmt: skip
 
 
@@ -33,7 +33,7 @@ class Case(NamedTuple):
 
     xla: Callable[..., Any]
     kernel: Callable[..., Any]
-    plan: Plan
+    plan: TilePlan
     arguments: tuple[jax.Array, ...]
 
 
@@ -93,7 +93,7 @@ def difference(got: Any, want: Any) -> jax.Array:
     return total / sum(leaf.size for leaf in jax.tree.leaves(want))
 
 
-def measure(name: str, case: Case, plans: list[Plan], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, case: Case, plans: list[TilePlan], repeats: int) -> Iterator[dict[str, Any]]:
     """The lines of the table for an operation."""
     xla = jax.jit(functools.partial(case.xla, power_of_two=True))
     want = jax.block_until_ready(xla(*case.arguments))
