@@ -21,7 +21,7 @@ from eplb_jax.kernels.scaled import BLOCK, E4M3, ScaledRows
 from eplb_jax.kernels.scaled_tiles import (
     HALF,
     HALVES,
-    Plan,
+    TilePlan,
     all_valid,
     go_through,
     of_columns,
@@ -37,14 +37,19 @@ from eplb_jax.kernels.scaled_tiles import (
     whole,
 )
 
-FORWARD = Plan(2, 1)
-BACKWARD = Plan(2, 1)
+FORWARD = TilePlan(2, 1)
+BACKWARD = TilePlan(2, 1)
 """The fastest on an H200 of those that `examples/benchmarks/fp8_quantise.py --plans` tries."""
 _store = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
 
 
 def gate(
-    hidden: Float[Array, "R FF"], weight: Float[Array, " R"], *, cores: int, power_of_two: bool, plan: Plan = FORWARD
+    hidden: Float[Array, "R FF"],
+    weight: Float[Array, " R"],
+    *,
+    cores: int,
+    power_of_two: bool,
+    plan: TilePlan = FORWARD,
 ) -> tuple[ScaledRows, ScaledRows]:
     """`eplb_jax.kernels.quantise.gate`: each warpgroup has 64 rows of a tile of gates and of values for itself.
 
@@ -125,7 +130,7 @@ def gate_backward(
     *,
     cores: int,
     power_of_two: bool,
-    plan: Plan = BACKWARD,
+    plan: TilePlan = BACKWARD,
 ) -> GateGradients:
     """`eplb_jax.kernels.quantise.gate_backward`: made twice of a slot, for half the rows and for half the columns.
 

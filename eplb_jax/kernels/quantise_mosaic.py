@@ -19,7 +19,7 @@ from eplb_jax.kernels.scaled import BLOCK, E4M3, ScaledMatrices, ScaledRows, lar
 from eplb_jax.kernels.scaled_tiles import (
     HALF,
     HALVES,
-    Plan,
+    TilePlan,
     all_valid,
     go_through,
     of_columns,
@@ -34,10 +34,10 @@ from eplb_jax.kernels.scaled_tiles import (
     whole,
 )
 
-ROWS = Plan(2, 2)
-BOTH = Plan(4, 1)
-COLUMNS = Plan(3, 2, down=True)
-MATRICES = Plan(4, 1)
+ROWS = TilePlan(2, 2)
+BOTH = TilePlan(4, 1)
+COLUMNS = TilePlan(3, 2, down=True)
+MATRICES = TilePlan(4, 1)
 """The fastest on an H200 of those that `examples/benchmarks/fp8_quantise.py --plans` tries."""
 
 
@@ -52,7 +52,7 @@ def why_not(x: Any) -> str | None:
     return None if x.size else f"its shape is {x.shape}"
 
 
-def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, plan: Plan = ROWS) -> ScaledRows:
+def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, plan: TilePlan = ROWS) -> ScaledRows:
     """`eplb_jax.kernels.quantise.quantise_rows`: each warpgroup has 64 rows of a column of tiles for itself.
 
     Args:
@@ -114,7 +114,7 @@ def quantise(
     *,
     cores: int,
     power_of_two: bool,
-    plan: Plan = BOTH,
+    plan: TilePlan = BOTH,
 ) -> tuple[ScaledRows, ScaledRows]:
     """`eplb_jax.kernels.quantise.quantise`: each warpgroup makes half the rows and half the columns of a tile.
 
@@ -182,7 +182,7 @@ def columns_of(
     *,
     cores: int,
     power_of_two: bool,
-    plan: Plan = COLUMNS,
+    plan: TilePlan = COLUMNS,
 ) -> ScaledRows:
     """`eplb_jax.kernels.quantise.columns_of`.
 
@@ -241,7 +241,7 @@ def columns_of(
 
 
 def quantise_weights(
-    w: Float[Array, "G K N"], *, cores: int, power_of_two: bool, plan: Plan = MATRICES
+    w: Float[Array, "G K N"], *, cores: int, power_of_two: bool, plan: TilePlan = MATRICES
 ) -> tuple[ScaledMatrices, ScaledMatrices]:
     """`eplb_jax.kernels.quantise.quantise_weights`: the warpgroups of a pair tell each other what is largest.
 

@@ -1,10 +1,11 @@
 """What the Mosaic kernels share that make numbers of 8 bits: tiles of 128 by 128, and how blocks go through them.
 
-Two warpgroups have a tile together. A ring of slots in shared memory keeps bytes on their way in, and the
-copy engine takes the results from there. Whoever makes the column-wise copy of a tile reads half of its columns
-transposed, so that scales along the rows are found, and numbers stored, as those of rows are: two neighbouring numbers
-of a row lie beside each other in memory, come into one register, and change places with those of the next row by a
-shuffle. Nothing of 8 bits is ever transposed, and no maximum is needed across warps.
+Two warpgroups have a tile together. A ring of slots in shared memory keeps bytes on their way in, and the copy engine
+takes the results from there. For the column-wise copy each warpgroup reads half of the tile's columns transposed, so
+that scales along the rows are found, and numbers stored, as those of rows are: two neighbouring numbers of a row lie
+beside each other in memory, come into registers together, and change places with those of the next row by a shuffle.
+Nothing of 8 bits is transposed, and no row is divided between warps: JAX keeps one scratch in shared memory for maxima
+across warps, which warpgroups that run independently must not use.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ HALF = BLOCK // HALVES
 
 
 @dataclasses.dataclass(frozen=True)
-class Plan:
+class TilePlan:
     """How a kernel divides its work.
 
     Attributes:
@@ -42,7 +43,7 @@ class Plan:
     pairs: int
     down: bool = False
 
-    def of(self, dtype: Any) -> Plan:
+    def of(self, dtype: Any) -> TilePlan:
         """The plan for what is read in this dtype: half the slots where they are twice as large as for bfloat16."""
         return dataclasses.replace(self, stages=max(self.stages * 2 // max(jnp.dtype(dtype).itemsize, 2), 1))
 
@@ -110,7 +111,7 @@ def put(x: jax.Array, numbers: Any, scales: Any, power_of_two: bool) -> None:
 
 
 def go_through(
-    plan: Plan,
+    plan: TilePlan,
     tiles: int,
     unit: jax.Array,
     units: int,
@@ -150,7 +151,7 @@ def go_through(
     plgpu.wait_smem_to_gmem(0)
 
 
-def place(tile: jax.Array, high: int, wide: int, plan: Plan) -> tuple[jax.Array, jax.Array]:
+def place(tile: jax.Array, high: int, wide: int, plan: TilePlan) -> tuple[jax.Array, jax.Array]:
     """Row and column of a tile among ``high`` rows and ``wide`` columns of tiles."""
     if plan.down:
         column = lax.div(tile, jnp.int32(high))

@@ -20,24 +20,22 @@ from record import Recorder, machine, make_parser, medians_ms
 from eplb_jax.kernels import gate_mosaic, quantise_mosaic, scaled
 from eplb_jax.kernels import quantise as by_xla
 from eplb_jax.kernels.backend import current_target
-from eplb_jax.kernels.scaled_tiles import Plan
+from eplb_jax.kernels.scaled_tiles import TilePlan
 
-PLANS = [
-    Plan(2, 1), Plan(2, 2), Plan(2, 2, down=True), Plan(3, 1), Plan(3, 2, down=True), Plan(4, 1), Plan(4, 1, down=True),
-    Plan(6, 1), Plan(8, 1),
-]  # fmt: skip
+PLANS = [TilePlan(stages, pairs, down) for stages, pairs in ((2, 1), (2, 2), (3, 1), (3, 2), (4, 1), (6, 1), (8, 1))
+         for down in (False, True)]  # fmt: skip
 
 
-class Case(NamedTuple):
+class ScaledCase(NamedTuple):
     """An operation in both forms, its usual plan and its arguments."""
 
     xla: Callable[..., Any]
     kernel: Callable[..., Any]
-    plan: Plan
+    plan: TilePlan
     arguments: tuple[jax.Array, ...]
 
 
-def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callable[[], Case]]:
+def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callable[[], ScaledCase]]:
     """What makes each case, by name; two in three blocks of rows are whole."""
     keys = jax.random.split(jax.random.key(0), 4)
 
@@ -54,25 +52,27 @@ def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callabl
     def weight() -> jax.Array:
         return jax.random.uniform(keys[3], (rows,))
 
-    def matrices(dtype: Any) -> Case:
+    def matrices(dtype: Any) -> ScaledCase:
         w = normal(0, experts, width, 2 * hidden, dtype=dtype)
-        return Case(by_xla.quantise_weights_by_xla, quantise_mosaic.quantise_weights, quantise_mosaic.MATRICES, (w,))
+        return ScaledCase(
+            by_xla.quantise_weights_by_xla, quantise_mosaic.quantise_weights, quantise_mosaic.MATRICES, (w,)
+        )
 
     return {
-        "quantise_rows": lambda: Case(
+        "quantise_rows": lambda: ScaledCase(
             scaled.quantise_rows, quantise_mosaic.quantise_rows, quantise_mosaic.ROWS, (normal(0, rows, width),)
         ),
-        "quantise": lambda: Case(
+        "quantise": lambda: ScaledCase(
             by_xla.quantise_by_xla, quantise_mosaic.quantise, quantise_mosaic.BOTH, (normal(0, rows, width), valid())
         ),
-        "columns_of": lambda: Case(
+        "columns_of": lambda: ScaledCase(
             by_xla.columns_of_by_xla, quantise_mosaic.columns_of, quantise_mosaic.COLUMNS,
             (*scaled.quantise_rows(normal(0, rows, width)), valid()),
         ),
-        "gate": lambda: Case(
+        "gate": lambda: ScaledCase(
             by_xla.gate_by_xla, gate_mosaic.gate, gate_mosaic.FORWARD, (normal(0, rows, 2 * hidden), weight())
         ),
-        "gate_backward": lambda: Case(
+        "gate_backward": lambda: ScaledCase(
             by_xla.gate_backward_by_xla, gate_mosaic.gate_backward, gate_mosaic.BACKWARD,
             (*kept(), weight(), normal(1, rows, hidden), valid()),
         ),
@@ -93,7 +93,7 @@ def difference(got: Any, want: Any) -> jax.Array:
     return total / sum(leaf.size for leaf in jax.tree.leaves(want))
 
 
-def measure(name: str, case: Case, plans: list[Plan], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, case: ScaledCase, plans: list[TilePlan], repeats: int) -> Iterator[dict[str, Any]]:
     """The lines of the table for an operation."""
     xla = jax.jit(functools.partial(case.xla, power_of_two=True))
     want = jax.block_until_ready(xla(*case.arguments))

@@ -14,7 +14,7 @@ from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.quantise import columns_of, gate, gate_backward, quantise, quantise_rows, quantise_weights
 from eplb_jax.kernels.scaled import ScaledRows
-from eplb_jax.kernels.scaled_tiles import Plan
+from eplb_jax.kernels.scaled_tiles import TilePlan
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
@@ -67,13 +67,13 @@ def check_same(found, wanted, *, exact=True):
 @pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="JAX's interpreter knows no layouts before 0.11")
 @pytest.mark.parametrize("power_of_two", [True, False])
 @pytest.mark.parametrize("name, rows, width, dtype, plan", [
-    ("quantise_rows", 192, 256, "bfloat16", Plan(2, 1)),
-    ("quantise", 256, 384, "bfloat16", Plan(2, 1)),
-    ("quantise", 256, 256, "float32", Plan(4, 2, down=True)),
-    ("columns_of", 384, 256, "bfloat16", Plan(3, 2)),
-    ("quantise_weights", 512, 256, "bfloat16", Plan(2, 2)),
-    ("gate", 128, 512, "bfloat16", Plan(2, 1)),
-    ("gate_backward", 256, 512, "bfloat16", Plan(2, 1)),
+    ("quantise_rows", 192, 256, "bfloat16", TilePlan(2, 1)),
+    ("quantise", 256, 384, "bfloat16", TilePlan(2, 1)),
+    ("quantise", 256, 256, "float32", TilePlan(4, 2, down=True)),
+    ("columns_of", 384, 256, "bfloat16", TilePlan(3, 2)),
+    ("quantise_weights", 512, 256, "bfloat16", TilePlan(2, 2)),
+    ("gate", 128, 512, "bfloat16", TilePlan(2, 1)),
+    ("gate_backward", 256, 512, "bfloat16", TilePlan(2, 1)),
 ])  # fmt: skip
 def test_kernels_in_the_interpreter(name, rows, width, dtype, plan, power_of_two):
     """Two multiprocessors, simulated on the CPU, some with more tiles than slots."""
