@@ -26,7 +26,7 @@ PLANS = [TilePlan(stages, pairs, down) for stages, pairs in ((2, 1), (2, 2), (3,
          for down in (False, True)]  # fmt: skip
 
 
-class ScaledCase(NamedTuple):
+class QuantisedCase(NamedTuple):
     """An operation in both forms, its usual plan and its arguments."""
 
     xla: Callable[..., Any]
@@ -35,7 +35,7 @@ class ScaledCase(NamedTuple):
     arguments: tuple[jax.Array, ...]
 
 
-def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callable[[], ScaledCase]]:
+def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callable[[], QuantisedCase]]:
     """What makes each case, by name; two in three blocks of rows are whole."""
     keys = jax.random.split(jax.random.key(0), 4)
 
@@ -52,27 +52,27 @@ def cases(rows: int, width: int, hidden: int, experts: int) -> dict[str, Callabl
     def weight() -> jax.Array:
         return jax.random.uniform(keys[3], (rows,))
 
-    def matrices(dtype: Any) -> ScaledCase:
+    def matrices(dtype: Any) -> QuantisedCase:
         w = normal(0, experts, width, 2 * hidden, dtype=dtype)
-        return ScaledCase(
+        return QuantisedCase(
             by_xla.quantise_weights_by_xla, quantise_mosaic.quantise_weights, quantise_mosaic.MATRICES, (w,)
         )
 
     return {
-        "quantise_rows": lambda: ScaledCase(
+        "quantise_rows": lambda: QuantisedCase(
             scaled.quantise_rows, quantise_mosaic.quantise_rows, quantise_mosaic.ROWS, (normal(0, rows, width),)
         ),
-        "quantise": lambda: ScaledCase(
+        "quantise": lambda: QuantisedCase(
             by_xla.quantise_by_xla, quantise_mosaic.quantise, quantise_mosaic.BOTH, (normal(0, rows, width), valid())
         ),
-        "columns_of": lambda: ScaledCase(
+        "columns_of": lambda: QuantisedCase(
             by_xla.columns_of_by_xla, quantise_mosaic.columns_of, quantise_mosaic.COLUMNS,
             (*scaled.quantise_rows(normal(0, rows, width)), valid()),
         ),
-        "gate": lambda: ScaledCase(
+        "gate": lambda: QuantisedCase(
             by_xla.gate_by_xla, gate_mosaic.gate, gate_mosaic.FORWARD, (normal(0, rows, 2 * hidden), weight())
         ),
-        "gate_backward": lambda: ScaledCase(
+        "gate_backward": lambda: QuantisedCase(
             by_xla.gate_backward_by_xla, gate_mosaic.gate_backward, gate_mosaic.BACKWARD,
             (*kept(), weight(), normal(1, rows, hidden), valid()),
         ),
@@ -93,7 +93,7 @@ def difference(got: Any, want: Any) -> jax.Array:
     return total / sum(leaf.size for leaf in jax.tree.leaves(want))
 
 
-def measure(name: str, case: ScaledCase, plans: list[TilePlan], repeats: int) -> Iterator[dict[str, Any]]:
+def measure(name: str, case: QuantisedCase, plans: list[TilePlan], repeats: int) -> Iterator[dict[str, Any]]:
     """The lines of the table for an operation."""
     xla = jax.jit(functools.partial(case.xla, power_of_two=True))
     want = jax.block_until_ready(xla(*case.arguments))
