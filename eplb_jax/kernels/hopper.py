@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from eplb_jax.kernels import permute, swiglu
+from eplb_jax.kernels import permute, quantise_mosaic, swiglu
 from eplb_jax.kernels.backend import Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic as fp8_mosaic
 from eplb_jax.kernels.grouped_gemm import mosaic
@@ -30,6 +30,8 @@ class Hopper:
             "scaled_outer": fp8_mosaic.why_not,
             "move_rows": permute.why_not,
             "gate_gradient": swiglu.why_not,
+            "quantise": quantise_mosaic.why_not,
+            "scaled_gate": quantise_mosaic.why_not,
         }
         return reasons[task](*operands)
 

@@ -41,6 +41,10 @@ TASKS = {
     "gate_gradient": KernelTask(
         "make the gate's gradient", "the gate's gradient is made by XLA's fusions, not by our kernel"
     ),
+    "quantise": KernelTask("quantise this", "numbers of 8 bits are made by XLA's fusions, not by our kernels"),
+    "scaled_gate": KernelTask(
+        "gate these rows in 8 bits", "rows of 8 bits are gated by XLA's fusions, not by our kernels"
+    ),
 }
 
 logger = logging.getLogger(__name__)
