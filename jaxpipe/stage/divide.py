@@ -7,13 +7,14 @@ and into the branches of conditionals, which become two with the same index (`ja
 
 from __future__ import annotations
 
+import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
 from jaxpipe.stage.branches import hoisted_of_branches, outputs_for, restricted, share
-from jaxpipe.stage.graph import Carry, Cond, Node, Scan, Value, has_effect, producers, stack_of
+from jaxpipe.stage.graph import PREPARED, Carry, Cond, Node, Scan, Value, has_effect, is_named, producers, stack_of
 
 
 class Parts(NamedTuple):
@@ -69,29 +70,42 @@ def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, .
 
     A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
     transposes, products of parameters, but not broadcasts. Constants stay where they are used, and so do side effects.
+
+    Of a value named `PREPARED` its own bytes count, and not those on the way to it: what makes it goes along, and stays
+    in the rest, too, for others that read it.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
     rest: list[Node] = []
+    larger: dict[Node, None] = {}  # read params alone, but are not worth it by themselves
+    derived: Sources = {}  # of their results
+    alone = collections.ChainMap(derived, sources)
     for node in nodes:
         if node.scan is not None:
             stacked, looped = _hoist_scan(node.scan, sources)
             if stacked is not None:
-                _derive(stacked, sources)
+                derive(stacked, sources)
                 once.append(stacked)
             if looped is not None:
                 rest.append(looped)
-        elif _worth_hoisting(node, sources):
-            _derive(node, sources)
+        elif worth_hoisting(node, sources):
+            derive(node, sources)
             once.append(node)
         elif node.cond is not None:
             before, after = _hoist_cond(node.cond, sources)
             for moved in before:
-                _derive(moved, sources)
+                derive(moved, sources)
             once += before
             rest.append(after)
+        elif is_named(node, PREPARED) and worth_hoisting(node, alone):
+            sources.update((out, roots_of(node, alone)) for out in node.outs)
+            along = divide((*larger, node), node.outs, ()).first
+            once += [made for made in along if made not in once]
         else:
             rest.append(node)
+            if reads_alone(node, alone):
+                larger[node] = None
+                derive(node, alone)
     return tuple(once), tuple(rest), sources
 
 
@@ -140,7 +154,9 @@ def count_heavy(nodes: Sequence[Node]) -> int:
 
 def _cut_down(node: Node, values: set[Value]) -> Node:
     """The part of a scan or conditional that makes values; other nodes as they are."""
-    return divide((node,), values, ()).first[0] if _divisible(node) else node
+    if not _divisible(node):
+        return node
+    return dataclasses.replace(divide((node,), values, ()).first[0], recompute=node.recompute)
 
 
 def _divisible(node: Node) -> bool:
@@ -148,7 +164,7 @@ def _divisible(node: Node) -> bool:
 
 
 def _light(node: Node) -> bool:
-    if _divisible(node):
+    if _divisible(node) and not node.recompute:
         return all(_light(inner) for body in node.bodies for inner in body)
     return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 
@@ -281,15 +297,27 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
     return again
 
 
-def _worth_hoisting(node: Node, sources: Sources) -> bool:
-    if has_effect(node) or not all(value.const is not None or value in sources for value in node.ins):
+def worth_hoisting(node: Node, sources: Mapping[Value, frozenset[Value]]) -> bool:
+    """Whether a node reads what derives from parameters alone, and makes no more bytes than these."""
+    if not reads_alone(node, sources):
         return False
-    roots = frozenset().union(*(sources.get(value, ()) for value in node.ins))
+    roots = roots_of(node, sources)
     return bool(roots) and sum(out.nbytes for out in node.outs) <= sum(root.nbytes for root in roots)
 
 
-def _derive(node: Node, sources: Sources) -> None:
-    roots = frozenset().union(*(sources.get(value, frozenset()) for value in node.ins))
+def reads_alone(node: Node, sources: Mapping[Value, frozenset[Value]]) -> bool:
+    """Whether a node reads only these and constants, and does no more than to compute its results."""
+    return not has_effect(node) and all(value.const is not None or value in sources for value in node.ins)
+
+
+def roots_of(node: Node, sources: Mapping[Value, frozenset[Value]]) -> frozenset[Value]:
+    """The parameters that a node's inputs derive from."""
+    return frozenset().union(*(sources.get(value, frozenset()) for value in node.ins))
+
+
+def derive(node: Node, sources: MutableMapping[Value, frozenset[Value]]) -> None:
+    """Adds where a node's results derive from, given where its inputs do."""
+    roots = roots_of(node, sources)
     sources.update((out, roots) for out in node.outs)
 
 
@@ -299,9 +327,11 @@ def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]
     sliced = {inner for outer, inner in scan.xs if outer in sources}
     once, rest, derived = hoist(scan.nodes, constant | sliced)
     # What is the same in every iteration stays in the loop: stacking it would make copies.
-    same = tuple(node for node in once if all(derived[out] <= constant for out in node.outs))
-    rest = (*same, *rest)
-    made = {value for node in once if node not in same for value in node.outs}
+    same = [node for node in once if all(out in derived and derived[out] <= constant for out in node.outs)]
+    both = set(rest).intersection(once)  # on the way to named values
+    same += divide([node for node in once if node in both], {v for node in same for v in node.ins}, ()).first
+    rest = (*(node for node in once if node in same), *(node for node in rest if node not in same))
+    made = {value for node in once if node not in same for value in node.outs} - set(producers(rest))
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
     crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
@@ -326,7 +356,7 @@ def _hoist_cond(cond: Cond, sources: Sources) -> tuple[list[Node], Node]:
         inner = {value: operand for operand, value in pairs if value is not None and operand in sources}
         once, rest, _ = hoist(branch.nodes, inner)
         left = branch._replace(nodes=rest)
-        wanted = left.reads() & set(producers(once))
+        wanted = left.reads() & (set(producers(once)) - set(producers(rest)))
         parts.append((inner, divide(once, wanted, ()).first, left, wanted))
     return hoisted_of_branches(cond, parts)
 
