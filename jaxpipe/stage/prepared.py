@@ -58,15 +58,24 @@ def _without_same_work(
 ) -> tuple[list[Node], dict[Value, Value]]:
     """(nodes without those that make known values again, what ``once`` makes on its way to these by its twin here)."""
     done: dict[Any, list[Node]] = collections.defaultdict(list)
-    for node in once:
-        if node.eqn is not None:
-            done[node.name, _operands(node, {})].append(node)
     twins: dict[Value, Value] = {}
+
+    def same_work(node: Node) -> Node | None:
+        if node.eqn is None:
+            return None
+        params, likely = node.eqn.params, done.get((node.name, _operands(node, twins)), ())
+        return next((other for other in likely if other.eqn and other.eqn.params == params), None)
+
+    for node in once:
+        same = same_work(node)
+        if same is not None:
+            twins.update(zip(node.outs, same.outs, strict=True))
+        elif node.eqn is not None:
+            done[node.name, _operands(node, twins)].append(node)
     kept = []
     for node in nodes:
         node = substitute(node, alias)
-        likely = done.get((node.name, _operands(node, twins)), ()) if node.eqn is not None else ()
-        same = next((other for other in likely if other.eqn and node.eqn and other.eqn.params == node.eqn.params), None)
+        same = same_work(node)
         if same is not None and known.keys() >= set(same.outs):
             alias.update(zip(node.outs, same.outs, strict=True))
             continue
