@@ -1,4 +1,7 @@
-"""The recipe "fp8": rows travel in 8 bits, as DeepSeek-V3's do; products are made of the numbers that arrive."""
+"""The recipe "fp8_exchange": rows travel in 8 bits; products are made of the numbers that arrive, in their own dtype.
+
+Source: the DeepSeek-V3 report, arXiv 2412.19437, 3.3.3.
+"""
 
 from __future__ import annotations
 
@@ -23,24 +26,6 @@ class BlocksOfE4M3:
         """What `encode` rounded."""
         numbers, scales = parts
         return dequantise(numbers, scales, dtype)
-
-
-class Fp8:
-    """A `eplb_jax.kernels.recipe.Recipe`.
-
-    Source: the DeepSeek-V3 report, arXiv 2412.19437, 3.3.2 and 3.3.3.
-    """
-
-    name = "fp8"
-    encoding = BlocksOfE4M3()
-
-    def why_not(self, width: int) -> str | None:
-        """A width that does not divide into blocks."""
-        return f"fp8 needs a width that is a multiple of {BLOCK}, not {width}" if width % BLOCK else None
-
-    def product_dtype(self, dtype: DTypeLike) -> DTypeLike:
-        """As the rows are."""
-        return dtype
 
 
 def quantise(x: Float[Array, "*rows D"]) -> tuple[Array, Float[Array, "*rows blocks"]]:

@@ -26,7 +26,8 @@ class Capacities(NamedTuple):
 
     Attributes:
       exchange: tokens that one device may send to another, C.
-      rows: rows for the tokens of a device's experts, groups begin at multiples of `ALIGN`; R.
+      rows: rows for the tokens of a device's experts where groups begin at multiples of `ALIGN`; R. See `padded_rows`
+        for other multiples.
     """
 
     exchange: int
@@ -110,6 +111,15 @@ def check_capacity_factor(factor: float | None) -> None:
         raise ValueError(f"capacity_factor={factor}: it must be at least 1, or None to drop nothing")
 
 
+def padded_rows(rows: int, num_slots: int, align: int) -> int:
+    """Rows that hold whatever fits `Capacities.rows`, where groups begin at multiples of ``align``.
+
+    >>> padded_rows(1056, 4, 8), padded_rows(1056, 4, 128)
+    (1056, 1536)
+    """
+    return rows if align == ALIGN else round_up(rows + (align - ALIGN) * num_slots, align)
+
+
 def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capacity: int) -> Sends:
     """Gives each token a row for each device that it has choices on, while the capacity lasts.
 
@@ -147,7 +157,7 @@ def plan_sends(slots: Int[Array, "T k"], num_devices: int, num_slots: int, capac
     return Sends(RowMap(source, rows), fits.sum(0, dtype=jnp.int32), local, choices, entries, dropped)
 
 
-def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sorted:
+def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int, align: int = ALIGN) -> Sorted:
     """Gives each choice a row among those of its slot, while the capacity lasts.
 
     If all choices need more rows than there are, the fullest slots are cut to one size, and their last tokens dropped.
@@ -156,6 +166,7 @@ def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sor
       slots: the slot of each choice, -1 for none.
       num_slots: slots, S.
       num_rows: rows, R; a multiple of `ALIGN`.
+      align: where groups begin. Other multiples than `ALIGN` drop the same choices, and take `padded_rows`.
     """
     tokens, top_k = slots.shape
     total = tokens * top_k
@@ -169,7 +180,8 @@ def sort_by_slot(slots: Int[Array, "N k"], num_slots: int, num_rows: int) -> Sor
         order = jax.lax.sort((slot, assignment), num_keys=1, is_stable=True)[1]
     wanted = (slot[:, None] == slot_ids).sum(0, dtype=jnp.int32)
     sizes = _limit(wanted, num_rows)
-    starts, begins = group_starts(sizes), jnp.cumsum(wanted, dtype=jnp.int32) - wanted
+    num_rows = padded_rows(num_rows, num_slots, align)
+    starts, begins = group_starts(sizes, align), jnp.cumsum(wanted, dtype=jnp.int32) - wanted
 
     # Row r of slot s holds the choice at begins[s] + (r - starts[s]) of the order.
     row = jnp.arange(num_rows, dtype=jnp.int32)

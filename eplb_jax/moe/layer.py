@@ -21,9 +21,12 @@ from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
 from eplb_jax.kernels.recipe import RECIPES, Recipe
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.moe import exchange
+from eplb_jax.moe.carried import Products, Route, add_results, scale_tokens
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
+from eplb_jax.moe.fp8_experts import ScaledExperts
+from eplb_jax.moe.fp8_layer import local_results, scaled_layer
 from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
@@ -49,12 +52,12 @@ class MoEConfig:
       replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.moe.replica`.
       devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
-      fp8: whether dispatched activations travel in 8 bits, and the gradients that the combine's transpose dispatches.
-        Short for the precision "fp8".
+      fp8: short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
-      precision: "bf16", which leaves all numbers as they are, "fp8", or another name of
-        `eplb_jax.kernels.recipe.RECIPES`: how rows travel and what products are made of. None: what ``fp8`` says.
+      precision: "bf16", which leaves all numbers as they are, "fp8", which makes the products of routed and shared
+        experts in 8 bits as DeepSeek-V3 does, or another name of `eplb_jax.kernels.recipe.RECIPES`: how rows travel and
+        what products are made of. None: what ``fp8`` says.
 
     Raises:
       ValueError: sizes below 1 or that do not fit, unknown choices, two different recipes.
@@ -90,7 +93,7 @@ class MoEConfig:
             raise ValueError(f"precision={self.precision!r}: it must be one of {tuple(RECIPES)}, or None")
         if self.fp8 and self.precision not in (None, "fp8"):
             raise ValueError(f"fp8=True and precision={self.precision!r} ask for two recipes: give one of them")
-        if reason := self.recipe.why_not(self.width) or DISPATCHERS[self.exchange].why_not(self.recipe):
+        if reason := self.recipe.why_not(self.width, self.hidden) or DISPATCHERS[self.exchange].why_not(self.recipe):
             raise ValueError(reason)
 
     @property
@@ -125,8 +128,8 @@ class MoEParams(NamedTuple):
 
     router: Float[Array, "D E"]
     bias: Float[Array, " E"] | None
-    experts: ExpertParams
-    shared: ExpertParams | None
+    experts: ExpertParams | ScaledExperts
+    shared: ExpertParams | ScaledExperts | None
 
 
 class MoEStats(NamedTuple):
@@ -137,11 +140,15 @@ class MoEStats(NamedTuple):
       dropped: choices that were dropped for lack of capacity, counted on the device that dropped them; int32.
       balance_loss: without its factor; the mean over this device's tokens, or where there is a mask, the same on all
         devices of the axis: over all their real tokens. So the mean over devices is that over real tokens either way.
+      not_finite: blocks of numbers that share a scale, among the operands of this device's products in 8 bits, that
+        hold something infinite or NaN; int32. They make results and gradients NaN. Scales are made of the numbers
+        themselves, so none ever saturates. 0 where products are not in 8 bits.
     """
 
     loads: Int[Array, " E"]
     dropped: Int[Array, ""]
     balance_loss: Float[Array, ""]
+    not_finite: Int[Array, ""]
 
 
 def init_moe(
@@ -209,7 +216,8 @@ def moe_layer(
     """Sends each token through its experts and the shared ones.
 
     Args:
-      params: experts by slot, this device's slots.
+      params: experts by slot, this device's slots. Where products are made in 8 bits, experts may be
+        `eplb_jax.moe.fp8_experts.ScaledExperts`, quantised already.
       x: this device's tokens.
       config: sizes and choices.
       placement: of this layer, `Placement.of_layer`; its values may change from call to call without compiling again.
@@ -252,18 +260,23 @@ def moe_layer(
                 devices_per_node=None if axis is None else config.devices_per_node,
             )
     capacities = make_capacities(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
-    if axis is None or devices == 1:
+    bad = jnp.int32(0)
+    if products := _products(config):
+        way = None if axis is None or devices == 1 else Route(DISPATCHERS[config.exchange], axis)
+        experts = params.experts, params.shared
+        y, dropped, bad = scaled_layer(*experts, x, chosen, routing.weights, slots, capacities, products, way)
+    elif axis is None or devices == 1:
         y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, capacities, config)
         if params.shared is not None:
             with jax.named_scope("shared_expert"):
                 y = y + shared_out(params.shared, shared_in(params.shared, x))
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
-    return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss)
+    return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss, bad)
 
 
 def local_experts(
-    experts: ExpertParams,
+    experts: ExpertParams | ScaledExperts,
     x: jax.Array,
     slots: jax.Array,
     weights: jax.Array,
@@ -282,17 +295,23 @@ def local_experts(
       slots, weights: of each choice.
       num_slots: slots of this device.
       capacities: from `make_capacities`.
-      config: the backend of products and moves, and the recipe's dtype of products.
+      config: the backend of products and moves, and the recipe of products.
 
     Returns:
       The output [N, D], and how many choices were dropped for lack of capacity.
     """
+    if products := _products(config):
+        results, dropped, _ = local_results(
+            experts, scale_tokens(x, products), slots, weights, num_slots, capacities, products
+        )
+        return add_results((results,), products), dropped
     with jax.named_scope("permute"):
         found = sort_by_slot(slots, num_slots, capacities.rows)
         rows = permute(x, found.moves, backend=config.backend)
         weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
-        experts, rows = jax.tree.map(lambda leaf: leaf.astype(config.recipe.product_dtype(leaf.dtype)), (experts, rows))
+        if (dtype := config.recipe.product_dtype) is not None:
+            experts, rows = jax.tree.map(lambda leaf: leaf.astype(dtype), (experts, rows))
         rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
         return unpermute(rows, found.moves, backend=config.backend), found.dropped
@@ -342,6 +361,12 @@ def _remote(
     return y if shared is None else y + hidden, dropped + sends.dropped
 
 
+def _products(config: MoEConfig) -> Products | None:
+    """Who makes products in 8 bits; None where they are made of plain numbers."""
+    arithmetic = config.recipe.arithmetic
+    return None if arithmetic is None else Products(arithmetic, config.backend)
+
+
 @jax.custom_vjp
 def _return_after(rows: jax.Array, sent: jax.Array) -> tuple[jax.Array, jax.Array]:
     """Returns both, and orders their cotangents: that of the rows is sent when that of the weights has arrived.
@@ -367,6 +392,13 @@ def _check(
     experts, width, hidden = config.router.num_experts, config.width, config.hidden
     if x.ndim != 2 or x.shape[1] != width or not x.shape[0]:
         raise ValueError(f"x has shape {x.shape}: it must be [tokens, {width}], sequences joined and not empty")
+    if reason := config.recipe.why_not_dtype(x.dtype):
+        raise ValueError(reason)
+    if config.recipe.arithmetic is None and isinstance(params.experts, ScaledExperts):
+        raise ValueError(
+            f"experts are quantised, and {config.recipe.name} multiplies plain numbers: take precision='fp8', or "
+            "params.experts as they were"
+        )
     total = _count_slots(params, config, placement, devices, axis)
     slots = total // devices
     _check_shapes(
@@ -411,7 +443,7 @@ def _count_slots(
     return total
 
 
-def _check_shapes(name: str, found: ExpertParams, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
+def _check_shapes(name: str, found: ExpertParams | ScaledExperts, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
     for leaf, shape in wanted.items():
         if getattr(found, leaf).shape != shape:
             raise ValueError(f"{name}.{leaf} has shape {getattr(found, leaf).shape}: {remedy.format(shape)}")

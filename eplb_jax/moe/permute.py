@@ -19,6 +19,7 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.kernels.registry import Backend, ChosenBackend
+from eplb_jax.kernels.scaled import ScaledRows
 
 RECOMPUTE = "recompute"
 """By agreement with `jaxpipe`: a value of this name is cheaper to compute again than to keep."""
@@ -70,6 +71,29 @@ def unpermute(rows: Float[Array, "R D"], moves: RowMap, *, backend: Backend = "a
     return _unpermute(rows, RowMap(*indices), _choose(rows, moves, backend))
 
 
+def permute_scaled(rows: ScaledRows, moves: RowMap, *, backend: Backend = "auto") -> ScaledRows:
+    """`permute` of rows in 8 bits with their scales: zeros in rows that hold none. It has no derivative.
+
+    Args:
+      rows: N of them.
+      moves, backend: as there.
+
+    >>> rows = ScaledRows(jnp.ones((2, 128), jnp.float8_e4m3fn), jnp.array([[1.0, 5.0]]))
+    >>> permute_scaled(rows, RowMap(jnp.array([1, 2, 0]), jnp.array([[2], [0]]))).scales.tolist()
+    [[5.0, 0.0, 1.0]]
+    """
+    numbers, scales, *indices = same_axes(*rows, *moves)
+    moves = RowMap(*indices)
+    # Bytes are copied as any others: the kernel takes the shapes that it takes of 16-bit rows.
+    chosen = _choose(jax.ShapeDtypeStruct(numbers.shape, jnp.bfloat16), moves, backend)
+    numbers = _dispatch(chosen, "copy_rows", copy_rows_by_xla, numbers, *moves)
+
+    def move_scales(scales: jax.Array, source: jax.Array) -> jax.Array:
+        return checkpoint_name(_take_or_zero(scales.T, source).T, RECOMPUTE)
+
+    return ScaledRows(numbers, jax.jit(move_scales)(scales, moves.source))
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _permute(x: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
     return _dispatch(chosen, "copy_rows", copy_rows_by_xla, x, moves.source, moves.rows)
@@ -90,7 +114,7 @@ _unpermute.defvjp(
 )
 
 
-def _choose(array: jax.Array, moves: RowMap, backend: str) -> ChosenBackend:
+def _choose(array: jax.Array | jax.ShapeDtypeStruct, moves: RowMap, backend: str) -> ChosenBackend:
     """Who moves rows in either direction."""
     return registry.choose("move_rows", backend, array, moves.source, moves.rows)
 
