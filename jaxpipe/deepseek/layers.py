@@ -15,7 +15,10 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
+from eplb_jax.kernels import fp8_linear
 from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.prepared import PREPARED
+from jaxpipe.deepseek.linear import takes_fp8
 
 GATHERED = "gathered"
 """What matrices are called, for `jax.checkpoint`, that each device has gathered from all."""
@@ -70,6 +73,20 @@ def feed_forward(
     return (jax.nn.silu(gate) * value) @ w_out.astype(x.dtype)
 
 
+def scaled_feed_forward(
+    x: Float[Array, "*batch D"], w_in: Float[Array, "D twoF"], w_out: Float[Array, "F D"]
+) -> Float[Array, "*batch D"]:
+    """`feed_forward` in FP8 where `takes_fp8` says so of both matrices, otherwise `feed_forward`.
+
+    >>> scaled_feed_forward(jnp.ones((3, 128)), jnp.ones((128, 256)), jnp.ones((128, 128))).shape
+    (3, 128)
+    """
+    hidden, width = w_out.shape
+    if takes_fp8(width, hidden) and takes_fp8(hidden, width):
+        return fp8_linear.scaled_feed_forward(x, w_in, w_out)
+    return feed_forward(x, w_in, w_out)
+
+
 def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.Array], axis: str | None) -> jax.Array:
     """``use(x, *matrices)`` of matrices of which each device of a mesh axis keeps some rows; None: it has all.
 
@@ -84,7 +101,8 @@ def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.A
             whole = [jax.lax.all_gather(part.astype(x.dtype), axis, tiled=True) for part in parts]
         return use(x, *(checkpoint_name(matrix, GATHERED) for matrix in whole))
 
-    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
+    # Nor are the matrices in 8 bits that are made of them.
+    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED, PREPARED)
     return jax.checkpoint(run, policy=keep)(x, *parts)
 
 
@@ -96,19 +114,30 @@ class SwiGLU(nnx.Module):
       rngs: for the parameters.
       branches: residual branches of the model, which add up: smaller steps at first keep deep models stable.
       axis: the mesh axis over which the matrices' rows are spread, or None.
+      precision: "fp8": both products in FP8, where their sizes allow it.
 
     >>> SwiGLU(4, 6, nnx.Rngs(0))(jnp.ones((3, 4))).shape
     (3, 4)
     """
 
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, branches: int = 1, axis: str | None = None) -> None:
-        self.axis = axis
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        rngs: nnx.Rngs,
+        *,
+        branches: int = 1,
+        axis: str | None = None,
+        precision: str = "bf16",
+    ) -> None:
+        self.axis, self.precision = axis, precision
         self.w_in = nnx.Param(normal(rngs, (width, 2 * hidden), width))
         self.w_out = nnx.Param(normal(rngs, (hidden, width), hidden * branches))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> [..., D]``."""
-        return use_whole(feed_forward, x, (self.w_in[...], self.w_out[...]), self.axis)
+        use = scaled_feed_forward if self.precision == "fp8" else feed_forward
+        return use_whole(use, x, (self.w_in[...], self.w_out[...]), self.axis)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
