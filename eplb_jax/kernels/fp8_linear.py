@@ -5,8 +5,7 @@
               dw = columns(x) . columns(dy)    scaled along the rows
 
 Rows of x in 8 bits are what is kept of x; they become columns when the weight's gradient is made. Both layouts of a
-matrix are made of it together and depend on nothing else, so a pipeline makes them once a step; see
-`eplb_jax.kernels.prepared`. Each value is quantised once for each layout, and dy for both in one pass.
+matrix are made of it together and depend on nothing else, so a pipeline makes them once a step. Each value is quantised once for each layout, and dy for both in one pass.
 
 Sides of matrices that are no multiple of 128 are padded with zeros, and rows where they are what is summed over.
 
@@ -30,7 +29,6 @@ from jaxtyping import Array, Float
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer
 from eplb_jax.kernels.grouped_gemm.layout import round_up
 from eplb_jax.kernels.mesh_axis import same_axes
-from eplb_jax.kernels.prepared import prepared
 from eplb_jax.kernels.quantise import columns_of, gate, gate_backward, quantise, quantise_weights
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.kernels.scaled import BLOCK, ScaledMatrices, ScaledRows, quantise_rows
@@ -39,6 +37,8 @@ DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
 MOST_PADDING = 1 / 8
 """Part of a matrix that padding may add: 576 columns, as those of DeepSeek's latents, become 640."""
+MATRICES = "matrices in 8 bits"
+"""Name of both layouts of a matrix, for `jax.checkpoint`: larger than the parts of it that devices may keep."""
 RECOMPUTE = "recompute"
 """Name of values that a pipeline makes again rather than keeps; see `jaxpipe.stage.split_stage`."""
 
@@ -248,7 +248,8 @@ _feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
 
 def _matrix(w: jax.Array, settings: _Settings) -> tuple[ScaledMatrices, ScaledMatrices]:
     """Both layouts of a matrix, for the forward product and for the input gradient."""
-    return prepared(quantise_weights(w[None], backend=settings.backend))
+    both = quantise_weights(w[None], backend=settings.backend)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, MATRICES), both)
 
 
 def _both_ways(ct: jax.Array, settings: _Settings) -> tuple[ScaledRows, ScaledRows]:

@@ -17,7 +17,6 @@ from jaxtyping import Array, Float
 
 from eplb_jax.kernels import fp8_linear
 from eplb_jax.kernels.dtypes import wide
-from eplb_jax.kernels.prepared import PREPARED
 from jaxpipe.deepseek.linear import takes_fp8
 
 GATHERED = "gathered"
@@ -102,7 +101,7 @@ def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.A
         return use(x, *(checkpoint_name(matrix, GATHERED) for matrix in whole))
 
     # Nor are the matrices in 8 bits that are made of them.
-    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED, PREPARED)
+    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED, fp8_linear.MATRICES)
     return jax.checkpoint(run, policy=keep)(x, *parts)
 
 

@@ -7,14 +7,14 @@ and into the branches of conditionals, which become two with the same index (`ja
 
 from __future__ import annotations
 
-import collections
 import dataclasses
-from collections.abc import Collection, Iterable, Mapping, MutableMapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
 from jaxpipe.stage.branches import hoisted_of_branches, outputs_for, restricted, share
-from jaxpipe.stage.graph import PREPARED, Carry, Cond, Node, Scan, Value, has_effect, is_named, producers, stack_of
+from jaxpipe.stage.graph import Carry, Cond, Node, Scan, Value, has_effect, producers, stack_of
+from jaxpipe.stage.quantised import constant_nodes, quantising_nodes
 
 
 class Parts(NamedTuple):
@@ -65,48 +65,54 @@ Sources = dict[Value, frozenset[Value]]
 """For each value known from parameters alone, the parameters it derives from."""
 
 
-def hoist(nodes: Sequence[Node], params: Iterable[Value]) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
+def hoist(
+    nodes: Sequence[Node],
+    params: Iterable[Value],
+    results: Collection[Value] = (),
+    constants: Collection[Value] = (),
+) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
     """(nodes worth computing once for given params, the rest, where all values so known derive from).
 
     A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
     transposes, products of parameters, but not broadcasts. Constants stay where they are used, and so do side effects.
+    Parameters that become numbers of 8 bits do so once, whatever is made on the way: see `jaxpipe.stage.quantised`.
 
-    Of a value named `PREPARED` its own bytes count, and not those on the way to it: what makes it goes along, and stays
-    in the rest, too, for others that read it.
+    Args:
+      nodes: in an order in which they can run.
+      params: what is given once.
+      results: what is read of the nodes besides.
+      constants: values that are made of nothing and given, too.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
     rest: list[Node] = []
-    larger: dict[Node, None] = {}  # read params alone, but are not worth it by themselves
-    derived: Sources = {}  # of their results
-    alone = collections.ChainMap(derived, sources)
+    free = constant_nodes(nodes, constants)
+    constants = {*constants, *producers(free)}
+    quantising = quantising_nodes(nodes, sources, constants, results)
     for node in nodes:
-        if node.scan is not None:
-            stacked, looped = _hoist_scan(node.scan, sources)
+        if node in quantising.nodes:
+            once.append(node)
+            sources.update((out, quantising.roots[out]) for out in node.outs if out in quantising.kept)
+        elif node.scan is not None:
+            stacked, looped = _hoist_scan(node.scan, sources, constants)
             if stacked is not None:
-                derive(stacked, sources)
+                _derive(stacked, sources)
                 once.append(stacked)
             if looped is not None:
                 rest.append(looped)
-        elif worth_hoisting(node, sources):
-            derive(node, sources)
+        elif _worth_hoisting(node, sources):
+            _derive(node, sources)
             once.append(node)
         elif node.cond is not None:
             before, after = _hoist_cond(node.cond, sources)
             for moved in before:
-                derive(moved, sources)
+                _derive(moved, sources)
             once += before
             rest.append(after)
-        elif is_named(node, PREPARED) and worth_hoisting(node, alone):
-            sources.update((out, roots_of(node, alone)) for out in node.outs)
-            along = divide((*larger, node), node.outs, ()).first
-            once += [made for made in along if made not in once]
         else:
             rest.append(node)
-            if reads_alone(node, alone):
-                larger[node] = None
-                derive(node, alone)
-    return tuple(once), tuple(rest), sources
+    reads = {value for node in once for value in node.ins}
+    return (*divide(free, reads, ()).first, *once), tuple(rest), sources
 
 
 def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
@@ -297,41 +303,29 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
     return again
 
 
-def worth_hoisting(node: Node, sources: Mapping[Value, frozenset[Value]]) -> bool:
-    """Whether a node reads what derives from parameters alone, and makes no more bytes than these."""
-    if not reads_alone(node, sources):
+def _worth_hoisting(node: Node, sources: Sources) -> bool:
+    if has_effect(node) or not all(value.const is not None or value in sources for value in node.ins):
         return False
-    roots = roots_of(node, sources)
+    roots = frozenset().union(*(sources.get(value, ()) for value in node.ins))
     return bool(roots) and sum(out.nbytes for out in node.outs) <= sum(root.nbytes for root in roots)
 
 
-def reads_alone(node: Node, sources: Mapping[Value, frozenset[Value]]) -> bool:
-    """Whether a node reads only these and constants, and does no more than to compute its results."""
-    return not has_effect(node) and all(value.const is not None or value in sources for value in node.ins)
-
-
-def roots_of(node: Node, sources: Mapping[Value, frozenset[Value]]) -> frozenset[Value]:
-    """The parameters that a node's inputs derive from."""
-    return frozenset().union(*(sources.get(value, frozenset()) for value in node.ins))
-
-
-def derive(node: Node, sources: MutableMapping[Value, frozenset[Value]]) -> None:
-    """Adds where a node's results derive from, given where its inputs do."""
-    roots = roots_of(node, sources)
+def _derive(node: Node, sources: Sources) -> None:
+    roots = frozenset().union(*(sources.get(value, frozenset()) for value in node.ins))
     sources.update((out, roots) for out in node.outs)
 
 
-def _hoist_scan(scan: Scan, sources: Sources) -> tuple[Node | None, Node | None]:
+def _hoist_scan(scan: Scan, sources: Sources, constants: Collection[Value]) -> tuple[Node | None, Node | None]:
     """(a scan of what each iteration derives from params alone, stacked; a scan of the rest)."""
     constant = {inner for outer, inner in scan.consts if outer in sources}
     sliced = {inner for outer, inner in scan.xs if outer in sources}
-    once, rest, derived = hoist(scan.nodes, constant | sliced)
+    same_always = {inner for outer, inner in scan.consts if outer in constants or outer.const is not None}
+    results = _body_results(scan, scan.carries, {stacked for _, stacked in scan.ys})
+    once, rest, derived = hoist(scan.nodes, constant | sliced, results, same_always)
     # What is the same in every iteration stays in the loop: stacking it would make copies.
-    same = [node for node in once if all(out in derived and derived[out] <= constant for out in node.outs)]
-    both = set(rest).intersection(once)  # on the way to named values
-    same += divide([node for node in once if node in both], {v for node in same for v in node.ins}, ()).first
-    rest = (*(node for node in once if node in same), *(node for node in rest if node not in same))
-    made = {value for node in once if node not in same for value in node.outs} - set(producers(rest))
+    same = tuple(node for node in once if all(out in derived and derived[out] <= constant for out in node.outs))
+    rest = (*same, *rest)
+    made = {value for node in once if node not in same for value in node.outs}.difference(producers(rest))
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
     crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
@@ -354,9 +348,9 @@ def _hoist_cond(cond: Cond, sources: Sources) -> tuple[list[Node], Node]:
     for branch in cond.branches:
         pairs = zip(cond.operands, branch.inputs, strict=True)
         inner = {value: operand for operand, value in pairs if value is not None and operand in sources}
-        once, rest, _ = hoist(branch.nodes, inner)
+        once, rest, _ = hoist(branch.nodes, inner, {value for value in branch.outputs if value is not None})
         left = branch._replace(nodes=rest)
-        wanted = left.reads() & (set(producers(once)) - set(producers(rest)))
+        wanted = left.reads() & set(producers(once)).difference(producers(rest))
         parts.append((inner, divide(once, wanted, ()).first, left, wanted))
     return hoisted_of_branches(cond, parts)
 

@@ -26,9 +26,6 @@ _DONE = np.zeros((), np.bool_)
 RECOMPUTE = "recompute"
 """Name for `jax.ad_checkpoint.checkpoint_name`: a value that is cheaper to compute again than to keep."""
 
-PREPARED = "prepared"
-"""Name for `jax.ad_checkpoint.checkpoint_name`: a value that is made of parameters once a step where it can be."""
-
 
 @dataclasses.dataclass(eq=False)
 class Value:
@@ -264,11 +261,6 @@ def has_effect(node: Node) -> bool:
     return any(value.effect for value in node.outs)
 
 
-def is_named(node: Node, name: str) -> bool:
-    """Whether the node gives a value this name, with `jax.ad_checkpoint.checkpoint_name`."""
-    return node.name == "name" and node.eqn is not None and node.eqn.params["name"] == name
-
-
 def producers(nodes: Iterable[Node]) -> dict[Value, Node]:
     """The node that makes each value."""
     return {value: node for node in nodes for value in node.outs}
@@ -314,7 +306,7 @@ def _emit(
 def _mark_recomputed(nodes: Sequence[Node]) -> None:
     """Marks what makes a value named `RECOMPUTE`, back to its last work that is more than light."""
     made = producers(nodes)
-    named = [node for node in nodes if is_named(node, RECOMPUTE)]
+    named = [node for node in nodes if node.name == "name" and node.eqn and node.eqn.params["name"] == RECOMPUTE]
     pending = [value for node in named for value in node.ins]
     while pending:
         node = made.get(pending.pop())

@@ -22,7 +22,7 @@ def eliminate_common_subexpressions(
     def key(node: Node) -> Any:
         return node.name, node.ins, repr(sorted(node.eqn.params.items())) if node.eqn else ""
 
-    done = {key(node): node for node in once if node.name in LIGHT and known.issuperset(node.outs)}
+    done = {key(node): node for node in once if node.name in LIGHT}
     kept = []
     for node in nodes:
         node = substitute(node, alias)

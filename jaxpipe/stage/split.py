@@ -13,7 +13,7 @@ from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
-from jaxpipe.stage.prepared import read_prepared
+from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -162,7 +162,7 @@ def _read_forward(traced: Traced, num_params: int) -> _Forward:
     graph = traced.forward
     num_outputs = len(jax.tree.leaves((traced.out, traced.aux)))
     params, arguments = graph.inputs[:num_params], graph.inputs[num_params:]
-    once, rest, known = hoist(graph.nodes, params)
+    once, rest, known = hoist(graph.nodes, params, set(graph.outputs))
     return _Forward(params, arguments, graph.outputs[:num_outputs], graph.outputs[num_outputs:], once, rest, known)
 
 
@@ -175,8 +175,9 @@ def _read_backward(traced: Traced, forward: _Forward) -> tuple[_Backward, _Forwa
     cotangents = graph.inputs[len(forward.residuals) :]
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
-    nodes = eliminate_common_subexpressions(nodes, forward.once, set(forward.known), alias)
-    nodes, more, known = read_prepared(nodes, forward.once, forward.known, alias)
+    once = [node for node in forward.once if all(out in forward.known for out in node.outs)]
+    nodes = eliminate_common_subexpressions(nodes, once, set(forward.known), alias)
+    nodes, more, known = read_quantised(nodes, forward.once, forward.known, alias, graph.outputs)
     forward = forward._replace(once=(*forward.once, *more), known=known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     nodes = read_known(nodes, forward.rest, forward.known, set(outputs))

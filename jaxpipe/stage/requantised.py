@@ -1,8 +1,7 @@
-"""Backward passes that read values named `PREPARED`, which are made once a step, where they would make them again.
+"""Backward passes that read the parameters' numbers of 8 bits that are made once a step, and do not make them again.
 
-A layer under `jax.checkpoint` makes of its parameters again what its forward made of them, and its backward may need
-more of it: a matrix in 8 bits the other way round. `jaxpipe.stage.rewrite` finds the casts among this; here is what
-takes more than casts.
+A layer under `jax.checkpoint` quantises its parameters again, and its backward may need more of them than its forward:
+matrices the other way round. `jaxpipe.stage.rewrite` finds casts that are done twice; here is what takes more.
 """
 
 from __future__ import annotations
@@ -14,43 +13,43 @@ from typing import Any
 
 import numpy as np
 
-from jaxpipe.stage.divide import Sources, derive, divide, reads_alone, roots_of, worth_hoisting
-from jaxpipe.stage.graph import PREPARED, Node, Value, is_named
+from jaxpipe.stage.divide import Sources, divide
+from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.quantised import Quantising, constant_nodes, quantising_nodes
 from jaxpipe.stage.rewrite import substitute
 
 
-def read_prepared(
-    nodes: Sequence[Node], once: Sequence[Node], known: Sources, alias: dict[Value, Value]
+def read_quantised(
+    nodes: Sequence[Node], once: Sequence[Node], known: Sources, alias: dict[Value, Value], results: Sequence[Value]
 ) -> tuple[list[Node], tuple[Node, ...], Sources]:
-    """(nodes that read prepared values, what makes more of these, all known values).
+    """(nodes that read what there is, what makes more of parameters once a step, all values so known).
 
     Args:
       nodes: of a backward pass.
       once: what the forward makes of parameters once a step.
       known: parameters, and what of ``once`` others read.
-      alias: is extended by those of the nodes' results that are there already.
+      alias: leads from values of the nodes to equal ones; it is extended.
+      results: of the nodes.
     """
-    if not any(is_named(node, PREPARED) for node in nodes):
+    def find() -> tuple[list[Node], Quantising]:
+        """(what is made of nothing, what quantises parameters)."""
+        free = constant_nodes(nodes)
+        ends = {alias.get(value, value) for value in results}
+        return free, quantising_nodes(nodes, known, {value for node in free for value in node.outs}, ends)
+
+    if not find()[1].nodes:
         return list(nodes), (), known
     nodes, twins = _without_same_work(nodes, once, known, alias)
-    sources, derived = dict(known), Sources()
-    alone = collections.ChainMap(derived, sources)
-    rest, larger, named = [], [], []
-    for node in nodes:
-        if is_named(node, PREPARED) and worth_hoisting(node, alone):
-            sources.update((out, roots_of(node, alone)) for out in node.outs)
-            named.append(node)
-            continue
-        rest.append(node)
-        if reads_alone(node, alone):
-            derive(node, alone)
-            larger.append(node)
+    free, found = find()
     made = [
         dataclasses.replace(node, ins=tuple(twins.get(value, value) for value in node.ins))
-        for node in (*larger, *named)
-        if twins.keys().isdisjoint(node.outs)
+        for node in (*free, *(node for node in nodes if node in found.nodes))
+        if not twins.keys() >= set(node.outs) or not found.kept.isdisjoint(node.outs)
     ]
-    return rest, divide(made, [out for node in named for out in node.outs], ()).first, sources
+    more = [out for node in made for out in node.outs if out in found.kept]
+    sources = {out: frozenset().union(*(known[root] for root in found.roots[out])) for out in more}
+    rest = [node for node in nodes if node not in found.nodes]
+    return rest, divide(made, more, ()).first, {**known, **sources}
 
 
 def _without_same_work(
