@@ -28,7 +28,7 @@ from jaxtyping import Array, Float
 
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer
 from eplb_jax.kernels.grouped_gemm.layout import round_up
-from eplb_jax.kernels.mesh_axis import same_axes
+from eplb_jax.kernels.mesh_axis import same_axes, size_and_index
 from eplb_jax.kernels.quantise import columns_of, gate, gate_backward, quantise, quantise_weights
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.kernels.scaled import BLOCK, ScaledMatrices, ScaledRows, quantise_rows
@@ -37,8 +37,6 @@ DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
 MOST_PADDING = 1 / 8
 """Part of a matrix that padding may add: 576 columns, as those of DeepSeek's latents, become 640."""
-MATRICES = "matrices in 8 bits"
-"""Name of both layouts of a matrix, for `jax.checkpoint`: larger than the parts of it that devices may keep."""
 RECOMPUTE = "recompute"
 """Name of values that a pipeline makes again rather than keeps; see `jaxpipe.stage.split_stage`."""
 
@@ -137,6 +135,7 @@ def scaled_feed_forward(
     w_out: Float[Array, "F D"],
     *,
     backend: Backend = "auto",
+    axis: str | None = None,
 ) -> Float[Array, "*batch D"]:
     """SwiGLU in FP8: ``(silu(gate) * value) @ w_out``, gate and value the halves of ``x @ w_in``.
 
@@ -146,6 +145,9 @@ def scaled_feed_forward(
       x: bfloat16 or float32; the result's dtype, too.
       w_in, w_out: bfloat16 or float32.
       backend: see `scaled_linear`.
+      axis: the mesh axis over which the rows of both matrices are spread, bound by `jax.shard_map`. They are gathered in
+        x's dtype, and again in the backward pass: whole, they are larger than what is kept. Gradients are summed over
+        the axis and come back as parts. None: they are whole.
 
     Raises:
       ValueError: see `scaled_linear`.
@@ -153,17 +155,21 @@ def scaled_feed_forward(
     >>> scaled_feed_forward(jnp.ones((3, 128)), jnp.ones((128, 512)), jnp.ones((256, 128))).shape
     (3, 128)
     """
-    _check(x, (w_in,), x.dtype)
-    hidden = w_in.shape[1] // 2
-    if w_in.shape[1] != 2 * hidden or w_out.shape != (hidden, x.shape[-1]):
+    hidden, parts = w_in.shape[1] // 2, size_and_index(axis)[0]
+    if w_in.shape != (x.shape[-1] // parts, 2 * hidden) or w_out.shape != (hidden // parts, x.shape[-1]):
         raise ValueError(
             f"w_in {w_in.shape} and w_out {w_out.shape} do not fit x {x.shape}: they must be [D, 2 * F] and [F, D]"
+            + (f", of each one part of {parts}" if axis else "")
         )
-    _check(jax.ShapeDtypeStruct((1, hidden), x.dtype), (w_out,), x.dtype)
+    for w in (w_in, w_out):
+        shape = jax.ShapeDtypeStruct((1, w.shape[0]), x.dtype)
+        _check(shape, (w,), x.dtype)
     rows = _padded(x.reshape(-1, x.shape[-1]), 1)
-    w_in = _padded(w_in.reshape(-1, 2, hidden), 0, 2).reshape(rows.shape[1], -1)  # each half by itself
     settings = _Settings(backend, x.dtype, x.dtype, False)
-    y = _feed_forward(*same_axes(rows, w_in, _padded(w_out, 0, 1)), settings)
+    if axis is None:
+        y = _feed_forward(*same_axes(rows, *_halves_padded(w_in, w_out)), settings)
+    else:
+        y = _gathered_feed_forward(*same_axes(rows, w_in, w_out), settings, axis)
     return y[:, : x.shape[-1]].reshape(x.shape)
 
 
@@ -246,10 +252,46 @@ def _feed_forward_bwd(settings: _Settings, kept: Any, ct: jax.Array) -> tuple[ja
 _feed_forward.defvjp(_feed_forward_fwd, _feed_forward_bwd)
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def _gathered_feed_forward(x: jax.Array, w_in: jax.Array, w_out: jax.Array, settings: _Settings, axis: str) -> Any:
+    return _gathered_fwd(x, w_in, w_out, settings, axis)[0]
+
+
+def _gathered_fwd(x: jax.Array, w_in: jax.Array, w_out: jax.Array, settings: _Settings, axis: str) -> tuple[Any, Any]:
+    y, (rows, hidden, *_) = _feed_forward_fwd(x, *_gathered(w_in, w_out, settings, axis), settings)
+    return y, (rows, hidden, w_in, w_out)
+
+
+def _gathered_bwd(settings: _Settings, axis: str, kept: Any, ct: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+    rows, hidden, *parts = kept
+    whole, pull = jax.vjp(lambda *parts: _gathered(*parts, settings, axis), *parts)
+    transposed = [_matrix(w, settings)[1] for w in whole]
+    likes = [jnp.zeros(0, w.dtype) for w in whole]
+    dx, *cts = _feed_forward_bwd(settings, (rows, hidden, *transposed, *likes), ct)
+    return dx, *pull(tuple(cts))
+
+
+_gathered_feed_forward.defvjp(_gathered_fwd, _gathered_bwd)
+
+
+def _gathered(w_in: jax.Array, w_out: jax.Array, settings: _Settings, axis: str) -> tuple[jax.Array, jax.Array]:
+    """Both matrices whole and padded, of the parts of all devices."""
+    with jax.named_scope("gather"):
+        whole = (jax.lax.all_gather(w.astype(settings.x_dtype), axis, tiled=True) for w in (w_in, w_out))
+    return _halves_padded(*whole)
+
+
+def _halves_padded(w_in: jax.Array, w_out: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Both matrices with zeros up to multiples of 128; gate and value of the first are padded each by itself."""
+    w_in = _padded(w_in.reshape(w_in.shape[0], 2, -1), 0, 2)
+    return w_in.reshape(w_in.shape[0], -1), _padded(w_out, 0, 1)
+
+
 def _matrix(w: jax.Array, settings: _Settings) -> tuple[ScaledMatrices, ScaledMatrices]:
     """Both layouts of a matrix, for the forward product and for the input gradient."""
     both = quantise_weights(w[None], backend=settings.backend)
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, MATRICES), both)
+    # Named one by one: of padded matrices of bfloat16, both together are more bytes than the parameters, each is not.
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, RECOMPUTE), both)
 
 
 def _both_ways(ct: jax.Array, settings: _Settings) -> tuple[ScaledRows, ScaledRows]:

@@ -15,8 +15,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
-from eplb_jax.kernels import fp8_linear
 from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.fp8_linear import scaled_feed_forward
 from jaxpipe.deepseek.linear import takes_fp8
 
 GATHERED = "gathered"
@@ -72,20 +72,6 @@ def feed_forward(
     return (jax.nn.silu(gate) * value) @ w_out.astype(x.dtype)
 
 
-def scaled_feed_forward(
-    x: Float[Array, "*batch D"], w_in: Float[Array, "D twoF"], w_out: Float[Array, "F D"]
-) -> Float[Array, "*batch D"]:
-    """`feed_forward` in FP8 where `takes_fp8` says so of both matrices, otherwise `feed_forward`.
-
-    >>> scaled_feed_forward(jnp.ones((3, 128)), jnp.ones((128, 256)), jnp.ones((128, 128))).shape
-    (3, 128)
-    """
-    hidden, width = w_out.shape
-    if takes_fp8(width, hidden) and takes_fp8(hidden, width):
-        return fp8_linear.scaled_feed_forward(x, w_in, w_out)
-    return feed_forward(x, w_in, w_out)
-
-
 def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.Array], axis: str | None) -> jax.Array:
     """``use(x, *matrices)`` of matrices of which each device of a mesh axis keeps some rows; None: it has all.
 
@@ -100,8 +86,7 @@ def use_whole(use: Callable[..., jax.Array], x: jax.Array, parts: Sequence[jax.A
             whole = [jax.lax.all_gather(part.astype(x.dtype), axis, tiled=True) for part in parts]
         return use(x, *(checkpoint_name(matrix, GATHERED) for matrix in whole))
 
-    # Nor are the matrices in 8 bits that are made of them.
-    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED, fp8_linear.MATRICES)
+    keep = jax.checkpoint_policies.save_anything_except_these_names(GATHERED)
     return jax.checkpoint(run, policy=keep)(x, *parts)
 
 
@@ -135,8 +120,10 @@ class SwiGLU(nnx.Module):
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> [..., D]``."""
-        use = scaled_feed_forward if self.precision == "fp8" else feed_forward
-        return use_whole(use, x, (self.w_in[...], self.w_out[...]), self.axis)
+        width, hidden = x.shape[-1], self.w_in.shape[1] // 2
+        if self.precision == "fp8" and takes_fp8(width, hidden) and takes_fp8(hidden, width):
+            return scaled_feed_forward(x, self.w_in[...], self.w_out[...], axis=self.axis)
+        return use_whole(feed_forward, x, (self.w_in[...], self.w_out[...]), self.axis)
 
 
 def normal(rngs: nnx.Rngs, shape: tuple[int, ...], fan_in: int, dtype: jax.typing.DTypeLike = jnp.float32) -> jax.Array:
