@@ -85,12 +85,12 @@ def scaled_linear(
 
 def scaled_linears(
     x: Float[Array, "*batch K"],
-    weights: Sequence[Float[Array, "K N"] | ScaledMatrices],
+    weights: Sequence[Float[Array, "K _"] | ScaledMatrices],
     *,
     backend: Backend = "auto",
     dtype: DTypeLike | None = None,
     recompute: bool = False,
-) -> tuple[Float[Array, "*batch N"], ...]:
+) -> tuple[Float[Array, "*batch _"], ...]:
     """`scaled_linear` of several matrices that read the same x: it is quantised once, and one product makes all.
 
     Args:

@@ -27,10 +27,10 @@ PRECISIONS = ("bf16", "fp8")
 
 def linears(
     x: Float[Array, "*batch K"],
-    *weights: Float[Array, "K N"] | ScaledMatrices,
+    *weights: Float[Array, "K _"] | ScaledMatrices,
     backend: Backend = "auto",
     recompute: bool = False,
-) -> tuple[Float[Array, "*batch N"], ...]:
+) -> tuple[Float[Array, "*batch _"], ...]:
     """``x @ w`` of each matrix, in FP8 where `takes_fp8` says so, otherwise in x's dtype.
 
     Args:
