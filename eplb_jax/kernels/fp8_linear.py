@@ -4,7 +4,7 @@
     backward  dx = rows(dy) . w'          the same numbers of w, the other side last
               dw = columns(x) . columns(dy)    scaled along the rows
 
-Rows of x in 8 bits are what is kept of x; they become columns when the weight's gradient is made. Both layouts of a
+Rows of x in 8 bits are what is kept of x, or of an x that something else keeps anyway, their scales; they become columns when the weight's gradient is made. Both layouts of a
 matrix are made of it together and depend on nothing else, so a pipeline makes them once a step. Each value is quantised once for each layout, and dy for both in one pass.
 
 Sides of matrices that are no multiple of 128 are padded with zeros, and rows where they are what is summed over.
@@ -37,8 +37,9 @@ DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
 MOST_PADDING = 1 / 8
 """Part of a matrix that padding may add: 576 columns, as those of DeepSeek's latents, become 640."""
-RECOMPUTE = "recompute"
-"""Name of values that a pipeline makes again rather than keeps; see `jaxpipe.stage.split_stage`."""
+MATRIX = "matrix in 8 bits"
+"""Name of each layout of a matrix. A pipeline makes once a step what is no more bytes than its parameters: each layout
+is not, both together may be, where they are padded."""
 
 
 def why_not(channels_in: int, channels_out: int) -> str | None:
@@ -62,7 +63,6 @@ def scaled_linear(
     *,
     backend: Backend = "auto",
     dtype: DTypeLike | None = None,
-    recompute: bool = False,
 ) -> Float[Array, "*batch N"]:
     """``x @ w`` in FP8, its gradients too.
 
@@ -71,8 +71,6 @@ def scaled_linear(
       w: bfloat16 or float32; or what `keep_matrix` made of it, which has no gradient.
       backend: of quantisation and products, as for `eplb_jax.grouped_matmul`.
       dtype: of the result, bfloat16 or float32; None: that of x.
-      recompute: whether the backward pass of a pipeline makes rows in 8 bits again of x, instead of keeping them: for
-        an x that is kept anyway.
 
     Raises:
       ValueError: shapes that do not fit, other dtypes, "mosaic" for what it cannot do, a gradient of `keep_matrix`'s.
@@ -80,7 +78,7 @@ def scaled_linear(
     >>> scaled_linear(jnp.ones((2, 5, 128), jnp.bfloat16), jnp.ones((128, 200))).shape
     (2, 5, 200)
     """
-    return scaled_linears(x, (w,), backend=backend, dtype=dtype, recompute=recompute)[0]
+    return scaled_linears(x, (w,), backend=backend, dtype=dtype)[0]
 
 
 def scaled_linears(
@@ -89,12 +87,11 @@ def scaled_linears(
     *,
     backend: Backend = "auto",
     dtype: DTypeLike | None = None,
-    recompute: bool = False,
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """`scaled_linear` of several matrices that read the same x: it is quantised once, and one product makes all.
 
     Args:
-      x, backend, dtype, recompute: see `scaled_linear`.
+      x, backend, dtype: see `scaled_linear`.
       weights: all matrices, or all from `keep_matrix`, whose results then have their padded widths.
 
     Raises:
@@ -106,7 +103,7 @@ def scaled_linears(
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     _check(x, weights, dtype)
     rows = _padded(x.reshape(-1, x.shape[-1]), 1)
-    settings = _Settings(backend, dtype, x.dtype, recompute)
+    settings = _Settings(backend, dtype, x.dtype)
     if isinstance(weights[0], ScaledMatrices):
         made = _kept_linears(rows, tuple(weights), settings)
     else:
@@ -131,8 +128,8 @@ def keep_matrix(w: Float[Array, "K N"], *, backend: Backend = "auto") -> ScaledM
 
 def scaled_feed_forward(
     x: Float[Array, "*batch D"],
-    w_in: Float[Array, "D twoF"],
-    w_out: Float[Array, "F D"],
+    w_in: Float[Array, "D_part twoF"],
+    w_out: Float[Array, "F_part D"],
     *,
     backend: Backend = "auto",
     axis: str | None = None,
@@ -165,7 +162,7 @@ def scaled_feed_forward(
         shape = jax.ShapeDtypeStruct((1, w.shape[0]), x.dtype)
         _check(shape, (w,), x.dtype)
     rows = _padded(x.reshape(-1, x.shape[-1]), 1)
-    settings = _Settings(backend, x.dtype, x.dtype, False)
+    settings = _Settings(backend, x.dtype, x.dtype)
     if axis is None:
         y = _feed_forward(*same_axes(rows, *_halves_padded(w_in, w_out)), settings)
     else:
@@ -174,12 +171,11 @@ def scaled_feed_forward(
 
 
 class _Settings(NamedTuple):
-    """What is static: the backend, the dtypes of the result and of x, and whether rows of x are made again."""
+    """What is static: the backend, and the dtypes of the result and of x."""
 
     backend: Backend
     dtype: Any
     x_dtype: Any
-    recompute: bool
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -189,8 +185,6 @@ def _linear(x: jax.Array, w: jax.Array, settings: _Settings) -> jax.Array:
 
 def _linear_fwd(x: jax.Array, w: jax.Array, settings: _Settings) -> tuple[jax.Array, Any]:
     rows = quantise_rows(x)
-    if settings.recompute:
-        rows = jax.tree.map(lambda leaf: checkpoint_name(leaf, RECOMPUTE), rows)
     matrix, transposed = _matrix(w, settings)
     y = scaled_dot(rows, matrix, backend=settings.backend, dtype=settings.dtype)
     return y, (rows, transposed, jnp.zeros(0, w.dtype))
@@ -290,8 +284,7 @@ def _halves_padded(w_in: jax.Array, w_out: jax.Array) -> tuple[jax.Array, jax.Ar
 def _matrix(w: jax.Array, settings: _Settings) -> tuple[ScaledMatrices, ScaledMatrices]:
     """Both layouts of a matrix, for the forward product and for the input gradient."""
     both = quantise_weights(w[None], backend=settings.backend)
-    # Named one by one: of padded matrices of bfloat16, both together are more bytes than the parameters, each is not.
-    return jax.tree.map(lambda leaf: checkpoint_name(leaf, RECOMPUTE), both)
+    return jax.tree.map(lambda leaf: checkpoint_name(leaf, MATRIX), both)
 
 
 def _both_ways(ct: jax.Array, settings: _Settings) -> tuple[ScaledRows, ScaledRows]:

@@ -29,21 +29,20 @@ def linears(
     x: Float[Array, "*batch K"],
     *weights: Float[Array, "K _"] | ScaledMatrices,
     backend: Backend = "auto",
-    recompute: bool = False,
 ) -> tuple[Float[Array, "*batch _"], ...]:
     """``x @ w`` of each matrix, in FP8 where `takes_fp8` says so, otherwise in x's dtype.
 
     Args:
       x: quantised once for all of them.
       weights: matrices, or what `keep` made of them.
-      backend, recompute: see `eplb_jax.kernels.fp8_linear.scaled_linear`.
+      backend: see `eplb_jax.kernels.fp8_linear.scaled_linear`.
     """
     made: dict[int, jax.Array] = {}
     plain = [i for i, w in enumerate(weights) if not isinstance(w, ScaledMatrices) and not takes_fp8(*w.shape)]
     kept = [i for i, w in enumerate(weights) if isinstance(w, ScaledMatrices)]
     scaled = [i for i in range(len(weights)) if i not in plain and i not in kept]
     for places in filter(None, (kept, scaled)):
-        ys = scaled_linears(x, [weights[i] for i in places], backend=backend, recompute=recompute)
+        ys = scaled_linears(x, [weights[i] for i in places], backend=backend)
         made.update(zip(places, ys, strict=True))
     for place in plain:
         w = weights[place]

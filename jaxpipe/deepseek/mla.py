@@ -343,8 +343,8 @@ def _scaled_expansion(params: MLAParams, latent: jax.Array, config: LayerConfig)
 def _scaled_out(params: MLAParams, mixed: jax.Array, config: LayerConfig) -> jax.Array:
     """``[..., H, V] -> [..., D]``.
 
-    The backward pass of attention reads its result, too, so that is kept in its own dtype; rows in 8 bits are made of
-    it again. DeepSeek keeps it in 12 bits instead, which attention's kernels here do not read.
+    The backward pass of attention reads its result, too, so that is kept in its own dtype, and rows in 8 bits are made
+    of it again. DeepSeek keeps it in 12 bits instead, which attention's kernels here do not read.
     """
-    (y,) = linears(mixed.reshape(*mixed.shape[:-2], -1), flatten(params.out, 2), recompute=True)
+    (y,) = linears(mixed.reshape(*mixed.shape[:-2], -1), flatten(params.out, 2))
     return y[..., : config.width]
