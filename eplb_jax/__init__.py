@@ -23,7 +23,16 @@ from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.grouped_gemm.layout import group_starts
 from eplb_jax.moe.dispatch import Capacities, make_capacities
 from eplb_jax.moe.experts import ExpertParams, working_copies
-from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, local_experts, moe_layer, param_specs
+from eplb_jax.moe.layer import (
+    MoEConfig,
+    MoEParams,
+    MoEStats,
+    init_moe,
+    local_experts,
+    moe_layer,
+    param_specs,
+    working_copies_for,
+)
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
@@ -93,6 +102,7 @@ __all__ = [
     "sticky",
     "update_bias",
     "working_copies",
+    "working_copies_for",
 ]
 
 _FLAX = ("LinenMoE", "MoE", "PlacementParam", "RouterBias")

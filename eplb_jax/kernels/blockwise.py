@@ -63,7 +63,9 @@ class Blockwise:
         backend: Backend,
     ) -> GateGradients:
         """Of ``hidden`` as it is kept."""
-        return quantise.gate_backward(hidden, weight, ct, valid, power_of_two=self.power_of_two, backend=_casts(backend))
+        return quantise.gate_backward(
+            hidden, weight, ct, valid, power_of_two=self.power_of_two, backend=_casts(backend)
+        )
 
     def matmul(
         self,

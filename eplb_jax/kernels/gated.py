@@ -1,4 +1,4 @@
-"""The arithmetic of weighted SwiGLU, number by number in float32: the same in XLA's forms and in kernels."""
+"""Weighted SwiGLU number by number, in float32: the same for XLA's forms and for kernels; and its gradients' type."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from typing import NamedTuple
 import jax
 from jax import lax
 from jaxtyping import Array, Float
+
+from eplb_jax.kernels.scaled import ScaledRows
 
 
 def gated(gate: Float[Array, "*s"], value: Float[Array, "*s"], weight: Float[Array, "*s"]) -> Float[Array, "*s"]:
@@ -42,3 +44,19 @@ def gradients(
     slope = share * (1 + gate * (1 - share))
     act = active * value
     return Gradients(weighted * value * slope, weighted * active, act * weight, ct * act)
+
+
+class GateGradients(NamedTuple):
+    """What `eplb_jax.kernels.quantise.gate_backward` makes.
+
+    Attributes:
+      hidden: the gradient of the hidden activations, numbers [R, FF].
+      hidden_columns: the same transposed and scaled along the rows, [FF, R].
+      act_columns: the result of the forward pass, of what was kept in 8 bits, transposed and scaled likewise, [F, R].
+      weight: the gradient of the weights; of rows of no group it is unspecified.
+    """
+
+    hidden: ScaledRows
+    hidden_columns: ScaledRows
+    act_columns: ScaledRows
+    weight: Float[Array, " R"]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from eplb_jax.kernels import permute, quantise_mosaic, swiglu
+from eplb_jax.kernels import gate_mosaic, permute, quantise_mosaic, swiglu
 from eplb_jax.kernels.backend import Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic as fp8_mosaic
 from eplb_jax.kernels.grouped_gemm import mosaic
@@ -37,11 +37,23 @@ class Hopper:
 
     def kernel(self, name: str) -> Callable[..., Any]:
         """The function of an operation, for the GPU that the program in hand is for."""
-        if name in ("matmul", "outer"):
-            return {"matmul": mosaic.matmul, "outer": mosaic.outer}[name]
+        products = {
+            "matmul": mosaic.matmul,
+            "outer": mosaic.outer,
+            "scaled_matmul": fp8_mosaic.matmul,
+            "scaled_outer": fp8_mosaic.outer,
+        }
+        if name in products:
+            return products[name]
         kernels = {
             "copy_rows": permute.copy_rows,
             "add_rows": permute.add_rows,
             "gated_backward": swiglu.gated_backward,
+            "quantise_rows": quantise_mosaic.quantise_rows,
+            "quantise": quantise_mosaic.quantise,
+            "columns_of": quantise_mosaic.columns_of,
+            "quantise_weights": quantise_mosaic.quantise_weights,
+            "gate": gate_mosaic.gate,
+            "gate_backward": gate_mosaic.gate_backward,
         }
-        return lambda *operands: kernels[name](*operands, current_target().cores)
+        return lambda *operands, **static: kernels[name](*operands, cores=current_target().cores, **static)

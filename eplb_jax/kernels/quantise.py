@@ -10,14 +10,14 @@ may hold anything. They count as zeros in what is scaled along the rows, and giv
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels import registry
-from eplb_jax.kernels.gated import gated, gradients
+from eplb_jax.kernels import registry, scaled
+from eplb_jax.kernels.gated import GateGradients, gated, gradients
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.kernels.scaled import (
     BLOCK,
@@ -26,11 +26,30 @@ from eplb_jax.kernels.scaled import (
     dequantise_rows,
     quantise_columns,
     quantise_matrices,
-    quantise_rows,
 )
 
 DTYPES = ("bfloat16", "float16", "float32")
 """What can be quantised: float32 holds all of these."""
+
+
+def quantise_rows(x: Float[Array, "R K"], *, power_of_two: bool = True, backend: Backend = "auto") -> ScaledRows:
+    """`eplb_jax.kernels.scaled.quantise_rows`, by our own kernel where it can.
+
+    Args:
+      x: bfloat16, float16 or float32; K is a multiple of 128.
+      power_of_two, backend: see `quantise`.
+
+    Raises:
+      ValueError: K that is no multiple of 128; another dtype; "mosaic" for what it cannot do.
+
+    >>> quantise_rows(jnp.ones((3, 256), jnp.bfloat16)).scales.shape
+    (2, 3)
+    """
+    if x.ndim != 2 or x.shape[1] % BLOCK:
+        raise ValueError(f"x has shape {x.shape}: it must be [rows, width], width a multiple of {BLOCK} in FP8")
+    _check_dtype("x", x, DTYPES)
+    chosen = registry.choose("quantise", backend, x)
+    return registry.dispatch(chosen, "quantise_rows", scaled.quantise_rows, x, power_of_two=power_of_two)
 
 
 def quantise(
@@ -68,7 +87,7 @@ def quantise(
 def quantise_by_xla(x: jax.Array, valid: Any = None, *, power_of_two: bool) -> tuple[ScaledRows, ScaledRows]:
     """`quantise` for every platform."""
     columns = quantise_columns(_without_invalid(x, valid), power_of_two=power_of_two)
-    return quantise_rows(x, power_of_two=power_of_two), columns
+    return scaled.quantise_rows(x, power_of_two=power_of_two), columns
 
 
 def columns_of(
@@ -179,23 +198,7 @@ def gate_by_xla(hidden: jax.Array, weight: jax.Array, *, power_of_two: bool) -> 
     """`gate` for every platform."""
     gates, values = jnp.split(hidden.astype(jnp.float32), 2, axis=-1)
     act = gated(gates, values, jnp.broadcast_to(weight[:, None], gates.shape))
-    return quantise_rows(act, power_of_two=power_of_two), quantise_rows(hidden, power_of_two=power_of_two)
-
-
-class GateGradients(NamedTuple):
-    """What `gate_backward` makes.
-
-    Attributes:
-      hidden: the gradient of ``hidden``, numbers [R, FF].
-      hidden_columns: the same transposed and scaled along the rows, [FF, R].
-      act_columns: the result of the forward pass, of ``hidden`` in 8 bits, transposed and scaled likewise, [F, R].
-      weight: the gradient of the weights; of rows of no group it is unspecified.
-    """
-
-    hidden: ScaledRows
-    hidden_columns: ScaledRows
-    act_columns: ScaledRows
-    weight: Float[Array, " R"]
+    return scaled.quantise_rows(act, power_of_two=power_of_two), scaled.quantise_rows(hidden, power_of_two=power_of_two)
 
 
 def gate_backward(
@@ -230,7 +233,7 @@ def gate_backward(
         raise ValueError(f"ct has shape {ct.shape}: it must be {(rows, width // 2)}, half as wide as hidden")
     _check_dtype("ct", ct, DTYPES)
     _check_weight(weight, rows)
-    chosen = registry.choose("scaled_gate", backend, hidden.numbers, ct)
+    chosen = registry.choose("scaled_gate", backend, hidden.numbers)
     operands = (*hidden, weight, ct) if valid is None else (*hidden, weight, ct, valid)
     return registry.dispatch(chosen, "gate_backward", gate_backward_by_xla, *operands, power_of_two=power_of_two)
 

@@ -166,9 +166,7 @@ _PLAIN = "precision='bf16'"
 
 RECIPES: dict[str, Recipe] = {
     "bf16": Recipe("bf16"),
-    "fp8": Recipe(
-        "fp8", Blockwise(), kept=E4M3, gather=True, width_multiple=BLOCK, hidden_multiple=BLOCK
-    ),
+    "fp8": Recipe("fp8", Blockwise(), kept=E4M3, gather=True, width_multiple=BLOCK, hidden_multiple=BLOCK),
     "fp8_exchange": Recipe("fp8_exchange", encoding=BlocksOfE4M3(), width_multiple=BLOCK),
 }
 """By the name that `eplb_jax.MoEConfig` has for them, ``precision``.

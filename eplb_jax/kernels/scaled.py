@@ -57,16 +57,17 @@ def scale_of(largest: Float[Array, "*shape"], *, power_of_two: bool) -> tuple[Ar
     gives a scale that is not finite, and numbers that are NaN.
     """
     scale = largest * jnp.float32(1 / LARGEST)
+    finite = largest < jnp.inf
     if power_of_two:
         bits = jax.lax.bitcast_convert_type(scale, jnp.int32)
         up = (bits + jnp.int32(0x7FFFFF)) & jnp.int32(0x7F800000)  # the mantissa carries into the exponent
-        scale = jnp.where(jnp.isfinite(largest), jax.lax.bitcast_convert_type(up, jnp.float32), largest)
+        scale = jnp.where(finite, jax.lax.bitcast_convert_type(up, jnp.float32), largest)
         back = jax.lax.bitcast_convert_type(jnp.int32(254 << 23) - up, jnp.float32)
     else:
         back = jnp.float32(LARGEST) / largest
-    used = ~(largest < jnp.float32(1e-30))  # NaN counts as used
-    back = jnp.where(jnp.isfinite(largest), back, jnp.float32(jnp.nan))
-    return jnp.where(used, scale, 0), jnp.where(used, back, 0)
+    unused = largest < jnp.float32(1e-30)  # not where it is NaN
+    back = jnp.where(finite, back, jnp.float32(jnp.nan))
+    return jnp.where(unused, 0, scale), jnp.where(unused, 0, back)
 
 
 def largest_of(x: Float[Array, "*shape"], axis: int | tuple[int, ...]) -> Float[Array, "*rest"]:

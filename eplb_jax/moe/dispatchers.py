@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Protocol
 
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Int, Num
 
 from eplb_jax.kernels.recipe import Recipe
 from eplb_jax.moe import exchange
@@ -14,9 +14,10 @@ class Dispatcher(Protocol):
     """Carries rows to other devices and back; a line of `DISPATCHERS`.
 
     Block d of rows [ep, C, D] goes to device d of the axis, and block s of the result came from device s. The first
-    ``counts[d]`` rows of block d are used; the others may come out as anything but are never read. Both functions are
-    differentiable, and each may run where a pipeline's ranks do different things, so that it must speak to the devices
-    of its axis alone.
+    ``counts[d]`` rows of block d are used; the others may come out as anything but are never read. Rows are of any
+    dtype: those in 8 bits travel as integers, their scales beside them, each by a recipe that leaves them as they are.
+    Both functions are differentiable, and each may run where a pipeline's ranks do different things, so that it must
+    speak to the devices of its axis alone.
     """
 
     @property
@@ -29,14 +30,14 @@ class Dispatcher(Protocol):
         ...
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """Rows to the devices that they are for, encoded as the recipe says."""
         ...
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """Rows back to the devices that `dispatch` took them from, with the counts that it was given."""
         ...
 
@@ -52,8 +53,8 @@ class Dense:
         return None
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """All rows, used or not."""
         del counts
         if recipe.encoding is None:
@@ -61,8 +62,8 @@ class Dense:
         return exchange.all_to_all_encoded(rows, axis, recipe.encoding)
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """All rows as they are; their gradients encoded."""
         del counts
         if recipe.encoding is None:
@@ -79,18 +80,18 @@ class Ragged:
         """It carries rows alone, nothing that belongs to them."""
         if recipe.encoding is None:
             return None
-        return f"{recipe.name} travels by the dense exchange only: choose exchange='dense' or fp8=False ('bf16')"
+        return f"{recipe.name} travels by the dense exchange only: choose exchange='dense' or precision='bf16'"
 
     def dispatch(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """The used rows; zeros in place of the others."""
         del recipe
         return exchange.all_to_all_ragged(rows, counts, axis)
 
     def combine(
-        self, rows: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
-    ) -> Float[Array, "ep C D"]:
+        self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
+    ) -> Num[Array, "ep C D"]:
         """The rows that came, as many as each device sent."""
         del recipe
         return exchange.all_to_all_ragged(rows, exchange.all_to_all(counts, axis), axis)

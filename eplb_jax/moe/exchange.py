@@ -86,7 +86,7 @@ def _vary_over(axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:
     return same_axes(*arrays, jax.lax.axis_index(axis))[:-1]
 
 
-def all_to_all_ragged(x: Float[Array, "ep C D"], counts: Int[Array, " ep"], axis: str) -> Float[Array, "ep C D"]:
+def all_to_all_ragged(x: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str) -> Num[Array, "ep C D"]:
     """`all_to_all` of the first ``counts[d]`` rows of each block d alone; the other rows of the result are zero.
 
     XLA has no implementation for CPU.

@@ -18,8 +18,8 @@ from flax import nnx
 
 from eplb_jax._jax import Tracer
 from eplb_jax.kernels.mesh_axis import is_bound
-from eplb_jax.moe.experts import ExpertParams, working_copies
-from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, moe_layer
+from eplb_jax.moe.experts import ExpertParams
+from eplb_jax.moe.layer import MoEConfig, MoEParams, MoEStats, init_moe, moe_layer, working_copies_for
 from eplb_jax.plan.placement import Placement
 
 
@@ -185,7 +185,7 @@ def _apply(
         raise ValueError(f"mask has shape {mask.shape}: it must be {x.shape[:-1]}, one for each token")
     experts, shared = jax.tree.map(lambda leaf: leaf.astype(x.dtype), (params.experts, params.shared))
     if placement is not None:
-        experts = working_copies(experts, placement.phy2log, axis)
+        experts = working_copies_for(experts, placement.phy2log, config, axis)
     y, stats = moe_layer(
         params._replace(experts=experts, shared=shared),
         x.reshape(-1, x.shape[-1]),

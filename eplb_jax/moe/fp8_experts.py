@@ -68,7 +68,12 @@ def quantise_experts(params: ExpertParams, products: Products, *, differentiable
     """
     if not differentiable:
         return ScaledExperts(*(_quantised(w, products)._replace(gradient=None) for w in params))
-    return ScaledExperts(*(_quantise(w, products) for w in params))
+    w_in, w_out = (_quantise(w, products) for w in params)
+    return _pair(w_in, w_out)
+
+
+def _pair(w_in: Any, w_out: Any) -> ScaledExperts:
+    return ScaledExperts(w_in, w_out)
 
 
 def _quantised(w: jax.Array, products: Products) -> ScaledWeights:
@@ -102,7 +107,8 @@ def scaled_working_copies(
     Raises:
       ValueError: as there and `quantise_experts`.
     """
-    return ScaledExperts(*(_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis) for w in masters))
+    w_in, w_out = (_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis) for w in masters)
+    return _pair(w_in, w_out)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -123,8 +129,7 @@ def _copies_fwd(w: jax.Array, phy2log: jax.Array, products: Products, axis: str 
 
 def _copies_bwd(products: Products, axis: str | None, residuals: Any, ct: ScaledWeights) -> tuple[Any, None]:
     phy2log, like = residuals
-    masters = jnp.zeros((like.shape[0], *ct.gradient.shape[1:]), like.dtype)
-    masters, _ = same_axes(masters, like)
+    masters, _ = same_axes(jnp.zeros((like.shape[0], *ct.shape[1:]), like.dtype), like)
     _, pull = jax.vjp(lambda masters: working_copies(masters, phy2log, axis), masters)
     return pull(ct.gradient)[0], None
 
@@ -155,8 +160,7 @@ def apply_scaled_experts(
       Rows [R, D] in the dtype of the gradient of ``rows``, whose own gradient is `ScaledRows`; and how many blocks of
       the operands of products are not finite.
     """
-    *experts, rows, weight, sizes = same_axes_of(*experts, rows, weight, jnp.asarray(sizes, jnp.int32))
-    return _apply(ScaledExperts(*experts), rows, weight, sizes, products)
+    return _apply(*same_axes_of(experts, rows, weight, jnp.asarray(sizes, jnp.int32)), products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
@@ -194,7 +198,7 @@ def _apply_bwd(products: Products, residuals: Any, cts: tuple[Carried, Any]) -> 
         w_in_ct = outer(columns(rows, valid), gate.hidden_columns, sizes, dtype=w_in.gradient.dtype)
     if w_out.gradient is not None:
         w_out_ct = outer(gate.act_columns, columns(dy, valid), sizes, dtype=w_out.gradient.dtype)
-    experts_ct = ScaledExperts(ScaledWeights(None, None, w_in_ct), ScaledWeights(None, None, w_out_ct))
+    experts_ct = ScaledExperts(_gradient_alone(w_in_ct), _gradient_alone(w_out_ct))
     return experts_ct, Carried(None, dx), gate.weight, None
 
 
@@ -207,8 +211,7 @@ def shared_first(w_in: ScaledWeights, tokens: Carried, products: Products) -> tu
     Returns:
       `ScaledRows` with gradients in bfloat16, of T rounded up to 128 rows; and how many blocks are not finite.
     """
-    *w_in, tokens = same_axes_of(*w_in, tokens)
-    return _shared_first(ScaledWeights(*w_in), tokens, products)
+    return _shared_first(*same_axes_of(w_in, tokens), products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -221,7 +224,8 @@ def _shared_first_fwd(w_in: ScaledWeights, tokens: Carried, products: Products) 
     act, hidden = _first(w_in, rows, jnp.ones(rows.numbers.shape[0], jnp.float32), sizes, products)
     bad = _count(sizes, rows, hidden, act) + count_not_finite(w_in.forward)
     kept = _without_forward(w_in), tokens.value, hidden, jnp.zeros(0, tokens.gradient.dtype)
-    return (Carried(act, jnp.zeros(act.numbers.shape, jnp.bfloat16)), bad), kept
+    gradient, _ = same_axes(jnp.zeros(act.numbers.shape, jnp.bfloat16), act.scales)
+    return (Carried(act, gradient), bad), kept
 
 
 def _shared_first_bwd(products: Products, residuals: Any, cts: tuple[Carried, Any]) -> tuple[Any, Any]:
@@ -238,7 +242,7 @@ def _shared_first_bwd(products: Products, residuals: Any, cts: tuple[Carried, An
         w_ct = products.arithmetic.outer(
             columns, gate.hidden_columns, sizes, dtype=w_in.gradient.dtype, backend=backend
         )
-    return ScaledWeights(None, None, w_ct), Carried(None, dx[: tokens.numbers.shape[0]])
+    return _gradient_alone(w_ct), Carried(None, dx[: tokens.numbers.shape[0]])
 
 
 _shared_first.defvjp(_shared_first_fwd, _shared_first_bwd)
@@ -246,8 +250,7 @@ _shared_first.defvjp(_shared_first_fwd, _shared_first_bwd)
 
 def shared_second(w_out: ScaledWeights, act: Carried, tokens: int, dtype: DTypeLike, products: Products) -> Carried:
     """Projects what `shared_first` made back to the width: so many rows of a dtype, with gradients in 8 bits."""
-    *w_out, act = same_axes_of(*w_out, act)
-    return _shared_second(ScaledWeights(*w_out), act, tokens, dtype, products)
+    return _shared_second(*same_axes_of(w_out, act), tokens, dtype, products)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
@@ -267,9 +270,9 @@ def _shared_second_bwd(
     w_ct = None
     if w_out.gradient is not None:
         valid = valid_rows(sizes, dy.numbers.shape[0])
-        columns = (products.arithmetic.columns(rows, valid, backend=backend) for rows in (act, dy))
-        w_ct = products.arithmetic.outer(*columns, sizes, dtype=w_out.gradient.dtype, backend=backend)
-    return ScaledWeights(None, None, w_ct), Carried(None, act_ct)
+        lhs, dout = (products.arithmetic.columns(rows, valid, backend=backend) for rows in (act, dy))
+        w_ct = products.arithmetic.outer(lhs, dout, sizes, dtype=w_out.gradient.dtype, backend=backend)
+    return _gradient_alone(w_ct), Carried(None, act_ct)
 
 
 _shared_second.defvjp(
@@ -290,9 +293,7 @@ def _first(
     return arithmetic.gate(hidden, weight, backend=backend)
 
 
-def _second(
-    w_out: ScaledWeights, act: ScaledRows, sizes: jax.Array, dtype: DTypeLike, products: Products
-) -> jax.Array:
+def _second(w_out: ScaledWeights, act: ScaledRows, sizes: jax.Array, dtype: DTypeLike, products: Products) -> jax.Array:
     return products.arithmetic.matmul(act, w_out.forward, sizes, dtype=dtype, backend=products.backend)
 
 
@@ -302,6 +303,12 @@ def _without_forward(tree: Any) -> Any:
         return ScaledExperts(*map(_without_forward, tree))
     gradient = None if tree.gradient is None else jnp.zeros(0, tree.gradient.dtype)
     return tree._replace(forward=None, gradient=gradient)
+
+
+def _gradient_alone(gradient: jax.Array | None) -> ScaledWeights:
+    """The cotangent of weights, whose numbers have none."""
+    nothing: Any = None
+    return ScaledWeights(nothing, nothing, gradient)
 
 
 def _padded(rows: ScaledRows) -> tuple[ScaledRows, jax.Array]:

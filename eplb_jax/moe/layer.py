@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int
 
@@ -24,8 +25,8 @@ from eplb_jax.moe import exchange
 from eplb_jax.moe.carried import Products, Route, add_results, scale_tokens
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.dispatchers import DISPATCHERS
-from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out
-from eplb_jax.moe.fp8_experts import ScaledExperts
+from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out, working_copies
+from eplb_jax.moe.fp8_experts import ScaledExperts, scaled_working_copies
 from eplb_jax.moe.fp8_layer import local_results, scaled_layer
 from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
@@ -267,12 +268,35 @@ def moe_layer(
         y, dropped, bad = scaled_layer(*experts, x, chosen, routing.weights, slots, capacities, products, way)
     elif axis is None or devices == 1:
         y, dropped = local_experts(params.experts, x, chosen, routing.weights, slots, capacities, config)
-        if params.shared is not None:
+        shared: Any = params.shared
+        if shared is not None:
             with jax.named_scope("shared_expert"):
-                y = y + shared_out(params.shared, shared_in(params.shared, x))
+                y = y + shared_out(shared, shared_in(shared, x))
     else:
         y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
     return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss, bad)
+
+
+def working_copies_for(
+    masters: ExpertParams, phy2log: Int[Array | np.ndarray, " P"], config: MoEConfig, axis: str | None = None
+) -> ExpertParams | ScaledExperts:
+    """`eplb_jax.working_copies` of a layer's experts, gathered in 8 bits where its recipe says so.
+
+    Args:
+      masters, phy2log, axis: as there.
+      config: of the layer.
+
+    Raises:
+      ValueError: as there.
+
+    >>> config = MoEConfig(width=128, hidden=128, router=RouterConfig(4, 2, 1, 1), precision="fp8")
+    >>> working_copies_for(init_moe(jax.random.key(0), config).experts, jnp.array([0, 1, 2, 3, 0]), config).w_in.shape
+    (5, 128, 256)
+    """
+    products = _products(config)
+    if products is None or not config.recipe.gather:
+        return working_copies(masters, phy2log, axis)
+    return scaled_working_copies(masters, phy2log, products, axis)
 
 
 def local_experts(
@@ -310,9 +334,10 @@ def local_experts(
         rows = permute(x, found.moves, backend=config.backend)
         weight = permute_each(weights, found.assignment, found.moves.rows)
     with jax.named_scope("experts"):
+        plain: Any = experts
         if (dtype := config.recipe.product_dtype) is not None:
-            experts, rows = jax.tree.map(lambda leaf: leaf.astype(dtype), (experts, rows))
-        rows = apply_experts(experts, rows, weight, found.sizes, config.backend).astype(x.dtype)
+            plain, rows = jax.tree.map(lambda leaf: leaf.astype(dtype), (plain, rows))
+        rows = apply_experts(plain, rows, weight, found.sizes, config.backend).astype(x.dtype)
     with jax.named_scope("unpermute"):
         return unpermute(rows, found.moves, backend=config.backend), found.dropped
 
@@ -332,7 +357,8 @@ def _remote(
     The shared experts' first product runs while tokens travel there, the second while they travel back. Barriers fix
     this order, because a scheduler that sees forward and backward at once chooses another. Their transposes do too.
     """
-    devices, top_k, shared = jax.lax.axis_size(axis), slots.shape[1], params.shared
+    devices, top_k = jax.lax.axis_size(axis), slots.shape[1]
+    shared: Any = params.shared
     dispatcher = DISPATCHERS[config.exchange]
     hidden: Any = None
     with jax.named_scope("dispatch"):
@@ -443,7 +469,9 @@ def _count_slots(
     return total
 
 
-def _check_shapes(name: str, found: ExpertParams | ScaledExperts, wanted: dict[str, tuple[int, ...]], remedy: str) -> None:
+def _check_shapes(
+    name: str, found: ExpertParams | ScaledExperts, wanted: dict[str, tuple[int, ...]], remedy: str
+) -> None:
     for leaf, shape in wanted.items():
         if getattr(found, leaf).shape != shape:
             raise ValueError(f"{name}.{leaf} has shape {getattr(found, leaf).shape}: {remedy.format(shape)}")

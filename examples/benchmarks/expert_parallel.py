@@ -150,7 +150,7 @@ def exchange_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, 
 def layer_table(args: Any, mesh: Mesh, config: MoEConfig, params: MoEParams, x: jax.Array, ct: jax.Array) -> Table:
     """The layer with each kind of exchange, worst-case and limited capacity."""
     ep, router = mesh.size, config.router
-    kinds: dict[str, Any] = {"dense": {}, "ragged": {"exchange": "ragged"}, "fp8": {"fp8": True}}
+    kinds: dict[str, Any] = {"dense": {}, "ragged": {"exchange": "ragged"}, "fp8": {"precision": "fp8_exchange"}}
     cases = [(kind, factor) for factor in (None, args.capacity) for kind in kinds]
     configs = {(k, f): dataclasses.replace(config, capacity_factor=f, **kinds[k]) for k, f in cases}
     run = {(*c, both): (layer(mesh, configs[c], both), params, None, x, ct) for c in cases for both in (False, True)}

@@ -11,7 +11,7 @@ import pytest
 import eplb_jax
 from eplb_jax.__main__ import main
 from eplb_jax.kernels.grouped_gemm import xla
-from eplb_jax.kernels.recipe import RECIPES
+from eplb_jax.kernels.recipe import RECIPES, Recipe
 from eplb_jax.kernels.registry import BACKENDS
 from eplb_jax.moe.dispatchers import DISPATCHERS
 from eplb_jax.plan.cluster import make_cluster
@@ -67,17 +67,7 @@ def test_a_dispatcher(monkeypatch, x64):
 
 
 class Halves:
-    """Rows travel and are multiplied in float16, divided by their largest value."""
-
-    name = "halves"
-
-    @property
-    def encoding(self):
-        """Itself."""
-        return self
-
-    def why_not(self, width):
-        """Every width will do."""
+    """Rows in float16, divided by their largest value."""
 
     def encode(self, rows):
         """Rows of at most 1, and what they were divided by."""
@@ -88,13 +78,9 @@ class Halves:
         """Their product."""
         return parts[0].astype(dtype) * parts[1]
 
-    def product_dtype(self, dtype):
-        """Half."""
-        return jnp.float16
-
 
 def test_a_recipe(monkeypatch):
-    monkeypatch.setitem(RECIPES, "halves", Halves())
+    monkeypatch.setitem(RECIPES, "halves", Recipe("halves", encoding=Halves(), product_dtype=jnp.float16))
     with pytest.raises(ValueError, match="halves travels by the dense exchange only: choose exchange='dense'"):
         dataclasses.replace(CONFIG, precision="halves", exchange="ragged")
     params, x, ct = make("float32", CONFIG)

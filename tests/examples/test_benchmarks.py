@@ -21,6 +21,7 @@ RECORDED = {
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
     "permute_rows": ("--tiny --repeats 1", 4),
     "swiglu": ("--tiny --repeats 1", 3),
+    "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
     "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),

@@ -40,7 +40,7 @@ def matmul(
     height = FP8_ALIGN if groups > 1 else rows
     blocks, steps = rows // height if rows else 0, depth // BLOCK
     group = (
-        jnp.zeros(blocks, jnp.int32) if groups == 1 else jnp.minimum(_group_of_blocks(group_sizes, blocks), groups - 1)
+        jnp.zeros(blocks, jnp.int32) if groups == 1 else jnp.minimum(group_of_blocks(group_sizes, blocks), groups - 1)
     )
     total = jnp.zeros((blocks, height, columns), jnp.float32)
     total, lhs, lhs_scales, rhs, rhs_scales, group = same_axes(total, lhs, lhs_scales, rhs, rhs_scales, group)
@@ -78,7 +78,7 @@ def outer(
     height, rows = lhs.shape
     columns, groups = dout.shape[0], group_sizes.shape[0]
     blocks = rows // BLOCK
-    group = _group_of_blocks(group_sizes, blocks)
+    group = group_of_blocks(group_sizes, blocks)
     total = jnp.zeros((groups, height, columns), jnp.float32)
     total, lhs, lhs_scales, dout, dout_scales, group = same_axes(total, lhs, lhs_scales, dout, dout_scales, group)
 
@@ -94,7 +94,7 @@ def outer(
     return total.astype(dtype)
 
 
-def _group_of_blocks(group_sizes: jax.Array, blocks: int) -> jax.Array:
+def group_of_blocks(group_sizes: jax.Array, blocks: int) -> jax.Array:
     """The group that each block of 128 rows belongs to; the number of groups for those behind the last."""
     ends = jnp.cumsum(round_up(group_sizes, FP8_ALIGN), dtype=jnp.int32)
     return (jnp.arange(blocks, dtype=jnp.int32)[:, None] * FP8_ALIGN >= ends).sum(1, dtype=jnp.int32)

@@ -9,9 +9,14 @@ import pytest
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
+from eplb_jax.kernels import registry
+from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
+from eplb_jax.kernels.fp8_gemm import mosaic
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, scaled_matmul, scaled_outer
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
+from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
+from tests.eplb_jax.kernels.interpreter import interpreted
 
 SIZES = {
     "equal": [128, 128, 128],
@@ -80,8 +85,8 @@ def used(x, sizes):
     return np.concatenate([np.asarray(x)[span] for span in spans(sizes.tolist())])
 
 
-def assert_close(got, want, dtype):
-    bound = BOUND[jnp.dtype(dtype).name]
+def assert_close(got, want, dtype, bound=None):
+    bound = bound or BOUND[jnp.dtype(dtype).name]
     assert got.dtype == jnp.dtype(dtype) and got.shape == want.shape
     got = np.asarray(got).astype(np.float64)
     assert np.isfinite(got).all()
@@ -137,8 +142,6 @@ def test_inside_shard_map():
     mesh = jax.make_mesh((2,), ("data",), axis_types=(AxisType.Auto,), devices=jax.devices()[:2])
     parts = [make(SIZES[name], seed=i) for i, name in enumerate(("uneven", "empty"))]
     rhs = parts[0][1]
-    join = [jax.tree.map(lambda *each, axis=axis: jnp.concatenate(each, axis), *(part[i] for part in parts))
-            for i, axis in ((4, 0),)]  # fmt: skip
     numbers = [jnp.concatenate([part[i].numbers for part in parts], axis) for i, axis in ((0, 0), (2, 1), (3, 1))]
     scales = [jnp.concatenate([part[i].scales for part in parts], axis) for i, axis in ((0, 1), (2, 0), (3, 0))]
     rows, lasts = ScaledRows(P("data"), P(None, "data")), ScaledRows(P(None, "data"), P("data"))
@@ -148,7 +151,7 @@ def test_inside_shard_map():
     def step(lhs, columns, dout, rhs, sizes):
         return scaled_matmul(lhs, rhs, sizes, dtype="float32"), scaled_outer(columns, dout, sizes)
 
-    out, drhs = step(*map(ScaledRows, numbers, scales), rhs, *join)
+    out, drhs = step(*map(ScaledRows, numbers, scales), rhs, jnp.concatenate([part[4] for part in parts]))
     for i, (lhs, _, columns, dout, sizes) in enumerate(parts):
         assert_close(used(out[i * ROWS : (i + 1) * ROWS], sizes), plain_matmul(lhs, rhs, sizes), "float32")
         assert_close(drhs[3 * i : 3 * (i + 1)], plain_outer(columns, dout, sizes), "float32")
@@ -233,3 +236,109 @@ def test_what_does_not_fit_a_weight_gradient_is_named(change, message):
 def test_a_dense_product_has_one_matrix():
     with pytest.raises(ValueError, match="rhs has 2 matrices: a dense product has one; scaled_matmul"):
         scaled_dot(rows_of(256, 256), matrices_of(2, 384, 256))
+
+
+needs_casts = pytest.mark.skipif(
+    jax.__version_info__ < (0, 12), reason="the interpreter of earlier jax casts no layouts"
+)
+needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
+TILES = [
+    *((name, tile) for name, tile in mosaic.TILES.items()),
+    ("scaled_matmul", Tile(128, 128, 128, 5, cluster=2, width=1)),
+    ("scaled_outer", Tile(128, 128, 128, 2, cluster=2, width=1)),
+]
+
+
+@needs_casts
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("name, tile", TILES)
+def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
+    """Four multiprocessors, simulated on the CPU: results and barriers; waits for wgmma are not checked.
+
+    The contraction ends within a slot of two steps, groups are empty, and full to a half of a block and beyond.
+    """
+    monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
+    lhs, rhs, columns, dout, sizes = make([3, 250, 0, 71], k=384, n=512)
+    if name == "scaled_matmul":
+        with interpreted():
+            got = mosaic.matmul(lhs.numbers, lhs.scales, rhs.numbers, rhs.scales, sizes, dtype=dtype, tile=tile)
+        assert_close(used(got, sizes), plain_matmul(lhs, rhs, sizes), dtype)
+    else:
+        with interpreted():
+            got = mosaic.outer(
+                columns.numbers, columns.scales, dout.numbers, dout.scales, sizes, dtype=dtype, tile=tile
+            )
+        assert_close(got, plain_outer(columns, dout, sizes), dtype)
+
+
+@needs_casts
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_dense_kernel_in_the_interpreter(monkeypatch, dtype):
+    """The last block has fewer than 128 rows."""
+    monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
+    rng = np.random.default_rng(0)
+    x, w = rng.standard_normal((200, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
+    lhs, rhs = quantise_rows(jnp.asarray(x)), quantise_matrices(jnp.asarray(w))
+    with interpreted():
+        got = mosaic.matmul(*lhs, *rhs, jnp.array([200]), dtype=dtype)
+    assert_close(got, rows_in_float64(lhs) @ matrices_in_float64(rhs)[0].T, dtype)
+
+
+@pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, dtype):
+    shape = jax.ShapeDtypeStruct
+    lhs, dout = (rows_of_shape(*each) for each in ((rows, k), (n, rows)))
+    columns, sizes = rows_of_shape(k, rows), shape((8,), jnp.int32)
+    rhs = ScaledMatrices(shape((8, n, k), E4M3), shape((8, n // 128, k // 128), jnp.float32))
+    assert mosaic.why_not(lhs.numbers, rhs.numbers) is None and mosaic.why_not(columns.numbers, dout.numbers) is None
+
+    def both(lhs, rhs, columns, dout, sizes):
+        out = mosaic.matmul(*lhs, *rhs, sizes, dtype=dtype)
+        return out, mosaic.outer(*columns, *dout, sizes, dtype=dtype)
+
+    traced = jax.jit(both).trace(lhs, rhs, columns, dout, sizes)
+    assert [each.dtype for each in traced.out_info] == [jnp.dtype(dtype)] * 2
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
+
+
+def rows_of_shape(rows, width):
+    shape = jax.ShapeDtypeStruct
+    return ScaledRows(shape((rows, width), E4M3), shape((width // 128, rows), jnp.float32))
+
+
+def test_lowering_decides_where_the_device_is_a_hopper_gpu(monkeypatch):
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    operands = rows_of(256, 256), matrices_of(2, 384, 256), jnp.array([1, 2])
+
+    def every(lhs, rhs, sizes):
+        dense = ScaledMatrices(rhs.numbers[:1], rhs.scales[:1])
+        out = scaled_matmul(lhs, rhs, sizes), scaled_dot(lhs, dense)
+        return *out, scaled_outer(lhs, lhs, sizes), scaled_dot_outer(lhs, lhs)
+
+    traced = jax.jit(every).trace(*operands)
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 4
+    assert "mosaic" not in traced.lower(lowering_platforms=("cpu",)).as_text()
+
+
+def test_mosaic_says_what_it_cannot_do(monkeypatch):
+    with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
+        scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    with pytest.raises(ValueError, match=r"lhs \(100, 256\) has a number of rows that is no multiple of 8 .*; pad it"):
+        scaled_dot(rows_of(100, 256), matrices_of(1, 384, 256), backend="mosaic")
+    with pytest.raises(ValueError, match=r"lhs \(256, 0\) and rhs \(1, 384, 0\) leave nothing to multiply"):
+        scaled_dot(rows_of(256, 0), matrices_of(1, 384, 0), backend="mosaic")
+
+
+@needs_hopper
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_kernels_equal_a_plain_loop(sizes, dtype):
+    """Tensor cores keep some 14 bits of a sum of 128 products."""
+    lhs, rhs, columns, dout, sizes = make(sizes)
+    bound = {"float32": 1e-3, "bfloat16": BOUND["bfloat16"]}[dtype]
+    got = used(scaled_matmul(lhs, rhs, sizes, backend="mosaic", dtype=dtype), sizes)
+    assert_close(got, plain_matmul(lhs, rhs, sizes), dtype, bound)
+    got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype)
+    assert_close(got, plain_outer(columns, dout, sizes), dtype, bound)

@@ -10,8 +10,9 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.permute import COPIES, DTYPES, SUMS, Ring, add_rows, copy_rows, divide, why_not
+from eplb_jax.kernels.scaled import ScaledRows
 from eplb_jax.moe.dispatch import sort_by_slot
-from eplb_jax.moe.permute import RowMap, permute, unpermute
+from eplb_jax.moe.permute import RowMap, permute, permute_scaled, unpermute
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
@@ -53,6 +54,37 @@ def test_kernels_in_the_interpreter(dtype, shape, copies, sums):
     assert copied.dtype == added.dtype == x.dtype
     np.testing.assert_array_equal(copied, permute(x, moves))
     np.testing.assert_array_equal(added, unpermute(rows, moves))
+
+
+def test_bytes_are_copied_in_the_interpreter():
+    """Numbers of 8 bits, each of the 256 there are among them."""
+    shape, plan = (7, 2, 3, 24, 384), Ring(256, 3, 1, 1)
+    _, _, moves = operands(*shape, "float32")
+    numbers = np.random.default_rng(0).integers(0, 256, (shape[0], shape[-1]), np.uint8)
+    x = jax.lax.bitcast_convert_type(jnp.asarray(numbers), jnp.float8_e4m3fn)
+    scales = jnp.arange(1.0, 1 + shape[-1] // 128 * shape[0]).reshape(shape[-1] // 128, shape[0])
+    with interpreted(out_of_bounds_reads="uninitialized", uninitialized_memory="zero"):
+        copied = copy_rows(x, moves.source, moves.rows, 2, plan)
+    by_xla = permute_scaled(ScaledRows(x, scales), moves, backend="xla")
+    held = np.asarray(moves.source) < shape[0]
+    for found in (copied, by_xla.numbers):
+        found = np.asarray(jax.lax.bitcast_convert_type(found, jnp.uint8))
+        np.testing.assert_array_equal(found[held], numbers[np.asarray(moves.source)[held]])
+        assert not found[~held].any()
+    np.testing.assert_array_equal(by_xla.scales[:, held], scales[:, np.asarray(moves.source)[held]])
+    assert not np.asarray(by_xla.scales)[:, ~held].any()
+
+
+def test_bytes_are_copied_by_the_kernel(monkeypatch):
+    monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
+    _, _, moves = operands(9, 3, 4, 48, 256, "float32")
+
+    def copied(numbers, scales):
+        return permute_scaled(ScaledRows(numbers, scales), moves)
+
+    for dtype in (jnp.float8_e4m3fn, jnp.float8_e5m2):
+        traced = jax.jit(copied).trace(jnp.ones((9, 256), dtype), jnp.ones((2, 9)))
+        assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1
 
 
 @needs_hopper

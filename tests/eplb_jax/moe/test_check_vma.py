@@ -132,8 +132,14 @@ def test_exchanges_of_what_is_the_same_on_all_devices(kind):
 
 @pytest.mark.parametrize(
     "changes",
-    [{"fp8": True, "width": 128}, {"exchange": "ragged"}, {"capacity_factor": 1.0}, {"replicas": "nearest"}],
-    ids=lambda changes: next(iter(changes)),
+    [
+        {"precision": "fp8", "width": 128, "hidden": 128},
+        {"precision": "fp8_exchange", "width": 128},
+        {"exchange": "ragged"},
+        {"capacity_factor": 1.0},
+        {"replicas": "nearest"},
+    ],
+    ids=lambda changes: str(next(iter(changes.values()))),
 )
 def test_gradients_of_every_kind_of_exchange_are_traced(changes):
     """XLA has the ragged one on GPUs only, and tests of drops and FP8 compare values."""

@@ -107,8 +107,14 @@ CASES = {
     "num_shared": (call(MoEConfig, num_shared=-1), "num_shared=-1"),
     "replicas": (call(MoEConfig, replicas="far"), "replicas='far': it must be one of .'hash', 'nearest'"),
     "exchange": (call(MoEConfig, exchange="sparse"), "exchange='sparse': it must be one of .'dense', 'ragged'"),
-    "fp8 width": (call(MoEConfig, width=200, fp8=True), "fp8 needs a width that is a multiple of 128, not 200"),
-    "fp8 ragged": (call(MoEConfig, fp8=True, exchange="ragged"), "choose exchange='dense' or fp8=False"),
+    "fp8 width": (
+        call(MoEConfig, width=200, fp8=True),
+        "fp8 needs width to be a multiple of 128, not 200: .* precision='bf16'",
+    ),
+    "fp8 ragged": (
+        call(MoEConfig, precision="fp8_exchange", exchange="ragged"),
+        "fp8_exchange travels by the dense exchange only: choose exchange='dense'",
+    ),
     "precision": (call(MoEConfig, precision="fp4"), "precision='fp4': it must be one of .'bf16', 'fp8'.*, or None"),
     "two recipes": (call(MoEConfig, fp8=True, precision="bf16"), "fp8=True and precision='bf16' .* give one of them"),
     "backend": (call(layer, config=dataclasses.replace(CONFIG, backend="fast")), "backend='fast'"),

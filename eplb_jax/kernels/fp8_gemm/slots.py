@@ -1,0 +1,133 @@
+"""What the kernels of scaled 8-bit products share: the slots of their ring, and how results leave.
+
+A block is as in `eplb_jax.kernels.grouped_gemm.ring`: its third warpgroup loads, the first two multiply. A slot holds
+one or two steps, each 128 of the contraction, which share scales: the product of a step is summed by itself, scaled and
+added to the total. Meanwhile the next step of the slot is multiplied, and the other warpgroup's.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.experimental.pallas as pl
+import jax.experimental.pallas.mosaic_gpu as plgpu
+import jax.numpy as jnp
+from jax import lax
+from jax.typing import DTypeLike
+
+from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.scaled import BLOCK, E4M3
+
+LINE = 128
+"""Bytes of a swizzled tile's row."""
+PART = BLOCK // CONSUMERS
+"""Rows of the output tile that one warpgroup has."""
+
+
+def scratch(tile: Tile, vectors: int, dtype: DTypeLike, staged: bool = True) -> dict[str, Any]:
+    """The ring of operands and of ``vectors`` rows of scales a step, and the barriers.
+
+    If ``staged``, also the pieces of results of this dtype on their way out.
+    """
+    if tile.cluster > 1:
+        free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
+    else:
+        free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
+    refs = dict(
+        a_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
+        b_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
+        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), BLOCK), jnp.float32)] * vectors,
+        filled=plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=tile.stages),
+        free=free,
+    )
+    if staged:
+        refs["out_pieces"] = _swizzled(CONSUMERS, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
+    return refs
+
+
+def steps_of(tile: Tile) -> int:
+    """Steps of a slot."""
+    return tile.k // BLOCK
+
+
+def _swizzled(*shape: int, dtype: Any) -> Any:
+    """Shared memory for tiles that tensor cores and the copy engine read."""
+    tiling = plgpu.TilingTransform((8, LINE // jnp.dtype(dtype).itemsize))
+    return plgpu.SMEM(shape, dtype, transforms=(tiling, plgpu.SwizzleTransform(LINE)))
+
+
+def following(slot: jax.Array, tile: Tile) -> jax.Array:
+    """The slot after this one; dividing the number of slots used before takes longer."""
+    return jnp.where(slot == tile.stages - 1, 0, slot + 1)
+
+
+def fill(
+    slot: jax.Array, again: jax.Array, tile: Tile, refs: dict[str, Any], a_source: Any, b_source: Any, scales: list[Any]
+) -> None:
+    """Copies operands into a slot, as soon as the warpgroups have left it where it is used again.
+
+    The source of the first operand may have fewer rows than a slot; those of scales have a row a step.
+    """
+    barrier = refs["filled"].at[slot]
+
+    @pl.when(again)
+    def _():
+        plgpu.barrier_wait(refs["free"].at[slot])
+
+    a_slot = refs["a_ring"].at[slot]
+    if a_source.shape != a_slot.shape:
+        a_slot = a_slot.at[: a_source.shape[0]]
+    plgpu.copy_gmem_to_smem(a_source, a_slot, barrier, collective_axes="pair" if tile.cluster > 1 else None)
+    plgpu.copy_gmem_to_smem(b_source, refs["b_ring"].at[slot], barrier)
+    steps = steps_of(tile)
+    for source, target in zip(scales, refs["scale_rings"], strict=True):
+        plgpu.copy_gmem_to_smem(source, target.at[pl.ds(slot * steps, steps)], barrier)
+
+
+def multiply(acc: Any, slot: jax.Array, step: int, warpgroup: jax.Array, refs: dict[str, Any]) -> None:
+    """Starts the product of this warpgroup's rows of the first operand and the second one, for a step of the slot."""
+    mine, deep = pl.ds(warpgroup * PART, PART), pl.ds(step * BLOCK, BLOCK)
+    a, b = refs["a_ring"].at[slot], refs["b_ring"].at[slot]
+    if a.shape[1] != BLOCK:
+        a, b = a.at[:, deep], b.at[:, deep]
+    plgpu.wgmma(acc, a.at[mine], b.transpose((1, 0)))
+
+
+def row_scales(index: jax.Array, warpgroup: jax.Array, refs: dict[str, Any]) -> jax.Array:
+    """The scales of this warpgroup's rows for the index-th step of the ring, each where its row's sums are."""
+    mine = refs["scale_rings"][0].at[index].at[pl.ds(warpgroup * PART, PART)]
+    return plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA.reduce(1))
+
+
+def column_scales(index: jax.Array, refs: dict[str, Any]) -> jax.Array:
+    """The scales of the second operand's rows for the index-th step of the ring, each where its column's sums are."""
+    return plgpu.layout_cast(refs["scale_rings"][1][index], plgpu.Layout.WGMMA.reduce(0))
+
+
+def spread(scales: jax.Array, axis: int) -> jax.Array:
+    """Scales of rows (axis 0) or columns (1) for each sum of a part."""
+    return lax.broadcast_in_dim(scales, (PART, BLOCK), (axis,))
+
+
+def zeros() -> jax.Array:
+    """A warpgroup's part of an output tile before anything was added."""
+    return plgpu.layout_cast(jnp.zeros((PART, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
+
+
+def store(values: jax.Array, refs: dict[str, Any], consumer: jax.Array, target: Any) -> None:
+    """Stores a warpgroup's part of an output tile piece by piece, which leaves out rows behind the last.
+
+    Args:
+      values: the part, float32.
+      refs: the kernel's scratch.
+      consumer: the warpgroup.
+      target: the destination of the part.
+    """
+    piece = refs["out_pieces"].at[consumer]
+    width = piece.shape[1]
+    for column in range(0, BLOCK, width):
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        piece[...] = values[:, column : column + width].astype(target.dtype)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(piece, target.at[:, pl.ds(column, width)])
