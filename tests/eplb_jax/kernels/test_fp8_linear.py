@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from eplb_jax.kernels import backend, hopper, registry
 from eplb_jax.kernels.fp8_linear import keep_matrix, scaled_feed_forward, scaled_linear, scaled_linears
 from eplb_jax.kernels.quantise import quantise
 from eplb_jax.kernels.scaled import dequantise_matrices, dequantise_rows, quantise_matrices, quantise_rows
@@ -148,3 +149,19 @@ def test_refusals_of_several():
         scaled_feed_forward(x, w_in, w_out, axis="ep")
     with pytest.raises(ValueError, match='backend="mosaic" cannot'):
         scaled_linear(x, w_out, backend="mosaic")
+
+
+def test_a_linear_and_swiglu_lower_for_hopper_gpus(monkeypatch):
+    """All kernels, forward and backward, without a GPU."""
+    target = backend.Target("gpu", "NVIDIA H200", 132, True)
+    for module in (registry, hopper):
+        monkeypatch.setattr(module, "current_target", lambda: target)
+
+    def step(x, w_in, w_out):
+        y = scaled_linear(scaled_feed_forward(x, w_in, w_out), w_out.T)
+        return (y.astype(jnp.float32) ** 2).sum()
+
+    shapes = [jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in ((384, 512), (512, 512), (256, 512))]
+    text = jax.jit(jax.grad(step, (0, 1, 2))).trace(*shapes).lower(lowering_platforms=("cuda",)).as_text()
+    names = ("fp8_rows", "fp8_outer", "fp8_quantise", "fp8_columns", "fp8_gate", "fp8_gate_backward")
+    assert all(name in text for name in names)

@@ -7,10 +7,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 
 import jaxpipe
-from jaxpipe.deepseek import MODELS, build_model
+from jaxpipe.deepseek import MODELS, DenseBlock, build_model
 from jaxpipe.deepseek.linear import logger, takes_fp8
+from jaxpipe.flax import nnx_function
 from tests.jaxpipe.deepseek.models import make_batch
 from tests.jaxpipe.deepseek.test_stages import pipeline
 
@@ -46,13 +48,25 @@ def test_a_pipeline_of_eight_devices_equals_the_plain_program():
     assert min(cosines(grads, expected_grads)) > 0.99
 
 
+@pytest.mark.slow
 def test_loss_is_near_that_of_bfloat16s_place():
     config = dataclasses.replace(TINY, layers=2)
     loss, grads, aux = loss_and_gradients(config.in_precision("fp8"), "gpipe", 1, 1)
     expected, expected_grads, plain_aux = loss_and_gradients(config, "gpipe", 1, 1)
     assert 0 < abs(loss / expected - 1) < 5e-3
-    assert min(cosines(grads, expected_grads)) > 0.9
+    assert np.median(cosines(grads, expected_grads)) > 0.95  # some tokens choose other experts
     assert int(aux["not_finite"]) == 0 and "not_finite" not in plain_aux
+
+
+def test_gradients_of_a_dense_layer():
+    """Attention and SwiGLU in FP8 beside the same layer in bfloat16's place."""
+    x = jax.random.normal(jax.random.key(1), (2, 64, TINY.width))
+    made = []
+    for config in (FP8, TINY):
+        block = nnx_function(DenseBlock(config, nnx.Rngs(0)))
+        out, pull = jax.vjp(block, block.params, x)
+        made.append((out, *pull(jnp.cos(x))))
+    assert 0.99 < min(cosines(*made)) < max(cosines(*made)) < 1 - 1e-9
 
 
 def test_sizes_that_stay_are_logged_once(caplog):
