@@ -37,6 +37,8 @@ DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
 MOST_PADDING = 1 / 8
 """Part of a matrix that padding may add: 576 columns, as those of DeepSeek's latents, become 640."""
+LEAST_ROWS = 64
+"""Of a product by our kernels; fewer, and numbers that are no multiple of 8, are padded to a multiple of so many."""
 MATRIX = "matrix in 8 bits"
 """Name of each layout of a matrix. A pipeline makes once a step what is no more bytes than its parameters: each layout
 is not, both together may be, where they are padded."""
@@ -102,7 +104,7 @@ def scaled_linears(
     """
     dtype = jnp.dtype(x.dtype if dtype is None else dtype)
     _check(x, weights, dtype)
-    rows = _padded(x.reshape(-1, x.shape[-1]), 1)
+    rows, count = _rows_of(x)
     settings = _Settings(backend, dtype, x.dtype)
     if isinstance(weights[0], ScaledMatrices):
         made = _kept_linears(rows, tuple(weights), settings)
@@ -114,7 +116,7 @@ def scaled_linears(
         both = _linear(*same_axes(rows, w), settings)
         starts = [sum(widths[:i]) for i in range(len(widths))]
         made = [both[:, start : start + w.shape[1]] for start, w in zip(starts, weights, strict=True)]
-    return tuple(y.reshape(*x.shape[:-1], y.shape[1]) for y in made)
+    return tuple(y[:count].reshape(*x.shape[:-1], y.shape[1]) for y in made)
 
 
 def keep_matrix(w: Float[Array, "K N"], *, backend: Backend = "auto") -> ScaledMatrices:
@@ -161,13 +163,13 @@ def scaled_feed_forward(
     for w in (w_in, w_out):
         shape = jax.ShapeDtypeStruct((1, w.shape[0]), x.dtype)
         _check(shape, (w,), x.dtype)
-    rows = _padded(x.reshape(-1, x.shape[-1]), 1)
+    rows, count = _rows_of(x)
     settings = _Settings(backend, x.dtype, x.dtype)
     if axis is None:
         y = _feed_forward(*same_axes(rows, *_halves_padded(w_in, w_out)), settings)
     else:
         y = _gathered_feed_forward(*same_axes(rows, w_in, w_out), settings, axis)
-    return y[:, : x.shape[-1]].reshape(x.shape)
+    return y[:count, : x.shape[-1]].reshape(x.shape)
 
 
 class _Settings(NamedTuple):
@@ -303,6 +305,14 @@ def _columns(rows: ScaledRows, settings: _Settings) -> ScaledRows:
 
 def _outer(x: ScaledRows, dy: ScaledRows, dtype: DTypeLike, settings: _Settings) -> jax.Array:
     return scaled_dot_outer(x, dy, backend=settings.backend, dtype=dtype)
+
+
+def _rows_of(x: jax.Array) -> tuple[jax.Array, int]:
+    """Rows with zeros behind them as products want them, and how many there were: see `fp8_gemm.mosaic.why_not`."""
+    rows = _padded(x.reshape(-1, x.shape[-1]), 1)
+    count = rows.shape[0]
+    missing = -count % LEAST_ROWS if count % 8 or count < LEAST_ROWS else 0
+    return (jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows), count
 
 
 def _whole(rows: ScaledRows) -> ScaledRows:
