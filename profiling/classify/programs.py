@@ -65,7 +65,7 @@ XLA: tuple[Rule, ...] = (
     Rule(r"grouped_(rows|outer|gemm)|ragged[-_]dot", "grouped GEMM", "compute", "hlo_op"),
     # Products of numbers of 8 bits, grouped and dense, before them what makes these numbers.
     Rule(r"^scaled_(rows|outer)", "FP8 GEMM", "compute", "kernel"),
-    Rule(r"^(quantise(_rows|_weights)?|columns_of)(\W|_\d|$)", "quantization", "compute", "kernel"),
+    Rule(r"^(quantise|columns_of)", "quantization", "compute", "kernel"),
     Rule(r"(copy|add)_rows", "permute", "compute", "kernel"),
     Rule(r"gated_backward|^scaled_gate", "SwiGLU", "compute", "kernel"),
     Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute", "kernel"),

@@ -23,8 +23,7 @@ from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.experts import shared_in, shared_out
 from eplb_jax.moe.fp8_experts import quantise_experts
 from eplb_jax.moe.fp8_layer import scaled_layer
-from jaxpipe.deepseek import MLAParams, apply_block, init_mla, rms_norm
-from jaxpipe.deepseek.mla import keep_mla
+from jaxpipe.deepseek import MLAParams, apply_block, init_mla, keep_mla, rms_norm
 from profiling.workloads.sizes import Sizes
 
 AXIS = "ep"
