@@ -4,8 +4,9 @@
     backward  dx = rows(dy) . w'          the same numbers of w, the other side last
               dw = columns(x) . columns(dy)    scaled along the rows
 
-Rows of x in 8 bits are what is kept of x, or of an x that something else keeps anyway, their scales; they become columns when the weight's gradient is made. Both layouts of a
-matrix are made of it together and depend on nothing else, so a pipeline makes them once a step. Each value is quantised once for each layout, and dy for both in one pass.
+Rows of x in 8 bits are what is kept of x, or of an x that something else keeps anyway, their scales; they become
+columns when the weight's gradient is made. Both layouts of a matrix are made of it together and depend on nothing else,
+so a pipeline makes them once a step. Each value is quantised once for each layout, and dy for both in one pass.
 
 Sides of matrices that are no multiple of 128 are padded with zeros, and rows where they are what is summed over.
 
@@ -17,6 +18,7 @@ Source: the DeepSeek-V3 report, arXiv 2412.19437, 3.3.
 from __future__ import annotations
 
 import functools
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -106,16 +108,17 @@ def scaled_linears(
     _check(x, weights, dtype)
     rows, count = _rows_of(x)
     settings = _Settings(backend, dtype, x.dtype)
-    if isinstance(weights[0], ScaledMatrices):
-        made = _kept_linears(rows, tuple(weights), settings)
+    kept = tuple(w for w in weights if isinstance(w, ScaledMatrices))
+    if kept:
+        made: Any = _kept_linears(rows, kept, settings)
     else:
-        widths = [round_up(w.shape[1], BLOCK) for w in weights]
-        joined = [_padded(w, 0, 1) for w in weights]
+        plain = [w for w in weights if not isinstance(w, ScaledMatrices)]
+        joined = [_padded(w, 0, 1) for w in plain]
         # Of one matrix there is nothing to join.
         w = joined[0] if len(joined) == 1 else jnp.concatenate(joined, 1)
-        both = _linear(*same_axes(rows, w), settings)
-        starts = [sum(widths[:i]) for i in range(len(widths))]
-        made = [both[:, start : start + w.shape[1]] for start, w in zip(starts, weights, strict=True)]
+        both: Any = _linear(*same_axes(rows, w), settings)
+        starts = itertools.accumulate([w.shape[1] for w in joined], initial=0)
+        made = [both[:, start : start + w.shape[1]] for start, w in zip(starts, plain, strict=False)]
     return tuple(y[:count].reshape(*x.shape[:-1], y.shape[1]) for y in made)
 
 
@@ -144,9 +147,9 @@ def scaled_feed_forward(
       x: bfloat16 or float32; the result's dtype, too.
       w_in, w_out: bfloat16 or float32.
       backend: see `scaled_linear`.
-      axis: the mesh axis over which the rows of both matrices are spread, bound by `jax.shard_map`. They are gathered in
-        x's dtype, and again in the backward pass: whole, they are larger than what is kept. Gradients are summed over
-        the axis and come back as parts. None: they are whole.
+      axis: the mesh axis over which the rows of both matrices are spread, bound by `jax.shard_map`. They are gathered
+        in x's dtype, and again in the backward pass: whole, they are larger than what is kept. Gradients are summed
+        over the axis and come back as parts. None: they are whole.
 
     Raises:
       ValueError: see `scaled_linear`.
@@ -166,7 +169,7 @@ def scaled_feed_forward(
     rows, count = _rows_of(x)
     settings = _Settings(backend, x.dtype, x.dtype)
     if axis is None:
-        y = _feed_forward(*same_axes(rows, *_halves_padded(w_in, w_out)), settings)
+        y: Any = _feed_forward(*same_axes(rows, *_halves_padded(w_in, w_out)), settings)
     else:
         y = _gathered_feed_forward(*same_axes(rows, w_in, w_out), settings, axis)
     return y[:count, : x.shape[-1]].reshape(x.shape)
@@ -260,7 +263,7 @@ def _gathered_fwd(x: jax.Array, w_in: jax.Array, w_out: jax.Array, settings: _Se
 
 def _gathered_bwd(settings: _Settings, axis: str, kept: Any, ct: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
     rows, hidden, *parts = kept
-    whole, pull = jax.vjp(lambda *parts: _gathered(*parts, settings, axis), *parts)
+    whole, pull = jax.vjp(lambda w_in, w_out: _gathered(w_in, w_out, settings, axis), *parts)
     transposed = [_matrix(w, settings)[1] for w in whole]
     likes = [jnp.zeros(0, w.dtype) for w in whole]
     dx, *cts = _feed_forward_bwd(settings, (rows, hidden, *transposed, *likes), ct)
@@ -274,7 +277,8 @@ def _gathered(w_in: jax.Array, w_out: jax.Array, settings: _Settings, axis: str)
     """Both matrices whole and padded, of the parts of all devices."""
     with jax.named_scope("gather"):
         whole = (jax.lax.all_gather(w.astype(settings.x_dtype), axis, tiled=True) for w in (w_in, w_out))
-    return _halves_padded(*whole)
+        w_in, w_out = whole
+    return _halves_padded(w_in, w_out)
 
 
 def _halves_padded(w_in: jax.Array, w_out: jax.Array) -> tuple[jax.Array, jax.Array]:

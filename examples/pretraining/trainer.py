@@ -20,7 +20,6 @@ from jaxpipe.planning.liveness import nbytes
 from jaxpipe.schedule import Schedule
 from pretraining.rebalancer import Rebalancer as Rebalancer
 
-
 SMALLEST_CHANGE = 0.02
 """What a step must be able to change a second moment in bfloat16 by: five times the half of its last place."""
 

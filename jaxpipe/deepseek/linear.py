@@ -10,7 +10,6 @@ import logging
 import math
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from eplb_jax.kernels import fp8_linear
@@ -65,11 +64,11 @@ def takes_fp8(channels_in: int, channels_out: int) -> bool:
     return reason is None
 
 
-def keep(w: Float[Array, "K *out"], inputs: int = 1, *, backend: Backend = "auto") -> jax.Array | ScaledMatrices:
+def keep(w: Float[Array, K * out], inputs: int = 1, *, backend: Backend = "auto") -> jax.Array | ScaledMatrices:
     """A matrix in 8 bits, as inference keeps it, where `takes_fp8`; otherwise as it is.
 
     Args:
-      w: whose first axes are summed over.
+      w: of two axes or more, whose first ones are summed over.
       inputs: how many these are.
       backend: of quantisation.
 
@@ -77,6 +76,7 @@ def keep(w: Float[Array, "K *out"], inputs: int = 1, *, backend: Backend = "auto
     (1, 128, 128)
     """
     flat = flatten(w, inputs)
+    assert not isinstance(flat, ScaledMatrices)
     return keep_matrix(flat, backend=backend) if takes_fp8(*flat.shape) else w
 
 
@@ -85,4 +85,3 @@ def flatten(w: jax.Array | ScaledMatrices, inputs: int = 1) -> jax.Array | Scale
     if isinstance(w, ScaledMatrices):
         return w
     return w.reshape(math.prod(w.shape[:inputs]), -1)
-

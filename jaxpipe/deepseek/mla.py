@@ -162,7 +162,7 @@ def attend(
     with jax.named_scope("out"):
         if config.precision == "fp8":
             return _scaled_out(params, mixed, config), new
-        return jnp.einsum("bthv,hvd->btd", mixed, params.out.astype(dtype)), new
+        return jnp.einsum("bthv,hvd->btd", mixed, _plain(params.out).astype(dtype)), new
 
 
 def attend_cached(
@@ -205,7 +205,7 @@ def attend_cached(
         value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up.astype(dtype))
         if config.precision == "fp8":
             return _scaled_out(params, value, config), cache
-        return jnp.einsum("bhv,hvd->bd", value, params.out.astype(dtype)), cache
+        return jnp.einsum("bhv,hvd->bd", value, _plain(params.out).astype(dtype)), cache
 
 
 class MLA(nnx.Module):
@@ -280,7 +280,18 @@ def keep_mla(params: MLAParams) -> MLAParams:
     ((1, 256, 128), (96, 2, 64))
     """
     names = [name for name in ("query", "query_down", "query_up", "latent_down") if getattr(params, name) is not None]
-    return params._replace(**{name: keep(getattr(params, name)) for name in names}, out=keep(params.out, 2))
+    return params._replace(**{name: keep(getattr(params, name)) for name in names}, out=keep(_plain(params.out), 2))
+
+
+def _plain(w: jax.Array | ScaledMatrices | None) -> jax.Array:
+    """A matrix that is multiplied in the dtype of the activations."""
+    if isinstance(w, ScaledMatrices):
+        raise ValueError(
+            "a matrix is in 8 bits, as keep_mla makes them, and precision='bf16' of this layer multiplies plain ones: "
+            "take config.in_precision('fp8')"
+        )
+    assert w is not None
+    return w
 
 
 def _queries(
@@ -290,19 +301,17 @@ def _queries(
     if down is not None:
         query = _scaled_queries(params, down.query, config)
     elif params.query is not None:
-        query = jnp.einsum("btd,dhk->bthk", x, params.query.astype(x.dtype))
+        query = jnp.einsum("btd,dhk->bthk", x, _plain(params.query).astype(x.dtype))
     else:
         assert params.query_down is not None and params.query_up is not None
-        low = rms_norm(x @ params.query_down.astype(x.dtype), params.query_norm)
-        query = jnp.einsum("btr,rhk->bthk", low, params.query_up.astype(x.dtype))
+        low = rms_norm(x @ _plain(params.query_down).astype(x.dtype), params.query_norm)
+        query = jnp.einsum("btr,rhk->bthk", low, _plain(params.query_up).astype(x.dtype))
     content, rotary = query[..., : config.content], query[..., config.content :]
     return jnp.concatenate([content, rotate(rotary, positions[..., None])], -1)
 
 
-def _latents(
-    params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None
-) -> Latents:
-    both = x @ params.latent_down.astype(x.dtype) if down is None else down.latent
+def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None) -> Latents:
+    both = x @ _plain(params.latent_down).astype(x.dtype) if down is None else down.latent
     latent, rotary = both[..., : config.latent], both[..., config.latent :]
     if down is not None:
         rotary = rotary[..., : config.rotary]  # what is kept in 8 bits is padded
@@ -319,13 +328,14 @@ class _Down(NamedTuple):
 def _scaled_down(params: MLAParams, x: jax.Array) -> _Down:
     """Tokens are quantised once for both."""
     first = params.query_down if params.query is None else flatten(params.query)
+    assert first is not None
     return _Down(*linears(x, first, params.latent_down))
 
 
 def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> jax.Array:
     """Heads of what `_Down` has."""
     width = config.content + config.rotary
-    if params.query is None:
+    if params.query_up is not None:
         low = made[..., : config.query_rank]
         (made,) = linears(rms_norm(low, params.query_norm), flatten(params.query_up))
     return made[..., : config.heads * width].reshape(*made.shape[:-1], config.heads, width)

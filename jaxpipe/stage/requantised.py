@@ -31,6 +31,7 @@ def read_quantised(
       alias: leads from values of the nodes to equal ones; it is extended.
       results: of the nodes.
     """
+
     def find() -> tuple[list[Node], Quantising]:
         """(what is made of nothing, what quantises parameters)."""
         free = constant_nodes(nodes)

@@ -17,7 +17,17 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Float, Int
 
-from eplb_jax import MoEParams, RouterConfig, init_moe, local_experts, moe_layer, param_specs, route, router_logits
+from eplb_jax import (
+    ExpertParams,
+    MoEParams,
+    RouterConfig,
+    init_moe,
+    local_experts,
+    moe_layer,
+    param_specs,
+    route,
+    router_logits,
+)
 from eplb_jax.moe.carried import Products
 from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.experts import shared_in, shared_out
@@ -77,11 +87,12 @@ def keep_layer(params: LayerParams, sizes: Sizes) -> LayerParams:
     moe, arithmetic = params.moe, sizes.moe.recipe.arithmetic
     assert arithmetic is not None
     products = Products(arithmetic, sizes.moe.backend)
-    experts, shared = (
-        None if found is None else quantise_experts(found, products, differentiable=False)
-        for found in (moe.experts, moe.shared)
-    )
-    return LayerParams(keep_mla(params.attention), moe._replace(experts=experts, shared=shared))
+
+    def kept(experts: Any) -> Any:
+        return None if experts is None else quantise_experts(experts, products, differentiable=False)
+
+    moe = moe._replace(experts=kept(moe.experts), shared=kept(moe.shared))
+    return LayerParams(keep_mla(params.attention), moe)
 
 
 def layer_specs(sizes: Sizes, workload: str = "train") -> tuple[LayerParams, ...]:
@@ -147,6 +158,7 @@ def _apply_alone(params: MoEParams, x: jax.Array, sizes: Sizes) -> tuple[jax.Arr
     y, dropped = local_experts(params.experts, x, routing.experts % held, routing.weights, held, capacities, config)
     if params.shared is None:
         return y, dropped
+    assert isinstance(params.shared, ExpertParams)
     with jax.named_scope("shared_expert"):
         return y + shared_out(params.shared, shared_in(params.shared, x)), dropped
 
