@@ -64,7 +64,7 @@ def takes_fp8(channels_in: int, channels_out: int) -> bool:
     return reason is None
 
 
-def keep(w: Float[Array, K * out], inputs: int = 1, *, backend: Backend = "auto") -> jax.Array | ScaledMatrices:
+def keep(w: jax.Array, inputs: int = 1, *, backend: Backend = "auto") -> jax.Array | ScaledMatrices:
     """A matrix in 8 bits, as inference keeps it, where `takes_fp8`; otherwise as it is.
 
     Args:
