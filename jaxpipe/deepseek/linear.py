@@ -72,7 +72,7 @@ def keep(w: jax.Array, inputs: int = 1, *, backend: Backend = "auto") -> jax.Arr
       inputs: how many these are.
       backend: of quantisation.
 
-    >>> keep(jnp.ones((128, 2, 64))).numbers.shape
+    >>> keep(jax.numpy.ones((128, 2, 64))).numbers.shape
     (1, 128, 128)
     """
     flat = flatten(w, inputs)
