@@ -104,6 +104,7 @@ def _add_run(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--layers", type=int, help="number of layers; default: the size's own")
     parser.add_argument("--experts", type=int, help="number of experts in all; default: the size's own")
     parser.add_argument("--split-prompts", action="store_true", help="prefill: both microbatches share every prompt")
+    parser.add_argument("--precision", choices=("bf16", "fp8"), help="of Linears and experts; default: bf16")
     parser.add_argument("--calls", type=int, default=2, help="number of calls to profile; default: 2")
     parser.add_argument("--out", type=pathlib.Path, default=pathlib.Path("profile"), help="folder; default: profile")
     _add_chip(parser)
@@ -216,6 +217,7 @@ def _run(args: argparse.Namespace) -> None:
         dtype=jnp.bfloat16 if on_gpu else jnp.float32,
         calls=args.calls,
         split_prompts=args.split_prompts,
+        precision=args.precision,
     )
     _write(report(ran.trace, schedule=overlap(ran.hlo, chip(args.chip))), _files(args, "report"))
     if len(ran.trace.devices) == 1:  # one call on a cluster: not what was measured, so not beside it

@@ -47,10 +47,17 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
 
 def add_sizes(parser: argparse._ActionsContainer, config: str) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
-    parser.add_argument("--config", default=config, help="tiny, moe-1b, moe-16b or dsv3-671b")
+    parser.add_argument("--config", default=config, help="tiny, tiny-128, moe-1b, moe-16b or dsv3-671b")
     parser.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
     parser.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
     parser.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
+    parser.add_argument(
+        "--precision", choices=["bf16", "fp8"], help="of Linears and experts: fp8 multiplies numbers of 8 bits, for "
+        "widths that are multiples of 128 (not tiny's); default: the configuration's"
+    )  # fmt: skip
+    parser.add_argument(
+        "--moments", choices=["float32", "bfloat16"], help="what the optimizer keeps; default: the configuration's"
+    )
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
 
 
@@ -62,10 +69,15 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     """
     from jaxpipe.deepseek import model_config  # noqa: PLC0415
 
-    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat")}
+    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
     config = dataclasses.replace(
         model_config(args.config), **{name: value for name, value in given.items() if value is not None}
     )
+    if args.precision is not None:
+        try:
+            config = config.in_precision(args.precision)
+        except ValueError as error:
+            raise ValueError(f"--config {args.config} --precision {args.precision}: {error}") from None
     return config.over_devices(devices, args.slots)
 
 

@@ -224,6 +224,11 @@ def describe(metrics: Mapping[str, float | None]) -> str:
 
     >>> describe({"loss": 2.5, "tokens_per_second": 1200.0, "mfu": 0.41, "balancedness": 0.9, "dropped": 3})
     'loss 2.500  1,200 tokens/s  MFU 41.0%  balance 0.90  dropped 3'
+
+    In FP8 also how many blocks of numbers were not finite.
+
+    >>> describe({"loss": 2.5, "not_finite_blocks": 0}), describe({"not_finite_blocks": 7.0})
+    ('loss 2.500  not finite 0 blocks', 'not finite 7 blocks')
     """
     parts = {
         "loss": "loss {:.3f}",
@@ -231,6 +236,7 @@ def describe(metrics: Mapping[str, float | None]) -> str:
         "mfu": "MFU {:.1%}",
         "balancedness": "balance {:.2f}",
         "dropped": "dropped {:,.0f}",
+        "not_finite_blocks": "not finite {:,.0f} blocks",
         "grad_norm": "grad norm {:.2f}",
     }
     return "  ".join(text.format(metrics[name]) for name, text in parts.items() if metrics.get(name) is not None)

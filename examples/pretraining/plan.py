@@ -15,7 +15,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import AbstractMesh, AxisType
+from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.deepseek import Arrangement, build_model, stand_in
@@ -105,7 +105,7 @@ class PlannedRun:
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",
             *(f"stages of {row.name}: {row.stages}" for row in self.rows if row.memory),
-            f"computed again in the backward pass: {config.remat}; moments in {config.moments}",
+            f"computed again in the backward pass: {config.remat}; moments in {config.moments}; {_arithmetic(config)}",
             "",
             "Memory of the device that needs most, in GB; time of a step",
             "",
@@ -168,7 +168,7 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        abstract = abstract_mesh(sizes)
+        abstract = abstract_mesh(sizes, chip if config.precision == "fp8" and not cpu else None)
         # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
         state = trainer.abstract_state(model, optimizer, abstract)
@@ -190,9 +190,14 @@ def plan(
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
-def abstract_mesh(sizes: Mapping[str, int]) -> AbstractMesh:
-    """A mesh without devices."""
-    return AbstractMesh(tuple(sizes.values()), tuple(sizes), axis_types=(AxisType.Auto,) * len(sizes))
+def abstract_mesh(sizes: Mapping[str, int], chip: Chip | None = None) -> AbstractMesh:
+    """A mesh without devices; of a chip, if one is given, whose kernels are traced then, and counted as such.
+
+    XLA's form of products in FP8 multiplies in float32, and says nothing of their time or memory on a GPU.
+    """
+    device = None if chip is None else AbstractDevice(f"NVIDIA {chip.name}", chip.sms, "cuda")
+    axes = tuple(sizes.values()), tuple(sizes)
+    return AbstractMesh(*axes, axis_types=(AxisType.Auto,) * len(sizes), abstract_device=device)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -257,6 +262,11 @@ def _core(cpu: bool) -> dict[str, Any]:
 def _stages(arrangement: Arrangement) -> str:
     """How many stages have which layers."""
     return ", ".join(f"{count} of {_counted(row)}" for row, count in collections.Counter(arrangement.rows).items())
+
+
+def _arithmetic(config: ModelConfig) -> str:
+    """What Linears and experts multiply."""
+    return "products in FP8" if config.precision == "fp8" else f"experts' recipe {config.moe.recipe.name}"
 
 
 def _counted(kinds: Iterable[str]) -> str:

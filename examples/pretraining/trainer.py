@@ -20,6 +20,9 @@ from jaxpipe.planning.liveness import nbytes
 from jaxpipe.schedule import Schedule
 from pretraining.rebalancer import Rebalancer as Rebalancer
 
+SMALLEST_CHANGE = 0.02
+"""What a step must be able to change a second moment in bfloat16 by: five times the half of its last place."""
+
 
 @dataclasses.dataclass(frozen=True)
 class TrainConfig:
@@ -83,9 +86,19 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig, model: DeepSeekModel) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains."""
+    """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains.
+
+    Raises:
+      ValueError: second moments that change too little in a step for the dtype that they are kept in.
+    """
     adam = optax.scale_by_adam(config.b1, config.b2)
     if model.config.moments != "float32":
+        if 1 - config.b2 < SMALLEST_CHANGE:
+            raise ValueError(
+                f"b2={config.b2} with moments in {model.config.moments}: a step changes second moments by less than "
+                f"{1 - config.b2:.1%}, which rounding swallows; take b2={1 - SMALLEST_CHANGE} or less, as 0.95, or "
+                'moments="float32"'
+            )
         adam = stored_as(adam, jnp.dtype(model.config.moments))
     return optax.masked(
         optax.chain(
@@ -99,7 +112,11 @@ def make_optimizer(config: TrainConfig, model: DeepSeekModel) -> optax.GradientT
 
 
 def stored_as(transform: optax.GradientTransformation, dtype: Any) -> optax.GradientTransformation:
-    """The transformation with its floating state kept in another dtype, and computed with in float32."""
+    """The transformation with its floating state kept in another dtype, and computed with in float32.
+
+    Of Adam both moments, where optax's own ``mu_dtype`` is for the first alone. Parameters and updates stay as they
+    are.
+    """
 
     def cast(state: Any, to: Any) -> Any:
         return jax.tree.map(lambda x: x.astype(to) if jnp.issubdtype(x.dtype, jnp.floating) else x, state)
@@ -261,7 +278,8 @@ def make_step(
       ``step(state, batch, rng) -> (state, metrics)``. Where the loss or a gradient is not finite, parameters, moments
       and biases stay as they are, and the step is counted as skipped. Metrics: scalars ``loss``, ``aux_loss`` (the
       part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``,
-      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[layers with experts, experts]``.
+      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[layers with experts, experts]``; in FP8
+      ``not_finite_blocks``, of the operands of experts' products, which everything before them reaches.
     """
 
     def step(state: TrainState, batch: Any, rng: jax.Array) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -293,6 +311,8 @@ def make_step(
             "loads": loads,
             "dropped": model.dropped_of(aux),
         }
+        if (blocks := model.not_finite_of(aux)) is not None:
+            metrics["not_finite_blocks"] = blocks
         return new, metrics
 
     return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(model, optimizer, mesh))

@@ -12,7 +12,7 @@ from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_conf
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
-from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, rotate
+from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla, rotate
 from jaxpipe.deepseek.model import DeepSeekModel, build_model
 from jaxpipe.deepseek.mtp import MTPLayer
 
@@ -38,6 +38,7 @@ __all__ = [
     "causal_attention",
     "feed_forward",
     "init_mla",
+    "keep_mla",
     "model_config",
     "rms_norm",
     "rotate",

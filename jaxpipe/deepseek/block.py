@@ -79,7 +79,8 @@ class DenseBlock(nnx.Module):
         self.config, branches = config, 2 * config.layers
         self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
         self.attention = MLA(config, rngs, core, branches=branches)
-        self.mlp = SwiGLU(config.width, config.dense_hidden, rngs, branches=branches, axis=axis)
+        sizes = config.width, config.dense_hidden
+        self.mlp = SwiGLU(*sizes, rngs, branches=branches, axis=axis, precision=config.precision)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, T, D]``."""

@@ -6,9 +6,11 @@ import dataclasses
 import math
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import Self
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
+from jaxpipe.deepseek.linear import PRECISIONS
 
 REMATS = ("none", "attention", "layer")
 DENSE, MOE, MTP = "dense", "moe", "mtp"
@@ -25,9 +27,11 @@ class LayerConfig:
       query_rank: of the low-rank query; None: one whole matrix.
       latent: width of what keys and values are made of.
       content, rotary, value: widths of a head's query and key without and with positions, and of its value.
+      precision: of the layer's Linears but for the experts', which ``moe`` has: "bf16" for the dtype of the
+        activations, or "fp8"; see `jaxpipe.deepseek.linear`. `in_precision` sets both.
 
     Raises:
-      ValueError: sizes below 1, an odd rotary width.
+      ValueError: sizes below 1, an odd rotary width, an unknown precision.
     """
 
     moe: MoEConfig
@@ -37,6 +41,7 @@ class LayerConfig:
     content: int
     rotary: int
     value: int
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a traced function."""
@@ -45,6 +50,23 @@ class LayerConfig:
             raise ValueError(f"{sizes}: all are at least 1, and rotary is even, because rotations need pairs")
         if self.query_rank is not None and self.query_rank < 1:
             raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
+        if self.precision not in PRECISIONS:
+            raise ValueError(f"precision={self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
+
+    def in_precision(self, precision: str) -> Self:
+        """The same sizes with all Linears, those of experts too, in a precision: "bf16" or "fp8".
+
+        Raises:
+          ValueError: an unknown precision; experts of widths that it does not take.
+
+        >>> fp8 = MODELS["dsv3-671b"].in_precision("fp8")
+        >>> fp8.precision, fp8.moe.precision
+        ('fp8', 'fp8')
+        """
+        if precision not in PRECISIONS:
+            raise ValueError(f"precision={precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        moe = dataclasses.replace(self.moe, fp8=False, precision=precision)
+        return dataclasses.replace(self, precision=precision, moe=moe)
 
     @property
     def width(self) -> int:
@@ -291,6 +313,27 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
             content=16,
             rotary=8,
             value=16,
+            sequence=64,
+            redundant=4,
+        ),
+        # As "tiny", in widths of which blocks of 128 are made: the smallest that trains in FP8.
+        "tiny-128": ModelConfig(
+            moe=MoEConfig(
+                width=128,
+                hidden=128,
+                router=RouterConfig(num_experts=8, top_k=2, num_groups=1, top_groups=1, scale=1.0),
+                backend="xla",
+            ),
+            vocab=256,
+            layers=4,
+            dense_layers=1,
+            dense_hidden=256,
+            heads=4,
+            query_rank=128,
+            latent=128,
+            content=32,
+            rotary=32,
+            value=32,
             sequence=64,
             redundant=4,
         ),

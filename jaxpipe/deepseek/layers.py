@@ -16,6 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float
 
 from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.fp8_linear import scaled_feed_forward
+from jaxpipe.deepseek.linear import takes_fp8
 
 GATHERED = "gathered"
 """What matrices are called, for `jax.checkpoint`, that each device has gathered from all."""
@@ -96,18 +98,31 @@ class SwiGLU(nnx.Module):
       rngs: for the parameters.
       branches: residual branches of the model, which add up: smaller steps at first keep deep models stable.
       axis: the mesh axis over which the matrices' rows are spread, or None.
+      precision: "fp8": both products in FP8, where their sizes allow it.
 
     >>> SwiGLU(4, 6, nnx.Rngs(0))(jnp.ones((3, 4))).shape
     (3, 4)
     """
 
-    def __init__(self, width: int, hidden: int, rngs: nnx.Rngs, *, branches: int = 1, axis: str | None = None) -> None:
-        self.axis = axis
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        rngs: nnx.Rngs,
+        *,
+        branches: int = 1,
+        axis: str | None = None,
+        precision: str = "bf16",
+    ) -> None:
+        self.axis, self.precision = axis, precision
         self.w_in = nnx.Param(normal(rngs, (width, 2 * hidden), width))
         self.w_out = nnx.Param(normal(rngs, (hidden, width), hidden * branches))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> [..., D]``."""
+        width, hidden = x.shape[-1], self.w_in.shape[1] // 2
+        if self.precision == "fp8" and takes_fp8(width, hidden) and takes_fp8(hidden, width):
+            return scaled_feed_forward(x, self.w_in[...], self.w_out[...], axis=self.axis)
         return use_whole(feed_forward, x, (self.w_in[...], self.w_out[...]), self.axis)
 
 

@@ -17,19 +17,23 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.scaled import ScaledMatrices
 from jaxpipe.deepseek.config import LayerConfig
 from jaxpipe.deepseek.kernels import causal_attention, expand_latents
 from jaxpipe.deepseek.layers import RMSNorm, normal, rms_norm
+from jaxpipe.deepseek.linear import flatten, keep, linears
+from jaxpipe.stage.graph import RECOMPUTE
 
 Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
 """Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower."""
 
 
 class MLAParams(NamedTuple):
-    """Parameters of one layer's attention.
+    """Parameters of one layer's attention; for inference in FP8 some are kept in 8 bits, see `keep_mla`.
 
     Attributes:
       query: of full rank, or None.
@@ -40,15 +44,15 @@ class MLAParams(NamedTuple):
       out: back to the width.
     """
 
-    query: Float[Array, "D H K"] | None
-    query_down: Float[Array, "D R"] | None
+    query: Float[Array, "D H K"] | ScaledMatrices | None
+    query_down: Float[Array, "D R"] | ScaledMatrices | None
     query_norm: Float[Array, " R"] | None
-    query_up: Float[Array, "R H K"] | None
-    latent_down: Float[Array, "D C"]
+    query_up: Float[Array, "R H K"] | ScaledMatrices | None
+    latent_down: Float[Array, "D C"] | ScaledMatrices
     latent_norm: Float[Array, " L"] | None
     key_up: Float[Array, "L H N"]
     value_up: Float[Array, "L H V"]
-    out: Float[Array, "H V D"]
+    out: Float[Array, "H V D"] | ScaledMatrices
 
 
 class Latents(NamedTuple):
@@ -140,19 +144,25 @@ def attend(
     dtype, first = x.dtype, 0 if before is None else before.shape[1]
     positions = jnp.arange(first, first + x.shape[1], dtype=jnp.int32)
     with jax.named_scope("query"):
-        query = _queries(params, x, config, positions)
+        down = _scaled_down(params, x) if config.precision == "fp8" else None
+        query = _queries(params, x, config, positions, down)
     with jax.named_scope("key_value"):
-        every = new = _latents(params, x, config, positions)
+        every = new = _latents(params, x, config, positions, down)
         if before is not None:
             rows = jnp.concatenate([before, new.rows()], 1)
             every = Latents(rows[..., : config.latent], rows[..., config.latent :])
-        key, value = expand_latents(every.latent, params.key_up.astype(dtype), params.value_up.astype(dtype))
+        if config.precision == "fp8":
+            key, value = _scaled_expansion(params, every.latent, config)
+        else:
+            key, value = expand_latents(every.latent, params.key_up.astype(dtype), params.value_up.astype(dtype))
         rotary = jnp.broadcast_to(every.rotary[:, :, None], (*key.shape[:3], config.rotary))
         key = jnp.concatenate([key, rotary], -1)
     with jax.named_scope("core"):
         mixed = core(query, key, value)
     with jax.named_scope("out"):
-        return jnp.einsum("bthv,hvd->btd", mixed, params.out.astype(dtype)), new
+        if config.precision == "fp8":
+            return _scaled_out(params, mixed, config), new
+        return jnp.einsum("bthv,hvd->btd", mixed, _plain(params.out).astype(dtype)), new
 
 
 def attend_cached(
@@ -165,7 +175,7 @@ def attend_cached(
     """Attention of one new token of each request; key and value matrices are applied to query and result instead.
 
     Args:
-      params: of this layer.
+      params: of this layer; in FP8 perhaps from `keep_mla`.
       x: the new tokens.
       cache: `Latents.rows` of all tokens before, and a place for the new one at ``lengths``.
       lengths: tokens cached of each request; int32.
@@ -176,8 +186,9 @@ def attend_cached(
     """
     dtype = x.dtype
     with jax.named_scope("project"):
-        query = _queries(params, x[:, None], config, lengths[:, None])
-        new = _latents(params, x[:, None], config, lengths[:, None]).rows()
+        down = _scaled_down(params, x[:, None]) if config.precision == "fp8" else None
+        query = _queries(params, x[:, None], config, lengths[:, None], down)
+        new = _latents(params, x[:, None], config, lengths[:, None], down).rows()
         cache = jax.vmap(lambda rows, row, at: jax.lax.dynamic_update_slice(rows, row, (at, jnp.int32(0))))(
             cache, new, lengths
         )
@@ -192,7 +203,9 @@ def attend_cached(
         # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
         mixed = jnp.einsum("bhs,bsc->bhc", weights, cache)[..., : config.latent]
         value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up.astype(dtype))
-        return jnp.einsum("bhv,hvd->bd", value, params.out.astype(dtype)), cache
+        if config.precision == "fp8":
+            return _scaled_out(params, value, config), cache
+        return jnp.einsum("bhv,hvd->bd", value, _plain(params.out).astype(dtype)), cache
 
 
 class MLA(nnx.Module):
@@ -253,19 +266,95 @@ def rotate(x: Float[Array, "*place P"], positions: Int[Array, "*any"]) -> Float[
     return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
 
 
-def _queries(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array) -> jax.Array:
-    """``[B, T, D] -> [B, T, H, K]``."""
-    if params.query is not None:
-        query = jnp.einsum("btd,dhk->bthk", x, params.query.astype(x.dtype))
+def keep_mla(params: MLAParams) -> MLAParams:
+    """Parameters for `attend_cached` in FP8, as inference keeps them: matrices in 8 bits once, not in each call.
+
+    Keys' and values' matrices, which one new token applies to queries and results head by head, stay as they are, and
+    what does not take FP8.
+
+    >>> from eplb_jax import MoEConfig
+    >>> sizes = dict(heads=2, query_rank=128, latent=96, content=64, rotary=64, value=64)
+    >>> config = LayerConfig(moe=MoEConfig(width=128), precision="fp8", **sizes)
+    >>> kept = keep_mla(init_mla(nnx.Rngs(0), config))
+    >>> kept.query_up.numbers.shape, kept.key_up.shape
+    ((1, 256, 128), (96, 2, 64))
+    """
+    names = [name for name in ("query", "query_down", "query_up", "latent_down") if getattr(params, name) is not None]
+    return params._replace(**{name: keep(getattr(params, name)) for name in names}, out=keep(_plain(params.out), 2))
+
+
+def _plain(w: jax.Array | ScaledMatrices | None) -> jax.Array:
+    """A matrix that is multiplied in the dtype of the activations."""
+    if isinstance(w, ScaledMatrices):
+        raise ValueError(
+            "a matrix is in 8 bits, as keep_mla makes them, and precision='bf16' of this layer multiplies plain ones: "
+            "take config.in_precision('fp8')"
+        )
+    assert w is not None
+    return w
+
+
+def _queries(
+    params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None
+) -> jax.Array:
+    """``[B, T, D] -> [B, T, H, K]``; ``down`` in FP8."""
+    if down is not None:
+        query = _scaled_queries(params, down.query, config)
+    elif params.query is not None:
+        query = jnp.einsum("btd,dhk->bthk", x, _plain(params.query).astype(x.dtype))
     else:
         assert params.query_down is not None and params.query_up is not None
-        down = rms_norm(x @ params.query_down.astype(x.dtype), params.query_norm)
-        query = jnp.einsum("btr,rhk->bthk", down, params.query_up.astype(x.dtype))
+        low = rms_norm(x @ _plain(params.query_down).astype(x.dtype), params.query_norm)
+        query = jnp.einsum("btr,rhk->bthk", low, _plain(params.query_up).astype(x.dtype))
     content, rotary = query[..., : config.content], query[..., config.content :]
     return jnp.concatenate([content, rotate(rotary, positions[..., None])], -1)
 
 
-def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array) -> Latents:
-    both = x @ params.latent_down.astype(x.dtype)
+def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None) -> Latents:
+    both = x @ _plain(params.latent_down).astype(x.dtype) if down is None else down.latent
     latent, rotary = both[..., : config.latent], both[..., config.latent :]
+    if down is not None:
+        rotary = rotary[..., : config.rotary]  # what is kept in 8 bits is padded
     return Latents(rms_norm(latent, params.latent_norm), rotate(rotary, positions))
+
+
+class _Down(NamedTuple):
+    """What the two Linears make that read a layer's tokens: the query, or its low-rank form, and latents."""
+
+    query: jax.Array
+    latent: jax.Array
+
+
+def _scaled_down(params: MLAParams, x: jax.Array) -> _Down:
+    """Tokens are quantised once for both."""
+    first = params.query_down if params.query is None else flatten(params.query)
+    assert first is not None
+    return _Down(*linears(x, first, params.latent_down))
+
+
+def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> jax.Array:
+    """Heads of what `_Down` has."""
+    width = config.content + config.rotary
+    if params.query_up is not None:
+        low = made[..., : config.query_rank]
+        (made,) = linears(rms_norm(low, params.query_norm), flatten(params.query_up))
+    return made[..., : config.heads * width].reshape(*made.shape[:-1], config.heads, width)
+
+
+def _scaled_expansion(params: MLAParams, latent: jax.Array, config: LayerConfig) -> tuple[jax.Array, jax.Array]:
+    """`expand_latents` in FP8: keys and values of all heads by one product, computed again in the backward pass."""
+    made = linears(latent, flatten(params.key_up), flatten(params.value_up))
+    widths = config.content, config.value
+    heads = [y.reshape(*y.shape[:-1], config.heads, width) for y, width in zip(made, widths, strict=True)]
+    keys, values = (checkpoint_name(y, RECOMPUTE) for y in heads)
+    return keys, values
+
+
+def _scaled_out(params: MLAParams, mixed: jax.Array, config: LayerConfig) -> jax.Array:
+    """``[..., H, V] -> [..., D]``.
+
+    The backward pass of attention reads its result, too, so that is kept in its own dtype, and rows in 8 bits are made
+    of it again. DeepSeek keeps it in 12 bits instead, which attention's kernels here do not read.
+    """
+    (y,) = linears(mixed.reshape(*mixed.shape[:-2], -1), flatten(params.out, 2))
+    return y[..., : config.width]

@@ -86,7 +86,7 @@ class DeepSeekModel:
     def stage(self) -> Callable[..., jaxpipe.Output] | jaxpipe.StageKinds:
         """One stage's layers, for stages of several kinds a function of each.
 
-        Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``.
+        Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``; in FP8 ``not_finite``.
         """
         shape = self.arrangement
         rows = (shape.layer_kinds[:1] * shape.slots,) if shape.alike else shape.stage_kinds
@@ -186,6 +186,10 @@ class DeepSeekModel:
         """Choices of experts that the step dropped, beyond the capacity."""
         return aux["dropped"]
 
+    def not_finite_of(self, aux: Any) -> jax.Array | None:
+        """Blocks of numbers of the step's products in FP8 that were not finite; None where no products are in FP8."""
+        return aux.get("not_finite")
+
     def placements(self, params: Any) -> Placement | None:
         """Of the layers with experts; None where these have no redundant slots."""
         if not self.config.redundant:
@@ -247,7 +251,10 @@ class DeepSeekModel:
         else:
             losses, dropped = jnp.zeros((), wide(x.dtype)), jnp.zeros((), jnp.int32)
         y = (x, known) if config.mtp else x
-        return jaxpipe.Output(y, config.balance_factor * losses, {"loads": loads, "dropped": dropped})
+        metrics = {"loads": loads, "dropped": dropped}
+        if config.moe.recipe.arithmetic is not None:
+            metrics["not_finite"] = sum((stats.not_finite for stats in routed.values()), jnp.int32(0))
+        return jaxpipe.Output(y, config.balance_factor * losses, metrics)
 
     def _run_layer(
         self, kind: str, params: Any, slot: int, x: jax.Array, known: jax.Array | None, mask: jax.Array | None

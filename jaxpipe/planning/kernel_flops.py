@@ -15,6 +15,46 @@ FlopsRule = Callable[[Sequence[Any], Sequence[Any]], float]
 """FLOPs of a kernel, of the shapes of its operands and results."""
 
 
+def scaled_rows_flops(operands: Sequence[Any], results: Sequence[Any]) -> float:
+    """FLOPs of rows ``[R, K]`` of 8 bits times matrices ``[G, N, K]``: every row meets one of them.
+
+    >>> import jax
+    >>> shapes = [jax.ShapeDtypeStruct(shape, "float8_e4m3fn") for shape in ((256, 128), (4, 384, 128))]
+    >>> scaled_rows_flops(shapes, [jax.ShapeDtypeStruct((256, 384), "bfloat16")]) == 2 * 256 * 128 * 384
+    True
+    """
+    del results
+    rows, matrices = (operand.shape for operand in operands if operand.dtype.itemsize == 1)
+    return 2.0 * math.prod(rows) * matrices[1]
+
+
+def scaled_outer_flops(operands: Sequence[Any], results: Sequence[Any]) -> float:
+    """FLOPs of the weight gradients of columns of 8 bits, ``[K, R]`` and ``[N, R]``."""
+    del results
+    left, right = (operand.shape for operand in operands if operand.dtype.itemsize == 1)
+    return 2.0 * math.prod(left) * right[0]
+
+
+def _none(operands: Sequence[Any], results: Sequence[Any]) -> float:
+    """A cast multiplies nothing; its bytes are its time."""
+    del operands, results
+    return 0.0
+
+
+SCALED: Mapping[str, FlopsRule] = {
+    "scaled_rows": scaled_rows_flops,
+    "scaled_outer": scaled_outer_flops,
+    **dict.fromkeys(
+        (
+            "quantise", "quantise_rows", "quantise_weights", "columns_of", "scaled_gate", "scaled_gate_backward",
+            "copy_rows", "add_rows", "gated_backward",
+        ),
+        _none,
+    ),
+}  # fmt: skip
+"""Kernels of `eplb_jax` for numbers of 8 bits, and for rows that move, by name."""
+
+
 def kernel_name(eqn: JaxprEqn) -> str:
     """The name of the kernel that an equation runs: its own, or that of the primitive."""
     params = eqn.params
@@ -24,13 +64,16 @@ def kernel_name(eqn: JaxprEqn) -> str:
 def kernel_flops(eqn: JaxprEqn, rules: Mapping[str, FlopsRule]) -> float | None:
     """FLOPs of a kernel, or None where nothing is known of it.
 
-    The first of these that there is: a rule of its name, its own estimate, attention's and a grouped product's shapes.
+    The first of these that there is: a rule of its name, a product's or a cast's of numbers of 8 bits, its own
+    estimate, attention's and a grouped product's shapes.
     """
     name = kernel_name(eqn)
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     results: list[Any] = [var.aval for var in eqn.outvars]
     if name in rules:
         return float(rules[name](operands, results))
+    if name in SCALED:
+        return SCALED[name](operands, results)
     estimate = eqn.params.get("cost_estimate")
     if estimate is not None:
         return float(estimate.flops)

@@ -63,7 +63,8 @@ class _Graph:
         if name in ("scan", "while"):
             inner, aliases = self._loop(eqn, ins)
         elif name == "cond":
-            inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in eqn.params["branches"])
+            branches = eqn.params["branches"] if self.cpu else for_gpus(eqn)
+            inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in branches)
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
@@ -309,6 +310,13 @@ def inline(
         else:
             emit(eqn, ins, outs, inner)
     return [read(atom) for atom in jaxpr.outvars]
+
+
+def for_gpus(eqn: JaxprEqn) -> Sequence[ClosedJaxpr]:
+    """The branches of a conditional that may run on a GPU of NVIDIA's: all, unless they are for platforms."""
+    branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms") or ()
+    found = [branch for branch, names in zip(branches, platforms, strict=False) if names and "cuda" in names]
+    return found or branches
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:

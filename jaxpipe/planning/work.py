@@ -30,7 +30,7 @@ from jaxpipe._jax import (
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
-from jaxpipe.planning.liveness import inline
+from jaxpipe.planning.liveness import for_gpus, inline
 from jaxpipe.planning.mesh import Network
 from jaxpipe.stage.flops import eqn_flops
 
@@ -264,7 +264,7 @@ class _Collector:
         params = op.eqn.params
         if op.name == "cond":
             options = []
-            for branch in params["branches"]:
+            for branch in for_gpus(op.eqn):
                 other = _Collector(self.divided, self.rules, self.axis)
                 other.piece(branch.jaxpr, op.path, op.label, times, in_loop=True)
                 options.append(other)

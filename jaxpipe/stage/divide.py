@@ -160,7 +160,9 @@ def count_heavy(nodes: Sequence[Node]) -> int:
 
 def _cut_down(node: Node, values: set[Value]) -> Node:
     """The part of a scan or conditional that makes values; other nodes as they are."""
-    return divide((node,), values, ()).first[0] if _divisible(node) else node
+    if not _divisible(node):
+        return node
+    return dataclasses.replace(divide((node,), values, ()).first[0], recompute=node.recompute)
 
 
 def _divisible(node: Node) -> bool:
@@ -168,7 +170,7 @@ def _divisible(node: Node) -> bool:
 
 
 def _light(node: Node) -> bool:
-    if _divisible(node):
+    if _divisible(node) and not node.recompute:
         return all(_light(inner) for body in node.bodies for inner in body)
     return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 

@@ -13,6 +13,7 @@ from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -76,7 +77,7 @@ def split_stage(
     chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
     traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
     forward = _read_forward(traced, len(jax.tree.leaves(params)))
-    backward = _read_backward(traced, forward)
+    backward, forward = _read_backward(traced, forward)
 
     divided = _divide_backward(backward)
     halves = _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
@@ -168,18 +169,23 @@ def _read_forward(traced: Traced, num_params: int) -> _Forward:
     return _Forward(params, arguments, graph.outputs[:num_outputs], graph.outputs[num_outputs:], once, rest, known)
 
 
-def _read_backward(traced: Traced, forward: _Forward) -> _Backward:
-    """The backward that reads the forward's own values; what these are made of can then be computed again."""
+def _read_backward(traced: Traced, forward: _Forward) -> tuple[_Backward, _Forward]:
+    """The backward that reads the forward's own values; what these are made of can then be computed again.
+
+    What only the backward makes of parameters, and once a step, becomes a part of the forward that does so.
+    """
     graph = traced.backward
     cotangents = graph.inputs[len(forward.residuals) :]
     alias = dict(zip(graph.inputs, forward.residuals, strict=False))
     nodes = without_repeated(graph.nodes, traced.forward.nodes, cotangents)
     once = [node for node in forward.once if all(out in forward.known for out in node.outs)]
     nodes = eliminate_common_subexpressions(nodes, once, set(forward.known), alias)
+    nodes, more, known = read_quantised(nodes, forward.once, forward.known, alias, graph.outputs)
+    forward = forward._replace(once=(*forward.once, *more), known=known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     nodes = read_known(nodes, forward.rest, forward.known, set(outputs))
     assert len(outputs) == traced.num_params + traced.num_x
-    return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :])
+    return _Backward(nodes, cotangents, outputs[: traced.num_params], outputs[traced.num_params :]), forward
 
 
 def _divide_backward(backward: _Backward) -> Parts:

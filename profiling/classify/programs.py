@@ -63,8 +63,11 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^(while|conditional|cond|call)([.\d]|$|\.clone)", "control flow", "control", "hlo_op"),
     Rule(r"grouped_(rows|outer|gemm)|ragged_dot|m_grouped", "grouped GEMM", "compute", "kernel"),
     Rule(r"grouped_(rows|outer|gemm)|ragged[-_]dot", "grouped GEMM", "compute", "hlo_op"),
+    # Products of numbers of 8 bits, grouped and dense, before them what makes these numbers.
+    Rule(r"^scaled_(rows|outer)", "FP8 GEMM", "compute", "kernel"),
+    Rule(r"^(quantise|columns_of)", "quantization", "compute", "kernel"),
     Rule(r"(copy|add)_rows", "permute", "compute", "kernel"),
-    Rule(r"gated_backward", "SwiGLU", "compute", "kernel"),
+    Rule(r"gated_backward|^scaled_gate", "SwiGLU", "compute", "kernel"),
     Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute", "kernel"),
     Rule(r"gemm|nvjet|cublas|cutlass|wgmma|splitKreduce", "GEMM", "compute", "kernel"),
     Rule(r"gemm|^dot|_dot\b|dot_general|_dot_|matmul|cublas", "GEMM", "compute", "hlo_op"),

@@ -46,7 +46,7 @@ def make_decode(sizes: Sizes, mesh: Mesh) -> Callable[..., Any]:
     body = jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(layer_specs(sizes), P(AXIS), P(AXIS), P(AXIS)),
+        in_specs=(layer_specs(sizes, "decode"), P(AXIS), P(AXIS), P(AXIS)),
         out_specs=(P(AXIS), P(AXIS), P()),
     )
     return jax.jit(body, donate_argnums=2)

@@ -59,7 +59,7 @@ def make_prefill(sizes: Sizes, mesh: Mesh, *, split_prompts: bool = False) -> Ca
     body = jax.shard_map(
         device,
         mesh=mesh,
-        in_specs=(layer_specs(sizes), P(AXIS)),
+        in_specs=(layer_specs(sizes, "prefill"), P(AXIS)),
         out_specs=(P(AXIS), P(AXIS), P()),
     )
     return jax.jit(body)

@@ -59,15 +59,28 @@ def make_mesh(devices: int | None = None) -> Mesh:
 
 
 def prepare(
-    workload: str, sizes: Sizes, mesh: Mesh, dtype: Any, *, pairs: int = 2, split_prompts: bool = False
+    workload: str,
+    sizes: Sizes,
+    mesh: Mesh,
+    dtype: Any,
+    *,
+    pairs: int = 2,
+    split_prompts: bool = False,
+    precision: str | None = None,
 ) -> tuple[Callable[..., Any], tuple[Any, ...]]:
     """A workload's jitted function and its arguments on the mesh.
+
+    Args:
+      workload, sizes, mesh, dtype, pairs, split_prompts: see `run`.
+      precision: "bf16" or "fp8", of all Linears and experts; None: what ``sizes`` has. In FP8 training quantises its
+        matrices once a call, inference is given matrices in 8 bits.
 
     Raises:
       ValueError: an unknown workload; see also `init_layers` and the workload's own.
     """
     if workload not in WORKLOADS:
         raise ValueError(f"workload={workload!r}: choose one of {', '.join(WORKLOADS)}")
+    sizes = sizes if precision is None else sizes.in_precision(precision)
     devices = mesh.devices.size
     layers = init_layers(jax.random.key(0), sizes, workload, mesh, dtype)
 
@@ -102,6 +115,7 @@ def run(
     calls: int = 2,
     pairs: int = 2,
     split_prompts: bool = False,
+    precision: str | None = None,
 ) -> Ran:
     """Compiles a workload, warms it up, and profiles some calls of it.
 
@@ -114,12 +128,14 @@ def run(
       calls: how many calls are profiled.
       pairs: of a training call; see `make_train`.
       split_prompts: of prefill; see `make_prefill`.
+      precision: see `prepare`.
 
     Raises:
       ValueError: see `prepare`.
     """
     mesh = make_mesh() if mesh is None else mesh
-    function, arguments = prepare(workload, sizes, mesh, dtype, pairs=pairs, split_prompts=split_prompts)
+    options = {"pairs": pairs, "split_prompts": split_prompts, "precision": precision}
+    function, arguments = prepare(workload, sizes, mesh, dtype, **options)
     compiled = function.lower(*arguments).compile()
     folder = pathlib.Path(folder)
     shutil.rmtree(folder, ignore_errors=True)

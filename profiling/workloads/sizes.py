@@ -56,7 +56,7 @@ def _published(name: str) -> Sizes:
     model = MODELS[name]
     layer: dict[str, Any] = {field.name: getattr(model, field.name) for field in dataclasses.fields(LayerConfig)}
     router = dataclasses.replace(model.moe.router, balanced=True)
-    layer["moe"] = dataclasses.replace(model.moe, router=router, fp8=False)
+    layer["moe"] = dataclasses.replace(model.moe, router=router, fp8=False, precision="bf16")
     return Sizes(**layer)
 
 

@@ -1,5 +1,7 @@
 """The pretraining example's step: equal to the plain program under every schedule, skipping, rebalancing."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -9,9 +11,9 @@ from jax.sharding import PartitionSpec as P
 
 from tests.examples.sizes import SMALL, make_batch, small  # first: it makes the example importable
 
-from pretraining import trainer  # isort: skip
+from pretraining import flags, trainer  # isort: skip
 import jaxpipe
-from jaxpipe.deepseek import build_model
+from jaxpipe.deepseek import MODELS, build_model
 from jaxpipe.schedule.registry import BUILDERS
 
 KEY = jax.random.key(0)
@@ -190,3 +192,47 @@ def _is_params(node):
 def _eager(config):
     """Rebalances however little it gains."""
     return type(config)(config.num_replicas, config.num_groups, config.num_nodes, config.num_gpus, config.interval, 0.0)
+
+
+def test_moments_in_bfloat16_change_with_every_step():
+    """Against float32 moments: near, computed with in float32; a b2 whose changes would be rounded away is refused."""
+    gradients = [jax.random.normal(jax.random.key(i), (64,)) for i in range(20)]
+    found = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        adam = trainer.stored_as(optax.scale_by_adam(0.9, 0.95), dtype)
+        state = adam.init(gradients[0])
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            for gradient in gradients:
+                updates, state = adam.update(gradient, state)
+        assert {leaf.dtype for leaf in jax.tree.leaves(state) if leaf.ndim} == {jnp.dtype(dtype)}
+        assert updates.dtype == jnp.float32
+        found[dtype] = updates
+    np.testing.assert_allclose(found[jnp.bfloat16], found[jnp.float32], rtol=0.05, atol=0.02)
+    model = build_model(small(moments="bfloat16"), jaxpipe.schedule.build("gpipe", 1, 1), 0, abstract=True)
+    with pytest.raises(ValueError, match=r"b2=0\.999 with moments in bfloat16.*take b2=0\.98 or less"):
+        trainer.make_optimizer(trainer.TrainConfig(steps=1, b2=0.999), model)
+
+
+def test_flags_of_precision_and_moments():
+    parse = flags.train_parser().parse_args
+    given = parse(["--config", "tiny-128", "--precision", "fp8", "--moments", "bfloat16"])
+    config = flags.sized_config(given, 2)
+    assert (config.precision, config.moe.precision, config.moments) == ("fp8", "fp8", "bfloat16")
+    assert flags.sized_config(parse([]), 2).precision == "bf16"
+    with pytest.raises(ValueError, match=r"--config tiny --precision fp8: fp8 needs width to be a multiple of 128"):
+        flags.sized_config(parse(["--precision", "fp8"]), 2)
+
+
+@pytest.mark.slow
+def test_fp8_learns_as_bfloat16s_place_does():
+    """A tiny model on the CPU: losses of a few steps within two percent, blocks that are not finite counted."""
+    config = dataclasses.replace(MODELS["tiny-128"], layers=2, sequence=32, redundant=0)
+    curves = []
+    for precision in ("bf16", "fp8"):
+        tested = config.in_precision(precision)
+        _, _, state, step, _, _ = setup(None, 1, 1, config=tested, microbatches=1)
+        _, metrics = run(step, state, 12, tested)
+        curves.append([float(each["loss"]) for each in metrics])
+        assert ("not_finite_blocks" in metrics[0]) == (precision == "fp8")
+    assert int(metrics[-1]["not_finite_blocks"]) == 0 and curves[1][-1] < curves[1][0]
+    np.testing.assert_allclose(curves[1], curves[0], rtol=2e-2)
