@@ -89,7 +89,7 @@ def split_stage(
     weight = tuple(value for value in kept if value in for_second)
     inputs = tuple(value for value in kept if value in for_first and value not in for_second)
     rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
-    rows = {node.outs[0]: node for node in forward.once if node.row is not None}
+    rows = {node.outs[0]: node for node in forward.once if node.row is not None and node.outs[0] in forward.known}
     rest = _with_rows(rows, rest, forward.outputs)
     first, second = (half._replace(nodes=_with_rows(rows, half.nodes, half.results)) for half in (first, second))
     used = (_reads(rest, forward.outputs) | first.reads() | second.reads()) - rows.keys()

@@ -9,7 +9,9 @@ from eplb_jax.kernels.fp8_linear import scaled_feed_forward, scaled_linear
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.flops import matmul_flops
 
-ROWS, WIDTH, HIDDEN = 256, 128, 640
+ROWS, WIDTH, HIDDEN = 256, 256, 640
+"""Sides of two blocks or more: a product over one block is a loop of one turn, which is opened; its part of the matrix,
+all of it, is then made once besides."""
 
 
 def linear(params, x):
