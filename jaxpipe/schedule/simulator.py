@@ -201,8 +201,8 @@ def simulate(schedule: Schedule, costs: Costs | StageCosts = Costs()) -> Timelin
     """
     if isinstance(costs, StageCosts) and len(costs.stages) != schedule.num_stages:
         raise ValueError(
-            f"StageCosts of {len(costs.stages)} stages for schedule {schedule.name!r} of {schedule.num_stages}: give the "
-            "Costs of each stage"
+            f"StageCosts of {len(costs.stages)} stages for schedule {schedule.name!r} of {schedule.num_stages}: "
+            "give the Costs of each"
         )
     ends: dict[Action, float] = {}
     events: list[list[TimedGroup]] = [[] for _ in schedule.ranks]
