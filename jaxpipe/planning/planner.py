@@ -161,7 +161,8 @@ def plan(
       A `Plan`.
 
     Raises:
-      ValueError: an unknown chip; parameters, batch and pipeline that do not fit together.
+      ValueError: an unknown chip; parameters, batch and pipeline that do not fit together; costs of another number of
+        stages.
 
     >>> import jax, jaxpipe
     >>> from jax.sharding import AbstractMesh, AxisType
