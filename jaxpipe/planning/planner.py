@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from typing import Any
 
 import jax
@@ -16,15 +16,15 @@ from jaxpipe import inputs
 from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
 from jaxpipe.params import Params
-from jaxpipe.planning import chips
+from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
-from jaxpipe.planning.work import DeviceWork, Works, works
+from jaxpipe.planning.work import Works, works
 from jaxpipe.schedule.action import Kind
-from jaxpipe.schedule.simulator import Costs, Timeline, simulate
+from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask
 
 PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
@@ -42,17 +42,19 @@ class Plan:
       mesh: (name, size) of its axes.
       chip: what it runs on.
       memory: bytes of a device, by part.
-      costs: seconds of one stage on one microbatch, by kind of action, and of a message.
+      costs: seconds of one stage on one microbatch, by kind of action, and of a message; where stages differ, those of
+        the longest.
+      stage_costs: the same of each stage, and of the ends.
       embed, head: seconds of a microbatch's embedding and head, with their gradients.
       once: seconds of what is done once a step: copies of parameters, sums of gradients over devices, the update.
-      timeline: the schedule with these costs, without embedding and head.
+      timeline: the schedule with the costs of each stage, and with embedding and head unless all ranks share them.
       seconds: of a step.
       bubble: share of a step in which the rank that is idle longest waits for others.
       flops: of a step on all devices as the model needs them: three times its forward's.
       executed: FLOPs that the devices run, what is computed again included.
       mfu: share of what the chips could do that ``flops`` are.
       uncounted: (kernel, times a step on a device) whose FLOPs no rule knows; their bytes count.
-      work: what is done in one run of each kind of action.
+      work: what is done in one run of each action, by kind of stage.
     """
 
     name: str
@@ -60,6 +62,7 @@ class Plan:
     chip: Chip
     memory: Memory
     costs: Costs
+    stage_costs: StageCosts
     embed: float
     head: float
     once: float
@@ -90,10 +93,16 @@ class Plan:
             "at work": memory.transient,
         }
         kinds = {action.kind for rank in self.timeline.schedule.ranks for group in rank for action in group}
-        times = [f"{kind.value} {self.costs.of(kind) * ms:.3g}" for kind in Kind if kind in kinds]
-        if self.costs.overlapped is not None:
-            times.append(f"F&B {self.costs.overlapped * ms:.3g}")
-        times += [f"message {self.costs.p2p * ms:.3g}", f"embed {self.embed * ms:.3g}", f"head {self.head * ms:.3g}"]
+        ends = [f"message {self.costs.p2p * ms:.3g}", f"embed {self.embed * ms:.3g}", f"head {self.head * ms:.3g}"]
+        stages: dict[Costs, list[int]] = {}
+        for stage, costs in enumerate(self.stage_costs.stages):
+            stages.setdefault(costs, []).append(stage)
+        runs = {numbers[0]: _times(costs, kinds) for costs, numbers in stages.items()}
+        if len(stages) == 1:
+            one_run = ["  one run: " + ", ".join([*runs[0], *ends])]
+        else:
+            rows = [f"{_stages_text(numbers)}: {', '.join(runs[numbers[0]])}" for numbers in stages.values()]
+            one_run = [f"  one run of {row}" for row in rows] + ["  " + ", ".join(ends)]
         devices = math.prod(size for _, size in self.mesh)
         lines = [
             f"{self.name} on {devices} {self.chip.name}, mesh {dict(self.mesh)}",
@@ -101,7 +110,7 @@ class Plan:
             + ("" if self.fits else ": TOO MUCH"),
             "  " + ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items()),
             f"time of a step, ms: {self.seconds * ms:.4g}, {self.once * ms:.3g} of it once; bubble {self.bubble:.1%}",
-            "  one run: " + ", ".join(times),
+            *one_run,
             f"FLOPs of a step: {self.flops:.3g}, executed {self.executed:.3g}; MFU {self.mfu:.1%}",
         ]
         lines += [f"not counted: {name}, {times:.0f} times a step on a device" for name, times in self.uncounted]
@@ -117,7 +126,7 @@ def plan(
     optimizer: Any = None,
     rng: Any = None,
     step_inputs: Any = None,
-    costs: Costs | None = None,
+    costs: Costs | StageCosts | None = None,
     achieved: Achieved = PROGRAMS,
     devices_per_node: int = 8,
     kernels: Mapping[str, FlopsRule] | None = None,
@@ -128,7 +137,8 @@ def plan(
     The step is traced for its mesh, which may be a `jax.sharding.AbstractMesh`, and nothing is made or compiled.
     Times of actions follow from what is traced: of each kernel its matrix products or the bytes that it moves,
     whichever takes longer, and of collectives the bytes on the slowest link. `jaxpipe.schedule.simulate` turns them
-    into the step's; embedding and head, which nothing hides, are added on the rank that has most of them.
+    into the step's, each stage's and those of embedding and head on the ranks that run them. Where all ranks run
+    embedding and head together, nothing hides them, and they are added.
 
     A mesh of CPU devices stands for one of chips, so that a program can be planned where it is tested.
 
@@ -139,7 +149,8 @@ def plan(
       optimizer: an optax transformation, or its state as arrays or shapes; None: nothing is updated.
       rng: the key that the pipeline is called with, or its shape; None: without one.
       step_inputs: those that the pipeline is called with, or their shapes.
-      costs: seconds that were measured, in place of those worked out here.
+      costs: seconds that were measured, in place of those worked out here: of all stages alike, or of each stage and
+        of the ends.
       achieved: which shares of the chip's best its kernels and links reach.
       devices_per_node: devices with fast links to each other; they are numbered in the order of the mesh's axes.
       kernels: FLOPs of kernels, by name, as functions of the shapes of operands and results. Known are products,
@@ -150,7 +161,8 @@ def plan(
       A `Plan`.
 
     Raises:
-      ValueError: an unknown chip; parameters, batch and pipeline that do not fit together.
+      ValueError: an unknown chip; parameters, batch and pipeline that do not fit together; costs of another number of
+        stages.
 
     >>> import jax, jaxpipe
     >>> from jax.sharding import AbstractMesh, AxisType
@@ -178,7 +190,7 @@ def plan(
     body, sizes = mapped.params["jaxpr"], dict(pipeline.mesh.shape)
     shardings = _shardings(pipeline, params)
     divided = _divided(pipeline, closed.jaxpr)
-    found = works(body, divided, kernels or {}, pipeline.axes.pipeline)
+    found = works(body, divided, kernels or {}, pipeline.axes.pipeline, pipeline.program, pipeline.model.kind_of)
     memory = dataclasses.replace(
         body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
@@ -186,7 +198,7 @@ def plan(
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
-    spent = costs or _costs(found, chip, achieved, network, pipeline.axes.pipeline)
+    spent = timing.stage_costs(pipeline, found, costs, chip, achieved, network)
     frozen = _some_frozen(pipeline, params)
     return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen)
 
@@ -195,7 +207,7 @@ def _plan(
     pipeline: Pipeline,
     memory: Memory,
     found: Works,
-    costs: Costs,
+    costs: StageCosts,
     chip: Chip,
     achieved: Achieved,
     network: Network,
@@ -203,140 +215,56 @@ def _plan(
     updated: bool,
     frozen: bool,
 ) -> Plan:
-    """The plan, of a step's work and the costs of its actions.
+    """The plan, of a step's work and the costs of each stage.
 
     ``updated``: whether an optimizer updates the state; ``frozen``: whether some floating parameters have no gradient.
     """
-    seconds = {
-        letter: work.compute(chip, achieved) + work.communicate(network) for letter, work in found.actions.items()
-    }
-    embed, head = sum(seconds.get(letter, 0.0) for letter in "EG"), seconds.get("H", 0.0)
     once = found.once.compute(chip, achieved) + found.once.communicate(network)
     if updated:  # all state is read and written
         once += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
-    timeline = _timeline(pipeline, costs)
-    runs = _runs(pipeline, timeline)
-    # Nothing hides the work of embedding and head on the rank that has most of it.
-    ends = max(counts.get("E", 0) * embed + counts.get("H", 0) * head for counts in runs)
-    total = timeline.makespan + ends + once
+    timeline = timing.timeline(pipeline, costs)
+    runs = timing.count_runs(pipeline, found, timeline)
+    total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once
     others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
-    flops, executed = _step_flops(pipeline, found, runs, others, frozen=frozen)
+    flops, executed = timing.step_flops(pipeline, found, runs, others, frozen=frozen)
     return Plan(
         name=pipeline.__name__,
         mesh=network.axes,
         chip=chip,
         memory=memory,
-        costs=costs,
-        embed=embed,
-        head=head,
+        costs=timing.longest(costs),
+        stage_costs=costs,
+        embed=costs.embed + costs.embed_grad,
+        head=costs.head,
         once=once,
         timeline=timeline,
         seconds=total,
         bubble=max(timeline.bubble) / total if total else 0.0,
         flops=flops,
         executed=executed,
-        mfu=flops / total / (_best_rate(found, chip) * others * len(runs)) if total else 0.0,
-        uncounted=_uncounted(found, runs),
+        mfu=flops / total / (timing.best_rate(found, chip) * others * len(runs)) if total else 0.0,
+        uncounted=timing.uncounted(found, runs),
         work=found,
     )
 
 
-def _timeline(pipeline: Pipeline, costs: Costs) -> Timeline:
-    """The schedule with these costs, of a forward pass its forwards alone."""
-    schedule = pipeline.program.schedule
-    return simulate(_forwards(schedule) if pipeline.program.forward_only else schedule, costs)
+def _times(costs: Costs, kinds: Set[Kind]) -> list[str]:
+    """Milliseconds of each of some actions, and of a pair, as text."""
+    times = [f"{kind.value} {costs.of(kind) * 1e3:.3g}" for kind in Kind if kind in kinds]
+    return times if costs.overlapped is None else [*times, f"F&B {costs.overlapped * 1e3:.3g}"]
 
 
-def _step_flops(
-    pipeline: Pipeline, found: Works, runs: Sequence[Mapping[str, int]], others: int, *, frozen: bool
-) -> tuple[float, float]:
-    """(FLOPs of a step on all devices as the model needs them, those that the devices run).
+def _stages_text(stages: Sequence[int]) -> str:
+    """Stages in ascending order, in few words.
 
-    Args:
-      pipeline: gives who runs the ends.
-      found: the work of one run of each kind of action.
-      runs: how often each rank runs each.
-      others: devices that do what a rank does, each on its part.
-      frozen: whether some floating parameters have no gradient.
+    >>> _stages_text([0, 1, 2, 5]), _stages_text([3])
+    ('stages 0-2, 5', 'stage 3')
     """
-    # Backward takes two products for each of forward; a head computes both at once.
-    factors = {"F": 1, "E": 1, "H": 1} if pipeline.program.forward_only else {"F": 3, "E": 3, "H": 1}
-    if frozen:  # one product of these two, and what else the backward has is all that the model needs
-        factors = dict.fromkeys("FEHBIWG", 1)
-    executed = flops = 0.0
-    for counts in runs:
-        for letter, count in counts.items():
-            work = found.actions.get(letter, DeviceWork())
-            executed += count * work.flops * others
-            if pipeline.program.shared_ends and letter in "EH":  # all ranks run the same one together
-                flops += count / len(runs) * factors[letter] * work.model_flops(len(runs)) * others
-            else:
-                flops += count * factors.get(letter, 0) * work.model_flops() * others
-    return flops, executed
-
-
-def _uncounted(found: Works, runs: Sequence[Mapping[str, int]]) -> tuple[tuple[str, float], ...]:
-    """(kernel whose FLOPs no rule knows, times a step on the device that runs it most)."""
-    uncounted: dict[str, float] = {}
-    for counts in runs:
-        for letter, count in counts.items():
-            for name, times in found.actions.get(letter, DeviceWork()).unknown:
-                uncounted[name] = max(uncounted.get(name, 0.0), count * times)
-    return tuple(uncounted.items())
-
-
-def _best_rate(found: Works, chip: Chip) -> float:
-    """FLOP/s of what multiplies in most of the kernels."""
-    units = [kernel.unit for work in found.actions.values() for kernel in work.kernels if kernel.unit]
-    return chip.flops(max(sorted(set(units)), key=units.count)) if units else chip.bf16
-
-
-def _costs(found: Works, chip: Chip, achieved: Achieved, network: Network, axis: str) -> Costs:
-    """Seconds of each kind of action.
-
-    A forward and a backward that overlap take as long as their kernels or their collectives, whichever is longer;
-    other actions take the sum of both.
-    """
-    compute = {letter: work.compute(chip, achieved) for letter, work in found.actions.items()}
-    moves = {letter: work.communicate(network) for letter, work in found.actions.items()}
-    total = {letter: compute[letter] + moves[letter] for letter in compute}
-    pair = None
-    if "B" in total:
-        pair = max(compute["F"] + compute["B"], moves["F"] + moves["B"])
-    # A schedule whose backward is always whole has no halves; then W is nothing of it.
-    return Costs(
-        forward=total["F"],
-        backward_input=total.get("I", total.get("B", 0.0)),
-        weight=total.get("W", 0.0),
-        backward=total.get("B"),
-        overlapped=pair,
-        p2p=sum(network.seconds("permute", [axis], size) for size in found.boundary),
-    )
-
-
-def _forwards(schedule: Any) -> Any:
-    """The schedule's forwards alone."""
-    ranks = tuple(
-        tuple(group for group in (tuple(a for a in group if a.kind is Kind.F) for group in groups) if group)
-        for groups in schedule.ranks
-    )
-    return dataclasses.replace(schedule, ranks=ranks)
-
-
-def _runs(pipeline: Pipeline, timeline: Timeline) -> list[dict[str, int]]:
-    """How often each rank runs each kind of action, the embedding E, its gradient G and the head H."""
-    schedule, shared = pipeline.program.schedule, pipeline.program.shared_ends
-    runs: list[dict[str, int]] = [{} for _ in range(schedule.num_ranks)]
-    for rank, events in enumerate(timeline.events):
-        for event in events:
-            for action in event.group:
-                runs[rank][action.kind.value] = runs[rank].get(action.kind.value, 0) + 1
-    for microbatch in range(schedule.num_microbatches):
-        for letter, stage in (("E", 0), ("G", 0), ("H", schedule.num_stages - 1)):
-            holders = range(schedule.num_ranks) if shared else [schedule.rank_of(stage, microbatch)]
-            for rank in holders:
-                runs[rank][letter] = runs[rank].get(letter, 0) + 1
-    return runs
+    runs: list[list[int]] = []
+    for stage in stages:
+        runs[-1:] = [[*runs[-1], stage]] if runs and stage == runs[-1][-1] + 1 else [*runs[-1:], [stage]]
+    texts = [str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs]
+    return f"stage{'s' * (len(stages) > 1)} {', '.join(texts)}"
 
 
 def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:

@@ -32,6 +32,8 @@ from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 from jaxpipe.planning.liveness import for_gpus, inline
 from jaxpipe.planning.mesh import Network
+from jaxpipe.runtime.program import Program
+from jaxpipe.schedule.action import Kind
 from jaxpipe.stage.flops import eqn_flops
 
 RECOMPUTED = "rematted_computation"
@@ -44,7 +46,11 @@ _ENDS = frozenset({"prepare", "reduce"})
 _SCALARS = 256
 """Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
 
-_ACTION = re.compile(r"(?:^|/)(branch_\d+(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
+_ACTION = re.compile(r"(?:^|/)(branch_(\d+)(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
+
+
+_OF_STAGES = frozenset(kind.value for kind in Kind)
+"""Letters of what stages run, beside those of the ends."""
 
 
 class Kernel(NamedTuple):
@@ -134,18 +140,41 @@ class Works:
     """A traced step by action.
 
     Attributes:
-      actions: of one run, by the letter of `jaxpipe.runtime.program.Op`: F, B, I, W, E (embed), H (head with its
-        gradient), G (embed's gradient).
+      kinds: of one run by each kind of stage, by the letter of `jaxpipe.runtime.program.Op`: F, B, I, W.
+      kind_of: of each stage, its kind.
+      ends: of one run: E (embed), H (head with its gradient), G (embed's gradient).
       once: what is done once a step beside them.
       boundary: bytes of each array between stages; empty where nothing is kept in slots.
     """
 
-    actions: Mapping[str, DeviceWork]
+    kinds: tuple[Mapping[str, DeviceWork], ...]
+    kind_of: tuple[int, ...]
+    ends: Mapping[str, DeviceWork]
     once: DeviceWork
     boundary: tuple[int, ...]
 
+    @property
+    def actions(self) -> Mapping[str, DeviceWork]:
+        """One run of each action by letter; of a stage's, that of the kind with most work."""
+        found: dict[str, DeviceWork] = {}
+        for actions in (*self.kinds, self.ends):
+            for letter, work in actions.items():
+                found[letter] = _fuller(found.get(letter), work)
+        return found
 
-def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis: str) -> Works:
+    def of(self, letter: str, kind: int) -> DeviceWork:
+        """One run of an action of a kind of stage, or of an end."""
+        return self.kinds[kind].get(letter) or self.ends.get(letter) or DeviceWork()
+
+
+def works(
+    body: Jaxpr,
+    divided: Divided,
+    kernels: Mapping[str, FlopsRule],
+    axis: str,
+    program: Program,
+    kind_of: Sequence[int] | None,
+) -> Works:
     """The work in the body of a pipeline's `jax.shard_map`.
 
     Of a conditional within an action the branch with most work counts; of a divided one, in each half by itself.
@@ -155,20 +184,29 @@ def works(body: Jaxpr, divided: Divided, kernels: Mapping[str, FlopsRule], axis:
       divided: its values over the compiler's axes.
       kernels: rules by the names of kernels.
       axis: of the pipeline.
+      program: that the body runs.
+      kind_of: of each stage its kind; None: all are of one.
     """
     found = _Collector(divided, kernels, axis)
     found.piece(body, "", "", 1.0)
     once = found.work(())
-    actions: dict[str, DeviceWork] = {}
+    kind_of = tuple(kind_of or (0,) * program.schedule.num_stages)
+    kinds: list[dict[str, DeviceWork]] = [{} for _ in range(max(kind_of) + 1)]
+    ends: dict[str, DeviceWork] = {}
     for label in found.labels:
         match = _ACTION.search(label)
         if match:  # branches of a kind do the same; where one is free of something, the fuller one counts
-            work = found.work([label])
-            kept = actions.setdefault(match[2], work)
-            if (work.flops, work.nbytes) > (kept.flops, kept.nbytes):
-                actions[match[2]] = work
+            branch, letter = program.branches[int(match[2])], match[3]
+            part = next(part for op, part in branch if op.value == letter)
+            into = kinds[program.parts[part][1]] if letter in _OF_STAGES else ends
+            into[letter] = _fuller(into.get(letter), found.work([label]))
     boundary = next((sizes for label, sizes in found.boundaries.items() if label.endswith("/F")), ())
-    return Works(actions, once, tuple(boundary))
+    return Works(tuple(kinds), kind_of, ends, once, tuple(boundary))
+
+
+def _fuller(kept: DeviceWork | None, work: DeviceWork) -> DeviceWork:
+    """That of two with more work, the first of equals."""
+    return work if kept is None or (work.flops, work.nbytes) > (kept.flops, kept.nbytes) else kept
 
 
 class _ScopedOp(NamedTuple):

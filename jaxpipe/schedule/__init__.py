@@ -3,8 +3,8 @@
 What `__all__` names is public; all modules below are internal and may change without notice.
 
 `build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
-that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, and ``draw_`` functions draw that.
-`to_csv` and `from_csv` are PyTorch's notation.
+that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, or `StageCosts` where stages differ,
+and ``draw_`` functions draw that. `to_csv` and `from_csv` are PyTorch's notation.
 """
 
 from jaxpipe.schedule.action import Action, Kind
@@ -20,7 +20,7 @@ from jaxpipe.schedule.csv import from_csv, to_csv
 from jaxpipe.schedule.draw import draw_perfetto, draw_text
 from jaxpipe.schedule.registry import BUILDERS, Builder, build
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulator import Costs, Timeline, simulate
+from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline, simulate
 from jaxpipe.schedule.svg import draw_svg
 
 __all__ = [
@@ -30,6 +30,7 @@ __all__ = [
     "Costs",
     "Kind",
     "Schedule",
+    "StageCosts",
     "Timeline",
     "build",
     "check",

@@ -11,6 +11,12 @@ from jaxpipe.schedule.dependencies import inputs
 from jaxpipe.schedule.schedule import Schedule
 
 
+def _check_time(owner: str, name: str, value: float) -> None:
+    """Raises ValueError unless a time is one."""
+    if not 0 <= value < float("inf"):
+        raise ValueError(f"{owner}({name}={value!r}): a time is a finite number, not negative")
+
+
 @dataclasses.dataclass(frozen=True)
 class Costs:
     """Times of one stage on one microbatch, in any unit.
@@ -32,8 +38,8 @@ class Costs:
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            if value is not None and not 0 <= value < float("inf"):
-                raise ValueError(f"Costs({field.name}={value!r}): a time is a finite number, not negative")
+            if value is not None:
+                _check_time("Costs", field.name, value)
 
     def of(self, kind: Kind) -> float:
         """The time of one action."""
@@ -50,6 +56,78 @@ class Costs:
         if tuple(kinds) == (Kind.F, Kind.B) and self.overlapped is not None:
             return self.overlapped
         return sum(self.of(kind) for kind in kinds)
+
+    @property
+    def pair_share(self) -> float:
+        """What an overlapped F and B take, as a share of both apart.
+
+        >>> Costs(forward=1, backward=2, overlapped=2.25).pair_share
+        0.75
+        """
+        apart = self.forward + self.of(Kind.B)
+        return 1.0 if self.overlapped is None or not apart else self.overlapped / apart
+
+
+@dataclasses.dataclass(frozen=True)
+class StageCosts:
+    """Times of stages that differ, on one microbatch, in any unit.
+
+    The embedding runs right before the first stage's F and its gradient right after that stage's B or I, the head right
+    after the last stage's F; each is on the rank of its stage and overlaps nothing.
+
+    Attributes:
+      stages: ``[num_stages]``, the times of each, without transfers.
+      p2p: latency of a transfer between two ranks.
+      embed, embed_grad, head: times of the ends.
+
+    Raises:
+      ValueError: a time that is not finite or negative; a stage with a latency of its own.
+
+    >>> from jaxpipe.schedule.builders.one_f_one_b import one_f_one_b
+    >>> slow, fast = Costs(3, 3, 3), Costs(1, 1, 1)
+    >>> simulate(one_f_one_b(2, 4), StageCosts((slow, fast), head=2)).bubble
+    (2.0, 18.0)
+    """
+
+    stages: tuple[Costs, ...]
+    p2p: float = 0.0
+    embed: float = 0.0
+    embed_grad: float = 0.0
+    head: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("p2p", "embed", "embed_grad", "head"):
+            _check_time("StageCosts", name, getattr(self, name))
+        for stage, costs in enumerate(self.stages):
+            if costs.p2p:
+                raise ValueError(
+                    f"stage {stage} has p2p={costs.p2p!r}: transfers are the same between all ranks, so pass "
+                    "StageCosts(stages, p2p=...) and leave it out of each stage's Costs"
+                )
+
+    def group(self, group: Group) -> float:
+        """The time of a group of actions that one rank runs together, with the ends that go with them.
+
+        A forward of one stage that overlaps a backward of another is shorter than the two apart by what each would be
+        in a pair of its own stage.
+
+        >>> costs = StageCosts((Costs(2, 2, 2, overlapped=3), Costs(1, 1, 1)))
+        >>> costs.group((Action(0, Kind.F, 4), Action(1, Kind.B, 0)))  # half of 2, and 2
+        3.0
+        """
+        kinds, costs = [action.kind for action in group], [self.stages[action.stage] for action in group]
+        if all(each == costs[0] for each in costs):
+            time = costs[0].group(kinds)
+        else:
+            share = [each.pair_share if kinds == [Kind.F, Kind.B] else 1.0 for each in costs]
+            time = sum(each.of(kind) * part for each, kind, part in zip(costs, kinds, share, strict=True))
+        return time + sum(map(self._ends, group))
+
+    def _ends(self, action: Action) -> float:
+        """The time of the ends that go with an action."""
+        if action.kind is Kind.F:
+            return self.embed * (action.stage == 0) + self.head * (action.stage == len(self.stages) - 1)
+        return self.embed_grad * (action.stage == 0 and action.kind is not Kind.W)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,12 +146,12 @@ class Timeline:
 
     Attributes:
       schedule: what was simulated.
-      costs: with which times.
+      costs: with which times, the same for all stages or each stage's.
       events: ``[num_ranks][groups]``.
     """
 
     schedule: Schedule
-    costs: Costs
+    costs: Costs | StageCosts
     events: tuple[tuple[TimedGroup, ...], ...]
 
     @property
@@ -107,16 +185,25 @@ class Timeline:
         return tuple(_peak(groups, (Kind.I,), (Kind.W,)) for groups in self.schedule.ranks)
 
 
-def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
+def simulate(schedule: Schedule, costs: Costs | StageCosts = Costs()) -> Timeline:
     """Runs each rank's groups in order, each as soon as its inputs have arrived.
 
+    Args:
+      schedule: what each rank runs.
+      costs: how long it takes: `Costs` where stages are alike, `StageCosts` where they differ.
+
     Raises:
-      ValueError: the schedule deadlocks; `jaxpipe.schedule.check` shows where.
+      ValueError: the schedule deadlocks; `jaxpipe.schedule.check` shows where. Costs of another number of stages.
 
     >>> from jaxpipe.schedule.builders.dualpipe import dualpipe
     >>> simulate(dualpipe(8, 20)).bubble[0], simulate(dualpipe(8, 20)).peak_live[0]
     (6.0, 9)
     """
+    if isinstance(costs, StageCosts) and len(costs.stages) != schedule.num_stages:
+        raise ValueError(
+            f"StageCosts of {len(costs.stages)} stages for schedule {schedule.name!r} of {schedule.num_stages}: "
+            "give the Costs of each"
+        )
     ends: dict[Action, float] = {}
     events: list[list[TimedGroup]] = [[] for _ in schedule.ranks]
     progress = True
@@ -128,7 +215,7 @@ def simulate(schedule: Schedule, costs: Costs = Costs()) -> Timeline:
                 if arrival is None:
                     break
                 start = max(arrival, events[rank][-1].end if events[rank] else 0.0)
-                end = start + costs.group([action.kind for action in group])
+                end = start + _duration(costs, group)
                 ends.update((action, end) for action in group)
                 events[rank].append(TimedGroup(rank, start, end, group))
                 progress = True
@@ -165,7 +252,13 @@ def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> flo
     return forms[name]
 
 
-def _arrival(schedule: Schedule, costs: Costs, ends: dict[Action, float], rank: int, group: Group) -> float | None:
+def _duration(costs: Costs | StageCosts, group: Group) -> float:
+    return costs.group(group) if isinstance(costs, StageCosts) else costs.group([action.kind for action in group])
+
+
+def _arrival(
+    schedule: Schedule, costs: Costs | StageCosts, ends: dict[Action, float], rank: int, group: Group
+) -> float | None:
     """When the last input of a group from outside it is there; None while one has not run."""
     latest = 0.0
     for action in group:

@@ -109,7 +109,7 @@ def test_the_largest_model_is_planned_without_devices():
     assert row.seconds < 40  # 51 where all ranks compute dense layers and multi-token prediction, in embed and head
     assert 20e9 < row.memory.arguments + row.memory.gradients < 25e9
     assert row.memory.total < 80e9
-    assert 0.05 < row.mfu < 0.6 and 0 < row.bubble < 0.5
+    assert 0.05 < row.mfu < 0.6 and 0.5 < row.bubble < 0.8  # the rank of dense layers waits for experts elsewhere
 
 
 def test_all_schedules_side_by_side_and_those_that_do_not_exist():

@@ -134,17 +134,20 @@ def test_memory_is_that_of_the_compiled_program(name, axis):
 
 @pytest.mark.parametrize("name", ["1f1b", "gpipe"])
 def test_bubble_is_the_simulations(name):
-    """Messages that take no time leave the published form."""
+    """Messages that take no time leave the published form, and the head what the others wait for it."""
     fast = dataclasses.replace(CHIPS["H100"], interconnect=1e30, internode=1e29, latency_us=0.0)
     found = planned(name, chip=fast)
-    assert found.costs.p2p < 1e-15 and found.timeline == simulate(found.timeline.schedule, found.costs)
-    assert max(found.timeline.bubble) == pytest.approx(closed_form_bubble(name, 4, found.costs))
+    assert found.costs.p2p < 1e-15 and found.timeline == simulate(found.timeline.schedule, found.stage_costs)
     assert found.bubble == pytest.approx(max(found.timeline.bubble) / found.seconds)
+    alone = simulate(found.timeline.schedule, dataclasses.replace(found.stage_costs, embed=0.0, head=0.0))
+    assert alone.events == simulate(found.timeline.schedule, found.costs).events
+    assert max(alone.bubble) == pytest.approx(closed_form_bubble(name, 4, found.costs))
 
 
 def test_more_microbatches_leave_a_smaller_bubble():
-    fast = dataclasses.replace(CHIPS["H100"], interconnect=1e30, internode=1e29, latency_us=0.0)
-    bubbles = [planned(microbatches=count, chip=fast).bubble for count in (4, 8, 16, 32)]
+    """Where embedding and head take next to nothing of a stage."""
+    costs = jaxpipe.schedule.Costs(1.0, 1.0, 1.0)
+    bubbles = [planned(microbatches=count, options={"costs": costs}).bubble for count in (4, 8, 16, 32)]
     assert bubbles == sorted(bubbles, reverse=True) and bubbles[-1] < bubbles[0] / 3
 
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpipe.schedule import BUILDERS, Action, Costs, Kind, build, check, interleaved, simulate, zbv
+from jaxpipe.schedule import BUILDERS, Action, Costs, Kind, StageCosts, build, check, interleaved, simulate, zbv
 from jaxpipe.schedule.simulator import closed_form_bubble
 
 CLOSED_FORMS = ["gpipe", "1f1b", "zb1p", "dualpipe", "dualpipev"]
@@ -212,3 +212,62 @@ def test_timelines_respect_the_schedule(name, f, i, w, p2p):
                     ready.append(end + p2p * (at != rank))
             assert event.start == max(ready)
             free = event.end
+
+
+def test_equal_stages_take_what_plain_costs_say():
+    """To the last figure, with pairs that gain and with transfers, on every schedule."""
+    costs = Costs(0.3, 0.7, 0.4, backward=1.3, overlapped=1.1)
+    for name in BUILDERS:
+        schedule = build(name, 4, 12)
+        each = StageCosts((costs,) * schedule.num_stages, p2p=0.1)
+        assert simulate(schedule, each).events == simulate(schedule, dataclasses.replace(costs, p2p=0.1)).events
+
+
+def test_times_of_a_slow_and_a_fast_stage_by_hand():
+    """1F1B: rank 0 never waits for the fast stage but at the start and the end; transfers 0.25."""
+    timeline = simulate(build("1f1b", 2, 3), StageCosts((Costs(2, 3, 1), Costs(1, 1, 1)), p2p=0.25))
+    assert times(timeline, 0) == [
+        ("0F0", 0, 2), ("0F1", 2, 4), ("0B0", 5.5, 9.5), ("0F2", 9.5, 11.5), ("0B1", 11.5, 15.5), ("0B2", 15.5, 19.5),
+    ]  # fmt: skip
+    assert times(timeline, 1) == [
+        ("1F0", 2.25, 3.25), ("1B0", 3.25, 5.25), ("1F1", 5.25, 6.25), ("1B1", 6.25, 8.25), ("1F2", 11.75, 12.75),
+        ("1B2", 12.75, 14.75),
+    ]  # fmt: skip
+    assert timeline.busy == (18, 9) and timeline.bubble == (1.5, 10.5)
+
+
+def test_ends_run_on_the_rank_of_their_stage():
+    """The embedding before 0F, its gradient after 0I and not after 0W, the head after the last F."""
+    schedule = hand_written("0F0 0F1 0I0 0W0 0B1", "1F0 1F1&1B0 1B1")
+    timeline = simulate(schedule, StageCosts((Costs(),) * 2, embed=0.5, embed_grad=0.25, head=4))
+    assert times(timeline, 0) == [
+        ("0F0", 0, 1.5), ("0F1", 1.5, 3), ("0I0", 13.5, 14.75), ("0W0", 14.75, 15.75), ("0B1", 15.75, 18),
+    ]  # fmt: skip
+    assert times(timeline, 1) == [("1F0", 1.5, 6.5), ("1F1&1B0", 6.5, 13.5), ("1B1", 13.5, 15.5)]
+
+
+def test_a_head_that_other_ranks_hide_takes_no_time():
+    """The last stage is as much faster as the head takes: the step is that of equal stages."""
+    schedule = build("1f1b", 4, 16)
+    with_head = StageCosts((*[Costs(4, 4, 4)] * 3, Costs(2, 4, 4)), head=2)
+    assert simulate(schedule, with_head).makespan == simulate(schedule, Costs(4, 4, 4)).makespan
+
+
+def test_pairs_of_two_stages_gain_in_proportion():
+    forward, backward = Costs(2, 2, 2, overlapped=4.5), Costs(1, 2, 1, overlapped=2)
+    costs = StageCosts((forward, backward))
+    pair = Action(0, Kind.F, 1), Action(1, Kind.B, 0)
+    assert costs.group(pair) == 2 * 0.75 + 3 * 0.5
+    assert costs.group((Action(0, Kind.F, 1), Action(0, Kind.B, 0))) == 4.5
+    assert costs.group((Action(1, Kind.F, 1), Action(0, Kind.I, 0))) == 1 + 2
+    free = StageCosts((Costs(0, 0, 0, overlapped=0), backward))
+    assert free.group(pair) == 1.5
+
+
+def test_costs_of_stages_are_checked():
+    with pytest.raises(ValueError, match=r"StageCosts\(head=-1\): a time is a finite number, not negative"):
+        StageCosts((Costs(),), head=-1)
+    with pytest.raises(ValueError, match=r"stage 1 has p2p=2: .*StageCosts\(stages, p2p=...\)"):
+        StageCosts((Costs(), Costs(p2p=2)))
+    with pytest.raises(ValueError, match=r"StageCosts of 3 stages for schedule '1f1b' of 2: give the Costs of each"):
+        simulate(build("1f1b", 2, 2), StageCosts((Costs(),) * 3))
