@@ -56,7 +56,9 @@ def test_help(name, monkeypatch, capsys):
             assert "help" in {keyword.arg for keyword in call.keywords}, ast.unparse(call)
 
 
-@pytest.mark.parametrize("name", RECORDED)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("frozen", "llama"))) for name in RECORDED]
+)
 def test_record(name, monkeypatch, tmp_path, capsys):
     arguments, least = RECORDED[name]
     file = tmp_path / "measured.json"

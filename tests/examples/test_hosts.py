@@ -86,7 +86,7 @@ def test_two_processes_equal_one(two, tmp_path):
     assert "began after 6, ended after 8" in output.getvalue()
 
 
-@pytest.mark.parametrize("killed", [0, 1])
+@pytest.mark.parametrize("killed", [0, pytest.param(1, marks=pytest.mark.slow)])
 def test_when_a_process_is_killed_the_other_says_so_and_the_next_run_goes_on(two, tmp_path, killed):
     processes, output = two("-m", "tests.examples.fake_run", tmp_path, 100_000)
     wait_for(tmp_path / "checkpoints" / "2", processes, output)

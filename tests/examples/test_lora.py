@@ -10,6 +10,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 import lora
 
 
+@pytest.mark.slow
 def test_adapters_learn(capsys):
     """The example itself checks that nothing else has changed."""
     with jax.numpy_dtype_promotion("standard"):

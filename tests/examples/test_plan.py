@@ -20,7 +20,8 @@ from profiling.hlo.hiding import overlap
 from profiling.hlo.topologies import has_cuda
 
 
-@pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["dualpipev", "1f1b"])
 def test_memory_is_that_of_the_compiled_program(name):
     """The tiny model on pp=4 x ep=2: arguments exactly, the whole within 6%."""
     if jax.device_count() < 8:

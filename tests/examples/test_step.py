@@ -118,6 +118,7 @@ def test_steps_that_are_not_finite_change_nothing_and_are_counted():
     assert step._cache_size() == 1
 
 
+@pytest.mark.slow
 def test_rebalancing_moves_copies_and_nothing_else():
     """Other placements, the same losses, nothing compiled again; the balance of the loads seen gets better."""
     needs_devices(4)

@@ -84,7 +84,7 @@ def plain(layers, outer, batch, key):
 
 
 @pytest.mark.parametrize(("name", "ranks", "row"), [
-    ("1f1b", 4, "in turn"),
+    pytest.param("1f1b", 4, "in turn", marks=pytest.mark.slow),
     pytest.param("zb1p", 4, "three kinds", marks=pytest.mark.slow),
     ("zb1p", 4, "dense, then experts"),
     pytest.param("dualpipe", 4, "once more", marks=pytest.mark.slow),

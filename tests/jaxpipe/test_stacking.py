@@ -86,7 +86,7 @@ def test_each_way_of_stacking_has_the_same_mask(x64):
         assert mask.outer == {"table": False}
 
 
-@pytest.mark.parametrize("name", ["dualpipev", pytest.param("1f1b", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", [pytest.param("dualpipev", marks=pytest.mark.slow), "1f1b"])
 def test_adamw_clipped_equals_the_plain_models(x64, name):
     """Clipping, decay and a mask, three steps; gradients of padding are zero, so the global norm is the plain one."""
     pipe, batch = make_pipe(name), make_batch()

@@ -40,7 +40,7 @@ def cosine(found, wanted):
     return found @ wanted / np.sqrt((found @ found) * (wanted @ wanted))
 
 
-@pytest.mark.parametrize("rows", [128, 200])
+@pytest.mark.parametrize("rows", [pytest.param(128, marks=pytest.mark.slow), 200])
 def test_the_three_products_are_those_of_the_quantised_operands(rows):
     x, w, ct = normal(0, rows, 256), normal(1, 256, 384) * jnp.linspace(0.01, 1, 384), normal(2, rows, 384)
     y, pull = jax.vjp(scaled_linear, x, w)
@@ -86,7 +86,7 @@ def test_kept_matrices_give_the_same_and_have_no_gradient():
         jax.grad(lambda x: scaled_linear(x, kept).sum())(x)
 
 
-@pytest.mark.parametrize("hidden", [128, 240])
+@pytest.mark.parametrize("hidden", [pytest.param(128, marks=pytest.mark.slow), 240])
 def test_swiglu_is_near_the_exact_one_and_so_are_its_gradients(hidden):
     x, w_in, w_out = normal(0, 2, 70, 128), normal(1, 128, 2 * hidden) * 0.1, normal(2, hidden, 128) * 0.1
 

@@ -41,7 +41,7 @@ def forced_to(backend):
 
 
 @pytest.mark.parametrize("dtype, shape, copies, sums", [
-    ("bfloat16", (9, 3, 4, 32, 512), COPIES, SUMS),
+    pytest.param("bfloat16", (9, 3, 4, 32, 512), COPIES, SUMS, marks=pytest.mark.slow),
     ("float32", (7, 2, 3, 24, 384), Ring(512, 3, 1, 1), Ring(1024, 2, 1)),
     pytest.param("float16", (2, 1, 2, 24, 512), Ring(512, 5, 2, 3), Ring(1, 3, 2), marks=pytest.mark.slow),
 ])  # fmt: skip

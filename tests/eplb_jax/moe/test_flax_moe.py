@@ -32,7 +32,7 @@ def expected_output(params, x):
     return dense.layer(params, flat, CONFIG, chosen).reshape(x.shape)
 
 
-@pytest.mark.parametrize("redundant", [False, True])
+@pytest.mark.parametrize("redundant", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_nnx_and_linen_are_the_function(x64, redundant):
     placement = random_placement(1, 8, 0) if redundant else None
     module = MoE(CONFIG, nnx.Rngs(0), placement=placement, dtype=jnp.float64)
@@ -191,7 +191,8 @@ def test_remat_and_the_compilers_axes(x64):
     assert_trees_close(grads, expected_grads, rtol=1e-10)
 
 
-@pytest.mark.parametrize("redundant", [pytest.param(False, marks=pytest.mark.slow), True])
+@pytest.mark.slow
+@pytest.mark.parametrize("redundant", [False, True])
 def test_inside_a_dualpipev_stage(x64, redundant):
     """pp=4, ep=2, two microbatches' routing losses included: gradients are the plain program's."""
     if jax.device_count() < 8:

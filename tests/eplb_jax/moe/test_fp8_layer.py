@@ -85,7 +85,10 @@ def on_one_device():
     return run(CONFIG, None, *make("float32"))
 
 
-@pytest.mark.parametrize(("ep", "spare", "exchange"), [(2, 0, "dense"), (8, 8, "dense"), (4, 4, "shifts")])
+@pytest.mark.parametrize(
+    ("ep", "spare", "exchange"),
+    [pytest.param(2, 0, "dense", marks=pytest.mark.slow), (8, 8, "dense"), (4, 4, "shifts")],
+)
 def test_on_several_devices_as_on_one(monkeypatch, ep, spare, exchange):
     """The same numbers are multiplied, whatever carries them and however many copies experts have."""
     monkeypatch.setitem(DISPATCHERS, "shifts", Shifts())

@@ -77,7 +77,7 @@ def random_placement(seed):
     return eplb_jax.Placement.from_phy2log(slots[None], EXPERTS).padded()
 
 
-@pytest.mark.parametrize("kind", ["random", "decided"])
+@pytest.mark.parametrize("kind", [pytest.param("random", marks=pytest.mark.slow), "decided"])
 def test_swaps_change_no_loss_and_compile_nothing(plain, kind):
     expected, expected_moments, _ = plain
     losses, moments, swaps = run({2: random_placement(0), 5: random_placement(1), 8: random_placement(2)}

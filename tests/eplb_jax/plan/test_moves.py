@@ -17,7 +17,7 @@ def drift(weight, seed, share=0.05):
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        ("lognormal", (72, 4, 4, 8)),
+        pytest.param("lognormal", (72, 4, 4, 8), marks=pytest.mark.slow),
         pytest.param("zipf", (80, 8, 2, 16), marks=pytest.mark.slow),
         ("lognormal", (80, 8, 5, 40)),
     ],

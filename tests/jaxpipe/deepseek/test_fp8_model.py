@@ -58,6 +58,7 @@ def test_loss_is_near_that_of_bfloat16s_place():
     assert int(aux["not_finite"]) == 0 and "not_finite" not in plain_aux
 
 
+@pytest.mark.slow
 def test_gradients_of_a_dense_layer():
     """Attention and SwiGLU in FP8 beside the same layer in bfloat16's place."""
     x = jax.random.normal(jax.random.key(1), (2, 64, TINY.width))

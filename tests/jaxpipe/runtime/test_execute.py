@@ -13,29 +13,29 @@ from tests.plain import assert_trees_close, cosine_difference, plain_value_and_g
 
 GRID = [
     ("gpipe", 1, 3),
-    ("gpipe", 2, 8),
+    pytest.param("gpipe", 2, 8, marks=pytest.mark.slow),
     ("gpipe", 4, 4),
     ("1f1b", 1, 1),
     ("1f1b", 2, 4),
-    ("1f1b", 3, 5),
+    pytest.param("1f1b", 3, 5, marks=pytest.mark.slow),
     ("1f1b", 5, 3),
     ("interleaved", 1, 4),
-    ("interleaved", 2, 4),
+    pytest.param("interleaved", 2, 4, marks=pytest.mark.slow),
     ("interleaved", 4, 12),
     ("zb1p", 4, 4),
-    ("zb1p", 4, 8),
+    pytest.param("zb1p", 4, 8, marks=pytest.mark.slow),
     ("zb1p", 8, 16),
     ("zbv", 2, 4),
     ("zbv", 3, 6),
-    ("zbv", 4, 8),
+    pytest.param("zbv", 4, 8, marks=pytest.mark.slow),
     ("dualpipe", 2, 4),
-    ("dualpipe", 4, 8),
+    pytest.param("dualpipe", 4, 8, marks=pytest.mark.slow),
     ("dualpipe", 6, 14),
     pytest.param("dualpipe", 8, 20, marks=pytest.mark.slow),
     ("dualpipev", 1, 2),
     ("dualpipev", 2, 4),
     pytest.param("dualpipev", 3, 6, marks=pytest.mark.slow),
-    ("dualpipev", 4, 10),
+    pytest.param("dualpipev", 4, 10, marks=pytest.mark.slow),
     pytest.param("dualpipev", 3, 10, marks=pytest.mark.slow),
     pytest.param("dualpipev", 8, 18, marks=pytest.mark.slow),
 ]
@@ -97,9 +97,8 @@ def test_deepseek_example_reduced(x64, name, ranks, microbatches):
     deepseek_example(name, ranks, microbatches, 16, 64, 8)
 
 
-@pytest.mark.parametrize(
-    "name, ranks, microbatches", [("dualpipe", 2, 20), pytest.param("dualpipev", 1, 20, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name, ranks, microbatches", [("dualpipe", 2, 20), ("dualpipev", 1, 20)])
 def test_deepseek_example(x64, name, ranks, microbatches):
     """MLP 512-2048-512, microbatches of 3 x 256, as in DeepSeek's repository."""
     deepseek_example(name, ranks, microbatches, 512, 2048, 256)

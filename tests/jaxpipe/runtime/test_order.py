@@ -130,7 +130,7 @@ def test_what_is_in_place_does_not_move(name):
     assert count("model") == (mirrored if name in IN_PLACE else 8)
 
 
-@pytest.mark.parametrize("name", ["interleaved", "zbv", "dualpipe", "dualpipev"])
+@pytest.mark.parametrize("name", ["interleaved", "zbv", pytest.param("dualpipe", marks=pytest.mark.slow), "dualpipev"])
 def test_both_orders_give_the_same_bits(name):
     """bfloat16 copies, tensor parallelism by the compiler, and leaves that are no floating numbers."""
     schedule = jaxpipe.schedule.build(name, 2, 4)

@@ -18,10 +18,10 @@ from tests.plain import assert_trees_close, plain_value_and_grad
 SHARDED = jaxpipe.Params(P("pp"), {"embedding": P("pp"), "scale": P()})
 GRID = [
     pytest.param("gpipe", 2, 4, marks=pytest.mark.slow),
-    ("1f1b", 4, 8),
-    ("interleaved", 4, 8),
+    pytest.param("1f1b", 4, 8, marks=pytest.mark.slow),
+    pytest.param("interleaved", 4, 8, marks=pytest.mark.slow),
     ("zb1p", 4, 8),
-    ("zbv", 4, 8),
+    pytest.param("zbv", 4, 8, marks=pytest.mark.slow),
     ("dualpipe", 4, 8),
     ("dualpipev", 1, 2),
     ("dualpipev", 3, 6),

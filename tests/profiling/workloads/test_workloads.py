@@ -42,7 +42,8 @@ def plain_loss(layers, x, devices):
     return total
 
 
-@pytest.mark.parametrize("devices", [2, pytest.param(4, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4])
 def test_overlapped_pairs_have_the_plain_programs_gradients(devices, x64):
     mesh = mesh_of(devices)
     function, (layers, x) = prepare("train", TINY, mesh, jnp.float64, pairs=2)
@@ -74,7 +75,7 @@ def test_prompts_may_be_split_between_microbatches(devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), caches, caches_split)
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
 def test_a_layer_is_the_block_that_is_trained(devices):
     """The same weights and tokens through `MoEBlock`, every device's tokens by themselves."""
     mesh = mesh_of(devices)
