@@ -4,6 +4,7 @@ import pathlib
 import sys
 
 import jax
+import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
