@@ -124,6 +124,7 @@ def test_all_schedules_side_by_side_and_those_that_do_not_exist():
         planning.plan(SMALL, {"dp": 2})
 
 
+@pytest.mark.slow
 def test_command(capsys):
     planning.main(["--config", "tiny", "--mesh", "pp=2,ep=2", "--schedules", "dualpipev", "--chip", "h100"])
     assert "4 H100, mesh {'pp': 2, 'ep': 2}" in capsys.readouterr().out

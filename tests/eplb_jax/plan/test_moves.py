@@ -17,9 +17,9 @@ def drift(weight, seed, share=0.05):
 @pytest.mark.parametrize(
     ("kind", "sizes"),
     [
-        pytest.param("lognormal", (72, 4, 4, 8), marks=pytest.mark.slow),
+        ("lognormal", (72, 4, 4, 8)),
         pytest.param("zipf", (80, 8, 2, 16), marks=pytest.mark.slow),
-        ("lognormal", (80, 8, 5, 40)),
+        pytest.param("lognormal", (80, 8, 5, 40), marks=pytest.mark.slow),
     ],
     ids=str,
 )

@@ -92,7 +92,7 @@ SLOW = pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "pp", "ep", "changes"),
     [
-        ("1f1b", 2, 2, {"shared_ends": True, "dense_layers": 1, "layers": 3}),
+        pytest.param("1f1b", 2, 2, {"shared_ends": True, "dense_layers": 1, "layers": 3}, marks=SLOW),
         pytest.param("dualpipev", 2, 1, {}, marks=SLOW),
         pytest.param("dualpipev", 2, 2, {"shared_ends": True}, marks=SLOW),
         pytest.param("1f1b", 4, 2, {"shared_ends": True, "remat": "layer"}, marks=SLOW),

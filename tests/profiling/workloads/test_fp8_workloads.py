@@ -35,7 +35,7 @@ def cosine(found, wanted):
     return found @ wanted / np.sqrt((found @ found) * (wanted @ wanted))
 
 
-@pytest.mark.parametrize("workload", ["train", "prefill", "decode"])
+@pytest.mark.parametrize("workload", [pytest.param("train", marks=pytest.mark.slow), "prefill", "decode"])
 def test_results_are_near_those_of_bfloat16(workload):
     ran = {}
     for precision in ("bf16", "fp8"):

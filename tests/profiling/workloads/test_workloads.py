@@ -75,7 +75,8 @@ def test_prompts_may_be_split_between_microbatches(devices):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-4, atol=2e-4), caches, caches_split)
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_a_layer_is_the_block_that_is_trained(devices):
     """The same weights and tokens through `MoEBlock`, every device's tokens by themselves."""
     mesh = mesh_of(devices)
