@@ -57,7 +57,11 @@ def test_help(name, monkeypatch, capsys):
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=[pytest.mark.slow] * (name in ("frozen", "llama"))) for name in RECORDED]
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in ("frozen", "llama", "shared_ends", "fp8_gemm")))
+        for name in RECORDED
+    ],
 )
 def test_record(name, monkeypatch, tmp_path, capsys):
     arguments, least = RECORDED[name]

@@ -96,7 +96,8 @@ def kill_again_and_again(tmp_path, cache, kills):
     return during, [*steps[1:], begin]
 
 
-@pytest.mark.parametrize("kills", [3, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("kills", [3, 20])
 def test_killed_at_any_moment_a_run_continues(tmp_path, cache, kills):
     during, steps = kill_again_and_again(tmp_path, cache, kills)
     print(f"{kills} kills, {during} during a checkpoint's write: every restart found one; steps {steps}")

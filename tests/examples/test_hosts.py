@@ -107,6 +107,7 @@ def numbered(folder):
     return [path.name for path in folder.iterdir() if path.name.isdigit()]
 
 
+@pytest.mark.slow
 def test_sigterm_stops_both_after_the_same_step(two, tmp_path):
     processes, output = two("-m", "tests.examples.fake_run", tmp_path, 100_000)
     wait_for(tmp_path / "checkpoints" / "2", processes, output)

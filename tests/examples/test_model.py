@@ -37,7 +37,7 @@ def test_what_is_computed_again_is_the_same(remat):
     [
         pytest.param("1f1b", 3, False, marks=pytest.mark.slow),
         pytest.param("dualpipe", 2, True, marks=pytest.mark.slow),
-        ("dualpipev", 2, True),
+        pytest.param("dualpipev", 2, True, marks=pytest.mark.slow),
     ],
 )
 def test_initial_parameters_and_their_order_do_not_depend_on_the_schedule(name, ranks, shared_ends):

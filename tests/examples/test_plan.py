@@ -113,6 +113,7 @@ def test_the_largest_model_is_planned_without_devices():
     assert 0.05 < row.mfu < 0.6 and 0.5 < row.bubble < 0.8  # the rank of dense layers waits for experts elsewhere
 
 
+@pytest.mark.slow
 def test_all_schedules_side_by_side_and_those_that_do_not_exist():
     config = dataclasses.replace(SMALL, layers=5)
     found = planning.plan(config, {"pp": 2, "ep": 2}, schedules=["1f1b", "interleaved", "dualpipe"], microbatches=3)

@@ -310,6 +310,7 @@ class Block(nnx.Module):
         return x + self.drop(jnp.tanh(self.linear(x)))
 
 
+@pytest.mark.slow
 def test_dropout_that_holds_its_stream():
     """In stages and in the head; the plain program is the same functions in a loop."""
     stage, stacked = nnx_stages(Block, SCHEDULE, nnx.Rngs(0), num_layers=6)

@@ -78,6 +78,7 @@ def test_it_takes_a_dozen_lines_at_most():
     assert 10 <= inspect.getsource(script).count("# live\n") <= 12
 
 
+@pytest.mark.slow
 def test_rebalancing_changes_arrays_alone(x64):
     """The losses of the run that never rebalances, by one compiled step; biases move as in that run."""
     turns = [dict(turn) for turn in script()]

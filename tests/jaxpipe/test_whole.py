@@ -94,7 +94,7 @@ def plain(loss, batch, parts):
 
 
 @pytest.mark.parametrize(("name", "call"), [
-    ("dualpipev", "loop"),
+    pytest.param("dualpipev", "loop", marks=pytest.mark.slow),
     ("1f1b", "remat"),
     *(pytest.param(name, call, marks=pytest.mark.slow) for name, call in (
         ("1f1b", "loop"), ("1f1b", "scaled"), ("1f1b", "jit"), ("dualpipev", "remat"), ("dualpipev", "jit"),
@@ -138,6 +138,7 @@ def test_data_parallel_uneven_and_made_in_shards(x64):
     assert jax.tree.all(jax.tree.map(jnp.array_equal, again, pipe.params))
 
 
+@pytest.mark.slow
 def test_dropout_depends_on_the_key_alone(x64):
     """Not on schedule, ranks or stages; another key gives another loss, and none a sentence."""
     model, batch, found = Model(nnx.Rngs(0), rate=0.2), make_batch(), []

@@ -61,6 +61,7 @@ def test_dtypes_are_those_of_the_arguments():
     assert (y.dtype.name, dx.dtype, dw.dtype) == ("float32", x.dtype, w.dtype)
 
 
+@pytest.mark.slow
 def test_several_matrices_read_one_x():
     """576 columns are padded; values and gradients are those of each by itself, dx but for the sum's rounding."""
     x, a, b = normal(0, 128, 128), normal(1, 128, 128), normal(2, 128, 576)

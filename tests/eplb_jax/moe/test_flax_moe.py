@@ -145,6 +145,7 @@ def test_linen_with_masters_sharded_over_devices(x64, experts, redundant):
     assert_trees_close(grads, expected_grads, rtol=1e-10)
 
 
+@pytest.mark.slow
 def test_remat_and_the_compilers_axes(x64):
     """Experts over "ep" by hand, the hidden width over "tp" by the compiler, the layer under jax.checkpoint."""
     if jax.device_count() < 8:

@@ -143,7 +143,7 @@ def zero(leaf):
     return jnp.zeros_like(leaf) if jnp.issubdtype(leaf.dtype, jnp.inexact) else np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("dtype", [pytest.param("float32", marks=pytest.mark.slow), "bfloat16"])
 def test_a_layer_is_off_by_a_few_percent(dtype):
     """As the rounding of its inputs to 8 bits explains; more than nothing, or they would not travel in 8 bits."""
     params, x, ct = make(dtype)

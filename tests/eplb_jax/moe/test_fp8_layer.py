@@ -87,7 +87,11 @@ def on_one_device():
 
 @pytest.mark.parametrize(
     ("ep", "spare", "exchange"),
-    [pytest.param(2, 0, "dense", marks=pytest.mark.slow), (8, 8, "dense"), (4, 4, "shifts")],
+    [
+        pytest.param(2, 0, "dense", marks=pytest.mark.slow),
+        pytest.param(8, 8, "dense", marks=pytest.mark.slow),
+        (4, 4, "shifts"),
+    ],
 )
 def test_on_several_devices_as_on_one(monkeypatch, ep, spare, exchange):
     """The same numbers are multiplied, whatever carries them and however many copies experts have."""

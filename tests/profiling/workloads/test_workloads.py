@@ -62,7 +62,8 @@ def test_overlapped_pairs_have_the_plain_programs_gradients(devices, x64):
         )  # gradients are summed in float32
 
 
-@pytest.mark.parametrize("devices", [pytest.param(1, marks=pytest.mark.slow), 4])
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
 def test_prompts_may_be_split_between_microbatches(devices):
     mesh = mesh_of(devices)
     whole, arguments = prepare("prefill", TINY, mesh, jnp.float32)
