@@ -33,7 +33,7 @@ from eplb_jax.kernels.grouped_gemm.layout import round_up
 from eplb_jax.kernels.mesh_axis import same_axes, size_and_index
 from eplb_jax.kernels.quantise import columns_of, gate, gate_backward, quantise, quantise_weights
 from eplb_jax.kernels.registry import Backend
-from eplb_jax.kernels.scaled import BLOCK, ScaledMatrices, ScaledRows, quantise_rows
+from eplb_jax.kernels.scaled import BLOCK, ScaledMatrices, ScaledRows, in_whole_blocks, quantise_rows
 
 DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
@@ -241,7 +241,7 @@ def _feed_forward_bwd(settings: _Settings, kept: Any, ct: jax.Array) -> tuple[ja
     dy, dy_columns = _both_ways(ct, settings)
     act_ct = scaled_dot(dy, out_transposed, backend=backend, dtype=settings.dtype)
     weight = jnp.ones(len(dy.numbers), jnp.float32)
-    gates = gate_backward(_whole(hidden), weight, act_ct, backend=backend)
+    gates = gate_backward(in_whole_blocks(hidden), weight, act_ct, backend=backend)
     dh, dh_columns, act_columns = _together((gates.hidden, gates.hidden_columns, gates.act_columns))
     dx = scaled_dot(_first(dh, count), into_transposed, backend=backend, dtype=settings.x_dtype)
     w_out_ct = _outer(act_columns, dy_columns, out_like.dtype, settings)
@@ -304,7 +304,7 @@ def _together(made: Any) -> Any:
 
 
 def _columns(rows: ScaledRows, settings: _Settings) -> ScaledRows:
-    return columns_of(_whole(rows), backend=settings.backend)
+    return columns_of(in_whole_blocks(rows), backend=settings.backend)
 
 
 def _outer(x: ScaledRows, dy: ScaledRows, dtype: DTypeLike, settings: _Settings) -> jax.Array:
@@ -317,11 +317,6 @@ def _rows_of(x: jax.Array) -> tuple[jax.Array, int]:
     count = rows.shape[0]
     missing = -count % LEAST_ROWS if count % 8 or count < LEAST_ROWS else 0
     return (jnp.pad(rows, ((0, missing), (0, 0))) if missing else rows), count
-
-
-def _whole(rows: ScaledRows) -> ScaledRows:
-    """Rows and zeros after them, up to a multiple of 128."""
-    return ScaledRows(_padded(rows.numbers, 0), _padded(rows.scales, 1))
 
 
 def _first(rows: ScaledRows, count: int) -> ScaledRows:

@@ -133,6 +133,18 @@ def dequantise_matrices(w: ScaledMatrices, dtype: DTypeLike = jnp.float32) -> Fl
     return (blocks * w.scales[:, :, None, :, None]).reshape(w.numbers.shape).astype(dtype)
 
 
+def in_whole_blocks(rows: ScaledRows) -> ScaledRows:
+    """Rows with zeros behind them, up to a multiple of 128.
+
+    >>> in_whole_blocks(quantise_rows(jnp.ones((3, 256)))).scales.shape
+    (2, 128)
+    """
+    missing = -rows.numbers.shape[0] % BLOCK
+    if not missing:
+        return rows
+    return ScaledRows(jnp.pad(rows.numbers, ((0, missing), (0, 0))), jnp.pad(rows.scales, ((0, 0), (0, missing))))
+
+
 def count_not_finite(*scaled: ScaledRows | ScaledMatrices) -> Int[Array, ""]:
     """How many blocks held something that is not finite."""
     return sum((~jnp.isfinite(each.scales)).sum(dtype=jnp.int32) for each in scaled) + jnp.int32(0)

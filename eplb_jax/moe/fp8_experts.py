@@ -14,9 +14,9 @@ import numpy as np
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, round_up, used_rows, valid_rows
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, used_rows, valid_rows
 from eplb_jax.kernels.mesh_axis import same_axes
-from eplb_jax.kernels.scaled import ScaledMatrices, ScaledRows, count_not_finite
+from eplb_jax.kernels.scaled import ScaledMatrices, ScaledRows, count_not_finite, in_whole_blocks
 from eplb_jax.moe.carried import Carried, Products, no_gradient, same_axes_of, zeros_like
 from eplb_jax.moe.experts import ExpertParams, working_copies
 
@@ -68,12 +68,8 @@ def quantise_experts(params: ExpertParams, products: Products, *, differentiable
     """
     if not differentiable:
         return ScaledExperts(*(_quantised(w, products)._replace(gradient=None) for w in params))
-    w_in, w_out = (_quantise(w, products) for w in params)
-    return _pair(w_in, w_out)
-
-
-def _pair(w_in: Any, w_out: Any) -> ScaledExperts:
-    return ScaledExperts(w_in, w_out)
+    made: Any = [_quantise(w, products) for w in params]
+    return ScaledExperts(*made)
 
 
 def _quantised(w: jax.Array, products: Products) -> ScaledWeights:
@@ -107,8 +103,8 @@ def scaled_working_copies(
     Raises:
       ValueError: as there and `quantise_experts`.
     """
-    w_in, w_out = (_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis) for w in masters)
-    return _pair(w_in, w_out)
+    found: Any = [_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis) for w in masters]
+    return ScaledExperts(*found)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
@@ -313,10 +309,7 @@ def _gradient_alone(gradient: jax.Array | None) -> ScaledWeights:
 
 def _padded(rows: ScaledRows) -> tuple[ScaledRows, jax.Array]:
     """Rows with zeros behind them up to a multiple of 128, and the size of their only group."""
-    total = rows.numbers.shape[0]
-    more = round_up(total, FP8_ALIGN) - total
-    padded = ScaledRows(jnp.pad(rows.numbers, ((0, more), (0, 0))), jnp.pad(rows.scales, ((0, 0), (0, more))))
-    return padded if more else rows, jnp.array([total], jnp.int32)
+    return in_whole_blocks(rows), jnp.array([rows.numbers.shape[0]], jnp.int32)
 
 
 def _count(sizes: jax.Array, *scaled: ScaledRows) -> jax.Array:

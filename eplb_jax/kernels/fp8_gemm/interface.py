@@ -15,7 +15,8 @@ from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.fp8_gemm import xla
-from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, round_up
+from eplb_jax.kernels.grouped_gemm import interface
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN
 from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.kernels.scaled import BLOCK, E4M3, ScaledMatrices, ScaledRows
@@ -186,15 +187,7 @@ def check_sizes(group_sizes: Any, groups: int, rows: int, whose: str) -> None:
         raise ValueError(f"group_sizes has shape {group_sizes.shape}: it must be [groups]")
     if group_sizes.shape[0] != groups:
         raise ValueError(f"{whose} has {groups} matrices for {group_sizes.shape[0]} group sizes: each group has one")
-    if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
-        raise ValueError(f"group_sizes has dtype {group_sizes.dtype}: it must hold numbers of rows; cast it to int32")
-    if isinstance(group_sizes, np.ndarray):
-        needed = int(round_up(group_sizes.astype(np.int64), FP8_ALIGN).sum())
-        if (group_sizes < 0).any() or needed > rows:
-            raise ValueError(
-                f"group_sizes {group_sizes.tolist()} need {needed} rows when each is rounded up to {FP8_ALIGN}, and "
-                f"lhs has {rows}: sizes are at least zero and fit the rows; pad lhs"
-            )
+    interface.check_sizes(group_sizes, rows, FP8_ALIGN)
 
 
 def _check_rows(name: str, rows: ScaledRows, last: str) -> None:

@@ -78,14 +78,19 @@ def check(lhs: Any, rhs: Any, group_sizes: Any, transpose_rhs: bool) -> None:
         raise ValueError(
             f"lhs has dtype {lhs.dtype} and rhs {rhs.dtype}: they must be the same of {', '.join(FLOATS)}; cast one"
         )
+    check_sizes(group_sizes, lhs.shape[0])
+
+
+def check_sizes(group_sizes: Any, rows: int, align: int = ALIGN) -> None:
+    """Raises ValueError unless the sizes of groups are integers, and fit the rows of lhs where they are NumPy's."""
     if not jnp.issubdtype(group_sizes.dtype, jnp.integer):
         raise ValueError(f"group_sizes has dtype {group_sizes.dtype}: it must hold numbers of rows; cast it to int32")
     if isinstance(group_sizes, np.ndarray):
-        needed = int(round_up(group_sizes.astype(np.int64)).sum())
-        if (group_sizes < 0).any() or needed > lhs.shape[0]:
+        needed = int(round_up(group_sizes.astype(np.int64), align).sum())
+        if (group_sizes < 0).any() or needed > rows:
             raise ValueError(
-                f"group_sizes {group_sizes.tolist()} need {needed} rows when each is rounded up to {ALIGN}, and lhs "
-                f"has {lhs.shape[0]}: sizes are at least zero and fit the rows; pad lhs"
+                f"group_sizes {group_sizes.tolist()} need {needed} rows when each is rounded up to {align}, and lhs "
+                f"has {rows}: sizes are at least zero and fit the rows; pad lhs"
             )
 
 
