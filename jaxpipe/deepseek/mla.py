@@ -333,11 +333,15 @@ def _scaled_down(params: MLAParams, x: jax.Array) -> _Down:
 
 
 def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> jax.Array:
-    """Heads of what `_Down` has."""
+    """Heads of what `_Down` has; where they come of a low-rank form, they are computed again in the backward pass.
+
+    So DeepSeek does (arXiv 2412.19437, 3.2.3): they are the largest part of what attention would keep.
+    """
     width = config.content + config.rotary
     if params.query_up is not None:
         low = made[..., : config.query_rank]
         (made,) = linears(rms_norm(low, params.query_norm), flatten(params.query_up))
+        made = checkpoint_name(made, RECOMPUTE)
     return made[..., : config.heads * width].reshape(*made.shape[:-1], config.heads, width)
 
 
