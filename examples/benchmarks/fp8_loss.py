@@ -97,7 +97,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--microbatches", type=int, default=8, help="of a step")
     parser.add_argument("--microbatch-size", type=int, default=4, help="sequences")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-4)
     parser.add_argument("--only", choices=PRECISIONS, help="run this one, and compare nothing")
     parser.add_argument("--tiny", action="store_true", help="the model tiny-128, to see that the script runs")
     args = parser.parse_args()
@@ -123,7 +123,7 @@ def main() -> None:
 def _flags(args: argparse.Namespace, precision: str) -> list[str]:
     flags = ["--config", "tiny-128" if args.tiny else args.config, "--mesh", "pp=1,ep=1", "--precision", precision]
     flags += ["--dtype", "bfloat16", "--steps", str(args.steps), "--learning-rate", str(args.learning_rate)]
-    flags += ["--warmup", str(min(30, args.steps // 3))]
+    flags += ["--warmup", str(min(100, args.steps // 3))]
     return [*flags, "--microbatches", str(args.microbatches), "--microbatch-size", str(args.microbatch_size)]
 
 

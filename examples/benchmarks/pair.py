@@ -3,10 +3,11 @@
     python examples/benchmarks/pair.py [--layers 4] [--precision bf16] [--repeats 7] [--profile FOLDER] [--tiny]
 
 The pair is the body of `python -m profiling run train`: four MoE layers, 4,096 tokens each way, bfloat16, the experts
-of one device of 64; with --precision fp8 Linears and experts multiply numbers of 8 bits, casts included. Its time is half of what two more pairs in a call take. FLOPs are the model's: matrix products, and
-causal attention's, three times the forward; nothing counts that is computed again. "plain product" is the best of some
-bfloat16 matrix products, which take turns with the pair. With --profile a table follows of where the time goes, from a
-profile of the same program; XLA_FLAGS=--xla_gpu_enable_command_buffer= lets it name operations.
+of one device of 64; with --precision fp8 Linears and experts multiply numbers of 8 bits, casts included. Its time is
+half of what two more pairs in a call take. FLOPs are the model's: matrix products, and causal attention's, three times
+the forward; nothing counts that is computed again. "plain product" is the best of some bfloat16 matrix products, which
+take turns with the pair. With --profile a table follows of where the time goes, from a profile of the same program;
+XLA_FLAGS=--xla_gpu_enable_command_buffer= lets it name operations.
 """
 
 from __future__ import annotations

@@ -5,8 +5,9 @@
 
 Both are the model, optimizer and step of `examples/pretrain.py`, float32 masters and bfloat16 products; "plain" is a
 loop over microbatches in one jitted step, as one writes it without a pipeline. MFU is of the chip's published dense
-bfloat16 peak, six FLOPs for each parameter that a token meets, and causal attention's. With --fp8 a third program is the first one with Linears and experts in 8 bits. The second table compares
-the memory that `pretrain.py plan` foresees with what the compiler allocates.
+bfloat16 peak, six FLOPs for each parameter that a token meets, and causal attention's. With --fp8 a third program is
+the first one with Linears and experts in 8 bits. The second table compares the memory that `pretrain.py plan` foresees
+with what the compiler allocates.
 """
 
 from __future__ import annotations

@@ -37,7 +37,7 @@ def spans(sizes):
         start += -(-size // 128) * 128
 
 
-def make(sizes, seed=0, rows=ROWS, k=K, n=N):
+def make(sizes, seed=0, rows=ROWS, k=K, n=N, power_of_two=False):
     """Quantised operands of a forward pass and of a weight gradient.
 
     Scales vary by rows, columns and blocks. Rows of no group are NaN in the first, and zeros in the second but for
@@ -53,8 +53,8 @@ def make(sizes, seed=0, rows=ROWS, k=K, n=N):
     w = rng.standard_normal((len(sizes), n, k)) * np.exp(rng.standard_normal((1, n, 1)) + rng.standard_normal(k))
     used = np.asarray(used_rows(np.asarray(sizes), rows, FP8_ALIGN))
     behind = np.arange(rows) >= sum(-(-size // 128) * 128 for size in sizes)
-    quantise = functools.partial(quantise_columns, power_of_two=False)
-    lhs = quantise_rows(jnp.asarray(np.where(used[:, None], x, np.nan)), power_of_two=False)
+    quantise = functools.partial(quantise_columns, power_of_two=power_of_two)
+    lhs = quantise_rows(jnp.asarray(np.where(used[:, None], x, np.nan)), power_of_two=power_of_two)
     columns = [quantise(jnp.asarray(np.where(behind[:, None], np.nan, each))) for each in (x, dout)]
     return lhs, quantise_matrices(jnp.asarray(w, jnp.float32)), *columns, jnp.asarray(sizes, jnp.int32)
 
@@ -264,11 +264,12 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
             got = mosaic.matmul(lhs.numbers, lhs.scales, rhs.numbers, rhs.scales, sizes, dtype=dtype, tile=tile)
         assert_close(used(got, sizes), plain_matmul(lhs, rhs, sizes), dtype)
     else:
-        with interpreted():
-            got = mosaic.outer(
-                columns.numbers, columns.scales, dout.numbers, dout.scales, sizes, dtype=dtype, tile=tile
-            )
-        assert_close(got, plain_outer(columns, dout, sizes), dtype)
+        for exact in (False, True):
+            _, _, columns, dout, sizes = make([3, 250, 0, 71], k=384, n=512, power_of_two=exact)
+            static = {"dtype": dtype, "tile": tile, "power_of_two": exact}
+            with interpreted():
+                got = mosaic.outer(columns.numbers, columns.scales, dout.numbers, dout.scales, sizes, **static)
+            assert_close(got, plain_outer(columns, dout, sizes), dtype)
 
 
 @needs_casts
@@ -295,11 +296,12 @@ def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, dtype):
 
     def both(lhs, rhs, columns, dout, sizes):
         out = mosaic.matmul(*lhs, *rhs, sizes, dtype=dtype)
-        return out, mosaic.outer(*columns, *dout, sizes, dtype=dtype)
+        outers = [mosaic.outer(*columns, *dout, sizes, dtype=dtype, power_of_two=exact) for exact in (False, True)]
+        return out, *outers
 
     traced = jax.jit(both).trace(lhs, rhs, columns, dout, sizes)
-    assert [each.dtype for each in traced.out_info] == [jnp.dtype(dtype)] * 2
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
+    assert [each.dtype for each in traced.out_info] == [jnp.dtype(dtype)] * 3
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 3
 
 
 def rows_of_shape(rows, width):
@@ -363,5 +365,7 @@ def test_kernels_equal_a_plain_loop(sizes, dtype):
     bound = {"float32": 1e-3, "bfloat16": BOUND["bfloat16"]}[dtype]
     got = used(scaled_matmul(lhs, rhs, sizes, backend="mosaic", dtype=dtype), sizes)
     assert_close(got, plain_matmul(lhs, rhs, sizes), dtype, bound)
-    got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype)
-    assert_close(got, plain_outer(columns, dout, sizes), dtype, bound)
+    for exact in (False, True):
+        _, _, columns, dout, sizes = make(sizes.tolist(), power_of_two=exact)
+        got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype, power_of_two=exact)
+        assert_close(got, plain_outer(columns, dout, sizes), dtype, bound)
