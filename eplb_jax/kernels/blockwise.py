@@ -89,7 +89,7 @@ class Blockwise:
         dtype: DTypeLike = jnp.float32,
     ) -> Float[Array, "G K N"]:
         """Likewise."""
-        return scaled_outer(lhs, dout, sizes, backend=backend, dtype=dtype, power_of_two=self.power_of_two)
+        return scaled_outer(lhs, dout, sizes, backend=backend, dtype=dtype)
 
 
 def _casts(backend: Backend) -> Backend:

@@ -308,7 +308,7 @@ def _columns(rows: ScaledRows, settings: _Settings) -> ScaledRows:
 
 
 def _outer(x: ScaledRows, dy: ScaledRows, dtype: DTypeLike, settings: _Settings) -> jax.Array:
-    return scaled_dot_outer(x, dy, backend=settings.backend, dtype=dtype, power_of_two=True)
+    return scaled_dot_outer(x, dy, backend=settings.backend, dtype=dtype)
 
 
 def _rows_of(x: jax.Array) -> tuple[jax.Array, int]:

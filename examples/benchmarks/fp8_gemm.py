@@ -156,10 +156,8 @@ def scaled_product(kind: str, tile: Tile | None = None) -> Callable[..., jax.Arr
     if kind.startswith("dw"):
         dtype = jnp.float32 if "float32" in kind else jnp.bfloat16
         if tile is None:
-            return functools.partial(scaled_outer, dtype=dtype, power_of_two=True)
-        return lambda a, b, sizes: mosaic.outer(
-            a.numbers, a.scales, b.numbers, b.scales, sizes, dtype=dtype, power_of_two=True, tile=tile
-        )
+            return functools.partial(scaled_outer, dtype=dtype)
+        return lambda a, b, sizes: mosaic.outer(a.numbers, a.scales, b.numbers, b.scales, sizes, dtype=dtype, tile=tile)
     if tile is None:
         return scaled_matmul
     return lambda a, b, sizes: mosaic.matmul(

@@ -70,7 +70,6 @@ def scaled_outer(
     *,
     backend: Backend = "auto",
     dtype: DTypeLike = jnp.float32,
-    power_of_two: bool = False,
 ) -> Float[Array, "groups K N"]:
     """The product ``lhs[:, rows] @ dout[:, rows].T`` of each group's rows: the gradient of the matrices.
 
@@ -83,7 +82,6 @@ def scaled_outer(
       group_sizes: rows of each group, as for `scaled_matmul`.
       backend: as for `eplb_jax.grouped_matmul`.
       dtype: of the result, bfloat16 or float32.
-      power_of_two: whether all scales are powers of two; the kernel then reads those of ``dout`` in 16 bits.
 
     Returns:
       Zeros for a group without rows.
@@ -98,7 +96,7 @@ def scaled_outer(
     """
     check_outer(lhs, dout, dtype)
     check_sizes(group_sizes, group_sizes.shape[0] if group_sizes.ndim == 1 else 0, lhs.numbers.shape[1], "the result")
-    return _outer(lhs, dout, group_sizes, backend, dtype, power_of_two=power_of_two)
+    return _outer(lhs, dout, group_sizes, backend, dtype)
 
 
 def scaled_dot(
@@ -128,12 +126,7 @@ def scaled_dot(
 
 
 def scaled_dot_outer(
-    lhs: ScaledRows,
-    dout: ScaledRows,
-    *,
-    backend: Backend = "auto",
-    dtype: DTypeLike = jnp.float32,
-    power_of_two: bool = False,
+    lhs: ScaledRows, dout: ScaledRows, *, backend: Backend = "auto", dtype: DTypeLike = jnp.float32
 ) -> Float[Array, "K N"]:
     """The product ``lhs @ dout.T`` over all rows: the gradient of `scaled_dot`'s matrix.
 
@@ -142,7 +135,6 @@ def scaled_dot_outer(
       dout: numbers [N, rows] and scales [rows / 128, N]; N is a multiple of 128.
       backend: as for `eplb_jax.grouped_matmul`.
       dtype: of the result, bfloat16 or float32.
-      power_of_two: whether all scales are powers of two; the kernel then reads those of ``dout`` in 16 bits.
 
     Raises:
       ValueError: shapes or dtypes that do not fit; "mosaic" for what it cannot do.
@@ -153,7 +145,7 @@ def scaled_dot_outer(
     256.0
     """
     check_outer(lhs, dout, dtype)
-    return _outer(lhs, dout, np.array([lhs.numbers.shape[1]]), backend, dtype, power_of_two=power_of_two)[0]
+    return _outer(lhs, dout, np.array([lhs.numbers.shape[1]]), backend, dtype)[0]
 
 
 def check_matmul(lhs: ScaledRows, rhs: ScaledMatrices, dtype: DTypeLike) -> None:
@@ -239,10 +231,7 @@ def _matmul(lhs: ScaledRows, rhs: ScaledMatrices, group_sizes: Any, backend: str
     return registry.dispatch(chosen, "scaled_matmul", xla.matmul, *operands, dtype=jnp.dtype(dtype))
 
 
-def _outer(
-    lhs: ScaledRows, dout: ScaledRows, group_sizes: Any, backend: str, dtype: DTypeLike, *, power_of_two: bool
-) -> jax.Array:
+def _outer(lhs: ScaledRows, dout: ScaledRows, group_sizes: Any, backend: str, dtype: DTypeLike) -> jax.Array:
     chosen = registry.choose("scaled_outer", backend, lhs.numbers, dout.numbers)
     operands = same_axes(*map(jnp.asarray, (*lhs, *dout)), jnp.asarray(group_sizes, jnp.int32))
-    static = {"dtype": jnp.dtype(dtype), "power_of_two": power_of_two}
-    return registry.dispatch(chosen, "scaled_outer", xla.outer, *operands, **static)
+    return registry.dispatch(chosen, "scaled_outer", xla.outer, *operands, dtype=jnp.dtype(dtype))

@@ -75,18 +75,15 @@ def outer(
     group_sizes: Int32[Array, " groups"],
     *,
     dtype: DTypeLike,
-    power_of_two: bool = False,
     tile: Tile | None = None,
 ) -> Float[Array, "groups K N"]:
     """The product of each group's rows, as `eplb_jax.kernels.fp8_gemm.xla.outer`.
 
     Args:
-      lhs, lhs_scales, dout, dout_scales, group_sizes, dtype, power_of_two: as there.
+      lhs, lhs_scales, dout, dout_scales, group_sizes, dtype: as there.
       tile: how to divide the work; by default as measured.
     """
     tile = _fitting(tile or TILES["scaled_outer"], dout.shape[0])
-    if power_of_two:
-        dout_scales = dout_scales.astype(jnp.bfloat16)
     operands = lhs, lhs_scales, dout, dout_scales, group_sizes
     return scaled_outer_products(*operands, dtype, tile, current_target().cores)
 

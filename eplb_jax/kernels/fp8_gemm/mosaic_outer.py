@@ -69,7 +69,6 @@ def scaled_outer_products(
 ) -> jax.Array:
     """`eplb_jax.kernels.fp8_gemm.xla.outer` with a given division of the work: output tiles of 128 rows and columns.
 
-    Scales of ``dout`` may be bfloat16: a thread reads 32 of them a step, and shared memory is what limits the kernel.
     The largest groups come first, so that the blocks end together. A slot holds one step: with a second one's scales of
     columns the registers would not do.
     """
@@ -103,9 +102,7 @@ def scaled_outer_products(
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
         staged = jnp.dtype(dtype) != jnp.float32
-        pl.run_scoped(
-            scoped, **slots.scratch(tile, (jnp.float32, dout_scales.dtype), dtype, staged), collective_axes="warpgroup"
-        )
+        pl.run_scoped(scoped, **slots.scratch(tile, 2, dtype, staged), collective_axes="warpgroup")
 
     order = jnp.argsort(-group_sizes).astype(jnp.int32)
     starts, steps = group_starts(group_sizes, FP8_ALIGN) // BLOCK, round_up(group_sizes, FP8_ALIGN) // BLOCK

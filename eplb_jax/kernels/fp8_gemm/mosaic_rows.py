@@ -111,7 +111,7 @@ def scaled_rows_times_matrices(
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
-        pl.run_scoped(scoped, **slots.scratch(tile, (jnp.float32,), dtype), collective_axes="warpgroup")
+        pl.run_scoped(scoped, **slots.scratch(tile, 1, dtype), collective_axes="warpgroup")
 
     out: Any = jax.ShapeDtypeStruct((rows, columns), dtype)
     used = (valid > 0).sum(dtype=jnp.int32)[None]

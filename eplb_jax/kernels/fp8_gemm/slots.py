@@ -7,7 +7,6 @@ added to the total. Meanwhile the next step of the slot is multiplied, and the o
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -26,8 +25,8 @@ PART = BLOCK // CONSUMERS
 """Rows of the output tile that one warpgroup has."""
 
 
-def scratch(tile: Tile, vectors: Sequence[DTypeLike], dtype: DTypeLike, staged: bool = True) -> dict[str, Any]:
-    """The ring of operands and of rows of scales, of these dtypes, for each step; and the barriers.
+def scratch(tile: Tile, vectors: int, dtype: DTypeLike, staged: bool = True) -> dict[str, Any]:
+    """The ring of operands and of ``vectors`` rows of scales a step, and the barriers.
 
     If ``staged``, also the pieces of results of this dtype on their way out.
     """
@@ -38,8 +37,8 @@ def scratch(tile: Tile, vectors: Sequence[DTypeLike], dtype: DTypeLike, staged: 
     refs = dict(
         a_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
         b_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
-        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), BLOCK), each) for each in vectors],
-        filled=plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tile.stages),
+        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), BLOCK), jnp.float32)] * vectors,
+        filled=plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=tile.stages),
         free=free,
     )
     if staged:
@@ -103,8 +102,7 @@ def row_scales(index: jax.Array, warpgroup: jax.Array, refs: dict[str, Any]) -> 
 
 def column_scales(index: jax.Array, refs: dict[str, Any]) -> jax.Array:
     """The scales of the second operand's rows for the index-th step of the ring, each where its column's sums are."""
-    scales = plgpu.layout_cast(refs["scale_rings"][1][index], plgpu.Layout.WGMMA.reduce(0))
-    return scales.astype(jnp.float32)
+    return plgpu.layout_cast(refs["scale_rings"][1][index], plgpu.Layout.WGMMA.reduce(0))
 
 
 def spread(scales: jax.Array, axis: int) -> jax.Array:

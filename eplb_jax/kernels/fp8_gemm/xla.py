@@ -65,7 +65,6 @@ def outer(
     group_sizes: Int32[Array, " groups"],
     *,
     dtype: DTypeLike,
-    power_of_two: bool = False,
 ) -> Float[Array, "groups K N"]:
     """The product ``lhs[:, rows] @ dout[:, rows].T`` of each group's rows; zeros for an empty group.
 
@@ -75,9 +74,7 @@ def outer(
       dout, dout_scales: likewise.
       group_sizes: rows of each group, which start at multiples of 128.
       dtype: of the result.
-      power_of_two: whether the scales are; nothing to XLA, fewer bytes to a kernel.
     """
-    del power_of_two
     height, rows = lhs.shape
     columns, groups = dout.shape[0], group_sizes.shape[0]
     blocks = rows // BLOCK

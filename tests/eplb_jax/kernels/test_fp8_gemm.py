@@ -26,8 +26,12 @@ SIZES = {
     "full": [256, 256, 128],
 }
 ROWS, K, N = 640, 256, 384
-BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
-"""Of the largest value: sums are float32, and a bfloat16 result is off by up to 2**-9."""
+CPU = Target("cpu", "cpu", 4, False)
+BOUND = {"float32": 1e-3 if current_target().hopper else 1e-5, "bfloat16": 4e-3}
+"""Of the largest value: sums are float32, and a bfloat16 result is off by up to 2**-9.
+
+Tensor cores, which multiply on a Hopper GPU, keep some 14 bits of a sum of 128 products.
+"""
 
 
 def spans(sizes):
@@ -37,7 +41,7 @@ def spans(sizes):
         start += -(-size // 128) * 128
 
 
-def make(sizes, seed=0, rows=ROWS, k=K, n=N, power_of_two=False):
+def make(sizes, seed=0, rows=ROWS, k=K, n=N):
     """Quantised operands of a forward pass and of a weight gradient.
 
     Scales vary by rows, columns and blocks. Rows of no group are NaN in the first, and zeros in the second but for
@@ -53,8 +57,8 @@ def make(sizes, seed=0, rows=ROWS, k=K, n=N, power_of_two=False):
     w = rng.standard_normal((len(sizes), n, k)) * np.exp(rng.standard_normal((1, n, 1)) + rng.standard_normal(k))
     used = np.asarray(used_rows(np.asarray(sizes), rows, FP8_ALIGN))
     behind = np.arange(rows) >= sum(-(-size // 128) * 128 for size in sizes)
-    quantise = functools.partial(quantise_columns, power_of_two=power_of_two)
-    lhs = quantise_rows(jnp.asarray(np.where(used[:, None], x, np.nan)), power_of_two=power_of_two)
+    quantise = functools.partial(quantise_columns, power_of_two=False)
+    lhs = quantise_rows(jnp.asarray(np.where(used[:, None], x, np.nan)), power_of_two=False)
     columns = [quantise(jnp.asarray(np.where(behind[:, None], np.nan, each))) for each in (x, dout)]
     return lhs, quantise_matrices(jnp.asarray(w, jnp.float32)), *columns, jnp.asarray(sizes, jnp.int32)
 
@@ -213,7 +217,8 @@ def matrices_of(*shape, scales=None):
     (dict(backend="fast"), "backend='fast'"),
     (dict(backend="mosaic"), 'backend="mosaic" cannot multiply these: .*; take backend="auto"'),
 ])  # fmt: skip
-def test_what_does_not_fit_is_named(change, message):
+def test_what_does_not_fit_is_named(monkeypatch, change, message):
+    monkeypatch.setattr(registry, "current_target", lambda: CPU)
     operands = dict(lhs=rows_of(256, 256), rhs=matrices_of(2, 384, 256), sizes=jnp.array([1, 2])) | change
     options = {name: operands.pop(name) for name in ("dtype", "backend") if name in operands}
     with pytest.raises(ValueError, match=message):
@@ -264,12 +269,11 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
             got = mosaic.matmul(lhs.numbers, lhs.scales, rhs.numbers, rhs.scales, sizes, dtype=dtype, tile=tile)
         assert_close(used(got, sizes), plain_matmul(lhs, rhs, sizes), dtype)
     else:
-        for exact in (False, True):
-            _, _, columns, dout, sizes = make([3, 250, 0, 71], k=384, n=512, power_of_two=exact)
-            static = {"dtype": dtype, "tile": tile, "power_of_two": exact}
-            with interpreted():
-                got = mosaic.outer(columns.numbers, columns.scales, dout.numbers, dout.scales, sizes, **static)
-            assert_close(got, plain_outer(columns, dout, sizes), dtype)
+        with interpreted():
+            got = mosaic.outer(
+                columns.numbers, columns.scales, dout.numbers, dout.scales, sizes, dtype=dtype, tile=tile
+            )
+        assert_close(got, plain_outer(columns, dout, sizes), dtype)
 
 
 @needs_casts
@@ -296,12 +300,11 @@ def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, dtype):
 
     def both(lhs, rhs, columns, dout, sizes):
         out = mosaic.matmul(*lhs, *rhs, sizes, dtype=dtype)
-        outers = [mosaic.outer(*columns, *dout, sizes, dtype=dtype, power_of_two=exact) for exact in (False, True)]
-        return out, *outers
+        return out, mosaic.outer(*columns, *dout, sizes, dtype=dtype)
 
     traced = jax.jit(both).trace(lhs, rhs, columns, dout, sizes)
-    assert [each.dtype for each in traced.out_info] == [jnp.dtype(dtype)] * 3
-    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 3
+    assert [each.dtype for each in traced.out_info] == [jnp.dtype(dtype)] * 2
+    assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 2
 
 
 def rows_of_shape(rows, width):
@@ -347,6 +350,7 @@ def test_no_rows():
 
 
 def test_mosaic_says_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr(registry, "current_target", lambda: CPU)
     with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
         scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
@@ -360,12 +364,8 @@ def test_mosaic_says_what_it_cannot_do(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_kernels_equal_a_plain_loop(sizes, dtype):
-    """Tensor cores keep some 14 bits of a sum of 128 products."""
     lhs, rhs, columns, dout, sizes = make(sizes)
-    bound = {"float32": 1e-3, "bfloat16": BOUND["bfloat16"]}[dtype]
     got = used(scaled_matmul(lhs, rhs, sizes, backend="mosaic", dtype=dtype), sizes)
-    assert_close(got, plain_matmul(lhs, rhs, sizes), dtype, bound)
-    for exact in (False, True):
-        _, _, columns, dout, sizes = make(sizes.tolist(), power_of_two=exact)
-        got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype, power_of_two=exact)
-        assert_close(got, plain_outer(columns, dout, sizes), dtype, bound)
+    assert_close(got, plain_matmul(lhs, rhs, sizes), dtype)
+    got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype)
+    assert_close(got, plain_outer(columns, dout, sizes), dtype)
