@@ -93,7 +93,7 @@ def test_kernels_equal_xla(name, rows, width, dtype, power_of_two):
     kernel, by_xla = (functools.partial(of, power_of_two=power_of_two) for of in OPERATIONS[name])
     arguments = operands(name, rows, width, dtype)
     kernel = functools.partial(kernel, cores=current_target().cores)
-    # A gate's derivative is not the same to its last bit: a scale that is no power of two then is another for its block.
+    # A gate's derivative is not the same to its last bit, so a scale that is no power of two is another for its block.
     rounded = 1e-5 if power_of_two else 1e-2
     check_same(jax.jit(kernel)(*arguments), jax.jit(by_xla)(*arguments), exact=name != "gate_backward", rounded=rounded)
 
