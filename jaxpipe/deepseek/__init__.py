@@ -12,9 +12,10 @@ from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_conf
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
-from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla, rotate
+from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla
 from jaxpipe.deepseek.model import DeepSeekModel, build_model
 from jaxpipe.deepseek.mtp import MTPLayer
+from jaxpipe.deepseek.rope import Rope, Yarn, rotate
 
 __all__ = [
     "MLA",
@@ -30,7 +31,9 @@ __all__ = [
     "MoEBlock",
     "ModelConfig",
     "RMSNorm",
+    "Rope",
     "SwiGLU",
+    "Yarn",
     "apply_block",
     "attend",
     "attend_cached",

@@ -113,6 +113,15 @@ class LayerConfig:
         norms = self.attention_parameters - self.attention_matrices + 2 * self.width
         return self.layer_matrices(experts) + norms + self.experts
 
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by.
+
+        >>> round(MODELS["dsv3-671b"].score_scale, 4)
+        0.0722
+        """
+        return (self.content + self.rotary) ** -0.5 * self.rope.score_scale
+
     def score_flops(self, sequence: int) -> int:
         """FLOPs of one layer's causal attention for one token of a sequence, forward, projections left out.
 

@@ -26,7 +26,10 @@ PADDING = "attention pads its values to the width of the keys"
 
 
 def causal_attention(
-    query: Float[Array, "B T H C"], key: Float[Array, "B S H C"], value: Float[Array, "B S H V"]
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B S H C"],
+    value: Float[Array, "B S H V"],
+    scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys up to its own place; the last query stands beside the last key.
 
@@ -36,7 +39,8 @@ def causal_attention(
     had, values are padded, and the log says so once.
 
     Args:
-      query, key, value: of one dtype; the scale is one over the root of C.
+      query, key, value: of one dtype.
+      scale: of the scores; None: one over the root of C.
 
     Raises:
       ValueError: values wider than keys.
@@ -56,7 +60,7 @@ def causal_attention(
         cudnn = False
     if cudnn and whole and narrow < width and (kernel := _latent_kernel(narrow)):
         try:
-            return kernel(query, key, value, scale=width**-0.5)
+            return kernel(query, key, value, scale=width**-0.5 if scale is None else scale)
         except NotImplementedError as error:
             log_fallback(logger, PADDING, str(error))
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
@@ -67,6 +71,7 @@ def causal_attention(
             key,
             value,
             mask=mask,
+            scale=scale,
             is_causal=whole,
             implementation="cudnn" if cudnn else "xla",
         )

@@ -5,8 +5,8 @@ from __future__ import annotations
 import dataclasses
 import math
 
-import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels.dtypes import wide
@@ -90,3 +90,69 @@ class Rope:
         (1.0, 1.8738)
         """
         return 1.0 if self.yarn is None else self.yarn.temperature(self.yarn.mscale_all_dim) ** 2
+
+    def frequencies(self, width: int) -> np.ndarray:
+        """``float64[width / 2]``: what each pair rotates by from one position to the next, in radians.
+
+        >>> Rope().frequencies(4).tolist()
+        [1.0, 0.01]
+        """
+        half = width // 2
+        plain = self.theta ** (-np.arange(half) / half)
+        yarn = self.yarn
+        if yarn is None:
+            return plain
+
+        def pair(rotations: float) -> float:
+            """Which pair makes so many rotations within the first training's sequences."""
+            return half * math.log(yarn.original / (rotations * 2 * math.pi)) / math.log(self.theta)
+
+        first = max(math.floor(pair(yarn.beta_fast)), 0)
+        last = min(math.ceil(pair(yarn.beta_slow)), width - 1)
+        slow = np.clip((np.arange(half) - first) / max(last - first, 1e-3), 0, 1)
+        return plain * (1 - slow) + plain / yarn.factor * slow
+
+    @property
+    def amplitude(self) -> float:
+        """What rotated queries and keys are multiplied by, each.
+
+        >>> Rope().amplitude
+        1.0
+        """
+        yarn = self.yarn
+        return 1.0 if yarn is None else yarn.temperature(yarn.mscale) / yarn.temperature(yarn.mscale_all_dim)
+
+
+def rotate(
+    x: Float[Array, "*place P"], positions: Int[Array, "*any"], rope: Rope = Rope()
+) -> Float[Array, "*place P"]:
+    """Rotary position embedding: pairs of the last axis rotate, in float32 (float64 for float64).
+
+    Args:
+      x: queries or keys.
+      positions: of shape that broadcasts to that of x but for its last axis.
+      rope: base, and which elements are pairs.
+
+    Returns:
+      The first elements of all pairs, then the second ones.
+
+    Source: arXiv 2104.09864.
+
+    >>> rotate(jnp.ones((2, 4)), jnp.arange(2))[0].tolist()
+    [1.0, 1.0, 1.0, 1.0]
+    """
+    half, dtype = x.shape[-1] // 2, wide(x.dtype)
+    if rope.yarn is None:
+        frequencies = rope.theta ** (-jnp.arange(half, dtype=dtype) / half)
+    else:
+        frequencies = jnp.asarray(rope.frequencies(x.shape[-1]), dtype)
+    angles = positions.astype(dtype)[..., None] * frequencies
+    if rope.interleaved:
+        pairs = x.astype(dtype).reshape(*x.shape[:-1], half, 2)
+        left, right = pairs[..., 0], pairs[..., 1]
+    else:
+        left, right = jnp.split(x.astype(dtype), 2, -1)
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if rope.amplitude != 1:
+        cos, sin = cos * rope.amplitude, sin * rope.amplitude
+    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
