@@ -316,7 +316,7 @@ class ModelConfig(LayerConfig):
         >>> f"{MODELS['dsv3-671b'].flops_per_token:.2e}"
         '2.50e+11'
         """
-        products = self.active - self.vocab * self.width
+        products = self.active - (0 if self.tied else self.vocab * self.width)
         return 6.0 * products + 3.0 * self.layers * self.score_flops(self.sequence)
 
 
