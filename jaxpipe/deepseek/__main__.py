@@ -6,10 +6,12 @@ Logits of a Hugging Face folder in float32 on one device, to be compared with an
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Sequence
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -49,8 +51,11 @@ def _logits(args: argparse.Namespace) -> None:
     if args.batch < 1:
         raise ValueError(f"--batch {args.batch}: at least 1")
     config, tree = read_folder(args.folder)
-    server = Server(config, serve(config, tree, dtype=jnp.float32))
-    made = [server.logits(tokens[start : start + args.batch]) for start in range(0, len(tokens), args.batch)]
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend="xla"))
+    # A GPU's default for float32 has 10 bits.
+    with jax.default_matmul_precision("highest"):
+        server = Server(config, serve(config, tree, dtype=jnp.float32))
+        made = [server.logits(tokens[start : start + args.batch]) for start in range(0, len(tokens), args.batch)]
     with args.out.open("wb") as file:  # NumPy would add an ending to a name
         np.save(file, np.concatenate(made))
     print(f"{args.out}: logits of {tokens.shape[0]} sequences of {tokens.shape[1]} tokens, {config.total} parameters")

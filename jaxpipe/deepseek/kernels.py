@@ -33,7 +33,7 @@ def causal_attention(
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys up to its own place; the last query stands beside the last key.
 
-    In bfloat16 on a GPU it is cuDNN's, elsewhere XLA's (all of it in float64 for float64), as for shapes that cuDNN refuses, which the log then says once.
+    In bfloat16 on a GPU it is cuDNN's, elsewhere XLA's, as for shapes that cuDNN refuses, which the log then says once.
     `jax.nn.dot_product_attention` wants values as wide as keys. cuDNN itself does not, from version 9.10 on and on
     Hopper GPUs: with keys of 192 and values of 128 its backward then takes two thirds of the time. Where that cannot be
     had, values are padded, and the log says so once.
