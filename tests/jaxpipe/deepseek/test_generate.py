@@ -139,6 +139,7 @@ def test_choices_have_the_odds_they_should():
         np.testing.assert_allclose(chosen, odds, atol=0.03)
 
 
+@pytest.mark.slow
 def test_random_parameters_are_served_layer_by_layer():
     config = small(layers=3, redundant=0)
     made = serve_random(config, 0, dtype=jnp.bfloat16)
