@@ -5,7 +5,7 @@ checkpoints list them, what shape it has in the file, and where its elements are
 `DeepSeekModel.to_layers`, which depends on no schedule and no mesh: ``{"layers": {...}, "outer": {...}}``. Nothing is
 computed on the way, elements are moved only, so that what is read and written again is the same bit for bit.
 
-How to use it. A `Tensor` has one or two `Part` s, each for one leaf of the tree:
+How to use it. A `Tensor` has one or two `TensorPart` s, each for one leaf of the tree:
 
 * reading: ``leaf[part.index] = part.from_file(array)``, array of the tensor's shape;
 * writing: ``part.to_file(leaf[part.index], array)`` fills the part's elements of an array of the tensor's shape.

@@ -60,7 +60,9 @@ def test_help(name, monkeypatch, capsys):
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("frozen", "generate", "llama", "shared_ends", "fp8_gemm")))
+        pytest.param(
+            name, marks=[pytest.mark.slow] * (name in ("frozen", "generate", "llama", "shared_ends", "fp8_gemm"))
+        )
         for name in RECORDED
     ],
 )

@@ -181,3 +181,14 @@ def test_names_and_shapes_of_another_model_are_listed():
     )
     with pytest.raises(ValueError, match=message):
         check_shapes(SMALL, wrong)
+
+
+def test_multi_token_predictions_projection_reads_the_embedding_first_in_files():
+    """``eh_proj(cat([enorm(embedding), hnorm(features)]))``, vLLM's deepseek_mtp.py; here features come first."""
+    table = tensors(small(mtp=True))
+    found = {
+        (part.take[1].start, part.take[1].stop): part.index for part in table["model.layers.5.eh_proj.weight"].parts
+    }
+    assert found == {(0, 16): (slice(16, 32),), (16, 32): (slice(0, 16),)}
+    assert table["model.layers.5.enorm.weight"].parts[0].path == ("outer", "mtp", "embedding_norm", "scale")
+    assert table["model.layers.5.hnorm.weight"].parts[0].path == ("outer", "mtp", "hidden_norm", "scale")
