@@ -14,6 +14,7 @@ import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
+LONG = ("frozen", "generate", "llama", "shared_ends", "fp8_gemm")
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
@@ -59,12 +60,7 @@ def test_help(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(
-            name, marks=[pytest.mark.slow] * (name in ("frozen", "generate", "llama", "shared_ends", "fp8_gemm"))
-        )
-        for name in RECORDED
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RECORDED],
 )
 def test_record(name, monkeypatch, tmp_path, capsys):
     arguments, least = RECORDED[name]
