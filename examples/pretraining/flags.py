@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
 
 AXES = ("pp", "ep", "dp")
-COMMANDS = ("train", "plan", "export")
+COMMANDS = ("train", "plan", "export", "eval", "generate")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
