@@ -167,7 +167,7 @@ def test_a_seed_that_cannot_be_beaten_is_returned():
 def test_bad_seeds_are_refused():
     with pytest.raises(ValueError, match="pass one, such as"):
         improve([], Costs())
-    with pytest.raises(ValueError, match="'dualpipe'.*other routes or microbatches than .*'1f1b'"):
+    with pytest.raises(ValueError, match=r"'dualpipe'.*other routes or microbatches than .*'1f1b'"):
         improve([build("1f1b", 4, 8), build("dualpipe", 4, 8)], Costs())
     with pytest.raises(ValueError, match="stash=3: the seeds hold at least 4 stashes"):
         improve(build("1f1b", 4, 8), Costs(), stash=3)
