@@ -106,7 +106,7 @@ def simulated(pipeline: Pipeline, costs: StageCosts) -> tuple[float, float]:
     return found.makespan, min(found.busy)
 
 
-def between(sizes: Sequence[int], measured: Sequence[StageCosts], size: float) -> StageCosts:
+def between(sizes: Sequence[float], measured: Sequence[StageCosts], size: float) -> StageCosts:
     """Costs for a size of microbatches, on the straight line between the two that were measured nearest.
 
     Args:

@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -22,6 +22,8 @@ from jaxpipe.planning.chips import CHIPS, Chip, chip_of
 from jaxpipe.planning.measuring import measure_costs
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import GIGA, plan
+from jaxpipe.planning.timing import longest
+from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.bound import lower_bound
 from jaxpipe.schedule.improving import improve
 from jaxpipe.schedule.ints import at_least
@@ -79,8 +81,8 @@ class ScheduleChoice:
         budget = "" if math.isinf(self.budget) else f" of {self.budget / GIGA:.3g}"
         lines += [
             "",
-            f"Chosen: {name}, {self.seconds * 1e3:.4g} ms a step, {self.memory.total / GIGA:.3g} GB{budget} a device; no "
-            f"order of these stages takes less than {self.bound * 1e3:.4g} ms.",
+            f"Chosen: {name}, {self.seconds * 1e3:.4g} ms a step, {self.memory.total / GIGA:.3g} GB{budget} a device; "
+            f"no order of these stages takes less than {self.bound * 1e3:.4g} ms.",
         ]
         return "\n".join(lines)
 
@@ -176,8 +178,10 @@ def choose_pipeline(
     """`choose` for a model that is made for a schedule: of `jaxpipe.flax.from_nnx`, say.
 
     Args:
-      make: ``make(schedule)`` returns (pipeline, parameters or their shapes), or a `jaxpipe.flax.PipelinedModel`. It is
-        called once for each way in which schedules cut the model: at most four times, and for the chosen schedule.
+      make: ``make(schedule)`` returns a `jaxpipe.flax.PipelinedModel`; or (pipeline, params), params being parameters,
+        their shapes, or a function without arguments that makes them when they are needed; or (pipeline, params,
+        optimizer). It is called once for each way in which schedules cut a model and store its parameters: for
+        one stage a rank, for a V, for "interleaved". What it makes is held for one of them at a time.
       batch: as for `choose`, and so is all else.
       mesh: of devices, the one of the pipelines.
       axis: of the pipeline.
@@ -210,18 +214,31 @@ def choose_pipeline(
     if unknown or not schedules:
         raise ValueError(f"schedules={list(schedules)}: choose from {', '.join(BUILDERS)}")
     tell = _tell if progress else lambda _: None
-    search = _Search(make, batch, optimizer, rng, step_inputs, repeats, _budget(mesh, memory), _chip(mesh), tell)
     counts = _microbatches(microbatches, batch)
-    refused = [row for name in schedules for row in search.add(name, ranks, counts)]
+    search = _Search(make, batch, optimizer, rng, step_inputs, repeats, _budget(mesh, memory), _chip(mesh), tell)
+    search.add([(name, count) for name in schedules for count in counts], ranks)
     if not search.entries:
-        told = "; ".join(f"{row.name} with {row.num_microbatches}: {row.reason}" for row in refused[:3])
+        told = "; ".join(f"{row.name} with {row.num_microbatches}: {row.reason}" for row in search.refused[:3])
         raise ValueError(f"no schedule exists for {ranks} ranks and microbatches {counts}: {told}")
-    search.measure()
     search.rank()
     best = search.first_that_fits()
     if moves:
         best = search.improve(best, at_least("choose", "moves", moves, 0))
-    return search.choice(best, refused)
+    return search.choice(best)
+
+
+class _Base(NamedTuple):
+    """A pipeline, for all schedules with the same stages in the same order of storage.
+
+    Attributes:
+      pipeline: of one of them.
+      params: shapes.
+      optimizer: of them, if it counts as memory.
+    """
+
+    pipeline: Pipeline
+    params: Params
+    optimizer: Any
 
 
 @dataclasses.dataclass(eq=False)
@@ -230,7 +247,7 @@ class _Entry:
 
     Attributes:
       schedule: its schedule.
-      base: a pipeline with the same stages in the same order of storage, and its parameters.
+      base: what stands for all schedules that cut the model alike.
       costs: measured, of its size of microbatches.
       pipeline: the base with this schedule.
       ticks, simulated, busy: seconds; see `Candidate`.
@@ -239,8 +256,8 @@ class _Entry:
     """
 
     schedule: Schedule
-    base: tuple[Pipeline, Params]
-    costs: StageCosts = StageCosts(())
+    base: _Base
+    costs: StageCosts
     pipeline: Pipeline | None = None
     ticks: float = 0.0
     simulated: float = 0.0
@@ -271,6 +288,7 @@ class _Search:
       chip: of the mesh; None: unknown.
       tell: tells of progress.
       entries: candidates, after `rank` the fastest first.
+      refused: schedules that do not exist or do not fit the model.
     """
 
     make: Make
@@ -283,68 +301,66 @@ class _Search:
     chip: Chip | None
     tell: Callable[[str], None]
     entries: list[_Entry] = dataclasses.field(default_factory=list)
-    _bases: dict[Any, tuple[Pipeline, Params] | str] = dataclasses.field(default_factory=dict)
+    refused: list[Candidate] = dataclasses.field(default_factory=list)
+    _measured: dict[int, tuple[list[float], list[StageCosts]]] = dataclasses.field(default_factory=dict)
     _once: dict[Any, float] = dataclasses.field(default_factory=dict)
 
-    def add(self, name: str, ranks: int, counts: Iterable[int]) -> Iterator[Candidate]:
-        """Adds the schedules of a name; yields those that do not exist or do not fit the model."""
-        for count in counts:
+    def add(self, wanted: Sequence[tuple[str, int]], ranks: int) -> None:
+        """Makes entries of schedules by name and number of microbatches, with their costs."""
+        built: dict[Any, list[Schedule]] = {}
+        for name, count in wanted:
             try:
                 schedule = build(name, ranks, count)
-                self.entries.append(_Entry(schedule, self._base(schedule)))
             except ValueError as error:
-                yield Candidate(name, count, str(error).partition("\n")[0])
-
-    def _base(self, schedule: Schedule) -> tuple[Pipeline, Params]:
-        """The pipeline of a schedule that cuts the model as this one does, and its parameters."""
-        key = _layout(schedule)
-        if key not in self._bases:
+                self._refuse(name, count, error)
+            else:
+                built.setdefault(_layout(schedule), []).append(schedule)
+        counts: dict[int, set[int]] = {}
+        for schedule in (schedule for schedules in built.values() for schedule in schedules):
+            counts.setdefault(schedule.num_stages, set()).add(schedule.num_microbatches)
+        for schedules in built.values():
             try:
-                self._bases[key] = _pair(self.make(schedule))
+                base = self._base(schedules[0], _spread(counts[schedules[0].num_stages]))
             except ValueError as error:
-                self._bases[key] = str(error)
-        found = self._bases[key]
-        if isinstance(found, str):
-            raise ValueError(found)
-        pipeline, params = found
-        rows = {np.shape(leaf)[0] for leaf in jax.tree.leaves(params.stages)}
-        if rows != {schedule.num_stages}:
-            raise ValueError(f"it has {schedule.num_stages} stages, and the parameters are stacked for {sorted(rows)}")
-        return pipeline, params
+                for schedule in schedules:
+                    self._refuse(schedule.name, schedule.num_microbatches, error)
+                continue
+            for schedule in schedules:
+                sizes, costs = self._measured[schedule.num_stages]
+                size = min(max(1 / schedule.num_microbatches, sizes[0]), sizes[-1])
+                self.entries.append(_Entry(schedule, base, candidates.between(sizes, costs, size)))
 
-    def measure(self) -> None:
-        """Gives each entry its costs."""
-        counts = sorted({entry.schedule.num_microbatches for entry in self.entries}, reverse=True)
-        chosen = [counts[round(i * (len(counts) - 1) / (_MEASURED - 1))] for i in range(_MEASURED)]
-        chosen = sorted({*chosen} if len(counts) > _MEASURED else {*counts}, reverse=True)
-        by_stages: dict[int, tuple[list[float], list[StageCosts]]] = {}
-        for stages in sorted({entry.schedule.num_stages for entry in self.entries}):
-            mine = [entry for entry in self.entries if entry.schedule.num_stages == stages]
-            sizes: list[float] = []
-            costs: list[StageCosts] = []
-            exist = {entry.schedule.num_microbatches: entry for entry in mine}
-            near = sorted({min(exist, key=lambda count: (abs(count - wanted), count)) for wanted in chosen})
-            for count in reversed(near):
-                sizes.append(1 / count)
-                costs.append(self._measured(exist[count]))
-            by_stages[stages] = sizes, costs
-        for entry in self.entries:
-            sizes, costs = by_stages[entry.schedule.num_stages]
-            size = min(max(1 / entry.schedule.num_microbatches, sizes[0]), sizes[-1])
-            entry.costs = candidates.between(sizes, costs, size)
+    def _refuse(self, name: str, count: int, error: ValueError) -> None:
+        self.refused.append(Candidate(name, count, str(error).partition("\n")[0]))
 
-    def _measured(self, entry: _Entry) -> StageCosts:
-        pipeline, params = entry.base
-        stages, count = entry.schedule.num_stages, entry.schedule.num_microbatches
-        self.tell(f"measuring {stages} stages, a microbatch of {count}")
-        pipeline, _ = candidates.on_schedule(pipeline, entry.schedule, StageCosts((Costs(),) * stages))
-        found = measure_costs(pipeline, params, self.batch, self.rng, self.step_inputs, repeats=self.repeats)
+    def _base(self, schedule: Schedule, counts: Sequence[int]) -> _Base:
+        """What stands for schedules that cut the model as this one does.
+
+        Unless they are known, the costs of its stages are measured, for some numbers of microbatches.
+        """
+        stages = schedule.num_stages
+        pipeline, params, optimizer = _parts(self.make(schedule), self.optimizer)
+        shapes = jax.tree.map(_shape, jax.eval_shape(params) if callable(params) else params)
+        rows = {leaf.shape[0] for leaf in jax.tree.leaves(shapes.stages)}
+        if rows != {stages}:
+            raise ValueError(f"it has {stages} stages, and the parameters are stacked for {sorted(rows)}")
+        if stages not in self._measured:
+            made = params() if callable(params) else params
+            costs = [self._measure(pipeline, made, count) for count in counts]
+            self._measured[stages] = [1 / count for count in counts], costs
+        return _Base(pipeline, shapes, optimizer)
+
+    def _measure(self, pipeline: Pipeline, params: Any, count: int) -> StageCosts:
+        """The costs of a pipeline's stages on one of so many microbatches."""
+        self.tell(f"measuring one of {pipeline.program.schedule.num_stages} stages on one of {count} microbatches")
+        options = dict(repeats=self.repeats, num_microbatches=count)
+        found = measure_costs(pipeline, params, self.batch, self.rng, self.step_inputs, **options)
         found = _of_first_process(found)
-        each = found.stages[0]
+        each = longest(found)
         pair = "" if each.overlapped is None else f", F&B {each.overlapped * 1e3:.3g}"
         self.tell(
-            f"of one: F {each.forward * 1e3:.3g}, I {each.backward_input * 1e3:.3g}, W {each.weight * 1e3:.3g}, "
-            f"B {(each.backward or 0) * 1e3:.3g}{pair}, message {found.p2p * 1e3:.3g} ms"
+            f"F {each.forward * 1e3:.3g}, I {each.backward_input * 1e3:.3g}, W {each.weight * 1e3:.3g}, "
+            f"B {each.of(Kind.B) * 1e3:.3g}{pair}, message {found.p2p * 1e3:.3g} ms"
         )
         return found
 
@@ -356,7 +372,7 @@ class _Search:
         self.entries.sort(key=lambda entry: (entry.seconds, max(_live(entry.schedule))))
 
     def _time(self, entry: _Entry) -> None:
-        pipeline, ticks = candidates.on_schedule(entry.base[0], entry.schedule, entry.costs)
+        pipeline, ticks = candidates.on_schedule(entry.base.pipeline, entry.schedule, entry.costs)
         ends = candidates.seconds_of_ends(pipeline, entry.costs, entry.schedule.num_microbatches)
         makespan, busy = candidates.simulated(pipeline, entry.costs)
         entry.pipeline, entry.ticks, entry.simulated, entry.busy = pipeline, ticks + ends, makespan + ends, busy + ends
@@ -369,13 +385,13 @@ class _Search:
     def plan(self, entry: _Entry) -> Memory:
         """The memory of an entry, and what it does once a step."""
         if entry.memory is None:
-            pipeline, (_, params) = entry.pipeline, entry.base
+            pipeline = entry.pipeline
             assert pipeline is not None
             self.tell(f"planning {pipeline.__name__}")
             cpu = self.chip is None
             found = plan(
-                pipeline, params, self.batch, self.chip or CHIPS["H100"], optimizer=self.optimizer, rng=self.rng,
-                step_inputs=self.step_inputs, costs=entry.costs, cpu=cpu,
+                pipeline, entry.base.params, self.batch, self.chip or CHIPS["H100"], optimizer=entry.base.optimizer,
+                rng=self.rng, step_inputs=self.step_inputs, costs=entry.costs, cpu=cpu,
             )  # fmt: skip
             entry.memory, entry.once = found.memory, 0.0 if cpu else found.once
         return entry.memory
@@ -407,7 +423,7 @@ class _Search:
         for group in groups.values():
             seeds = [entry.schedule for entry in group]
             self.tell(f"improving {', '.join(seed.name for seed in seeds)}")
-            found = improve(seeds, candidates.without_shared_ends(group[0].base[0], group[0].costs), moves=moves)
+            found = improve(seeds, candidates.without_shared_ends(group[0].base.pipeline, group[0].costs), moves=moves)
             if found in seeds:
                 continue
             entry = _Entry(found, group[0].base, group[0].costs)
@@ -416,7 +432,7 @@ class _Search:
         self.entries.sort(key=lambda entry: (entry.seconds, max(_live(entry.schedule))))
         return self.first_that_fits()
 
-    def choice(self, best: _Entry, refused: Sequence[Candidate]) -> ScheduleChoice:
+    def choice(self, best: _Entry) -> ScheduleChoice:
         """The result."""
         rows = []
         for entry in self.entries:
@@ -435,7 +451,7 @@ class _Search:
             seconds=best.seconds,
             memory=memory,
             budget=self.budget,
-            rows=(*rows, *refused),
+            rows=(*rows, *self.refused),
             bound=lower_bound(best.schedule, costs, stash) + ends,
         )
 
@@ -449,7 +465,9 @@ class _Search:
 def _ranks(mesh: Any, axis: str) -> int:
     """Pipeline ranks of a mesh."""
     if not isinstance(mesh, Mesh):
-        raise ValueError(f"mesh is {mesh!r:.80}: times are measured, so give a mesh of devices, as jaxpipe.make_mesh does")
+        raise ValueError(
+            f"mesh is {mesh!r:.80}: times are measured, so give a mesh of devices, as jaxpipe.make_mesh does"
+        )
     if axis not in mesh.shape:
         raise ValueError(f"axis={axis!r} is none of the mesh's axes {dict(mesh.shape)}: name that of the pipeline")
     return mesh.shape[axis]
@@ -462,9 +480,13 @@ def _microbatches(given: int | Sequence[int] | None, batch: Any) -> list[int]:
         size = math.gcd(*sizes)
         found = [count for count in range(1, size + 1) if size % count == 0]
     else:
-        found = sorted({at_least("choose", "microbatches", count, 1) for count in np.atleast_1d(np.asarray(given)).tolist()})
+        found = sorted(
+            {at_least("choose", "microbatches", count, 1) for count in np.atleast_1d(np.asarray(given)).tolist()}
+        )
     if not found:
-        raise ValueError(f"microbatches={given!r} of a batch of {jax.tree.map(np.shape, batch)}: give a positive number")
+        raise ValueError(
+            f"microbatches={given!r} of a batch of {jax.tree.map(np.shape, batch)}: give a positive number"
+        )
     return found
 
 
@@ -485,18 +507,29 @@ def _budget(mesh: Mesh, given: float | None) -> float:
     return min(known) if known else chip.memory if chip is not None else math.inf
 
 
-def _pair(made: Any) -> tuple[Pipeline, Params]:
-    """(pipeline, parameters) of what a `Make` returned."""
-    if isinstance(made, tuple) and len(made) == 2:
-        pipeline, params = made
-    else:
-        pipeline, params = getattr(made, "pipeline", None), getattr(made, "params", None)
-    if not isinstance(pipeline, Pipeline) or not isinstance(params, Params):
+def _parts(made: Any, optimizer: Any) -> tuple[Pipeline, Any, Any]:
+    """(pipeline, parameters, optimizer) of what a `Make` returned; ``optimizer`` where it says none."""
+    if not isinstance(made, tuple):
+        made = getattr(made, "pipeline", made), getattr(made, "params", None)
+    pipeline, params, *others = made
+    if not isinstance(pipeline, Pipeline) or not (isinstance(params, Params) or callable(params)) or len(others) > 1:
         raise TypeError(
             f"make(schedule) returned {made!r:.80}: return (pipeline, params), as jaxpipe.value_and_grad and "
             "jaxpipe.Params make them, or what jaxpipe.flax.from_nnx returns"
         )
-    return pipeline, params
+    return pipeline, params, others[0] if others else optimizer
+
+
+def _spread(counts: Iterable[int]) -> list[int]:
+    """Some of these numbers of microbatches, the most first: the ends, and one in the middle of their sizes."""
+    counts = sorted(counts, reverse=True)
+    if len(counts) <= _MEASURED:
+        return counts
+    return [counts[round(i * (len(counts) - 1) / (_MEASURED - 1))] for i in range(_MEASURED)]
+
+
+def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
 
 
 def _layout(schedule: Schedule) -> Any:

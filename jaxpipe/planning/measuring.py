@@ -38,7 +38,14 @@ _CALLS = 50
 
 
 def measure_costs(
-    pipeline: Pipeline, params: Params, batch: Any, rng: Any = None, step_inputs: Any = None, *, repeats: int = 5
+    pipeline: Pipeline,
+    params: Params,
+    batch: Any,
+    rng: Any = None,
+    step_inputs: Any = None,
+    *,
+    num_microbatches: int | None = None,
+    repeats: int = 5,
 ) -> StageCosts:
     """Seconds of each stage's actions on one microbatch, of embedding and head, and of a message between ranks.
 
@@ -50,12 +57,14 @@ def measure_costs(
       params, batch: as the pipeline is called with, or their shapes, for which values are made: floats at random, all
         else zeros, which routers send to few experts. Of the batch one microbatch is used.
       rng, step_inputs: as the pipeline is called with.
+      num_microbatches: that the batch is cut into; None: as many as the pipeline's schedule has.
       repeats: turns of which the median counts; in a turn each action runs for some 20 ms.
 
     Raises:
       ValueError: a pipeline without devices or without gradients; params or a batch that do not fit it.
     """
-    return Stopwatch(pipeline, params, batch, rng, step_inputs).measure(repeats)
+    count = pipeline.program.schedule.num_microbatches if num_microbatches is None else num_microbatches
+    return Stopwatch(pipeline, params, batch, rng, step_inputs, count).measure(repeats)
 
 
 class Stopwatch:
@@ -63,11 +72,12 @@ class Stopwatch:
 
     Args:
       pipeline, params, batch, rng, step_inputs: see `measure_costs`.
+      count: microbatches of the batch.
     """
 
-    def __init__(self, pipeline: Pipeline, params: Params, batch: Any, rng: Any, step_inputs: Any) -> None:
+    def __init__(self, pipeline: Pipeline, params: Params, batch: Any, rng: Any, step_inputs: Any, count: int) -> None:
         if not isinstance(pipeline.mesh, Mesh):
-            raise ValueError(f"{pipeline!r} has a mesh without devices: nothing can be measured; give jaxpipe.make_mesh")
+            raise ValueError(f"{pipeline!r} has a mesh without devices, on which nothing can be measured")
         if pipeline.program.forward_only:
             raise ValueError(f"{pipeline!r} has no gradients to measure: pass what jaxpipe.value_and_grad returned")
         schedule, axes = pipeline.program.schedule, pipeline.axes
@@ -78,10 +88,12 @@ class Stopwatch:
         sharded = pipeline._sharded(params)
         self._trainable = pipeline.trainable_mask(params)
         self._model = self._prepare(fsdp.gather_where_used(pipeline.model, sharded.shards))
-        self._specs = jax.tree.map(functools.partial(inputs.manual_part, axes.names), sharded.specs, is_leaf=inputs.is_spec)
+        self._specs = jax.tree.map(
+            functools.partial(inputs.manual_part, axes.names), sharded.specs, is_leaf=inputs.is_spec
+        )
         self._given = (
             jax.tree.map(_array, params, pipeline.shardings(params)),
-            self._microbatch(batch),
+            self._microbatch(batch, count),
             rng,
             inputs.as_step_inputs(step_inputs),
         )
@@ -96,9 +108,9 @@ class Stopwatch:
             return model
         return share_ends(model, self.pipeline.program.schedule, self.axes.pipeline, forward_only=False)
 
-    def _microbatch(self, batch: Any) -> Any:
-        """The first microbatch, leaves ``[1, microbatch, ...]``."""
-        count, mask = self.pipeline.program.schedule.num_microbatches, self.pipeline.options.example_mask
+    def _microbatch(self, batch: Any, count: int) -> Any:
+        """The first of so many microbatches, leaves ``[1, microbatch, ...]``."""
+        mask = self.pipeline.options.example_mask
         multiple = count * int(np.prod([self.axes.sizes[axis] for axis in self.axes.data], dtype=int))
         spec, mesh = self.pipeline.batch_spec, self.mesh
         whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), batch)
@@ -172,7 +184,7 @@ class Stopwatch:
         seconds = dict(zip(programs, medians(calls, repeats), strict=True))
         overlaps = self.pipeline.dispatch != "sequential"  # which runs the halves of a pair one after the other
         kinds = [
-            Costs(*(seconds[letter, kind] for letter in "FIWB"), seconds["F&B", kind] if overlaps else None)
+            Costs(*[seconds[letter, kind] for letter in "FIWB"], overlapped=seconds["F&B", kind] if overlaps else None)
             for kind in range(len(self._model.stages))
         ]
         ends = {name: seconds.get((name, 0), 0.0) for name in ("embed", "embed_grad", "head")}

@@ -4,8 +4,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 
 `build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
 that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, or `StageCosts` where stages differ,
-and ``draw_`` functions draw that. `improve` searches for an order that is faster with given costs, and `lower_bound` says what
-none can go below. `to_csv` and `from_csv` are PyTorch's notation.
+and ``draw_`` functions draw that. `improve` searches for an order that is faster with given costs, and `lower_bound`
+says what none can go below. `to_csv` and `from_csv` are PyTorch's notation.
 """
 
 from jaxpipe.schedule.action import Action, Kind
