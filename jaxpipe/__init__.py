@@ -24,7 +24,8 @@ from jaxpipe.optimizer import Unchanged, floating_only
 from jaxpipe.optimizer_state import init_optimizer
 from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
-from jaxpipe.planning.choosing import ScheduleChoice, choose, choose_pipeline
+from jaxpipe.planning.choosing import choose, choose_pipeline
+from jaxpipe.planning.comparing import ScheduleChoice
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.restacking import restack, restore

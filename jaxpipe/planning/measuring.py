@@ -182,9 +182,8 @@ class Stopwatch:
         held = self._hold(programs, prepared)
         calls = [functools.partial(programs[name], *self._given, held[name]) for name in programs]
         seconds = dict(zip(programs, medians(calls, repeats), strict=True))
-        overlaps = self.pipeline.dispatch != "sequential"  # which runs the halves of a pair one after the other
         kinds = [
-            Costs(*[seconds[letter, kind] for letter in "FIWB"], overlapped=seconds["F&B", kind] if overlaps else None)
+            Costs(*[seconds[letter, kind] for letter in "FIWB"], overlapped=seconds.get(("F&B", kind)))
             for kind in range(len(self._model.stages))
         ]
         ends = {name: seconds.get((name, 0), 0.0) for name in ("embed", "embed_grad", "head")}
@@ -215,6 +214,8 @@ class Stopwatch:
                 "F&B": (both, sums, x),
             }
             for letter, body in self._bodies(split).items():
+                if letter == "F&B" and not self._overlaps:
+                    continue
                 found[letter, kind] = self._program(body, held[letter])
         if self.pipeline.model.embed is not None:
             found["embed", 0] = self._program(self._embed, outer)
@@ -225,6 +226,11 @@ class Stopwatch:
         if self.axes.sizes[self.axes.pipeline] > 1:
             found["message", 0] = self._program(self._message, x)
         return found
+
+    @property
+    def _overlaps(self) -> bool:
+        """Whether a pair is more than its halves, one after the other."""
+        return self.pipeline.dispatch != "sequential"
 
     def _hold(self, programs: Mapping[Any, Any], state: Any) -> dict[tuple[str, int], Any]:
         """What each program is called with."""
