@@ -76,7 +76,7 @@ def test_every_action_is_measured_with_the_work_that_it_has():
     "mesh, options",
     [
         ({"pp": 2, "dp": 2}, {"data_axes": ("dp",), "fsdp_axis": "dp", "min_shard_size": 0}),
-        ({"pp": 2}, {"shared_ends": True}),
+        pytest.param({"pp": 2}, {"shared_ends": True}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "tp": 2}, {"dispatch": "loops"}, marks=pytest.mark.slow),
         pytest.param({"pp": 2, "dp": 2}, {"data_axes": ("dp",), "zero1_axis": "dp"}, marks=pytest.mark.slow),
     ],
@@ -164,18 +164,19 @@ def test_messages_count(monkeypatch):
 
 def test_memory_decides(monkeypatch):
     """DualPipe is the fastest and holds two copies: with memory for one, another is chosen."""
+    given = dict(schedules=["1f1b", "dualpipe", "zb1p"], microbatches=8)
     pairs = lambda *sizes: alike(*sizes, pair=0.7)  # noqa: E731
-    free, _ = choose(monkeypatch, pairs, microbatches=8)
+    free, _ = choose(monkeypatch, pairs, **given)
     memory = {row.name: row.memory.total for row in free.rows}
     budget = memory["dualpipe"] - 1
-    tight, _ = choose(monkeypatch, pairs, microbatches=8, memory=budget)
+    tight, _ = choose(monkeypatch, pairs, **given, memory=budget)
     assert tight.schedule.name != "dualpipe" and tight.memory.total <= budget
     reasons = {row.name: row.reason for row in tight.rows}
     assert reasons["dualpipe"].startswith("needs ")
     least = min(memory.values())
     with pytest.raises(ValueError, match=rf"no schedule fits.*microbatches, {least / 1e9:.4g} GB; allow as much"):
-        choose(monkeypatch, pairs, microbatches=8, memory=least - 1)
-    fits, _ = choose(monkeypatch, pairs, microbatches=8, memory=least)
+        choose(monkeypatch, pairs, **given, memory=least - 1)
+    fits, _ = choose(monkeypatch, pairs, **given, memory=least)
     assert fits.memory.total == least
 
 

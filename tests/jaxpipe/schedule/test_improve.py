@@ -65,21 +65,21 @@ def check_improved(seeds, costs, moves):
 
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda names: names[0])
 def test_no_builder_beats_the_search_at_random_costs(placement):
-    """200 sets of costs for each placement of stages."""
+    """200 sets of costs in all, 50 for each placement of stages."""
     draw, better = random.Random(22), 0
-    for _ in range(200):
+    for _ in range(50):
         ranks = draw.choice([2, 2, 4]) if placement == ("dualpipe",) else draw.choice([2, 2, 3])
         seeds = seeds_of(placement, ranks, 2 * ranks + 2 * draw.randrange(2))
         before, after = check_improved(seeds, random_costs(draw, seeds[0].num_stages), 60)
         better += after < before * (1 - 1e-9)
-    assert better > 40  # the search is no mere copy of its seeds
+    assert better > 10  # the search is no mere copy of its seeds
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("placement", PLACEMENTS, ids=lambda names: names[0])
 def test_no_builder_beats_the_search_on_more_ranks(placement):
     draw = random.Random(4)
-    for _ in range(20):
+    for _ in range(50):
         seeds = seeds_of(placement, 4, draw.choice([8, 16]))
         check_improved(seeds, random_costs(draw, seeds[0].num_stages), 1000)
 
@@ -173,7 +173,7 @@ def test_bad_seeds_are_refused():
         improve(build("1f1b", 4, 8), Costs(), stash=3)
 
 
-@pytest.mark.parametrize("name, ranks", [("dualpipev", 2), ("dualpipe", 4)])
+@pytest.mark.parametrize("name, ranks", [("dualpipev", 2), pytest.param("dualpipe", 4, marks=pytest.mark.slow)])
 def test_an_improved_schedule_runs_and_equals_the_plain_program(x64, name, ranks):
     seed, costs = build(name, ranks, 2 * ranks), Costs(1, 1.4, 0.6, 1.9, 2.5, 0.1)
     schedule = improve(seed, costs, moves=500)
