@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline
@@ -19,7 +18,7 @@ from jaxpipe.params import Params
 from jaxpipe.planning import candidates
 from jaxpipe.planning.candidates import Candidate
 from jaxpipe.planning.chips import CHIPS, Chip
-from jaxpipe.planning.measuring import measure_costs
+from jaxpipe.planning.measuring import measure_costs, of_first_process
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import GIGA, plan
 from jaxpipe.planning.timing import longest
@@ -230,7 +229,8 @@ class CandidateSearch:
         """
         begin, found = time.monotonic(), {}
         for count in _spread(counts):
-            if len(found) < 2 or time.monotonic() - begin < _PATIENCE:
+            (spent,) = of_first_process([time.monotonic() - begin])
+            if len(found) < 2 or spent < _PATIENCE:
                 found[count] = self._measure(pipeline, params, count)
         chosen = sorted(found, reverse=True)
         return [1 / count for count in chosen], [found[count] for count in chosen]
@@ -248,7 +248,6 @@ class CandidateSearch:
             num_microbatches=count,
             repeats=self.repeats,
         )
-        found = _of_first_process(found)
         each = longest(found)
         pair = "" if each.overlapped is None else f", F&B {each.overlapped * 1e3:.3g}"
         self.tell(
@@ -393,13 +392,3 @@ def _layout(schedule: Schedule) -> Any:
 def _live(schedule: Schedule) -> tuple[int, ...]:
     """Most stashes of each rank."""
     return simulate(schedule).peak_live
-
-
-def _of_first_process(costs: StageCosts) -> StageCosts:
-    """The measurements of the first of several processes, so that all choose the same."""
-    if jax.process_count() == 1:
-        return costs
-    leaves, structure = jax.tree.flatten(dataclasses.asdict(costs))
-    values = multihost_utils.broadcast_one_to_all(np.asarray(leaves, np.float64))
-    whole = jax.tree.unflatten(structure, [float(value) for value in values])
-    return StageCosts(**{**whole, "stages": tuple(Costs(**each) for each in whole["stages"])})

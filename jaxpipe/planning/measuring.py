@@ -6,14 +6,15 @@ import dataclasses
 import functools
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -172,15 +173,8 @@ class Stopwatch:
     def measure(self, repeats: int) -> StageCosts:
         """The costs."""
         with ThreadPoolExecutor(8) as pool:
-            start = self._program(self._begin, ())
-            shapes = start.out_info
-            state = pool.submit(start.compile)
-            lowered = self._actions(shapes)
-            compiled = {name: pool.submit(program.compile) for name, program in lowered.items()}
-            programs = {name: program.result() for name, program in compiled.items()}
-            prepared = state.result()(*self._given, ())
-        held = self._hold(programs, prepared)
-        calls = [functools.partial(programs[name], *self._given, held[name]) for name in programs]
+            programs = self.programs(pool)
+            calls = [functools.partial(program.result(), *self._given, held) for program, held in programs.values()]
         seconds = dict(zip(programs, medians(calls, repeats), strict=True))
         kinds = [
             Costs(*[seconds[letter, kind] for letter in "FIWB"], overlapped=seconds.get(("F&B", kind)))
@@ -190,6 +184,43 @@ class Stopwatch:
         p2p = seconds.get(("message", 0), 0.0)
         return StageCosts(tuple(kinds[kind] for kind in self.kind_of), p2p, **ends)
 
+    def programs(self, pool: ThreadPoolExecutor) -> dict[tuple[str, int], tuple[Future[Any], Any]]:
+        """By action and kind of stage: the program, which is being compiled, and what it is called with besides.
+
+        What one makes for another stays where the compiler puts it, also over axes that are the compiler's.
+        """
+        found: dict[tuple[str, int], tuple[Future[Any], Any]] = {}
+
+        def start(name: str, kind: int, body: Callable[..., Any], held: Any) -> None:
+            found[name, kind] = pool.submit(self._program(body, held).compile), held
+
+        def run(name: str, kind: int) -> Any:
+            program, held = found[name, kind]
+            return program.result()(*self._given, held)
+
+        prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, ())
+        bodies = [self._bodies(split) for _, split in sorted(self._splits.items())]
+        for kind, mine in enumerate(prepared):
+            start("F", kind, bodies[kind]["F"], (mine, x))
+        if self.pipeline.model.embed is not None:
+            start("embed", 0, self._embed, outer)
+            if any(jax.tree.leaves(self._trainable.outer)):
+                start("embed_grad", 0, self._embed_grad, (outer, x))
+        if self._model.head is not None:
+            start("head", 0, self._head, (outer, x))
+        if self.axes.sizes[self.axes.pipeline] > 1:
+            start("message", 0, self._message, x)
+        kept = [run("F", kind)[1] for kind in range(len(prepared))]
+        for kind, mine in enumerate(prepared):
+            both = (mine, kept[kind], x)
+            start("I", kind, bodies[kind]["I"], both)
+            start("B", kind, bodies[kind]["B"], (both, sums))
+            if self.pipeline.dispatch != "sequential":  # which runs the halves of a pair one after the other
+                start("F&B", kind, bodies[kind]["F&B"], (both, sums, x))
+        for kind, mine in enumerate(prepared):
+            start("W", kind, bodies[kind]["W"], (mine, kept[kind].weight, run("I", kind)[1], sums))
+        return found
+
     def _begin(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
         """What actions work on: the kinds' prepared parameters, the ends' parameters, x, and sums."""
         chunk, outer, ctx = self._start(params, batch, rng, step_inputs)
@@ -198,57 +229,6 @@ class Stopwatch:
         prepared = tuple(split.prepare((chunk, step_inputs)) for split in splits)
         sums = jax.tree.map(accumulator, partition(chunk, self._trainable.stages)[0])
         return prepared, outer, x, sums
-
-    def _actions(self, shapes: Any) -> dict[tuple[str, int], Any]:
-        """Each action of each kind of stage, and the ends, lowered."""
-        prepared, outer, x, sums = shapes
-        found: dict[tuple[str, int], Any] = {}
-        for kind in range(len(self._model.stages)):
-            split, mine = self._splits[kind], prepared[kind]
-            kept, both = split.residuals, (mine, split.residuals, x)
-            held = {
-                "F": (mine, x),
-                "I": both,
-                "W": (mine, kept.weight, split.crossing, sums),
-                "B": (both, sums),
-                "F&B": (both, sums, x),
-            }
-            for letter, body in self._bodies(split).items():
-                if letter == "F&B" and not self._overlaps:
-                    continue
-                found[letter, kind] = self._program(body, held[letter])
-        if self.pipeline.model.embed is not None:
-            found["embed", 0] = self._program(self._embed, outer)
-            if any(jax.tree.leaves(self._trainable.outer)):
-                found["embed_grad", 0] = self._program(self._embed_grad, (outer, x))
-        if self._model.head is not None:
-            found["head", 0] = self._program(self._head, (outer, x))
-        if self.axes.sizes[self.axes.pipeline] > 1:
-            found["message", 0] = self._program(self._message, x)
-        return found
-
-    @property
-    def _overlaps(self) -> bool:
-        """Whether a pair is more than its halves, one after the other."""
-        return self.pipeline.dispatch != "sequential"
-
-    def _hold(self, programs: Mapping[Any, Any], state: Any) -> dict[tuple[str, int], Any]:
-        """What each program is called with."""
-        prepared, outer, x, sums = state
-        held: dict[tuple[str, int], Any] = {
-            ("embed", 0): outer,
-            ("embed_grad", 0): (outer, x),
-            ("head", 0): (outer, x),
-            ("message", 0): x,
-        }
-        for kind, mine in enumerate(prepared):
-            _, kept = programs["F", kind](*self._given, (mine, x))
-            both = (mine, kept, x)
-            _, crossing = programs["I", kind](*self._given, both)
-            held["F", kind], held["I", kind] = (mine, x), both
-            held["W", kind] = (mine, kept.weight, crossing, sums)
-            held["B", kind], held["F&B", kind] = (both, sums), (both, sums, x)
-        return held
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
         """A stage's actions, each of what a device is given and of held values."""
@@ -335,8 +315,16 @@ def medians(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
     for call in calls:
         seconds(call, 1)
     counts = [max(1, min(_CALLS, round(_TURN / seconds(call, 1)))) for call in calls]
+    counts = [int(count) for count in of_first_process(counts)]  # who calls more often would wait for the others
     turns = [[seconds(call, count) for call, count in zip(calls, counts, strict=True)] for _ in range(repeats)]
-    return [statistics.median(taken) for taken in zip(*turns, strict=True)]
+    return of_first_process([statistics.median(taken) for taken in zip(*turns, strict=True)])
+
+
+def of_first_process(numbers: Sequence[float]) -> list[float]:
+    """The numbers that the first of several processes has: all then do the same."""
+    if jax.process_count() == 1:
+        return list(numbers)
+    return multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.float64)).tolist()
 
 
 def _dtype(leaf: Any) -> Any:

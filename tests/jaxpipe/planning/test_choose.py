@@ -2,16 +2,18 @@
 
 import dataclasses
 import re
+from concurrent.futures import ThreadPoolExecutor
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 import jaxpipe.flax
-from jaxpipe.planning import comparing
+from jaxpipe.planning import comparing, measuring
 from jaxpipe.planning.candidates import between, lockstep_seconds, on_schedule
 from jaxpipe.planning.measuring import Stopwatch, measure_costs
 from jaxpipe.runtime.pack import pack
@@ -64,12 +66,30 @@ def test_every_action_is_measured_with_the_work_that_it_has():
     step = jaxpipe.value_and_grad(stage, schedule, jaxpipe.make_mesh(pp=2), head=head, dispatch="loops")
     params = jaxpipe.Params(jnp.ones((4, 2, width, width)))
     watch = Stopwatch(step, params, jnp.ones((4 * rows, width)), None, None, 4)
-    shapes = watch._program(watch._begin, ()).out_info
     product = 2 * rows * width * width
-    flops = {name: program.cost_analysis()["flops"] for (name, _), program in watch._actions(shapes).items()}
+    with ThreadPoolExecutor(1) as pool:
+        programs = {name: program.result() for (name, _), (program, _) in watch.programs(pool).items()}
+    flops = {name: program.cost_analysis().get("flops", 0) for name, program in programs.items()}
     found = {name: round(count / product) for name, count in flops.items()}
     assert {name: found[name] for name in ("F", "I", "W", "B", "F&B")} == {"F": 2, "I": 2, "W": 2, "B": 4, "F&B": 6}
     assert sorted(found) == ["B", "F", "F&B", "I", "W", "head", "message"]
+
+
+def test_what_the_compiler_shards_stays_so():
+    """Megatron's specs over an axis of the compiler: no program gathers what another has made."""
+    specs = jaxpipe.Params({"up": P("pp", None, "tp"), "down": P("pp", "tp")}, P())
+    step = jaxpipe.value_and_grad(
+        lambda params, x, ctx: jnp.tanh(x @ params["up"]) @ params["down"],
+        build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2, tp=2), head=head, specs=specs,
+    )  # fmt: skip
+    params = jaxpipe.Params({"up": jnp.ones((2, 16, 64)), "down": jnp.ones((2, 64, 16))})
+    watch = Stopwatch(step, params, jnp.ones((16, 16)), None, None, 2)
+    with ThreadPoolExecutor(1) as pool:
+        programs = watch.programs(pool)
+        texts = {name: program.result().as_text() for (name, _), (program, _) in programs.items()}
+    assert all("all-gather" not in text for text in texts.values())
+    assert "all-reduce" in texts["F"] and "all-reduce" in texts["I"]
+    assert watch.measure(1).stages[0].weight > 0
 
 
 @pytest.mark.parametrize(
@@ -299,10 +319,16 @@ def test_a_pipeline_takes_another_schedule_of_the_same_stages():
     assert str(jax.make_jaxpr(found)(params, batch)) == str(jax.make_jaxpr(made)(params, batch))
 
 
-def test_processes_choose_by_the_measurements_of_the_first(monkeypatch):
-    """What the first broadcasts stands for what each has measured."""
+def test_processes_measure_alike_and_choose_by_the_first(monkeypatch):
+    """All call as often as the first one does, or they would wait for each other, and have its medians."""
+    calls, told = [], []
+
+    def broadcast(numbers):
+        told.append(numbers)
+        return np.full(len(numbers), 3.0)
+
     monkeypatch.setattr(jax, "process_count", lambda: 2)
-    monkeypatch.setattr(comparing.multihost_utils, "broadcast_one_to_all", lambda values: 2 * values)
-    costs = StageCosts((Costs(1, 2, 3, None, 5), Costs(1, 1, 1)), 0.5, head=1)
-    twice = StageCosts((Costs(2, 4, 6, None, 10), Costs(2, 2, 2)), 1.0, head=2)
-    assert comparing._of_first_process(costs) == twice
+    monkeypatch.setattr(measuring.multihost_utils, "broadcast_one_to_all", broadcast)
+    found = measuring.medians([lambda: calls.append("a"), lambda: calls.append("b")], 2)
+    assert found == [3.0, 3.0] and len(told) == 2
+    assert calls.count("a") == calls.count("b") == 2 + 2 * 3  # to warm up, to see how long one takes, and turns of 3
