@@ -196,11 +196,13 @@ class CandidateSearch:
         if stages not in self._measured and fitting:
             self._measured[stages] = self._measure_sizes(base.pipeline, made, fitting)
         for schedule in schedules:
-            if errors[schedule.num_microbatches]:
-                self._refuse(schedule.name, schedule.num_microbatches, errors[schedule.num_microbatches])
+            count = schedule.num_microbatches
+            if errors[count]:
+                self._refuse(schedule.name, count, errors[count])
+            elif 1 / count > self._measured[stages][0][-1]:
+                self._refuse(schedule.name, count, f"one of {count} microbatches is too large for a device")
             else:
-                costs = candidates.between(*self._measured[stages], 1 / schedule.num_microbatches)
-                self.entries.append(_Entry(schedule, base, costs))
+                self.entries.append(_Entry(schedule, base, candidates.between(*self._measured[stages], 1 / count)))
 
     def _refuse(self, name: str, count: int, why: object) -> None:
         self.refused.append(Candidate(name, count, str(why).partition("\n")[0]))
@@ -225,13 +227,21 @@ class CandidateSearch:
     ) -> tuple[list[float], list[StageCosts]]:
         """(sizes of microbatches as shares of the batch, ascending, and their costs): the ends, and one in the middle.
 
-        The one in the middle is left out where the ends have taken long.
+        The one in the middle is left out where the ends have taken long; so are those for which memory runs out.
         """
         begin, found = time.monotonic(), {}
         for count in _spread(counts):
             (spent,) = of_first_process([time.monotonic() - begin])
-            if len(found) < 2 or spent < _PATIENCE:
+            if len(found) == 2 and spent > _PATIENCE:
+                break
+            try:
                 found[count] = self._measure(pipeline, params, count)
+            except jax.errors.JaxRuntimeError as error:
+                smaller = [other for other in counts if other > count]
+                if "RESOURCE_EXHAUSTED" not in str(error) or not smaller:
+                    raise
+                self.tell(f"one of {count} microbatches is too large")
+                return self._measure_sizes(pipeline, params, smaller)
         chosen = sorted(found, reverse=True)
         return [1 / count for count in chosen], [found[count] for count in chosen]
 

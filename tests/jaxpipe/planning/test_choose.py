@@ -182,6 +182,23 @@ def test_messages_count(monkeypatch):
     assert {row.num_microbatches for row in free.rows} == {2, 4, 8, 16, 32}
 
 
+def test_microbatches_too_large_to_be_measured_are_left_out(monkeypatch):
+    """Memory runs out for halves of the batch, and for quarters."""
+
+    def costs(stages, count):
+        if count < 8:
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate")
+        return alike(stages, count)
+
+    choice, asked = choose(monkeypatch, costs, schedules=["1f1b"])
+    assert [count for _, count in asked] == [32, 2, 32, 4, 32, 8, 16]
+    reasons = {row.num_microbatches: row.reason for row in choice.rows}
+    assert reasons[4] == "one of 4 microbatches is too large for a device"
+    assert choice.schedule.num_microbatches == 32 and len(reasons) == 5
+    with pytest.raises(jax.errors.JaxRuntimeError, match="RESOURCE_EXHAUSTED"):
+        choose(monkeypatch, costs, schedules=["1f1b"], microbatches=4)
+
+
 def test_memory_decides(monkeypatch):
     """DualPipe is the fastest and holds two copies: with memory for one, another is chosen."""
     given = dict(schedules=["1f1b", "dualpipe", "zb1p"], microbatches=8)
