@@ -146,6 +146,7 @@ def choose_pipeline(
     unknown = [name for name in schedules if name not in BUILDERS]
     if unknown or not schedules:
         raise ValueError(f"schedules={list(schedules)}: choose from {', '.join(BUILDERS)}")
+    moves, repeats = at_least("choose", "moves", moves, 0), at_least("choose", "repeats", repeats, 1)
     tell = _tell if progress else lambda _: None
     counts = _microbatches(microbatches, batch, ranks)
     search = CandidateSearch(
@@ -158,7 +159,7 @@ def choose_pipeline(
     search.rank()
     best = search.first_that_fits()
     if moves:
-        best = search.improve(best, at_least("choose", "moves", moves, 0))
+        best = search.improve(best, moves)
     return search.choice(best)
 
 

@@ -265,6 +265,9 @@ def test_the_table_says_why(monkeypatch):
 def test_bad_arguments_are_refused(monkeypatch):
     with pytest.raises(ValueError, match=r"schedules=\['2f2b'\]: choose from gpipe, 1f1b"):
         choose(monkeypatch, alike, schedules=["2f2b"])
+    for name, value in (("moves", -1), ("repeats", 0)):
+        with pytest.raises(ValueError, match=f"choose with {name}={value}: it must be an integer of at least"):
+            choose(monkeypatch, alike, **{name: value})
     with pytest.raises(ValueError, match=r"memory=0: bytes of a device"):
         choose(monkeypatch, alike, memory=0)
     with pytest.raises(ValueError, match=r"choose with microbatches=0: it must be an integer of at least 1"):
