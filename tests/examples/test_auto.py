@@ -1,5 +1,6 @@
 """``--schedule auto``: what is chosen is printed, stored with the run, and kept by one that continues."""
 
+import functools
 import json
 import pathlib
 import runpy
@@ -82,6 +83,8 @@ def test_a_choice_for_another_mesh_is_refused(settle, tmp_path):
 @pytest.mark.slow
 def test_a_run_chooses_and_continues(tmp_path, monkeypatch, capsys):
     pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
+    fewer = functools.partial(jaxpipe.choose_pipeline, schedules=["1f1b", "zb1p"], repeats=1)
+    monkeypatch.setattr(jaxpipe, "choose_pipeline", fewer)
     main = runpy.run_path(str(ROOT / "examples" / "pretrain.py"))["main"]
     common = ["--schedule", "auto", "--mesh", "pp=2,ep=2", "--microbatches", "4", "--microbatch-size", "2"]
     common += ["--eval-every", "0", "--steps", "3", "--out", str(tmp_path)]
