@@ -101,7 +101,9 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     """
     kind = values.get("model_type")
     if kind not in ROUTERS:
-        raise ValueError(f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise")
+        raise ValueError(
+            f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise"
+        )
     _check_known(values)
     _check_fixed(values)
     router = _router(values, kind)
@@ -261,7 +263,9 @@ def _check_known(values: Mapping[str, Any]) -> None:
 def _check_fixed(values: Mapping[str, Any]) -> None:
     for name, right in FIXED.items():
         if values.get(name) is not None and values[name] not in right:
-            raise ValueError(f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded")
+            raise ValueError(
+                f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded"
+            )
     quantised = values.get("quantization_config") or {}
     method = quantised.get("quant_method")
     if quantised and method != "fp8":
@@ -274,7 +278,9 @@ def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:
     if scoring != ROUTERS[kind]:
         raise ValueError(f"scoring_func={scoring!r}: {kind} scores by {ROUTERS[kind]!r}; set it so, or leave it out")
     if method not in METHODS[kind]:
-        raise ValueError(f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out")
+        raise ValueError(
+            f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out"
+        )
     groups, allowed = values.get("n_group") or 1, values.get("topk_group") or 1
     if method == "greedy":
         groups = allowed = 1
