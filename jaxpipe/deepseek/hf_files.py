@@ -1,8 +1,8 @@
 """Hugging Face folders: which tensors their safetensors files hold, and their rows.
 
 Files are untrusted. All that a header says is checked against its file before memory is taken, and nothing that could
-run code, such as a pickle, is opened. Rows are read by position instead of through a memory map, whose pages would count
-as this process's memory.
+run code, such as a pickle, is opened. Rows are read by position: the pages of a memory map would count as this
+process's memory.
 
 Source of the format: https://huggingface.co/docs/safetensors/index#format.
 """
@@ -18,7 +18,7 @@ import pathlib
 import re
 import struct
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, TypeGuard
 
 import ml_dtypes
 import numpy as np
@@ -82,7 +82,7 @@ class TensorEntry:
         stop = count if stop is None else stop
         found = np.empty((stop - start, *self.shape[1:]), DTYPES[self.dtype])
         row = found.nbytes // max(1, stop - start)
-        left = memoryview(found.reshape(-1).view(np.uint8))
+        left = memoryview(found.reshape(-1).view(np.uint8).data)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start + start * row)
             while left:
@@ -151,8 +151,8 @@ def read_header(path: pathlib.Path) -> dict[str, TensorEntry]:
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else None
         if length is None or length > min(LARGEST_HEADER, size - 8):
             raise ValueError(
-                f"{path} has {size} bytes and should begin with a header of {length}: it is truncated, or no safetensors "
-                "file; fetch it again"
+                f"{path} has {size} bytes and should begin with a header of {length}: it is truncated, or no "
+                "safetensors file; fetch it again"
             )
         text = file.read(length)
     header = parse_json(text, path)
@@ -165,8 +165,8 @@ def read_header(path: pathlib.Path) -> dict[str, TensorEntry]:
         end += entry.nbytes
         if end > size:
             raise ValueError(
-                f"{entry.name} in {path}, {entry.dtype}{list(entry.shape)}, ends at byte {end}, and the file has {size}: "
-                "it is truncated; fetch it again"
+                f"{entry.name} in {path}, {entry.dtype}{list(entry.shape)}, ends at byte {end}, and the file has {size}"
+                ": it is truncated; fetch it again"
             )
     if end != size:
         raise ValueError(f"{path} has {size} bytes, and its tensors end at {end}: it is damaged; fetch it again")
@@ -283,7 +283,7 @@ def _entry(name: str, value: Any, path: pathlib.Path, origin: int) -> TensorEntr
     return entry
 
 
-def _are_sizes(value: Any) -> bool:
+def _are_sizes(value: Any) -> TypeGuard[list[int]]:
     return isinstance(value, list) and all(type(size) is int and size >= 0 for size in value)
 
 

@@ -99,8 +99,8 @@ def load(
       progress: called with bytes of parameters that this process has read, and will have.
 
     Returns:
-      The config and ``jaxpipe.Params``. Where config.json asks for multi-token prediction and the files hold none of it,
-      as those that transformers writes, a warning says so, and the config is without.
+      The config and ``jaxpipe.Params``. Where config.json asks for multi-token prediction and the files hold none of
+      it, as those that transformers writes, a warning says so, and the config is without.
 
     Raises:
       ValueError: a config that is not understood; missing, unexpected, truncated or damaged files and tensors; tensors
@@ -231,11 +231,12 @@ def _made_here(config: ModelConfig, name: str, leaf: Any) -> np.ndarray | None:
     return np.asarray(getattr(first_placement(config.experts, config.redundant), name), leaf.dtype)
 
 
-def _shards(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Box, list[jax.Device]]:
+def _shards(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Box, list[Any]]:
     """The devices of this process that keep each part of an array."""
-    found: dict[Box, list[jax.Device]] = {}
+    found: dict[Box, list[Any]] = {}
     for device, index in sharding.addressable_devices_indices_map(shape).items():
-        box = tuple(cut.indices(size)[:2] for cut, size in zip(index, shape, strict=True))
+        cuts = index or (slice(None),) * len(shape)
+        box = tuple(cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=True))
         found.setdefault(box, []).append(device)
     return found
 
@@ -269,17 +270,13 @@ def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[Source, Part]]) 
             continue
         there, block = within
         # The file's first axis, in parts of `split`: rows in one stretch.
-        first = part.order.index(0)
+        region, first = shard[there], part.order.index(0)
         start, stop = block[first]
-        row = source.entry.nbytes // part.split[0]
-        step = max(1, PIECE // max(1, row))
+        step = max(1, PIECE // max(1, source.entry.nbytes // part.split[0]))
         for begin in range(start, stop, step):
             end = min(stop, begin + step)
-            own = list(there)
-            axes = [axis for axis, place in enumerate(there) if isinstance(place, slice)]
-            origin = there[axes[first]].start + begin - start
-            own[axes[first]] = slice(origin, origin + end - begin)
-            yield functools.partial(_copy, source, part, (begin, end), block, shard[tuple(own)])
+            own = region[(slice(None),) * first + (slice(begin - start, end - start),)]
+            yield functools.partial(_copy, source, part, (begin, end), block, own)
 
 
 def _intersect(part: Part, box: Box) -> tuple[tuple[int | slice, ...], Box] | None:
@@ -327,7 +324,7 @@ def _copy(source: Source, part: Part, rows: tuple[int, int], block: Box, target:
 
 
 def loaded_bytes(model: DeepSeekModel, mesh: Mesh, dtype: Any = jnp.float32) -> Mapping[str, int]:
-    """Bytes that this process keeps of a model's parameters, and those of the largest shard, which it holds beside them.
+    """Bytes that this process keeps of a model's parameters, and of the largest shard, which it holds beside them.
 
     Args:
       model: of the parameters.

@@ -28,6 +28,7 @@ def _place(path: Path, index: Index, arrangement: Arrangement) -> tuple[Path, In
     room, *rest = path
     if room == "layers":
         layer, *within = index
+        assert isinstance(layer, int)
         row, slot = places[kinds.count(DENSE) + layer]
         return ("stages", f"layer_{slot}", *rest), (row, *within)
     name, *rest = rest

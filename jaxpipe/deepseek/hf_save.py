@@ -42,8 +42,8 @@ def save(
       params: as `load` returns them and training changes them.
       config: of the model.
       schedule: that the parameters are arranged for.
-      dtype: of the weights in the files: "float32", "bfloat16", "float16", or "fp8", DeepSeek's: matrices in 8 bits with
-        ``weight_scale_inv`` for blocks of 128 x 128, all else in bfloat16. Selection biases are float32 whatever it is.
+      dtype: of the weights in the files: "float32", "bfloat16", "float16", or "fp8", DeepSeek's: matrices in 8 bits
+        with ``weight_scale_inv`` for blocks of 128 x 128, all else in bfloat16. Selection biases are always float32.
       max_shard_size: bytes of tensors in a file, beyond which another is begun.
       like: a Hugging Face folder whose tokenizer and generation_config.json go with the weights.
       overwrite: whether to replace a folder that is there.
@@ -100,7 +100,8 @@ def save_params(
         wrong = sorted(path for path in found | wanted if found.get(path) != wanted.get(path))
         raise ValueError(
             f"{len(wrong)} parameters are not of this model and schedule, the first is {'/'.join(wrong[0])}: "
-            f"{found.get(wrong[0])} instead of {wanted.get(wrong[0])}; give config and schedule that they are trained with"
+            f"{found.get(wrong[0])} instead of {wanted.get(wrong[0])}; give config and schedule that they are "
+            "trained with"
         )
     if dtype not in FORMATS:
         raise ValueError(f"dtype={dtype!r}: weights are written in {', '.join(FORMATS)}")

@@ -34,9 +34,6 @@ COPIED = (
 )  # fmt: skip
 """Files that stand beside weights; none of them is code."""
 
-TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
-"""What config.json says of the tokenizer, and a model does not know."""
-
 AT_ONCE = 4
 """Tensors that are converted and written at the same time."""
 
@@ -104,7 +101,8 @@ def write_folder(
     table = tensors(config)
     places = plan_files(table, dtype, max_shard_size)
     total = sum(place.nbytes for place in places.values())
-    about = {} if like is None else read_json(pathlib.Path(like) / "config.json")
+    source = None if like is None else pathlib.Path(like)
+    about = {} if source is None else read_json(source / "config.json")
     partial = folder.with_name(f"{folder.name}.partial")
     if jax.process_index() == 0:
         _prepare(partial, places, total)
@@ -125,7 +123,7 @@ def write_folder(
     _wait_for_all(f"{folder} is written")
     files = sorted({place.file for place in places.values()})
     if jax.process_index() == 0:
-        _write_texts(partial, config, dtype, places, about, like)
+        _write_texts(partial, config, dtype, places, about, source)
         if folder.exists():
             shutil.rmtree(folder)
         partial.rename(folder)
@@ -215,7 +213,7 @@ def _write(
 
 def _put(folder: pathlib.Path, place: Place, row: int, array: np.ndarray) -> int:
     offset = place.start + row * math.prod(place.shape[1:]) * SIZES[place.dtype]
-    left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
+    left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     size = len(left)
     with open(folder / place.file, "r+b", buffering=0) as file:
         file.seek(offset)
@@ -230,11 +228,13 @@ def _write_texts(
     dtype: str,
     places: Mapping[str, Place],
     about: Mapping[str, Any],
-    like: str | os.PathLike[str] | None,
+    like: pathlib.Path | None,
 ) -> None:
     """config.json, the index of several files, and what stands beside the weights of another folder."""
-    described = to_hf_config(config) | {name: about[name] for name in TOKENS if name in about}
-    described["torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype
+    # What the weights were kept in before, and code that would be fetched, say nothing about these files.
+    kept = {name: value for name, value in about.items() if name not in ("quantization_config", "auto_map")}
+    described = to_hf_config(config, kept or None)
+    described["dtype" if "dtype" in about else "torch_dtype"] = "bfloat16" if dtype == "fp8" else dtype
     if dtype == "fp8":
         described["quantization_config"] = {
             "activation_scheme": "dynamic",
@@ -247,9 +247,10 @@ def _write_texts(
     if len(set(files.values())) > 1:
         size = sum(place.nbytes for place in places.values())
         _write_json(folder / INDEX, {"metadata": {"total_size": size}, "weight_map": files})
-    for name in COPIED if like is not None else ():
-        if (pathlib.Path(like) / name).is_file():
-            shutil.copyfile(pathlib.Path(like) / name, folder / name)
+    if like is not None:
+        for name in COPIED:
+            if (like / name).is_file():
+                shutil.copyfile(like / name, folder / name)
 
 
 def _write_json(path: pathlib.Path, value: Any) -> None:
