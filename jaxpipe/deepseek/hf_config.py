@@ -101,9 +101,7 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     """
     kind = values.get("model_type")
     if kind not in ROUTERS:
-        raise ValueError(
-            f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise"
-        )
+        raise ValueError(f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise")
     _check_known(values)
     _check_fixed(values)
     router = _router(values, kind)
@@ -120,9 +118,11 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     if predicted not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers={predicted!r}: 0 or 1 such layer can be had; set it to 1")
     longest = int(values.get("max_position_embeddings") or 4096)
-    defaults = {"tied": False, "query_rank": None, "norm_eps": 1e-6, "dense_layers": 0}
-    sizes = {name: values.get(field, defaults.get(name)) for name, field in _SIZES.items() if name in defaults}
-    sizes |= {name: _need(values, field) for name, field in _SIZES.items() if name not in defaults}
+    if "q_lora_rank" not in values:
+        raise ValueError("q_lora_rank is missing: add it to config.json, with null for a query of full rank")
+    defaults = {"tied": False, "norm_eps": 1e-6} | ({"dense_layers": 0} if kind == V2 else {})
+    sizes = {name: values.get(field, defaults.get(name)) for name, field in _SIZES.items()}
+    sizes |= {name: _need(values, _SIZES[name]) for name in _SIZES if name not in (*defaults, "query_rank")}
     return ModelConfig(
         moe=MoEConfig(
             width=_need(values, "hidden_size"),
@@ -263,9 +263,7 @@ def _check_known(values: Mapping[str, Any]) -> None:
 def _check_fixed(values: Mapping[str, Any]) -> None:
     for name, right in FIXED.items():
         if values.get(name) is not None and values[name] not in right:
-            raise ValueError(
-                f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded"
-            )
+            raise ValueError(f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded")
     quantised = values.get("quantization_config") or {}
     method = quantised.get("quant_method")
     if quantised and method != "fp8":
@@ -278,10 +276,8 @@ def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:
     if scoring != ROUTERS[kind]:
         raise ValueError(f"scoring_func={scoring!r}: {kind} scores by {ROUTERS[kind]!r}; set it so, or leave it out")
     if method not in METHODS[kind]:
-        raise ValueError(
-            f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out"
-        )
-    groups, allowed = values.get("n_group") or 1, values.get("topk_group") or 1
+        raise ValueError(f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out")
+    groups, allowed = (values.get(name) or (1 if kind == V2 else _need(values, name)) for name in ("n_group", "topk_group"))
     if method == "greedy":
         groups = allowed = 1
     normalise = values.get("norm_topk_prob", kind == V3)

@@ -39,7 +39,7 @@ Index = tuple[int | slice, ...]
 
 
 @dataclasses.dataclass(frozen=True)
-class Part:
+class TensorPart:
     """Elements of a tensor that are in one leaf.
 
     Attributes:
@@ -74,6 +74,9 @@ class Part:
     def to_file(self, block: Any, array: np.ndarray) -> None:
         """Writes ``leaf[index]`` to its elements of a contiguous array with the tensor's shape."""
         array.reshape(self.split)[self.take] = np.asarray(block).transpose(np.argsort(self.order))
+
+
+Part = TensorPart
 
 
 @dataclasses.dataclass(frozen=True)
