@@ -10,6 +10,8 @@ from jaxpipe.deepseek.arrange import Arrangement
 from jaxpipe.deepseek.block import DenseBlock, MoEBlock, apply_block
 from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_config
 from jaxpipe.deepseek.head import EmbeddingAndHead
+from jaxpipe.deepseek.hf_load import load
+from jaxpipe.deepseek.hf_save import save
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
 from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla
@@ -42,7 +44,9 @@ __all__ = [
     "feed_forward",
     "init_mla",
     "keep_mla",
+    "load",
     "model_config",
     "rms_norm",
     "rotate",
+    "save",
 ]
