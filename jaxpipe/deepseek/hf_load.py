@@ -47,7 +47,7 @@ FLOATS = tuple(name for name in DTYPES if name != "F8_E4M3")
 
 
 @dataclasses.dataclass(frozen=True)
-class Source:
+class StoredTensor:
     """A tensor of the model in the files.
 
     Attributes:
@@ -148,7 +148,7 @@ def load_params(
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     sources = find_sources(folder, model.config, strict=strict)
     _check_files(folder, sources.values())
-    pieces: dict[tuple[str, ...], list[tuple[Source, Part]]] = {}
+    pieces: dict[tuple[str, ...], list[tuple[StoredTensor, Part]]] = {}
     for source in sources.values():
         for part in source.tensor.parts:
             moved = in_stages(part, model.arrangement)
@@ -171,7 +171,7 @@ def load_params(
     return jax.tree.unflatten(structure, arrays)
 
 
-def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = True) -> dict[str, Source]:
+def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = True) -> dict[str, StoredTensor]:
     """The tensors of a model in the files of a folder, by name; copies are left out.
 
     Raises:
@@ -201,7 +201,7 @@ def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = Tr
         if scales is not None:
             _check_shape(scales, tensor.scale_shape, ("F32",))
         if tensor.copy_of is None:
-            found[name] = Source(tensor, entry, scales)
+            found[name] = StoredTensor(tensor, entry, scales)
     return found
 
 
@@ -218,7 +218,7 @@ def _check_files(folder: pathlib.Path, sources: Any) -> None:
     check_sums(folder, files[jax.process_index() :: jax.process_count()])
 
 
-def _dtype_of(declared: Any, pieces: Sequence[tuple[Source, Part]], wanted: np.dtype) -> np.dtype:
+def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, Part]], wanted: np.dtype) -> np.dtype:
     """Of a leaf: integers and biases as the model declares them, otherwise as wanted."""
     exact = any(source.tensor.exact for source, _ in pieces)
     return np.dtype(declared) if exact or not jnp.issubdtype(declared, jnp.floating) else wanted
@@ -245,7 +245,7 @@ def _fill(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: NamedSharding,
-    pieces: Sequence[tuple[Source, Part]],
+    pieces: Sequence[tuple[StoredTensor, Part]],
     made: np.ndarray | None,
     pool: concurrent.futures.Executor,
 ) -> jax.Array:
@@ -262,7 +262,7 @@ def _fill(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[Source, Part]]) -> Iterator[Callable[[], None]]:
+def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[StoredTensor, Part]]) -> Iterator[Callable[[], None]]:
     """What copies pieces of files into a shard, to be called in any order."""
     for source, part in pieces:
         within = _intersect(part, box)
@@ -305,7 +305,7 @@ def _intersect(part: Part, box: Box) -> tuple[tuple[int | slice, ...], Box] | No
     return tuple(there), tuple(block)
 
 
-def _copy(source: Source, part: Part, rows: tuple[int, int], block: Box, target: np.ndarray) -> None:
+def _copy(source: StoredTensor, part: Part, rows: tuple[int, int], block: Box, target: np.ndarray) -> None:
     """Some of a file's rows, divided as `Part.split` says, to their places in a shard."""
     height = part.split[0]
     low, high = (row + (part.take[0].start or 0) for row in rows)

@@ -42,7 +42,7 @@ Written = tuple[str, int, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True)
-class Place:
+class FileSpan:
     """Where a tensor is to be written.
 
     Attributes:
@@ -133,7 +133,7 @@ def write_folder(
     )
 
 
-def plan_files(table: Mapping[str, Tensor], dtype: str, max_shard_size: int = LARGEST) -> dict[str, Place]:
+def plan_files(table: Mapping[str, Tensor], dtype: str, max_shard_size: int = LARGEST) -> dict[str, FileSpan]:
     """Where each tensor of a model goes, scales of FP8 beside their matrices.
 
     >>> table = {"a": Tensor((2, 3), ()), "b": Tensor((3,), (), exact=True)}
@@ -165,7 +165,7 @@ def plan_files(table: Mapping[str, Tensor], dtype: str, max_shard_size: int = LA
         file = SINGLE if len(groups) == 1 else f"model-{index + 1:05}-of-{len(groups):05}.safetensors"
         start = len(_header(group))
         for name, (kind, shape) in group.items():
-            found[name] = Place(kind, shape, file, start)
+            found[name] = FileSpan(kind, shape, file, start)
             start += found[name].nbytes
     return found
 
@@ -175,7 +175,7 @@ def _header(group: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return encode_header(group, {"format": "pt"})
 
 
-def _prepare(partial: pathlib.Path, places: Mapping[str, Place], total: int) -> None:
+def _prepare(partial: pathlib.Path, places: Mapping[str, FileSpan], total: int) -> None:
     """An empty folder with files of their full sizes."""
     if partial.exists():
         shutil.rmtree(partial)
@@ -194,7 +194,7 @@ def _prepare(partial: pathlib.Path, places: Mapping[str, Place], total: int) -> 
 def _write(
     folder: pathlib.Path,
     table: Mapping[str, Tensor],
-    places: Mapping[str, Place],
+    places: Mapping[str, FileSpan],
     name: str,
     row: int,
     array: np.ndarray,
@@ -211,7 +211,7 @@ def _write(
     return sum(_put(folder, places[target], row, array) for target in (name, *copies))
 
 
-def _put(folder: pathlib.Path, place: Place, row: int, array: np.ndarray) -> int:
+def _put(folder: pathlib.Path, place: FileSpan, row: int, array: np.ndarray) -> int:
     offset = place.start + row * math.prod(place.shape[1:]) * SIZES[place.dtype]
     left = memoryview(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
     size = len(left)
@@ -226,7 +226,7 @@ def _write_texts(
     folder: pathlib.Path,
     config: ModelConfig,
     dtype: str,
-    places: Mapping[str, Place],
+    places: Mapping[str, FileSpan],
     about: Mapping[str, Any],
     like: pathlib.Path | None,
 ) -> None:
