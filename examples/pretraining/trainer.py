@@ -145,6 +145,21 @@ def init_state(model: DeepSeekModel, optimizer: optax.GradientTransformation, me
     return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
 
 
+def state_from(
+    params: jaxpipe.Params, model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, of parameters that are there already, on the mesh."""
+
+    def make(params: jaxpipe.Params) -> TrainState:
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            opt_state = optimizer.init(params)
+        return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make, params), mesh), donate_argnums=0)(
+        params
+    )
+
+
 def abstract_state(
     model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | AbstractMesh
 ) -> TrainState:

@@ -108,6 +108,22 @@ def load(
 
     >>> config, params = load("DeepSeek-V3", mesh, schedule)  # doctest: +SKIP
     """
+    config = folder_config(folder, config)
+    expert_axis = axis if axis in mesh.axis_names else None
+    model = build_model(config, schedule, 0, axis=expert_axis, abstract=True)
+    return config, load_params(folder, model, mesh, dtype=dtype, strict=strict, progress=progress)
+
+
+def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = None) -> ModelConfig:
+    """The config of a Hugging Face folder, without multi-token prediction where its files hold none; see `load`.
+
+    Args:
+      folder: with config.json, unless a config is given, and safetensors files.
+      config: that is thought to be the folder's.
+
+    Raises:
+      ValueError: a config that is not understood; missing or damaged files.
+    """
     folder = pathlib.Path(folder)
     if config is None:
         config = from_hf_config(read_json(folder / "config.json"))
@@ -115,12 +131,10 @@ def load(
     if config.mtp and not any(tensor.mtp and name in entries for name, tensor in tensors(config).items()):
         warnings.warn(
             f"{folder} holds nothing of the multi-token prediction that its config names: the model is without it",
-            stacklevel=2,
+            stacklevel=3,
         )
         config = dataclasses.replace(config, mtp=False)
-    expert_axis = axis if axis in mesh.axis_names else None
-    model = build_model(config, schedule, 0, axis=expert_axis, abstract=True)
-    return config, load_params(folder, model, mesh, dtype=dtype, strict=strict, progress=progress)
+    return config
 
 
 def load_params(

@@ -81,7 +81,9 @@ def test_goldens_come_back_bit_for_bit(goldens, tmp_path, name, kind):
     schedule = jaxpipe.schedule.build(kind, 2, 4)
     config, params = load(goldens / name, jaxpipe.make_mesh(pp=2, ep=2), schedule)
     (goldens / name / "tokenizer.json").write_text("{}")
-    said = save(tmp_path / "out", params, config, schedule, dtype="float32", max_shard_size=100_000, like=goldens / name)
+    said = save(
+        tmp_path / "out", params, config, schedule, dtype="float32", max_shard_size=100_000, like=goldens / name
+    )
     assert said.startswith(f"{len(open_folder(goldens / name))} tensors")
     same_bits(goldens / name, tmp_path / "out")
     files = set(read_json(tmp_path / "out" / INDEX)["weight_map"].values())
@@ -124,7 +126,7 @@ def test_every_mesh_loads_and_saves_the_same(tmp_path):
 
 
 def test_shards_hold_what_the_models_order_says(tmp_path):
-    """Places in stages are those of `from_layers`, slots without a layer hold zeros, and placements are a new model's."""
+    """Places in stages are those of `from_layers`, slots without a layer hold zeros, placements are a new model's."""
     config = small(redundant=4, layers=6)
     arrays = make_arrays(config)
     write_file(tmp_path / SINGLE, arrays)
@@ -227,7 +229,8 @@ def test_what_files_lack_or_hold_besides_is_told(tmp_path):
     refused(f"{name} in .* is F8_E4M3: it should be F32 or F16 or BF16", arrays | {name: numbers})
     name = "model.layers.1.self_attn.o_proj.weight"
     refused(
-        f"{name} in .* is F32, and there is {name}_scale_inv", arrays | {f"{name}_scale_inv": np.ones((1, 1), np.float32)}
+        f"{name} in .* is F32, and there is {name}_scale_inv",
+        arrays | {f"{name}_scale_inv": np.ones((1, 1), np.float32)},
     )
     write_file(tmp_path / SINGLE, arrays | {"other.weight": np.zeros(3, np.float32)})
     with pytest.warns(UserWarning, match="holds 1 tensors: other.weight"):
