@@ -131,7 +131,12 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")
     data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
-    data.add_argument("--separator", type=int, help="token between documents of .bin and .npy files, never a target")
+    data.add_argument(
+        "--tokenizer", type=pathlib.Path, metavar="FILE",
+        help="tokenizer.json, or a folder with one, for text and .jsonl files, of documents or conversations; default: "
+        "that of --from; otherwise text is read byte by byte"
+    )  # fmt: skip
+    data.add_argument("--separator", type=int, help="token between documents, never a target; a tokenizer has one")
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=70)

@@ -22,7 +22,7 @@ from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_load import load_params
 from jaxpipe.planning.chips import chip_of
-from pretraining import data, flags, hosts, loop, progress, trainer
+from pretraining import chat, data, flags, hosts, loop, progress, text, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -99,7 +99,7 @@ def set_up(args: argparse.Namespace) -> Setup:
             f"--microbatch-size {args.microbatch_size} does not divide over the {shards} devices of a rank: take a "
             f"multiple of {shards}"
         )
-    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    corpus = _corpus(args, config)
     batch = schedule.num_microbatches * args.microbatch_size
     # Fails now, rather than after compilation, if sequences or tokens do not fit.
     data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
@@ -247,6 +247,24 @@ def _restore(
     return restored
 
 
+def _corpus(args: argparse.Namespace, config: ModelConfig) -> data.Corpus:
+    """What the run learns from."""
+    own = None if args.weights is None else args.weights / "tokenizer.json"
+    path = args.tokenizer or (own if own is not None and own.is_file() else None)
+    paths = [] if args.data is None else data.find_files(args.data)
+    if args.tokenizer is not None and args.data is None:
+        raise ValueError(f"--tokenizer {args.tokenizer} without --data: name the texts that it is to read")
+    if path is None or args.data is None or all(found.suffix in (".bin", ".npy") for found in paths):
+        jsonl = [found for found in paths if found.suffix == ".jsonl"]
+        if jsonl:
+            raise ValueError(f"{jsonl[0]} holds documents or conversations: name the model's --tokenizer")
+        return data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    tokenizer = text.open_tokenizer(path, args.separator)
+    if chat.are_conversations(paths):
+        return chat.load_conversations(paths, tokenizer, config.vocab, config.sequence, args.data)
+    return text.load_texts(paths, tokenizer, config.vocab, pathlib.Path("runs") / "tokens", args.data)
+
+
 def _begin_with(folder: pathlib.Path, setup: Setup) -> trainer.TrainState:
     """The state before the first step, with the weights of a Hugging Face folder."""
     shown = progress.amount(f"reading {folder}") if hosts.is_first() else None
@@ -282,7 +300,7 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _batches(part: data.Part, seed: int, setup: Setup) -> Callable[[int], Any]:
+def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
     def batch(step: int) -> Any:
         try:
             return data.global_batch(part, seed, step, setup.batch, setup.config.sequence, setup.sharding)
