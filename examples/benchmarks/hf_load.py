@@ -37,7 +37,7 @@ from record import Recorder, make_parser, processor
 
 from jaxpipe.deepseek.hf_names import Tensor
 
-POOL = (1 << 24) + 3
+POOL = (1 << 25) + 3
 """Random numbers that all tensors are made of, each from a place of its own on."""
 
 
@@ -65,7 +65,9 @@ def write(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> float:
             if left <= POOL:
                 yield name, 0, doubled[start : start + left].reshape(tensor.shape)
                 continue
-            assert not tensor.quantised, name
+            if tensor.quantised:  # its scales need all of it
+                yield name, 0, made_up(name, numbers, 0, left).reshape(tensor.shape)
+                continue
             row, step = 0, POOL // tensor.shape[1]
             while row < tensor.shape[0]:
                 rows = min(step, tensor.shape[0] - row)
@@ -83,7 +85,10 @@ def sized(args: argparse.Namespace) -> Any:
     from jaxpipe.deepseek import model_config  # noqa: PLC0415
 
     config = model_config(args.config)
-    return dataclasses.replace(config, layers=args.layers or config.layers)
+    # Files of models with this router mean rotations of neighbours; it changes nothing about sizes.
+    rope = dataclasses.replace(config.rope, interleaved=True)
+    bias = config.moe.router.scoring == "sigmoid"
+    return dataclasses.replace(config, layers=args.layers or config.layers, rope=rope, selection_bias=bias)
 
 
 def sizes(args: argparse.Namespace) -> dict[str, int]:

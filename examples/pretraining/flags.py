@@ -142,6 +142,15 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     training.add_argument("--steps", type=int, default=70)
     training.add_argument("--learning-rate", type=float, default=3e-3)
     training.add_argument("--warmup", type=int, default=10, help="steps")
+    training.add_argument(
+        "--rates", default="cosine", choices=["cosine", "wsd"],
+        help="the learning rate after its warm-up: cosine, or wsd: the highest until a decay in a straight line"
+    )  # fmt: skip
+    training.add_argument("--decay", type=float, default=0.2, help="the share of the steps for which wsd decays")
+    training.add_argument(
+        "--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for matrices, and AdamW for the rest"
+    )
+    training.add_argument("--weight-decay", type=float, default=0.1, help="of matrices")
     training.add_argument("--max-skipped", type=int, default=10, help="steps without finite gradients in a row")
     training.add_argument("--eval-every", type=int, default=70, help="steps between evaluations; 0: none")
     training.add_argument("--eval-batches", type=int, default=4)

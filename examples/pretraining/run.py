@@ -103,7 +103,15 @@ def set_up(args: argparse.Namespace) -> Setup:
     batch = schedule.num_microbatches * args.microbatch_size
     # Fails now, rather than after compilation, if sequences or tokens do not fit.
     data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
-    train_config = trainer.TrainConfig(args.steps, args.learning_rate, args.warmup)
+    train_config = trainer.TrainConfig(
+        args.steps,
+        args.learning_rate,
+        args.warmup,
+        weight_decay=args.weight_decay,
+        optimizer=args.optimizer,
+        rates=args.rates,
+        decay=args.decay,
+    )
     axes = tuple(name for name in mesh.axis_names if name != "pp")
     return Setup(
         config,

@@ -103,10 +103,38 @@ def write_folder(
     total = sum(place.nbytes for place in places.values())
     source = None if like is None else pathlib.Path(like)
     about = {} if source is None else read_json(source / "config.json")
+    described = _described(config, dtype, about)
     partial = folder.with_name(f"{folder.name}.partial")
     if jax.process_index() == 0:
         _prepare(partial, places, total)
     _wait_for_all(f"{folder} is prepared")
+    try:
+        _write_all(partial, table, places, blocks, total, progress)
+    except BaseException:
+        shutil.rmtree(partial, ignore_errors=True)
+        raise
+    _wait_for_all(f"{folder} is written")
+    files = sorted({place.file for place in places.values()})
+    if jax.process_index() == 0:
+        _write_texts(partial, described, places, source)
+        if folder.exists():
+            shutil.rmtree(folder)
+        partial.rename(folder)
+    _wait_for_all(f"{folder} is named")
+    return (
+        f"{len(places)} tensors, {total / 1e6:.1f} MB in {len(files)} {'files' if len(files) > 1 else 'file'}, {folder}"
+    )
+
+
+def _write_all(
+    partial: pathlib.Path,
+    table: Mapping[str, Tensor],
+    places: Mapping[str, FileSpan],
+    blocks: Callable[[Mapping[str, Tensor]], Iterator[Written]],
+    total: int,
+    progress: Callable[[int, int], None] | None,
+) -> None:
+    """Writes what this process has, some tensors at a time."""
     done = 0
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         waiting: list[concurrent.futures.Future[int]] = []
@@ -120,17 +148,6 @@ def write_folder(
         if progress is not None:
             progress(done, total)
     assert jax.process_count() > 1 or done == total, (done, total)
-    _wait_for_all(f"{folder} is written")
-    files = sorted({place.file for place in places.values()})
-    if jax.process_index() == 0:
-        _write_texts(partial, config, dtype, places, about, source)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    _wait_for_all(f"{folder} is named")
-    return (
-        f"{len(places)} tensors, {total / 1e6:.1f} MB in {len(files)} {'files' if len(files) > 1 else 'file'}, {folder}"
-    )
 
 
 def plan_files(table: Mapping[str, Tensor], dtype: str, max_shard_size: int = LARGEST) -> dict[str, FileSpan]:
@@ -222,15 +239,8 @@ def _put(folder: pathlib.Path, place: FileSpan, row: int, array: np.ndarray) -> 
     return size
 
 
-def _write_texts(
-    folder: pathlib.Path,
-    config: ModelConfig,
-    dtype: str,
-    places: Mapping[str, FileSpan],
-    about: Mapping[str, Any],
-    like: pathlib.Path | None,
-) -> None:
-    """config.json, the index of several files, and what stands beside the weights of another folder."""
+def _described(config: ModelConfig, dtype: str, about: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json, as far as it goes as that of another folder."""
     # What the weights were kept in before, and code that would be fetched, say nothing about these files.
     kept = {name: value for name, value in about.items() if name not in ("quantization_config", "auto_map")}
     described = to_hf_config(config, kept or None)
@@ -242,6 +252,16 @@ def _write_texts(
             "quant_method": "fp8",
             "weight_block_size": [BLOCK, BLOCK],
         }
+    return described
+
+
+def _write_texts(
+    folder: pathlib.Path,
+    described: Mapping[str, Any],
+    places: Mapping[str, FileSpan],
+    like: pathlib.Path | None,
+) -> None:
+    """config.json, the index of several files, and what stands beside the weights of another folder."""
     _write_json(folder / "config.json", described)
     files = {name: place.file for name, place in places.items()}
     if len(set(files.values())) > 1:

@@ -25,6 +25,7 @@ from tests.jaxpipe.deepseek.models import small
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 NAMES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 V3 = small(mtp=True)
+SOFTMAX = dataclasses.replace(V3.moe.router, scoring="softmax", normalise=False)
 
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
@@ -265,8 +266,11 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     save(tmp_path / "out", bad, config, schedule, dtype="fp8")
     save(tmp_path / "out", params, config, schedule, overwrite=True)
     assert np.isfinite(open_folder(tmp_path / "out")["model.embed_tokens.weight"].rows().astype(np.float32)).all()
+    softmax = dataclasses.replace(config, moe=dataclasses.replace(config.moe, router=SOFTMAX))
+    with pytest.raises(ValueError, match="scoring='softmax'"):
+        save(tmp_path / "bad", params, softmax, schedule)
     slot = params.stages["layer_0"]["attention"]
     slot = params.stages["layer_0"] | {"attention": slot | {"out": slot["out"] * jnp.inf}}
     with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj.weight cannot be written in FP8: .* not finite"):
         save(tmp_path / "bad", params._replace(stages=params.stages | {"layer_0": slot}), config, schedule, dtype="fp8")
-    assert not (tmp_path / "bad").exists()
+    assert not list(tmp_path.glob("bad*"))
