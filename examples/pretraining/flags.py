@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
 
 AXES = ("pp", "ep", "dp")
-COMMANDS = ("train", "plan", "export")
+COMMANDS = ("train", "plan", "export", "eval", "generate")
 DEFAULT = "tiny"
 """The configuration of a run that names none and begins with no weights."""
 

@@ -11,7 +11,7 @@ from typing import Self
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
 from jaxpipe.deepseek.linear import PRECISIONS
-from jaxpipe.deepseek.rope import Rope
+from jaxpipe.deepseek.rope import PLAIN, Rope
 
 REMATS = ("none", "attention", "layer")
 DENSE, MOE, MTP = "dense", "moe", "mtp"
@@ -45,7 +45,7 @@ class LayerConfig:
     rotary: int
     value: int
     precision: str = "bf16"
-    rope: Rope = Rope()
+    rope: Rope = PLAIN
     norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:

@@ -73,7 +73,7 @@ class EmbeddingAndHead(nnx.Module):
         return loss.sum(1), mask.sum(1)
 
     def logits(self, y: jax.Array) -> jax.Array:
-        """Of features of the last layer, ``[..., D] -> float32[..., V]`` (float64 of float64); without an axis alone."""
+        """Of features of the last layer, ``[..., D] -> float32[..., V]`` (float64 of float64), with no axis alone."""
         if self.axis is not None:
             raise ValueError(f"the vocabulary is spread over axis {self.axis!r}: take EmbeddingAndHead(..., axis=None)")
         with jax.named_scope("head"):

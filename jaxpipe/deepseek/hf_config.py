@@ -101,7 +101,9 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     """
     kind = values.get("model_type")
     if kind not in ROUTERS:
-        raise ValueError(f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise")
+        raise ValueError(
+            f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise"
+        )
     _check_known(values)
     _check_fixed(values)
     router = _router(values, kind)
@@ -263,7 +265,9 @@ def _check_known(values: Mapping[str, Any]) -> None:
 def _check_fixed(values: Mapping[str, Any]) -> None:
     for name, right in FIXED.items():
         if values.get(name) is not None and values[name] not in right:
-            raise ValueError(f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded")
+            raise ValueError(
+                f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded"
+            )
     quantised = values.get("quantization_config") or {}
     method = quantised.get("quant_method")
     if quantised and method != "fp8":
@@ -276,8 +280,12 @@ def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:
     if scoring != ROUTERS[kind]:
         raise ValueError(f"scoring_func={scoring!r}: {kind} scores by {ROUTERS[kind]!r}; set it so, or leave it out")
     if method not in METHODS[kind]:
-        raise ValueError(f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out")
-    groups, allowed = (values.get(name) or (1 if kind == V2 else _need(values, name)) for name in ("n_group", "topk_group"))
+        raise ValueError(
+            f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out"
+        )
+    groups, allowed = (
+        values.get(name) or (1 if kind == V2 else _need(values, name)) for name in ("n_group", "topk_group")
+    )
     if method == "greedy":
         groups = allowed = 1
     normalise = values.get("norm_topk_prob", kind == V3)
@@ -318,8 +326,8 @@ def _rope(values: Mapping[str, Any], kind: str) -> Rope:
     mscale, every = given.get("mscale"), given.get("mscale_all_dim")
     if bool(mscale) != bool(every) and not (mscale in (None, 1) and not every):
         raise ValueError(
-            f"YaRN with mscale={mscale!r} and mscale_all_dim={every!r}: transformers and DeepSeek's own code read it in "
-            "different ways; give both, or neither"
+            f"YaRN with mscale={mscale!r} and mscale_all_dim={every!r}: transformers and DeepSeek's own code read that "
+            "in different ways; give both, or neither"
         )
     original = given.get("original_max_position_embeddings") or values.get("max_position_embeddings")
     if original is None or given.get("factor") is None:

@@ -63,6 +63,8 @@ def causal_attention(
             return kernel(query, key, value, scale=width**-0.5 if scale is None else scale)
         except NotImplementedError as error:
             log_fallback(logger, PADDING, str(error))
+    if query.dtype == jnp.float64:
+        return _exact_attention(query, key, value, width**-0.5 if scale is None else scale)
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
     mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
@@ -76,6 +78,14 @@ def causal_attention(
             implementation="cudnn" if cudnn else "xla",
         )
     return mixed[..., :narrow]
+
+
+def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+    """In float64 from end to end; `jax.nn.dot_product_attention` takes its softmax in float32."""
+    queries, keys = query.shape[1], key.shape[1]
+    scores = jnp.einsum("bthc,bshc->bhts", query, key) * scale
+    seen = jnp.tri(queries, keys, keys - queries, jnp.bool_)
+    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), value)
 
 
 def expand_latents(

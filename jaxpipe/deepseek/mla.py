@@ -4,8 +4,8 @@
 
 Shapes: B sequences or requests, T tokens, S tokens before them or in the cache, D width, H heads, R rank of the query,
 L width of the latents, N, P and V a head's widths: content, rotary and value, K = N + P, C = L + P. Products are in the
-dtype of the activations, whatever the parameters' is; norms and rotations in float32, or in float64 for float64. The two
-norms within attention add 1e-6 whatever ``config.norm_eps`` says, as all published models of this kind have it.
+dtype of the activations, whatever the parameters' is; norms and rotations in float32, or in float64 for float64.
+The two norms within attention add 1e-6 whatever ``config.norm_eps`` says, as all published models of this kind do.
 
 Source: DeepSeek-V2, arXiv 2405.04434, 2.1 and appendix C.
 """

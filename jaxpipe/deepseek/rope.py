@@ -123,9 +123,11 @@ class Rope:
         return 1.0 if yarn is None else yarn.temperature(yarn.mscale) / yarn.temperature(yarn.mscale_all_dim)
 
 
-def rotate(
-    x: Float[Array, "*place P"], positions: Int[Array, "*any"], rope: Rope = Rope()
-) -> Float[Array, "*place P"]:
+PLAIN = Rope()
+"""Base 10,000, the first half of the elements against the second."""
+
+
+def rotate(x: Float[Array, "*place P"], positions: Int[Array, "*any"], rope: Rope = PLAIN) -> Float[Array, "*place P"]:
     """Rotary position embedding: pairs of the last axis rotate, in float32 (float64 for float64).
 
     Args:

@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from jaxtyping import Array, Bool, Float, Int
 
+import jaxpipe
 from eplb_jax import ExpertParams, MoEParams, Placement, moe_layer, working_copies
 from eplb_jax.kernels.dtypes import wide
 from eplb_jax.kernels.fp8_linear import scaled_feed_forward
@@ -31,11 +32,10 @@ from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import feed_forward, rms_norm
 from jaxpipe.deepseek.linear import takes_fp8
 from jaxpipe.deepseek.mla import Core, MLAParams, attend, attend_cached, keep_mla
+from jaxpipe.deepseek.model import PLACEMENT, build_model
 
 AXIS = "ep"
 """The axis of a mesh that serves."""
-
-PLACEMENT = ("phy2log", "log2phy", "logcnt")
 
 
 class ServedLayer(NamedTuple):
@@ -110,24 +110,82 @@ def serve(
     >>> len(served.layers), served.layers[1].moe.experts.w_in.shape
     (9, (12, 64, 96))
     """
+    placed = _placements(config, placements, mesh)
+    ends, dense, routed = _makers(config, jnp.dtype(dtype), mesh)
+    outer = tree["outer"]
+    layers = [dense(outer[f"layer_{index}"]) for index in range(config.dense_layers)]
+    layers += [routed(tree["layers"], jnp.int32(index), own) for index, own in enumerate(placed)]
+    embedding, norm, output = ends({name: outer[name] for name in ("embedding", "norm", "output") if name in outer})
+    return ServedModel(embedding, tuple(layers), norm, output)
+
+
+def serve_random(
+    config: ModelConfig,
+    seed: int,
+    *,
+    dtype: jax.typing.DTypeLike = jnp.bfloat16,
+    placements: Placement | None = None,
+    mesh: Mesh | None = None,
+) -> ServedModel:
+    """As `serve`, of random parameters, which are made layer by layer: what runs is there, what it says means nothing.
+
+    Args:
+      config, dtype, placements, mesh: see there.
+      seed: of the parameters.
+
+    Raises:
+      ValueError: see there.
+    """
+    one = dataclasses.replace(config, layers=config.dense_layers + 1, mtp=False)
+    schedule = jaxpipe.schedule.build("1f1b", 1, 1)
+    model = build_model(one, schedule, seed, abstract=True)
+    placed = _placements(config, placements, mesh)
+    ends, dense, routed = _makers(config, jnp.dtype(dtype), mesh)
+
+    @jax.jit
+    def layer(seed: jax.Array, placement: Placement | None) -> ServedLayer:
+        return routed(model.to_layers(model.init(seed))["layers"], jnp.int32(0), placement)
+
+    @jax.jit
+    def others(seed: jax.Array) -> Any:
+        outer = model.to_layers(model.init(seed))["outer"]
+        return ends(outer), [dense(outer[f"layer_{index}"]) for index in range(config.dense_layers)]
+
+    (embedding, norm, output), first = others(jnp.int32(seed))
+    layers = [layer(jnp.int32(seed + index), own) for index, own in enumerate(placed)]
+    return ServedModel(embedding, (*first, *layers), norm, output)
+
+
+def _placements(config: ModelConfig, placements: Placement | None, mesh: Mesh | None) -> list[Placement | None]:
+    """One for each layer with experts, checked."""
     devices = 1 if mesh is None else mesh.size
     slots = config.experts + config.redundant if placements is None else placements.num_replicas
-    if placements is not None:
-        if (placements.num_layers, placements.num_experts) != (config.moe_layers, config.experts):
-            raise ValueError(
-                f"placements of {placements.num_layers} layers and {placements.num_experts} experts: the model has "
-                f"{config.moe_layers} and {config.experts}"
-            )
-        placements = placements.padded()
     if slots % devices:
         raise ValueError(
             f"{slots} slots of experts do not divide over {devices} devices: give placements of "
             f"{slots + -slots % devices} slots"
         )
-    outer, dtype = tree["outer"], jnp.dtype(dtype)
+    if placements is None:
+        return [None] * config.moe_layers
+    if (placements.num_layers, placements.num_experts) != (config.moe_layers, config.experts):
+        raise ValueError(
+            f"placements of {placements.num_layers} layers and {placements.num_experts} experts: the model has "
+            f"{config.moe_layers} and {config.experts}"
+        )
+    placements = placements.padded()
+    return [jax.tree.map(jnp.asarray, placements.of_layer(index)) for index in range(config.moe_layers)]
+
+
+def _makers(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, Any, Any]:
+    """Jitted functions that make embedding, norm and output; a layer without experts; one of a stack of others."""
 
     def finish(made: Any) -> Any:
         return made if mesh is None else _constrained(made, mesh)
+
+    @jax.jit
+    def ends(outer: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
+        output = None if config.tied else outer["output"].astype(dtype)
+        return finish((outer["embedding"].astype(dtype), outer["norm"]["scale"], output))
 
     @jax.jit
     def dense(layer: Any) -> ServedLayer:
@@ -142,33 +200,13 @@ def serve(
         common = _common(config, layer, dtype)
         return finish(common._replace(moe=_experts(config, layer["moe"], placement, dtype), placement=placement))
 
-    layers = [dense(outer[f"layer_{index}"]) for index in range(config.dense_layers)]
-    for index in range(config.moe_layers):
-        own = None if placements is None else jax.tree.map(jnp.asarray, placements.of_layer(index))
-        layers.append(routed(tree["layers"], jnp.int32(index), own))
-
-    @jax.jit
-    def ends(outer: Any) -> tuple[jax.Array, jax.Array, jax.Array | None]:
-        output = None if config.tied else outer["output"].astype(dtype)
-        return finish((outer["embedding"].astype(dtype), outer["norm"]["scale"], output))
-
-    names = ("embedding", "norm") if config.tied else ("embedding", "norm", "output")
-    embedding, norm, output = ends({name: outer[name] for name in names})
-    return ServedModel(embedding, tuple(layers), norm, output)
+    return ends, dense, routed
 
 
 def served_specs(model: ServedModel) -> ServedModel:
     """PartitionSpecs of served parameters, arrays or shapes: experts over the mesh's axis, all else whole."""
-
-    def of(layer: ServedLayer) -> ServedLayer:
-        specs = jax.tree.map(lambda _: P(), layer)
-        if layer.moe is not None:
-            experts = jax.tree.map(lambda _: P(AXIS), layer.moe.experts)
-            specs = specs._replace(moe=specs.moe._replace(experts=experts))
-        return specs
-
     whole = jax.tree.map(lambda _: P(), model._replace(layers=()))
-    return whole._replace(layers=tuple(map(of, model.layers)))
+    return whole._replace(layers=tuple(map(_layer_specs, model.layers)))
 
 
 class Prefilled(NamedTuple):
@@ -370,9 +408,14 @@ def _experts(config: ModelConfig, moe: Any, placement: Placement | None, dtype: 
 
 def _constrained(made: Any, mesh: Mesh) -> Any:
     """Within a jitted function: experts spread over the mesh, all else whole on each device."""
-    specs = jax.tree.map(lambda _: P(), made)
-    if isinstance(made, ServedLayer) and made.moe is not None:
-        experts = jax.tree.map(lambda _: P(AXIS), made.moe.experts)
-        specs = specs._replace(moe=specs.moe._replace(experts=experts))
+    specs = _layer_specs(made) if isinstance(made, ServedLayer) else jax.tree.map(lambda _: P(), made)
     shardings = jax.tree.map(lambda spec: NamedSharding(mesh, spec), specs)
     return jax.lax.with_sharding_constraint(made, shardings)
+
+
+def _layer_specs(layer: ServedLayer) -> ServedLayer:
+    specs = jax.tree.map(lambda _: P(), layer)
+    if layer.moe is None:
+        return specs
+    experts = jax.tree.map(lambda _: P(AXIS), layer.moe.experts)
+    return specs._replace(moe=specs.moe._replace(experts=experts))
