@@ -121,9 +121,9 @@ def test_every_mesh_loads_and_saves_the_same(tmp_path):
         for leaf, spec, one in zip(*map(jax.tree.leaves, (params, model.specs, model.params)), strict=True):
             assert leaf.sharding == jax.sharding.NamedSharding(mesh, spec)
             assert leaf.shape == one.shape and leaf.dtype in (one.dtype, dtype)
-        out = tmp_path / f"{name}{axes['pp']}"
-        save_params(out, params, model)
-        same_bits(tmp_path, out)
+        if mesh.size > 1:
+            save_params(tmp_path / f"{name}{axes['pp']}", params, model)
+            same_bits(tmp_path, tmp_path / f"{name}{axes['pp']}")
 
 
 def test_shards_hold_what_the_models_order_says(tmp_path):
