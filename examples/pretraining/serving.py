@@ -121,10 +121,10 @@ def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
     if not args.prompt and not args.tokens:
         raise ValueError("nothing to continue: give --prompt TEXT, or --tokens 1,2,3")
     encode, decode = _text(args.tokenizer)
-    server = make_server(args, say)
     prompts = [encode(text) for text in args.prompt] + [_numbers(text) for text in args.tokens]
     prompts = [prompt for prompt in prompts for _ in range(args.copies)]
     sampling = Sampling(args.temperature, args.top_p, args.seed)
+    server = make_server(args, say)
     made = server.generate(prompts, args.new_tokens, sampling, stop=args.stop)
     shown = [*args.prompt, *args.tokens]
     for place, tokens in enumerate(made.tokens):
@@ -153,7 +153,7 @@ def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     from eplb_jax import read_loads, rebalance_experts  # noqa: PLC0415
     from jaxpipe.deepseek import Server, model_config, serve, serving_mesh  # noqa: PLC0415
     from jaxpipe.deepseek.folder import read_folder  # noqa: PLC0415
-    from jaxpipe.deepseek.serve import serve_random  # noqa: PLC0415
+    from jaxpipe.deepseek.serving import serve_random  # noqa: PLC0415
 
     if not 1 <= args.devices <= jax.device_count():
         raise ValueError(f"--devices {args.devices}: this process has {jax.device_count()}")

@@ -20,7 +20,7 @@ from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached,
 from jaxpipe.deepseek.model import DeepSeekModel, build_model
 from jaxpipe.deepseek.mtp import MTPLayer
 from jaxpipe.deepseek.rope import Rope, Yarn, rotate
-from jaxpipe.deepseek.serve import ServedModel, serve, serving_mesh
+from jaxpipe.deepseek.serving import ServedModel, serve, serving_mesh
 
 __all__ = [
     "MLA",

@@ -17,7 +17,7 @@ import numpy as np
 
 from jaxpipe.deepseek.folder import read_folder
 from jaxpipe.deepseek.generate import Server
-from jaxpipe.deepseek.serve import serve
+from jaxpipe.deepseek.serving import serve
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.mla import Core
-from jaxpipe.deepseek.serve import AXIS, ServedModel, decode, head_logits, prefill, score_tokens, served_specs
+from jaxpipe.deepseek.serving import AXIS, ServedModel, decode, head_logits, prefill, score_tokens, served_specs
 
 STEP = 16
 """Prompts and caches have a multiple of so many places, so that few sizes are compiled."""
@@ -102,6 +102,19 @@ class Scores(NamedTuple):
         return float(self.losses.sum() / max(self.counts.sum(), 1))
 
 
+class SamplingArrays(NamedTuple):
+    """`Sampling` as arrays, which compiled programs take: no value of it makes another program.
+
+    Attributes:
+      seed: of the choices.
+      temperature, top_p: as there.
+    """
+
+    seed: Int[Array, ""]
+    temperature: Float[Array, ""]
+    top_p: Float[Array, ""]
+
+
 def sample(
     logits: Float[Array, "B V"], sampling: Sampling, rows: Int[Array, " B"], step: Int[Array, ""]
 ) -> Int[Array, " B"]:
@@ -116,17 +129,30 @@ def sample(
     >>> sample(jnp.array([[0.0, 2.0, 1.0]]), Sampling(), jnp.array([0]), jnp.int32(0)).tolist()
     [1]
     """
-    if sampling.temperature == 0:
+    return _choose(logits, _kind(sampling), _choice(sampling), rows, step)
+
+
+def _kind(sampling: Sampling) -> str:
+    """What a program is compiled for."""
+    return "likeliest" if sampling.temperature == 0 else "all" if sampling.top_p == 1 else "top_p"
+
+
+def _choice(sampling: Sampling) -> SamplingArrays:
+    return SamplingArrays(jnp.int32(sampling.seed), jnp.float32(sampling.temperature), jnp.float32(sampling.top_p))
+
+
+def _choose(logits: jax.Array, kind: str, choice: SamplingArrays, rows: jax.Array, step: jax.Array) -> jax.Array:
+    if kind == "likeliest":
         return jnp.argmax(logits, -1).astype(jnp.int32)
-    logits = logits / sampling.temperature
-    root = jax.random.fold_in(jax.random.key(sampling.seed), step)
+    logits = logits / choice.temperature.astype(logits.dtype)
+    root = jax.random.fold_in(jax.random.key(choice.seed), step)
     keys = jax.vmap(functools.partial(jax.random.fold_in, root))(rows)
-    if sampling.top_p == 1:
+    if kind == "all":
         return jax.vmap(jax.random.categorical)(keys, logits).astype(jnp.int32)
     order = jnp.argsort(-logits, -1, stable=True)
     ranked = jnp.take_along_axis(logits, order, -1)
     odds = jax.nn.softmax(ranked, -1)
-    kept = jnp.cumsum(odds, -1) - odds < sampling.top_p
+    kept = jnp.cumsum(odds, -1) - odds < choice.top_p.astype(odds.dtype)
     chosen = jax.vmap(jax.random.categorical)(keys, jnp.where(kept, ranked, -jnp.inf))
     return jnp.take_along_axis(order, chosen[:, None], -1)[:, 0].astype(jnp.int32)
 
@@ -187,19 +213,23 @@ class Server:
         space = -(-(places + new_tokens - 1) // STEP) * STEP
         batch, lengths, rows = self._batch(given, places)
         sampling = Sampling() if sampling is None else sampling
-        key = ("start", batch.shape, space, sampling)
-        start = self._program(key, functools.partial(self._start, space, sampling), (batch, lengths, rows))
+        kind, choice = _kind(sampling), _choice(sampling)
+        arguments = batch, lengths, rows
+        start = self._program(
+            ("start", batch.shape, space, kind), functools.partial(self._start, space, kind), choice, arguments
+        )
         begin = time.perf_counter()
-        token, caches, loads = jax.block_until_ready(start(self.model, batch, lengths, rows))
+        token, caches, loads = jax.block_until_ready(start(self.model, choice, *arguments))
         prefill_seconds = time.perf_counter() - begin
         if new_tokens == 1:
             made = np.asarray(token)[:, None]
             return _collect(made, len(given), ends, prefill_seconds, 0.0, loads)
         state = token, caches, lengths, rows, loads
-        key = ("go_on", batch.shape, space, new_tokens, sampling, ends)
-        go_on = self._program(key, functools.partial(self._go_on, new_tokens, sampling, ends), state, donate=(2,))
+        key = ("go_on", batch.shape, space, new_tokens, kind, ends)
+        body = functools.partial(self._go_on, new_tokens, kind, ends)
+        go_on = self._program(key, body, choice, state, donate=(3,))
         begin = time.perf_counter()
-        made, loads, _ = jax.block_until_ready(go_on(self.model, *state))
+        made, loads, _ = jax.block_until_ready(go_on(self.model, choice, *state))
         return _collect(np.asarray(made), len(given), ends, prefill_seconds, time.perf_counter() - begin, loads)
 
     def logits(self, tokens: Int[np.ndarray, "B T"]) -> np.ndarray:
@@ -209,8 +239,8 @@ class Server:
           ValueError: tokens of another shape, or that the vocabulary has not.
         """
         batch, lengths, count = self._sequences(tokens)
-        run = self._program(("logits", batch.shape), self._logits, (batch, lengths))
-        return np.asarray(run(self.model, batch, lengths))[:count]
+        run = self._program(("logits", batch.shape), self._logits, (), (batch, lengths))
+        return np.asarray(run(self.model, (), batch, lengths))[:count]
 
     def score(self, tokens: Int[np.ndarray, "B T"], targets: Int[np.ndarray, "B T"], mask: np.ndarray) -> Scores:
         """Losses of sequences of one length.
@@ -233,21 +263,24 @@ class Server:
         follow[:count] = np.where(np.asarray(mask) > 0, targets, 0)
         self._checked(follow.reshape(-1), "targets")
         arrays = batch, lengths, self._placed(follow), self._placed(counts)
-        run = self._program(("score", batch.shape), self._score, arrays)
-        losses, loads = run(self.model, *arrays)
+        run = self._program(("score", batch.shape), self._score, (), arrays)
+        losses, loads = run(self.model, (), *arrays)
         return Scores(np.asarray(losses)[:count], counts[:count].sum(1), _summed(loads))
 
-    def _start(self, space: int, sampling: Sampling, model: ServedModel, tokens: Any, lengths: Any, rows: Any) -> Any:
+    def _start(
+        self, space: int, kind: str, model: ServedModel, choice: SamplingArrays, tokens: Any, lengths: Any, rows: Any
+    ) -> Any:
         found = prefill(model, tokens, lengths, space, self.config, axis=self._axis, core=self.core)
-        token = sample(head_logits(model, found.features, self.config), sampling, rows, jnp.int32(0))
+        token = _choose(head_logits(model, found.features, self.config), kind, choice, rows, jnp.int32(0))
         return token, found.caches, found.loads[None]
 
     def _go_on(
         self,
         new_tokens: int,
-        sampling: Sampling,
+        kind: str,
         ends: tuple[int, ...],
         model: ServedModel,
+        choice: SamplingArrays,
         token: jax.Array,
         caches: Any,
         lengths: jax.Array,
@@ -265,7 +298,7 @@ class Server:
         def body(state: Any) -> Any:
             step, token, caches, lengths, alive, _, made, loads = state
             found = decode(model, token, caches, lengths, alive, self.config, axis=self._axis)
-            new = sample(head_logits(model, found.features, self.config), sampling, rows, step)
+            new = _choose(head_logits(model, found.features, self.config), kind, choice, rows, step)
             made = jax.lax.dynamic_update_slice(made, new[:, None], (jnp.int32(0), step))
             lengths = lengths + alive.astype(jnp.int32)
             alive = goes_on(new, alive)
@@ -283,11 +316,11 @@ class Server:
         _, _, caches, *_, made, loads = jax.lax.while_loop(unfinished, body, first)
         return made, loads, caches  # given back, so that the loop has them in place
 
-    def _logits(self, model: ServedModel, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
+    def _logits(self, model: ServedModel, _: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         real = jnp.broadcast_to(lengths[:, None] > 0, tokens.shape)
         return score_tokens(model, tokens, real, self.config, axis=self._axis, core=self.core)[0]
 
-    def _score(self, model: ServedModel, tokens: Any, lengths: Any, targets: Any, counts: Any) -> Any:
+    def _score(self, model: ServedModel, _: Any, tokens: Any, lengths: Any, targets: Any, counts: Any) -> Any:
         real = jnp.broadcast_to(lengths[:, None] > 0, tokens.shape)
         logits, loads = score_tokens(model, tokens, real, self.config, axis=self._axis, core=self.core)
         picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
@@ -319,22 +352,27 @@ class Server:
         batch, lengths = np.zeros((count, places), np.int32), np.zeros(count, np.int32)
         for place, row in enumerate(rows):
             batch[place, : len(row)], lengths[place] = row, len(row)
-        return tuple(map(self._placed, (batch, lengths, np.arange(count, dtype=np.int32))))
+        return self._placed(batch), self._placed(lengths), self._placed(np.arange(count, dtype=np.int32))
 
     def _placed(self, array: np.ndarray) -> jax.Array:
         return jnp.asarray(array) if self.mesh is None else jax.device_put(array, NamedSharding(self.mesh, P(AXIS)))
 
     def _program(
-        self, key: Any, function: Callable[..., Any], arguments: tuple[Any, ...], donate: tuple[int, ...] = ()
+        self,
+        key: Any,
+        function: Callable[..., Any],
+        whole: Any,
+        arguments: tuple[Any, ...],
+        donate: tuple[int, ...] = (),
     ) -> Any:
-        """Compiled, and kept for arguments of these shapes."""
+        """A function of the model, what all devices know, and arrays of requests; compiled, and kept for its key."""
         if key not in self._programs:
             if self._axis is not None:
                 assert self.mesh is not None
-                specs = served_specs(self.model), *(P(AXIS) for _ in arguments)
+                specs = served_specs(self.model), P(), *(P(AXIS) for _ in arguments)
                 function = jax.shard_map(function, mesh=self.mesh, in_specs=specs, out_specs=P(AXIS))
             run = jax.jit(function, donate_argnums=donate)
-            self._programs[key] = run.lower(self.model, *arguments).compile()
+            self._programs[key] = run.lower(self.model, whole, *arguments).compile()
         return self._programs[key]
 
 

@@ -123,8 +123,10 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     if "q_lora_rank" not in values:
         raise ValueError("q_lora_rank is missing: add it to config.json, with null for a query of full rank")
     defaults = {"tied": False, "norm_eps": 1e-6} | ({"dense_layers": 0} if kind == V2 else {})
-    sizes = {name: values.get(field, defaults.get(name)) for name, field in _SIZES.items()}
+    sizes: dict[str, Any] = {name: values.get(field, defaults.get(name)) for name, field in _SIZES.items()}
     sizes |= {name: _need(values, _SIZES[name]) for name in _SIZES if name not in (*defaults, "query_rank")}
+    if kind == V2:
+        sizes["bias_update_speed"] = 0.0
     return ModelConfig(
         moe=MoEConfig(
             width=_need(values, "hidden_size"),
@@ -137,7 +139,6 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
         sequence=min(longest, 4096) if sequence is None else sequence,
         mtp=bool(predicted) if mtp is None else mtp,
         selection_bias=kind == V3,
-        **({"bias_update_speed": 0.0} if kind == V2 else {}),
     )
 
 

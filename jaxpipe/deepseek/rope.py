@@ -87,7 +87,7 @@ class Rope:
         """What scores are multiplied by besides one over the root of the keys' width.
 
         >>> Rope().score_scale, round(Rope(yarn=Yarn(factor=40.0, original=4096, mscale_all_dim=1.0)).score_scale, 4)
-        (1.0, 1.8738)
+        (1.0, 1.8739)
         """
         return 1.0 if self.yarn is None else self.yarn.temperature(self.yarn.mscale_all_dim) ** 2
 

@@ -176,6 +176,8 @@ def test_names_and_shapes_of_another_model_are_listed():
     shapes = {name: tensor.shape for name, tensor in tensors(SMALL).items()}
     wrong = shapes | {"model.norm.weight": (3,), "model.extra": (1,)}
     del wrong["lm_head.weight"]
-    message = r"1 missing: lm_head.weight; 1 not of this model: model.extra; 1 of other shapes: model.norm.weight: \(3,\)"
+    message = (
+        r"1 missing: lm_head.weight; 1 not of this model: model.extra; 1 of other shapes: model.norm.weight: \(3,\)"
+    )
     with pytest.raises(ValueError, match=message):
         check_shapes(SMALL, wrong)

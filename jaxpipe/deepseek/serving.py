@@ -76,8 +76,8 @@ class ServedModel(NamedTuple):
 def serving_mesh(mesh: Mesh) -> Mesh:
     """All devices of a mesh, as of training, on one axis: experts and requests are spread over them.
 
-    >>> serving_mesh(jax.make_mesh((2, 4), ("pp", "ep"))).shape
-    OrderedDict({'ep': 8})
+    >>> serving_mesh(jax.make_mesh((1, 1), ("pp", "ep"))).axis_names
+    ('ep',)
     """
     return Mesh(mesh.devices.reshape(-1), (AXIS,))
 
@@ -380,11 +380,14 @@ def without_drops(config: ModelConfig) -> ModelConfig:
 
 def _common(config: ModelConfig, layer: Any, dtype: jnp.dtype) -> ServedLayer:
     """What all layers have."""
-    found = {name: layer["attention"].get(name) for name in MLAParams._fields}
-    attention = MLAParams(**{
-        name: value["scale"] if isinstance(value, Mapping) else None if value is None else value.astype(dtype)
-        for name, value in found.items()
-    })  # fmt: skip
+
+    def part(name: str) -> Any:
+        value = layer["attention"].get(name)
+        if isinstance(value, Mapping):
+            return value["scale"]
+        return None if value is None else value.astype(dtype)
+
+    attention = MLAParams._make(map(part, MLAParams._fields))
     if config.precision == "fp8":
         attention = keep_mla(attention)
     return ServedLayer(layer["attention_norm"]["scale"], attention, layer["mlp_norm"]["scale"], None, None, None)
