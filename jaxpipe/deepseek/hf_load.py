@@ -127,14 +127,19 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
     folder = pathlib.Path(folder)
     if config is None:
         config = from_hf_config(read_json(folder / "config.json"))
-    entries = open_folder(folder)
-    if config.mtp and not any(tensor.mtp and name in entries for name, tensor in tensors(config).items()):
+    found = as_held(config, open_folder(folder))
+    if found != config:
         warnings.warn(
             f"{folder} holds nothing of the multi-token prediction that its config names: the model is without it",
             stacklevel=3,
         )
-        config = dataclasses.replace(config, mtp=False)
-    return config
+    return found
+
+
+def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelConfig:
+    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes."""
+    held = config.mtp and any(tensor.mtp and name in entries for name, tensor in tensors(config).items())
+    return dataclasses.replace(config, mtp=held)
 
 
 def load_params(
