@@ -205,7 +205,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[s
 def main() -> None:
     """Prints the table, or is one of the processes."""
     parser = make_parser(__doc__)
-    parser.add_argument("--config", default="moe-16b")
+    parser.add_argument("--config", default="moe-16b", help="a name that `jaxpipe.deepseek.model_config` knows")
     parser.add_argument("--layers", type=int, help="of the model; default: the configuration's")
     parser.add_argument("--mesh", default="pp=4,ep=2", help="of which one device's part is read")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the parameters")
