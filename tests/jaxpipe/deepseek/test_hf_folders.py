@@ -2,7 +2,11 @@
 
 import dataclasses
 import math
+import os
 import pathlib
+import socket
+import subprocess
+import sys
 import tarfile
 
 import jax
@@ -274,3 +278,35 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj.weight cannot be written in FP8: .* not finite"):
         save(tmp_path / "bad", params._replace(stages=params.stages | {"layer_0": slot}), config, schedule, dtype="fp8")
     assert not list(tmp_path.glob("bad*"))
+
+
+PROCESS = """
+import sys, warnings
+import jax
+import numpy as np
+jax.distributed.initialize(sys.argv[1], 2, int(sys.argv[2]))
+warnings.simplefilter("ignore")
+import jaxpipe
+from jaxpipe.deepseek import load, save
+schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+# Experts, and rows of dense layers, over both processes.
+mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("pp", "ep"))
+config, params = load(sys.argv[3], mesh, schedule)
+save(sys.argv[4], params, config, schedule, dtype="float32", max_shard_size=200_000)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="makes CPU devices of its own")
+def test_processes_read_and_write_their_parts(goldens, tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        address = f"127.0.0.1:{free.getsockname()[1]}"
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=2", "JAX_PLATFORMS": "cpu"}
+    command = [sys.executable, "-c", PROCESS, address]
+    processes = [
+        subprocess.Popen([*command, str(index), str(goldens / "v3"), str(tmp_path / "out")], env=os.environ | flags)
+        for index in range(2)
+    ]
+    assert [process.wait(300) for process in processes] == [0, 0]
+    same_bits(goldens / "v3", tmp_path / "out")
