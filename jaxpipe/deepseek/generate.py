@@ -21,7 +21,7 @@ from jaxtyping import Array, Float, Int
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.mla import Core
-from jaxpipe.deepseek.serving import AXIS, ServedModel, decode, head_logits, prefill, score_tokens, served_specs
+from jaxpipe.deepseek.serving import AXIS, ServedModel, decode, head_logits, prefill, served_specs, token_features
 
 STEP = 16
 """Prompts and caches have a multiple of so many places, so that few sizes are compiled."""
@@ -318,14 +318,21 @@ class Server:
 
     def _logits(self, model: ServedModel, _: Any, tokens: jax.Array, lengths: jax.Array) -> jax.Array:
         real = jnp.broadcast_to(lengths[:, None] > 0, tokens.shape)
-        return score_tokens(model, tokens, real, self.config, axis=self._axis, core=self.core)[0]
+        features, _ = token_features(model, tokens, real, self.config, axis=self._axis, core=self.core)
+        return head_logits(model, features, self.config)
 
     def _score(self, model: ServedModel, _: Any, tokens: Any, lengths: Any, targets: Any, counts: Any) -> Any:
         real = jnp.broadcast_to(lengths[:, None] > 0, tokens.shape)
-        logits, loads = score_tokens(model, tokens, real, self.config, axis=self._axis, core=self.core)
-        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        losses = jnp.where(counts, jax.nn.logsumexp(logits, -1) - picked, 0)
-        return losses.sum(1), loads[None]
+        features, loads = token_features(model, tokens, real, self.config, axis=self._axis, core=self.core)
+
+        def loss(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
+            features, targets, counts = row
+            logits = head_logits(model, features, self.config)
+            picked = jnp.take_along_axis(logits, targets[:, None], -1)[:, 0]
+            return jnp.where(counts, jax.nn.logsumexp(logits, -1) - picked, 0).sum()
+
+        # One sequence after the other: logits of all are larger than anything else.
+        return jax.lax.map(loss, (features, targets, counts)), loads[None]
 
     def _checked(self, tokens: Any, name: str) -> np.ndarray:
         found = np.asarray(tokens)

@@ -287,7 +287,7 @@ def decode(
     return Prefilled(x, tuple(filled), jnp.stack(loads))
 
 
-def score_tokens(
+def token_features(
     model: ServedModel,
     tokens: Int[Array, "B T"],
     mask: Bool[Array, "B T"],
@@ -295,8 +295,8 @@ def score_tokens(
     *,
     axis: str | None = None,
     core: Core = causal_attention,
-) -> tuple[Float[Array, "B T V"], Int[Array, "L E"]]:
-    """Logits of every token of whole sequences, without a cache, and experts' loads.
+) -> tuple[Float[Array, "B T D"], Int[Array, "L E"]]:
+    """The last layer's features of every token of whole sequences, without a cache, and experts' loads.
 
     Args:
       model: as of `prefill`.
@@ -307,10 +307,10 @@ def score_tokens(
       core: attention of queries to keys and values.
 
     Returns:
-      float32 (float64 for float64), and how many tokens of this device chose each expert.
+      What `head_logits` takes, and how many tokens of this device chose each expert.
     """
     features, _, loads = _run(model, tokens, mask, config, axis, core)
-    return head_logits(model, features, config), loads
+    return features, loads
 
 
 def head_logits(model: ServedModel, features: Float[Array, "*batch D"], config: ModelConfig) -> jax.Array:

@@ -12,7 +12,7 @@ from eplb_jax import Placement
 from jaxpipe.deepseek import MODELS, Rope, Sampling, Server, Yarn, serve, serving_mesh
 from jaxpipe.deepseek.block import first_placement
 from jaxpipe.deepseek.generate import sample
-from jaxpipe.deepseek.serving import decode, head_logits, prefill, score_tokens, serve_random, served_specs
+from jaxpipe.deepseek.serving import decode, head_logits, prefill, serve_random, served_specs, token_features
 from tests.jaxpipe.deepseek.models import built, make_batch, small
 
 YARN = Yarn(factor=4.0, original=4, mscale=1.0, mscale_all_dim=0.5)
@@ -54,7 +54,8 @@ def test_cached_tokens_equal_whole_sequences_in_float64(changes):
     with jax.enable_x64(True):
         model = serve(config, parameters(config), dtype=jnp.float64)
         tokens = jnp.asarray(np.random.default_rng(0).integers(0, 64, (3, 9)), jnp.int32)
-        whole, loads = jax.jit(score_tokens, static_argnums=3)(model, tokens, jnp.ones((3, 9), bool), config)
+        features, loads = jax.jit(token_features, static_argnums=3)(model, tokens, jnp.ones((3, 9), bool), config)
+        whole = head_logits(model, features, config)
         lengths = jnp.array([2, 5, 1], jnp.int32)
         step = jax.jit(decode, static_argnums=5)
         found = jax.jit(prefill, static_argnums=(3, 4))(model, tokens[:, :5], lengths, 9, config)
@@ -139,6 +140,7 @@ def test_choices_have_the_odds_they_should():
         np.testing.assert_allclose(chosen, odds, atol=0.03)
 
 
+@pytest.mark.slow
 def test_random_parameters_are_served_layer_by_layer():
     config = small(layers=3, redundant=0)
     made = serve_random(config, 0, dtype=jnp.bfloat16)
