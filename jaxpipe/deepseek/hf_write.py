@@ -154,8 +154,8 @@ def plan_files(table: Mapping[str, Tensor], dtype: str, max_shard_size: int = LA
     """Where each tensor of a model goes, scales of FP8 beside their matrices.
 
     >>> table = {"a": Tensor((2, 3), ()), "b": Tensor((3,), (), exact=True)}
-    >>> [(place.file, place.dtype, place.start) for place in plan_files(table, "bfloat16", 12).values()]
-    [('model-00001-of-00002.safetensors', 'BF16', 72), ('model-00002-of-00002.safetensors', 'F32', 72)]
+    >>> [(place.file, place.dtype, place.nbytes) for place in plan_files(table, "bfloat16", 12).values()]
+    [('model-00001-of-00002.safetensors', 'BF16', 12), ('model-00002-of-00002.safetensors', 'F32', 12)]
     """
     kinds: dict[str, tuple[str, tuple[int, ...]]] = {}
     for name, tensor in table.items():
