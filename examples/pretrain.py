@@ -4,7 +4,8 @@
     python examples/pretrain.py --schedule zb1p --mesh pp=2,ep=2 --steps 50 --data 'books/*.txt' --out runs/books
     python examples/pretrain.py --out runs/books                 # again, after an interruption: continues
     python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,ep=64
-    python examples/pretrain.py export runs/books --to books.safetensors
+    python examples/pretrain.py --from DeepSeek-V2-Lite --mesh pp=2,ep=8 --out runs/mine --data 'mine/*.npy'
+    python examples/pretrain.py export runs/mine --to mine       # a folder as Hugging Face has it
     python examples/pretrain.py eval --run runs/books
     python examples/pretrain.py generate --run runs/books --prompt 'def main('
 
@@ -108,10 +109,15 @@ def plan(arguments: list[str]) -> int:
 def export(arguments: list[str]) -> int:
     """Writes parameters of a run; returns the exit code."""
     from pretraining.export import export_run  # noqa: PLC0415
+    from pretraining.export_folder import export_folder  # noqa: PLC0415
 
     args = flags.export_parser().parse_args(arguments)
     try:
-        print(export_run(args.run, args.to, args.dtype))
+        if args.to.suffix == ".safetensors":
+            print(export_run(args.run, args.to, args.dtype))
+        else:
+            largest = int(args.max_file * 1e9)
+            print(export_folder(args.run, args.to, args.dtype, like=args.like, max_shard_size=largest))
     except (ValueError, MissingPackage) as error:
         return fail(2, str(error))
     except (DamagedError, OSError) as error:

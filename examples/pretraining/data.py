@@ -11,7 +11,7 @@ import glob
 import pathlib
 import sysconfig
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import numpy as np
@@ -90,6 +90,27 @@ class Part:
             )
         return tokens.astype(np.int32)
 
+    def batch(
+        self, seed: int, step: int, batch: int, sequence: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """See `make_batch`."""
+        # One window less than would fit, so that an epoch may begin anywhere in the first.
+        windows = (len(self) - 1) // sequence - 1
+        if windows < 1:
+            raise ValueError(
+                f"{len(self)} tokens have no two windows of sequence + 1 = {sequence + 1}: shorten the sequence"
+            )
+        found = []
+        for row in range(batch) if rows is None else rows:
+            epoch, position = divmod(step * batch + row, windows)
+            shift = int(np.random.default_rng((seed, epoch)).integers(sequence))
+            start = shift + sequence * permuted(position, windows, (seed, epoch))
+            found.append(self.read(start, start + sequence + 1))
+        tokens = np.stack(found)
+        targets = tokens[:, 1:]
+        is_target = np.ones(targets.shape, bool) if self.separator is None else targets != self.separator
+        return {"tokens": tokens[:, :-1], "targets": targets, "mask": is_target.astype(np.float32)}
+
     def _read_all(self, start: int, count: int) -> np.ndarray:
         """Tokens of both parts, across the borders of files."""
         pieces = []
@@ -102,6 +123,29 @@ class Part:
         return np.concatenate(pieces)
 
 
+class Batches(Protocol):
+    """What batches are made of: `Part`, or conversations."""
+
+    @property
+    def total(self) -> int:
+        """Tokens that a checkpoint knows the data by."""
+        ...
+
+    def __len__(self) -> int:
+        """Tokens."""
+        ...
+
+    def read(self, start: int, stop: int) -> np.ndarray:
+        """``int32[stop - start]`` tokens."""
+        ...
+
+    def batch(
+        self, seed: int, step: int, batch: int, sequence: int, rows: Sequence[int] | None = None
+    ) -> dict[str, np.ndarray]:
+        """See `make_batch`."""
+        ...
+
+
 @dataclasses.dataclass(frozen=True)
 class Corpus:
     """What to train on and what to evaluate on.
@@ -111,8 +155,8 @@ class Corpus:
       source: where they come from, for people.
     """
 
-    train: Part
-    held_out: Part
+    train: Batches
+    held_out: Batches
     source: str
 
 
@@ -141,12 +185,7 @@ def load_corpus(
         paths, source = _library(), "the standard library"
         max_tokens = LIBRARY_BYTES if max_tokens is None else max_tokens
     else:
-        paths, source = sorted(map(pathlib.Path, glob.glob(pattern, recursive=True))), pattern
-    paths = [path for path in paths if path.is_file()]
-    if not paths:
-        raise ValueError(
-            f"no files match {source}: check the path; a pattern must be quoted, as in --data 'books/*.txt'"
-        )
+        paths, source = find_files(pattern), pattern
     kinds = {path.suffix if path.suffix in (".bin", ".npy") else "text" for path in paths}
     if len(kinds) > 1:
         raise ValueError(f"{source} matches files of kinds {', '.join(sorted(kinds))}: train on one kind at a time")
@@ -165,12 +204,38 @@ def load_corpus(
             f"{len(paths)} files of {source}{cut} hold {total} tokens: at least {2 * STRETCH} are needed, give more "
             "data" + ("" if max_tokens is None else " or a larger limit")
         )
+    return make_corpus(files, separator, vocab, f"{len(paths)} files of {source}")
+
+
+def find_files(pattern: str) -> list[pathlib.Path]:
+    """The files of a glob pattern, in sorted order.
+
+    Raises:
+      ValueError: there are none.
+    """
+    paths = [path for path in sorted(map(pathlib.Path, glob.glob(pattern, recursive=True))) if path.is_file()]
+    if not paths:
+        raise ValueError(
+            f"no files match {pattern}: check the path; a pattern must be quoted, as in --data 'books/*.txt'"
+        )
+    return paths
+
+
+def make_corpus(files: Sequence[np.ndarray], separator: int | None, vocab: int, source: str) -> Corpus:
+    """Tokens, one array behind the other, as the two parts of a corpus.
+
+    Raises:
+      ValueError: fewer than two stretches of tokens.
+    """
+    files = tuple(files)
+    if (total := sum(map(len, files))) < 2 * STRETCH:
+        raise ValueError(f"{source} hold {total} tokens: at least {2 * STRETCH} are needed, give more data")
     train = Part(files, False, separator, vocab)
-    return Corpus(train, dataclasses.replace(train, held_out=True), f"{len(paths)} files of {source}")
+    return Corpus(train, dataclasses.replace(train, held_out=True), source)
 
 
 def make_batch(
-    part: Part, seed: int, step: int, batch: int, sequence: int, rows: Sequence[int] | None = None
+    part: Batches, seed: int, step: int, batch: int, sequence: int, rows: Sequence[int] | None = None
 ) -> dict[str, np.ndarray]:
     """The batch of a step, or some of its rows; depends on part, seed, step and sizes alone.
 
@@ -197,26 +262,11 @@ def make_batch(
     >>> example["tokens"].shape, bool((example["tokens"][:, 1:] == example["targets"][:, :-1]).all())
     ((2, 4), True)
     """
-    # One window less than would fit, so that an epoch may begin anywhere in the first.
-    windows = (len(part) - 1) // sequence - 1
-    if windows < 1:
-        raise ValueError(
-            f"{len(part)} tokens have no two windows of sequence + 1 = {sequence + 1}: shorten the sequence"
-        )
-    found = []
-    for row in range(batch) if rows is None else rows:
-        epoch, position = divmod(step * batch + row, windows)
-        shift = int(np.random.default_rng((seed, epoch)).integers(sequence))
-        start = shift + sequence * permuted(position, windows, (seed, epoch))
-        found.append(part.read(start, start + sequence + 1))
-    tokens = np.stack(found)
-    targets = tokens[:, 1:]
-    is_target = np.ones(targets.shape, bool) if part.separator is None else targets != part.separator
-    return {"tokens": tokens[:, :-1], "targets": targets, "mask": is_target.astype(np.float32)}
+    return part.batch(seed, step, batch, sequence, rows)
 
 
 def global_batch(
-    part: Part, seed: int, step: int, batch: int, sequence: int, sharding: NamedSharding
+    part: Batches, seed: int, step: int, batch: int, sequence: int, sharding: NamedSharding
 ) -> dict[str, jax.Array]:
     """`make_batch` on the devices of all hosts, each of which reads only the rows that its devices hold."""
     made: dict[tuple[int, int], dict[str, np.ndarray]] = {}
@@ -255,7 +305,7 @@ def permuted(index: int, count: int, key: tuple[int, ...]) -> int:
             return index
 
 
-def unigram_entropy(part: Part) -> float:
+def unigram_entropy(part: Batches) -> float:
     """Entropy of the frequencies of tokens, in nats: the loss of the best guess without context.
 
     Of the first `SAMPLE` tokens; separators count, as they are read too.

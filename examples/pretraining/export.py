@@ -6,14 +6,14 @@ import json
 import math
 import pathlib
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pretraining.checkpoint import BadCheckpoint, DamagedError, open_body, orbax, short
+from pretraining.checkpoint import BadCheckpoint, DamagedError, Json, open_body, orbax, short
 from pretraining.layout import fingerprint
 from pretraining.optional import need
 
@@ -49,6 +49,29 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
     save_file = need("safetensors.flax", "exports", "safetensors").save_file
     if to.suffix != ".safetensors":
         raise ValueError(f"--to {to}: the name must end in .safetensors")
+    if dtype not in ("float32", "bfloat16"):
+        raise ValueError(f"--dtype {dtype}: plain arrays are float32 or bfloat16; fp8 is for folders, --to {to.stem}")
+    return newest_checkpoint(
+        run, lambda manager, step: _export(manager, save_file, step, to, jnp.dtype(dtype), largest)
+    )
+
+
+def newest_checkpoint(run: pathlib.Path, write: Callable[[Any, int], str]) -> str:
+    """Has the newest whole checkpoint of a run written.
+
+    Args:
+      run: the run's folder, or that of its checkpoints.
+      write: given orbax's manager of the checkpoints and a step.
+
+    Returns:
+      What ``write`` does.
+
+    Raises:
+      ValueError: there is no checkpoint; see `CannotExport`.
+      DamagedError: no checkpoint can be read.
+      OSError: of ``write``.
+      MissingPackage: orbax is not installed.
+    """
     folder = (run / "checkpoints" if (run / "checkpoints").is_dir() else run).absolute()
     if not folder.is_dir():
         raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
@@ -59,8 +82,8 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
             raise ValueError(f"there is no checkpoint in {folder}")
         for step in reversed(steps):
             try:
-                return _export(manager, save_file, step, to, jnp.dtype(dtype), largest)
-            except OSError:
+                return write(manager, step)
+            except (OSError, CannotExport):
                 raise
             except Exception as error:
                 warnings.warn(
@@ -88,9 +111,7 @@ def plain_names(name: str, layers: int | None, dense_layers: int) -> list[str]:
 
 
 def _export(manager: Any, save_file: Callable[..., None], step: int, to: pathlib.Path, dtype: Any, largest: int) -> str:
-    args = orbax().args
-    meta = manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"]
-    body = open_body(meta)
+    body = read_body(manager, step)
     names = [
         name for name in body["arrays"] if name.startswith((LAYERS, OUTER)) and name.rsplit("/", 1)[-1] not in PLACEMENT
     ]
@@ -99,7 +120,7 @@ def _export(manager: Any, save_file: Callable[..., None], step: int, to: pathlib
     files: dict[str, str] = {}
     size = 0
     for index, group in enumerate(groups):
-        arrays = _read(manager, step, {name: shapes[name] for name in group}, body["fingerprints"])
+        arrays = read_arrays(manager, step, body, group)
         plain: dict[str, jax.Array] = {}
         for name, array in arrays.items():
             if jnp.issubdtype(array.dtype, jnp.floating):
@@ -120,10 +141,27 @@ def _export(manager: Any, save_file: Callable[..., None], step: int, to: pathlib
     return f"step {step}: {len(files)} arrays, {size / 1e6:.1f} MB in {len(groups)} files, {to}"
 
 
-def _read(
-    manager: Any, step: int, shapes: dict[str, tuple[Any, tuple[int, ...]]], sums: dict[str, int]
-) -> dict[str, jax.Array]:
-    """These arrays alone, on one device, checked."""
+class CannotExport(ValueError):
+    """The checkpoint is whole, and cannot be written in this form."""
+
+
+def read_body(manager: Any, step: int) -> Json:
+    """What a checkpoint says of itself: its facts, and shapes and fingerprints of its arrays.
+
+    Raises:
+      BadCheckpoint: it is damaged.
+    """
+    args = orbax().args
+    return open_body(manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"])
+
+
+def read_arrays(manager: Any, step: int, body: Json, names: Sequence[str]) -> dict[str, jax.Array]:
+    """Some arrays alone, on one device, checked.
+
+    Raises:
+      BadCheckpoint: they are damaged.
+    """
+    shapes, sums = {name: _parse(body["arrays"][name]) for name in names}, body["fingerprints"]
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(shape, kind, sharding=here) for name, (kind, shape) in shapes.items()}
     ocp = orbax()

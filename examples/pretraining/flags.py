@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
 AXES = ("pp", "ep", "dp")
 COMMANDS = ("train", "plan", "export", "eval", "generate")
+DEFAULT = "tiny"
+"""The configuration of a run that names none and begins with no weights."""
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -45,9 +47,12 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "train", list(arguments)
 
 
-def add_sizes(parser: argparse._ActionsContainer, config: str) -> None:
+def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
-    parser.add_argument("--config", default=config, help="tiny, tiny-128, moe-1b, moe-16b or dsv3-671b")
+    parser.add_argument(
+        "--config", default=config,
+        help="tiny, tiny-128, moe-1b, moe-16b or dsv3-671b; or config.json as Hugging Face has it, or a folder with one"
+    )  # fmt: skip
     parser.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
     parser.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
     parser.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
@@ -67,11 +72,9 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     Raises:
       ValueError: no such configuration, or sizes that do not fit each other.
     """
-    from jaxpipe.deepseek import model_config  # noqa: PLC0415
-
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
     config = dataclasses.replace(
-        model_config(args.config), **{name: value for name, value in given.items() if value is not None}
+        base_config(args), **{name: value for name, value in given.items() if value is not None}
     )
     if args.precision is not None:
         try:
@@ -81,13 +84,40 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     return config.over_devices(devices, args.slots)
 
 
+def base_config(args: argparse.Namespace) -> ModelConfig:
+    """The configuration that ``--config`` names, or ``--from``'s own where there is none.
+
+    Raises:
+      ValueError: no such configuration, or one that is not understood.
+    """
+    from jaxpipe.deepseek import MODELS, model_config  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_config import from_hf_config  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_files import read_json  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_load import folder_config  # noqa: PLC0415
+
+    weights = getattr(args, "weights", None)
+    if weights is not None and args.config is None:
+        return folder_config(weights)
+    name = args.config or DEFAULT
+    path = pathlib.Path(name)
+    if name in MODELS or not path.exists():
+        config = model_config(name)
+    else:
+        config = from_hf_config(read_json(path / "config.json" if path.is_dir() else path))
+    return config if weights is None else folder_config(weights, config)
+
+
 def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     """Flags of a run."""
     parser = argparse.ArgumentParser(
         "pretrain.py train", description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     model = parser.add_argument_group("model")
-    add_sizes(model, "tiny")
+    add_sizes(model, None)
+    model.add_argument(
+        "--from", dest="weights", type=pathlib.Path, metavar="FOLDER",
+        help="begin with the weights of a Hugging Face folder, whose config.json is the default of --config"
+    )  # fmt: skip
     model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
     model.add_argument("--seed", type=int, default=0)
 
@@ -103,12 +133,26 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")
     data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
-    data.add_argument("--separator", type=int, help="token between documents of .bin and .npy files, never a target")
+    data.add_argument(
+        "--tokenizer", type=pathlib.Path, metavar="FILE",
+        help="tokenizer.json, or a folder with one, for text and .jsonl files, of documents or conversations; default: "
+        "that of --from; otherwise text is read byte by byte"
+    )  # fmt: skip
+    data.add_argument("--separator", type=int, help="token between documents, never a target; a tokenizer has one")
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=70)
     training.add_argument("--learning-rate", type=float, default=3e-3)
     training.add_argument("--warmup", type=int, default=10, help="steps")
+    training.add_argument(
+        "--rates", default="cosine", choices=["cosine", "wsd"],
+        help="the learning rate after its warm-up: cosine, or wsd: the highest until a decay in a straight line"
+    )  # fmt: skip
+    training.add_argument("--decay", type=float, default=0.2, help="the share of the steps for which wsd decays")
+    training.add_argument(
+        "--optimizer", default="adamw", choices=["adamw", "muon"], help="muon: for matrices, and AdamW for the rest"
+    )
+    training.add_argument("--weight-decay", type=float, default=0.1, help="of matrices")
     training.add_argument("--max-skipped", type=int, default=10, help="steps without finite gradients in a row")
     training.add_argument("--eval-every", type=int, default=70, help="steps between evaluations; 0: none")
     training.add_argument("--eval-batches", type=int, default=4)
@@ -131,8 +175,16 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
 
 def export_parser() -> argparse.ArgumentParser:
     """Flags of the export."""
-    parser = argparse.ArgumentParser("pretrain.py export", description="Writes parameters as plain arrays by layer.")
+    parser = argparse.ArgumentParser("pretrain.py export", description="Writes parameters for other programs.")
     parser.add_argument("run", type=pathlib.Path, help="the --out folder of a run, or its checkpoints")
-    parser.add_argument("--to", type=pathlib.Path, required=True, help="the .safetensors file to write")
-    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    parser.add_argument(
+        "--to", type=pathlib.Path, required=True,
+        help="a new folder, written as Hugging Face has it; or a .safetensors file with plain arrays by layer"
+    )  # fmt: skip
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "fp8"], help="fp8: of a folder's")
+    parser.add_argument(
+        "--like", type=pathlib.Path, metavar="FOLDER",
+        help="a Hugging Face folder whose tokenizer and other texts the new one gets; default: that of --from"
+    )  # fmt: skip
+    parser.add_argument("--max-file", type=float, default=5.0, metavar="GB", help="of a folder's files")
     return parser

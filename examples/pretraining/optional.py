@@ -10,13 +10,14 @@ class MissingPackage(ImportError):
     """What was asked for needs a package that is not installed."""
 
 
-def need(module: str, what: str, package: str) -> Any:
+def need(module: str, what: str, package: str, extra: str = "examples") -> Any:
     """The module.
 
     Args:
       module: to import.
       what: needs it, in the plural.
       package: that it is in, as pip calls it.
+      extra: of jaxpipe, which brings it.
 
     Raises:
       MissingPackage: it is not installed.
@@ -30,4 +31,4 @@ def need(module: str, what: str, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise MissingPackage(f"{what} need the package {package}: pip install 'jaxpipe[examples]'") from error
+        raise MissingPackage(f"{what} need the package {package}: pip install 'jaxpipe[{extra}]'") from error

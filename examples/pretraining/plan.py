@@ -164,6 +164,9 @@ def plan(
     for name in schedules:
         try:
             schedule = jaxpipe.schedule.build(name, sizes["pp"], microbatches)
+            if len(config.layer_kinds) < schedule.num_stages:
+                layers = len(config.layer_kinds)
+                raise ValueError(f"{layers} layers for {schedule.num_stages} stages: use fewer stages or more layers")
             model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
         except ValueError as error:
             rows.append(Row(name, str(error)))

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import sys
+import time
+from collections.abc import Callable
 from typing import Protocol
 
 from pretraining.optional import MissingPackage, need
@@ -75,3 +77,26 @@ def progress(steps: int, start: int) -> Progress:
         return Bar(steps, start)
     except MissingPackage:
         return PlainLines()
+
+
+def amount(what: str, every: float = 2.0) -> Callable[[int, int], None]:
+    """A function of bytes that are done and of all, which shows them: on a terminal in one line, elsewhere in several.
+
+    Args:
+      what: is being done.
+      every: seconds between lines.
+    """
+    start = shown = time.perf_counter()
+
+    def show(done: int, total: int) -> None:
+        nonlocal shown
+        now = time.perf_counter()
+        live, ends = sys.stderr.isatty(), done >= total
+        if not ends and now - shown < (0.1 if live else every):
+            return
+        shown = now
+        speed = done / 1e9 / max(now - start, 1e-9)
+        text = f"{what}: {done / 1e9:.1f} of {total / 1e9:.1f} GB, {speed:.2f} GB/s"
+        print(f"\r{text}" if live else text, end="\n" if ends or not live else "", file=sys.stderr, flush=True)
+
+    return show

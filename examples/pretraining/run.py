@@ -20,8 +20,10 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from eplb_jax import Placement, balancedness
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
+from jaxpipe.deepseek.hf_config import to_hf_config
+from jaxpipe.deepseek.hf_load import load_params
 from jaxpipe.planning.chips import chip_of
-from pretraining import auto, data, flags, hosts, loop, trainer
+from pretraining import auto, chat, data, flags, hosts, loop, progress, text, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -93,8 +95,16 @@ def set_up(args: argparse.Namespace) -> Setup:
         dtype=jnp.dtype(args.dtype),
         abstract=True,
     )
-    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
-    train_config = trainer.TrainConfig(args.steps, args.learning_rate, args.warmup)
+    corpus = _corpus(args, config)
+    train_config = trainer.TrainConfig(
+        args.steps,
+        args.learning_rate,
+        args.warmup,
+        weight_decay=args.weight_decay,
+        optimizer=args.optimizer,
+        rates=args.rates,
+        decay=args.decay,
+    )
     axes = tuple(name for name in mesh.axis_names if name != "pp")
     sharding = NamedSharding(mesh, P(axes))
     if schedule is None:
@@ -144,7 +154,10 @@ def train(args: argparse.Namespace) -> None:
         if args.rebalance_every and setup.config.redundant and setup.mesh.shape.get("ep", 1) > 1:
             rebalancer = trainer.Rebalancer(setup.model, setup.mesh.shape["ep"], interval=args.rebalance_every)
         out = _out(args)
-        state = trainer.init_state(setup.model, setup.optimizer, setup.mesh)
+        if args.weights is None:
+            state = trainer.init_state(setup.model, setup.optimizer, setup.mesh)
+        else:
+            state = trainer.abstract_state(setup.model, setup.optimizer, setup.mesh)
         layout = Layout(setup.model.to_layers, setup.model.from_layers, setup.mesh, describe(state))
         checkpoints = Checkpoints(out / "checkpoints", layout, args.keep)
         facts = _facts(args, setup)
@@ -153,6 +166,8 @@ def train(args: argparse.Namespace) -> None:
             state = restored.state
             if rebalancer is not None and "balance" in restored.facts:
                 rebalancer.load_state_dict(restored.facts["balance"])
+        elif args.weights is not None:
+            state = _begin_with(args.weights, setup)
     except ValueError as error:
         raise BadInput(str(error)) from error
     start = int(state.step)
@@ -252,6 +267,40 @@ def _restore(
     return restored
 
 
+def _corpus(args: argparse.Namespace, config: ModelConfig) -> data.Corpus:
+    """What the run learns from."""
+    own = None if args.weights is None else args.weights / "tokenizer.json"
+    path = args.tokenizer or (own if own is not None and own.is_file() else None)
+    paths = [] if args.data is None else data.find_files(args.data)
+    if args.tokenizer is not None and args.data is None:
+        raise ValueError(f"--tokenizer {args.tokenizer} without --data: name the texts that it is to read")
+    if path is None or args.data is None or all(found.suffix in (".bin", ".npy") for found in paths):
+        jsonl = [found for found in paths if found.suffix == ".jsonl"]
+        if jsonl:
+            raise ValueError(f"{jsonl[0]} holds documents or conversations: name the model's --tokenizer")
+        return data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    tokenizer = text.open_tokenizer(path, args.separator)
+    if chat.are_conversations(paths):
+        return chat.load_conversations(paths, tokenizer, config.vocab, config.sequence, args.data)
+    return text.load_texts(paths, tokenizer, config.vocab, pathlib.Path("runs") / "tokens", args.data)
+
+
+def _begin_with(folder: pathlib.Path, setup: Setup) -> trainer.TrainState:
+    """The state before the first step, with the weights of a Hugging Face folder."""
+    shown = progress.amount(f"reading {folder}") if hosts.is_first() else None
+    params = load_params(folder, setup.model, setup.mesh, progress=shown)
+    return trainer.state_from(params, setup.model, setup.optimizer, setup.mesh)
+
+
+def _hugging_face(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
+    """What an export needs: the model as config.json says it, or why it cannot, and the folder that it began with."""
+    found: dict[str, Any] = {"folder": None if args.weights is None else str(args.weights.absolute())}
+    try:
+        return found | {"config": to_hf_config(setup.config)}
+    except ValueError as error:
+        return found | {"refused": str(error)}
+
+
 def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     """What a checkpoint says of its run; what is under "data" must not change."""
     return {
@@ -262,7 +311,8 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
             "tokens": setup.corpus.train.total,
         },
         "rng": jax.random.key_data(jax.random.key(args.seed)),
-        "config": args.config,
+        "config": args.config or (flags.DEFAULT if args.weights is None else str(args.weights)),
+        "hugging_face": _hugging_face(args, setup),
         "dense_layers": setup.config.dense_layers,
         "layers": setup.config.layers,
         "schedule": args.schedule,
@@ -270,7 +320,7 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _batches(part: data.Part, seed: int, setup: Setup) -> Callable[[int], Any]:
+def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
     def batch(step: int) -> Any:
         try:
             return data.global_batch(part, seed, step, setup.batch, setup.config.sequence, setup.sharding)
@@ -323,9 +373,11 @@ def _out(args: argparse.Namespace) -> pathlib.Path:
 
 def _describe(args: argparse.Namespace, setup: Setup, out: pathlib.Path, restored: Restored | None) -> str:
     total, train = setup.config.total, setup.corpus.train
-    begins = "from the beginning" if restored is None else f"continuing after step {restored.step}"
+    begins = "from the beginning" if args.weights is None else f"beginning with the weights of {args.weights}"
+    begins = begins if restored is None else f"continuing after step {restored.step}"
+    name = args.config or args.weights or flags.DEFAULT
     return (
-        f"{args.config} with {args.schedule} on {dict(setup.mesh.shape)} {jax.devices()[0].platform} devices of "
+        f"{name} with {args.schedule} on {dict(setup.mesh.shape)} {jax.devices()[0].platform} devices of "
         f"{jax.process_count()} processes: {setup.schedule.num_stages} stages, {setup.schedule.num_microbatches} "
         f"microbatches, {total / 1e6:.1f}M parameters, {setup.batch * setup.config.sequence} tokens a step\n"
         f"{len(train) / 1e6:.1f}M tokens in {setup.corpus.source}, unigram entropy "

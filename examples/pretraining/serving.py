@@ -196,7 +196,7 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
-    from jaxpipe.deepseek import model_config  # noqa: PLC0415
+    from jaxpipe.deepseek import MODELS, from_hf_config, model_config  # noqa: PLC0415
     from pretraining.checkpoint import open_body, orbax  # noqa: PLC0415
     from pretraining.layout import fingerprint  # noqa: PLC0415
 
@@ -228,7 +228,10 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
             node = node.setdefault(key, {})
         node[last] = array
     facts = body["facts"]
-    config = dataclasses.replace(model_config(facts["config"]), layers=facts["layers"])
+    if facts["config"] in MODELS:
+        config = dataclasses.replace(model_config(facts["config"]), layers=facts["layers"])
+    else:
+        config = from_hf_config(facts["hugging_face"]["config"])
     slots = tree["layers"]["moe"].get("phy2log")
     redundant = 0 if slots is None else slots.shape[1] - config.experts
     return dataclasses.replace(config, redundant=redundant), tree

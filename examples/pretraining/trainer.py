@@ -15,10 +15,16 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig
+from jaxpipe.deepseek.model import names
 from jaxpipe.planning.chips import chip_of
 from jaxpipe.planning.liveness import nbytes
 from jaxpipe.schedule import Schedule
+from pretraining.muon import NOT_MATRICES, scale_by_muon
 from pretraining.rebalancer import Rebalancer as Rebalancer
+
+OPTIMIZERS = ("adamw", "muon")
+RATES = ("cosine", "wsd")
+"""Courses of the learning rate after its warm-up; "wsd", warm-up, stable, decay: arXiv 2404.06395, 4."""
 
 SMALLEST_CHANGE = 0.02
 """What a step must be able to change a second moment in bfloat16 by: five times the half of its last place."""
@@ -36,9 +42,13 @@ class TrainConfig:
       clip: largest norm of all gradients together.
       weight_decay: of matrices.
       b1, b2: decays of AdamW's moments.
+      optimizer: "adamw"; or "muon", which then updates matrices, and AdamW the rest; see `pretraining.muon`.
+      rates: "cosine" from the highest rate to the last one; or "wsd", which stays at the highest until it goes to the
+        last one in a straight line.
+      decay: the share of the steps for which "wsd" decays.
 
     Raises:
-      ValueError: no steps.
+      ValueError: no steps; an unknown optimizer or course of rates; a share outside (0, 1].
     """
 
     steps: int
@@ -49,15 +59,32 @@ class TrainConfig:
     weight_decay: float = 0.1
     b1: float = 0.9
     b2: float = 0.95
+    optimizer: str = "adamw"
+    rates: str = "cosine"
+    decay: float = 0.2
 
     def __post_init__(self) -> None:
         """Checks the number of steps."""
         if self.steps < 1 or self.warmup < 0:
             raise ValueError(f"steps={self.steps}, warmup={self.warmup}: at least one step, and no negative warm-up")
+        if self.optimizer not in OPTIMIZERS or self.rates not in RATES or not 0 < self.decay <= 1:
+            raise ValueError(
+                f"optimizer={self.optimizer!r} is one of {OPTIMIZERS}, rates={self.rates!r} of {RATES}, and "
+                f"decay={self.decay} a share of the steps, above 0 and at most 1"
+            )
 
     def rate(self, step: Any) -> Any:
         """The learning rate of a step."""
         warmup = max(1, min(self.warmup, self.steps // 2))
+        if self.rates == "wsd":
+            decaying = max(1, min(round(self.steps * self.decay), self.steps - warmup))
+            least = self.learning_rate * self.final
+            pieces = [
+                optax.linear_schedule(self.learning_rate / warmup, self.learning_rate, warmup),
+                optax.constant_schedule(self.learning_rate),
+                optax.linear_schedule(self.learning_rate, least, decaying),
+            ]
+            return optax.join_schedules(pieces, [warmup, max(warmup, self.steps - decaying)])(step)
         return optax.warmup_cosine_decay_schedule(
             init_value=self.learning_rate / warmup,
             peak_value=self.learning_rate,
@@ -86,7 +113,7 @@ class TrainState(NamedTuple):
 
 
 def make_optimizer(config: TrainConfig, model: DeepSeekModel) -> optax.GradientTransformation:
-    """AdamW with warm-up, cosine decay and clipping by the norm of all gradients, of what the model trains.
+    """AdamW or Muon with warm-up, decay and clipping by the norm of all gradients, of what the model trains.
 
     Raises:
       ValueError: second moments that change too little in a step for the dtype that they are kept in.
@@ -100,10 +127,18 @@ def make_optimizer(config: TrainConfig, model: DeepSeekModel) -> optax.GradientT
                 'moments="float32"'
             )
         adam = stored_as(adam, jnp.dtype(model.config.moments))
+    direction = adam
+    if config.optimizer == "muon":
+        orthogonal = scale_by_muon(_last_names)
+        if model.config.moments != "float32":
+            orthogonal = stored_as(orthogonal, jnp.dtype(model.config.moments))
+        direction = optax.chain(
+            optax.masked(orthogonal, _of_muon(model, True)), optax.masked(adam, _of_muon(model, False))
+        )
     return optax.masked(
         optax.chain(
             optax.clip_by_global_norm(config.clip),
-            adam,
+            direction,
             optax.add_decayed_weights(config.weight_decay, _without_masked(model)),
             optax.scale_by_learning_rate(config.rate),
         ),
@@ -143,6 +178,21 @@ def init_state(model: DeepSeekModel, optimizer: optax.GradientTransformation, me
     if mesh is None:
         return jax.jit(make)()
     return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make), mesh))()
+
+
+def state_from(
+    params: jaxpipe.Params, model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh
+) -> TrainState:
+    """The state before the first step, of parameters that are there already, on the mesh."""
+
+    def make(params: jaxpipe.Params) -> TrainState:
+        with jax.numpy_dtype_promotion("standard"):  # optax promotes
+            opt_state = optimizer.init(params)
+        return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
+
+    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make, params), mesh), donate_argnums=0)(
+        params
+    )
 
 
 def abstract_state(
@@ -360,6 +410,21 @@ def _data_axes(mesh: Mesh | AbstractMesh) -> tuple[str, ...]:
 
 def _is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
+
+
+def _last_names(tree: Any) -> Any:
+    """Of every parameter the last part of its name."""
+    return jax.tree_util.tree_map_with_path(lambda path, _: names(path)[-1], tree)
+
+
+def _of_muon(model: DeepSeekModel, wanted: bool) -> Callable[[Any], Any]:
+    """The mask of what Muon updates, or of the rest, for a tree in which untrained parameters are already left out."""
+    chosen = jax.tree.map(lambda name: (name not in NOT_MATRICES) == wanted, _last_names(model.params))
+
+    def mask(params: Any) -> Any:
+        return jax.tree.map(lambda leaf, one: leaf if _is_masked(leaf) else one, params, chosen, is_leaf=_is_masked)
+
+    return mask
 
 
 def _without_masked(model: DeepSeekModel) -> Callable[[Any], Any]:

@@ -12,6 +12,8 @@ from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_conf
 from jaxpipe.deepseek.generate import Generated, Sampling, Scores, Server
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.hf_config import from_hf_config, to_hf_config
+from jaxpipe.deepseek.hf_load import load
+from jaxpipe.deepseek.hf_save import save
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
 from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla
@@ -51,9 +53,11 @@ __all__ = [
     "from_hf_config",
     "init_mla",
     "keep_mla",
+    "load",
     "model_config",
     "rms_norm",
     "rotate",
+    "save",
     "serve",
     "serving_mesh",
     "to_hf_config",

@@ -317,7 +317,7 @@ def build_model(
         layers so that the costliest costs as little as can be. None: FLOPs, or equal costs where layers are alike.
 
     Raises:
-      ValueError: fewer layers than stages; costs of other layers; a vocabulary that does not divide over ranks that
+      ValueError: costs of other layers; a vocabulary that does not divide over ranks that
         share it.
 
     >>> from jaxpipe.deepseek.config import MODELS

@@ -73,7 +73,7 @@ def test_the_command_line_writes_logits(tmp_path, capsys):
     np.testing.assert_allclose(np.load(out), reference["logits"], atol=1e-4, rtol=0)
     np.save(tmp_path / "row.npy", reference["tokens"][0])
     for arguments, message in (
-        ([str(tmp_path), str(tmp_path / "tokens.npy")], "holds no config.json"),
+        ([str(tmp_path), str(tmp_path / "tokens.npy")], "config.json: name a folder as Hugging Face has it"),
         ([str(folder), str(tmp_path / "row.npy")], r"array of shape (24,): give [sequences, tokens]"),
         ([str(folder), str(tmp_path / "tokens.npy"), "--batch", "0"], "--batch 0: at least 1"),
     ):
@@ -89,7 +89,7 @@ def test_a_folder_without_multi_token_prediction_is_a_model_without(tmp_path):
 def test_a_folder_without_files_is_refused(tmp_path):
     folder = unpack("v3", tmp_path)
     (folder / "model.safetensors").unlink()
-    with pytest.raises(ValueError, match=r"holds no \.safetensors files"):
+    with pytest.raises(ValueError, match=r"has neither model\.safetensors\.index\.json nor"):
         read_folder(folder)
 
 

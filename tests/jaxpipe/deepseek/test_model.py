@@ -101,9 +101,13 @@ def test_bfloat16_activations_and_float32_masters():
     assert {leaf.dtype.name for leaf in jax.tree.leaves(model.params)} == {"float32", "int32"}
 
 
-def test_fewer_layers_than_stages():
-    with pytest.raises(ValueError, match="5 layers for 8 stages"):
-        build_model(SMALL, jaxpipe.schedule.build("gpipe", 8, 8), 0)
+def test_stages_without_layers_hand_on_what_they_get():
+    model = build_model(SMALL, jaxpipe.schedule.build("gpipe", 8, 8), 0, abstract=True)
+    assert model.arrangement.counts == (1, 1, 1, 1, 1, 0, 0, 0)
+    row = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), model.params.stages)
+    x = jnp.arange(6.0).reshape(1, 2, 3)
+    y, loss, metrics = model.stage_of(6)(row, x, jaxpipe.Context.make(6, 0, None, None, num_stages=8))
+    assert y is x and not loss and not metrics["loads"].any() and metrics["loads"].shape == (8, 1, 4)
 
 
 def test_places():

@@ -1,0 +1,362 @@
+"""Weights of a Hugging Face folder, read straight into the shards that training uses.
+
+Each process reads what its devices keep, one leaf after the other, so beside the shards themselves its memory holds one
+shard of one leaf and a few pieces of files.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+import math
+import os
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding
+
+import jaxpipe
+from jaxpipe.deepseek.block import first_placement
+from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.hf_config import from_hf_config
+from jaxpipe.deepseek.hf_files import DTYPES, TensorEntry, check_sums, listed, open_folder, read_json
+from jaxpipe.deepseek.hf_fp8 import dequantise
+from jaxpipe.deepseek.hf_names import Part, Tensor, scale_name, tensors
+from jaxpipe.deepseek.hf_places import in_stages
+from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
+
+PIECE = 8 << 20
+"""Bytes of a file that are read at once."""
+
+TRANSPOSED = 64
+"""Rows of a file that are transposed at once: then both sides stay in the processor's caches."""
+
+COMPUTED = ("rotary_emb.inv_freq",)
+"""Ends of names of tensors that follow from the config, which older files hold."""
+
+Box = tuple[tuple[int, int], ...]
+"""Of every axis of an array a start and an end."""
+
+FLOATS = tuple(name for name in DTYPES if name != "F8_E4M3")
+
+
+@dataclasses.dataclass(frozen=True)
+class StoredTensor:
+    """A tensor of the model in the files.
+
+    Attributes:
+      tensor: its shape and places.
+      entry: its place in a file.
+      scales: of FP8, whole.
+    """
+
+    tensor: Tensor
+    entry: TensorEntry
+    scales: TensorEntry | None = None
+
+    def rows(self, start: int, stop: int) -> np.ndarray:
+        """Some rows, in float32 where the file has another dtype of fewer bits than the masters."""
+        found = self.entry.rows(start, stop)
+        if self.scales is not None:
+            return dequantise(found, self.scales.rows(), start)
+        if self.entry.dtype == "BF16":
+            # Several times as fast as a cast, and as exact.
+            wide = np.empty(found.shape, np.uint32)
+            np.left_shift(found.view(np.uint16), 16, out=wide, dtype=np.uint32, casting="unsafe")
+            return wide.view(np.float32)
+        return found
+
+
+def load(
+    folder: str | os.PathLike[str],
+    mesh: Mesh,
+    schedule: jaxpipe.schedule.Schedule,
+    *,
+    dtype: Any = jnp.float32,
+    config: ModelConfig | None = None,
+    axis: str = "ep",
+    strict: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[ModelConfig, jaxpipe.Params]:
+    """The model of a Hugging Face folder: its config and its parameters, on the devices that training keeps them on.
+
+    Args:
+      folder: with config.json and safetensors files, one or many with their index, in float32, float16, bfloat16 or
+        DeepSeek's FP8 with ``weight_scale_inv``.
+      mesh: with axis "pp", and the experts' axis or not.
+      schedule: that the parameters are arranged for.
+      dtype: of the parameters; float32 for training. Selection biases are float32 whatever it is.
+      config: of the model, where it should differ from config.json in what files do not hold, such as redundant slots
+        of experts; None: `from_hf_config` of config.json.
+      axis: the mesh axis over which experts are spread, where the mesh has it.
+      strict: refuse files with tensors that the model does not have; otherwise they are warned of and left out.
+      progress: called with bytes of parameters that this process has read, and will have.
+
+    Returns:
+      The config and ``jaxpipe.Params``. Where config.json asks for multi-token prediction and the files hold none of
+      it, as those that transformers writes, a warning says so, and the config is without.
+
+    Raises:
+      ValueError: a config that is not understood; missing, unexpected, truncated or damaged files and tensors; tensors
+        of another shape or dtype.
+
+    >>> config, params = load("DeepSeek-V3", mesh, schedule)  # doctest: +SKIP
+    """
+    config = folder_config(folder, config)
+    expert_axis = axis if axis in mesh.axis_names else None
+    model = build_model(config, schedule, 0, axis=expert_axis, abstract=True)
+    return config, load_params(folder, model, mesh, dtype=dtype, strict=strict, progress=progress)
+
+
+def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = None) -> ModelConfig:
+    """The config of a Hugging Face folder, without multi-token prediction where its files hold none; see `load`.
+
+    Args:
+      folder: with config.json, unless a config is given, and safetensors files.
+      config: that is thought to be the folder's.
+
+    Raises:
+      ValueError: a config that is not understood; missing or damaged files.
+    """
+    folder = pathlib.Path(folder)
+    if config is None:
+        config = from_hf_config(read_json(folder / "config.json"))
+    found = as_held(config, open_folder(folder))
+    if found != config:
+        warnings.warn(
+            f"{folder} holds nothing of the multi-token prediction that its config names: the model is without it",
+            stacklevel=3,
+        )
+    return found
+
+
+def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelConfig:
+    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes."""
+    held = config.mtp and any(tensor.mtp and name in entries for name, tensor in tensors(config).items())
+    return dataclasses.replace(config, mtp=held)
+
+
+def load_params(
+    folder: str | os.PathLike[str],
+    model: DeepSeekModel,
+    mesh: Mesh,
+    *,
+    dtype: Any = jnp.float32,
+    strict: bool = True,
+    progress: Callable[[int, int], None] | None = None,
+) -> jaxpipe.Params:
+    """The parameters of a model from a Hugging Face folder; see `load`.
+
+    Args:
+      folder: with safetensors files.
+      model: from `build_model`, ``abstract``; it says where each parameter is.
+      mesh: of the model's axes.
+      dtype, strict, progress: see `load`.
+
+    Raises:
+      ValueError: see `load`.
+    """
+    folder, dtype = pathlib.Path(folder), jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+        raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
+    sources = find_sources(folder, model.config, strict=strict)
+    _check_files(folder, sources.values())
+    pieces: dict[tuple[str, ...], list[tuple[StoredTensor, Part]]] = {}
+    for source in sources.values():
+        for part in source.tensor.parts:
+            moved = in_stages(part, model.arrangement)
+            pieces.setdefault(moved.path, []).append((source, moved))
+    leaves, structure = jax.tree_util.tree_flatten_with_path(model.params)
+    shardings = [NamedSharding(mesh, spec) for spec in jax.tree.leaves(model.specs)]
+    kinds = [_dtype_of(leaf.dtype, pieces.get(names(path), ()), dtype) for path, leaf in leaves]
+    sizes = [
+        len(_shards(leaf.shape, sharding)) * math.prod(sharding.shard_shape(leaf.shape)) * kind.itemsize
+        for (_, leaf), sharding, kind in zip(leaves, shardings, kinds, strict=True)
+    ]
+    done, arrays = 0, []
+    with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
+        for (path, leaf), sharding, kind, size in zip(leaves, shardings, kinds, sizes, strict=True):
+            made = _made_here(model.config, names(path)[-1], leaf)
+            arrays.append(_fill(leaf.shape, kind, sharding, pieces.get(names(path), ()), made, pool))
+            done += size
+            if progress is not None:
+                progress(done, sum(sizes))
+    return jax.tree.unflatten(structure, arrays)
+
+
+def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = True) -> dict[str, StoredTensor]:
+    """The tensors of a model in the files of a folder, by name; copies are left out.
+
+    Raises:
+      ValueError: missing and unexpected names, other shapes and dtypes.
+    """
+    entries, table = open_folder(folder), tensors(config)
+    known = set(table) | {scale_name(name) for name, tensor in table.items() if tensor.quantised}
+    missing = [name for name, tensor in table.items() if name not in entries and tensor.copy_of is None]
+    unexpected = [name for name in entries if name not in known and not name.endswith(COMPUTED)]
+    if missing:
+        extra = f"; and {listed(unexpected)} that the model does not have" if unexpected else ""
+        raise ValueError(f"{folder} lacks {listed(missing)}{extra}: are config.json and files of one model?")
+    if unexpected:
+        text = f"{folder} holds {listed(unexpected)} that the model does not have"
+        if strict:
+            raise ValueError(f"{text}: are config.json and files of one model? strict=False leaves them out")
+        warnings.warn(f"{text}: they are left out", stacklevel=3)
+    found = {}
+    for name, tensor in table.items():
+        if name not in entries:
+            continue
+        entry, scales = entries[name], entries.get(scale_name(name)) if tensor.quantised else None
+        _check_shape(entry, tensor.shape, (*FLOATS, "F8_E4M3") if tensor.quantised else FLOATS)
+        if (entry.dtype == "F8_E4M3") != (scales is not None):
+            other = f"{scale_name(name)} is missing" if scales is None else f"there is {scales.name} beside it"
+            raise ValueError(f"{name} in {entry.path} is {entry.dtype}, and {other}: FP8 alone has scales")
+        if scales is not None:
+            _check_shape(scales, tensor.scale_shape, ("F32",))
+        if tensor.copy_of is None:
+            found[name] = StoredTensor(tensor, entry, scales)
+    return found
+
+
+def _check_shape(entry: TensorEntry, shape: tuple[int, ...], dtypes: Sequence[str]) -> None:
+    if entry.shape != shape:
+        raise ValueError(f"{entry.name} in {entry.path} has shape {list(entry.shape)}: the config says {list(shape)}")
+    if entry.dtype not in dtypes:
+        raise ValueError(f"{entry.name} in {entry.path} is {entry.dtype}: it should be {' or '.join(dtypes)}")
+
+
+def _check_files(folder: pathlib.Path, sources: Any) -> None:
+    """Compares checksums, where there are; processes share the work."""
+    files = sorted({source.entry.path.name for source in sources})
+    check_sums(folder, files[jax.process_index() :: jax.process_count()])
+
+
+def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, Part]], wanted: np.dtype) -> np.dtype:
+    """Of a leaf: integers and biases as the model declares them, otherwise as wanted."""
+    exact = any(source.tensor.exact for source, _ in pieces)
+    return np.dtype(declared) if exact or not jnp.issubdtype(declared, jnp.floating) else wanted
+
+
+def _made_here(config: ModelConfig, name: str, leaf: Any) -> np.ndarray | None:
+    """What a leaf holds where files say nothing: a placement, one for all rows; None: zeros."""
+    if jnp.issubdtype(leaf.dtype, jnp.floating):
+        return None
+    return np.asarray(getattr(first_placement(config.experts, config.redundant), name), leaf.dtype)
+
+
+def _shards(shape: tuple[int, ...], sharding: NamedSharding) -> dict[Box, list[Any]]:
+    """The devices of this process that keep each part of an array."""
+    found: dict[Box, list[Any]] = {}
+    for device, index in sharding.addressable_devices_indices_map(shape).items():
+        cuts = index or (slice(None),) * len(shape)
+        box = tuple(cut.indices(size)[:2] for cut, size in zip(cuts, shape, strict=True))
+        found.setdefault(box, []).append(device)
+    return found
+
+
+def _fill(
+    shape: tuple[int, ...],
+    dtype: np.dtype,
+    sharding: NamedSharding,
+    pieces: Sequence[tuple[StoredTensor, Part]],
+    made: np.ndarray | None,
+    pool: concurrent.futures.Executor,
+) -> jax.Array:
+    """A leaf, shard by shard."""
+    arrays = []
+    for box, devices in _shards(shape, sharding).items():
+        shard = np.zeros([high - low for low, high in box], dtype)
+        if made is not None:
+            shard[...] = made
+        # The list is made so that errors are raised.
+        list(pool.map(lambda copy: copy(), _copies(shard, box, pieces)))
+        arrays += [jax.device_put(shard, device) for device in devices]
+        jax.block_until_ready(arrays)
+    return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[StoredTensor, Part]]) -> Iterator[Callable[[], None]]:
+    """What copies pieces of files into a shard, to be called in any order."""
+    for source, part in pieces:
+        within = _intersect(part, box)
+        if within is None:
+            continue
+        there, block = within
+        # The file's first axis, in parts of `split`: rows in one stretch.
+        region, first = shard[there], part.order.index(0)
+        start, stop = block[first]
+        step = max(1, PIECE // max(1, source.entry.nbytes // part.split[0]))
+        for begin in range(start, stop, step):
+            end = min(stop, begin + step)
+            own = region[(slice(None),) * first + (slice(begin - start, end - start),)]
+            yield functools.partial(_copy, source, part, (begin, end), block, own)
+
+
+def _intersect(part: Part, box: Box) -> tuple[tuple[int | slice, ...], Box] | None:
+    """Where in a shard a part's elements are, and which of the part's own they are; None: none.
+
+    Returns:
+      An index of the shard, integers and slices; and for every axis of ``part.shape`` a start and an end.
+    """
+    there: list[int | slice] = []
+    block: list[tuple[int, int]] = []
+    sizes = iter(part.shape)
+    for axis, (first, last) in enumerate(box):
+        place = part.index[axis] if axis < len(part.index) else slice(None)
+        if isinstance(place, int):
+            if not first <= place < last:
+                return None
+            there.append(place - first)
+            continue
+        begin = place.start or 0
+        size = next(sizes)
+        low, high = max(first, begin), min(last, begin + size)
+        if low >= high:
+            return None
+        there.append(slice(low - first, high - first))
+        block.append((low - begin, high - begin))
+    return tuple(there), tuple(block)
+
+
+def _copy(source: StoredTensor, part: Part, rows: tuple[int, int], block: Box, target: np.ndarray) -> None:
+    """Some of a file's rows, divided as `Part.split` says, to their places in a shard."""
+    height = part.split[0]
+    low, high = (row + (part.take[0].start or 0) for row in rows)
+    each = source.tensor.shape[0] // height
+    found = source.rows(low * each, high * each).reshape(high - low, *part.split[1:])
+    cuts = [slice(None)] * found.ndim
+    for axis, (start, stop) in zip(part.order, block, strict=True):
+        if axis:
+            origin = part.take[axis].start or 0
+            cuts[axis] = slice(origin + start, origin + stop)
+    found, first = found[tuple(cuts)].transpose(part.order), part.order.index(0)
+    step = max(1, TRANSPOSED // each)
+    for begin in range(0, high - low, step):
+        some = (slice(None),) * first + (slice(begin, begin + step),)
+        target[some] = found[some]
+
+
+def loaded_bytes(model: DeepSeekModel, mesh: Mesh, dtype: Any = jnp.float32) -> Mapping[str, int]:
+    """Bytes that this process keeps of a model's parameters, and of the largest shard, which it holds beside them.
+
+    Args:
+      model: of the parameters.
+      mesh: of its axes.
+      dtype: of the parameters.
+
+    Returns:
+      ``"kept"`` and ``"largest shard"``.
+    """
+    kept = largest = 0
+    for leaf, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(model.specs), strict=True):
+        sharding = NamedSharding(mesh, spec)
+        size = math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype).itemsize
+        kept += size * len(sharding.addressable_devices)
+        largest = max(largest, size)
+    return {"kept": kept, "largest shard": largest}

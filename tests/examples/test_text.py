@@ -1,0 +1,207 @@
+"""Text by a tokenizer, and conversations of which only the answers are learned."""
+
+import dataclasses
+import json
+import sys
+import types
+
+import numpy as np
+import pytest
+
+from tests.examples.sizes import small  # first: it makes the example importable
+
+from pretraining import chat, flags, run, text  # isort: skip
+from pretraining.data import STRETCH, make_batch  # isort: skip
+from pretraining.optional import MissingPackage  # isort: skip
+
+TEMPLATE = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}"
+    "{% else %}{{ m.role }}: {{ m.content }}\n{% endif %}{% endfor %}{% if add_generation_prompt %}A: {% endif %}"
+)
+SETTINGS = {"bos_token": "<", "eos_token": {"content": ">"}, "chat_template": TEMPLATE}
+TALK = [
+    {"role": "system", "content": "Be kind."},
+    {"role": "user", "content": "1 + 1?"},
+    {"role": "assistant", "content": "2"},
+    {"role": "user", "content": "2 + 2?"},
+    {"role": "assistant", "content": "4, I think"},
+]
+
+
+class Letters:
+    """A tokenizer of letters, with what is used of the package's."""
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return types.SimpleNamespace(ids=[ord(c) for c in text], offsets=[(i, i + 1) for i in range(len(text))])
+
+    def encode_batch(self, texts, add_special_tokens):
+        return [self.encode(text, add_special_tokens) for text in texts]
+
+    def get_vocab_size(self, with_added_tokens):
+        return 128
+
+
+@pytest.fixture
+def letters(tmp_path):
+    (tmp_path / "tokenizer.json").write_text("{}")
+    return text.Tokenizer(tmp_path / "tokenizer.json", Letters(), ord(">"), SETTINGS)
+
+
+def write_lines(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values))
+    return path
+
+
+def learned(tokens, said):
+    return "".join(chr(token) if one else "_" for token, one in zip(tokens, said, strict=True))
+
+
+def test_answers_alone_are_learned(letters):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    tokens, said = chat.encode(TALK, chat.make_render(letters), letters)
+    assert "".join(map(chr, tokens)) == "<system: Be kind.\nuser: 1 + 1?\nA: 2>user: 2 + 2?\nA: 4, I think>"
+    assert learned(tokens, said).strip("_").replace("_", "") == "2>4, I think>"
+    assert learned(tokens, said).endswith("____4, I think>")
+
+
+def test_conversations_are_sequences_of_their_own(letters, tmp_path):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    path = write_lines(
+        tmp_path / "a.jsonl", [{"messages": [*TALK[:2], {"role": "assistant", "content": str(i)}]} for i in range(12)]
+    )
+    assert chat.are_conversations([path])
+    corpus = chat.load_conversations([path], letters, 128, 64, "a.jsonl")
+    assert (len(corpus.train.ends), len(corpus.held_out.ends)) == (11, 1)
+    batch = make_batch(corpus.train, 0, 0, 11, 64)
+    assert sorted(batch["mask"].sum(1)) == [2.0] * 9 + [3.0] * 2  # the answer and its end
+    answers = {learned(row, mask).replace("_", "") for row, mask in zip(batch["targets"], batch["mask"], strict=True)}
+    assert answers == {f"{i}>" for i in range(12) if i != 9}
+    np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    # Any rows of any step, and another order in another epoch.
+    some = make_batch(corpus.train, 0, 3, 4, 64, rows=[2, 3])
+    np.testing.assert_array_equal(some["tokens"], make_batch(corpus.train, 0, 3, 4, 64)["tokens"][2:])
+    assert not np.array_equal(batch["tokens"], make_batch(corpus.train, 0, 1, 11, 64)["tokens"])
+
+
+def test_conversations_that_are_too_long_are_counted(letters, tmp_path):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    short, long = TALK[1:3], [*TALK[1:3], {"role": "user", "content": "x" * 99}, TALK[4]]
+    late = [{"role": "user", "content": "x" * 99}, TALK[4]]
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": one} for one in (short, long, late, short)])
+    with pytest.warns(UserWarning, match="2 conversations are longer than a sequence of 32 .* 1 have no answer"):
+        corpus = chat.load_conversations([path], letters, 128, 32, "a.jsonl")
+    assert len(corpus.train.ends) + len(corpus.held_out.ends) == 3
+
+
+@pytest.mark.parametrize(
+    ("value", "message"),
+    [
+        ({"messages": []}, 'line 2: it has no "messages"'),
+        ({"messages": [{"content": "a"}]}, 'line 2: message 1 has no "role"'),
+        ({"messages": [{"role": "user", "content": None}]}, 'message 1 has no "content" that is a text'),
+        ({"messages": TALK[:2]}, 'no message is of role "assistant"'),
+        ([1], "line 2 is JSON of list"),
+    ],
+)
+def test_lines_that_are_no_conversations_are_told(letters, tmp_path, value, message):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK}, value])
+    with pytest.raises(ValueError, match=message):
+        chat.load_conversations([path], letters, 128, 64, "a.jsonl")
+
+
+@pytest.mark.parametrize(
+    ("template", "message"),
+    [
+        (None, "has no chat template"),
+        ("{{ raise_exception('no systems') }}", "the chat template says: no systems"),
+        ("{% for %}", "is none"),
+        ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "the chat template refuses it: SecurityError"),
+        ("{{ messages | length }}", "writes message 3 in another way"),
+    ],
+)
+def test_templates_that_do_not_serve_are_told(letters, template, message):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    letters = dataclasses.replace(letters, settings={"chat_template": template})
+    with pytest.raises(ValueError, match=message):
+        chat.encode(TALK, chat.make_render(letters), letters)
+
+
+def test_documents_become_a_file_of_tokens_once(letters, tmp_path):
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}, {"text": "c"}])
+    plain = tmp_path / "b.txt"
+    plain.write_bytes(b"one\r\ntwo\n" * 20_000)
+    (tmp_path / "c.txt").write_text("")
+    paths = [lines, plain, tmp_path / "c.txt"]
+    corpus = text.load_texts(paths, letters, 128, tmp_path / "cache", "files")
+    (kept,) = (tmp_path / "cache").iterdir()
+    wanted = "ab>c>" + "one\r\ntwo\n" * 20_000 + ">>"
+    assert np.fromfile(kept, np.uint32).tolist() == [ord(c) for c in wanted]
+    assert (corpus.train.total, corpus.train.separator) == (len(wanted), ord(">"))
+    before = kept.stat().st_mtime_ns
+    text.load_texts(paths, letters, 128, tmp_path / "cache", "files")
+    assert kept.stat().st_mtime_ns == before
+    with pytest.raises(ValueError, match="has 128 tokens, the model a vocabulary of 100"):
+        text.load_texts(paths, letters, 100, tmp_path / "cache", "files")
+    with pytest.raises(ValueError, match=rf"hold 5 tokens: at least {2 * STRETCH} are needed"):
+        text.load_texts([lines], letters, 128, tmp_path / "cache", "files")
+    with pytest.raises(ValueError, match=r"line 1: \['other'\] without \"text\""):
+        list(text.documents([write_lines(tmp_path / "d.jsonl", [{"other": 1}])]))
+    (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xfd")
+    with pytest.raises(ValueError, match=r"e\.txt is no text in UTF-8"):
+        list(text.documents([tmp_path / "e.txt"]))
+
+
+def test_long_documents_are_cut_at_lines(monkeypatch, tmp_path):
+    monkeypatch.setattr(text, "PIECE", 10)
+    path = tmp_path / "a.txt"
+    path.write_text("12345\n" * 4)
+    assert list(text.documents([path])) == [("12345\n" * 2, False), ("12345\n" * 2, True)]
+
+
+def test_tokenizers_of_the_package_are_opened(tmp_path):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"a": 0, "b": 1, "?": 2}, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.add_special_tokens(["<end>"])
+    model.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"nothing beside .* says which token ends a document"):
+        text.open_tokenizer(tmp_path)
+    (tmp_path / "config.json").write_text('{"eos_token_id": [1, 2]}')
+    assert text.open_tokenizer(tmp_path).end == 1
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": {"content": "<end>"}}')
+    opened = text.open_tokenizer(tmp_path / "tokenizer.json")
+    assert opened.end == 3
+    assert [one.tolist() for one in opened.encode(["a b c", ""])] == [[0, 1, 2], []]
+    assert text.open_tokenizer(tmp_path, 2).end == 2
+    (tmp_path / "tokenizer.json").write_text("[]")
+    with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
+        text.open_tokenizer(tmp_path)
+
+
+def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "tokenizers", None)
+    with pytest.raises(MissingPackage, match=r"jaxpipe\[text\]"):
+        text.open_tokenizer(tmp_path)
+
+
+def test_what_a_run_reads(letters, tmp_path, monkeypatch):
+    def corpus(*arguments):
+        args = flags.train_parser().parse_args(list(map(str, arguments)))
+        return run._corpus(args, small(vocab=256))
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(text, "open_tokenizer", lambda path, end: letters)
+    (tmp_path / "b.txt").write_text("some words\n" * 20_000)
+    assert corpus("--data", tmp_path / "b.txt").train.separator == 0
+    assert corpus("--data", tmp_path / "b.txt", "--tokenizer", tmp_path).train.separator == ord(">")
+    assert list((tmp_path / "runs" / "tokens").iterdir())
+    assert corpus("--data", tmp_path / "b.txt", "--from", tmp_path).train.separator == ord(">")
+    lines = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
+    with pytest.raises(ValueError, match=r"a\.jsonl holds documents or conversations: name"):
+        corpus("--data", lines)
+    with pytest.raises(ValueError, match="without --data"):
+        corpus("--tokenizer", tmp_path)
+    with pytest.raises(ValueError, match="no files match"):
+        corpus("--data", tmp_path / "none*", "--tokenizer", tmp_path)
