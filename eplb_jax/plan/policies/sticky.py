@@ -34,9 +34,9 @@ def sticky(
 
     Layers are independent. One that is good enough, or whose heaviest GPU would lose less than ``min_gain`` of its load
     in a fresh plan, keeps every slot. Elsewhere GPUs that are too heavy swap replicas with others of their node. Where
-    that is not enough, the plan with fewest moves is taken of two: search from the placement that is there, by swaps
-    and spare replicas that change hands; the fewest GPUs packed anew. Where neither is, it is the fresh plan, its GPUs
-    numbered so that most replicas stay. Where a group of experts is on several nodes and should
+    that is not enough, or where many must, the plan with fewest moves is taken of three: those swaps; search by swaps
+    and spare replicas that change hands; the fewest GPUs packed anew. Where none is even enough, it is the fresh plan,
+    its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
     not be, only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load
     is good enough.
 
@@ -118,28 +118,26 @@ def _stay(
     with on_host():
         # A little below the target, because these loads are float32.
         goal = (limit * (1 - 1e-6)).astype(np.float32)
-        swapped, exchanged = map(np.asarray, _search(loads, nodes, goal, layers, gpus))
+        swapped, exchanged, many = map(np.asarray, _search(loads, nodes, goal, layers, gpus))
 
-    def heaviest(slots: np.ndarray) -> np.ndarray:
-        return _heaviest(loads, slots, gpus).reshape(layers, -1).max(1)
+    def within(slots: np.ndarray) -> np.ndarray:
+        return _heaviest(loads, slots, gpus).reshape(layers, -1).max(1) <= target
 
-    by_swaps = heaviest(swapped) <= target
-    ended = by_swaps | (heaviest(exchanged) <= target)
-    plan = np.where(np.repeat(by_swaps, num_nodes)[:, None], swapped, exchanged)
+    by_swaps, by_exchanges = within(swapped), within(exchanged)
+    ended = by_swaps | by_exchanges
     shape = layers, num_nodes, -1
-    plan, nodes, loads, fresh = (x.reshape(shape) for x in (plan, nodes, loads, fresh))
-    for layer in np.nonzero(~by_swaps)[0]:
-        moves, choices = np.inf, [fresh[layer]]
-        if ended[layer]:
-            moves = replicas_moved(nodes[layer].reshape(-1), plan[layer].reshape(-1), cluster.num_gpus)
-            choices.append(np.stack([np.bincount(slots, minlength=ids.shape[1]) for slots in plan[layer]]))
-        for wanted in choices:
-            found = _repack_nodes(loads[layer], nodes[layer], wanted, target[layer], gpus)
-            if found is None:
-                continue
-            now = replicas_moved(nodes[layer].reshape(-1), found.reshape(-1), cluster.num_gpus)
-            if now < moves:
-                moves, plan[layer], ended[layer] = now, found, True
+    plan = np.where(by_swaps[:, None], swapped.reshape(layers, -1), exchanged.reshape(layers, -1)).reshape(shape)
+    exchanged, nodes, loads, fresh = (x.reshape(shape) for x in (exchanged, nodes, loads, fresh))
+    for layer in np.nonzero(~by_swaps | many)[0]:
+        choices, wanted = [plan[layer]] if ended[layer] else [], [fresh[layer]]
+        if by_exchanges[layer]:
+            choices.append(exchanged[layer])
+            wanted.append(np.stack([np.bincount(slots, minlength=ids.shape[1]) for slots in exchanged[layer]]))
+        repacked = (_repack_nodes(loads[layer], nodes[layer], w, target[layer], gpus) for w in wanted)
+        choices += [slots for slots in repacked if slots is not None]
+        if choices:
+            moves = [replicas_moved(nodes[layer].reshape(-1), x.reshape(-1), cluster.num_gpus) for x in choices]
+            plan[layer], ended[layer] = choices[int(np.argmin(moves))], True
     named = np.take_along_axis(ids, plan.reshape(held.shape), axis=1)
     return named.reshape(layers, -1).astype(np.int32), ended
 
@@ -147,13 +145,18 @@ def _stay(
 @functools.partial(jax.jit, static_argnames=("layers", "num_gpus"))
 def _search(
     weight: jax.Array, slots: jax.Array, goal: jax.Array, layers: int, num_gpus: int
-) -> tuple[jax.Array, jax.Array]:
-    """Slots by few swaps, and for layers where these are not enough, by swaps and other counts."""
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slots by few swaps; for layers where these are not enough or many, also by swaps and other counts; which those are.
+
+    Swaps are many where they are more than half of the GPUs: where little changed, few GPUs are too heavy.
+    """
     swapped = swap_pairs(slot_loads(weight, slots), slots, goal, num_gpus=num_gpus, careful=True)
-    far = (largest_loads(weight, swapped, num_gpus) > goal).reshape(layers, -1).any(1)
-    goal = jnp.where(jnp.repeat(far, len(weight) // layers), goal, jnp.inf)
+    nodes = len(weight) // layers
+    many = (swapped != slots).reshape(layers, -1).sum(1) > nodes * num_gpus
+    far = many | (largest_loads(weight, swapped, num_gpus) > goal).reshape(layers, -1).any(1)
+    goal = jnp.where(jnp.repeat(far, nodes), goal, jnp.inf)
     steps = count_steps(slots.shape[1], num_gpus)
-    return swapped, exchange(weight, slots, goal, layers=layers, num_gpus=num_gpus, steps=steps)
+    return swapped, exchange(weight, slots, goal, layers=layers, num_gpus=num_gpus, steps=steps), many
 
 
 def _repack_nodes(
