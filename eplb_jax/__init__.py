@@ -8,7 +8,8 @@ Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, made of `balance
 ``read_`` keep it in files, and ``python -m eplb_jax plan`` does all of that from the command line.
 
 The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`. Its parts:
-`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`, `split_tokens` that divides an expert's tokens over its replicas.
+`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`, and `split_tokens`, which
+divides each expert's tokens over its replicas.
 
 While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
 `worth_moving` says where it pays, `capacity_from` how much room layers need, `update_bias` moves a router's bias.

@@ -42,8 +42,8 @@ def _parser() -> argparse.ArgumentParser:
     plan.add_argument(
         "loads",
         type=pathlib.Path,
-        help="npz: array 'loads' of [layers, experts] or [steps, layers, experts]; or what SGLang or vLLM recorded, .pt, npz "
-        "or JSON",
+        help="npz: array 'loads' of [layers, experts] or [steps, layers, experts]; or what SGLang or vLLM recorded, "
+        "as .pt, npz or JSON",
     )
     plan.add_argument("--replicas", type=int, required=True, help="slots of a layer on all GPUs")
     plan.add_argument("--gpus", type=int, required=True)

@@ -48,7 +48,8 @@ def choose_replicas(
       counts: for "split", how many of each device's tokens chose each expert.
 
     Raises:
-      ValueError: another choice; "split" without counts or with those of other devices or experts; slots that do not divide over the devices, or devices over nodes.
+      ValueError: another choice; "split" without counts or with those of other devices or experts; slots that do not
+        divide over the devices, or devices over nodes.
 
     >>> import numpy as np
     >>> placement = Placement.from_phy2log(np.array([[0, 1, 0, 2]]), 3).of_layer(0)
@@ -67,7 +68,9 @@ def choose_replicas(
         wanted = num_devices, placement.num_experts
         if counts is None or counts.shape != wanted:
             found = None if counts is None else counts.shape
-            raise ValueError(f"counts have shape {found}: choice='split' needs them for all devices and experts, {wanted}")
+            raise ValueError(
+                f"counts have shape {found}: choice='split' needs them for all devices and experts, {wanted}"
+            )
         return choose_by_load(experts, placement, counts, device, per_node)
     table, replicas = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
     if choice == "nearest":

@@ -4,7 +4,7 @@ How many tokens of each expert there are on all devices is known once all have r
 ``min max_d load(d)`` over how many of an expert's tokens each of its replicas gets. The loads whose sum of squares is
 least also have the least maximum (a division is a point of a base polytope: Fujishige, Mathematics of Operations
 Research 5, 1980), and a quadratic program with simplexes for constraints is what a few accelerated projected gradient
-steps (FISTA: Beck and Teboulle, SIAM Journal on Imaging Sciences 2, 2009) solve with matrices of a few thousand numbers.
+steps (FISTA: Beck and Teboulle, SIAM Journal on Imaging Sciences 2, 2009) solve with a few thousand numbers.
 
 E logical experts, X most replicas of one, P slots of all devices, T tokens, k choices.
 """

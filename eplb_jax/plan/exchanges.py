@@ -1,9 +1,9 @@
 """Local search on a layer's heaviest node: swaps, and slots that change their expert, good steps or the least bad.
 
-A step takes a replica off the heaviest GPU, by a swap with another GPU's or by giving another copy of one of its experts
-a slot of an expert that has several. The best step is taken even where it makes the node heavier, and the slots that it
-touched then rest for some steps, so that the search leaves where it is and does not come back (a tabu search: Glover,
-ORSA Journal on Computing 1, 1989). The lightest plan seen is kept.
+A step takes a replica off the heaviest GPU, by a swap with another GPU's or by giving another copy of one of its
+experts a slot of an expert that has several. The best step is taken even where it makes the node heavier, and the slots
+that it touched then rest for some steps, so that the search leaves where it is and does not come back (a tabu search:
+Glover, ORSA Journal on Computing 1, 1989). The lightest plan seen is kept.
 
 L layers of n nodes, G GPUs of K slots, R = G K replicas of a node; within the loop the last axis is L.
 """
@@ -33,7 +33,7 @@ def count_steps(replicas: int, num_gpus: int) -> int:
     return max(min(STEPS, WORK * num_gpus // replicas**2), 8)
 
 
-class _Plan(NamedTuple):
+class _HeldExperts(NamedTuple):
     """What slots hold; each [n, R, L], or [R, L] of one node.
 
     Attributes:
@@ -58,9 +58,9 @@ class _Search(NamedTuple):
       step: how many there were.
     """
 
-    plan: _Plan
+    plan: _HeldExperts
     resting: jax.Array
-    kept: _Plan
+    kept: _HeldExperts
     best: jax.Array
     step: jax.Array
 
@@ -101,7 +101,7 @@ def exchange(
     def split(array: jax.Array) -> jax.Array:
         return jnp.moveaxis(array.reshape(shape), 0, -1)
 
-    plan = _Plan(*map(split, (slots, take(weight, slots), take(counts_of(slots, experts), slots))))
+    plan = _HeldExperts(*map(split, (slots, take(weight, slots), take(counts_of(slots, experts), slots))))
     best = _totals(plan, num_gpus).max(-2)
     state = _Search(plan, jnp.zeros_like(plan.slots), plan, best, jnp.int32(0))
     target = target.reshape(layers, -1)[:, 0]
@@ -114,7 +114,7 @@ def exchange(
     return jnp.moveaxis(kept.slots, -1, 0).reshape(slots.shape)
 
 
-def _totals(plan: _Plan, num_gpus: int) -> jax.Array:
+def _totals(plan: _HeldExperts, num_gpus: int) -> jax.Array:
     """Load of each GPU [..., G, L]."""
     loads = divide(plan.weight, plan.counts)
     return loads.reshape(*loads.shape[:-2], num_gpus, -1, loads.shape[-1]).sum(-2)
@@ -128,10 +128,10 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
     def pick(array: jax.Array) -> jax.Array:
         return jnp.where(on[:, None], array, 0).sum(0, dtype=array.dtype)
 
-    plan, rested = _Plan(*map(pick, state.plan)), pick(state.resting) <= state.step
+    plan, rested = _HeldExperts(*map(pick, state.plan)), pick(state.resting) <= state.step
     totals = _totals(plan, num_gpus)
     heaviest = jnp.argmax(totals, axis=0).astype(jnp.int32)
-    found, mine, mine_rested = _all_steps(plan, totals, heaviest, rested, experts, duplicates)
+    found, mine_rested = _all_steps(plan, totals, heaviest, rested, experts, duplicates)
     record = best * (1 - GAIN)  # what would be the lightest yet may be done to slots that rest, too
     swaps = jnp.where((rested & mine_rested[:, None]) | (found.swaps < record), found.swaps, jnp.inf)
     moves = jnp.where(rested | (found.moves < record), found.moves, jnp.inf)
@@ -148,8 +148,8 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
     place, other = chosen // replicas % capacity, slot_ids == chosen % replicas
     one = slot_ids == heaviest * capacity + place
 
-    def at(hit: jax.Array) -> _Plan:
-        return _Plan(*(jnp.where(hit, array, 0).sum(0, dtype=array.dtype) for array in plan))
+    def at(hit: jax.Array) -> _HeldExperts:
+        return _HeldExperts(*(jnp.where(hit, array, 0).sum(0, dtype=array.dtype) for array in plan))
 
     expert, given = at(one), at(other)
     counts = jnp.where(plan.slots == expert.slots, plan.counts + 1, plan.counts)
@@ -157,7 +157,7 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
     counts = jnp.where(is_move & going, counts, plan.counts)
     coming = expert._replace(counts=jnp.where(is_move, expert.counts + 1, expert.counts))
     to, back = other & going, one & going & ~is_move
-    new = _Plan(
+    new = _HeldExperts(
         *(
             jnp.where(to, here, jnp.where(back, there, array))
             for here, there, array in zip(coming, given, (plan.slots, plan.weight, counts), strict=True)
@@ -166,8 +166,8 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
     now = _totals(new, num_gpus).max(0)
     better = on & (now < record)
 
-    def put(where: jax.Array, old: _Plan) -> _Plan:
-        return _Plan(*(jnp.where(where[:, None], array, before) for array, before in zip(new, old, strict=True)))
+    def put(where: jax.Array, old: _HeldExperts) -> _HeldExperts:
+        return _HeldExperts(*(jnp.where(where[:, None], array, before) for array, before in zip(new, old, strict=True)))
 
     until = state.step + 1 + SHORTEST_REST + state.step % RESTS
     resting = jnp.where(on[:, None] & (to | back), until, state.resting)
@@ -176,9 +176,9 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
 
 
 def _all_steps(
-    plan: _Plan, totals: jax.Array, heaviest: jax.Array, rested: jax.Array, experts: int, duplicates: bool
-) -> tuple[_Steps, jax.Array, jax.Array]:
-    """All steps, what the heaviest GPU's slots hold, and whether these have rested.
+    plan: _HeldExperts, totals: jax.Array, heaviest: jax.Array, rested: jax.Array, experts: int, duplicates: bool
+) -> tuple[_Steps, jax.Array]:
+    """All steps, and whether the slots of the heaviest GPU have rested.
 
     What a move does to GPUs that hold several replicas of the two experts is not exact: it decides only which step is
     taken.
@@ -192,7 +192,7 @@ def _all_steps(
         return jnp.where(hot, parts, 0).sum(0, dtype=array.dtype)
 
     loads = divide(plan.weight, plan.counts)
-    mine, mine_loads = _Plan(*map(of_heaviest, plan)), of_heaviest(loads)
+    mine, mine_loads = _HeldExperts(*map(of_heaviest, plan)), of_heaviest(loads)
     capacity = len(mine_loads)
     gpu = jnp.repeat(jnp.arange(num_gpus, dtype=jnp.int32), capacity)[:, None]
     own, total = gpu == heaviest, jnp.repeat(totals, capacity, axis=0)
@@ -217,4 +217,4 @@ def _all_steps(
         possible_swap &= ~has & ~on_heaviest
         possible_move &= ~has
     steps = _Steps(jnp.where(possible_swap, swaps, jnp.inf), jnp.where(possible_move, moves, jnp.inf))
-    return steps, mine, of_heaviest(rested.astype(jnp.int32)) > 0
+    return steps, of_heaviest(rested.astype(jnp.int32)) > 0

@@ -40,14 +40,16 @@ def save_loads(path: Path, loads: Num[Array, "layers experts"]) -> None:
 def read_loads(path: Path) -> Num[np.ndarray, "layers experts"]:
     """The array ``loads`` of an npz file, or its only array; one of [steps, layers, experts] is summed over steps.
 
-    Files that servers of others record are read, too, npz, JSON or `torch.save`'s: SGLang's ``logical_count``, and counts
-    by slot with a ``physical_to_logical_map``; see `eplb_jax.plan.recorded`. Nothing that such a file says is run.
+    Files that servers of others record are read, too, npz, JSON or `torch.save`'s: SGLang's ``logical_count``, and
+    counts by slot with a ``physical_to_logical_map``; see `eplb_jax.plan.recorded`. Nothing that such a file says is
+    run.
 
     Sums of floats are made in float64 and are float64; those of integers are exact, or float64 beyond 2**53. Two-byte
     records are read as the bfloat16 that NumPy's own savez makes into them, and are float32.
 
     Raises:
-      ValueError: another kind of file, several arrays of other names, a pickle that does more than hold tensors, or loads that no plan can be made for.
+      ValueError: another kind of file, several arrays of other names, a pickle that does more than hold
+        tensors, or loads that no plan can be made for.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:

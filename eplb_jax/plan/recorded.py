@@ -61,7 +61,9 @@ def _of_records(records: Any) -> np.ndarray:
         raise ValueError(f"its records have no {name!r}: record in SGLang's mode stat, stat_approx or per_pass")
     passes = [_array(name, record[name]) for record in records]
     if len({array.shape for array in passes}) > 1:
-        raise ValueError(f"its records have {name!r} of shapes {sorted({array.shape for array in passes})}: one is needed")
+        raise ValueError(
+            f"its records have {name!r} of shapes {sorted({array.shape for array in passes})}: one is needed"
+        )
     return np.stack(passes)
 
 
@@ -75,11 +77,10 @@ def _to_logical(counts: np.ndarray, slots: np.ndarray) -> np.ndarray:
     most = int(slots.max(initial=-1))
     if not 0 <= most < slots.shape[1] or slots.min() < -1:
         raise ValueError(f"its map of slots holds experts {slots.min()} to {most}: there are at most {slots.shape[1]}")
-    steps = counts.reshape(-1, *slots.shape)
-    out = np.zeros((len(steps), len(slots), most + 1), steps.dtype)
     layer, slot = np.nonzero(slots >= 0)
-    np.add.at(out, (slice(None), layer, slots[layer, slot]), steps[:, layer, slot])
-    return out.reshape(*counts.shape[:-1], -1)
+    out = np.zeros((len(slots), most + 1, *counts.shape[:-2]), counts.dtype)
+    np.add.at(out, (layer, slots[layer, slot]), np.moveaxis(counts, (-2, -1), (0, 1))[layer, slot])
+    return np.moveaxis(out, (0, 1), (-2, -1))
 
 
 def _array(name: str, values: Any) -> np.ndarray:

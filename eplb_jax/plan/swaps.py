@@ -1,7 +1,7 @@
 """Local search that needs no other replica counts: pairs of GPUs exchange a replica, all pairs of a round at once.
 
-N nodes, G GPUs of K slots, R = G K replicas, E experts; within the loop the last axis is N, so that one operation of all
-nodes is a few vector instructions. In a tournament of G - 1 rounds (the circle method) each GPU meets each other once.
+N nodes, G GPUs of K slots, R = G K replicas; within the loop the last axis is N, so that one operation of all nodes is
+a few vector instructions. In a tournament of G - 1 rounds (the circle method) each GPU meets each other once.
 """
 
 from __future__ import annotations
@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-
 
 GAIN = 1e-6
 """A step must lower a load by this share, so that rounding cannot make a circle of steps."""
@@ -112,5 +111,3 @@ def _play_round(target: jax.Array, duplicates: bool, careful: bool, state: _Roun
     idle = jnp.where(swap.any(0), 0, state.idle + 1)
     active = state.active & (new.sum(1).max(0) > target) & (idle < rounds)
     return _Rounds(new, exchange(slots, state.slots), active, idle, state.round + 1)
-
-

@@ -4,7 +4,8 @@ Such a file is a zip archive, its entries not compressed: ``data.pkl`` says what
 numbers. A pickle is a program that may call any function. Here its instructions are read one by one: those that make
 numbers, names, lists, dicts and tensors are followed, any other is refused, and nothing is ever imported or called.
 
-Source: the notes on serialisation semantics of pytorch.org/docs, ``torch/serialization.py``, and Python's `pickletools`.
+Source: the notes on serialisation semantics in PyTorch's documentation, ``torch/serialization.py``, and Python's
+`pickletools`.
 """
 
 from __future__ import annotations
@@ -39,7 +40,7 @@ NAMES = {
 }
 """All that a pickle may name, as its instruction has it."""
 
-VALUES = "BININT BININT1 BININT2 LONG1 BINFLOAT BINUNICODE SHORT_BINUNICODE".split()
+VALUES = ["BININT", "BININT1", "BININT2", "LONG1", "BINFLOAT", "BINUNICODE", "SHORT_BINUNICODE"]
 CONSTANTS = {"NONE": None, "NEWTRUE": True, "NEWFALSE": False}
 TUPLES = {"EMPTY_TUPLE": 0, "TUPLE1": 1, "TUPLE2": 2, "TUPLE3": 3}
 
@@ -156,7 +157,9 @@ class _Reader:
             stack.append(self.memo[argument])
         elif name == "GLOBAL":
             if argument not in NAMES:
-                raise ValueError(f"its pickle names {argument.replace(' ', '.')!r}: only tensors and plain values are read")
+                raise ValueError(
+                    f"its pickle names {argument.replace(' ', '.')!r}: only tensors and plain values are read"
+                )
             stack.append(_Name(argument))
         elif name == "BINPERSID":
             stack.append(self.storage(stack.pop()))
@@ -176,7 +179,9 @@ class _Reader:
     def last(self, kind: type) -> Any:
         """What is on top, which must be a list or a dict."""
         if not isinstance(self.stack[-1], kind):
-            raise ValueError(f"its pickle adds to a {type(self.stack[-1]).__name__}, where a {kind.__name__} is expected")
+            raise ValueError(
+                f"its pickle adds to a {type(self.stack[-1]).__name__}, where a {kind.__name__} is expected"
+            )
         return self.stack[-1]
 
     def storage(self, described: Any) -> _Storage:
@@ -190,14 +195,20 @@ class _Reader:
             raise ValueError(f"its pickle refers to {size} numbers of {name} in {entry!r}, which are not there")
         dtype = STORAGES[name]
         if size < 0 or self.sizes[entry] != size * dtype.itemsize:
-            raise ValueError(f"its entry {entry!r} has {self.sizes[entry]} bytes, {size} numbers of {dtype} need others")
+            raise ValueError(
+                f"its entry {entry!r} has {self.sizes[entry]} bytes, {size} numbers of {dtype} need others"
+            )
         return _Storage(entry, dtype, size)
 
     def make(self, function: Any, arguments: Any) -> Any:
         """The tensor or the empty dict that a call would make."""
         if function == _Name("collections OrderedDict") and arguments == ():
             return {}
-        if function != _Name("torch._utils _rebuild_tensor_v2") or not isinstance(arguments, tuple) or len(arguments) < 4:
+        if (
+            function != _Name("torch._utils _rebuild_tensor_v2")
+            or not isinstance(arguments, tuple)
+            or len(arguments) < 4
+        ):
             raise ValueError(f"its pickle calls {function}: only tensors and plain values are read")
         storage, offset, shape, strides = arguments[:4]
         numbers = [offset, *shape, *strides]

@@ -66,7 +66,8 @@ def worth_moving(
     array = np.asarray(loads)
     if array.ndim not in (2, 3) or 0 in array.shape:
         raise ValueError(
-            f"loads have shape {array.shape}: they must be [layers, experts] or [microbatches, layers, experts], not empty"
+            f"loads have shape {array.shape}: they must be [layers, experts] or [microbatches, layers, experts], and "
+            "not empty"
         )
     costs = {"seconds_per_token": seconds_per_token, "bytes_per_second": bytes_per_second, "steps": steps}
     for name, value in {**costs, "expert_bytes": expert_bytes}.items():

@@ -53,7 +53,7 @@ def drifting(kind: str, microbatches: int, tokens: int, plan_of: Any) -> tuple[n
 
 
 def by_nearest(counts: np.ndarray, plan: Placement, gpus: int, per_node: int) -> np.ndarray:
-    """Loads of GPUs [microbatches, gpus] when every GPU has as many tokens of each expert, and takes the nearest replica."""
+    """Loads of GPUs [microbatches, gpus] when each has as many tokens of an expert, and takes the nearest replica."""
     slots = plan.phy2log[0]
     holder = np.arange(len(slots)) // (len(slots) // gpus)
     share = np.zeros((EXPERTS, gpus))

@@ -146,7 +146,7 @@ def _stay(
 def _search(
     weight: jax.Array, slots: jax.Array, goal: jax.Array, layers: int, num_gpus: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
-    """Slots by few swaps; for layers where these are not enough or many, also by swaps and other counts; which those are.
+    """Slots by few swaps; where these are many or not enough, also by swaps and other counts; where they are many.
 
     Swaps are many where they are more than half of the GPUs: where little changed, few GPUs are too heavy.
     """

@@ -1,4 +1,4 @@
-"""Tokens divided over replicas by load: as light as the placement allows, and the same layer whichever replica is taken."""
+"""Tokens divided over replicas by load: as light as the placement allows, and the layer stays the same."""
 
 import dataclasses
 import itertools
@@ -18,7 +18,7 @@ GPUS, EXPERTS, SLOTS = 6, 20, 30
 
 
 def least_heaviest(counts, phy2log, gpus):
-    """The exact least load of the heaviest GPU: of the sets of GPUs, the most tokens that no other GPU can take, evenly.
+    """The exact least load of the heaviest GPU: the most tokens, over its GPUs, that only one set of GPUs can take.
 
     (Hoffman's circulation theorem; all sets are tried.)
     """
@@ -122,7 +122,9 @@ def test_what_is_refused():
         split_tokens(jnp.zeros(3, jnp.int32), placement, 2)
     with pytest.raises(ValueError, match="4 slots do not divide over 3 devices"):
         split_tokens(jnp.zeros(2, jnp.int32), placement, 3)
-    with pytest.raises(ValueError, match=r"counts have shape None: choice='split' needs them for all devices.*\(2, 2\)"):
+    with pytest.raises(
+        ValueError, match=r"counts have shape None: choice='split' needs them for all devices.*\(2, 2\)"
+    ):
         choose_replicas(jnp.zeros((4, 1), jnp.int32), placement, choice="split", num_devices=2)
     with pytest.raises(ValueError, match="replicas='even': it must be one of"):
         MoEConfig(replicas="even")

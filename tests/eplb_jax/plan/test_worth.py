@@ -14,7 +14,7 @@ def test_gain_and_cost_of_each_layer():
     new = Placement.from_phy2log(np.array([[0, 2, 1, 3], [0, 1, 2, 3], [0, 2, 1, 3]]), 4)
     step = np.array([[900, 900, 100, 100], [900, 900, 100, 100], [26, 26, 24, 25]])
     found = worth_moving(np.stack([step, step]), old, new, 2, **COSTS)
-    np.testing.assert_allclose(found.saved, [800 * 2 * 20 * 2e-6, 0, 1 * 2 * 20 * 2e-6])  # tokens less, microbatches, ...
+    np.testing.assert_allclose(found.saved, [800 * 2 * 20 * 2e-6, 0, 1 * 2 * 20 * 2e-6])
     np.testing.assert_allclose(found.cost, [1e-3, 0, 1e-3])  # one replica to each GPU
     assert found.pays.tolist() == [True, False, False]
     assert found.placement.phy2log.tolist() == [[0, 2, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
