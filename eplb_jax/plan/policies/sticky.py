@@ -20,6 +20,10 @@ from eplb_jax.plan.search import largest_loads, slot_loads
 from eplb_jax.plan.swaps import swap_pairs
 
 
+MOST_REPACKED = 128
+"""Slots of a node, up to which GPUs are packed anew in search of fewer moves; beyond it that takes long and finds none."""
+
+
 def sticky(
     weight: Num[Array, "layers experts"],
     previous: Placement,
@@ -133,6 +137,8 @@ def _stay(
         if by_exchanges[layer]:
             choices.append(exchanged[layer])
             wanted.append(np.stack([np.bincount(slots, minlength=ids.shape[1]) for slots in exchanged[layer]]))
+        if choices and nodes.shape[2] > MOST_REPACKED:
+            wanted = []
         repacked = (_repack_nodes(loads[layer], nodes[layer], w, target[layer], gpus) for w in wanted)
         choices += [slots for slots in repacked if slots is not None]
         if choices:
