@@ -1,12 +1,12 @@
 """Times of plans, from a host array to host arrays, after compilation: three Markdown tables.
 
-The first two are of `rebalance_experts`. The plain Python loop is the specification that the tests hold the library to. "CPU" gives NumPy loads, which are
-planned on the CPU of any machine; "GPU", where there is one, gives it loads on the device and fetches the plan.
-Figures are medians in milliseconds.
-
-The third has the policies that search, on the CPU: for lognormal and Zipf loads, the slower of both. `sticky` follows
+The first has the policies that search, on the CPU: for lognormal and Zipf loads, the slower of both. `sticky` follows
 loads that drifted by 2%; `elastic` plans after a GPU died. The gap is how much heavier than `lower_bound` the heaviest
 GPU of `balanced`'s plan is, mean of the layers and the worst.
+
+The others are of `rebalance_experts`. The plain Python loop is the specification that the tests hold the library to.
+"CPU" gives NumPy loads, which are planned on the CPU of any machine; "GPU", where there is one, gives it loads on the
+device and fetches the plan. Figures are medians in milliseconds.
 
     python examples/benchmarks/plan_time.py [--repeats 30] [--no-specification] [--no-growth]
 """

@@ -19,9 +19,8 @@ from eplb_jax.plan.repair import common_experts, repack, replicas_moved
 from eplb_jax.plan.search import largest_loads, slot_loads
 from eplb_jax.plan.swaps import swap_pairs
 
-
 MOST_REPACKED = 128
-"""Slots of a node, up to which GPUs are packed anew in search of fewer moves; beyond it that takes long and finds none."""
+"""Slots of a node up to which GPUs are packed anew in search of fewer moves; beyond, that takes long and finds none."""
 
 
 def sticky(
