@@ -137,7 +137,7 @@ def times(repeats: int) -> Iterator[dict[str, Any]]:
 def main() -> None:
     """Prints the tables."""
     parser = make_parser(__doc__)
-    parser.add_argument("--microbatches", type=int, default=1000)
+    parser.add_argument("--microbatches", type=int, default=1000, help="that loads drift over")
     parser.add_argument("--tokens", type=int, default=4096, help="of a GPU in a microbatch")
     parser.add_argument("--repeats", type=int, default=20, help="of which the median time counts")
     args = parser.parse_args()
