@@ -8,10 +8,11 @@ Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, made of `balance
 ``read_`` keep it in files, and ``python -m eplb_jax plan`` does all of that from the command line.
 
 The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`. Its parts:
-`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`.
+`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`, and `split_tokens`, which
+divides each expert's tokens over its replicas.
 
 While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
-`update_bias` moves a router's bias.
+`worth_moving` says where it pays, `capacity_from` how much room layers need, `update_bias` moves a router's bias.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.grouped_gemm.layout import group_starts
+from eplb_jax.moe.capacity import capacity_from, heaviest_by_split
 from eplb_jax.moe.dispatch import Capacities, make_capacities
 from eplb_jax.moe.experts import ExpertParams, working_copies
 from eplb_jax.moe.layer import (
@@ -34,6 +36,7 @@ from eplb_jax.moe.layer import (
     working_copies_for,
 )
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
+from eplb_jax.moe.split import split_tokens
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
 from eplb_jax.plan.live import Decision, RebalanceConfig, decide, initial_placement
@@ -47,6 +50,7 @@ from eplb_jax.plan.policies.elastic import elastic
 from eplb_jax.plan.policies.no_duplicate import no_duplicate
 from eplb_jax.plan.policies.sticky import sticky
 from eplb_jax.plan.rebalance import rebalance_experts
+from eplb_jax.plan.worth import Worth, worth_moving
 
 if TYPE_CHECKING:
     from eplb_jax.moe.flax import LinenMoE, MoE, PlacementParam, RouterBias
@@ -68,10 +72,12 @@ __all__ = [
     "RouterConfig",
     "Routing",
     "SlidingWindow",
+    "Worth",
     "balance_loss",
     "balanced",
     "balanced_packing",
     "balancedness",
+    "capacity_from",
     "count_tokens",
     "decide",
     "draw_loads",
@@ -80,6 +86,7 @@ __all__ = [
     "gpu_loads",
     "group_starts",
     "grouped_matmul",
+    "heaviest_by_split",
     "init_moe",
     "initial_placement",
     "local_experts",
@@ -99,10 +106,12 @@ __all__ = [
     "router_logits",
     "save_loads",
     "save_placement",
+    "split_tokens",
     "sticky",
     "update_bias",
     "working_copies",
     "working_copies_for",
+    "worth_moving",
 ]
 
 _FLAX = ("LinenMoE", "MoE", "PlacementParam", "RouterBias")

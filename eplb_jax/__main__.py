@@ -40,7 +40,10 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m eplb_jax", description="Expert-parallel load balancing.")
     plan = parser.add_subparsers(required=True).add_parser("plan", help="plan a placement from loads")
     plan.add_argument(
-        "loads", type=pathlib.Path, help="npz: array 'loads' of [layers, experts] or [steps, layers, experts]"
+        "loads",
+        type=pathlib.Path,
+        help="npz: array 'loads' of [layers, experts] or [steps, layers, experts]; or what SGLang or vLLM recorded, "
+        "as .pt, npz or JSON",
     )
     plan.add_argument("--replicas", type=int, required=True, help="slots of a layer on all GPUs")
     plan.add_argument("--gpus", type=int, required=True)

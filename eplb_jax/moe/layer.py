@@ -50,8 +50,9 @@ class MoEConfig:
         masters divide over devices whose number does not divide the experts. None: a multiple of `ROWS`.
       capacity_factor: rows for tokens, as a factor of what evenly spread choices need; None: for the worst case, so
         that nothing is ever dropped.
-      replicas: which replica a token goes to, "hash" or "nearest"; see `eplb_jax.moe.replica`.
-      devices_per_node: consecutive devices that share a node, for "nearest"; None: all.
+      replicas: which replica a token goes to, "hash", "nearest" or "split", by the loads of the step, for which devices
+        tell each other how many tokens chose each expert; see `eplb_jax.moe.replica`.
+      devices_per_node: consecutive devices that share a node, for "nearest" and "split"; None: all.
       exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
       fp8: short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
@@ -251,6 +252,10 @@ def moe_layer(
         loss = balance_loss(routing, config.router, sequences=sequences, axis_name=everyone)
         chosen = routing.experts
         if placement is not None:
+            counts = None
+            if config.replicas == "split":
+                alone = axis is None or devices == 1
+                counts = routing.loads[None] if alone else jax.lax.all_gather(routing.loads, axis)
             chosen = choose_replicas(
                 chosen,
                 placement,
@@ -259,6 +264,7 @@ def moe_layer(
                 device=device,
                 num_devices=devices,
                 devices_per_node=None if axis is None else config.devices_per_node,
+                counts=counts,
             )
     capacities = make_capacities(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
     bad = jnp.int32(0)

@@ -9,12 +9,13 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Int
 
+from eplb_jax.moe.split import choose_by_load
 from eplb_jax.plan.placement import Placement
 
 MULTIPLIER = 2654435769
 """2**32 over the golden ratio: multiples of it are spread evenly (Knuth, volume 3, 6.4)."""
 
-CHOICES = ("hash", "nearest")
+CHOICES = ("hash", "nearest", "split")
 
 
 def choose_replicas(
@@ -26,24 +27,29 @@ def choose_replicas(
     device: Int[Array, ""] | int = 0,
     num_devices: int = 1,
     devices_per_node: int | None = None,
+    counts: Int[Array, "devices E"] | None = None,
 ) -> Int[Array, "tokens k"]:
     """The slot of each choice of each token, -1 for expert -1.
 
     "hash" takes replicas by the hash of the token's index, so that all are used alike: what a plan of even loads
     assumes. "nearest" takes one on the token's own device, else on its node, else any, by hash among equally near ones:
-    fewer bytes travel, but loads are no longer those that were planned.
+    fewer bytes travel, but loads are no longer those that were planned. "split" divides each expert's tokens by number,
+    so that the heaviest device is as light as the placement allows, and keeps as many on their node as that allows; see
+    `eplb_jax.moe.split`.
 
     Args:
       experts: logical experts.
       placement: of one layer, without the axis of layers; see `Placement.of_layer`.
       first_token: the index of the first of these tokens among all devices' tokens.
-      choice: "hash" or "nearest".
+      choice: "hash", "nearest" or "split".
       device: where these tokens are.
       num_devices: devices that the slots divide over.
       devices_per_node: consecutive devices that share a node; None: all.
+      counts: for "split", how many of each device's tokens chose each expert.
 
     Raises:
-      ValueError: another choice; slots that do not divide over the devices, or devices over nodes.
+      ValueError: another choice; "split" without counts or with those of other devices or experts; slots that do not
+        divide over the devices, or devices over nodes.
 
     >>> import numpy as np
     >>> placement = Placement.from_phy2log(np.array([[0, 1, 0, 2]]), 3).of_layer(0)
@@ -58,15 +64,23 @@ def choose_replicas(
     if num_devices < 1 or slots % num_devices:
         raise ValueError(f"{slots} slots do not divide over {num_devices} devices")
     per_node = node_size(num_devices, devices_per_node)
-    table, counts = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
+    if choice == "split":
+        wanted = num_devices, placement.num_experts
+        if counts is None or counts.shape != wanted:
+            found = None if counts is None else counts.shape
+            raise ValueError(
+                f"counts have shape {found}: choice='split' needs them for all devices and experts, {wanted}"
+            )
+        return choose_by_load(experts, placement, counts, device, per_node)
+    table, replicas = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
     if choice == "nearest":
-        table, counts = _nearest_first(table, device, slots // num_devices, per_node)
+        table, replicas = _nearest_first(table, device, slots // num_devices, per_node)
     token = jnp.arange(experts.shape[0], dtype=jnp.uint32) + jnp.asarray(first_token).astype(jnp.uint32)
     mixed = token * jnp.uint32(MULTIPLIER)
     mixed = (mixed ^ (mixed >> 16)) * jnp.uint32(MULTIPLIER)  # twice, or large even strides meet one replica only
     mixed = (mixed ^ (mixed >> 15)) & jnp.uint32(0x7FFFFFFF)
     known = jnp.maximum(experts, 0)
-    replica = mixed.astype(jnp.int32)[:, None] % counts[known]
+    replica = mixed.astype(jnp.int32)[:, None] % replicas[known]
     return jnp.where(experts >= 0, table[known, replica], -1)
 
 

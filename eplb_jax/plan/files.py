@@ -1,9 +1,11 @@
-"""Loads and placements as NumPy's npz files."""
+"""Loads and placements as NumPy's npz files; loads that servers recorded, too."""
 
 from __future__ import annotations
 
+import json
 import os
 import stat
+from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
@@ -11,6 +13,8 @@ from jaxtyping import Num
 
 from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.placement import Array, Placement
+from eplb_jax.plan.recorded import NAMES, loads_of
+from eplb_jax.plan.torch_file import is_torch_file, read_torch_file
 
 Path = str | os.PathLike[str]
 
@@ -36,11 +40,16 @@ def save_loads(path: Path, loads: Num[Array, "layers experts"]) -> None:
 def read_loads(path: Path) -> Num[np.ndarray, "layers experts"]:
     """The array ``loads`` of an npz file, or its only array; one of [steps, layers, experts] is summed over steps.
 
+    Files that servers of others record are read, too, npz, JSON or `torch.save`'s: SGLang's ``logical_count``, and
+    counts by slot with a ``physical_to_logical_map``; see `eplb_jax.plan.recorded`. Nothing that such a file says is
+    run.
+
     Sums of floats are made in float64 and are float64; those of integers are exact, or float64 beyond 2**53. Two-byte
     records are read as the bfloat16 that NumPy's own savez makes into them, and are float32.
 
     Raises:
-      ValueError: another kind of file, several arrays of other names, or loads that no plan can be made for.
+      ValueError: another kind of file, several arrays of other names, a pickle that does more than hold
+        tensors, or loads that no plan can be made for.
 
     >>> import tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
@@ -48,16 +57,35 @@ def read_loads(path: Path) -> Num[np.ndarray, "layers experts"]:
     ...     read_loads(f"{folder}/loads.npz")
     array([[3, 1]])
     """
-    names, arrays = _read(path, ("loads",))
-    if not arrays:
-        raise ValueError(f"{path} holds arrays {names}: name the loads 'loads'")
-    loads = next(iter(arrays.values()))
+    with open(path, "rb") as file:
+        head = file.read(64)
+        file.seek(0)
+        try:
+            if head.startswith(b"PK") and is_torch_file(file):
+                loads = loads_of(read_torch_file(file))
+            elif head.lstrip()[:1] in (b"{", b"["):
+                loads = loads_of(_read_json(file.read()))
+            else:
+                names, arrays = _read(path, NAMES)
+                if not arrays:
+                    raise ValueError(f"it holds arrays {names}: name the loads 'loads'")
+                loads = loads_of(arrays if set(arrays) & set(NAMES) else next(iter(arrays.values())))
+        except ValueError as error:
+            message = str(error)
+            raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
     if loads.dtype == np.dtype("V2"):
         loads = loads.view(jnp.bfloat16).astype(np.float32)
     if loads.ndim == 3:
         loads = _sum_steps(loads, path)
     check_loads(loads, f"the array of loads in {path}")
     return loads
+
+
+def _read_json(text: bytes) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"it begins like JSON and is none: {error}") from error
 
 
 def _sum_steps(loads: np.ndarray, path: Path) -> np.ndarray:

@@ -52,10 +52,15 @@ def moved(old: Placement, new: Placement, num_gpus: int) -> Int[np.ndarray, " la
     >>> moved(one, two, 2)
     array([2])
     """
+    return arriving(old, new, num_gpus).sum(1)
+
+
+def arriving(old: Placement, new: Placement, num_gpus: int) -> Int[np.ndarray, "layers gpus"]:
+    """How many replicas each GPU must get: experts of the new plan that it does not hold yet."""
     before, after = _held(old, num_gpus), _held(new, num_gpus)
     if before.shape != after.shape:
         raise ValueError(f"placements of {before.shape} and {after.shape} [layers, GPUs, experts] cannot be compared")
-    return (after & ~before).sum((1, 2))
+    return (after & ~before).sum(2)
 
 
 def moved_bytes(old: Placement, new: Placement, num_gpus: int, expert_bytes: int) -> int:

@@ -12,7 +12,8 @@ from eplb_jax.plan.cluster import Cluster
 from eplb_jax.plan.packing import take
 from eplb_jax.plan.placement import Array, Placement, list_slots
 from eplb_jax.plan.rebalance import experts_of_nodes, group_loads
-from eplb_jax.plan.search import largest_loads, refine
+from eplb_jax.plan.search import largest_loads
+from eplb_jax.plan.swaps import swap_pairs
 
 
 class Nodes(NamedTuple):
@@ -42,7 +43,8 @@ def pack_nodes(weight: jax.Array, cluster: Cluster) -> Nodes:
     size = num_experts // num_groups
     if num_nodes > 1 and num_groups > 2 * num_nodes:  # one or two a node are packed best by greed
         loads = group_loads(weight, num_groups)
-        groups = refine(loads, experts[:, ::size] // size, jnp.zeros(layers, weight.dtype), num_gpus=num_nodes)
+        packed = experts[:, ::size] // size
+        groups = swap_pairs(take(loads, packed), packed, jnp.zeros(layers, weight.dtype), num_gpus=num_nodes)
         other = (groups[..., None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(layers, num_experts)
         experts, weight = jnp.concatenate([experts, other]), jnp.concatenate([weight, weight])
     of_nodes = take(weight, experts).reshape(-1, num_experts // num_nodes)

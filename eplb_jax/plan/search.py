@@ -1,4 +1,4 @@
-"""Local search on a plan: who gets the spare replicas, and which GPU holds what.
+"""Who gets the spare replicas: other counts, tried by packing the replicas anew; and the loads of a plan.
 
 All nodes of all layers are searched at once. A node has E experts and G GPUs of K slots, R = G K replicas in all;
 weight [nodes, E] is the load of each expert, slots [nodes, R] the expert of each slot. What counts is the load of a
@@ -14,9 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from eplb_jax.plan.packing import divide, inverse, pack, take
-
-GAIN = 1e-6
-"""A step must lower a load by this share, so that rounding cannot make a circle of steps."""
+from eplb_jax.plan.swaps import GAIN
 
 DONORS, RECEIVERS = 8, 24
 """Experts that may lose a replica and experts that may gain one; `recount` tries all pairs."""
@@ -171,97 +169,3 @@ def _packed_heaviest(loads: jax.Array, num_gpus: int) -> jax.Array:
     gpu, _ = pack(loads, num_gpus)
     node = jnp.arange(loads.shape[0], dtype=jnp.int32)[:, None]
     return jnp.zeros((loads.shape[0], num_gpus), jnp.float32).at[node, gpu].add(loads).max(1)
-
-
-@functools.partial(jax.jit, static_argnames=("num_gpus", "duplicates", "steps"))
-def refine(
-    weight: jax.Array,
-    slots: jax.Array,
-    target: jax.Array,
-    *,
-    num_gpus: int,
-    duplicates: bool = True,
-    steps: int = 400,
-) -> jax.Array:
-    """Lightens the heaviest GPU until it is within the node's target, or nothing helps.
-
-    A step either swaps one of its replicas with another GPU's, or gives another copy of one of its experts a slot of an
-    expert that has several. Without ``duplicates`` no step brings two replicas of an expert onto one GPU.
-    """
-    capacity = slots.shape[1] // num_gpus
-
-    def step(state):
-        slots, _, done = state
-        after, better = jax.vmap(functools.partial(_improve, duplicates))(weight, slots, target)
-        return after, better.any(), done + 1
-
-    state = slots.reshape(-1, num_gpus, capacity), jnp.array(True), jnp.int32(0)
-    state = jax.lax.while_loop(lambda state: state[1] & (state[2] < steps), step, state)
-    return state[0].reshape(slots.shape)
-
-
-class _NodePlan(NamedTuple):
-    """One node's plan as the two kinds of step see it."""
-
-    slots: jax.Array  # [G, K]
-    loads: jax.Array  # [G, K]
-    totals: jax.Array  # [G]
-    heaviest: jax.Array  # which GPU
-    held: jax.Array  # [R, G]: replicas of the slot's expert on each GPU; a float, because loads are multiplied by it
-
-
-def _improve(duplicates: bool, weight: jax.Array, slots: jax.Array, target: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """One step of one node: slots [G, K] after it, and whether it was worth taking."""
-    capacity = slots.shape[1]
-    flat = slots.reshape(-1)
-    counts = counts_of(flat[None], weight.shape[0])[0]
-    loads = divide(weight, jnp.maximum(counts, 1))[slots]
-    totals = loads.sum(1)
-    heaviest = jnp.argmax(totals)
-    held = (slots[None] == flat[:, None, None]).sum(-1).astype(weight.dtype)
-    plan = _NodePlan(slots, loads, totals, heaviest, held)
-
-    swaps = _try_swaps(plan, duplicates)
-    moves = _try_moves(plan, weight, counts, duplicates)
-    swap, move = jnp.argmin(swaps), jnp.argmin(moves)
-    mine, other = jnp.divmod(swap, flat.size)
-    mine = heaviest * capacity + mine
-    swapped = flat.at[mine].set(flat[other]).at[other].set(flat[mine])
-    receiver, given = jnp.divmod(move, flat.size)
-    after = jnp.where(moves.min() <= swaps.min(), flat.at[given].set(slots[heaviest, receiver]), swapped)
-    best = jnp.minimum(moves.min(), swaps.min())
-    better = (totals[heaviest] > target) & (best < totals[heaviest] * (1 - GAIN))
-    return jnp.where(better, after, flat).reshape(slots.shape), better
-
-
-def _try_swaps(plan: _NodePlan, duplicates: bool) -> jax.Array:
-    """[K, R]: the heavier of the two GPUs after a slot of the heaviest GPU and another one change places."""
-    gpus, capacity = plan.slots.shape
-    gpu = jnp.repeat(jnp.arange(gpus), capacity)
-    drop = plan.loads[plan.heaviest][:, None] - plan.loads.reshape(-1)
-    after = jnp.maximum(plan.totals[plan.heaviest] - drop, plan.totals[gpu] + drop)
-    possible = drop > 0
-    if not duplicates:
-        mine = plan.heaviest * capacity + jnp.arange(capacity)
-        possible &= (plan.held[:, plan.heaviest] == 0) & (plan.held[mine][:, gpu] == 0)
-    return jnp.where(possible, after, jnp.inf)
-
-
-def _try_moves(plan: _NodePlan, weight: jax.Array, counts: jax.Array, duplicates: bool) -> jax.Array:
-    """[K, R]: the heaviest GPU that changes when a slot is given to an expert of the heaviest GPU."""
-    gpus, capacity = plan.slots.shape
-    flat = plan.slots.reshape(-1)
-    gpu = jnp.repeat(jnp.arange(gpus), capacity)
-    receivers = plan.slots[plan.heaviest]
-    more = divide(weight[receivers], counts[receivers] + 1)
-    fewer = divide(weight[flat], jnp.maximum(counts[flat] - 1, 1))
-    held_by = plan.held[plan.heaviest * capacity + jnp.arange(capacity)]  # [K, G]
-    taken = (plan.loads[plan.heaviest] - more)[:, None] * held_by
-    added = (fewer - plan.loads.reshape(-1))[:, None] * plan.held
-    own = gpu[:, None] == jnp.arange(gpus)
-    totals = plan.totals + added - taken[:, None] + jnp.where(own, more[:, None, None] - fewer[:, None], 0.0)
-    changed = (plan.held > 0) | (held_by > 0)[:, None] | own
-    possible = (counts[flat] > 1) & (flat != receivers[:, None])
-    if not duplicates:
-        possible &= held_by[:, gpu] == 0
-    return jnp.where(possible, jnp.where(changed, totals, 0.0).max(-1), jnp.inf)

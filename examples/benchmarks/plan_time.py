@@ -1,14 +1,19 @@
-"""Time of `rebalance_experts`, from a host array to host arrays, after compilation: two Markdown tables.
+"""Times of plans, from a host array to host arrays, after compilation: three Markdown tables.
 
-The plain Python loop is the specification that the tests hold the library to. "CPU" gives NumPy loads, which are
-planned on the CPU of any machine; "GPU", where there is one, gives it loads on the device and fetches the plan.
-Figures are medians in milliseconds.
+The first has the policies that search, on the CPU: for lognormal and Zipf loads, the slower of both. `sticky` follows
+loads that drifted by 2%; `elastic` plans after a GPU died. The gap is how much heavier than `lower_bound` the heaviest
+GPU of `balanced`'s plan is, mean of the layers and the worst.
+
+The others are of `rebalance_experts`. The plain Python loop is the specification that the tests hold the library to.
+"CPU" gives NumPy loads, which are planned on the CPU of any machine; "GPU", where there is one, gives it loads on the
+device and fetches the plan. Figures are medians in milliseconds.
 
     python examples/benchmarks/plan_time.py [--repeats 30] [--no-specification] [--no-growth]
 """
 
 from __future__ import annotations
 
+import functools
 import pathlib
 import runpy
 import time
@@ -17,9 +22,11 @@ from typing import Any
 
 import jax
 import numpy as np
+from balance import synthetic
 from record import Recorder, machine, make_parser, medians_ms, processor
 
 import eplb_jax
+from eplb_jax import balanced, elastic, gpu_loads, lower_bound, no_duplicate, sticky
 
 ROOT = pathlib.Path(__file__).resolve().parents[2]
 SIZES = {
@@ -78,6 +85,46 @@ def growth(gpus: list[Any], repeats: int) -> Iterator[dict[str, Any]]:
         yield {"layers": layers, "experts": experts, "replicas": replicas, "GPUs": num_gpus, **cells}
 
 
+SEARCHED = [
+    # experts, replicas, groups, nodes, GPUs
+    (256, 288, 8, 4, 32),
+    (256, 288, 1, 1, 32),
+    (256, 320, 8, 8, 64),
+    (256, 320, 1, 1, 64),
+    (1024, 1152, 16, 16, 128),
+    (1024, 1152, 1, 1, 128),
+]
+
+
+def searches(repeats: int) -> Iterator[dict[str, Any]]:
+    """The policies that search, and how good `balanced` is."""
+    for experts, *sizes in SEARCHED:
+        replicas, groups, nodes, gpus = sizes
+        times, gaps = [], []
+        for kind in ("lognormal", "Zipf"):
+            start = synthetic(kind, 58, experts)
+            plan = balanced(start, *sizes)
+            weight = start * np.exp(0.02 * np.random.default_rng(1).normal(size=start.shape)).astype(np.float32)
+            alive = np.arange(gpus) != gpus // 2
+            calls = [
+                functools.partial(balanced, weight, *sizes),
+                functools.partial(no_duplicate, weight, *sizes),
+                functools.partial(sticky, weight, plan, *sizes[1:]),
+                functools.partial(elastic, weight, alive, replicas, groups, nodes, previous=plan),
+            ]
+            times.append(medians_ms(calls, repeats))
+            gaps.append(gpu_loads(plan, start, gpus).max(1) / lower_bound(start, *sizes) - 1)
+        names = "balanced ms", "no_duplicate ms", "sticky ms", "elastic ms"
+        yield {
+            "experts": experts,
+            "replicas @ GPUs": f"{replicas} @ {gpus}",
+            "nodes": nodes,
+            **dict(zip(names, np.max(times, axis=0).tolist(), strict=True)),
+            "gap: mean %": 100 * np.mean(gaps),
+            "gap: worst layer %": 100 * np.max(gaps),
+        }
+
+
 def main() -> None:
     """Prints the tables."""
     parser = make_parser(__doc__)
@@ -88,6 +135,9 @@ def main() -> None:
     gpus = [device for device in jax.devices() if device.platform == "gpu"]
     report = Recorder.begin(args, f"{processor()}, {machine()}" if gpus else machine(), "58 layers of 256 experts")
     formats = {"CPU ms": ".2f", "GPU ms": ".2f", "plain Python loop ms": ".0f", "loop / CPU": ".0f"}
+    columns = "balanced ms", "no_duplicate ms", "sticky ms", "elastic ms"
+    report.table(searches(min(args.repeats, 10)), labels=3, title="search", formats=dict.fromkeys(columns, ".0f"))
+    print()
     report.table(deepseek_sizes(gpus, args.repeats, not args.no_specification), labels=2, formats=formats)
     if not args.no_growth:
         report.table(growth(gpus, args.repeats), labels=4, title="growth", formats=formats)

@@ -10,10 +10,11 @@ from jaxtyping import Num
 
 from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
-from eplb_jax.plan.nodes import heaviest_of, join_nodes, lightest_packing, pack_nodes, place_idle, place_slots
+from eplb_jax.plan.improve import improve
+from eplb_jax.plan.nodes import heaviest_of, join_nodes, pack_nodes, place_idle, place_slots
 from eplb_jax.plan.packing import call, replicate
 from eplb_jax.plan.placement import Array, Placement
-from eplb_jax.plan.search import largest_loads, pack_slots, recount, refine
+from eplb_jax.plan.search import pack_slots
 
 
 def balanced(
@@ -57,18 +58,13 @@ def balanced(
 def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array:
     layers, gpus = len(weight), cluster.gpus_per_node
     nodes = pack_nodes(weight, cluster)
-    start = pack_slots(nodes.weight, replicate(nodes.weight, cluster.replicas_per_node)[0], gpus)
+    replicas = replicate(nodes.weight, cluster.replicas_per_node)[0]
+    start = pack_slots(nodes.weight, replicas, gpus)
     theirs = join_nodes(nodes, place_idle(nodes, start, gpus))[:layers]
     limit = heaviest_of(nodes, start, gpus)[:layers]
 
-    refined = refine(nodes.weight, start, nodes.target * (1 + tolerance), num_gpus=gpus)
-    nodes, refined, start = lightest_packing(nodes, refined, layers, gpus, start)
-    target = nodes.target * (1 + tolerance)
-    figures = largest_loads(nodes.weight, refined, gpus)
-    recounted = recount(nodes.weight, start, jnp.where(figures <= target, jnp.inf, target), num_gpus=gpus)
-    recounted = refine(nodes.weight, recounted, target, num_gpus=gpus)
-    better = largest_loads(nodes.weight, recounted, gpus) < figures
-    slots = jnp.where(better[:, None], recounted, refined)
+    pack = functools.partial(pack_slots, num_gpus=gpus)
+    nodes, slots = improve(nodes, replicas, pack, layers=layers, num_gpus=gpus, tolerance=tolerance)
     ours = join_nodes(nodes, place_idle(nodes, slots, gpus))
 
     # DeepSeek's plan is left only for one that is lighter in exact arithmetic too: float32 rounds each load, each

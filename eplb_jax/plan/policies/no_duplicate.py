@@ -11,10 +11,11 @@ from jaxtyping import Num
 
 from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
-from eplb_jax.plan.nodes import Nodes, join_nodes, lightest_packing, pack_nodes, place_idle, place_slots
+from eplb_jax.plan.improve import improve
+from eplb_jax.plan.nodes import join_nodes, pack_nodes, place_idle, place_slots
 from eplb_jax.plan.packing import call, descending_ranks, inverse, ordered_bits, replicate, take
 from eplb_jax.plan.placement import Array, Placement
-from eplb_jax.plan.search import largest_loads, recount, refine, slot_loads
+from eplb_jax.plan.search import slot_loads
 
 
 def no_duplicate(
@@ -61,31 +62,21 @@ def no_duplicate(
 def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array:
     layers, gpus = len(weight), cluster.gpus_per_node
     nodes = pack_nodes(weight, cluster)
-    greedy = _search(nodes, replicate(nodes.weight, cluster.replicas_per_node, most=gpus)[0], tolerance, gpus)
-    nodes, greedy = lightest_packing(nodes, greedy, layers, gpus)
-
-    # Search gives slots to experts of the heaviest GPU only: others may need them more, packed anew.
-    recounted = recount(nodes.weight, greedy, nodes.target * (1 + tolerance), num_gpus=gpus, most=gpus)
-    recounted = _search(nodes, recounted, tolerance, gpus)
-    better = largest_loads(nodes.weight, recounted, gpus) < largest_loads(nodes.weight, greedy, gpus)
-    return join_nodes(nodes, place_idle(nodes, jnp.where(better[:, None], recounted, greedy), gpus))
-
-
-def _search(nodes: Nodes, replicas: jax.Array, tolerance: float, gpus: int) -> jax.Array:
-    """Slots with these replicas, packed apart, then improved."""
-    loads = slot_loads(nodes.weight, replicas)
-    order = inverse(descending_ranks(ordered_bits(loads)))
-    slots = jax.vmap(functools.partial(_pack_apart, gpus))(take(loads, order), take(replicas, order))
-    return refine(nodes.weight, slots, nodes.target * (1 + tolerance), num_gpus=gpus, duplicates=False)
+    replicas = replicate(nodes.weight, cluster.replicas_per_node, most=gpus)[0]
+    pack = functools.partial(_pack_apart, gpus)
+    nodes, slots = improve(
+        nodes, replicas, pack, layers=layers, num_gpus=gpus, tolerance=tolerance, most=gpus, duplicates=False
+    )
+    return join_nodes(nodes, place_idle(nodes, slots, gpus))
 
 
 class _Packed(NamedTuple):
-    """What a node's GPUs hold so far.
+    """What a node's GPUs hold so far; the last axis is that of nodes, N.
 
     Attributes:
-      slots: the expert of each slot, -1 for none; int32 [G, K].
-      loads: of each slot [G, K].
-      counts: slots of each GPU that are taken, its first ones; int32 [G].
+      slots: the expert of each slot, -1 for none; int32 [G, K, N].
+      loads: of each slot [G, K, N].
+      counts: slots of each GPU that are taken, its first ones; int32 [G, N].
     """
 
     slots: jax.Array
@@ -93,47 +84,83 @@ class _Packed(NamedTuple):
     counts: jax.Array
 
 
-def _pack_apart(gpus: int, loads: jax.Array, experts: jax.Array) -> jax.Array:
-    """Packs a node's replicas [R], heaviest first, each onto the lightest GPU with a free slot that lacks its expert.
+class _Place(NamedTuple):
+    """Where the next replica goes, and which other one makes room for it.
+
+    Attributes:
+      gpu: whose next free slot is filled [N].
+      direct: whether the new replica takes it; else the one at left does [N].
+      left: where the replica is that moves, GPU and position [N] each.
+    """
+
+    gpu: jax.Array
+    direct: jax.Array
+    left: tuple[jax.Array, jax.Array]
+
+
+def _pack_apart(gpus: int, weight: jax.Array, replicas: jax.Array) -> jax.Array:
+    """Packs nodes' replicas [N, R], heaviest first, each onto the lightest GPU with a free slot that lacks its expert.
 
     If all with a free slot have it, one of them takes another GPU's replica, and the new one takes the slot of that.
     This is always possible: of the replicas on a full GPU, all of different experts, one is new to a GPU that holds
     fewer.
     """
-    capacity = loads.size // gpus
+    loads = slot_loads(weight, replicas)
+    order = inverse(descending_ranks(ordered_bits(loads)))
+    nodes, capacity = len(loads), loads.shape[1] // gpus
     empty = _Packed(
-        jnp.full((gpus, capacity), -1, jnp.int32),
-        jnp.zeros((gpus, capacity), loads.dtype),
-        jnp.zeros(gpus, jnp.int32),
+        jnp.full((gpus, capacity, nodes), -1, jnp.int32),
+        jnp.zeros((gpus, capacity, nodes), loads.dtype),
+        jnp.zeros((gpus, nodes), jnp.int32),
     )
-    packed, _ = jax.lax.scan(lambda packed, item: (_pack_one(packed, *item), None), empty, (loads, experts))
-    return packed.slots.reshape(-1)
+    items = take(loads, order).T, take(replicas, order).T
+    packed, _ = jax.lax.scan(lambda packed, item: (_pack_one(packed, *item), None), empty, items)
+    return packed.slots.reshape(-1, nodes).T
 
 
 def _pack_one(packed: _Packed, load: jax.Array, expert: jax.Array) -> _Packed:
-    """The GPUs with one more replica."""
+    """The GPUs with one more replica of each node; load and expert are [N]."""
     slots, loads, counts = packed
-    gpus, capacity = slots.shape
-    gpu_ids, positions = jnp.arange(gpus, dtype=jnp.int32), jnp.arange(capacity, dtype=jnp.int32)
+    gpus, capacity, _ = slots.shape
+    gpu_ids = jnp.arange(gpus, dtype=jnp.int32)[:, None]
+    positions = jnp.arange(capacity, dtype=jnp.int32)[:, None]
     totals = loads.sum(1)
-    has = (slots == expert).any(1)
-    is_open = counts < capacity
-    lightest = jnp.argmin(jnp.where(is_open & ~has, totals, jnp.inf)).astype(jnp.int32)
+    open_totals = jnp.where(counts < capacity, totals, jnp.inf)
+    new = jnp.where((slots == expert).any(1), jnp.inf, open_totals)
+    direct = jnp.isfinite(new).any(0)
+    nowhere = jnp.full_like(counts[0], -1)
+    easy = _Place(_first_least(new), direct, (nowhere, nowhere))
+    make_room = functools.partial(_make_room, packed, load, expert, totals, easy)
+    place = jax.lax.cond(direct.all(), lambda: easy, make_room)
 
-    # Without such a GPU: the replica that leaves its slot to the new one and moves to the fallback GPU.
-    fallback = jnp.argmin(jnp.where(is_open, totals, jnp.inf)).astype(jnp.int32)
-    new_there = ~(slots[:, :, None] == slots[fallback]).any(-1)
-    after = jnp.maximum(totals[fallback] + loads, (totals + load)[:, None] - loads)
-    after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
-    gpu, position = jnp.divmod(jnp.argmin(after).astype(jnp.int32), capacity)
-    moving, moving_load = slots[gpu, position], loads[gpu, position]
-
-    direct = (is_open & ~has).any()
-    target_gpu = jnp.where(direct, lightest, fallback)
-    free = (gpu_ids == target_gpu)[:, None] & (positions == counts[target_gpu])
-    left = ((gpu_ids == gpu)[:, None] & (positions == position)) & ~direct
+    free = ((gpu_ids == place.gpu) & (counts < capacity))[:, None] & (positions == counts[:, None])
+    left = (gpu_ids == place.left[0])[:, None] & (positions == place.left[1])
+    moving, moving_load = (jnp.where(left, x, 0).sum((0, 1), dtype=x.dtype) for x in (slots, loads))
     return _Packed(
-        jnp.where(free, jnp.where(direct, expert, moving), jnp.where(left, expert, slots)),
-        jnp.where(free, jnp.where(direct, load, moving_load), jnp.where(left, load, loads)),
-        counts + free.any(1).astype(jnp.int32),
+        jnp.where(free, jnp.where(place.direct, expert, moving), jnp.where(left, expert, slots)),
+        jnp.where(free, jnp.where(place.direct, load, moving_load), jnp.where(left, load, loads)),
+        counts + (gpu_ids == place.gpu).astype(jnp.int32),
     )
+
+
+def _make_room(packed: _Packed, load: jax.Array, expert: jax.Array, totals: jax.Array, easy: _Place) -> _Place:
+    """The place where no GPU with a free slot lacks the expert: another GPU's replica goes to the lightest of them."""
+    slots, loads, counts = packed
+    gpus, capacity, _ = slots.shape
+    is_open = counts < capacity
+    has = (slots == expert).any(1)
+    fallback = _first_least(jnp.where(is_open, totals, jnp.inf))
+    there = (jnp.arange(gpus, dtype=jnp.int32)[:, None] == fallback)[:, None]
+    held, total = jnp.where(there, slots, 0).sum(0, dtype=jnp.int32), jnp.where(there[:, 0], totals, 0).sum(0)
+    new_there = ~(slots[:, :, None] == held).any(2)
+    after = jnp.maximum(total + loads, (totals + load)[:, None] - loads)
+    after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
+    chosen = _first_least(after.reshape(gpus * capacity, -1))
+    left = (jnp.where(easy.direct, -1, index) for index in (chosen // capacity, chosen % capacity))
+    gpu, position = left
+    return _Place(jnp.where(easy.direct, easy.gpu, fallback), easy.direct, (gpu, position))
+
+
+def _first_least(values: jax.Array) -> jax.Array:
+    """The first index of the least value along the first axis; int32."""
+    return jnp.argmin(values, axis=0).astype(jnp.int32)

@@ -2,16 +2,25 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
 from eplb_jax.plan.arguments import check_loads, on_host, to_float32
 from eplb_jax.plan.cluster import Cluster, make_cluster
+from eplb_jax.plan.exchanges import count_steps, exchange
 from eplb_jax.plan.metrics import gpu_loads
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.repair import common_experts, repack, replicas_moved
-from eplb_jax.plan.search import recount, refine
+from eplb_jax.plan.search import largest_loads, slot_loads
+from eplb_jax.plan.swaps import swap_pairs
+
+MOST_REPACKED = 128
+"""Slots of a node up to which GPUs are packed anew in search of fewer moves; beyond, that takes long and finds none."""
 
 
 def sticky(
@@ -27,9 +36,10 @@ def sticky(
     """Changes a placement until its heaviest GPU is within ``tolerance`` of a fresh plan's, moving few replicas.
 
     Layers are independent. One that is good enough, or whose heaviest GPU would lose less than ``min_gain`` of its load
-    in a fresh plan, keeps every slot. Elsewhere the plan with the fewest moves is taken of three: local search within
-    each node from the placement that is there; the fewest GPUs packed anew, after spare replicas changed hands; the
-    fresh plan, its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
+    in a fresh plan, keeps every slot. Elsewhere GPUs that are too heavy swap replicas with others of their node. Where
+    that is not enough, or where many must, the plan with fewest moves is taken of three: those swaps; search by swaps
+    and spare replicas that change hands; the fewest GPUs packed anew. Where none is even enough, it is the fresh plan,
+    its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
     not be, only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load
     is good enough.
 
@@ -67,64 +77,119 @@ def sticky(
     fresh = balanced(weight, previous.num_replicas, num_groups, num_nodes, num_gpus)
     before, best = (gpu_loads(placement, weight, num_gpus).max(1) for placement in (previous, fresh))
     target = best * (1 + tolerance)
-    old, new, counts = (np.asarray(x) for x in (previous.phy2log, fresh.phy2log, fresh.logcnt))
-    whole = np.array([_groups_are_whole(slots, cluster, weight.shape[1]) for slots in old])
-    layers = np.nonzero(~whole | (before > target) & (before - best >= min_gain * before))[0]
-    if not len(layers):
+    old, new = (np.asarray(placement.phy2log) for placement in (previous, fresh))
+    whole = _groups_are_whole(old, cluster, weight.shape[1])
+    change = ~whole | (before > target) & (before - best >= min_gain * before)
+    if not change.any():
         return previous
 
-    plans = {layer: [_renumber(old[layer], new[layer], cluster)] for layer in layers}
-    layers = layers[whole[layers]]
-    if len(layers):
-        for found in _stay(weight[layers], old[layers], counts[layers], target[layers], cluster):
-            for layer, slots in zip(layers, found, strict=True):
-                if (slots >= 0).all():
-                    plans[layer].append(slots)
     phy2log = old.copy()
-    for layer, choices in plans.items():
-        chosen = min(choices, key=lambda slots: replicas_moved(old[layer], slots, num_gpus))
-        phy2log[layer] = _keep_slots(old[layer], chosen, num_gpus)
+    stay = change & whole
+    if stay.any():
+        start = np.where(whole[:, None], old, new)
+        found, ended = _stay(weight, start, np.asarray(fresh.logcnt), np.where(stay, target, np.inf), cluster)
+        phy2log[stay & ended] = found[stay & ended]
+        change &= ~(stay & ended)
+    for layer in np.nonzero(change)[0]:
+        phy2log[layer] = _renumber(old[layer], new[layer], cluster)
+    for layer, gpu in np.argwhere((phy2log != old).reshape(len(old), num_gpus, -1).any(2)):
+        slots = slice(gpu * cluster.replicas_per_gpu, (gpu + 1) * cluster.replicas_per_gpu)
+        phy2log[layer, slots] = _keep_slots(old[layer, slots], phy2log[layer, slots])
     return Placement.from_phy2log(phy2log, weight.shape[1])
 
 
 def _stay(
     weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: np.ndarray, cluster: Cluster
-) -> list[np.ndarray]:
-    """Plans [layers, replicas] that leave each node its experts; -1 where there is none. Counts: of a fresh plan."""
+) -> tuple[np.ndarray, np.ndarray]:
+    """Plans [layers, replicas] that leave each node its experts, and which layers' are within target.
+
+    Counts [layers, experts] are of a fresh plan. All layers are searched, those with an infinite target left as they
+    are: arrays of the same shapes at every call compile once.
+    """
     layers, num_nodes, gpus = len(weight), cluster.num_nodes, cluster.gpus_per_node
     held = old.reshape(layers * num_nodes, -1)
-    ids = np.stack([np.unique(slots) for slots in held])  # a node's experts get numbers of their own
-    nodes = np.stack([np.searchsorted(own, slots) for own, slots in zip(ids, held, strict=True)]).astype(np.int32)
-    loads, fresh = (np.take_along_axis(np.repeat(x, num_nodes, axis=0), ids, axis=1) for x in (weight, counts))
+    ordered = np.sort(held, axis=1)  # a node's experts get numbers of their own, in this order
+    first = np.diff(ordered, axis=1, prepend=-1) > 0
+    ids = ordered[first].reshape(len(held), -1)
+    number = np.empty(weight.shape, np.int32)
+    rows = np.arange(layers)[:, None]
+    own = np.tile(np.arange(ids.shape[1], dtype=np.int32), num_nodes)
+    number[rows, ids.reshape(layers, -1)] = own
+    nodes = number[rows, old].reshape(held.shape)
+    loads, fresh = (np.take_along_axis(x, ids.reshape(layers, -1), 1).reshape(ids.shape) for x in (weight, counts))
     limit = np.repeat(target, num_nodes)
     with on_host():
         # A little below the target, because these loads are float32.
         goal = (limit * (1 - 1e-6)).astype(np.float32)
-        refined = np.asarray(refine(loads, nodes, goal, num_gpus=gpus))
-        recounted = np.asarray(recount(loads, nodes, goal, num_gpus=gpus))
-    wanted = [np.stack([np.bincount(slots, minlength=loads.shape[1]) for slots in x]) for x in (refined, recounted)]
+        swapped, exchanged, many = map(np.asarray, _search(loads, nodes, goal, layers, gpus))
 
-    plans = [np.where(_heaviest(loads, refined, gpus)[:, None] <= limit[:, None], refined, -1)]
-    for choice in (*wanted, fresh):
-        plan = np.full_like(nodes, -1)
-        for i, slots in enumerate(nodes):
-            if choice[i].sum() == len(slots) and choice[i].min() > 0:
-                found = repack(loads[i].astype(np.float64), slots, choice[i], limit[i], gpus)
-                plan[i] = plan[i] if found is None else found
-        plans.append(plan)
-    named = [np.where(plan >= 0, np.take_along_axis(ids, np.maximum(plan, 0), axis=1), -1) for plan in plans]
-    return [plan.reshape(layers, -1).astype(np.int32) for plan in named]
+    def within(slots: np.ndarray) -> np.ndarray:
+        return _heaviest(loads, slots, gpus).reshape(layers, -1).max(1) <= target
+
+    by_swaps, by_exchanges = within(swapped), within(exchanged)
+    ended = by_swaps | by_exchanges
+    shape = layers, num_nodes, -1
+    plan = np.where(by_swaps[:, None], swapped.reshape(layers, -1), exchanged.reshape(layers, -1)).reshape(shape)
+    exchanged, nodes, loads, fresh = (x.reshape(shape) for x in (exchanged, nodes, loads, fresh))
+    for layer in np.nonzero(~by_swaps | many)[0]:
+        choices, wanted = [plan[layer]] if ended[layer] else [], [fresh[layer]]
+        if by_exchanges[layer]:
+            choices.append(exchanged[layer])
+            wanted.append(np.stack([np.bincount(slots, minlength=ids.shape[1]) for slots in exchanged[layer]]))
+        if choices and nodes.shape[2] > MOST_REPACKED:
+            wanted = []
+        repacked = (_repack_nodes(loads[layer], nodes[layer], w, target[layer], gpus) for w in wanted)
+        choices += [slots for slots in repacked if slots is not None]
+        if choices:
+            moves = [replicas_moved(nodes[layer].reshape(-1), x.reshape(-1), cluster.num_gpus) for x in choices]
+            plan[layer], ended[layer] = choices[int(np.argmin(moves))], True
+    named = np.take_along_axis(ids, plan.reshape(held.shape), axis=1)
+    return named.reshape(layers, -1).astype(np.int32), ended
+
+
+@functools.partial(jax.jit, static_argnames=("layers", "num_gpus"))
+def _search(
+    weight: jax.Array, slots: jax.Array, goal: jax.Array, layers: int, num_gpus: int
+) -> tuple[jax.Array, jax.Array, jax.Array]:
+    """Slots by few swaps; where these are many or not enough, also by swaps and other counts; where they are many.
+
+    Swaps are many where they are more than half of the GPUs: where little changed, few GPUs are too heavy.
+    """
+    swapped = swap_pairs(slot_loads(weight, slots), slots, goal, num_gpus=num_gpus, careful=True)
+    nodes = len(weight) // layers
+    many = (swapped != slots).reshape(layers, -1).sum(1) > nodes * num_gpus
+    far = many | (largest_loads(weight, swapped, num_gpus) > goal).reshape(layers, -1).any(1)
+    goal = jnp.where(jnp.repeat(far, nodes), goal, jnp.inf)
+    steps = count_steps(slots.shape[1], num_gpus)
+    return swapped, exchange(weight, slots, goal, layers=layers, num_gpus=num_gpus, steps=steps), many
+
+
+def _repack_nodes(
+    weight: np.ndarray, slots: np.ndarray, counts: np.ndarray, limit: float, num_gpus: int
+) -> np.ndarray | None:
+    """One layer's nodes [n, R], those that are too heavy with other counts and few GPUs packed anew; None: it fails."""
+    if not ((counts.sum(1) == slots.shape[1]) & (counts.min(1) > 0)).all():
+        return None
+    plan = slots.copy()
+    for i in np.nonzero(_heaviest(weight, slots, num_gpus) > limit)[0]:
+        found = repack(weight[i].astype(np.float64), slots[i], counts[i], limit, num_gpus)
+        if found is None:
+            return None
+        plan[i] = found
+    return plan
 
 
 def _heaviest(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
     return gpu_loads(Placement.from_phy2log(slots, weight.shape[1]), weight, num_gpus).max(1)
 
 
-def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> bool:
-    """Whether each group of experts is on one node, and each node holds equally many."""
-    size = num_experts // cluster.num_groups
-    groups = [len(np.unique(node // size)) for node in slots.reshape(cluster.num_nodes, -1)]
-    return groups == [cluster.num_groups // cluster.num_nodes] * cluster.num_nodes
+def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> np.ndarray:
+    """Whether each group of experts is on one node, and each node holds equally many, in each layer [layers]."""
+    layers, num_nodes, num_groups = len(slots), cluster.num_nodes, cluster.num_groups
+    held = np.zeros((layers, num_nodes, num_groups), bool)
+    groups = (slots // (num_experts // num_groups)).reshape(layers, num_nodes, -1)
+    np.put_along_axis(held, groups, True, axis=2)
+    return (held.sum(2) == num_groups // num_nodes).all(1)
 
 
 def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
@@ -143,15 +208,13 @@ def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
     return out.reshape(-1)
 
 
-def _keep_slots(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
-    """The new slots, each GPU's in an order that leaves experts in the slots that they had there."""
-    out = np.empty_like(new).reshape(num_gpus, -1)
-    for gpu, (before, after) in enumerate(zip(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1), strict=True)):
-        coming = list(after)
-        kept = np.zeros(len(before), bool)
-        for slot, expert in enumerate(before):
-            if expert in coming:
-                coming.remove(expert)
-                out[gpu, slot], kept[slot] = expert, True
-        out[gpu, ~kept] = coming
-    return out.reshape(-1)
+def _keep_slots(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """A GPU's new slots in an order that leaves experts in the slots that they had there."""
+    out, coming = np.empty_like(new), new.tolist()
+    kept = np.zeros(len(old), bool)
+    for slot, expert in enumerate(old):
+        if expert in coming:
+            coming.remove(expert)
+            out[slot], kept[slot] = expert, True
+    out[~kept] = coming
+    return out

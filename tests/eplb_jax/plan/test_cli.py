@@ -155,7 +155,8 @@ def bad_files(folder):
     np.save(folder / "objects.npy", np.array([[1, None]]))
     contents = {
         "it is empty": b"",
-        r"it begins with b'\[\[1, 2\]\]'": b"[[1, 2]]",
+        r"it begins with b'1, 2": b"1, 2",
+        "begins like JSON and is none": b"[[1, 2",
         "is not a file that NumPy's savez or save": whole[:-40],
         "savez or save writes: Bad": whole[:200] + bytes(100) + whole[300:],
         "is not a file that NumPy's savez": b"\x93NUMPY\x01\x00v\x00{",

@@ -1,0 +1,151 @@
+"""Which replica a token goes to, by hash, nearest, or by load: how heavy the heaviest GPU gets, and the room it needs.
+
+Loads drift: each microbatch's expert loads are the last ones times random factors, drawn back to where they began; the
+placement is `balanced`'s for those, and stays. "skewed" loads begin as Zipf's; "adversarial" ones give the experts of
+one GPU, another in each microbatch, three times as many tokens. Figures are tokens of the heaviest GPU over the mean,
+of all microbatches. "least" is the optimum of a linear program over fractions, of every 20th microbatch; "even" gives
+each replica of an expert equally many, as a hash does with many tokens. "nearest" is for devices that have equally many
+tokens of every expert.
+
+    python examples/benchmarks/split.py [--microbatches 1000] [--tokens 4096]
+
+The second table has the room of a layer of DeepSeek-V3 (width 7,168, 4,096 tokens of 8 choices a GPU), for the worst
+case and for a capacity factor from the recent microbatches of the drifting loads, `eplb_jax.capacity_from`: GiB of the
+rows that are exchanged, sent and received, and of the rows of experts, in bfloat16.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from balance import EXPERTS, synthetic
+from record import ROOT, Recorder, machine, make_parser, medians_ms
+
+import eplb_jax
+from eplb_jax import Placement, balanced, gpu_loads, heaviest_by_split, make_capacities, split_tokens
+
+sys.path.insert(0, str(ROOT))
+
+SIZES = [(288, 8, 4, 32), (320, 8, 8, 64), (320, 1, 1, 64)]
+TOP_K, WIDTH = 8, 7168
+
+
+def drifting(kind: str, microbatches: int, tokens: int, plan_of: Any) -> tuple[np.ndarray, Placement]:
+    """Tokens of each expert [microbatches, experts], and the placement made for where they began."""
+    rng = np.random.default_rng(0)
+    start = synthetic("Zipf" if kind == "skewed" else "lognormal", 1, EXPERTS)[0]
+    plan = plan_of(start[None])
+    logs, counts = np.zeros(EXPERTS), []
+    slots = plan.phy2log[0].reshape(plan_of.keywords["num_gpus"], -1)
+    for step in range(microbatches):
+        logs = 0.95 * logs + 0.1 * rng.normal(size=EXPERTS)  # ends up at a spread of 0.32
+        share = start * np.exp(logs)
+        if kind == "adversarial":
+            share[np.unique(slots[step % len(slots)])] *= 3
+        counts.append(rng.multinomial(tokens, share / share.sum()))
+    return np.stack(counts), plan
+
+
+def by_nearest(counts: np.ndarray, plan: Placement, gpus: int, per_node: int) -> np.ndarray:
+    """Loads of GPUs [microbatches, gpus] when each has as many tokens of an expert, and takes the nearest replica."""
+    slots = plan.phy2log[0]
+    holder = np.arange(len(slots)) // (len(slots) // gpus)
+    share = np.zeros((EXPERTS, gpus))
+    for expert in range(EXPERTS):
+        homes = holder[slots == expert]
+        for device in range(gpus):
+            distance = np.where(homes == device, 0, np.where(homes // per_node == device // per_node, 1, 2))
+            near = homes[distance == distance.min()]
+            np.add.at(share[expert], near, 1 / len(near) / gpus)
+    return counts @ share
+
+
+def least(counts: np.ndarray, plan: Placement, gpus: int) -> np.ndarray:
+    """The optimum of the heaviest GPU of each microbatch."""
+    from scipy.optimize import linprog  # noqa: PLC0415
+
+    slots = plan.phy2log[0]
+    number = np.arange(len(slots))
+    below, equal = np.zeros((gpus, len(slots) + 1)), np.zeros((EXPERTS, len(slots) + 1))
+    below[number // (len(slots) // gpus), number], below[:, -1], equal[slots, number] = 1, -1, 1
+    aim = np.append(np.zeros(len(slots)), 1)
+    return np.array([linprog(aim, below, np.zeros(gpus), equal, c, method="highs").fun for c in counts])
+
+
+def heaviest(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """A line for each size and kind of loads."""
+    for sizes in SIZES:
+        gpus, per_node = sizes[3], max(sizes[3] // sizes[2], 8)
+        names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
+        for kind in ("drifting", "skewed", "adversarial"):
+            counts, plan = drifting(kind, microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
+            mean = counts[0].sum() / gpus
+            each = Placement.from_phy2log(np.repeat(plan.phy2log, len(counts), 0), EXPERTS)
+            found = {
+                "even": gpu_loads(each, counts, gpus).max(1) / mean,
+                "nearest": by_nearest(counts, plan, gpus, per_node).max(1) / mean,
+                "split": heaviest_by_split(counts[:, None], plan, gpus)[:, 0],
+                "least": least(counts[::20], plan, gpus) / mean,
+            }
+            row = {"replicas @ GPUs, groups": f"{sizes[0]} @ {gpus}, {sizes[1]}", "loads": kind}
+            for name, values in found.items():
+                row[f"{name}: mean"] = values.mean()
+                if name != "least":
+                    row[f"{name}: 99%"] = np.quantile(values, 0.99)
+            row["split / least: worst"] = (found["split"][::20] / found["least"]).max()
+            yield row
+
+
+def room(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
+    """Memory of a layer's rows."""
+    for sizes in SIZES:
+        replicas, _, _, gpus = sizes
+        names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
+        counts, plan = drifting("drifting", microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
+        recent = len(counts) // 2
+        factor = eplb_jax.capacity_from(counts[:recent, None], plan, gpus)
+        later = heaviest_by_split(counts[recent:, None], plan, gpus)
+        for name, chosen in (("worst case", None), ("from recent loads", factor)):
+            found = make_capacities(tokens, TOP_K, gpus, replicas // gpus, chosen)
+            yield {
+                "replicas @ GPUs, groups": f"{replicas} @ {gpus}, {sizes[1]}",
+                "room": name,
+                "factor": "-" if chosen is None else chosen,
+                "exchanged GiB": 2 * gpus * found.exchange * WIDTH * 2 / 2**30,
+                "rows GiB": found.rows * WIDTH * 2 / 2**30,
+                "later microbatches beyond %": 0.0 if chosen is None else 100 * (later > chosen).mean(),
+            }
+
+
+def times(repeats: int) -> Iterator[dict[str, Any]]:
+    """Time of a division on this machine's device."""
+    for sizes in SIZES:
+        loads = synthetic("lognormal", 1, EXPERTS)
+        layer = jax.tree.map(jnp.asarray, balanced(loads, *sizes).padded().of_layer(0))
+        counts = jnp.asarray(loads[0] * 1000, jnp.int32)
+        split = jax.jit(functools.partial(split_tokens, num_devices=sizes[3]))
+        taken = medians_ms([functools.partial(split, counts, layer)], repeats, inner=20)[0]
+        yield {"replicas @ GPUs, groups": f"{sizes[0]} @ {sizes[3]}, {sizes[1]}", "split us": taken * 1e3}
+
+
+def main() -> None:
+    """Prints the tables."""
+    parser = make_parser(__doc__)
+    parser.add_argument("--microbatches", type=int, default=1000, help="that loads drift over")
+    parser.add_argument("--tokens", type=int, default=4096, help="of a GPU in a microbatch")
+    parser.add_argument("--repeats", type=int, default=20, help="of which the median time counts")
+    args = parser.parse_args()
+    report = Recorder.begin(args, machine(), f"{args.microbatches} microbatches of {args.tokens} tokens a GPU")
+    report.table(heaviest(args.microbatches, args.tokens), labels=2)
+    report.table(room(args.microbatches, args.tokens), labels=2, title="room", formats={"factor": ".3f"})
+    report.table(times(args.repeats), title="time", formats={"split us": ".0f"})
+
+
+if __name__ == "__main__":
+    main()
