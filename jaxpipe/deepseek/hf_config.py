@@ -11,7 +11,6 @@ different things, the value is refused.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from typing import Any
 
@@ -212,24 +211,6 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None = None) -> 
             result.pop(name, None)
         result |= _rope_values(config)
     return result
-
-
-def read_config(text: str | bytes) -> dict[str, Any]:
-    """A ``config.json``'s values.
-
-    Raises:
-      ValueError: no JSON, or not an object.
-
-    >>> read_config('{"model_type": "deepseek_v3"}')
-    {'model_type': 'deepseek_v3'}
-    """
-    try:
-        values = json.loads(text)
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"config.json is no JSON: {error}") from None
-    if not isinstance(values, dict):
-        raise ValueError(f"config.json holds a {type(values).__name__}: it must be an object of names and values")
-    return values
 
 
 _DEFAULTS = {

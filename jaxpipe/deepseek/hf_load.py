@@ -27,7 +27,7 @@ from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_files import DTYPES, TensorEntry, check_sums, listed, open_folder, read_json
 from jaxpipe.deepseek.hf_fp8 import dequantise
-from jaxpipe.deepseek.hf_names import Part, Tensor, scale_name, tensors
+from jaxpipe.deepseek.hf_names import Tensor, TensorPart, scale_name, tensors
 from jaxpipe.deepseek.hf_places import in_stages
 from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
 
@@ -167,7 +167,7 @@ def load_params(
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     sources = find_sources(folder, model.config, strict=strict)
     _check_files(folder, sources.values())
-    pieces: dict[tuple[str, ...], list[tuple[StoredTensor, Part]]] = {}
+    pieces: dict[tuple[str, ...], list[tuple[StoredTensor, TensorPart]]] = {}
     for source in sources.values():
         for part in source.tensor.parts:
             moved = in_stages(part, model.arrangement)
@@ -237,7 +237,7 @@ def _check_files(folder: pathlib.Path, sources: Any) -> None:
     check_sums(folder, files[jax.process_index() :: jax.process_count()])
 
 
-def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, Part]], wanted: np.dtype) -> np.dtype:
+def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype) -> np.dtype:
     """Of a leaf: integers and biases as the model declares them, otherwise as wanted."""
     exact = any(source.tensor.exact for source, _ in pieces)
     return np.dtype(declared) if exact or not jnp.issubdtype(declared, jnp.floating) else wanted
@@ -264,7 +264,7 @@ def _fill(
     shape: tuple[int, ...],
     dtype: np.dtype,
     sharding: NamedSharding,
-    pieces: Sequence[tuple[StoredTensor, Part]],
+    pieces: Sequence[tuple[StoredTensor, TensorPart]],
     made: np.ndarray | None,
     pool: concurrent.futures.Executor,
 ) -> jax.Array:
@@ -281,7 +281,9 @@ def _fill(
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
 
 
-def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[StoredTensor, Part]]) -> Iterator[Callable[[], None]]:
+def _copies(
+    shard: np.ndarray, box: Box, pieces: Sequence[tuple[StoredTensor, TensorPart]]
+) -> Iterator[Callable[[], None]]:
     """What copies pieces of files into a shard, to be called in any order."""
     for source, part in pieces:
         within = _intersect(part, box)
@@ -298,7 +300,7 @@ def _copies(shard: np.ndarray, box: Box, pieces: Sequence[tuple[StoredTensor, Pa
             yield functools.partial(_copy, source, part, (begin, end), block, own)
 
 
-def _intersect(part: Part, box: Box) -> tuple[tuple[int | slice, ...], Box] | None:
+def _intersect(part: TensorPart, box: Box) -> tuple[tuple[int | slice, ...], Box] | None:
     """Where in a shard a part's elements are, and which of the part's own they are; None: none.
 
     Returns:
@@ -324,8 +326,8 @@ def _intersect(part: Part, box: Box) -> tuple[tuple[int | slice, ...], Box] | No
     return tuple(there), tuple(block)
 
 
-def _copy(source: StoredTensor, part: Part, rows: tuple[int, int], block: Box, target: np.ndarray) -> None:
-    """Some of a file's rows, divided as `Part.split` says, to their places in a shard."""
+def _copy(source: StoredTensor, part: TensorPart, rows: tuple[int, int], block: Box, target: np.ndarray) -> None:
+    """Some of a file's rows, divided as `TensorPart.split` says, to their places in a shard."""
     height = part.split[0]
     low, high = (row + (part.take[0].start or 0) for row in rows)
     each = source.tensor.shape[0] // height

@@ -24,7 +24,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,7 @@ class TensorPart:
     def from_file(self, array: Any) -> Any:
         """The elements as ``leaf[index]`` has them, of an array with the tensor's shape.
 
-        >>> gate = Part(("w_in",), (slice(None), slice(0, 3)), (3, 2), (slice(None),) * 2, (1, 0))
+        >>> gate = TensorPart(("w_in",), (slice(None), slice(0, 3)), (3, 2), (slice(None),) * 2, (1, 0))
         >>> gate.from_file(np.arange(6).reshape(3, 2)).tolist()
         [[0, 2, 4], [1, 3, 5]]
         """
@@ -74,9 +73,6 @@ class TensorPart:
     def to_file(self, block: Any, array: np.ndarray) -> None:
         """Writes ``leaf[index]`` to its elements of a contiguous array with the tensor's shape."""
         array.reshape(self.split)[self.take] = np.asarray(block).transpose(np.argsort(self.order))
-
-
-Part = TensorPart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -94,7 +90,7 @@ class Tensor:
     """
 
     shape: tuple[int, ...]
-    parts: tuple[Part, ...]
+    parts: tuple[TensorPart, ...]
     exact: bool = False
     quantised: bool = False
     copy_of: str | None = None
@@ -181,7 +177,7 @@ def _mtp_tensors(config: ModelConfig) -> dict[str, Tensor]:
     shape, whole = (width, 2 * width), slice(None)
     halves = slice(0, width), slice(width, 2 * width)
     project = tuple(
-        Part((*path, "project"), (rows,), shape, (whole, columns), (1, 0))
+        TensorPart((*path, "project"), (rows,), shape, (whole, columns), (1, 0))
         for rows, columns in zip(halves[::-1], halves, strict=True)
     )
     made = {
@@ -216,7 +212,7 @@ def _attention(config: ModelConfig, path: Path, index: Index) -> dict[str, Tenso
     head, both, whole = config.content + config.rotary, config.content + config.value, slice(None)
 
     def matrix(name: str, split: tuple[int, ...], order: tuple[int, ...]) -> Tensor:
-        part = Part((*path, name), index, split, (whole,) * len(split), order)
+        part = TensorPart((*path, name), index, split, (whole,) * len(split), order)
         rows, columns = split[: len(split) - 1], split[-1]
         return Tensor((math.prod(rows), columns), (part,), quantised=True)
 
@@ -233,9 +229,9 @@ def _attention(config: ModelConfig, path: Path, index: Index) -> dict[str, Tenso
     made["kv_a_layernorm.weight"] = _plain((latent,), (*path, "latent_norm", "scale"), index)
     halves = {"key_up": slice(0, config.content), "value_up": slice(config.content, both)}
     split = heads, both, latent
-    parts = (Part((*path, name), index, split, (whole, cut, whole), (2, 0, 1)) for name, cut in halves.items())
+    parts = (TensorPart((*path, name), index, split, (whole, cut, whole), (2, 0, 1)) for name, cut in halves.items())
     made["kv_b_proj.weight"] = Tensor((heads * both, latent), tuple(parts), quantised=True)
-    out = Part((*path, "out"), index, (width, heads, config.value), (whole,) * 3, (1, 2, 0))
+    out = TensorPart((*path, "out"), index, (width, heads, config.value), (whole,) * 3, (1, 2, 0))
     made["o_proj.weight"] = Tensor((width, heads * config.value), (out,), quantised=True)
     return {f"self_attn.{name}": tensor for name, tensor in made.items()}
 
@@ -243,7 +239,7 @@ def _attention(config: ModelConfig, path: Path, index: Index) -> dict[str, Tenso
 def _experts(config: ModelConfig, path: Path, index: Index) -> dict[str, Tensor]:
     """The router, routed experts and, side by side as one, shared experts."""
     width, hidden, experts = config.width, config.moe.hidden, config.experts
-    router = Part((*path, "router"), index, (experts, width), (slice(None),) * 2, (1, 0))
+    router = TensorPart((*path, "router"), index, (experts, width), (slice(None),) * 2, (1, 0))
     made = {"mlp.gate.weight": Tensor((experts, width), (router,))}
     if config.selection_bias:
         bias = _plain((experts,), (*path, "bias"), index)
@@ -262,47 +258,14 @@ def _swiglu(prefix: str, width: int, hidden: int, leaves: tuple[Path, Path], ind
     whole = slice(None)
     cuts = {"gate_proj": slice(0, hidden), "up_proj": slice(hidden, 2 * hidden)}
     made = {
-        f"{prefix}{name}.weight": Part(leaves[0], (*index, whole, cut), (hidden, width), (whole,) * 2, (1, 0))
+        f"{prefix}{name}.weight": TensorPart(leaves[0], (*index, whole, cut), (hidden, width), (whole,) * 2, (1, 0))
         for name, cut in cuts.items()
     }
-    made[f"{prefix}down_proj.weight"] = Part(leaves[1], index, (width, hidden), (whole,) * 2, (1, 0))
+    made[f"{prefix}down_proj.weight"] = TensorPart(leaves[1], index, (width, hidden), (whole,) * 2, (1, 0))
     return {name: Tensor(part.split, (part,), quantised=True) for name, part in made.items()}
 
 
 def _plain(shape: tuple[int, ...], path: Path, index: Index = ()) -> Tensor:
     """A tensor that is in the file as it is here."""
     order = tuple(range(len(shape)))
-    return Tensor(shape, (Part(path, index, shape, (slice(None),) * len(shape), order),))
-
-
-def check_shapes(config: ModelConfig, found: Mapping[str, tuple[int, ...]]) -> None:
-    """Refuses names and shapes that are not those of this model.
-
-    Args:
-      config: of the model.
-      found: shapes by name; scales of FP8 left out.
-
-    Raises:
-      ValueError: missing and unexpected names, other shapes; up to ten of each are listed.
-
-    >>> from jaxpipe.deepseek.config import MODELS
-    >>> check_shapes(MODELS["tiny"], {name: tensor.shape for name, tensor in tensors(MODELS["tiny"]).items()})
-    """
-    table = tensors(config)
-    wrong = [
-        f"{name}: {found[name]} instead of {tensor.shape}"
-        for name, tensor in table.items()
-        if name in found and tuple(found[name]) != tensor.shape
-    ]
-    lists = {
-        "missing": [name for name in table if name not in found],
-        "not of this model": [name for name in found if name not in table],
-        "of other shapes": wrong,
-    }
-    if any(lists.values()):
-        told = (
-            f"{len(names)} {what}: {', '.join(names[:10])}{', ...' if len(names) > 10 else ''}"
-            for what, names in lists.items()
-            if names
-        )
-        raise ValueError("tensors do not fit the model's config: " + "; ".join(told))
+    return Tensor(shape, (TensorPart(path, index, shape, (slice(None),) * len(shape), order),))

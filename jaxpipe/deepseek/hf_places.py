@@ -6,14 +6,14 @@ import dataclasses
 
 from jaxpipe.deepseek.arrange import Arrangement
 from jaxpipe.deepseek.config import DENSE, MTP
-from jaxpipe.deepseek.hf_names import Index, Part, Path
+from jaxpipe.deepseek.hf_names import Index, TensorPart, Path
 
 
-def in_stages(part: Part, arrangement: Arrangement) -> Part:
+def in_stages(part: TensorPart, arrangement: Arrangement) -> TensorPart:
     """A part of a tensor with its path and place in `jaxpipe.Params` instead of those in `DeepSeekModel.to_layers`.
 
     >>> arrangement = Arrangement((1, 2), (1, 0), ("dense", "moe", "moe"))
-    >>> bias = Part(("layers", "moe", "bias"), (1,), (8,), (slice(None),), (0,))
+    >>> bias = TensorPart(("layers", "moe", "bias"), (1,), (8,), (slice(None),), (0,))
     >>> moved = in_stages(bias, arrangement)
     >>> moved.path, moved.index
     (('stages', 'layer_1', 'moe', 'bias'), (0,))

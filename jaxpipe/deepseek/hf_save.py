@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.deepseek.config import ModelConfig
-from jaxpipe.deepseek.hf_names import Part, Path, Tensor
+from jaxpipe.deepseek.hf_names import TensorPart, Path, Tensor
 from jaxpipe.deepseek.hf_places import in_stages
 from jaxpipe.deepseek.hf_write import FORMATS, LARGEST, Written, write_folder
 from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
@@ -136,7 +136,7 @@ def _blocks(
             yield name, 0, array
 
 
-def _with_tensors_whole(leaf: jax.Array, part: Part) -> jax.Array:
+def _with_tensors_whole(leaf: jax.Array, part: TensorPart) -> jax.Array:
     """The leaf with every tensor on one device: rows of stages and experts, or rows of the vocabulary, stay apart."""
     if not isinstance(leaf.sharding, NamedSharding):
         return leaf
@@ -152,7 +152,7 @@ def _own_shards(leaf: jax.Array) -> list[Any]:
     return [shard for shard in leaf.addressable_shards if shard.replica_id == 0]
 
 
-def _block(leaf: jax.Array, part: Part, dtype: np.dtype) -> np.ndarray | None:
+def _block(leaf: jax.Array, part: TensorPart, dtype: np.dtype) -> np.ndarray | None:
     """``leaf[part.index]`` from the shard that has it; None: another process writes it."""
     for shard in _own_shards(leaf):
         starts = []
@@ -173,5 +173,5 @@ def _block(leaf: jax.Array, part: Part, dtype: np.dtype) -> np.ndarray | None:
 
 @functools.partial(jax.jit, static_argnums=(2, 3))
 def _cut(shard: jax.Array, starts: Sequence[Any], sizes: tuple[int, ...], dtype: np.dtype) -> jax.Array:
-    """Part of a shard, on its device, in another dtype."""
+    """TensorPart of a shard, on its device, in another dtype."""
     return jax.lax.dynamic_slice(shard, starts, sizes).astype(dtype)
