@@ -257,7 +257,7 @@ class Pipeline:
             out_specs=out_specs,
             axis_names=set(axes.names),
             check_vma=False,
-        )(params, batch, rng, step_inputs, execute.make_tables(self.program))
+        )(params, batch, rng, step_inputs, execute.make_tables(self.program, self.dispatch))
         if self.program.forward_only:
             return result
         value, grads = result
