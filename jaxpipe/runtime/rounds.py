@@ -17,7 +17,7 @@ from jax import lax
 from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
-from jaxpipe.runtime.stretches import Choice, Piece, Stretch, Tick
+from jaxpipe.runtime.stretches import Choice, Exchange, Piece, Stretch
 
 
 class _Column(NamedTuple):
@@ -74,7 +74,7 @@ class _Exchange(NamedTuple):
 class _Body(NamedTuple):
     """The code of a stretch, and its table ``int32[rounds, ranks, columns]``."""
 
-    ticks: tuple[tuple[tuple[_Code | _Loop, ...], _Exchange], ...]
+    ticks: tuple[tuple[tuple[_Code | _Loop, ...], tuple[_Exchange, ...]], ...]
     table: np.ndarray
 
 
@@ -92,7 +92,10 @@ def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
             number += 1
             return _Code(each.branch, _operands(program, each, columns), number - 1)
 
-        ticks = tuple((tuple(map(node, tick.nodes)), _exchange(program, tick, columns)) for tick in stretch.ticks)
+        ticks = tuple(
+            (tuple(map(node, tick.nodes)), tuple(_exchange(program, each, columns) for each in tick.exchanges))
+            for tick in stretch.ticks
+        )
         shape = (stretch.times, program.num_ranks)
         table = np.stack(columns.columns, -1) if columns.columns else np.zeros((*shape, 0), np.int32)
         bodies.append(_Body(ticks, table))
@@ -107,16 +110,16 @@ def _operands(program: Program, piece: Piece, columns: _Columns) -> tuple[tuple[
     return tuple(tuple(columns.entry(rows[..., i, field], where) for field in Field) for i in operations)
 
 
-def _exchange(program: Program, tick: Tick, columns: _Columns) -> _Exchange:
-    moves = np.broadcast_to((tick.sends >= 0)[:, None], (len(tick.sends), program.num_ranks))
+def _exchange(program: Program, exchange: Exchange, columns: _Columns) -> _Exchange:
+    moves = np.broadcast_to((exchange.steps >= 0)[:, None], (len(exchange.steps), program.num_ranks))
 
     def message(channel: int) -> tuple[int, _Entry, _Entry]:
-        # A channel that is silent in a round takes the dummy slot of all ranks to their dummy slots.
-        send, receive = (table[tick.sends][..., channel] for table in (program.send, program.receive))
+        # A channel that is silent in a round takes what is in the ranks' dummy slots to dummy slots.
+        send, receive = (table[exchange.steps][..., channel] for table in (program.send, program.receive))
         return channel, columns.entry(send, moves), columns.entry(receive, moves)
 
-    messages = tuple(map(message, tick.channels))
-    return _Exchange(messages, columns.entry(moves.astype(np.int32), np.ones_like(moves)) if messages else 0)
+    trips = columns.entry(moves.astype(np.int32), np.ones_like(moves))
+    return _Exchange(tuple(map(message, exchange.channels)), trips)
 
 
 def run_stretches(
@@ -155,22 +158,21 @@ def run_stretches(
 
         return lax.fori_loop(0, _value(node.trips, row), trip, buffers)
 
-    def exchange(given: _Exchange, buffers: Buffers, row: Any) -> Buffers:
+    def exchange(given: _Exchange, in_flight: Any, row: Any) -> Any:
         def move(in_flight: Any) -> Any:
             return _move(program, given, axis, in_flight, row)
 
-        if not given.messages:
-            return buffers
         if given.trips == 1:
-            return buffers._replace(in_flight=move(buffers.in_flight))
-        trips = _value(given.trips, row)
-        return buffers._replace(in_flight=lax.fori_loop(0, trips, lambda _, each: move(each), buffers.in_flight))
+            return move(in_flight)
+        return lax.fori_loop(0, _value(given.trips, row), lambda _, each: move(each), in_flight)
 
     def run_round(body: _Body, buffers: Buffers, row: Any) -> Buffers:
-        for i, (nodes, messages) in enumerate(body.ticks):
+        for i, (nodes, exchanges) in enumerate(body.ticks):
             if i:
                 buffers = lax.optimization_barrier(buffers)
-            buffers = exchange(messages, run_nodes(nodes, buffers, row, None), row)
+            buffers = run_nodes(nodes, buffers, row, None)
+            for each in exchanges:
+                buffers = buffers._replace(in_flight=exchange(each, buffers.in_flight, row))
         return buffers
 
     for i, (body, table) in enumerate(zip(make_bodies(program, stretches), tables, strict=True)):

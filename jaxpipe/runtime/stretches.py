@@ -14,7 +14,7 @@ branches do not fit the code once takes several rounds of it.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -61,18 +61,33 @@ class Choice(NamedTuple):
     chosen: np.ndarray
 
 
+class Exchange(NamedTuple):
+    """Messages on some channels at once.
+
+    Attributes:
+      channels: on which.
+      steps: ``int[rounds]``, the step of the program after which they move; -1 for none.
+    """
+
+    channels: tuple[int, ...]
+    steps: np.ndarray
+
+    @property
+    def always(self) -> bool:
+        """Whether they move in every round."""
+        return bool((self.steps >= 0).all())
+
+
 class Tick(NamedTuple):
-    """What happens up to an exchange of messages.
+    """What happens between two moments at which messages move.
 
     Attributes:
       nodes: the code, in order; pieces are what all ranks run in all rounds.
-      channels: those on which messages move in some round.
-      sends: ``int[rounds]``, the step of the program after which messages move; -1 where none do.
+      exchanges: what moves then, of which at most one in each round. Any that does not in every round is a loop.
     """
 
     nodes: tuple[Piece | Choice, ...]
-    channels: tuple[int, ...]
-    sends: np.ndarray
+    exchanges: tuple[Exchange, ...]
 
 
 class Stretch(NamedTuple):
@@ -121,10 +136,10 @@ def host_reads(stretches: Iterable[Stretch]) -> np.ndarray:
     reads: int | np.ndarray = 0
     for stretch in stretches:
         for tick in stretch.ticks:
-            ranks = next(iter(pieces([Stretch(1, (tick,))]))).steps.shape[1]
+            ranks = pieces([Stretch(1, (tick,))])[0].steps.shape[1]
             reads = reads + inside(tick.nodes, np.ones((stretch.times, ranks), bool))
-            if tick.channels and (tick.sends < 0).any():
-                reads = reads + stretch.times + int((tick.sends >= 0).sum())
+            loops = [exchange.steps >= 0 for exchange in tick.exchanges if not exchange.always]
+            reads = reads + sum(stretch.times + int(moves.sum()) for moves in loops)
     return np.asarray(reads)
 
 
@@ -170,12 +185,13 @@ class _TickTable:
     def stretch(self, shape: _Shape) -> Stretch:
         """The code of a stretch, with the steps that each piece runs."""
         ticks = [self._tick(shape, offset) for offset in range(shape.period)]
-        return Stretch(len(ticks[0].sends), tuple(ticks))
+        return Stretch(len(pieces([Stretch(1, (ticks[0],))])[0].steps), tuple(ticks))
 
     def _tick(self, shape: _Shape, offset: int) -> Tick:
         code, branch = shape.codes[offset], self.program.branch
         columns: list[np.ndarray] = []
-        sends = []
+        sends: list[int] = []
+        moved: list[tuple[int, ...]] = []
         for tick in range(shape.first + offset, shape.stop, shape.period):
             places = self.embed(code, tick)
             rounds = 1 + max((at[-1][0] for at in places if at), default=0)
@@ -185,7 +201,8 @@ class _TickTable:
                 for (number, place), step in zip(at, mine.tolist(), strict=True):
                     steps[number, place, rank] = self.begins[tick] + step
             columns.append(steps)
-            sends += [-1] * (rounds - 1) + [self.begins[tick + 1] - 1 if self.moves[tick] else -1]
+            sends += [-1] * (rounds - 1) + [self.begins[tick + 1] - 1]
+            moved += [()] * (rounds - 1) + [self.moves[tick]]
         steps = np.concatenate(columns)
         masks = [_bits(steps[:, i] >= 0) for i in range(len(code))]
         full = _bits(np.ones_like(steps[:, 0], bool))
@@ -199,8 +216,32 @@ class _TickTable:
                 chosen |= steps[:, i] >= 0
             return Choice(tuple(map(node, part)), chosen)
 
-        channels = sorted({c for tick in range(shape.first + offset, shape.stop, shape.period) for c in self.moves[tick]})
-        return Tick(tuple(map(node, tree)), tuple(channels), np.array(sends))
+        groups = _groups(moved, [1.0] * len(moved))[1]
+        exchanges = [
+            Exchange(channels, np.array([step if each in patterns else -1 for step, each in zip(sends, moved, strict=True)]))
+            for channels, patterns in groups
+        ]
+        return Tick(tuple(map(node, tree)), tuple(exchanges))
+
+
+def _groups(
+    moved: Sequence[tuple[int, ...]], weights: Sequence[float]
+) -> tuple[float, list[tuple[tuple[int, ...], set[tuple[int, ...]]]]]:
+    """(reads, exchanges as (channels, patterns)) for the channels that move in each round, and rounds' weights.
+
+    All that move in some round move in every one, or in every one in which some do, or each pattern has a loop of its
+    own. A permute that carries nothing counts as some reads.
+    """
+    patterns = sorted(set(moved) - {()})
+    union = tuple(sorted({channel for pattern in patterns for channel in pattern}))
+    rounds = float(sum(weights))
+    busy = sum(weight for each, weight in zip(moved, weights, strict=True) if each)
+    idle = sum(weight * (len(union) - len(each)) for each, weight in zip(moved, weights, strict=True) if each)
+    apart = len(patterns) * rounds + busy if len(patterns) > 1 or busy < rounds else 0.0
+    options = [(apart, [(pattern, {pattern}) for pattern in patterns])]
+    if patterns:
+        options.append((_PERMUTE * idle + (rounds + busy) * (busy < rounds), [(union, set(patterns))]))
+    return min(options, key=lambda option: option[0])
 
 
 def _bits(chosen: np.ndarray) -> int:
@@ -264,6 +305,32 @@ def _nest(masks: Sequence[int], full: int, weigh: Any) -> tuple[float, tuple[Any
         return cost + more, (row,)
 
     return items(0, count, full, True)
+
+
+def _rough(masks: Sequence[int], full: int, weigh: Callable[[int], float]) -> float:
+    """The reads of `_nest` with at most one loop round another, which are quick to find."""
+    masks = [mask for i, mask in enumerate(masks) if mask and mask != (masks[i - 1] if i else 0)]
+    least = [0.0]
+    everyone = weigh(full)
+    weights = [weigh(mask) for mask in masks]
+    for stop in range(1, len(masks) + 1):
+        own = masks[stop - 1]
+        best = least[-1] + (0.0 if own == full else everyone + weights[stop - 1])
+        union, each, equal = own, weights[stop - 1], 1
+        for start in range(stop - 2, -1, -1):
+            mask = masks[start]
+            if mask | union != union:
+                union |= mask
+                equal = 0
+            if union == full:
+                break
+            equal += mask == union
+            each += weights[start]
+            whole = weigh(union)
+            inside = (stop - start - equal) * whole + each - equal * whole
+            best = min(best, least[start] + everyone + whole + inside)
+        least.append(best)
+    return least[-1]
 
 
 def _plus(before: float, row: tuple[Any, ...], more: tuple[float, tuple[Any, ...]]) -> tuple[float, tuple[Any, ...]]:
@@ -468,29 +535,26 @@ def _weigh(table: _TickTable, short: _Shortened, shape: _Shape) -> float:
     ranks, reads = table.program.num_ranks, 0.0
     for offset, code in enumerate(shape.codes):
         numbers = range(shape.first + offset, shape.stop, shape.period)
-        masks, heavy, row, sends, moved = [0] * len(code), 0, 0, [], []
-        weight = 1.0
+        masks, heavy, row, weight = [0] * len(code), 0, 0, 1.0
+        moved: list[tuple[int, ...]] = []
+        weights: list[float] = []
         for number in numbers:
-            places = table.embed(code, short.kept[number])
+            tick, own = short.kept[number], float(short.weights[number])
+            places = table.embed(code, tick)
             rounds = 1 + max((at[-1][0] for at in places if at), default=0)
             for rank, at in enumerate(places):
                 for extra, place in at:
                     masks[place] |= 1 << ((row + extra) * ranks + rank)
-            if short.weights[number] != 1:
-                weight = float(short.weights[number])
+            if own != 1:
+                weight = own
                 heavy |= ((1 << rounds * ranks) - 1) << row * ranks
-            moves = table.moves[short.kept[number]]
-            sends += [(short.weights[number], False)] * (rounds - 1) + [(short.weights[number], bool(moves))]
-            moved.append((short.weights[number], len(moves)))
+            moved += [()] * (rounds - 1) + [table.moves[tick]]
+            weights += [own] * rounds
             row += rounds
-        full = (1 << row * ranks) - 1
 
         def weigh(mask: int, heavy: int = heavy, weight: float = weight) -> float:
             return (mask & ~heavy).bit_count() + weight * (mask & heavy).bit_count()
 
-        reads += _nest(masks, full, weigh)[0] / ranks
-        channels = len({c for number in numbers for c in table.moves[short.kept[number]]})
-        reads += _PERMUTE * sum(w * (channels - count) for w, count in moved if count)
-        if channels and not all(moves for _, moves in sends):
-            reads += sum(w * (1 + moves) for w, moves in sends)
+        reads += _rough(masks, (1 << row * ranks) - 1, functools.cache(weigh)) / ranks
+        reads += _groups(moved, weights)[0]
     return reads
