@@ -6,6 +6,7 @@ What is the same on all ranks in all rounds, a slot perhaps, is a constant of th
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -58,17 +59,19 @@ class _Code(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """A choice, with the entry of its trips."""
+    """A choice, with the entry of its trips, and its number among the program's loops."""
 
     nodes: tuple[_Code | _Loop, ...]
     trips: _Entry
+    number: int
 
 
 class _Exchange(NamedTuple):
-    """(channel, slot that leaves, slot that is written) of all messages, and how often they move: once or not."""
+    """(channel, slot that leaves, slot that is written) of all messages, and the loop that they stand in, if any."""
 
     messages: tuple[tuple[int, _Entry, _Entry], ...]
     trips: _Entry
+    number: int | None
 
 
 class _Body(NamedTuple):
@@ -80,22 +83,20 @@ class _Body(NamedTuple):
 
 def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
     """The code of each stretch, and its table."""
-    bodies, number = [], 0
+    bodies, of_pieces, of_loops = [], itertools.count(), itertools.count()
     for stretch in stretches:
         columns = _Columns()
 
         def node(each: Piece | Choice, columns: _Columns = columns) -> _Code | _Loop:
-            nonlocal number
-            if isinstance(each, Choice):
-                inside = tuple(map(node, each.nodes))
-                return _Loop(inside, columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen)))
-            number += 1
-            return _Code(each.branch, _operands(program, each, columns), number - 1)
+            if isinstance(each, Piece):
+                return _Code(each.branch, _operands(program, each, columns), next(of_pieces))
+            number, trips = next(of_loops), columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen))
+            return _Loop(tuple(map(node, each.nodes)), trips, number)
 
-        ticks = tuple(
-            (tuple(map(node, tick.nodes)), tuple(_exchange(program, each, columns) for each in tick.exchanges))
-            for tick in stretch.ticks
-        )
+        def exchange(each: Exchange, columns: _Columns = columns) -> _Exchange:
+            return _exchange(program, each, columns, None if each.always else next(of_loops))
+
+        ticks = tuple((tuple(map(node, t.nodes)), tuple(map(exchange, t.exchanges))) for t in stretch.ticks)
         shape = (stretch.times, program.num_ranks)
         table = np.stack(columns.columns, -1) if columns.columns else np.zeros((*shape, 0), np.int32)
         bodies.append(_Body(ticks, table))
@@ -110,7 +111,7 @@ def _operands(program: Program, piece: Piece, columns: _Columns) -> tuple[tuple[
     return tuple(tuple(columns.entry(rows[..., i, field], where) for field in Field) for i in operations)
 
 
-def _exchange(program: Program, exchange: Exchange, columns: _Columns) -> _Exchange:
+def _exchange(program: Program, exchange: Exchange, columns: _Columns, number: int | None) -> _Exchange:
     moves = np.broadcast_to((exchange.steps >= 0)[:, None], (len(exchange.steps), program.num_ranks))
 
     def message(channel: int) -> tuple[int, _Entry, _Entry]:
@@ -119,7 +120,7 @@ def _exchange(program: Program, exchange: Exchange, columns: _Columns) -> _Excha
         return channel, columns.entry(send, moves), columns.entry(receive, moves)
 
     trips = columns.entry(moves.astype(np.int32), np.ones_like(moves))
-    return _Exchange(tuple(map(message, exchange.channels)), trips)
+    return _Exchange(tuple(map(message, exchange.channels)), trips, number)
 
 
 def run_stretches(
@@ -153,18 +154,20 @@ def run_stretches(
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:
             # The number of the trip is zero, but behind a barrier nothing knows: XLA would take out of the loop what
             # does not change from trip to trip, such as the embedding of a microbatch that is a constant.
-            buffers, inside, zero = lax.optimization_barrier((buffers, row, index))
-            return run_nodes(node.nodes, buffers, inside, zero)
+            with jax.named_scope(f"choice_{node.number}"):
+                buffers, inside, zero = lax.optimization_barrier((buffers, row, index))
+                return run_nodes(node.nodes, buffers, inside, zero)
 
         return lax.fori_loop(0, _value(node.trips, row), trip, buffers)
 
     def exchange(given: _Exchange, in_flight: Any, row: Any) -> Any:
-        def move(in_flight: Any) -> Any:
-            return _move(program, given, axis, in_flight, row)
+        def move(_: Any, in_flight: Any) -> Any:
+            with jax.named_scope(f"choice_{given.number}"):
+                return _move(program, given, axis, in_flight, row)
 
-        if given.trips == 1:
-            return move(in_flight)
-        return lax.fori_loop(0, _value(given.trips, row), lambda _, each: move(each), in_flight)
+        if given.number is None:
+            return _move(program, given, axis, in_flight, row)
+        return lax.fori_loop(0, _value(given.trips, row), move, in_flight)
 
     def run_round(body: _Body, buffers: Buffers, row: Any) -> Buffers:
         for i, (nodes, exchanges) in enumerate(body.ticks):

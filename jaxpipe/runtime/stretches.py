@@ -33,6 +33,9 @@ _CODE = {Op.F: 2, Op.B: 4, Op.I: 2, Op.W: 2, Op.EMBED: 1, Op.HEAD: 2, Op.EMBED_G
 _PERMUTE = 2.5
 """What a permute that carries nothing costs, in reads: 0.1 ms for 33 MB within a node."""
 
+_MOST_LOOKS = 400
+"""How many changes of a stretch's code are tried."""
+
 _KEPT = 24
 """Ticks of a repeated part that the search sees, about."""
 
@@ -123,24 +126,44 @@ def pieces(stretches: Iterable[Stretch]) -> list[Piece]:
     return [piece for stretch in stretches for tick in stretch.ticks for piece in inside(tick.nodes)]
 
 
-def host_reads(stretches: Iterable[Stretch]) -> np.ndarray:
-    """``int[ranks]``: how often a step reads the condition of a loop of no or one trip.
+class Loop(NamedTuple):
+    """A loop of no or one trip, of a choice or an exchange.
 
-    A loop of no trip is read once, one of one trip twice; what is in a loop of no trip is not read.
+    Attributes:
+      reached: ``bool[rounds, ranks]``, where its condition is read.
+      chosen: ``bool[rounds, ranks]``, where it has a trip.
     """
 
-    def inside(nodes: Iterable[Piece | Choice], reached: np.ndarray) -> int | np.ndarray:
-        choices = [node for node in nodes if isinstance(node, Choice)]
-        return sum((reached.astype(int) + c.chosen).sum(0) + inside(c.nodes, c.chosen) for c in choices)
+    reached: np.ndarray
+    chosen: np.ndarray
 
-    reads: int | np.ndarray = 0
+
+def loops(stretches: Iterable[Stretch]) -> list[Loop]:
+    """All loops, in the order of the code; one comes before those within."""
+
+    def inside(nodes: Iterable[Piece | Choice], reached: np.ndarray) -> Iterator[Loop]:
+        for node in nodes:
+            if isinstance(node, Choice):
+                yield Loop(reached, node.chosen)
+                yield from inside(node.nodes, node.chosen)
+
+    found: list[Loop] = []
     for stretch in stretches:
         for tick in stretch.ticks:
-            ranks = pieces([Stretch(1, (tick,))])[0].steps.shape[1]
-            reads = reads + inside(tick.nodes, np.ones((stretch.times, ranks), bool))
-            loops = [exchange.steps >= 0 for exchange in tick.exchanges if not exchange.always]
-            reads = reads + sum(stretch.times + int(moves.sum()) for moves in loops)
-    return np.asarray(reads)
+            every = np.ones_like(pieces([Stretch(1, (tick,))])[0].steps, bool)
+            found += inside(tick.nodes, every)
+            found += [Loop(every, every & (e.steps >= 0)[:, None]) for e in tick.exchanges if not e.always]
+    return found
+
+
+def host_reads(stretches: Iterable[Stretch]) -> np.ndarray:
+    """``int[ranks]``: how often a rank reads the condition of a loop of no or one trip: with no trip once, else twice.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> host_reads(make_stretches(lower(build("1f1b", 2, 8)))).tolist()
+    """
+    return sum((loop.reached.sum(0) + loop.chosen.sum(0) for loop in loops(stretches)), np.int64(0))
 
 
 def size_of_code(program: Program, branches: Iterable[int]) -> int:
@@ -487,10 +510,55 @@ def _choose(table: _TickTable) -> list[_Shape]:
         shapes.insert(0, shape)
         stop = shape.first
 
+    shapes = _improve(table, short, shapes, limit)
+
     def long(tick: int) -> int:
         return tick + short.cut * (tick > short.middle or tick == short.middle == total)
 
     return [shape._replace(first=long(shape.first), stop=long(shape.stop)) for shape in shapes]
+
+
+def _improve(table: _TickTable, short: _Shortened, shapes: list[_Shape], limit: int) -> list[_Shape]:
+    """The stretches with pieces moved, added and left out one at a time, as long as that saves reads."""
+
+    def size(code: Iterable[int]) -> int:
+        return size_of_code(table.program, code)
+
+    free = limit - sum(size(code) for shape in shapes for code in shape.codes)
+    costs = [_weigh(table, short, shape) for shape in shapes]
+    for i in sorted(range(len(shapes)), key=lambda i: -costs[i]):
+        if shapes[i].period > 1:
+            continue
+        looked, better = 0, True
+        while better:
+            better = False
+            (code,) = shapes[i].codes
+            for changed in _changes(code):
+                more = size(changed) - size(code)
+                if more > free or looked > _MOST_LOOKS:
+                    continue
+                looked += 1
+                shape = shapes[i]._replace(codes=(changed,))
+                cost = _weigh(table, short, shape)
+                if cost < costs[i] - 1e-9:
+                    shapes[i], costs[i], free, better = shape, cost, free - more, True
+                    break
+    return shapes
+
+
+def _changes(code: tuple[int, ...]) -> Iterator[tuple[int, ...]]:
+    """The code with one piece elsewhere, one less of those that stand twice, or one more."""
+    count = len(code)
+    for i, branch in enumerate(code):
+        rest = (*code[:i], *code[i + 1 :])
+        if branch in rest:
+            yield rest
+        for j in range(count):
+            if j != i:
+                yield (*rest[:j], branch, *rest[j:])
+    for branch in dict.fromkeys(code):
+        for j in range(count + 1):
+            yield (*code[:j], branch, *code[j:])
 
 
 def _begins(short: _Shortened) -> list[int]:
@@ -506,9 +574,6 @@ def _begins(short: _Shortened) -> list[int]:
 def _candidates(table: _TickTable, short: _Shortened, first: int, stop: int) -> Iterator[_Shape]:
     """Stretches of the kept ticks from one to another."""
     ticks, spans = short.kept[first:stop], short.cut and first < short.middle < stop
-    if len(ticks) == 1:
-        yield _Shape(first, stop, 1, (table.names[ticks[0]],))
-        return
     for code in _codes(table, ticks, short.weights[first:stop]):
         yield _Shape(first, stop, 1, (code,))
     for period in range(2, min(MOST_TICKS, len(ticks) // 2) + 1):
