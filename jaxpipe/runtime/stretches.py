@@ -24,7 +24,7 @@ from jaxpipe.runtime.program import Op, Program
 MOST_CODE = 2.0
 """Code of all stretches in units of each branch's once, unless no division into stretches has so little."""
 
-MOST_TICKS = 6
+MOST_TICKS = 4
 """The longest round of a stretch, in ticks."""
 
 _CODE = {Op.F: 2, Op.B: 4, Op.I: 2, Op.W: 2, Op.EMBED: 1, Op.HEAD: 2, Op.EMBED_GRAD: 1}
@@ -33,11 +33,14 @@ _CODE = {Op.F: 2, Op.B: 4, Op.I: 2, Op.W: 2, Op.EMBED: 1, Op.HEAD: 2, Op.EMBED_G
 _PERMUTE = 2.5
 """What a permute that carries nothing costs, in reads: 0.1 ms for 33 MB within a node."""
 
-_MOST_LOOKS = 400
+_MOST_LOOKS = 200
 """How many changes of a stretch's code are tried."""
 
-_KEPT = 24
+_KEPT = 12
 """Ticks of a repeated part that the search sees, about."""
+
+_LONGEST = 60
+"""The longest period of a repeated part, in ticks."""
 
 
 class Piece(NamedTuple):
@@ -184,6 +187,13 @@ _Sequences = tuple[tuple[int, ...], ...]
 """The branches that each rank runs in a tick."""
 
 
+class _Embedded(NamedTuple):
+    """How a tick runs in some code: in how many rounds, and (place, (round, rank) as bits) of what is run."""
+
+    rounds: int
+    places: tuple[tuple[int, int], ...]
+
+
 class _TickTable:
     """The ticks of a program."""
 
@@ -196,6 +206,9 @@ class _TickTable:
         self.names = [_align(each, self.together) for each in self.sequences]
         last = np.asarray(self.begins[1:], np.int64) - 1
         self.moves = [tuple(np.flatnonzero(row).tolist()) for row in program.communicate[last]]
+        numbers: dict[_Sequences, int] = {}
+        self.kinds = [numbers.setdefault(each, len(numbers)) for each in self.sequences]  # alike but for what moves
+        self.known: dict[tuple[tuple[int, ...], int], _Embedded] = {}
 
     def _sequences(self, tick: int) -> _Sequences:
         rows = self.program.branch[self.begins[tick] : self.begins[tick + 1]]
@@ -204,6 +217,18 @@ class _TickTable:
     def embed(self, code: tuple[int, ...], tick: int) -> tuple[tuple[tuple[int, int], ...], ...]:
         """For each rank (round, place) of each of its branches in the code; see `_embed`."""
         return _embed(code, self.sequences[tick], self.together)
+
+    def embedded(self, code: tuple[int, ...], tick: int) -> _Embedded:
+        """The same as bits."""
+        key = code, self.kinds[tick]
+        if key not in self.known:
+            bits: dict[int, int] = {}
+            for rank, at in enumerate(self.embed(code, tick)):
+                for number, place in at:
+                    bits[place] = bits.get(place, 0) | 1 << (number * self.program.num_ranks + rank)
+            rounds = max((mask.bit_length() - 1) // self.program.num_ranks for mask in bits.values()) + 1 if bits else 1
+            self.known[key] = _Embedded(rounds, tuple(bits.items()))
+        return self.known[key]
 
     def stretch(self, shape: _Shape) -> Stretch:
         """The code of a stretch, with the steps that each piece runs."""
@@ -461,14 +486,14 @@ class _Shortened(NamedTuple):
 def _shorten(kinds: np.ndarray) -> _Shortened:
     total = len(kinds)
     length, first, period = 0, 0, 1
-    for candidate in range(1, min(MOST_TICKS, total // 2) + 1):
+    for candidate in range(1, min(_LONGEST, total // 2) + 1):
         others = np.flatnonzero(kinds[:-candidate] != kinds[candidate:])
         breaks = np.array([-1, *others, total - candidate])
         widest = int(np.diff(breaks).argmax())
         found = int(breaks[widest + 1] - breaks[widest]) - 1 + candidate
         if found >= 2 * candidate and found > length + candidate:
             length, first, period = found, int(breaks[widest]) + 1, candidate
-    unit = int(np.lcm.reduce(np.arange(1, MOST_TICKS + 1)))
+    unit = 2 * period
     cut = max(0, (length - max(_KEPT, 2 * period)) // unit * unit)
     middle = first + (length - cut) // 2 // period * period
     kept = [*range(middle), *range(middle + cut, total)]
@@ -483,7 +508,7 @@ def _choose(table: _TickTable) -> list[_Shape]:
     A part of the program that repeats itself is seen shortened, each of its ticks counted for several.
     """
     numbers: dict[Any, int] = {}
-    kinds = [numbers.setdefault(key, len(numbers)) for key in zip(table.sequences, table.moves, strict=True)]
+    kinds = [numbers.setdefault(key, len(numbers)) for key in zip(table.kinds, table.moves, strict=True)]
     short = _shorten(np.array(kinds))
     total = len(short.kept)
     limit = int(MOST_CODE * size_of_code(table.program, range(len(table.program.branches))))
@@ -605,11 +630,9 @@ def _weigh(table: _TickTable, short: _Shortened, shape: _Shape) -> float:
         weights: list[float] = []
         for number in numbers:
             tick, own = short.kept[number], float(short.weights[number])
-            places = table.embed(code, tick)
-            rounds = 1 + max((at[-1][0] for at in places if at), default=0)
-            for rank, at in enumerate(places):
-                for extra, place in at:
-                    masks[place] |= 1 << ((row + extra) * ranks + rank)
+            rounds, places = table.embedded(code, tick)
+            for place, bits in places:
+                masks[place] |= bits << row * ranks
             if own != 1:
                 weight = own
                 heavy |= ((1 << rounds * ranks) - 1) << row * ranks
