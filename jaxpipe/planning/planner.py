@@ -16,6 +16,7 @@ from jaxpipe import inputs
 from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
 from jaxpipe.params import Params
+from jaxpipe.runtime.options import STEPWISE
 from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
