@@ -148,7 +148,7 @@ def run_stretches(
         ]
         scope = f"branch_{node.branch}{'/together' * program.together(branch)}"
         with jax.named_scope(scope), jax.named_scope(f"piece_{node.number}"):
-            return run_branch(branch, operation)(buffers, operands)
+            return run_branch(branch, operation, in_order=True)(buffers, operands)
 
     def run_loop(node: _Loop, buffers: Buffers, row: Any, zero: Any) -> Buffers:
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:
