@@ -16,7 +16,6 @@ from jaxpipe import inputs
 from jaxpipe._jax import Jaxpr
 from jaxpipe.api import Pipeline
 from jaxpipe.params import Params
-from jaxpipe.runtime.options import STEPWISE
 from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
@@ -24,6 +23,7 @@ from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import Works, works
+from jaxpipe.runtime.options import STEPWISE
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask

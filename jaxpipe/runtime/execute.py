@@ -89,8 +89,8 @@ def train(
     )
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
-        # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies. Each
-        # leaf is behind its own, so that a step may begin before all copies have arrived.
+        # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
+        # Each leaf is behind its own, so that a step may begin before all copies have arrived.
         prepared = tuple(splits[kind].prepare((local.chunks[chunk], step_inputs)) for chunk, kind in program.parts)
         prepared = jax.tree.map(lax.optimization_barrier, prepared)
     step = TrainStep(

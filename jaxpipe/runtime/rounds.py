@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
@@ -137,7 +136,7 @@ def run_stretches(
         for i, node in enumerate(nodes):
             if i:  # so that all slots are read before another piece writes, and no pool is copied
                 buffers = lax.optimization_barrier(buffers)
-            buffers = (run_piece if isinstance(node, _Code) else run_loop)(node, buffers, row, zero)
+            buffers = run_piece(node, buffers, row, zero) if isinstance(node, _Code) else run_loop(node, buffers, row)
         return buffers
 
     def run_piece(node: _Code, buffers: Buffers, row: Any, zero: Any) -> Buffers:
@@ -150,7 +149,7 @@ def run_stretches(
         with jax.named_scope(scope), jax.named_scope(f"piece_{node.number}"):
             return run_branch(branch, operation, in_order=True)(buffers, operands)
 
-    def run_loop(node: _Loop, buffers: Buffers, row: Any, zero: Any) -> Buffers:
+    def run_loop(node: _Loop, buffers: Buffers, row: Any) -> Buffers:
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:
             # The number of the trip is zero, but behind a barrier nothing knows: XLA would take out of the loop what
             # does not change from trip to trip, such as the embedding of a microbatch that is a constant.

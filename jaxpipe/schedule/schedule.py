@@ -77,8 +77,8 @@ class Schedule:
         """``[num_ranks][chunks]``: the stages that each rank works on, in the order of stages.
 
         The position in a rank's tuple is the stage's local chunk index. DualPipeV's rank r has
-        ``(r, 2 * num_ranks - 1 - r)``. DualPipe's rank r and the rank that mirrors it have the same two stages in the same
-        order, of which either owns one: so that what both do at a time is the same code.
+        ``(r, 2 * num_ranks - 1 - r)``. DualPipe's rank r and the rank that mirrors it have the same two stages in the
+        same order, of which either owns one: so that what both do at a time is the same code.
         """
         return tuple(tuple(stage for stage, _ in held) for held in self._held)
 

@@ -145,7 +145,8 @@ def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
-    >>> loop_trips(lower(build("dualpipev", 2, 8), Costs()))[-1]
+    >>> loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1)[-1]
+    ('choice_0/', 0.0)
     """
     found = loops(make_stretches(program))
     means = [float(loop.chosen[:, rank].sum() / max(loop.reached[:, rank].sum(), 1)) for loop in found]

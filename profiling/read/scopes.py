@@ -89,7 +89,8 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     if action is None and "jvp(" in scope:
         action = "B" if "transpose(" in scope else "F"
     phase = f"{part}({action})" if part and action else action or part or "other"
-    return Place(phase, *map(indices.get, (_LAYER, _MICROBATCH, _BRANCH)), steps, indices.get(_PIECE))
+    layer, microbatch, branch, piece = map(indices.get, (_LAYER, _MICROBATCH, _BRANCH, _PIECE))
+    return Place(phase, layer, microbatch, branch, steps, piece)
 
 
 def action_of(phase: str) -> str:

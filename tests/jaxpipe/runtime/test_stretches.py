@@ -1,4 +1,4 @@
-"""The code that several ranks share does exactly what the program says, with few loops whose conditions a host reads."""
+"""The code that several ranks share does what the program says, with few loops whose conditions a host reads."""
 
 import numpy as np
 import pytest
