@@ -21,7 +21,7 @@ import numpy as np
 
 from jaxpipe.runtime.program import Op, Program
 
-MOST_CODE = 2.0
+MOST_CODE = 1.75
 """Code of all stretches in units of each branch's once, unless no division into stretches has so little."""
 
 MOST_TICKS = 4
@@ -33,7 +33,7 @@ _CODE = {Op.F: 2, Op.B: 4, Op.I: 2, Op.W: 2, Op.EMBED: 1, Op.HEAD: 2, Op.EMBED_G
 _PERMUTE = 2.5
 """What a permute that carries nothing costs, in reads: 0.1 ms for 33 MB within a node."""
 
-_MOST_LOOKS = 200
+_MOST_LOOKS = 120
 """How many changes of a stretch's code are tried."""
 
 _KEPT = 12
