@@ -79,7 +79,7 @@ def _with_pair(moves: list[Move], row: int, pair: tuple[int, int]) -> list[Move]
     return [*moves, Move(row, (pair,))]
 
 
-class Transfer(NamedTuple):
+class JointMove(NamedTuple):
     """Moves that one ppermute makes: a link carries both of its directions at once.
 
     Attributes:
@@ -101,7 +101,7 @@ class Transfer(NamedTuple):
         return self.row == move.row and all(set(side).isdisjoint(other) for side, other in sides)
 
 
-def plan_transfers(chunks: Sequence[Sequence[Move]]) -> tuple[Transfer, ...]:
+def plan_transfers(chunks: Sequence[Sequence[Move]]) -> tuple[JointMove, ...]:
     """The moves that do not stay, together where they can be.
 
     >>> from jaxpipe.schedule import build
@@ -109,11 +109,11 @@ def plan_transfers(chunks: Sequence[Sequence[Move]]) -> tuple[Transfer, ...]:
     >>> transfer.pairs
     ((0, 1), (1, 0))
     """
-    transfers: list[Transfer] = []
+    transfers: list[JointMove] = []
     for chunk, move in ((chunk, move) for chunk, moves in enumerate(chunks) for move in moves if not move.stays):
         i = next((i for i, transfer in enumerate(transfers) if transfer.fits(move)), len(transfers))
         known = transfers[i].moves if i < len(transfers) else ()
-        transfers[i : i + 1] = [Transfer(move.row, (*known, (chunk, move)))]
+        transfers[i : i + 1] = [JointMove(move.row, (*known, (chunk, move)))]
     return tuple(transfers)
 
 

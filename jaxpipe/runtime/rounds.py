@@ -17,7 +17,7 @@ from jax import lax
 from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
-from jaxpipe.runtime.stretches import Choice, Exchange, Piece, Stretch
+from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
 
 
 class _Column(NamedTuple):
@@ -58,7 +58,7 @@ class _Code(NamedTuple):
 
 
 class _Loop(NamedTuple):
-    """A choice, with the entry of its trips, and its number among the program's loops."""
+    """A guarded code, with the entry of its trips, and its number among the program's loops."""
 
     nodes: tuple[_Code | _Loop, ...]
     trips: _Entry
@@ -86,13 +86,13 @@ def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
     for stretch in stretches:
         columns = _Columns()
 
-        def node(each: Piece | Choice, columns: _Columns = columns) -> _Code | _Loop:
+        def node(each: Piece | Guarded, columns: _Columns = columns) -> _Code | _Loop:
             if isinstance(each, Piece):
                 return _Code(each.branch, _operands(program, each, columns), next(of_pieces))
             number, trips = next(of_loops), columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen))
             return _Loop(tuple(map(node, each.nodes)), trips, number)
 
-        def exchange(each: Exchange, columns: _Columns = columns) -> _Exchange:
+        def exchange(each: Sending, columns: _Columns = columns) -> _Exchange:
             return _exchange(program, each, columns, None if each.always else next(of_loops))
 
         ticks = tuple((tuple(map(node, t.nodes)), tuple(map(exchange, t.exchanges))) for t in stretch.ticks)
@@ -110,7 +110,7 @@ def _operands(program: Program, piece: Piece, columns: _Columns) -> tuple[tuple[
     return tuple(tuple(columns.entry(rows[..., i, field], where) for field in Field) for i in operations)
 
 
-def _exchange(program: Program, exchange: Exchange, columns: _Columns, number: int | None) -> _Exchange:
+def _exchange(program: Program, exchange: Sending, columns: _Columns, number: int | None) -> _Exchange:
     moves = np.broadcast_to((exchange.steps >= 0)[:, None], (len(exchange.steps), program.num_ranks))
 
     def message(channel: int) -> tuple[int, _Entry, _Entry]:

@@ -55,7 +55,7 @@ class Piece(NamedTuple):
     steps: np.ndarray
 
 
-class Choice(NamedTuple):
+class Guarded(NamedTuple):
     """Code that some ranks run in some rounds: a loop of no or one trip.
 
     Attributes:
@@ -63,11 +63,11 @@ class Choice(NamedTuple):
       chosen: ``bool[rounds, ranks]``, which run it.
     """
 
-    nodes: tuple[Piece | Choice, ...]
+    nodes: tuple[Piece | Guarded, ...]
     chosen: np.ndarray
 
 
-class Exchange(NamedTuple):
+class Sending(NamedTuple):
     """Messages on some channels at once.
 
     Attributes:
@@ -92,8 +92,8 @@ class Tick(NamedTuple):
       exchanges: what moves then, of which at most one in each round. Any that does not in every round is a loop.
     """
 
-    nodes: tuple[Piece | Choice, ...]
-    exchanges: tuple[Exchange, ...]
+    nodes: tuple[Piece | Guarded, ...]
+    exchanges: tuple[Sending, ...]
 
 
 class Stretch(NamedTuple):
@@ -119,7 +119,7 @@ def make_stretches(program: Program) -> tuple[Stretch, ...]:
 def pieces(stretches: Iterable[Stretch]) -> list[Piece]:
     """All pieces of code, in the order of the code."""
 
-    def inside(nodes: Iterable[Piece | Choice]) -> Iterator[Piece]:
+    def inside(nodes: Iterable[Piece | Guarded]) -> Iterator[Piece]:
         for node in nodes:
             if isinstance(node, Piece):
                 yield node
@@ -144,9 +144,9 @@ class Loop(NamedTuple):
 def loops(stretches: Iterable[Stretch]) -> list[Loop]:
     """All loops, in the order of the code; one comes before those within."""
 
-    def inside(nodes: Iterable[Piece | Choice], reached: np.ndarray) -> Iterator[Loop]:
+    def inside(nodes: Iterable[Piece | Guarded], reached: np.ndarray) -> Iterator[Loop]:
         for node in nodes:
-            if isinstance(node, Choice):
+            if isinstance(node, Guarded):
                 yield Loop(reached, node.chosen)
                 yield from inside(node.nodes, node.chosen)
 
@@ -257,17 +257,17 @@ class _TickTable:
         full = _bits(np.ones_like(steps[:, 0], bool))
         _, tree = _nest(masks, full, int.bit_count)
 
-        def node(part: Any) -> Piece | Choice:
+        def node(part: Any) -> Piece | Guarded:
             if isinstance(part, int):
                 return Piece(code[part], steps[:, part])
             chosen = np.zeros_like(steps[:, 0], bool)
             for i in _leaves(part):
                 chosen |= steps[:, i] >= 0
-            return Choice(tuple(map(node, part)), chosen)
+            return Guarded(tuple(map(node, part)), chosen)
 
         groups = _groups(moved, [1.0] * len(moved))[1]
         exchanges = [
-            Exchange(
+            Sending(
                 channels, np.array([step if each in patterns else -1 for step, each in zip(sends, moved, strict=True)])
             )
             for channels, patterns in groups
