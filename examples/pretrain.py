@@ -5,6 +5,8 @@
     python examples/pretrain.py --out runs/books                 # again, after an interruption: continues
     python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,ep=64
     python examples/pretrain.py export runs/books --to books.safetensors
+    python examples/pretrain.py eval --run runs/books
+    python examples/pretrain.py generate --run runs/books --prompt 'def main('
 
 Ends with 0 when all went well, also after SIGTERM, which saves; with 2 when what was asked for is not possible; with 1
 when the run failed: start it again, and it continues from its last checkpoint.
@@ -117,6 +119,27 @@ def export(arguments: list[str]) -> int:
     return 0
 
 
+def use(command: str, arguments: list[str]) -> int:
+    """Evaluates a model, or has it continue prompts; returns the exit code."""
+    from pretraining import serving  # noqa: PLC0415
+
+    parser, run = {
+        "eval": (serving.eval_parser, serving.evaluate),
+        "generate": (serving.generate_parser, serving.generate),
+    }[command]
+    args = parser().parse_args(arguments)
+    if args.devices > 1 and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        fake = f"{os.environ.get('XLA_FLAGS', '')} --xla_force_host_platform_device_count={args.devices}"
+        os.environ["XLA_FLAGS"] = fake
+    try:
+        run(args)
+    except (ValueError, MissingPackage) as error:
+        return fail(2, str(error))
+    except OSError as error:
+        return fail(1, str(error))
+    return 0
+
+
 def fail(code: int, message: str) -> int:
     """Says what went wrong; returns the exit code."""
     print(f"pretrain.py: {message}", file=sys.stderr, flush=True)
@@ -126,6 +149,8 @@ def fail(code: int, message: str) -> int:
 def main(arguments: list[str]) -> int:
     """Runs a subcommand; returns the exit code."""
     command, rest = flags.split_command(arguments)
+    if command in ("eval", "generate"):
+        return use(command, rest)
     return {"train": train, "plan": plan, "export": export}[command](rest)
 
 

@@ -16,6 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels.gated import GateGradients, gated, gradients
+from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.permute import launch
 from eplb_jax.kernels.scaled import BLOCK, E4M3, ScaledRows
 from eplb_jax.kernels.scaled_tiles import (
@@ -43,6 +44,7 @@ BACKWARD = TilePlan(2, 1)
 _store = functools.partial(plgpu.copy_smem_to_gmem, commit_group=False)
 
 
+@traced_once("cores", "power_of_two", "plan")
 def gate(
     hidden: Float[Array, "R FF"],
     weight: Float[Array, " R"],
@@ -121,6 +123,7 @@ def gate(
     return ScaledRows(*found[:2]), ScaledRows(*found[2:])
 
 
+@traced_once("cores", "power_of_two", "plan")
 def gate_backward(
     numbers: Float[Array, "R FF"],
     scales: Float[Array, "FF_blocks R"],

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.kernels.once import traced_once
+
 DTYPES = ("bfloat16", "float16", "float32")
 LINES = 256, 128
 """Elements that the copy engine takes from one row of an array: 256 at most."""
@@ -99,6 +101,7 @@ class Share:
         return array.at[row, pl.ds(part * self.lines, self.lines)]
 
 
+@traced_once("cores", "plan")
 def copy_rows(
     x: Float[Array, "N D"], source: Int[Array, " R"], rows: Int[Array, "N k"], cores: int, plan: Ring = COPIES
 ) -> Float[Array, "R D"]:
@@ -201,6 +204,7 @@ def _clear_rows(share: Share, source_of: Any, tokens: int, total: int, out_ref: 
     plgpu.wait_smem_to_gmem(0)
 
 
+@traced_once("cores", "plan")
 def add_rows(rows: Float[Array, "R D"], index: Int[Array, "N k"], cores: int, plan: Ring = SUMS) -> Float[Array, "N D"]:
     """`eplb_jax.moe.permute.unpermute`: loads a part of all rows of a token, adds them in float32, stores the sum.
 

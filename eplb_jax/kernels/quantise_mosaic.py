@@ -14,6 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.permute import launch
 from eplb_jax.kernels.scaled import BLOCK, E4M3, ScaledMatrices, ScaledRows, largest_of, scale_of
 from eplb_jax.kernels.scaled_tiles import (
@@ -52,6 +53,7 @@ def why_not(x: Any) -> str | None:
     return None if x.size else f"its shape is {x.shape}"
 
 
+@traced_once("cores", "power_of_two", "plan")
 def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, plan: TilePlan = ROWS) -> ScaledRows:
     """`eplb_jax.kernels.quantise.quantise_rows`: each warpgroup has 64 rows of a column of tiles for itself.
 
@@ -108,6 +110,7 @@ def quantise_rows(x: Float[Array, "R K"], *, cores: int, power_of_two: bool, pla
     return ScaledRows(*launch(body, "quantise_rows", cores, warpgroups, out, x))
 
 
+@traced_once("cores", "power_of_two", "plan")
 def quantise(
     x: Float[Array, "R K"],
     valid: Int[Array, " blocks"] | None = None,
@@ -175,6 +178,7 @@ def quantise(
     return ScaledRows(*found[:2]), ScaledRows(*found[2:])
 
 
+@traced_once("cores", "power_of_two", "plan")
 def columns_of(
     numbers: Float[Array, "R K"],
     scales: Float[Array, "K_blocks R"],
@@ -240,6 +244,7 @@ def columns_of(
     return ScaledRows(*launch(body, "columns_of", cores, HALVES * plan.pairs, out, *operands))
 
 
+@traced_once("cores", "power_of_two", "plan")
 def quantise_weights(
     w: Float[Array, "G K N"], *, cores: int, power_of_two: bool, plan: TilePlan = MATRICES
 ) -> tuple[ScaledMatrices, ScaledMatrices]:

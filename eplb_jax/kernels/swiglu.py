@@ -16,6 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.permute import DTYPES, LINES, Ring, Share, divide, launch, turns
 
 GATED = Ring(24 * 1024, 4, 2, 1)
@@ -38,6 +39,7 @@ def why_not(hidden: Any) -> str | None:
     return None if hidden.size else f"its shape is {hidden.shape}"
 
 
+@traced_once("cores", "plan")
 def gated_backward(
     hidden: Float[Array, "R FF"],
     weight: Float[Array, " R"],

@@ -30,7 +30,8 @@ class RouterConfig:
       num_experts: logical experts.
       top_k: experts of each token.
       num_groups: equal groups of experts, in order; 1 is no grouping.
-      top_groups: groups that a token's experts may be of, those whose two best experts have the highest sum.
+      top_groups: groups that a token's experts may be of, those whose best experts have the highest sum.
+      group_best: how many of a group's experts that sum is of; DeepSeek-V2's groups count by their best one.
       scoring: "sigmoid", or "softmax" over all experts.
       normalise: whether a token's weights are divided by their sum.
       scale: what weights are multiplied by.
@@ -49,6 +50,7 @@ class RouterConfig:
     normalise: bool = True
     scale: float = 2.5
     balanced: bool = False
+    group_best: int = 2
 
     def __post_init__(self) -> None:
         """Checks the sizes."""
@@ -65,6 +67,8 @@ class RouterConfig:
                 f"top_k={self.top_k}: a token chooses among the {allowed} experts of {self.top_groups} groups, "
                 f"so take 1 to {allowed}, or more groups"
             )
+        if self.group_best < 1:
+            raise ValueError(f"group_best={self.group_best}: a group counts by at least one of its experts")
         if self.scoring not in ("sigmoid", "softmax"):
             raise ValueError(f"scoring={self.scoring!r}: it must be 'sigmoid' or 'softmax'")
 
@@ -335,7 +339,7 @@ def _keep_best_groups(choice: jax.Array, config: RouterConfig) -> jax.Array:
     """Scores [T, E], -inf outside each token's best groups."""
     tokens, experts = choice.shape
     groups = choice.reshape(tokens, config.num_groups, -1)
-    best_two = jax.lax.top_k(groups, min(2, groups.shape[-1]))[0].sum(-1)
-    chosen = jax.lax.top_k(best_two, config.top_groups)[1]
+    best = jax.lax.top_k(groups, min(config.group_best, groups.shape[-1]))[0].sum(-1)
+    chosen = jax.lax.top_k(best, config.top_groups)[1]
     kept = (chosen[..., None] == jnp.arange(config.num_groups, dtype=chosen.dtype)).any(1)
     return jnp.where(kept[..., None], groups, -jnp.inf).reshape(tokens, experts)

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
 
 AXES = ("pp", "ep", "dp")
-COMMANDS = ("train", "plan", "export")
+COMMANDS = ("train", "plan", "export", "eval", "generate")
 
 
 def parse_mesh(text: str) -> dict[str, int]:
@@ -92,9 +92,11 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
     model.add_argument("--seed", type=int, default=0)
 
     plan = parser.add_argument_group("pipeline")
-    plan.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows")
+    plan.add_argument("--schedule", default="dualpipev", help="a name that jaxpipe.schedule.build knows; auto: "
+                      "the fastest that fits, by times measured on the devices, which the run keeps")  # fmt: skip
     plan.add_argument("--mesh", type=parse_mesh, default="pp=4,ep=2", help="sizes of pp, ep (experts) and dp (data)")
-    plan.add_argument("--microbatches", type=int, help="default: twice the pipeline ranks")
+    plan.add_argument("--microbatches", type=int, help="default: twice the pipeline ranks; with --schedule auto "
+                      "as many sequences as that, in any number of microbatches")  # fmt: skip
     plan.add_argument("--microbatch-size", type=int, default=4, help="sequences of a microbatch, over all data shards")
     plan.add_argument("--rebalance-every", type=int, default=10, help="steps between placements of experts; 0: never")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import pathlib
 import time
 from collections.abc import Callable
@@ -20,7 +21,7 @@ import jaxpipe
 from eplb_jax import Placement, balancedness
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.planning.chips import chip_of
-from pretraining import data, flags, hosts, loop, trainer
+from pretraining import auto, data, flags, hosts, loop, trainer
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -76,33 +77,44 @@ def set_up(args: argparse.Namespace) -> Setup:
     """
     config = flags.sized_config(args, args.mesh.get("ep", 1))
     ranks = args.mesh["pp"]
-    schedule = jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)
+    build = lambda: jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)  # noqa: E731
+    schedule = None if args.schedule == auto.AUTO else build()
     mesh = jaxpipe.make_mesh(**args.mesh)
     if jax.process_count() > 1 and mesh.size != jax.device_count():
         raise ValueError(
             f"--mesh {dict(mesh.shape)} has {mesh.size} devices, the {jax.process_count()} processes have "
             f"{jax.device_count()}: all must be used"
         )
-    model = build_model(
+    make_model = functools.partial(
+        build_model,
         config,
-        schedule,
-        args.seed,
+        seed=args.seed,
         axis="ep" if "ep" in mesh.shape else None,
         dtype=jnp.dtype(args.dtype),
         abstract=True,
     )
+    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    train_config = trainer.TrainConfig(args.steps, args.learning_rate, args.warmup)
+    axes = tuple(name for name in mesh.axis_names if name != "pp")
+    sharding = NamedSharding(mesh, P(axes))
+    if schedule is None:
+        args.out = _out(args)
+
+        def first(sequences: int) -> Any:
+            return data.global_batch(corpus.train, args.seed, 0, sequences, config.sequence, sharding)
+
+        auto.settle(args, mesh, make_model, train_config, first)
+        schedule = build()
+    model = make_model(schedule)
     shards = mesh.size // ranks
     if args.microbatch_size % shards:
         raise ValueError(
             f"--microbatch-size {args.microbatch_size} does not divide over the {shards} devices of a rank: take a "
             f"multiple of {shards}"
         )
-    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
     batch = schedule.num_microbatches * args.microbatch_size
     # Fails now, rather than after compilation, if sequences or tokens do not fit.
     data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
-    train_config = trainer.TrainConfig(args.steps, args.learning_rate, args.warmup)
-    axes = tuple(name for name in mesh.axis_names if name != "pp")
     return Setup(
         config,
         schedule,
@@ -113,7 +125,7 @@ def set_up(args: argparse.Namespace) -> Setup:
         trainer.make_optimizer(train_config, model),
         corpus,
         batch,
-        NamedSharding(mesh, P(axes)),
+        sharding,
     )
 
 

@@ -77,7 +77,7 @@ class DenseBlock(nnx.Module):
         self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
     ) -> None:
         self.config, branches = config, 2 * config.layers
-        self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention_norm, self.mlp_norm = (RMSNorm(config.width, config.norm_eps) for _ in range(2))
         self.attention = MLA(config, rngs, core, branches=branches)
         sizes = config.width, config.dense_hidden
         self.mlp = SwiGLU(*sizes, rngs, branches=branches, axis=axis, precision=config.precision)
@@ -113,7 +113,7 @@ class MoEBlock(nnx.Module):
         self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
     ) -> None:
         self.config = config
-        self.attention_norm, self.mlp_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.attention_norm, self.mlp_norm = (RMSNorm(config.width, config.norm_eps) for _ in range(2))
         self.attention = MLA(config, rngs, core, branches=2 * config.layers)
         placement = first_placement(config.experts, config.redundant) if config.redundant else None
         moe = dataclasses.replace(config.moe, masters=config.moe.masters or config.experts)

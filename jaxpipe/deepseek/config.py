@@ -11,6 +11,7 @@ from typing import Self
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
 from jaxpipe.deepseek.linear import PRECISIONS
+from jaxpipe.deepseek.rope import PLAIN, Rope
 
 REMATS = ("none", "attention", "layer")
 DENSE, MOE, MTP = "dense", "moe", "mtp"
@@ -29,9 +30,11 @@ class LayerConfig:
       content, rotary, value: widths of a head's query and key without and with positions, and of its value.
       precision: of the layer's Linears but for the experts', which ``moe`` has: "bf16" for the dtype of the
         activations, or "fp8"; see `jaxpipe.deepseek.linear`. `in_precision` sets both.
+      rope: how queries and keys rotate with their positions.
+      norm_eps: what norms add to the mean square.
 
     Raises:
-      ValueError: sizes below 1, an odd rotary width, an unknown precision.
+      ValueError: sizes below 1, an odd rotary width, an unknown precision, a ``norm_eps`` that is not positive.
     """
 
     moe: MoEConfig
@@ -42,6 +45,8 @@ class LayerConfig:
     rotary: int
     value: int
     precision: str = "bf16"
+    rope: Rope = PLAIN
+    norm_eps: float = 1e-6
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a traced function."""
@@ -52,6 +57,8 @@ class LayerConfig:
             raise ValueError(f"query_rank={self.query_rank}: at least 1, or None for a query of full rank")
         if self.precision not in PRECISIONS:
             raise ValueError(f"precision={self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
+        if not 0 < self.norm_eps < math.inf:
+            raise ValueError(f"norm_eps={self.norm_eps}: a small positive number, such as 1e-6")
 
     def in_precision(self, precision: str) -> Self:
         """The same sizes with all Linears, those of experts too, in a precision: "bf16" or "fp8".
@@ -106,6 +113,15 @@ class LayerConfig:
         norms = self.attention_parameters - self.attention_matrices + 2 * self.width
         return self.layer_matrices(experts) + norms + self.experts
 
+    @property
+    def score_scale(self) -> float:
+        """What products of queries and keys are multiplied by.
+
+        >>> round(MODELS["dsv3-671b"].score_scale, 4)
+        0.0722
+        """
+        return (self.content + self.rotary) ** -0.5 * self.rope.score_scale
+
     def score_flops(self, sequence: int) -> int:
         """FLOPs of one layer's causal attention for one token of a sequence, forward, projections left out.
 
@@ -122,7 +138,7 @@ class ModelConfig(LayerConfig):
     """A decoder of layers as `LayerConfig` describes them, and how its state is kept.
 
     Attributes:
-      vocab: rows of the embedding and of the output matrix, which are two.
+      vocab: rows of the embedding and of the output matrix.
       layers: of the whole model.
       dense_layers: how many of them, the first ones, have one SwiGLU instead of experts.
       dense_hidden: its hidden width.
@@ -132,6 +148,9 @@ class ModelConfig(LayerConfig):
       mtp_weight: its loss's factor.
       balance_factor: of the sequence-wise balance loss.
       bias_update_speed: what a router's bias changes by in a step; 0: never.
+      tied: whether the embedding is the output matrix too; otherwise they are two.
+      selection_bias: whether routers have a bias that selects experts. Otherwise it is zero, and neither changes nor is
+        in files.
       remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
       shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
         must divide over them; otherwise the ranks with the first and the last stage do.
@@ -157,6 +176,8 @@ class ModelConfig(LayerConfig):
     shared_ends: bool = True
     shard_outer: bool = False
     moments: str = "float32"
+    tied: bool = False
+    selection_bias: bool = True
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a traced function."""
@@ -173,6 +194,11 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"redundant={self.redundant}: the number of further slots is at least 0")
         if self.remat not in REMATS or self.moments not in ("float32", "bfloat16"):
             raise ValueError(f"remat={self.remat!r} is one of {REMATS}, moments={self.moments!r} float32 or bfloat16")
+        if not self.selection_bias and self.bias_update_speed:
+            raise ValueError(
+                f"bias_update_speed={self.bias_update_speed} of a model with selection_bias=False: take "
+                "bias_update_speed=0.0, or selection_bias=True"
+            )
 
     def over_devices(self, devices: int, slots: int | None = None) -> ModelConfig:
         """The model with so many slots of experts, copies included, on the devices of the experts' axis.
@@ -250,7 +276,7 @@ class ModelConfig(LayerConfig):
     @property
     def embedding_and_head_parameters(self) -> int:
         """Parameters of embedding, output matrix and last norm."""
-        return 2 * self.vocab * self.width + self.width
+        return (1 if self.tied else 2) * self.vocab * self.width + self.width
 
     @property
     def mtp_parameters(self) -> int:
@@ -290,7 +316,7 @@ class ModelConfig(LayerConfig):
         >>> f"{MODELS['dsv3-671b'].flops_per_token:.2e}"
         '2.50e+11'
         """
-        products = self.active - self.vocab * self.width
+        products = self.active - (0 if self.tied else self.vocab * self.width)
         return 6.0 * products + 3.0 * self.layers * self.score_flops(self.sequence)
 
 
@@ -386,6 +412,7 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
             sequence=4096,
             balance_factor=3e-3,
             bias_update_speed=0.0,
+            selection_bias=False,
             moments="bfloat16",
         ),
         # DeepSeek-V3: arXiv 2412.19437, 4.2; 64 redundant slots are one a device of its 64-way expert parallelism.

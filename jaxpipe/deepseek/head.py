@@ -29,9 +29,15 @@ class EmbeddingAndHead(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, axis: str | None = None) -> None:
         self.config, self.axis = config, axis
         self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
-        self.norm = RMSNorm(config.width)
-        # Small logits: a new model guesses almost uniformly.
-        self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
+        self.norm = RMSNorm(config.width, config.norm_eps)
+        if not config.tied:
+            # Small logits: a new model guesses almost uniformly.
+            self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
+
+    @property
+    def matrix(self) -> jax.Array:
+        """The output matrix ``[V, D]``: one of its own, or the embedding where both are tied."""
+        return (self.embedding if self.config.tied else self.output)[...]
 
     def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
         """``int[B, T] -> [B, T, D]``."""
@@ -66,9 +72,17 @@ class EmbeddingAndHead(nnx.Module):
         loss = self._cross_entropy(self.norm(y), targets, mask)
         return loss.sum(1), mask.sum(1)
 
+    def logits(self, y: jax.Array) -> jax.Array:
+        """Of features of the last layer, ``[..., D] -> float32[..., V]`` (float64 of float64), with no axis alone."""
+        if self.axis is not None:
+            raise ValueError(f"the vocabulary is spread over axis {self.axis!r}: take EmbeddingAndHead(..., axis=None)")
+        with jax.named_scope("head"):
+            made = jnp.einsum("...d,vd->...v", self.norm(y), self.matrix.astype(y.dtype))
+            return made.astype(wide(made.dtype))
+
     def _cross_entropy(self, features: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         """``[B, T, D], int[B, T], [B, T] -> float32[B, T]``, zero where the mask is; float64 of float64."""
-        output = self.output[...].astype(features.dtype)
+        output = self.matrix.astype(features.dtype)
         if self.axis is not None:
             return vocabulary.cross_entropy(features, output, targets, self.axis) * mask
         logits = jnp.einsum("btd,vd->btv", features, output)

@@ -26,7 +26,10 @@ PADDING = "attention pads its values to the width of the keys"
 
 
 def causal_attention(
-    query: Float[Array, "B T H C"], key: Float[Array, "B S H C"], value: Float[Array, "B S H V"]
+    query: Float[Array, "B T H C"],
+    key: Float[Array, "B S H C"],
+    value: Float[Array, "B S H V"],
+    scale: float | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys up to its own place; the last query stands beside the last key.
 
@@ -36,7 +39,8 @@ def causal_attention(
     had, values are padded, and the log says so once.
 
     Args:
-      query, key, value: of one dtype; the scale is one over the root of C.
+      query, key, value: of one dtype.
+      scale: of the scores; None: one over the root of C.
 
     Raises:
       ValueError: values wider than keys.
@@ -56,9 +60,11 @@ def causal_attention(
         cudnn = False
     if cudnn and whole and narrow < width and (kernel := _latent_kernel(narrow)):
         try:
-            return kernel(query, key, value, scale=width**-0.5)
+            return kernel(query, key, value, scale=width**-0.5 if scale is None else scale)
         except NotImplementedError as error:
             log_fallback(logger, PADDING, str(error))
+    if query.dtype == jnp.float64:
+        return _exact_attention(query, key, value, width**-0.5 if scale is None else scale)
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
     mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
@@ -67,10 +73,19 @@ def causal_attention(
             key,
             value,
             mask=mask,
+            scale=scale,
             is_causal=whole,
             implementation="cudnn" if cudnn else "xla",
         )
     return mixed[..., :narrow]
+
+
+def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+    """In float64 from end to end; `jax.nn.dot_product_attention` takes its softmax in float32."""
+    queries, keys = query.shape[1], key.shape[1]
+    scores = jnp.einsum("bthc,bshc->bhts", query, key) * scale
+    seen = jnp.tri(queries, keys, keys - queries, jnp.bool_)
+    return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), value)
 
 
 def expand_latents(

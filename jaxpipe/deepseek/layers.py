@@ -23,8 +23,15 @@ GATHERED = "gathered"
 """What matrices are called, for `jax.checkpoint`, that each device has gathered from all."""
 
 
-def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None = None) -> Float[Array, "*batch D"]:
+def rms_norm(
+    x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None = None, eps: float = 1e-6
+) -> Float[Array, "*batch D"]:
     """Root-mean-square normalisation in float32 (float64 for float64), the result in x's dtype.
+
+    Args:
+      x: what is normalised.
+      scale: of the result; None: none.
+      eps: what is added to the mean square.
 
     Source: arXiv 1910.07467.
 
@@ -32,7 +39,7 @@ def rms_norm(x: Float[Array, "*batch D"], scale: Float[Array, " D"] | None = Non
     [1.0, -2.0]
     """
     exact = x.astype(wide(x.dtype))
-    normal = exact * jax.lax.rsqrt(jnp.mean(exact * exact, -1, keepdims=True) + 1e-6)
+    normal = exact * jax.lax.rsqrt(jnp.mean(exact * exact, -1, keepdims=True) + eps)
     if scale is not None:
         normal = normal * scale.astype(exact.dtype)
     return normal.astype(x.dtype)
@@ -48,12 +55,13 @@ class RMSNorm(nnx.Module):
     dtype(bfloat16)
     """
 
-    def __init__(self, width: int) -> None:
+    def __init__(self, width: int, eps: float = 1e-6) -> None:
+        self.eps = eps
         self.scale = nnx.Param(jnp.ones(width, jnp.float32))
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[..., D] -> [..., D]``."""
-        return rms_norm(x, self.scale[...])
+        return rms_norm(x, self.scale[...], self.eps)
 
 
 def feed_forward(

@@ -5,6 +5,7 @@
 Shapes: B sequences or requests, T tokens, S tokens before them or in the cache, D width, H heads, R rank of the query,
 L width of the latents, N, P and V a head's widths: content, rotary and value, K = N + P, C = L + P. Products are in the
 dtype of the activations, whatever the parameters' is; norms and rotations in float32, or in float64 for float64.
+The two norms within attention add 1e-6 whatever ``config.norm_eps`` says, as all published models of this kind do.
 
 Source: DeepSeek-V2, arXiv 2405.04434, 2.1 and appendix C.
 """
@@ -26,10 +27,14 @@ from jaxpipe.deepseek.config import LayerConfig
 from jaxpipe.deepseek.kernels import causal_attention, expand_latents
 from jaxpipe.deepseek.layers import RMSNorm, normal, rms_norm
 from jaxpipe.deepseek.linear import flatten, keep, linears
+from jaxpipe.deepseek.rope import rotate
 from jaxpipe.stage.graph import RECOMPUTE
 
-Core = Callable[[jax.Array, jax.Array, jax.Array], jax.Array]
-"""Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower."""
+Core = Callable[..., jax.Array]
+"""Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower.
+
+A model whose scores have a scale of their own, see `jaxpipe.deepseek.Rope.score_scale`, gives it as ``scale``.
+"""
 
 
 class MLAParams(NamedTuple):
@@ -158,7 +163,8 @@ def attend(
         rotary = jnp.broadcast_to(every.rotary[:, :, None], (*key.shape[:3], config.rotary))
         key = jnp.concatenate([key, rotary], -1)
     with jax.named_scope("core"):
-        mixed = core(query, key, value)
+        own = {} if config.rope.score_scale == 1 else {"scale": config.score_scale}
+        mixed = core(query, key, value, **own)
     with jax.named_scope("out"):
         if config.precision == "fp8":
             return _scaled_out(params, mixed, config), new
@@ -197,7 +203,7 @@ def attend_cached(
         query = jnp.concatenate([absorbed, rotary], -1)
     with jax.named_scope("core"):
         scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=wide(dtype))
-        scores = scores * (config.content + config.rotary) ** -0.5
+        scores = scores * config.score_scale
         seen = jnp.arange(cache.shape[1], dtype=jnp.int32) <= lengths[:, None, None]
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(dtype)
         # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
@@ -246,26 +252,6 @@ class MLA(nnx.Module):
         return attend(self.params, x, self.config, core=self.core)[0]
 
 
-def rotate(x: Float[Array, "*place P"], positions: Int[Array, "*any"]) -> Float[Array, "*place P"]:
-    """Rotary position embedding: the first half of the last axis rotates against the second.
-
-    Args:
-      x: queries or keys.
-      positions: of shape that broadcasts to that of x but for its last axis.
-
-    Source: arXiv 2104.09864.
-
-    >>> rotate(jnp.ones((2, 4)), jnp.arange(2))[0].tolist()
-    [1.0, 1.0, 1.0, 1.0]
-    """
-    half, dtype = x.shape[-1] // 2, wide(x.dtype)
-    frequencies = 10_000.0 ** (-jnp.arange(half, dtype=dtype) / half)
-    angles = positions.astype(dtype)[..., None] * frequencies
-    left, right = jnp.split(x.astype(dtype), 2, -1)
-    cos, sin = jnp.cos(angles), jnp.sin(angles)
-    return jnp.concatenate([left * cos - right * sin, left * sin + right * cos], -1).astype(x.dtype)
-
-
 def keep_mla(params: MLAParams) -> MLAParams:
     """Parameters for `attend_cached` in FP8, as inference keeps them: matrices in 8 bits once, not in each call.
 
@@ -307,7 +293,7 @@ def _queries(
         low = rms_norm(x @ _plain(params.query_down).astype(x.dtype), params.query_norm)
         query = jnp.einsum("btr,rhk->bthk", low, _plain(params.query_up).astype(x.dtype))
     content, rotary = query[..., : config.content], query[..., config.content :]
-    return jnp.concatenate([content, rotate(rotary, positions[..., None])], -1)
+    return jnp.concatenate([content, rotate(rotary, positions[..., None], config.rope)], -1)
 
 
 def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None) -> Latents:
@@ -315,7 +301,7 @@ def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: ja
     latent, rotary = both[..., : config.latent], both[..., config.latent :]
     if down is not None:
         rotary = rotary[..., : config.rotary]  # what is kept in 8 bits is padded
-    return Latents(rms_norm(latent, params.latent_norm), rotate(rotary, positions))
+    return Latents(rms_norm(latent, params.latent_norm), rotate(rotary, positions, config.rope))
 
 
 class _Down(NamedTuple):
@@ -333,11 +319,15 @@ def _scaled_down(params: MLAParams, x: jax.Array) -> _Down:
 
 
 def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> jax.Array:
-    """Heads of what `_Down` has."""
+    """Heads of what `_Down` has; where they come of a low-rank form, they are computed again in the backward pass.
+
+    So DeepSeek does (arXiv 2412.19437, 3.2.3): they are the largest part of what attention would keep.
+    """
     width = config.content + config.rotary
     if params.query_up is not None:
         low = made[..., : config.query_rank]
         (made,) = linears(rms_norm(low, params.query_norm), flatten(params.query_up))
+        made = checkpoint_name(made, RECOMPUTE)
     return made[..., : config.heads * width].reshape(*made.shape[:-1], config.heads, width)
 
 

@@ -33,10 +33,10 @@ class MTPLayer(nnx.Module):
         self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
     ) -> None:
         self.axis = axis
-        self.hidden_norm, self.embedding_norm = RMSNorm(config.width), RMSNorm(config.width)
+        self.hidden_norm, self.embedding_norm = (RMSNorm(config.width, config.norm_eps) for _ in range(2))
         self.project = nnx.Param(normal(rngs, (2 * config.width, config.width), 2 * config.width))
         self.block = MoEBlock(config, rngs, core, axis)
-        self.norm = RMSNorm(config.width)
+        self.norm = RMSNorm(config.width, config.norm_eps)
 
     def __call__(self, y: jax.Array, known: jax.Array) -> tuple[jax.Array, MoEStats]:
         """Of features so far and the next tokens' embeddings, ``[B, T, D]`` each, new ones and routing's statistics."""

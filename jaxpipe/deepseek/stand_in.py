@@ -12,12 +12,16 @@ FORWARD, BACKWARD = "attention_forward", "attention_backward"
 """Names of the two kernels, also in compiled programs."""
 
 
-@jax.custom_vjp
-def attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
-    """Takes, gives and keeps what a kernel does that stores no scores; its results mean nothing.
+def attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float | None = None) -> jax.Array:
+    """Takes, gives and keeps what a kernel does that stores no scores; its results mean nothing, whatever the scale.
 
     Shapes: ``[B, T, H, C], [B, T, H, C], [B, T, H, V] -> [B, T, H, V]``.
     """
+    return _attention(query, key, value)
+
+
+@jax.custom_vjp
+def _attention(query: jax.Array, key: jax.Array, value: jax.Array) -> jax.Array:
     return _forward(query, key, value)[0]
 
 
@@ -42,4 +46,4 @@ def _kernel(name: str, *results: jax.ShapeDtypeStruct) -> Any:
     return pl.pallas_call(body, out_shape=results, grid=(1,), name=name)
 
 
-attention.defvjp(_forward, _backward)
+_attention.defvjp(_forward, _backward)

@@ -4,10 +4,12 @@ What `__all__` names is public; all modules below are internal and may change wi
 
 `build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
 that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, or `StageCosts` where stages differ,
-and ``draw_`` functions draw that. `to_csv` and `from_csv` are PyTorch's notation.
+and ``draw_`` functions draw that. `improve` searches for an order that is faster with given costs, and `lower_bound`
+says what none can go below. `to_csv` and `from_csv` are PyTorch's notation.
 """
 
 from jaxpipe.schedule.action import Action, Kind
+from jaxpipe.schedule.bound import lower_bound
 from jaxpipe.schedule.builders.dualpipe import dualpipe
 from jaxpipe.schedule.builders.dualpipev import dualpipev
 from jaxpipe.schedule.builders.gpipe import gpipe
@@ -18,6 +20,7 @@ from jaxpipe.schedule.builders.zero_bubble import zero_bubble
 from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.csv import from_csv, to_csv
 from jaxpipe.schedule.draw import draw_perfetto, draw_text
+from jaxpipe.schedule.improving import improve
 from jaxpipe.schedule.registry import BUILDERS, Builder, build
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline, simulate
@@ -41,7 +44,9 @@ __all__ = [
     "dualpipev",
     "from_csv",
     "gpipe",
+    "improve",
     "interleaved",
+    "lower_bound",
     "one_f_one_b",
     "simulate",
     "to_csv",

@@ -215,7 +215,7 @@ def simulate(schedule: Schedule, costs: Costs | StageCosts = Costs()) -> Timelin
                 if arrival is None:
                     break
                 start = max(arrival, events[rank][-1].end if events[rank] else 0.0)
-                end = start + _duration(costs, group)
+                end = start + duration(costs, group)
                 ends.update((action, end) for action in group)
                 events[rank].append(TimedGroup(rank, start, end, group))
                 progress = True
@@ -252,7 +252,8 @@ def closed_form_bubble(name: str, num_ranks: int, costs: Costs = Costs()) -> flo
     return forms[name]
 
 
-def _duration(costs: Costs | StageCosts, group: Group) -> float:
+def duration(costs: Costs | StageCosts, group: Group) -> float:
+    """The time of a group of actions that one rank runs together."""
     return costs.group(group) if isinstance(costs, StageCosts) else costs.group([action.kind for action in group])
 
 

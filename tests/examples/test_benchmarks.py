@@ -14,16 +14,19 @@ import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
+LONG = ("frozen", "generate", "llama", "shared_ends", "fp8_gemm")
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
     "clusters": ("--ranks 8 --microbatches 20", 40),
+    "improved_orders": ("--sizes 4x8 --costs DeepSeek-V3 --moves 100", 20),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
     "permute_rows": ("--tiny --repeats 1", 4),
     "fp8_gemm": ("--tiny --repeats 1", 24),
     "swiglu": ("--tiny --repeats 1", 3),
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),
+    "generate": ("--tiny --repeats 1 --batches 1,2", 10),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
     "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
@@ -58,10 +61,7 @@ def test_help(name, monkeypatch, capsys):
 
 @pytest.mark.parametrize(
     "name",
-    [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in ("frozen", "llama", "shared_ends", "fp8_gemm")))
-        for name in RECORDED
-    ],
+    [pytest.param(name, marks=[pytest.mark.slow] * (name in LONG)) for name in RECORDED],
 )
 def test_record(name, monkeypatch, tmp_path, capsys):
     arguments, least = RECORDED[name]

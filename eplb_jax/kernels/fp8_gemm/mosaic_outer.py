@@ -18,6 +18,7 @@ from eplb_jax.kernels.fp8_gemm.slots import PART
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
 from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
 
 
@@ -55,6 +56,7 @@ class _ScaledOuterOutput(NamedTuple):
     column: jax.Array
 
 
+@traced_once("dtype", "tile", "cores")
 def scaled_outer_products(
     lhs: jax.Array,
     lhs_scales: jax.Array,

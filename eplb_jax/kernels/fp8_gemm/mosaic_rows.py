@@ -17,6 +17,7 @@ from eplb_jax.kernels.fp8_gemm import slots
 from eplb_jax.kernels.fp8_gemm.slots import PART
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
 
 
@@ -62,6 +63,7 @@ def _matrix_scales(scales: Any, group: jax.Array, column: jax.Array, slot: jax.A
     return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps)]
 
 
+@traced_once("dtype", "tile", "cores")
 def scaled_rows_times_matrices(
     lhs: jax.Array,
     lhs_scales: jax.Array,

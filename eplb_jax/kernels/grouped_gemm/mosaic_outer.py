@@ -16,6 +16,7 @@ from jax import lax
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.layout import group_starts
 from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.once import traced_once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,7 @@ class _OuterOutput(NamedTuple):
     column: jax.Array
 
 
+@traced_once("tile", "cores")
 def outer_products(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, tile: Tile, cores: int) -> jax.Array:
     """`eplb_jax.kernels.grouped_gemm.xla.outer` with a given division of the work; ``tile.k`` counts rows of the group.
 

@@ -16,6 +16,7 @@ from jax import lax
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
 from eplb_jax.kernels.grouped_gemm.ring import CHUNK, CONSUMERS, Tile
+from eplb_jax.kernels.once import traced_once
 
 
 def assign_tiles(
@@ -116,6 +117,7 @@ class _RowsOutput(NamedTuple):
     column_tile: jax.Array
 
 
+@traced_once("transpose_rhs", "tile", "cores")
 def rows_times_matrices(
     lhs: jax.Array, rhs: jax.Array, group_sizes: jax.Array, transpose_rhs: bool, tile: Tile, cores: int
 ) -> jax.Array:

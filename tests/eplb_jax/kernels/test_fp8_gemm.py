@@ -26,8 +26,12 @@ SIZES = {
     "full": [256, 256, 128],
 }
 ROWS, K, N = 640, 256, 384
-BOUND = {"float32": 1e-5, "bfloat16": 4e-3}
-"""Of the largest value: sums are float32, and a bfloat16 result is off by up to 2**-9."""
+CPU = Target("cpu", "cpu", 4, False)
+BOUND = {"float32": 1e-3 if current_target().hopper else 1e-5, "bfloat16": 4e-3}
+"""Of the largest value: sums are float32, and a bfloat16 result is off by up to 2**-9.
+
+Tensor cores, which multiply on a Hopper GPU, keep some 14 bits of a sum of 128 products.
+"""
 
 
 def spans(sizes):
@@ -213,7 +217,8 @@ def matrices_of(*shape, scales=None):
     (dict(backend="fast"), "backend='fast'"),
     (dict(backend="mosaic"), 'backend="mosaic" cannot multiply these: .*; take backend="auto"'),
 ])  # fmt: skip
-def test_what_does_not_fit_is_named(change, message):
+def test_what_does_not_fit_is_named(monkeypatch, change, message):
+    monkeypatch.setattr(registry, "current_target", lambda: CPU)
     operands = dict(lhs=rows_of(256, 256), rhs=matrices_of(2, 384, 256), sizes=jnp.array([1, 2])) | change
     options = {name: operands.pop(name) for name in ("dtype", "backend") if name in operands}
     with pytest.raises(ValueError, match=message):
@@ -345,6 +350,7 @@ def test_no_rows():
 
 
 def test_mosaic_says_what_it_cannot_do(monkeypatch):
+    monkeypatch.setattr(registry, "current_target", lambda: CPU)
     with pytest.raises(ValueError, match=r"the device is .*, no Hopper GPU; take backend="):
         scaled_dot(rows_of(256, 256), matrices_of(1, 384, 256), backend="mosaic")
     monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
@@ -358,10 +364,8 @@ def test_mosaic_says_what_it_cannot_do(monkeypatch):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_kernels_equal_a_plain_loop(sizes, dtype):
-    """Tensor cores keep some 14 bits of a sum of 128 products."""
     lhs, rhs, columns, dout, sizes = make(sizes)
-    bound = {"float32": 1e-3, "bfloat16": BOUND["bfloat16"]}[dtype]
     got = used(scaled_matmul(lhs, rhs, sizes, backend="mosaic", dtype=dtype), sizes)
-    assert_close(got, plain_matmul(lhs, rhs, sizes), dtype, bound)
+    assert_close(got, plain_matmul(lhs, rhs, sizes), dtype)
     got = scaled_outer(columns, dout, sizes, backend="mosaic", dtype=dtype)
-    assert_close(got, plain_outer(columns, dout, sizes), dtype, bound)
+    assert_close(got, plain_outer(columns, dout, sizes), dtype)

@@ -43,14 +43,14 @@ def operands(name, rows, width, dtype="bfloat16"):
         "quantise_rows": (x,),
         "quantise": (x, valid),
         "columns_of": (*scaled.quantise_rows(x), valid),
-        "quantise_weights": (x.reshape(2, rows // 2, width),),
+        "quantise_weights": (x.reshape(-1, 128, width),),
         "gate": (x, weight),
         "gate_backward": (*scaled.quantise_rows(x), weight, ct, valid),
     }[name]
 
 
-def check_same(found, wanted, *, exact=True):
-    """Every bit; without ``exact`` a number in 1e5 may be rounded otherwise, and sums are equal up to float32's."""
+def check_same(found, wanted, *, exact=True, rounded=1e-5):
+    """Every bit; without ``exact`` a share of ``rounded`` numbers may be others, and sums are equal up to float32's."""
     for got, want in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
         assert got.dtype == want.dtype and got.shape == want.shape
         got, want = np.asarray(got, np.float32), np.asarray(want, np.float32)
@@ -60,7 +60,7 @@ def check_same(found, wanted, *, exact=True):
             np.testing.assert_array_equal(got, want)
         else:
             same = (got == want) | (np.isnan(got) & np.isnan(want))
-            assert same.mean() > 1 - 1e-5
+            assert same.mean() > 1 - rounded
             np.testing.assert_allclose(got, want, rtol=2**-3 * 1.01, atol=0)
 
 
@@ -93,7 +93,9 @@ def test_kernels_equal_xla(name, rows, width, dtype, power_of_two):
     kernel, by_xla = (functools.partial(of, power_of_two=power_of_two) for of in OPERATIONS[name])
     arguments = operands(name, rows, width, dtype)
     kernel = functools.partial(kernel, cores=current_target().cores)
-    check_same(jax.jit(kernel)(*arguments), jax.jit(by_xla)(*arguments), exact=name != "gate_backward")
+    # A gate's derivative is not the same to its last bit, so a scale that is no power of two is another for its block.
+    rounded = 1e-5 if power_of_two else 1e-2
+    check_same(jax.jit(kernel)(*arguments), jax.jit(by_xla)(*arguments), exact=name != "gate_backward", rounded=rounded)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])

@@ -80,6 +80,20 @@ def test_ties_go_to_the_first(config):
     assert routing.experts[0].tolist() == list(range(config.top_k))
 
 
+def test_groups_count_by_their_best_expert_alone(x64):
+    """As DeepSeek-V2's do, arXiv 2405.04434, 2.2.2; the default's two best choose otherwise."""
+    config = dataclasses.replace(SMALL, group_best=1, scoring="softmax")
+    logits, _ = random_logits(config, 64)
+    routing = run(jnp.asarray(logits), config)
+    for token, experts in zip(logits, routing.experts.tolist(), strict=True):
+        best = sorted(range(4), key=lambda group: -token[3 * group : 3 * group + 3].max())[:2]
+        allowed = [expert for expert in range(12) if expert // 3 in best]
+        assert experts == sorted(allowed, key=lambda expert: -token[expert])[:3]
+    assert (routing.experts != run(jnp.asarray(logits), dataclasses.replace(config, group_best=2)).experts).any()
+    with pytest.raises(ValueError, match=r"group_best=0: a group counts by at least one"):
+        dataclasses.replace(SMALL, group_best=0)
+
+
 def test_bias_selects_but_does_not_weight(x64):
     logits, bias = random_logits(SMALL, 32)
     without, biased = (run(jnp.asarray(logits), SMALL, bias=b) for b in (None, jnp.asarray(bias)))

@@ -1,0 +1,258 @@
+"""``pretrain.py eval`` and ``pretrain.py generate``: a model that is there, and what it predicts."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import pathlib
+import time
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from pretraining.optional import need
+
+if TYPE_CHECKING:
+    from jaxpipe.deepseek import Server
+
+PARAMS = "params/"
+
+
+def eval_parser() -> argparse.ArgumentParser:
+    """Flags of an evaluation."""
+    parser = argparse.ArgumentParser("pretrain.py eval", description="Loss, perplexity and experts' loads.")
+    _add_model(parser)
+    data = parser.add_argument_group("data")
+    data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")
+    data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
+    data.add_argument("--separator", type=int, help="token between documents of .bin and .npy files, never a target")
+    data.add_argument("--part", default="held_out", choices=["held_out", "train"], help="of the data")
+    data.add_argument("--batches", type=int, default=4)
+    data.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
+    data.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
+    data.add_argument("--save-loads", type=pathlib.Path, metavar="FILE.npz", help="write experts' loads, for --loads")
+    return parser
+
+
+def generate_parser() -> argparse.ArgumentParser:
+    """Flags of generation."""
+    parser = argparse.ArgumentParser("pretrain.py generate", description="Continues prompts.")
+    _add_model(parser)
+    text = parser.add_argument_group("text")
+    text.add_argument("--prompt", action="append", default=[], help="text; several times: a batch")
+    text.add_argument("--tokens", action="append", default=[], metavar="1,2,3", help="a prompt of token numbers")
+    text.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json; default: a token is a byte")
+    text.add_argument("--copies", type=int, default=1, help="how many times each prompt is answered")
+    text.add_argument("--new-tokens", type=int, default=64, help="of a prompt, at most")
+    text.add_argument("--stop", type=int, action="append", default=[], help="a token that ends an answer")
+    text.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always")
+    text.add_argument("--top-p", type=float, default=1.0, help="choose from the likeliest tokens of this probability")
+    return parser
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
+    model = parser.add_argument_group("model")
+    which = model.add_mutually_exclusive_group()
+    which.add_argument("--from", dest="folder", type=pathlib.Path, metavar="FOLDER", help="a Hugging Face folder")
+    which.add_argument("--run", type=pathlib.Path, help="the --out folder of a run, or its checkpoints")
+    which.add_argument("--config", default="tiny", help="random weights of this configuration, to measure speed")
+    model.add_argument("--layers", type=int, help="of random weights; default: the configuration's")
+    model.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"], help="of the computation")
+    model.add_argument("--seed", type=int, default=0, help="of random weights, of data and of choices")
+    model.add_argument("--devices", type=int, default=1, help="that experts and sequences are spread over")
+    model.add_argument("--loads", type=pathlib.Path, help="experts' loads, of eval --save-loads: copies are placed so")
+    model.add_argument("--slots", type=int, help="of a layer's experts and copies of them, with --loads")
+
+
+def evaluate(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
+    """Prints loss, perplexity and experts' loads.
+
+    Raises:
+      ValueError: arguments that do not fit each other, the devices or the data.
+      ImportError: a package is missing.
+    """
+    import numpy as np  # noqa: PLC0415
+
+    from eplb_jax import save_loads  # noqa: PLC0415
+    from pretraining import data  # noqa: PLC0415
+    from pretraining.tables import markdown_head, markdown_row  # noqa: PLC0415
+
+    if min(args.batches, args.batch_size) < 1:
+        raise ValueError(f"--batches {args.batches} --batch-size {args.batch_size}: both are at least 1")
+    server = make_server(args, say)
+    config = server.config
+    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
+    part, sequence = getattr(corpus, args.part), args.sequence or config.sequence
+    losses, count, loads, seconds = 0.0, 0, np.zeros((config.moe_layers, config.experts), np.int64), []
+    for step in range(args.batches):
+        batch = data.make_batch(part, args.seed, step, args.batch_size, sequence)
+        begin = time.perf_counter()
+        scores = server.score(batch["tokens"], batch["targets"], batch["mask"])
+        seconds.append(time.perf_counter() - begin)
+        losses, count, loads = losses + scores.losses.sum(), count + scores.counts.sum(), loads + scores.loads
+    loss = float(losses / max(count, 1))
+    # The first batch is compiled for.
+    rest = seconds[1:] or seconds
+    speed = args.batch_size * sequence * len(rest) / sum(rest)
+    say(f"loss {loss:.4f} nats, perplexity {_perplexity(loss):.3f}, of {count} tokens in {corpus.source}")
+    say(f"{speed:,.0f} tokens/s{'' if seconds[1:] else ', compilation included'}")
+    say("tokens of each expert, of what an even spread gives it\n")
+    say(markdown_head(("layer", "least", "most", "experts, as they are numbered")))
+    for layer, row in enumerate(loads):
+        shares = row / max(row.mean(), 1e-30)
+        cells = " ".join(f"{share:.2f}" for share in shares)
+        say(markdown_row((layer + config.dense_layers, f"{shares.min():.2f}", f"{shares.max():.2f}", cells)))
+    if args.save_loads is not None:
+        save_loads(args.save_loads, loads)
+        say(f"\n{args.save_loads}: loads of {len(loads)} layers")
+
+
+def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> None:
+    """Prints answers, and tokens per second.
+
+    Raises:
+      ValueError: arguments that do not fit each other or the devices.
+      ImportError: a package is missing.
+    """
+    from jaxpipe.deepseek import Sampling  # noqa: PLC0415
+
+    if args.copies < 1:
+        raise ValueError(f"--copies {args.copies}: at least 1")
+    if not args.prompt and not args.tokens:
+        raise ValueError("nothing to continue: give --prompt TEXT, or --tokens 1,2,3")
+    encode, decode = _text(args.tokenizer)
+    prompts = [encode(text) for text in args.prompt] + [_numbers(text) for text in args.tokens]
+    prompts = [prompt for prompt in prompts for _ in range(args.copies)]
+    sampling = Sampling(args.temperature, args.top_p, args.seed)
+    server = make_server(args, say)
+    made = server.generate(prompts, args.new_tokens, sampling, stop=args.stop)
+    shown = [*args.prompt, *args.tokens]
+    for place, tokens in enumerate(made.tokens):
+        prompt = place // args.copies
+        answer = decode(tokens.tolist()) if prompt < len(args.prompt) else ",".join(map(str, tokens))
+        say(f"[{place}] {shown[prompt]} -> {answer}")
+    told = sum(map(len, prompts))
+    say(f"prompts: {told} tokens in {made.prefill_seconds:.4f} s, {told / made.prefill_seconds:,.0f} tokens/s")
+    if made.decoded:
+        say(
+            f"answers: {made.decoded} tokens of {len(prompts)} requests in {made.decode_seconds:.4f} s, "
+            f"{made.tokens_per_second:,.1f} tokens/s"
+        )
+
+
+def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) -> Server:
+    """The model that the flags name, on its devices.
+
+    Raises:
+      ValueError: no such model, or devices that it does not divide over.
+      ImportError: a package is missing.
+    """
+    import jax  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    from eplb_jax import read_loads, rebalance_experts  # noqa: PLC0415
+    from jaxpipe.deepseek import Server, model_config, serve, serving_mesh  # noqa: PLC0415
+    from jaxpipe.deepseek.folder import read_folder  # noqa: PLC0415
+    from jaxpipe.deepseek.serving import serve_random  # noqa: PLC0415
+
+    if not 1 <= args.devices <= jax.device_count():
+        raise ValueError(f"--devices {args.devices}: this process has {jax.device_count()}")
+    mesh = None if args.devices == 1 else serving_mesh(jax.make_mesh((args.devices,), ("ep",)))
+    dtype, tree = jnp.dtype(args.dtype), None
+    if args.folder is not None:
+        config, tree = read_folder(args.folder)
+    elif args.run is not None:
+        config, tree = read_run(args.run)
+    else:
+        config = model_config(args.config)
+        if args.layers is not None:
+            config = dataclasses.replace(config, layers=args.layers)
+    placements = None
+    if args.loads is not None:
+        slots = args.slots or config.experts + config.redundant
+        loads = read_loads(args.loads)[: config.moe_layers]
+        placements = rebalance_experts(loads, slots, 1, 1, args.devices)
+    elif args.slots is not None:
+        raise ValueError(f"--slots {args.slots}: which experts get copies is decided by --loads, so give that too")
+    if tree is None:
+        model = serve_random(config, args.seed, dtype=dtype, placements=placements, mesh=mesh)
+    else:
+        model = serve(config, tree, dtype=dtype, placements=placements, mesh=mesh)
+    origin = args.folder or args.run or f"random weights of {args.config}"
+    say(
+        f"{origin}: {config.layers} layers, {config.total / 1e6:.1f}M parameters, {args.dtype}, on {args.devices} "
+        f"{jax.devices()[0].device_kind}"
+    )
+    return Server(config, model, mesh)
+
+
+def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
+    """Config and parameters of a run's newest checkpoint, in the order of the model, on one device.
+
+    Raises:
+      ValueError: there is no checkpoint, or one that does not match its checksums.
+      ImportError: orbax is not installed.
+    """
+    import jax  # noqa: PLC0415
+    import jax.numpy as jnp  # noqa: PLC0415
+
+    from jaxpipe.deepseek import model_config  # noqa: PLC0415
+    from pretraining.checkpoint import open_body, orbax  # noqa: PLC0415
+    from pretraining.layout import fingerprint  # noqa: PLC0415
+
+    folder = (folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
+    ocp, here = orbax(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {folder}")
+        body = open_body(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+        wanted = {}
+        for name, text in body["arrays"].items():
+            if name.startswith(PARAMS):
+                kind, _, shape = text.rstrip("]").partition("[")
+                sizes = tuple(int(size) for size in shape.split(",") if size)
+                wanted[name] = jax.ShapeDtypeStruct(sizes, jnp.dtype(kind), sharding=here)
+        arguments = ocp.checkpoint_utils.construct_restore_args(wanted)
+        restore = ocp.args.PyTreeRestore(item=wanted, restore_args=arguments, partial_restore=True)
+        arrays = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    tree: dict[str, Any] = {}
+    for name, array in arrays.items():
+        if int(fingerprint(array)) != body["fingerprints"][name]:
+            raise ValueError(f"the checkpoint of step {step} in {folder} is damaged: {name} is not as it was written")
+        *path, last = name.removeprefix(PARAMS).split("/")
+        node = tree
+        for key in path:
+            node = node.setdefault(key, {})
+        node[last] = array
+    facts = body["facts"]
+    config = dataclasses.replace(model_config(facts["config"]), layers=facts["layers"])
+    slots = tree["layers"]["moe"].get("phy2log")
+    redundant = 0 if slots is None else slots.shape[1] - config.experts
+    return dataclasses.replace(config, redundant=redundant), tree
+
+
+def _text(file: pathlib.Path | None) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """What makes tokens of text and text of tokens."""
+    if file is None:
+        return (
+            lambda text: list(text.encode()),
+            lambda tokens: bytes(token if token < 256 else 63 for token in tokens).decode(errors="replace"),
+        )
+    if not file.is_file():
+        raise ValueError(f"--tokenizer {file}: there is no such file")
+    tokenizer = need("tokenizers", "texts", "tokenizers").Tokenizer.from_file(str(file))
+    return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+
+
+def _numbers(text: str) -> list[int]:
+    try:
+        return [int(number) for number in text.replace(",", " ").split()]
+    except ValueError:
+        raise ValueError(f"--tokens {text}: give whole numbers, as 1,2,3") from None
+
+
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf

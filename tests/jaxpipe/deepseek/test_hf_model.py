@@ -1,0 +1,124 @@
+"""The model is that of transformers: logits, losses and greedy tokens of its own small models."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import jaxpipe
+from jaxpipe.deepseek import Server, build_model, serve
+from jaxpipe.deepseek.__main__ import main
+from jaxpipe.deepseek.folder import read_folder
+from tests.jaxpipe.deepseek.goldens import load_golden, unpack
+from tests.jaxpipe.deepseek.models import make_batch, small
+
+
+@pytest.mark.parametrize("name", ["v3", pytest.param("v3_yarn_noq", marks=pytest.mark.slow), "v2_lite"])
+def test_logits_loss_and_greedy_tokens(name, tmp_path):
+    config, _, tree, reference = load_golden(name, tmp_path)
+    server = Server(config, serve(config, tree, dtype=jnp.float32))
+    tokens = reference["tokens"]
+    np.testing.assert_allclose(server.logits(tokens), reference["logits"], atol=1e-4, rtol=0)
+    scores = server.score(tokens[:, :-1], tokens[:, 1:], np.ones((2, 23)))
+    assert scores.loss == pytest.approx(float(reference["loss"]), abs=1e-5)
+    assert scores.loads.sum() == 2 * 23 * config.moe_layers * config.moe.router.top_k
+    made = server.generate(reference["generated"][:, :8], 16)
+    np.testing.assert_array_equal(made.tokens, reference["generated"][:, 8:])
+
+
+def loss_of(model, params, data):
+    """Of the model as a stage of a pipeline, its balance loss left out."""
+    ctx = jaxpipe.Context.make(0, jnp.int32(0), None, data, num_stages=1)
+    x = model.stage(jax.tree.map(lambda leaf: leaf[0], params.stages), model.embed(params.outer, data, ctx), ctx)
+    return model.head(params.outer, x.value, data, ctx)
+
+
+def test_stages_of_a_pipeline_compute_the_same_loss(tmp_path):
+    """What training runs, beside what serves."""
+    _, model, tree, reference = load_golden("v2_lite", tmp_path)
+    tokens = jnp.asarray(reference["tokens"], jnp.int32)
+    data = {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": jnp.ones((2, 23))}
+    loss = jax.jit(lambda params: loss_of(model, params, data))(model.from_layers(tree))
+    assert float(loss) == pytest.approx(float(reference["loss"]), abs=1e-5)
+
+
+@pytest.mark.slow
+def test_every_setting_counts(tmp_path):
+    """So the goldens tell them apart."""
+    config, _, tree, reference = load_golden("v3_yarn_noq", tmp_path)
+
+    def error(**changes):
+        other = dataclasses.replace(config, **changes)
+        return abs(Server(other, serve(other, tree, dtype=jnp.float32)).logits(reference["tokens"])
+                   - reference["logits"]).max()  # fmt: skip
+
+    yarn = dataclasses.replace(config.rope.yarn, mscale_all_dim=0.5, mscale=0.5)
+    for changes in (
+        {"norm_eps": 1e-5},
+        {"rope": dataclasses.replace(config.rope, yarn=yarn)},
+        {"rope": dataclasses.replace(config.rope, interleaved=False)},
+    ):
+        assert error(**changes) > 1e-3, changes
+
+
+def test_the_command_line_writes_logits(tmp_path, capsys):
+    folder = unpack("v2_lite", tmp_path)
+    reference = np.load(folder / "reference.npz")
+    np.save(tmp_path / "tokens.npy", reference["tokens"])
+    out = tmp_path / "logits.npy"
+    assert main(["logits", str(folder), str(tmp_path / "tokens.npy"), "--out", str(out)]) == 0
+    assert "logits of 2 sequences of 24 tokens" in capsys.readouterr().out
+    np.testing.assert_allclose(np.load(out), reference["logits"], atol=1e-4, rtol=0)
+    np.save(tmp_path / "row.npy", reference["tokens"][0])
+    for arguments, message in (
+        ([str(tmp_path), str(tmp_path / "tokens.npy")], "holds no config.json"),
+        ([str(folder), str(tmp_path / "row.npy")], r"array of shape (24,): give [sequences, tokens]"),
+        ([str(folder), str(tmp_path / "tokens.npy"), "--batch", "0"], "--batch 0: at least 1"),
+    ):
+        assert main(["logits", *arguments, "--out", str(out)]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_multi_token_prediction_is_a_model_without(tmp_path):
+    config, tree = read_folder(unpack("v3", tmp_path))
+    assert not config.mtp and "mtp" not in tree["outer"]
+
+
+def test_a_folder_without_files_is_refused(tmp_path):
+    folder = unpack("v3", tmp_path)
+    (folder / "model.safetensors").unlink()
+    with pytest.raises(ValueError, match=r"holds no \.safetensors files"):
+        read_folder(folder)
+
+
+@pytest.mark.slow
+def test_a_tied_head_is_the_embedding():
+    schedule = jaxpipe.schedule.build("1f1b", 1, 1)
+    tied, untied = small(tied=True, layers=2), small(layers=2)
+    models = [build_model(config, schedule, 0, abstract=config is untied) for config in (tied, untied)]
+    data = jax.tree.map(jnp.asarray, make_batch(0, 2))
+    assert "output" not in models[0].params.outer and tied.total == untied.total - 64 * 16
+    params = models[0].params
+    outer = params.outer | {"output": params.outer["embedding"]}
+    steps = [
+        jax.jit(jax.value_and_grad(lambda params, model=model: loss_of(model, params, data), allow_int=True))
+        for model in models
+    ]
+    values, other = steps[0](params), steps[1](params._replace(outer=outer))
+    np.testing.assert_allclose(values[0], other[0], rtol=1e-6)
+    both = other[1].outer["embedding"] + other[1].outer["output"]
+    np.testing.assert_allclose(values[1].outer["embedding"], both, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"norm_eps": 0.0}, r"norm_eps=0.0: a small positive number"),
+        ({"selection_bias": False}, r"bias_update_speed=0.001 of a model with selection_bias=False"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        small(**changes)
