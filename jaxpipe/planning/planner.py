@@ -23,6 +23,7 @@ from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import Works, works
+from jaxpipe.runtime.options import STEPWISE
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask
@@ -268,12 +269,13 @@ def _stages_text(stages: Sequence[int]) -> str:
 
 
 def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
-    """The pipeline as a mesh of chips, or of CPUs, has it: CPUs run the halves of a pair one after the other."""
+    """The pipeline as a mesh of chips, or of CPUs, has it, each branch once.
+
+    CPUs run the halves of a pair one after the other.
+    """
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
-    if cpu and pipeline.dispatch == "loops":
-        dispatch = "sequential"
-    elif not cpu and on_cpu and pipeline.dispatch == "sequential":
-        dispatch = "loops"
+    if pipeline.dispatch == "loops" or (pipeline.dispatch == "sequential" and on_cpu and not cpu):
+        dispatch = "sequential" if cpu else STEPWISE
     else:
         return pipeline
     return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))

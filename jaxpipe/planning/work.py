@@ -46,7 +46,7 @@ _ENDS = frozenset({"prepare", "reduce"})
 _SCALARS = 256
 """Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
 
-_ACTION = re.compile(r"(?:^|/)(branch_(\d+)(?:/together)?(?:/steps_\w+)?/([FBIWEHG]))(?:/|$)")
+_ACTION = re.compile(r"(?:^|/)(branch_(\d+)(?:/together)?(?:/(?:steps|piece)_\w+)?/([FBIWEHG]))(?:/|$)")
 
 
 _OF_STAGES = frozenset(kind.value for kind in Kind)

@@ -55,8 +55,16 @@ class Apart(NamedTuple):
     slots: tuple[Any, ...]
 
 
+class Taken(NamedTuple):
+    """Stands for a pool where the one value that is read of it is there already."""
+
+    value: Any
+
+
 def take(pool: Any, slot: Any) -> Any:
     """The value in a slot."""
+    if isinstance(pool, Taken):
+        return pool.value
     if isinstance(pool, Apart):
         return pool.slots[slot]
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), pool)

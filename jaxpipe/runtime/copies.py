@@ -40,13 +40,15 @@ class Move(NamedTuple):
 def plan_moves(schedule: Schedule, order: str) -> tuple[tuple[Move, ...], ...]:
     """For each local chunk, the moves that bring its stage's parameters to the ranks that have such a chunk.
 
-    Where ranks run equally many stages, in storage order each owns what it holds, but for DualPipe's second direction:
+    Where ranks run equally many stages, in storage order each owns what it holds, but for one of DualPipe's two stages:
 
     >>> from jaxpipe.schedule import build
     >>> plan_moves(build("dualpipev", 2, 4), "storage")
     ((Move(row=0, pairs=((0, 0), (1, 1))),), (Move(row=1, pairs=((0, 0), (1, 1))),))
-    >>> plan_moves(build("dualpipe", 2, 4), "storage")
-    ((Move(row=0, pairs=((0, 0), (1, 1))),), (Move(row=0, pairs=((1, 0), (0, 1))),))
+    >>> for chunk in plan_moves(build("dualpipe", 2, 4), "storage"):
+    ...     print(*chunk)
+    Move(row=0, pairs=((0, 0),)) Move(row=0, pairs=((0, 1),))
+    Move(row=0, pairs=((1, 0),)) Move(row=0, pairs=((1, 1),))
 
     Rank 1 of DualPipeV runs stages 1 and 2 of 4, whose rows in model order are rank 0's second and its own first:
 
@@ -77,6 +79,44 @@ def _with_pair(moves: list[Move], row: int, pair: tuple[int, int]) -> list[Move]
     return [*moves, Move(row, (pair,))]
 
 
+class JointMove(NamedTuple):
+    """Moves that one ppermute makes: a link carries both of its directions at once.
+
+    Attributes:
+      row: the row of the masters that they all move.
+      moves: (chunk, move) of each.
+    """
+
+    row: int
+    moves: tuple[tuple[int, Move], ...]
+
+    @property
+    def pairs(self) -> tuple[tuple[int, int], ...]:
+        """The (owner, holder) pairs of all."""
+        return tuple(pair for _, move in self.moves for pair in move.pairs)
+
+    def fits(self, move: Move) -> bool:
+        """Whether the move can be made at the same time."""
+        sides = zip(zip(*self.pairs, strict=True), zip(*move.pairs, strict=True), strict=True)
+        return self.row == move.row and all(set(side).isdisjoint(other) for side, other in sides)
+
+
+def plan_transfers(chunks: Sequence[Sequence[Move]]) -> tuple[JointMove, ...]:
+    """The moves that do not stay, together where they can be.
+
+    >>> from jaxpipe.schedule import build
+    >>> [transfer] = plan_transfers(plan_moves(build("dualpipe", 2, 4), "storage"))
+    >>> transfer.pairs
+    ((0, 1), (1, 0))
+    """
+    transfers: list[JointMove] = []
+    for chunk, move in ((chunk, move) for chunk, moves in enumerate(chunks) for move in moves if not move.stays):
+        i = next((i for i, transfer in enumerate(transfers) if transfer.fits(move)), len(transfers))
+        known = transfers[i].moves if i < len(transfers) else ()
+        transfers[i : i + 1] = [JointMove(move.row, (*known, (chunk, move)))]
+    return tuple(transfers)
+
+
 def rows_per_rank(schedule: Schedule) -> int:
     """Stages whose master parameters a rank owns."""
     return schedule.num_stages // schedule.num_ranks
@@ -92,24 +132,26 @@ def cast(tree: Any, dtype: Any) -> Any:
 def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype: Any) -> tuple[Any, ...]:
     """The parameters of every local chunk in a dtype, from leaves ``[rows, ...]`` that this rank owns.
 
-    Each row is cast by itself, since casting whole leaves would hold them in both dtypes at once. Each move that does
-    not stay is one ppermute. A rank with fewer chunks than others gets a value that it never uses for a missing one.
+    Each row is cast by itself, since casting whole leaves would hold them in both dtypes at once. Each transfer is one
+    ppermute. A rank with fewer chunks than others gets a value that it never uses for a missing one.
     """
     owned = [
         cast(jax.tree.map(lambda leaf, row=row: leaf[row], stages), dtype) for row in range(rows_per_rank(schedule))
     ]
+    chunks = plan_moves(schedule, order)
+    arrived: dict[tuple[int, Move], Any] = {}
+    for transfer in plan_transfers(chunks):
+        arrived |= dict.fromkeys(transfer.moves, send(owned[transfer.row], axis, transfer.pairs))
 
-    def arrive(move: Move) -> Any:
-        return owned[move.row] if move.stays else send(owned[move.row], axis, move.pairs)
-
-    def choose(moves: Sequence[Move]) -> Any:
-        copy = arrive(moves[0])
-        for move in moves[1:]:
+    def choose(chunk: int, moves: Sequence[Move]) -> Any:
+        copies = [owned[move.row] if move.stays else arrived[chunk, move] for move in moves]
+        copy = copies[0]
+        for move, other in zip(moves[1:], copies[1:], strict=True):
             here = _holds(move, schedule.num_ranks, axis)
-            copy = jax.tree.map(functools.partial(jnp.where, here), arrive(move), copy)
+            copy = jax.tree.map(functools.partial(jnp.where, here), other, copy)
         return copy
 
-    return tuple(choose(moves) for moves in plan_moves(schedule, order))
+    return tuple(choose(chunk, moves) for chunk, moves in enumerate(chunks))
 
 
 def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str) -> Any:
@@ -117,23 +159,31 @@ def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: s
 
     The inverse of `working_copies`. Leaves that are not of inexact dtype have none.
     """
+    chunks = plan_moves(schedule, order)
+    transfers = plan_transfers(chunks)
 
-    def gather(*chunks: jax.Array) -> jax.Array:
+    def gather(*grads: jax.Array) -> jax.Array:
         parts: list[list[jax.Array]] = [[] for _ in range(rows_per_rank(schedule))]
-        for chunk, moves in zip(chunks, plan_moves(schedule, order), strict=True):
+        for grad, moves in zip(grads, chunks, strict=True):
             for move in moves:
-                parts[move.row].append(give_back(chunk, move))
+                if move.stays:
+                    parts[move.row].append(mine(grad, move))
+        for transfer in transfers:
+            (chunk, _), *others = transfer.moves
+            given = grads[chunk]
+            for chunk, move in others:
+                given = jnp.where(_holds(move, schedule.num_ranks, axis), grads[chunk], given)
+            back = tuple((holder, owner) for owner, holder in transfer.pairs)
+            parts[transfer.row].append(send(given, axis, back))
         return jnp.stack([functools.reduce(jnp.add, row) for row in parts])
 
-    def give_back(grad: jax.Array, move: Move) -> jax.Array:
-        if not move.stays:
-            return send(grad, axis, tuple((holder, owner) for owner, holder in move.pairs))
+    def mine(grad: jax.Array, move: Move) -> jax.Array:
         if len(move.pairs) == schedule.num_ranks:
             return grad
         return jnp.where(_holds(move, schedule.num_ranks, axis), grad, jnp.zeros_like(grad))
 
-    # Behind a barrier, or an optimizer's every output would be computed from the parts by a kernel of its own.
-    return lax.optimization_barrier(jax.tree.map(gather, *grads))
+    # Behind barriers, or an optimizer's every output would be computed from the parts by a kernel of its own.
+    return jax.tree.map(lambda *leaves: lax.optimization_barrier(gather(*leaves)), *grads)
 
 
 def send(tree: Any, axis: str, pairs: tuple[tuple[int, int], ...]) -> Any:

@@ -33,7 +33,9 @@ from jaxpipe.runtime.operations import (
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
+from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
+from jaxpipe.runtime.stretches import make_stretches
 from jaxpipe.runtime.unrolled import run_unrolled
 from jaxpipe.stage import SplitStage, split_stage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -87,9 +89,10 @@ def train(
     )
     shares = _shares(options, local, (head[0], split.out[1]))
     with jax.named_scope("prepare"):
-        # Behind a barrier, or kernels outside of loops would read rows of whole leaves and those inside their copies.
+        # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
+        # Each leaf is behind its own, so that a step may begin before all copies have arrived.
         prepared = tuple(splits[kind].prepare((local.chunks[chunk], step_inputs)) for chunk, kind in program.parts)
-        prepared = lax.optimization_barrier(prepared)
+        prepared = jax.tree.map(lax.optimization_barrier, prepared)
     step = TrainStep(
         model=local.model,
         splits=splits,
@@ -355,8 +358,10 @@ def _check_outputs(outputs: Any, size: int) -> None:
             )
 
 
-def make_tables(program: Program) -> tuple[Any, Any]:
-    """(tables of each rank ``[steps, ranks, ...]``, tables common to all ranks ``[steps]``)."""
+def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
+    """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
+    if dispatch == "loops":
+        return [body.table for body in make_bodies(program, make_stretches(program))], ()
     _, patterns = _patterns(program)
     per_rank = {
         "branch": program.branch,
@@ -375,9 +380,12 @@ def run_steps(
     buffers: Buffers,
     tables: Any,
 ) -> Buffers:
-    """The scan over all steps: run a branch, then move messages where the step says so."""
+    """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
         return run_unrolled(program, operation, buffers)
+    if dispatch == "loops":
+        mine = [table[:, 0] for table in tables[0]]
+        return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
     if dispatch == "sequential":

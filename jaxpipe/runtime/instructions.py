@@ -184,8 +184,8 @@ def _steps(
 
 def _chunks(routes: np.ndarray) -> np.ndarray:
     """``int[directions, stages]``: which of its rank's stages that is; see `Schedule.rank_stages`."""
-    ranks = routes.reshape(-1)
-    return np.array([(ranks[:i] == rank).sum() for i, rank in enumerate(ranks)]).reshape(routes.shape)
+    ranks = routes.T.reshape(-1)  # stage by stage
+    return np.array([(ranks[:i] == rank).sum() for i, rank in enumerate(ranks)]).reshape(routes.T.shape).T
 
 
 def find_values(operations: Operations) -> Values:

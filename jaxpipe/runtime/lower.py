@@ -194,13 +194,12 @@ def _message_slots(operations: Operations, values: Values, sent: np.ndarray) -> 
 def _parts(operations: Operations, kind_of: np.ndarray) -> tuple[tuple[tuple[int, int], ...], np.ndarray]:
     """The distinct (chunk, kind of stage) and ``int[operations]``: the part of each operation.
 
-    The ends, which have no kind, have the first part of their chunk.
+    The ends, which are of no chunk, have the first part.
     """
     kinds = int(kind_of.max(initial=0)) + 1
-    first = operations.chunk * kinds
-    code = np.where(np.isin(operations.op, (F, B, I, W)), first + kind_of[operations.stage], -1)
+    code = np.where(np.isin(operations.op, (F, B, I, W)), operations.chunk * kinds + kind_of[operations.stage], -1)
     distinct = np.unique(code[code >= 0])
-    part = np.searchsorted(distinct, np.where(code >= 0, code, first))
+    part = np.where(code >= 0, np.searchsorted(distinct, code), 0)
     return tuple(divmod(each, kinds) for each in distinct.tolist()), part
 
 

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import Buffers, add, put, select, take
+from jaxpipe.runtime.buffers import Buffers, Taken, add, put, select, take
 from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
@@ -299,19 +299,28 @@ def make_context(
 
 
 def run_branch(
-    branch: Branch, operation: Callable[[Op, int], Operation], *, apart: bool = False
+    branch: Branch, operation: Callable[[Op, int], Operation], *, apart: bool = False, in_order: bool = False
 ) -> Callable[[Buffers, Any], Buffers]:
     """The code of a branch: read all, compute all, write all; each under the scope of its action.
 
-    ``apart``: whether pools are `Apart` and the slots in ``operands`` integers.
+    Args:
+      branch: the operations.
+      operation: makes each.
+      apart: whether pools are `Apart` and the slots in ``operands`` integers.
+      in_order: whether a message is out of its slot before another is written. In straight code, and with slots that
+        are constants, XLA would otherwise copy the whole pool: a kernel may read the slot when all else is done.
     """
     parts = [(op, operation(op, part)) for op, part in branch]
 
     def run(buffers: Buffers, operands: Any) -> Buffers:
-        inputs, results = [], []
+        inputs, results, source = [], [], buffers
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("read"):
-                inputs.append(part.read(buffers, operands[i]))
+                if in_order and len(parts) == 1 and op is not Op.EMBED:
+                    message = take(buffers.in_flight, operands[i][Field.SOURCE])
+                    message, in_flight = lax.optimization_barrier((message, buffers.in_flight))
+                    source, buffers = (buffers._replace(in_flight=each) for each in (Taken(message), in_flight))
+                inputs.append(part.read(source, operands[i]))
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], operands[i]))

@@ -74,22 +74,26 @@ class Schedule:
 
     @functools.cached_property
     def rank_stages(self) -> tuple[tuple[int, ...], ...]:
-        """``[num_ranks][chunks]``: the stages that each rank works on, direction by direction.
+        """``[num_ranks][chunks]``: the stages that each rank works on, in the order of stages.
 
-        The position in a rank's tuple is the stage's local chunk index. DualPipe's rank r has
-        ``(r, num_ranks - 1 - r)``, DualPipeV's ``(r, 2 * num_ranks - 1 - r)``.
+        The position in a rank's tuple is the stage's local chunk index. DualPipeV's rank r has
+        ``(r, 2 * num_ranks - 1 - r)``. DualPipe's rank r and the rank that mirrors it have the same two stages in the
+        same order, of which either owns one: so that what both do at a time is the same code.
         """
-        return tuple(
-            tuple(stage for route in self.routes for stage, at in enumerate(route) if at == rank)
-            for rank in range(self.num_ranks)
-        )
+        return tuple(tuple(stage for stage, _ in held) for held in self._held)
+
+    @functools.cached_property
+    def _held(self) -> tuple[tuple[tuple[int, int], ...], ...]:
+        """``[num_ranks][chunks]``: (stage, direction)."""
+        held = ((stage, d, rank) for d, route in enumerate(self.routes) for stage, rank in enumerate(route))
+        order = sorted(held)
+        return tuple(tuple((stage, d) for stage, d, at in order if at == rank) for rank in range(self.num_ranks))
 
     def chunk_of(self, action: Action) -> int:
         """The local chunk index, on the rank that runs it, of an action's stage."""
         direction = self.direction(action.microbatch)
         rank = self.routes[direction][action.stage]
-        chunks = [(d, s) for d, route in enumerate(self.routes) for s, at in enumerate(route) if at == rank]
-        return chunks.index((direction, action.stage))
+        return self._held[rank].index((action.stage, direction))
 
     @functools.cached_property
     def storage_order(self) -> tuple[int, ...]:

@@ -3,7 +3,7 @@
 A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
 runs its branches in the order of that table: the n-th run of an operation of a branch on a rank is the n-th entry of
 that branch in the rank's column. Unrolled code has operations of its own for each step, or for each step of its loop's
-body; a scope says which.
+body, and the stretches of a program of several ranks have some for each piece of their code; a scope says which.
 """
 
 from __future__ import annotations
@@ -11,16 +11,17 @@ from __future__ import annotations
 import collections
 import dataclasses
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 from jax.sharding import Mesh
 
 from jaxpipe.runtime.program import Field, Program
+from jaxpipe.runtime.stretches import loops, make_stretches, pieces
 from jaxpipe.schedule.simulator import Costs
 from profiling.event import Event, Trace
-from profiling.read.scopes import action_of, place
+from profiling.read.scopes import Place, action_of, place
 
 MOST_UNPLACED = 0.05
 """The largest share of the time in branches that operations may take that the compiler moved out of them."""
@@ -138,21 +139,18 @@ def measured_costs(actions: Trace) -> Costs:
 
 
 def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
-    """How often a rank runs each branch and each pattern of exchanges, on average over the steps of a pipeline's scan.
+    """How often a rank runs each loop of no or one trip where it comes to it, on average.
 
-    Give it as ``trips`` to `profiling.overlap` if the compiled step runs its branches as loops of no or one trip.
+    Give it as ``trips`` to `profiling.overlap` if the compiled step runs in stretches, ``dispatch="loops"``.
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
-    >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs())))
-    >>> round(trips["branch_1/"], 2), round(trips["/send/ppermute"], 2)  # of 18 steps
-    (0.22, 0.28)
+    >>> loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1)[-1]
+    ('choice_0/', 0.0)
     """
-    branches = [(f"branch_{i}/", float(np.mean(program.branch[:, rank] == i))) for i in range(1, len(program.branches))]
-    patterns = np.unique(program.communicate[program.communicate.any(1)], axis=0)
-    if not len(patterns):
-        return branches
-    return [*branches, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
+    found = loops(make_stretches(program))
+    means = [float(loop.chosen[:, rank].sum() / max(loop.reached[:, rank].sum(), 1)) for loop in found]
+    return [(f"choice_{i}/", means[i]) for i in reversed(range(len(means)))]  # what is within another comes before it
 
 
 class _OperationRun(NamedTuple):
@@ -167,18 +165,18 @@ class _OperationRun(NamedTuple):
 
 
 def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) -> Iterator[_OperationRun]:
-    operations: dict[tuple[int, str, int, range | None], list[int]] = collections.defaultdict(list)
+    operations: dict[tuple[int, str, Place], list[int]] = collections.defaultdict(list)
     place_once = functools.cache(place)
     for i, event in enumerate(trace.events):
         at = place_once(event.scope)
         if at.branch is not None and event.hlo_op and event.device in ranks:
-            operations[event.device, event.hlo_op, at.branch, at.steps].append(i)
+            at = Place("", None, None, at.branch, at.steps, at.piece)
+            operations[event.device, event.hlo_op, at].append(i)
+    in_pieces = any(at.piece is not None for _, _, at in operations)
+    code = [piece.steps for piece in pieces(make_stretches(program))] if in_pieces else []
     total = unplaced = 0.0
-    for (device, _, branch, own), indices in operations.items():
-        column = program.branch[:, ranks[device]]
-        rows = np.flatnonzero(column == branch) if branch < len(program.branches) else np.empty(0, np.int64)
-        if own is not None:
-            rows = np.intersect1d(rows, np.asarray(own))
+    for (device, _, at), indices in operations.items():
+        rows = _rows(program, code, at, ranks[device])
         time = sum(trace.events[i].duration for i in indices)
         total += time
         if not len(rows) or len(indices) % (len(rows) * steps):
@@ -188,9 +186,18 @@ def _runs(trace: Trace, program: Program, ranks: Mapping[int, int], steps: int) 
         for n, i in enumerate(indices):
             run, trip = divmod(n, trips)
             step, row = divmod(run, len(rows))
-            yield _OperationRun(i, branch, step, int(rows[row]), trip, trips)
+            yield _OperationRun(i, at.branch or 0, step, int(rows[row]), trip, trips)
     if unplaced > MOST_UNPLACED * total:
         raise ValueError(
             f"operations with {unplaced / total:.0%} of the time in the program's branches did not run a whole number "
             f"of times per action in {steps} steps: give the trace's own program, whole steps, and how many they are"
         )
+
+
+def _rows(program: Program, code: Sequence[np.ndarray], at: Place, rank: int) -> np.ndarray:
+    """The steps of the program in which a rank runs what is at a place."""
+    if at.piece is not None:
+        steps = code[at.piece][:, rank] if at.piece < len(code) else np.empty(0, np.int64)
+        return steps[steps >= 0]
+    mine = np.flatnonzero(program.branch[:, rank] == at.branch)
+    return mine if at.steps is None else np.intersect1d(mine, np.asarray(at.steps))

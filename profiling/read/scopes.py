@@ -29,6 +29,7 @@ _LAYER = re.compile(r"(?:layer|layers|block|blocks)_?(\d+)")
 _MICROBATCH = re.compile(r"microbatch_(\d+)")
 _BRANCH = re.compile(r"branch_(\d+)")
 _STEPS = re.compile(r"steps_(\d+)_(\d+)_(\d+)")
+_PIECE = re.compile(r"piece_(\d+)")
 
 
 class Place(NamedTuple):
@@ -41,6 +42,7 @@ class Place(NamedTuple):
       branch: index of the branch of jaxpipe's program; None outside.
       steps: steps of that program that run the operation, if each has code of its own; None if any step of the branch
         may run it.
+      piece: index of the piece of the program's code, if it runs as stretches.
     """
 
     phase: str
@@ -48,6 +50,7 @@ class Place(NamedTuple):
     microbatch: int | None
     branch: int | None
     steps: range | None = None
+    piece: int | None = None
 
 
 def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
@@ -57,7 +60,7 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
     `jax.grad` are F or B, as jax marks them.
 
     >>> place("jit(step)/shard_map/while/body/branch_2/W/transpose(jvp(layer_3))/attention/dot_general")
-    Place(phase='attn(W)', layer=3, microbatch=None, branch=2, steps=None)
+    Place(phase='attn(W)', layer=3, microbatch=None, branch=2, steps=None, piece=None)
     >>> place("jit(step)/while/body/branch_2/steps_5_4_3/F/dot_general").steps  # in a loop: every fourth, thrice
     range(5, 17, 4)
     >>> place("jit(step)/transpose(jvp(layer_0))/mlp/add").phase, place("jit(step)/broadcast").phase, place("").phase
@@ -79,14 +82,15 @@ def place(scope: str, parts: Mapping[str, str] = PARTS) -> Place:
         if steps is None and (found := _STEPS.fullmatch(name)):
             first, period, times = map(int, found.groups())
             steps = range(first, first + period * times, period)
-        for pattern in (_LAYER, _MICROBATCH, _BRANCH):
+        for pattern in (_LAYER, _MICROBATCH, _BRANCH, _PIECE):
             if found := pattern.fullmatch(name):
                 indices.setdefault(pattern, int(found[1]))
         part = parts.get(name, part)
     if action is None and "jvp(" in scope:
         action = "B" if "transpose(" in scope else "F"
     phase = f"{part}({action})" if part and action else action or part or "other"
-    return Place(phase, indices.get(_LAYER), indices.get(_MICROBATCH), indices.get(_BRANCH), steps)
+    layer, microbatch, branch, piece = map(indices.get, (_LAYER, _MICROBATCH, _BRANCH, _PIECE))
+    return Place(phase, layer, microbatch, branch, steps, piece)
 
 
 def action_of(phase: str) -> str:

@@ -71,10 +71,10 @@ def interpret(program: Program) -> list[list[tuple[tuple[Op, int, int], ...]]]:
                 assert all(
                     (program.operands[step, :, 0, : Field.SOURCE] == list(rows[0].values())[: Field.SOURCE]).flat
                 )
-            for (_, chunk), (_, stage, microbatch) in zip(branch, work, strict=True):
+            for (op, chunk), (_, stage, microbatch) in zip(branch, work, strict=True):
                 holder = program.schedule.rank_of(stage, microbatch)
                 assert holder == rank or shared
-                assert chunk == 0 if shared else program.schedule.rank_stages[rank][chunk] == stage
+                assert chunk == 0 if op in ENDS else program.schedule.rank_stages[rank][chunk] == stage
             if shared and holder != rank:
                 assert set(list(rows[0].values())[Field.SOURCE :]) <= dummies(program)
                 assert rows[0][Field.SOURCE] == rows[0][Field.TARGET] == in_flight[rank].dummy

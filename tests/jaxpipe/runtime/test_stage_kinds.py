@@ -104,6 +104,7 @@ def test_a_stage_holds_no_conditional_and_slots_are_as_large_as_the_largest_kind
     schedule = jaxpipe.schedule.build("zb1p", 4, MICROBATCHES)
     mesh = jaxpipe.make_mesh(pp=4)
     params, batch = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), make(schedule))
+    batch = jax.tree.map(lambda leaf: jnp.repeat(leaf, 16, 0), batch)  # so that slots outweigh the loops' own
 
     def program(functions, kind_of):
         stage = jaxpipe.StageKinds(functions, kind_of)

@@ -1,0 +1,207 @@
+"""Runs the stretches of a Program on one rank, inside shard_map; see `jaxpipe.runtime.stretches`.
+
+What is the same on all ranks in all rounds, a slot perhaps, is a constant of the code; the rest is in a table.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+from jax import lax
+
+from jaxpipe.runtime.buffers import Buffers, put, take
+from jaxpipe.runtime.operations import Operation, run_branch
+from jaxpipe.runtime.program import Field, Op, Program
+from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
+
+
+class _Column(NamedTuple):
+    """A column of a stretch's table."""
+
+    index: int
+
+
+_Entry = _Column | int
+"""Where a number is found: in the table, or here."""
+
+
+@dataclasses.dataclass
+class _Columns:
+    """The columns of a stretch's table, each ``int[rounds, ranks]``, no two the same."""
+
+    columns: list[np.ndarray] = dataclasses.field(default_factory=list)
+    known: dict[bytes, _Column] = dataclasses.field(default_factory=dict)
+
+    def entry(self, values: np.ndarray, where: np.ndarray) -> _Entry:
+        """The entry for values that count ``where`` it says."""
+        counting = values[where]
+        if (counting == counting[0]).all():
+            return int(counting[0])
+        column = np.where(where, values, 0).astype(np.int32)
+        if column.tobytes() not in self.known:
+            self.known[column.tobytes()] = _Column(len(self.columns))
+            self.columns.append(column)
+        return self.known[column.tobytes()]
+
+
+class _Code(NamedTuple):
+    """A piece, with its entries ``[operations of its branch][fields]``, and its number among the program's pieces."""
+
+    branch: int
+    operands: tuple[tuple[_Entry, ...], ...]
+    number: int
+
+
+class _Loop(NamedTuple):
+    """A guarded code, with the entry of its trips, and its number among the program's loops."""
+
+    nodes: tuple[_Code | _Loop, ...]
+    trips: _Entry
+    number: int
+
+
+class _Exchange(NamedTuple):
+    """(channel, slot that leaves, slot that is written) of all messages, and the loop that they stand in, if any."""
+
+    messages: tuple[tuple[int, _Entry, _Entry], ...]
+    trips: _Entry
+    number: int | None
+
+
+class _Body(NamedTuple):
+    """The code of a stretch, and its table ``int32[rounds, ranks, columns]``."""
+
+    ticks: tuple[tuple[tuple[_Code | _Loop, ...], tuple[_Exchange, ...]], ...]
+    table: np.ndarray
+
+
+def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
+    """The code of each stretch, and its table."""
+    bodies, of_pieces, of_loops = [], itertools.count(), itertools.count()
+    for stretch in stretches:
+        columns = _Columns()
+
+        def node(each: Piece | Guarded, columns: _Columns = columns) -> _Code | _Loop:
+            if isinstance(each, Piece):
+                return _Code(each.branch, _operands(program, each, columns), next(of_pieces))
+            number, trips = next(of_loops), columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen))
+            return _Loop(tuple(map(node, each.nodes)), trips, number)
+
+        def exchange(each: Sending, columns: _Columns = columns) -> _Exchange:
+            return _exchange(program, each, columns, None if each.always else next(of_loops))
+
+        ticks = tuple((tuple(map(node, t.nodes)), tuple(map(exchange, t.exchanges))) for t in stretch.ticks)
+        shape = (stretch.times, program.num_ranks)
+        table = np.stack(columns.columns, -1) if columns.columns else np.zeros((*shape, 0), np.int32)
+        bodies.append(_Body(ticks, table))
+    return bodies
+
+
+def _operands(program: Program, piece: Piece, columns: _Columns) -> tuple[tuple[_Entry, ...], ...]:
+    where = piece.steps >= 0
+    ranks = np.broadcast_to(np.arange(program.num_ranks), where.shape)
+    rows = program.operands[piece.steps, ranks]
+    operations = range(len(program.branches[piece.branch]))
+    return tuple(tuple(columns.entry(rows[..., i, field], where) for field in Field) for i in operations)
+
+
+def _exchange(program: Program, exchange: Sending, columns: _Columns, number: int | None) -> _Exchange:
+    moves = np.broadcast_to((exchange.steps >= 0)[:, None], (len(exchange.steps), program.num_ranks))
+
+    def message(channel: int) -> tuple[int, _Entry, _Entry]:
+        # A channel that is silent in a round takes what is in the ranks' dummy slots to dummy slots.
+        send, receive = (table[exchange.steps][..., channel] for table in (program.send, program.receive))
+        return channel, columns.entry(send, moves), columns.entry(receive, moves)
+
+    trips = columns.entry(moves.astype(np.int32), np.ones_like(moves))
+    return _Exchange(tuple(map(message, exchange.channels)), trips, number)
+
+
+def run_stretches(
+    program: Program,
+    stretches: Sequence[Stretch],
+    operation: Callable[[Op, int], Operation],
+    axis: str,
+    buffers: Buffers,
+    tables: Sequence[jax.Array],
+) -> Buffers:
+    """All steps; ``tables`` are this rank's, ``[rounds, columns]`` for each stretch."""
+
+    def run_nodes(nodes: Sequence[_Code | _Loop], buffers: Buffers, row: Any, zero: Any) -> Buffers:
+        for i, node in enumerate(nodes):
+            if i:  # so that all slots are read before another piece writes, and no pool is copied
+                buffers = lax.optimization_barrier(buffers)
+            buffers = run_piece(node, buffers, row, zero) if isinstance(node, _Code) else run_loop(node, buffers, row)
+        return buffers
+
+    def run_piece(node: _Code, buffers: Buffers, row: Any, zero: Any) -> Buffers:
+        branch = program.branches[node.branch]
+        operands = [
+            [_value(entry, row, zero if field in (Field.MICROBATCH, Field.STAGE) else None) for field, entry in fields]
+            for fields in (zip(Field, entries, strict=True) for entries in node.operands)
+        ]
+        scope = f"branch_{node.branch}{'/together' * program.together(branch)}"
+        with jax.named_scope(scope), jax.named_scope(f"piece_{node.number}"):
+            return run_branch(branch, operation, in_order=True)(buffers, operands)
+
+    def run_loop(node: _Loop, buffers: Buffers, row: Any) -> Buffers:
+        def trip(index: jax.Array, buffers: Buffers) -> Buffers:
+            # The number of the trip is zero, but behind a barrier nothing knows: XLA would take out of the loop what
+            # does not change from trip to trip, such as the embedding of a microbatch that is a constant.
+            with jax.named_scope(f"choice_{node.number}"):
+                buffers, inside, zero = lax.optimization_barrier((buffers, row, index))
+                return run_nodes(node.nodes, buffers, inside, zero)
+
+        return lax.fori_loop(0, _value(node.trips, row), trip, buffers)
+
+    def exchange(given: _Exchange, in_flight: Any, row: Any) -> Any:
+        def move(_: Any, in_flight: Any) -> Any:
+            with jax.named_scope(f"choice_{given.number}"):
+                return _move(program, given, axis, in_flight, row)
+
+        if given.number is None:
+            return _move(program, given, axis, in_flight, row)
+        return lax.fori_loop(0, _value(given.trips, row), move, in_flight)
+
+    def run_round(body: _Body, buffers: Buffers, row: Any) -> Buffers:
+        for i, (nodes, exchanges) in enumerate(body.ticks):
+            if i:
+                buffers = lax.optimization_barrier(buffers)
+            buffers = run_nodes(nodes, buffers, row, None)
+            for each in exchanges:
+                buffers = buffers._replace(in_flight=exchange(each, buffers.in_flight, row))
+        return buffers
+
+    for i, (body, table) in enumerate(zip(make_bodies(program, stretches), tables, strict=True)):
+        if i:
+            buffers = lax.optimization_barrier(buffers)
+        if len(table) == 1:
+            buffers = run_round(body, buffers, table[0])
+        else:
+            buffers, _ = lax.scan(lambda carry, row, body=body: (run_round(body, carry, row), None), buffers, table)
+    return buffers
+
+
+def _value(entry: _Entry, row: Any, zero: Any = None) -> Any:
+    """What an entry stands for in a round; one that is a constant plus ``zero``."""
+    if isinstance(entry, _Column):
+        return row[entry.index]
+    return entry if zero is None else entry + zero
+
+
+def _move(program: Program, given: _Exchange, axis: str, in_flight: Any, row: Any) -> Any:
+    """Moves one message on each channel of an exchange: all sends are read before any arrival is written."""
+    with jax.named_scope("send"):
+        arrived = [
+            lax.ppermute(take(in_flight, _value(leaves, row)), axis, program.channels[channel])
+            for channel, leaves, _ in given.messages
+        ]
+    in_flight, arrived = lax.optimization_barrier((in_flight, arrived))
+    for (_, _, written), message in zip(given.messages, arrived, strict=True):
+        in_flight = put(in_flight, _value(written, row), message)
+    return in_flight
