@@ -84,7 +84,7 @@ class Pipeline:
 
     @property
     def dispatch(self) -> str:
-        """How a rank runs the branch of a step: "unrolled", "switch", "loops" or "sequential"."""
+        """How a rank runs the branch of a step: "unrolled", "switch", "loops", "stretches" or "sequential"."""
         return self.options.dispatch
 
     @property
@@ -340,11 +340,11 @@ def value_and_grad(
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16; None: that of the parameters.
         Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
       costs: relative times of forward, input gradient and weight gradient, for packing; by default all are equal.
-      dispatch: how a rank runs the branch of a step. "switch" is a conditional. "sequential" is a loop of no or one
-        trip for each branch, for which XLA copies no buffers, and for each half of an overlapped pair. "loops" has such
-        loops only for what not all ranks run, in stretches of steps with the branches that occur in them: a GPU waits
-        for the host at each. ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes them parts of CUDA graphs,
-        which need no host.
+      dispatch: how a rank runs the branch of a step. "switch" is a conditional. "loops" are loops of no or one trip,
+        for which XLA copies no buffers; "sequential" has such loops for the halves of an overlapped pair too. A GPU
+        waits for the host at each loop: "stretches" has one only round what not all ranks run, in stretches of steps
+        with the branches that occur in them, which is up to twice as much code and has not been timed yet.
+        ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes loops parts of CUDA graphs, which need no host.
         "unrolled" is for one rank: code that needs no choice and copies nothing into slots. It is two to three times as
         much code, and it stashes even what is named "recompute". The default is "unrolled" on one rank where a few
         rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "loops" elsewhere.

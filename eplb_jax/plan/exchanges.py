@@ -47,7 +47,7 @@ class _HeldExperts(NamedTuple):
     counts: jax.Array
 
 
-class _Search(NamedTuple):
+class _TabuSearch(NamedTuple):
     """Where `exchange` is.
 
     Attributes:
@@ -103,10 +103,10 @@ def exchange(
 
     plan = _HeldExperts(*map(split, (slots, take(weight, slots), take(counts_of(slots, experts), slots))))
     best = _totals(plan, num_gpus).max(-2)
-    state = _Search(plan, jnp.zeros_like(plan.slots), plan, best, jnp.int32(0))
+    state = _TabuSearch(plan, jnp.zeros_like(plan.slots), plan, best, jnp.int32(0))
     target = target.reshape(layers, -1)[:, 0]
 
-    def unfinished(state: _Search) -> jax.Array:
+    def unfinished(state: _TabuSearch) -> jax.Array:
         return (state.best.max(0) > target).any() & (state.step < steps)
 
     step = functools.partial(_take_step, target, num_gpus, experts, duplicates)
@@ -120,7 +120,7 @@ def _totals(plan: _HeldExperts, num_gpus: int) -> jax.Array:
     return loads.reshape(*loads.shape[:-2], num_gpus, -1, loads.shape[-1]).sum(-2)
 
 
-def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool, state: _Search) -> _Search:
+def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool, state: _TabuSearch) -> _TabuSearch:
     nodes, replicas, _ = state.resting.shape
     on = jnp.arange(nodes, dtype=jnp.int32)[:, None] == jnp.argmax(state.best, axis=0).astype(jnp.int32)
     best = state.best.max(0)
@@ -172,7 +172,7 @@ def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool,
     until = state.step + 1 + SHORTEST_REST + state.step % RESTS
     resting = jnp.where(on[:, None] & (to | back), until, state.resting)
     kept, best_now = put(better, state.kept), jnp.where(better, now, state.best)
-    return _Search(put(on, state.plan), resting, kept, best_now, state.step + 1)
+    return _TabuSearch(put(on, state.plan), resting, kept, best_now, state.step + 1)
 
 
 def _all_steps(

@@ -42,7 +42,7 @@ def row(name: str, ranks: int, microbatches: int, *, shared_ends: bool, forward_
     times.append(time.perf_counter())
     program = lower(schedule, packing=packing, shared_ends=shared_ends, forward_only=forward_only)
     is_short(program)
-    make_tables(program, "loops")
+    make_tables(program, "stretches")
     times.append(time.perf_counter())
     used = time.process_time() - begun
     steady = find_steady(read_actions(kept))

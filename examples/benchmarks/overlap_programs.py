@@ -188,7 +188,6 @@ def lower_step(job: Job, variant: Variant, schedule: str) -> tuple[Program, Any]
         specs=jaxpipe.Params(specs, P()),
         compute_dtype=jnp.bfloat16,
         order="storage",
-        dispatch=None if variant.executor == "library" else "sequential",  # the prototypes read tables by step
     )
     if variant.program == "steady":
         pipeline = dataclasses.replace(pipeline, program=steady_state(pipeline.program))

@@ -89,7 +89,7 @@ def compile_step(
     seconds = time.perf_counter() - start
     attention = _attention_us(config, microbatch_size, chip, dtype)
     times = [(stand_in.FORWARD, attention), (stand_in.BACKWARD, 2.5 * attention)]
-    trips = loop_trips(pipeline.program) if pipeline.dispatch == "loops" else ()
+    trips = loop_trips(pipeline.program, dispatch=pipeline.dispatch)
     found = overlap(step.as_text() or "", chip, times=times, trips=trips, node_size=devices_per_node)
     memory: Any = step.memory_analysis()
     return Compiled(memory.argument_size_in_bytes, memory.temp_size_in_bytes, found, seconds)

@@ -6,7 +6,7 @@ import dataclasses
 
 from jaxpipe.deepseek.arrange import Arrangement
 from jaxpipe.deepseek.config import DENSE, MTP
-from jaxpipe.deepseek.hf_names import Index, TensorPart, Path
+from jaxpipe.deepseek.hf_names import Index, Path, TensorPart
 
 
 def in_stages(part: TensorPart, arrangement: Arrangement) -> TensorPart:

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.deepseek.config import ModelConfig
-from jaxpipe.deepseek.hf_names import TensorPart, Path, Tensor
+from jaxpipe.deepseek.hf_names import Path, Tensor, TensorPart
 from jaxpipe.deepseek.hf_places import in_stages
 from jaxpipe.deepseek.hf_write import FORMATS, LARGEST, Written, write_folder
 from jaxpipe.deepseek.model import DeepSeekModel, build_model, names

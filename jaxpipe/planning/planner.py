@@ -23,7 +23,6 @@ from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import Works, works
-from jaxpipe.runtime.options import STEPWISE
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask
@@ -274,8 +273,8 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
     CPUs run the halves of a pair one after the other.
     """
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
-    if pipeline.dispatch == "loops" or (pipeline.dispatch == "sequential" and on_cpu and not cpu):
-        dispatch = "sequential" if cpu else STEPWISE
+    if pipeline.dispatch in ("loops", "stretches") or (pipeline.dispatch == "sequential" and on_cpu and not cpu):
+        dispatch = "sequential" if cpu else "loops"
     else:
         return pipeline
     return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))

@@ -360,7 +360,7 @@ def _check_outputs(outputs: Any, size: int) -> None:
 
 def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
     """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
-    if dispatch == "loops":
+    if dispatch == "stretches":
         return [body.table for body in make_bodies(program, make_stretches(program))], ()
     _, patterns = _patterns(program)
     per_rank = {
@@ -383,7 +383,7 @@ def run_steps(
     """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
         return run_unrolled(program, operation, buffers)
-    if dispatch == "loops":
+    if dispatch == "stretches":
         mine = [table[:, 0] for table in tables[0]]
         return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)
     per_rank, patterns = tables

@@ -10,11 +10,8 @@ from jax.sharding import PartitionSpec as P
 from jaxpipe.params import Params
 from jaxpipe.schedule.simulator import Costs
 
-DISPATCHERS = ("unrolled", "switch", "loops", "sequential")
+DISPATCHERS = ("unrolled", "switch", "loops", "stretches", "sequential")
 """How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
-
-STEPWISE = "stepwise"
-"""One scan over all steps, each branch a loop of no or one trip: "loops" without stretches, as a plan looks at it."""
 
 AUTOMATIC = "automatic"
 """Stands for one of `DISPATCHERS` until the program is there that it is chosen for."""

@@ -138,16 +138,34 @@ def measured_costs(actions: Trace) -> Costs:
     )
 
 
-def loop_trips(program: Program, rank: int = 0) -> list[tuple[str, float]]:
+def loop_trips(program: Program, rank: int = 0, *, dispatch: str = "loops") -> list[tuple[str, float]]:
     """How often a rank runs each loop of no or one trip where it comes to it, on average.
 
-    Give it as ``trips`` to `profiling.overlap` if the compiled step runs in stretches, ``dispatch="loops"``.
+    Give it as ``trips`` to `profiling.overlap` if the compiled step runs what ranks differ in as such loops.
+
+    Args:
+      program: of the pipeline.
+      rank: which.
+      dispatch: of the pipeline: "loops", which has a loop for each branch and each pattern of exchanges, "stretches",
+        or another, which has none.
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
-    >>> loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1)[-1]
+    >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs())))
+    >>> round(trips["branch_1/"], 2), round(trips["/send/ppermute"], 2)  # of 18 steps
+    (0.22, 0.28)
+    >>> loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1, dispatch="stretches")[-1]
     ('choice_0/', 0.0)
     """
+    if dispatch == "loops":
+        branches = range(1, len(program.branches))
+        trips = [(f"branch_{i}/", float(np.mean(program.branch[:, rank] == i))) for i in branches]
+        patterns = np.unique(program.communicate[program.communicate.any(1)], axis=0)
+        if not len(patterns):
+            return trips
+        return [*trips, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
+    if dispatch != "stretches":
+        return []
     found = loops(make_stretches(program))
     means = [float(loop.chosen[:, rank].sum() / max(loop.reached[:, rank].sum(), 1)) for loop in found]
     return [(f"choice_{i}/", means[i]) for i in reversed(range(len(means)))]  # what is within another comes before it

@@ -82,7 +82,7 @@ PLACES = {
     "1f1b, switch": ("1f1b", 2, "switch", layer),
     "1f1b, loops": ("1f1b", 2, "loops", layer),
     "zb1p, sequential": ("zb1p", 2, "sequential", in_loop),
-    "dualpipev, loops": ("dualpipev", 2, "loops", layer),
+    "dualpipev, stretches": ("dualpipev", 2, "stretches", layer),
     "one rank, unrolled": ("1f1b", 1, "unrolled", in_loop),
 }
 

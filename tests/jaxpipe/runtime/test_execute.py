@@ -111,7 +111,7 @@ def test_deepseek_example_on_more_ranks(x64, name, ranks, microbatches):
     deepseek_example(name, ranks, microbatches, 512, 2048, 256)
 
 
-@pytest.mark.parametrize("dispatch", ["switch", "loops", "sequential"])
+@pytest.mark.parametrize("dispatch", ["switch", "loops", "stretches", "sequential"])
 def test_dispatchers_agree(x64, dispatch):
     schedule = jaxpipe.schedule.build("dualpipev", 2, 6)
     compare(

@@ -56,7 +56,7 @@ def make(schedule, layered, count=1):
 @pytest.mark.parametrize(
     ("name", "ranks", "dispatch", "layered"),
     [
-        ("dualpipev", 2, "loops", False),
+        ("dualpipev", 2, "stretches", False),
         ("zb1p", 2, "switch", True),
         ("1f1b", 1, "unrolled", True),
         *(

@@ -61,7 +61,7 @@ def make_params(schedule, dtype=np.float64):
     "name, ranks, dispatch",
     [
         ("1f1b", 1, "unrolled"),
-        ("dualpipe", 2, "loops"),
+        ("dualpipe", 2, "stretches"),
         ("zbv", 2, "switch"),
     ],
 )

@@ -56,7 +56,7 @@ ENDS = {
 }
 CASES = [
     ("zb1p", 4, [0, 1, 1, 1], None),
-    ("dualpipev", 2, [0, 1, 1, 1], "loops"),
+    ("dualpipev", 2, [0, 1, 1, 1], "stretches"),
     ("dualpipev", 1, [1, 0], None),
     *(
         pytest.param(*case, marks=pytest.mark.slow)

@@ -91,8 +91,7 @@ def test_one_rank_runs_unrolled_code(tmp_path):
 
 
 def test_stretches_have_operations_of_their_own(tmp_path):
-    """On a GPU, where a program of several ranks is stretches of steps, each with its code."""
-    check_microbatches(*capture_steps(tmp_path, 2, 1, dispatch="loops"))
+    check_microbatches(*capture_steps(tmp_path, 2, 1, dispatch="stretches"))
 
 
 def check_microbatches(trace, program, schedule, ranks):
