@@ -500,11 +500,11 @@ def _pipeline(
         kind_of=model.kind_of,
     )
     if options.dispatch == AUTOMATIC:
-        options = dataclasses.replace(options, dispatch=_default_dispatch(program, mesh))
+        options = dataclasses.replace(options, dispatch=default_dispatch(program, mesh))
     return Pipeline(program, model, mesh, options)
 
 
-def _default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
+def default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     """The fastest way to run branches that copies nothing it need not."""
     if is_short(program):
         return "unrolled"

@@ -49,7 +49,7 @@ def settle(
     Raises:
       ValueError: a stored choice of another mesh; all that `jaxpipe.choose` refuses.
     """
-    stored = _read(args)
+    stored = _read(args, mesh)
     if stored is not None:
         if stored["mesh"] != dict(mesh.shape):
             raise ValueError(
@@ -82,13 +82,16 @@ def settle(
         _write(args.out / FILE, {**chosen, "mesh": dict(mesh.shape), "table": str(choice).splitlines()})
 
 
-def _read(args: argparse.Namespace) -> dict[str, Any] | None:
-    """What was chosen for the run that is to continue."""
+def _read(args: argparse.Namespace, mesh: Mesh) -> dict[str, Any] | None:
+    """What was chosen for the run that is to continue; of another run that this one begins with, for the same mesh."""
     if args.resume == "never":
         return None
-    folders = [args.out] if args.resume == "auto" else [args.out, pathlib.Path(args.resume)]
-    files = [path for folder in folders if (path := folder / FILE).exists()]
-    return json.loads(files[0].read_text(encoding="utf-8")) if files else None
+    own = args.out / FILE
+    if args.resume == "auto" or own.exists():
+        return json.loads(own.read_text(encoding="utf-8")) if own.exists() else None
+    other = pathlib.Path(args.resume) / FILE
+    stored = json.loads(other.read_text(encoding="utf-8")) if other.exists() else None
+    return stored if stored is not None and stored["mesh"] == dict(mesh.shape) else None
 
 
 def _write(path: pathlib.Path, value: dict[str, Any]) -> None:

@@ -6,12 +6,11 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
-from jaxpipe.api import Pipeline
+from jaxpipe.api import Pipeline, default_dispatch
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.timing import longest, timeline
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.pack import Packing, pack
-from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, StageCosts, duration
@@ -27,7 +26,7 @@ class Candidate:
       reason: why it is not chosen; "" for the chosen one.
       seconds: of a step: its ticks, messages, shared ends, and what is done once. None where there is no such schedule.
       simulated: of the schedule alone, if each rank ran as soon as its inputs are there.
-      bubble: share of ``seconds`` in which the rank that works least waits.
+      bubble: share of ``seconds`` in which the rank that works least waits; what is done once counts as work.
       memory: bytes of a device, as `jaxpipe.plan` has them; None where they were not asked for.
       schedule: itself.
     """
@@ -62,8 +61,8 @@ def on_schedule(pipeline: Pipeline, schedule: Schedule, costs: StageCosts) -> tu
         kind_of=pipeline.model.kind_of,
     )
     dispatch = pipeline.dispatch
-    if dispatch == "unrolled" and not is_short(program):
-        dispatch = "loops"
+    if dispatch == default_dispatch(pipeline.program, pipeline.mesh):
+        dispatch = default_dispatch(program, pipeline.mesh)
     options = dataclasses.replace(pipeline.options, costs=relative, dispatch=dispatch)
     changed = dataclasses.replace(pipeline, program=program, options=options)
     return changed, lockstep_seconds(schedule, packing, ends)
@@ -93,17 +92,10 @@ def lockstep_seconds(schedule: Schedule, packing: Packing, costs: StageCosts | C
     return total
 
 
-def seconds_of_ends(pipeline: Pipeline, costs: StageCosts, num_microbatches: int) -> float:
-    """What ends add to a step where all ranks run them together."""
-    if not pipeline.program.shared_ends:
-        return 0.0
-    return num_microbatches * (costs.embed + costs.embed_grad + costs.head)
-
-
-def simulated(pipeline: Pipeline, costs: StageCosts) -> tuple[float, float]:
-    """(makespan of the pipeline's schedule, what the rank that works least works) without ends that all ranks share."""
+def simulated(pipeline: Pipeline, costs: StageCosts) -> tuple[float, float, int]:
+    """(makespan of the schedule, what the rank that works least works, most stashes) without ends that all share."""
     found = timeline(pipeline, costs)
-    return found.makespan, min(found.busy)
+    return found.makespan, min(found.busy), max(found.peak_live)
 
 
 def between(sizes: Sequence[float], measured: Sequence[StageCosts], size: float) -> StageCosts:

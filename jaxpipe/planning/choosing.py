@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from jaxpipe.api import Pipeline, value_and_grad
@@ -55,6 +56,7 @@ def choose(
       mesh: of devices.
       schedules: names that `jaxpipe.schedule.build` knows.
       microbatches: of a step: a number, several, or None for all that divide the batch and are no fewer than ranks.
+        Where examples are masked others fit as well: name them.
       memory: bytes of a device that a step may take; None: all that the device has for JAX.
       optimizer: an optax transformation, or its state as arrays or shapes, which counts as memory.
       rng, step_inputs: as the step is called with.
@@ -142,16 +144,14 @@ def choose_pipeline(
     >>> sorted(row.name for row in choice.rows)
     ['1f1b', 'zbv']
     """
-    ranks = _ranks(mesh, axis)
+    ranks, budget = _ranks(mesh, axis), _budget(mesh, memory)
     unknown = [name for name in schedules if name not in BUILDERS]
     if unknown or not schedules:
         raise ValueError(f"schedules={list(schedules)}: choose from {', '.join(BUILDERS)}")
     moves, repeats = at_least("choose", "moves", moves, 0), at_least("choose", "repeats", repeats, 1)
     tell = _tell if progress else lambda _: None
     counts = _microbatches(microbatches, batch, ranks)
-    search = CandidateSearch(
-        make, batch, optimizer, rng, step_inputs, repeats, _budget(mesh, memory), _chip(mesh), tell
-    )
+    search = CandidateSearch(make, batch, optimizer, rng, step_inputs, repeats, budget, _chip(mesh), tell)
     search.add([(name, count) for name in schedules for count in counts], ranks)
     if not search.entries:
         told = "; ".join(f"{row.name} with {row.num_microbatches}: {row.reason}" for row in search.refused[:3])
@@ -179,14 +179,15 @@ def _microbatches(given: int | Sequence[int] | None, batch: Any, ranks: int) -> 
     if given is None:
         sizes = {np.shape(leaf)[0] for leaf in jax.tree.leaves(batch) if np.shape(leaf)}
         size = math.gcd(*sizes)
-        found = [count for count in range(min(ranks, size), size + 1) if size % count == 0]
+        found = [count for count in range(max(1, min(ranks, size)), size + 1) if size % count == 0]
     else:
         found = sorted(
             {at_least("choose", "microbatches", count, 1) for count in np.atleast_1d(np.asarray(given)).tolist()}
         )
     if not found:
         raise ValueError(
-            f"microbatches={given!r} of a batch of {jax.tree.map(np.shape, batch)}: give a positive number"
+            f"microbatches={given!r} of a batch of {jax.tree.map(np.shape, batch)}: give a positive number, and "
+            "a batch that has examples"
         )
     return found
 
@@ -196,16 +197,19 @@ def _chip(mesh: Mesh) -> Chip | None:
 
 
 def _budget(mesh: Mesh, given: float | None) -> float:
-    """Bytes of a device that a step may take."""
+    """Bytes of a device that a step may take, the same in all processes."""
     if given is not None:
-        if not given > 0:
+        if isinstance(given, str) or not given > 0:
             raise ValueError(f"memory={given!r}: bytes of a device, more than 0; None: all that it has")
         return float(given)
     local = [device for device in mesh.devices.flat if device.process_index == jax.process_index()]
     limits = [(device.memory_stats() or {}).get("bytes_limit") for device in local]
     known = [float(limit) for limit in limits if limit]
     chip = _chip(mesh)
-    return min(known) if known else chip.memory if chip is not None else math.inf
+    budget = min(known) if known else chip.memory if chip is not None else math.inf
+    if jax.process_count() == 1:
+        return budget
+    return float(multihost_utils.process_allgather(np.float64(budget)).min())
 
 
 def _tell(text: str) -> None:

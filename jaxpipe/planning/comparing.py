@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
 import time
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe import inputs
@@ -21,13 +21,13 @@ from jaxpipe.planning.chips import CHIPS, Chip
 from jaxpipe.planning.measuring import measure_costs, of_first_process
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import GIGA, plan
-from jaxpipe.planning.timing import longest
+from jaxpipe.planning.timing import longest, seconds_of_shared_ends
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.bound import lower_bound
 from jaxpipe.schedule.improving import improve
 from jaxpipe.schedule.registry import build
 from jaxpipe.schedule.schedule import Schedule
-from jaxpipe.schedule.simulator import Costs, StageCosts, simulate
+from jaxpipe.schedule.simulator import Costs, StageCosts
 
 _PATIENCE = 15.0
 """Seconds after which two sizes of microbatches have to do for a number of stages."""
@@ -110,6 +110,7 @@ class _Entry:
       pipeline: the base with this schedule.
       ticks, simulated, busy: seconds; see `Candidate`.
       once: seconds of what is done once a step.
+      live: most stashes of a rank.
       memory: planned.
     """
 
@@ -121,6 +122,7 @@ class _Entry:
     simulated: float = 0.0
     busy: float = 0.0
     once: float = 0.0
+    live: int = 0
     memory: Memory | None = None
 
     @property
@@ -131,7 +133,7 @@ class _Entry:
     def row(self, reason: str) -> Candidate:
         """A row of the table."""
         schedule, seconds = self.schedule, self.seconds
-        bubble = 1 - self.busy / seconds if seconds else 0.0
+        bubble = 1 - (self.busy + self.once) / seconds if seconds else 0.0
         figures = seconds, self.simulated + self.once, bubble, self.memory, schedule
         return Candidate(schedule.name, schedule.num_microbatches, reason, *figures)
 
@@ -189,7 +191,7 @@ class CandidateSearch:
                 self._refuse(schedule.name, schedule.num_microbatches, error)
             return
         base, made = self._base(given)
-        rows = {leaf.shape[0] for leaf in jax.tree.leaves(base.params.stages)}
+        rows = {(leaf.shape or (0,))[0] for leaf in jax.tree.leaves(base.params.stages)}
         wrong = f"it has {stages} stages, and params has rows for {sorted(rows)}" if rows != {stages} else ""
         errors = {count: wrong or self._why_not(base.pipeline, count) for count in counts}
         fitting = [count for count in counts if not errors[count]]
@@ -271,12 +273,12 @@ class CandidateSearch:
         self.tell(f"packing {len(self.entries)} schedules")
         for entry in self.entries:
             self._time(entry)
-        self.entries.sort(key=lambda entry: (entry.seconds, max(_live(entry.schedule))))
+        self.entries.sort(key=lambda entry: (entry.seconds, entry.live))
 
     def _time(self, entry: _Entry) -> None:
         pipeline, ticks = candidates.on_schedule(entry.base.pipeline, entry.schedule, entry.costs)
-        ends = candidates.seconds_of_ends(pipeline, entry.costs, entry.schedule.num_microbatches)
-        makespan, busy = candidates.simulated(pipeline, entry.costs)
+        ends = seconds_of_shared_ends(pipeline, entry.costs)
+        makespan, busy, entry.live = candidates.simulated(pipeline, entry.costs)
         entry.pipeline, entry.ticks, entry.simulated, entry.busy = pipeline, ticks + ends, makespan + ends, busy + ends
         key = _layout(entry.schedule), len(entry.schedule.rank_stages[0])
         if self.chip is not None and key not in self._once:
@@ -333,7 +335,7 @@ class CandidateSearch:
                 self._time(entry)
             if entries:
                 self.entries.append(min(entries, key=lambda entry: entry.seconds))
-        self.entries.sort(key=lambda entry: (entry.seconds, max(_live(entry.schedule))))
+        self.entries.sort(key=lambda entry: (entry.seconds, entry.live))
         return self.first_that_fits()
 
     def choice(self, best: _Entry) -> ScheduleChoice:
@@ -345,8 +347,8 @@ class CandidateSearch:
             rows.append(entry.row("" if entry is best else self._reason(entry, best)))
         pipeline, memory = best.pipeline, best.memory
         assert pipeline is not None and memory is not None
-        costs, stash = candidates.without_shared_ends(pipeline, best.costs), max(_live(best.schedule))
-        ends = candidates.seconds_of_ends(pipeline, best.costs, best.schedule.num_microbatches)
+        costs, stash = candidates.without_shared_ends(pipeline, best.costs), best.live
+        ends = seconds_of_shared_ends(pipeline, best.costs)
         return ScheduleChoice(
             schedule=best.schedule,
             pipeline=pipeline,
@@ -390,15 +392,9 @@ def _spread(counts: Iterable[int]) -> list[int]:
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype)
+    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
 
 
 def _layout(schedule: Schedule) -> Any:
     """What schedules have in common that cut the model alike and store its parameters alike."""
     return schedule.num_stages, schedule.storage_order
-
-
-@functools.cache
-def _live(schedule: Schedule) -> tuple[int, ...]:
-    """Most stashes of each rank."""
-    return simulate(schedule).peak_live

@@ -128,9 +128,12 @@ class Stopwatch:
                 return jax.jit(lambda leaf: leaf[rows][None], out_shardings=sharding)(leaf)
             return jax.device_put(jnp.asarray(np.asarray(leaf)[rows][None]), sharding)
 
-        if mask is not None:
-            batch = with_mask(batch, mask, multiple)
-        return jax.tree.map(first, batch)
+        if mask is None:
+            return jax.tree.map(first, batch)
+        if not any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(batch)):
+            return jax.tree.map(first, with_mask(batch, mask, multiple))
+        masked = jax.tree.map(first, jax.eval_shape(lambda batch: with_mask(batch, mask, multiple), batch))
+        return {**masked, mask: jnp.ones_like(masked[mask])}  # all examples count
 
     def _program(self, body: Callable[..., Any], held: Any) -> Any:
         """A body of each device's parameters, microbatch and held values, lowered.
@@ -175,7 +178,8 @@ class Stopwatch:
         with ThreadPoolExecutor(8) as pool:
             programs = self.programs(pool)
             calls = [functools.partial(program.result(), *self._given, held) for program, held in programs.values()]
-        seconds = dict(zip(programs, medians(calls, repeats), strict=True))
+        on_cpu = self.mesh.devices.flat[0].platform == "cpu"
+        seconds = dict(zip(programs, medians(calls, repeats, queued=not on_cpu), strict=True))
         kinds = [
             Costs(*[seconds[letter, kind] for letter in "FIWB"], overlapped=seconds.get(("F&B", kind)))
             for kind in range(len(self._model.stages))
@@ -302,13 +306,22 @@ class Stopwatch:
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, axis, ring), x)
 
 
-def medians(calls: Sequence[Callable[[], Any]], repeats: int) -> list[float]:
-    """Median seconds of calls that take turns, so that a device that grows hot slows all of them down alike."""
+def medians(calls: Sequence[Callable[[], Any]], repeats: int, *, queued: bool = True) -> list[float]:
+    """Median seconds of calls that take turns, so that a device that grows hot slows all of them down alike.
+
+    Args:
+      calls: what is timed.
+      repeats: turns that count.
+      queued: whether calls of a turn wait for none before them, as on a GPU; CPU devices that share threads can wait
+        for each other for ever where several programs with collectives are under way.
+    """
 
     def seconds(call: Callable[[], Any], count: int) -> float:
         start, result = time.perf_counter(), None
         for _ in range(count):
             result = call()
+            if not queued:
+                jax.block_until_ready(result)
         jax.block_until_ready(result)
         return (time.perf_counter() - start) / count
 

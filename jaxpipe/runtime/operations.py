@@ -316,7 +316,7 @@ def run_branch(
         inputs, results, source = [], [], buffers
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("read"):
-                if in_order and len(parts) == 1 and op is not Op.EMBED:
+                if in_order and len(parts) == 1 and op not in (Op.EMBED, Op.W):
                     message = take(buffers.in_flight, operands[i][Field.SOURCE])
                     message, in_flight = lax.optimization_barrier((message, buffers.in_flight))
                     source, buffers = (buffers._replace(in_flight=each) for each in (Taken(message), in_flight))

@@ -601,7 +601,7 @@ def _candidates(table: _TickTable, short: _Shortened, first: int, stop: int) -> 
     for code in _codes(table, ticks, short.weights[first:stop]):
         yield _Shape(first, stop, 1, (code,))
     for period in range(2, min(MOST_TICKS, len(ticks) // 2) + 1):
-        if len(ticks) % period == 0 and (period % short.period == 0 or not spans):
+        if len(ticks) % period == 0 and ((period % short.period == 0 == short.cut % period) or not spans):
             codes = tuple(functools.reduce(_merge, [table.names[t] for t in ticks[o::period]]) for o in range(period))
             yield _Shape(first, stop, period, codes)
 

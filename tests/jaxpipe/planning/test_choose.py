@@ -352,3 +352,57 @@ def test_processes_measure_alike_and_choose_by_the_first(monkeypatch):
     found = measuring.medians([lambda: calls.append("a"), lambda: calls.append("b")], 2)
     assert found == [3.0, 3.0] and len(told) == 2
     assert calls.count("a") == calls.count("b") == 2 + 2 * 3  # to warm up, to see how long one takes, and turns of 3
+
+
+def test_one_rank_runs_what_the_schedule_runs_by_default(monkeypatch):
+    """The layout's first schedule, GPipe, is too long to be unrolled; 1F1B is not."""
+    chosen, _ = choose(
+        monkeypatch, alike, mesh=jaxpipe.make_mesh(pp=1), rows=64, schedules=["gpipe", "1f1b"], microbatches=[64]
+    )
+    plain = jaxpipe.value_and_grad(stage, build("1f1b", 1, 64), jaxpipe.make_mesh(pp=1), head=head)
+    dispatches = {row.name: on_schedule(chosen.pipeline, row.schedule, alike(1, 64))[0].dispatch for row in chosen.rows}
+    assert plain.dispatch == "unrolled" and dispatches == {"gpipe": "sequential", "1f1b": "unrolled"}
+
+
+def test_calls_on_cpu_devices_wait_for_each_other(monkeypatch):
+    """Programs with collectives that share threads can otherwise wait for ever."""
+    order = []
+    monkeypatch.setattr(measuring.jax, "block_until_ready", lambda _: order.append("wait"))
+    measuring.medians([lambda: order.append("call")], 1, queued=False)
+    assert "call,call" not in ",".join(order) and order.count("call") > 3
+
+
+@pytest.mark.parametrize("changes, message", [
+    ({"memory": "80GB"}, "memory='80GB': bytes of a device"),
+    ({"batch": {}, "microbatches": None}, "a batch that has examples"),
+    ({"batch": jnp.zeros((0, WIDTH)), "microbatches": None}, "a batch that has examples"),
+    ({"params": jaxpipe.Params({"w": jnp.float32(1.0)})}, r"params has rows for \[0\]"),
+])  # fmt: skip
+def test_what_cannot_be_chosen_from_is_named(changes, message):
+    given = {"params": params_of, "batch": jnp.ones((8, WIDTH)), "microbatches": 4, "schedules": ["1f1b"]} | changes
+    params, batch = given.pop("params"), given.pop("batch")
+    with pytest.raises(ValueError, match=message):
+        jaxpipe.choose(stage, params, batch, jaxpipe.make_mesh(pp=2), head=head, progress=False, **given)
+
+
+def test_numbers_of_python_are_parameters(monkeypatch):
+    params = jaxpipe.Params(params_of(build("1f1b", 2, 4)).stages, {"scale": 2.0})
+    chosen, _ = choose(monkeypatch, alike, params, schedules=["1f1b"], microbatches=[4])
+    assert chosen.schedule.name == "1f1b"
+
+
+def test_shapes_of_masked_batches(monkeypatch):
+    """All of their examples count."""
+
+    def masked_head(outer, y, data, ctx):
+        return jnp.where(data["mask"], (y**2).mean(-1), 0.0).sum()
+
+    schedule, mesh = build("1f1b", 2, 2), jaxpipe.make_mesh(pp=2)
+    pipeline = jaxpipe.value_and_grad(
+        lambda w, x, ctx: jnp.tanh(x @ w), schedule, mesh, head=masked_head, embed=lambda outer, data, ctx: data["x"],
+        example_mask="mask",
+    )  # fmt: skip
+    batch = {"x": jax.ShapeDtypeStruct((7, WIDTH), jnp.float32)}
+    params = jaxpipe.Params(jnp.ones((2, WIDTH, WIDTH)))
+    costs = measure_costs(pipeline, params, batch, None, None, num_microbatches=2, repeats=1)
+    assert all(each.forward > 0 for each in costs.stages)
