@@ -1,4 +1,6 @@
-"""Plans placements from recorded loads: ``python -m eplb_jax plan LOADS.npz --replicas 288 --nodes 4 --gpus 32``.
+"""Plans placements from recorded loads.
+
+    python -m eplb_jax plan LOADS.npz --replicas 288 --groups 8 --nodes 4 --gpus 32
 
 The command never writes to a file that it reads, LOADS or the placement of ``--previous``. Without ``--output`` it
 overwrites no file at all. An error is one sentence and exit status 2.
@@ -110,6 +112,11 @@ def _same_file(one: pathlib.Path, two: pathlib.Path) -> bool:
 
 def _make(args: argparse.Namespace, loads: np.ndarray, previous: Placement | None, gpus_before: int) -> Placement:
     sizes = (args.replicas, args.groups, args.nodes, args.gpus)
+    if min(sizes) < 1:
+        given = f"--replicas {args.replicas}, --groups {args.groups}, --nodes {args.nodes}, --gpus {args.gpus}"
+        raise ValueError(f"{given}: all are at least 1")
+    if args.groups % args.nodes:
+        print(f"--groups {args.groups} do not divide over --nodes {args.nodes}: nodes are ignored", file=sys.stderr)
     if args.dead and args.policy != "elastic":
         raise ValueError(f"--dead {args.dead} is for --policy elastic, not {args.policy}")
     if args.policy in ("sticky", "elastic") and gpus_before != args.gpus:
@@ -118,7 +125,7 @@ def _make(args: argparse.Namespace, loads: np.ndarray, previous: Placement | Non
             "starts from a placement for as many; --policy balanced plans anew"
         )
     if args.policy == "elastic":
-        alive = np.ones(max(args.gpus, 1), bool)
+        alive = np.ones(args.gpus, bool)
         if not all(0 <= gpu < args.gpus for gpu in args.dead):
             raise ValueError(f"--dead {args.dead}: GPUs are numbered from 0 to {args.gpus - 1}")
         alive[args.dead] = False

@@ -18,7 +18,10 @@ from jaxtyping import Array, Int
 from eplb_jax.plan.placement import Placement
 
 ITERATIONS = 20
-"""Gradient steps: the heaviest device is then within 0.1% of the least load there is on average, 2% at worst."""
+"""Gradient steps: the heaviest device is then within 0.1% of the least load there is on average.
+
+Where 64 devices in a chain share experts, 3% were seen: a step moves tokens no further than to a neighbour.
+"""
 
 
 def split_tokens(counts: Int[Array, " E"], placement: Placement, num_devices: int) -> Int[Array, "E X"]:

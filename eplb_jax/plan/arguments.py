@@ -50,7 +50,12 @@ def to_float32(weight: Any) -> Any:
     """Loads as float32, NumPy's or JAX's; layers of extreme loads times a power of two, which no plan depends on.
 
     Sums of a layer's loads would be infinite, or loads zero, where the largest is beyond 2**100 or below 2**-100.
+    Within `jax.jit`, where nothing can be refused, what is negative or NaN counts as no load, and infinity as the
+    largest number: a plan always has all experts.
     """
+    if isinstance(weight, Tracer):
+        weight = jnp.maximum(weight, jnp.zeros((), weight.dtype)) if weight.dtype != jnp.bool_ else weight
+        weight = jnp.nan_to_num(weight, nan=0.0) if jnp.issubdtype(weight.dtype, jnp.floating) else weight
     xp = jnp if isinstance(weight, jax.Array) else np
     weight = xp.asarray(weight)
     if not jnp.issubdtype(weight.dtype, np.float32) and not jnp.issubdtype(weight.dtype, np.float64):

@@ -91,6 +91,8 @@ def _read_json(text: bytes) -> Any:
 def _sum_steps(loads: np.ndarray, path: Path) -> np.ndarray:
     if not len(loads):
         raise ValueError(f"the array of loads in {path} has shape {loads.shape}: [steps, layers, experts] of no step")
+    if loads.dtype == jnp.bfloat16:
+        loads = loads.astype(np.float32)
     if loads.dtype.kind in "biuf":
         bad = (~np.isfinite(loads) | (loads < 0)).any((1, 2))
         first = int(np.argmax(bad))

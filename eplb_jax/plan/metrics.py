@@ -80,6 +80,8 @@ def duplicates(placement: Placement, num_gpus: int) -> Int[np.ndarray, " layers"
 def _held(placement: Placement, num_gpus: int) -> np.ndarray:
     """Whether each GPU holds each expert; bool [layers, GPUs, experts]."""
     phy2log = np.asarray(placement.phy2log)
+    if num_gpus < 1 or phy2log.shape[1] % num_gpus:
+        raise ValueError(f"{phy2log.shape[1]} replicas do not divide over num_gpus={num_gpus}")
     layers, slots = np.nonzero(phy2log >= 0)
     held = np.zeros((len(phy2log), num_gpus, placement.num_experts), bool)
     held[layers, slots // (phy2log.shape[1] // num_gpus), phy2log[layers, slots]] = True

@@ -77,6 +77,7 @@ def _to_logical(counts: np.ndarray, slots: np.ndarray) -> np.ndarray:
     most = int(slots.max(initial=-1))
     if not 0 <= most < slots.shape[1] or slots.min() < -1:
         raise ValueError(f"its map of slots holds experts {slots.min()} to {most}: there are at most {slots.shape[1]}")
+    counts = counts.astype(np.int64 if counts.dtype.kind in "biu" else np.float64)  # sums of narrow counts would wrap
     layer, slot = np.nonzero(slots >= 0)
     out = np.zeros((len(slots), most + 1, *counts.shape[:-2]), counts.dtype)
     np.add.at(out, (layer, slots[layer, slot]), np.moveaxis(counts, (-2, -1), (0, 1))[layer, slot])

@@ -61,6 +61,9 @@ class _Storage:
     size: int
 
 
+MOST_AXES = 64
+"""Of a tensor."""
+
 _MARK = object()
 
 
@@ -95,6 +98,10 @@ def _read(archive: zipfile.ZipFile) -> Any:
     for info in archive.infolist():
         if info.compress_type != zipfile.ZIP_STORED:
             raise ValueError(f"its entry {info.filename!r} is compressed, which torch.save does not do")
+        if info.compress_size != info.file_size:
+            raise ValueError(
+                f"its entry {info.filename!r} is of {info.compress_size} bytes and claims {info.file_size}"
+            )
         sizes[info.filename] = info.file_size
     pickles = [name for name in sizes if name == "data.pkl" or name.endswith("/data.pkl")]
     if len(pickles) != 1:
@@ -111,6 +118,7 @@ class _Reader:
 
     def __init__(self, archive: zipfile.ZipFile, folder: str, sizes: dict[str, int]) -> None:
         self.archive, self.folder, self.sizes = archive, folder, sizes
+        self.data: dict[str, bytes] = {}
         self.stack: list[Any] = []
         self.memo: dict[int, Any] = {}
 
@@ -154,7 +162,10 @@ class _Reader:
         elif name == "MEMOIZE":
             self.memo[len(self.memo)] = stack[-1]
         elif name in ("BINGET", "LONG_BINGET"):
-            stack.append(self.memo[argument])
+            value = self.memo[argument]
+            if isinstance(value, list | dict | tuple):  # each level of such could be twice as large as the one below
+                raise ValueError("its pickle holds a list, dict or tuple twice: only tensors and plain values are read")
+            stack.append(value)
         elif name == "GLOBAL":
             if argument not in NAMES:
                 raise ValueError(
@@ -211,15 +222,18 @@ class _Reader:
         ):
             raise ValueError(f"its pickle calls {function}: only tensors and plain values are read")
         storage, offset, shape, strides = arguments[:4]
-        numbers = [offset, *shape, *strides]
-        if not (isinstance(storage, _Storage) and len(shape) == len(strides)) or any(
-            not isinstance(number, int) or number < 0 for number in numbers
+        if not (isinstance(storage, _Storage) and len(shape) == len(strides) <= MOST_AXES) or any(
+            not isinstance(number, int) or not 0 <= number < 2**62 for number in (offset, *shape, *strides)
         ):
-            raise ValueError(f"its pickle describes a tensor by {arguments[1:4]}, which is none")
+            raise ValueError(f"its pickle describes a tensor by a shape of {len(shape)} axes, which is none")
         last = offset + sum((length - 1) * stride for length, stride in zip(shape, strides, strict=True))
         if math.prod(shape) > storage.size or (math.prod(shape) and last >= storage.size):
             raise ValueError(f"a tensor of shape {shape} does not fit the {storage.size} numbers that are stored")
-        data = np.frombuffer(self.archive.read(storage.entry), storage.dtype)
+        if storage.entry not in self.data:
+            self.data[storage.entry] = self.archive.read(storage.entry)
+        data = np.frombuffer(self.data[storage.entry], storage.dtype)
+        if data.size != storage.size:
+            raise ValueError(f"its entry {storage.entry!r} holds {data.size} numbers, not the {storage.size} it claims")
         if not math.prod(shape):
             return np.zeros(shape, storage.dtype)
         strides = tuple(stride * storage.dtype.itemsize for stride in strides)

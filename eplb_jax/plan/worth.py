@@ -73,6 +73,8 @@ def worth_moving(
     for name, value in {**costs, "expert_bytes": expert_bytes}.items():
         if not 0 < value < np.inf:
             raise ValueError(f"{name}={value}: it must be positive and finite")
+    if np.shape(new.phy2log) != np.shape(old.phy2log):
+        raise ValueError(f"placements of {old.num_replicas} and {new.num_replicas} replicas: plan for as many")
     saved = np.zeros(old.num_layers)
     for counts in array.reshape(-1, *array.shape[-2:]):
         before, after = (gpu_loads(placement, counts, num_gpus).max(1) for placement in (old, new))

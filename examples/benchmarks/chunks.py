@@ -16,6 +16,7 @@ from jax.sharding import AxisType, Mesh
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.deepseek import attend, causal_attention, feed_forward
 from profiling.workloads import SIZES, Sizes
 from profiling.workloads.layer import AXIS, apply_layer, init_layers, layer_specs
@@ -109,6 +110,13 @@ def chunks(tiny: bool) -> tuple[Chunk, Chunk]:
     if tiny:
         return moe_chunk(1, "tiny"), dense_chunk(1, 64, 64)
     return moe_chunk(2), dense_chunk(4)
+
+
+def tiny_fp8() -> Sizes:
+    """Small sizes of widths that FP8 takes."""
+    router = RouterConfig(16, 4, 4, 2, balanced=True)
+    moe = MoEConfig(width=128, hidden=128, router=router, capacity_factor=1.25, backend="xla")
+    return dataclasses.replace(SIZES["tiny"], moe=moe, sequence=128)
 
 
 def compile_all(lowered: Sequence[Any]) -> list[Any]:

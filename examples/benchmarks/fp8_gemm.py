@@ -3,8 +3,9 @@
 Per shape the forward pass, the gradient of the rows (dx) and that of the matrices (dw), with equal groups and with
 uneven ones: sizes drawn from a Zipf-like distribution, no multiples of 128, one group empty. Only used rows count as
 work. Beside a grouped product stands our own in bfloat16, beside a dense one XLA's, which is cuBLAS's. The calls take
-turns, figures are medians. Results are bfloat16, but dw in FP8 is float32. The error is that of a sample, by its norm,
-against float64 of the quantised operands; a bfloat16 result alone is off by about 0.0017.
+turns, figures are medians. Results are bfloat16, as a step with bfloat16 copies of weights has them; "dw float32" is in
+float32. The error is that of a sample, by its norm, against float64 of the quantised operands; a bfloat16 result alone
+is off by about 0.0017.
 
     python examples/benchmarks/fp8_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--seconds 60] [--tiny]
 

@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-from chunks import compile_all, gib, nbytes
+from chunks import compile_all, gib, nbytes, tiny_fp8
 from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
 
 from eplb_jax import ExpertParams, MoEConfig, MoEParams, RouterConfig, init_moe, moe_layer
@@ -182,10 +182,7 @@ def main() -> None:
     args = parser.parse_args()
     sizes = dataclasses.replace(SIZES["dsv3"], layers=args.layers)
     if args.tiny:
-        moe = MoEConfig(
-            width=128, hidden=128, router=RouterConfig(16, 4, 4, 2, balanced=True), capacity_factor=1.25, backend="xla"
-        )
-        sizes = dataclasses.replace(SIZES["tiny"], layers=args.layers, moe=moe, sequence=128)
+        sizes = dataclasses.replace(tiny_fp8(), layers=args.layers)
     wanted = args.only.split(",") if args.only else KINDS
     chosen = {title: case for title, case in cases(sizes, args.tiny).items() if case[0] in wanted}
     report = Recorder.begin(args, machine(), f"{args.layers} layers")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
+import shlex
 import sys
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -52,7 +53,9 @@ def losses_of(flags: list[str]) -> np.ndarray:
 
 def rows(losses: Mapping[str, np.ndarray]) -> Iterator[dict[str, Any]]:
     """Of the table, one a stretch of steps."""
-    plain, scaled = (np.array_split(losses[precision], WINDOWS) for precision in PRECISIONS)
+    plain, scaled = (
+        np.array_split(losses[precision], min(WINDOWS, len(losses[precision]))) for precision in PRECISIONS
+    )
     begin = 0
     for a, b in zip(plain, scaled, strict=True):
         end = begin + len(a)
@@ -102,6 +105,10 @@ def main() -> None:
     parser.add_argument("--tiny", action="store_true", help="the model tiny-128, to see that the script runs")
     args = parser.parse_args()
     args.folder.mkdir(parents=True, exist_ok=True)
+    flags, noted = shlex.join(_flags(args, "")), args.folder / "flags.txt"
+    if noted.exists() and noted.read_text(encoding="utf-8") != flags:
+        raise ValueError(f"{args.folder} has losses of other flags: {noted.read_text(encoding='utf-8')}")
+    noted.write_text(flags, encoding="utf-8")
     for precision in PRECISIONS if args.only is None else (args.only,):
         file = args.folder / f"{precision}.npy"
         if not file.exists():

@@ -18,7 +18,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from chunks import compile_all
+from chunks import compile_all, tiny_fp8
 from record import Recorder, machine, make_parser, medians_ms
 
 from profiling.metrics import time_by
@@ -56,7 +56,7 @@ def main() -> None:
     parser.add_argument("--profile", metavar="FOLDER", help="where a profile goes, replaced if there is one")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
-    sizes = dataclasses.replace(SIZES["tiny" if args.tiny else "dsv3"], layers=args.layers)
+    sizes = dataclasses.replace(tiny_fp8() if args.tiny else SIZES["dsv3"], layers=args.layers)
     plain = ((64, 64, 64),) if args.tiny else CEILING
     mesh = make_mesh(1)
     made = [prepare("train", sizes, mesh, jnp.bfloat16, pairs=pairs, precision=args.precision) for pairs in (1, 3)]

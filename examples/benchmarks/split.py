@@ -17,7 +17,6 @@ rows that are exchanged, sent and received, and of the rows of experts, in bfloa
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -25,12 +24,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from balance import EXPERTS, synthetic
-from record import ROOT, Recorder, machine, make_parser, medians_ms
+from record import Recorder, machine, make_parser, medians_ms
 
 import eplb_jax
 from eplb_jax import Placement, balanced, gpu_loads, heaviest_by_split, make_capacities, split_tokens
-
-sys.path.insert(0, str(ROOT))
 
 SIZES = [(288, 8, 4, 32), (320, 8, 8, 64), (320, 1, 1, 64)]
 TOP_K, WIDTH = 8, 7168
@@ -95,8 +92,8 @@ def heaviest(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
             }
             row = {"replicas @ GPUs, groups": f"{sizes[0]} @ {gpus}, {sizes[1]}", "loads": kind}
             for name, values in found.items():
-                row[f"{name}: mean"] = values.mean()
                 if name != "least":
+                    row[f"{name}: mean"] = values.mean()
                     row[f"{name}: 99%"] = np.quantile(values, 0.99)
             row["split / least: worst"] = (found["split"][::20] / found["least"]).max()
             yield row
@@ -108,9 +105,9 @@ def room(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
         replicas, _, _, gpus = sizes
         names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
         counts, plan = drifting("drifting", microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
-        recent = len(counts) // 2
+        recent = max(1, len(counts) // 2)
         factor = eplb_jax.capacity_from(counts[:recent, None], plan, gpus)
-        later = heaviest_by_split(counts[recent:, None], plan, gpus)
+        later = heaviest_by_split((counts[recent:] if recent < len(counts) else counts)[:, None], plan, gpus)
         for name, chosen in (("worst case", None), ("from recent loads", factor)):
             found = make_capacities(tokens, TOP_K, gpus, replicas // gpus, chosen)
             yield {

@@ -73,6 +73,10 @@ def sticky(
     if not (tolerance >= 0 and min_gain >= 0):
         raise ValueError(f"tolerance={tolerance} and min_gain={min_gain}: both are shares of at least 0")
     previous.check(num_gpus)
+    if (np.asarray(previous.phy2log) < 0).any():
+        raise ValueError(
+            "the previous placement has slots of dead GPUs (-1): take elastic, which knows which are alive"
+        )
 
     fresh = balanced(weight, previous.num_replicas, num_groups, num_nodes, num_gpus)
     before, best = (gpu_loads(placement, weight, num_gpus).max(1) for placement in (previous, fresh))

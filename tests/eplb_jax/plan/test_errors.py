@@ -1,10 +1,12 @@
 """Wrong input is a ValueError with the values and the remedy."""
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import eplb_jax
-from eplb_jax import balanced, elastic, no_duplicate, sticky
+from eplb_jax import balanced, elastic, no_duplicate, rebalance_experts, sticky
 from eplb_jax.plan import bounds, metrics
 from eplb_jax.plan.policies.registry import POLICIES
 
@@ -62,3 +64,18 @@ def test_others(call, message):
 
 
 PLAN = eplb_jax.rebalance_experts(WEIGHT, 16, 1, 1, 8)
+
+
+def test_a_placement_with_dead_slots_is_elastics():
+    loads = np.array([[1, 9, 9, 1]])
+    previous = elastic(loads, np.array([True, False, True]), 6)
+    with pytest.raises(ValueError, match=r"slots of dead GPUs \(-1\): take elastic"):
+        sticky(loads, previous, 1, 1, 3)
+
+
+@pytest.mark.parametrize("policy", [rebalance_experts, balanced, no_duplicate])
+def test_within_jit_all_experts_have_a_slot_whatever_the_loads(policy):
+    """Nothing can be refused there."""
+    loads = jnp.array([[1.0, 2.0, value, 4.0] for value in (np.nan, np.inf, -1.0)] + [[np.nan] * 4], jnp.float32)
+    slots = np.asarray(jax.jit(lambda loads: policy(loads, 6, 1, 1, 2))(loads).phy2log)
+    assert [sorted(set(row.tolist())) for row in slots] == [[0, 1, 2, 3]] * 4

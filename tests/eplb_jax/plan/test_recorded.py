@@ -168,3 +168,45 @@ def test_files_that_lie(tmp_path):
         path.write_bytes(data)
         with contextlib.suppress(ValueError):
             read_loads(path)
+
+
+BOMBS = {
+    "a list that holds itself twice, many times": b"\x80\x02]q\x00" + b"".join(
+        b"]q" + bytes([i]) + b"(h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"e" for i in range(1, 60)) + b".",
+    "tuples of tuples": b"\x80\x02)q\x00" + b"".join(
+        b"h" + bytes([i - 1]) + b"h" + bytes([i - 1]) + b"\x86q" + bytes([i]) for i in range(1, 60)) + b"Q.",
+    "axes without end": b"\x80\x02" + tensor(COUNTS).replace(
+        b"(" + b"".join(map(whole, COUNTS.shape)) + b"t", b"(" + b"K\x01" * 20000 + b"t") + b".",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("dump", BOMBS.values(), ids=BOMBS)
+def test_small_files_take_little_time_and_memory(tmp_path, dump):
+    with pytest.raises(ValueError, match=r"twice|axes"):
+        read_loads(write(tmp_path / "x.pt", dump, COUNTS))
+
+
+def test_an_entry_shorter_than_it_claims(tmp_path):
+    """The directory at the end of a zip file says what its author likes; nothing beyond the bytes is read."""
+    big = np.zeros((100, 400), np.float32)
+    path = write(tmp_path / "x.pt", program(logical_count=tensor(big)), np.zeros(2, np.float32))
+    raw = bytearray(path.read_bytes())
+    entry = raw.rindex(b"dump/data/0") - 46  # of the directory
+    raw[entry + 24 : entry + 28] = big.nbytes.to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match="is of 8 bytes and claims 160000"):
+        read_loads(path)
+    raw[entry + 20 : entry + 24] = big.nbytes.to_bytes(4, "little")
+    path.write_bytes(raw)
+    with pytest.raises(ValueError, match=r"holds [0-9]+ numbers, not the 40000|no archive of torch.save"):
+        read_loads(path)
+
+
+@pytest.mark.parametrize("dtype, counts, wanted", [
+    ("uint8", [200, 100, 3], [300, 3]), ("int32", [2**31 - 1] * 3, [2**32 - 2, 2**31 - 1]),
+])  # fmt: skip
+def test_sums_of_narrow_counts(tmp_path, dtype, counts, wanted):
+    np.savez(
+        tmp_path / "x.npz", expert_load_window=np.array([counts], dtype), physical_to_logical_map=np.array([[0, 0, 1]])
+    )
+    assert read_loads(tmp_path / "x.npz").tolist() == [wanted]

@@ -46,3 +46,17 @@ def test_what_is_refused():
     ]:
         with pytest.raises(ValueError, match=message):
             worth_moving(loads, plan, plan, 2, **{**COSTS, **change})
+
+
+def test_placements_of_unlike_sizes_are_refused():
+    old, new = (Placement.from_phy2log(np.array([slots]), 2) for slots in ([0, 1], [0, 1, 1, 0]))
+    costs = {"seconds_per_token": 1e-6, "expert_bytes": 1, "bytes_per_second": 1.0}
+    with pytest.raises(ValueError, match="placements of 2 and 4 replicas: plan for as many"):
+        worth_moving(np.ones((1, 2)), old, new, 2, **costs)
+
+
+@pytest.mark.parametrize("num_gpus", [0, 3, 8])
+def test_replicas_that_do_not_divide_over_gpus_are_refused(num_gpus):
+    plan = Placement.from_phy2log(np.array([[0, 1, 2, 3]]), 4)
+    with pytest.raises(ValueError, match=f"4 replicas do not divide over num_gpus={num_gpus}"):
+        moved(plan, plan, num_gpus)
