@@ -92,7 +92,7 @@ def load(
       mesh: with axis "pp", and the experts' axis or not.
       schedule: that the parameters are arranged for.
       dtype: of the parameters; float32 for training. Selection biases are float32 whatever it is.
-      config: of the model, where it should differ from config.json in what files do not hold, such as redundant slots
+      config: of the model, where it should differ from config.json in what changes no result, such as redundant slots
         of experts; None: `from_hf_config` of config.json.
       axis: the mesh axis over which experts are spread, where the mesh has it.
       strict: refuse files with tensors that the model does not have; otherwise they are warned of and left out.
@@ -103,8 +103,8 @@ def load(
       it, as those that transformers writes, a warning says so, and the config is without.
 
     Raises:
-      ValueError: a config that is not understood; missing, unexpected, truncated or damaged files and tensors; tensors
-        of another shape or dtype.
+      ValueError: a config that is not understood, or that computes other results than config.json says; missing,
+        unexpected, truncated or damaged files and tensors; tensors of another shape or dtype.
 
     >>> config, params = load("DeepSeek-V3", mesh, schedule)  # doctest: +SKIP
     """
@@ -119,14 +119,18 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
 
     Args:
       folder: with config.json, unless a config is given, and safetensors files.
-      config: that is thought to be the folder's.
+      config: that is thought to be the folder's; where the folder has config.json too, they are compared.
 
     Raises:
-      ValueError: a config that is not understood; missing or damaged files.
+      ValueError: a config that is not understood, or that computes other results than config.json says; missing or
+        damaged files.
     """
     folder = pathlib.Path(folder)
+    path = folder / "config.json"
     if config is None:
-        config = from_hf_config(read_json(folder / "config.json"))
+        config = from_hf_config(read_json(path))
+    elif path.is_file():
+        _check_results(path, config)
     found = as_held(config, open_folder(folder))
     if found != config:
         warnings.warn(
@@ -134,6 +138,25 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
             stacklevel=3,
         )
     return found
+
+
+def _check_results(path: pathlib.Path, config: ModelConfig) -> None:
+    """Compares a config with a config.json in what changes results but, not always, the shapes of tensors."""
+    given, told = _of_results(config), _of_results(from_hf_config(read_json(path)))
+    if wrong := [f"{name}={given[name]!r}, where it says {told[name]!r}" for name in given if given[name] != told[name]]:
+        raise ValueError(
+            f"the config is not that of {path}: {'; '.join(wrong)}: leave the config (--config) out, or correct the file"
+        )
+
+
+def _of_results(config: ModelConfig) -> dict[str, Any]:
+    found = {name: getattr(config, name) for name in ("rope", "norm_eps", "heads", "content", "rotary", "value")}
+    router = config.moe.router
+    found |= {name: getattr(router, name) for name in ("top_k", "scoring", "normalise", "scale")}
+    # Where all groups are allowed, they change nothing.
+    some = router.top_groups < router.num_groups
+    fields = ("num_groups", "top_groups", "group_best")
+    return found | {name: getattr(router, name) if some else None for name in fields}
 
 
 def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelConfig:

@@ -24,6 +24,7 @@ from jaxpipe.deepseek.hf_load import load, load_params, loaded_bytes
 from jaxpipe.deepseek.hf_names import tensors
 from jaxpipe.deepseek.hf_save import save, save_params
 from jaxpipe.deepseek.model import build_model
+from jaxpipe.deepseek.rope import Rope
 from tests.jaxpipe.deepseek.models import small
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
@@ -97,6 +98,33 @@ def test_goldens_come_back_bit_for_bit(goldens, tmp_path, name, kind):
     }  # fmt: skip
     assert from_hf_config(read_json(tmp_path / "out" / "config.json")) == config
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds nothing of the multi-token prediction:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "layer", "router", "message"),
+    [
+        ("v3", {"rope": Rope()}, {}, r"rope=Rope\(theta=10000.0, interleaved=False.*where it says .*interleaved=True"),
+        ("v3", {"norm_eps": 1e-5}, {}, "norm_eps=1e-05, where it says 1e-06: leave the config"),
+        ("v3", {"content": 24, "value": 8}, {}, "content=24, where it says 16; value=8, where it says 16"),
+        ("v3", {}, {"top_k": 2}, "top_k=2, where it says 3"),
+        ("v3", {}, {"scale": 1.0}, "scale=1.0, where it says 2.5"),
+        ("v3", {}, {"normalise": False}, "normalise=False, where it says True"),
+        ("v3", {}, {"scoring": "softmax"}, "scoring='softmax', where it says 'sigmoid'"),
+        ("v3", {}, {"num_groups": 8, "top_groups": 4, "group_best": 1}, "group_best=1, where it says"),
+        ("v2_lite", {}, {"num_groups": 4, "top_groups": 4, "group_best": 2}, None),
+        ("v2_lite", {"redundant": 4, "sequence": 32}, {}, None),
+    ],
+)
+def test_a_config_that_computes_something_else_than_the_folders_is_refused(goldens, name, layer, router, message):
+    config = from_hf_config(read_json(goldens / name / "config.json"), mtp=False)
+    moe = dataclasses.replace(config.moe, router=dataclasses.replace(config.moe.router, **router))
+    config = dataclasses.replace(config, moe=moe, **layer)
+    if message is None:
+        assert hf_load.folder_config(goldens / name, config) == config
+        return
+    with pytest.raises(ValueError, match=f"the config is not that of .*{message}"):
+        hf_load.folder_config(goldens / name, config)
 
 
 def test_every_mesh_loads_and_saves_the_same(tmp_path):
