@@ -143,7 +143,9 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
 def _check_results(path: pathlib.Path, config: ModelConfig) -> None:
     """Compares a config with a config.json in what changes results but, not always, the shapes of tensors."""
     given, told = _of_results(config), _of_results(from_hf_config(read_json(path)))
-    if wrong := [f"{name}={given[name]!r}, where it says {told[name]!r}" for name in given if given[name] != told[name]]:
+    if wrong := [
+        f"{name}={given[name]!r}, where it says {told[name]!r}" for name in given if given[name] != told[name]
+    ]:
         raise ValueError(
             f"the config is not that of {path}: {'; '.join(wrong)}: leave the config (--config) out, or correct the file"
         )
@@ -160,9 +162,24 @@ def _of_results(config: ModelConfig) -> dict[str, Any]:
 
 
 def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelConfig:
-    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes."""
+    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes.
+
+    Raises:
+      ValueError: more experts than the files can hold.
+    """
+    _check_count(config, entries)
     held = config.mtp and any(tensor.mtp and name in entries for name, tensor in tensors(config).items())
     return dataclasses.replace(config, mtp=held)
+
+
+def _check_count(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuses a config of far more layers or experts than files hold, before a table of them fills the memory."""
+    least = 3 * (config.moe_layers * config.experts + config.dense_layers)
+    if least > len(entries):
+        raise ValueError(
+            f"the files hold {len(entries)} tensors, and {config.layers} layers, {config.moe_layers} of them with "
+            f"{config.experts} experts, have {least} or more: are config.json and files of one model?"
+        )
 
 
 def load_params(
@@ -189,7 +206,6 @@ def load_params(
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     sources = find_sources(folder, model.config, strict=strict)
-    _check_files(folder, sources.values())
     pieces: dict[tuple[str, ...], list[tuple[StoredTensor, TensorPart]]] = {}
     for source in sources.values():
         for part in source.tensor.parts:
@@ -216,10 +232,14 @@ def load_params(
 def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = True) -> dict[str, StoredTensor]:
     """The tensors of a model in the files of a folder, by name; copies are left out.
 
+    Files' checksums are compared, where there are any; processes share the work.
+
     Raises:
-      ValueError: missing and unexpected names, other shapes and dtypes.
+      ValueError: missing and unexpected names, other shapes and dtypes, files that are not what their checksums say.
     """
-    entries, table = open_folder(folder), tensors(config)
+    entries = open_folder(folder)
+    _check_count(config, entries)
+    table = tensors(config)
     known = set(table) | {scale_name(name) for name, tensor in table.items() if tensor.quantised}
     missing = [name for name, tensor in table.items() if name not in entries and tensor.copy_of is None]
     unexpected = [name for name in entries if name not in known and not name.endswith(COMPUTED)]
@@ -244,6 +264,8 @@ def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = Tr
             _check_shape(scales, tensor.scale_shape, ("F32",))
         if tensor.copy_of is None:
             found[name] = StoredTensor(tensor, entry, scales)
+    files = sorted({stored.entry.path.name for stored in found.values()})
+    check_sums(folder, files[jax.process_index() :: jax.process_count()])
     return found
 
 
@@ -252,12 +274,6 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...], dtypes: Sequence[st
         raise ValueError(f"{entry.name} in {entry.path} has shape {list(entry.shape)}: the config says {list(shape)}")
     if entry.dtype not in dtypes:
         raise ValueError(f"{entry.name} in {entry.path} is {entry.dtype}: it should be {' or '.join(dtypes)}")
-
-
-def _check_files(folder: pathlib.Path, sources: Any) -> None:
-    """Compares checksums, where there are; processes share the work."""
-    files = sorted({source.entry.path.name for source in sources})
-    check_sums(folder, files[jax.process_index() :: jax.process_count()])
 
 
 def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype) -> np.dtype:
