@@ -143,11 +143,11 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
 def _check_results(path: pathlib.Path, config: ModelConfig) -> None:
     """Compares a config with a config.json in what changes results but, not always, the shapes of tensors."""
     given, told = _of_results(config), _of_results(from_hf_config(read_json(path)))
-    if wrong := [
-        f"{name}={given[name]!r}, where it says {told[name]!r}" for name in given if given[name] != told[name]
-    ]:
+    wrong = [f"{name}={value!r}, where it says {told[name]!r}" for name, value in given.items() if value != told[name]]
+    if wrong:
         raise ValueError(
-            f"the config is not that of {path}: {'; '.join(wrong)}: leave the config (--config) out, or correct the file"
+            f"the config is not that of {path}: {'; '.join(wrong)}: leave the config (--config) out, or correct the "
+            "file"
         )
 
 

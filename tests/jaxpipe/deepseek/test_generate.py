@@ -140,6 +140,30 @@ def test_choices_have_the_odds_they_should():
         np.testing.assert_allclose(chosen, odds, atol=0.03)
 
 
+def test_layers_go_to_the_device_one_by_one(monkeypatch):
+    """Nothing that is compiled takes the stack of all layers."""
+    config, taken = small(layers=4), []
+    jit = jax.jit
+
+    def noted(function):
+        compiled = jit(function)
+
+        def call(*arguments):
+            taken.extend(leaf.shape for leaf in jax.tree.leaves(arguments))
+            return compiled(*arguments)
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", noted)
+    served = serve(config, parameters(config))
+    monkeypatch.undo()
+    stack = jax.tree.leaves(parameters(config)["layers"])
+    assert taken.count((4, 16, 16)) == 3 and not any(leaf.shape in taken for leaf in stack if leaf.ndim > 2)
+    wanted = parameters(config)["layers"]["moe"]["router"]
+    for layer, router in zip(served.layers[1:], wanted, strict=True):
+        np.testing.assert_array_equal(layer.moe.router, router)
+
+
 @pytest.mark.slow
 def test_random_parameters_are_served_layer_by_layer():
     config = small(layers=3, redundant=0)
