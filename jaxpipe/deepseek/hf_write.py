@@ -224,8 +224,20 @@ def _write(
             raise ValueError(f"{name} cannot be written in FP8: {error}") from None
         return _put(folder, places[name], 0, numbers) + _put(folder, places[scale_name(name)], 0, scales)
     copies = [other for other, tensor in table.items() if tensor.copy_of == name]
-    array = array.astype(DTYPES[places[name].dtype], copy=False)
+    array = _converted(name, array, DTYPES[places[name].dtype])
     return sum(_put(folder, places[target], row, array) for target in (name, *copies))
+
+
+def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype, copy=False)
+    # Of the dtypes of files float16 alone ends far below float32.
+    if found.dtype == np.float16 and (lost := np.isinf(found) & np.isfinite(array)).any():
+        largest = np.abs(array[lost]).max()
+        raise ValueError(
+            f"{name} cannot be written in float16, which ends at 65504: it holds {largest:.6g}; take bfloat16"
+        )
+    return found
 
 
 def _put(folder: pathlib.Path, place: FileSpan, row: int, array: np.ndarray) -> int:

@@ -170,6 +170,15 @@ def test_blocks_are_scaled_as_one_by_one(shape):
     np.testing.assert_allclose(same, scales, rtol=2e-7)
 
 
+def test_blocks_of_the_smallest_numbers_stay_finite():
+    """Their scales have a bit or two."""
+    matrix = np.float32([[9e-43, -9e-43], [7e-43, 3e-45]])
+    numbers, scales = quantise(matrix)
+    found = dequantise(numbers, scales)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, matrix, atol=5e-43)
+
+
 def test_zeros_have_a_scale_and_infinity_has_none():
     numbers, scales = quantise(np.zeros((2, 2), np.float32))
     assert dequantise(numbers, scales).tolist() == [[0, 0], [0, 0]]

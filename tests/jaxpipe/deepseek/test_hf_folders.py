@@ -305,7 +305,13 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     slot = params.stages["layer_0"] | {"attention": slot | {"out": slot["out"] * jnp.inf}}
     with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj.weight cannot be written in FP8: .* not finite"):
         save(tmp_path / "bad", params._replace(stages=params.stages | {"layer_0": slot}), config, schedule, dtype="fp8")
+    large = params._replace(outer=params.outer | {"embedding": params.outer["embedding"].at[3, 5].set(-70_000)})
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight .* float16, .* holds 70000; take bfloat16"):
+        save(tmp_path / "bad", large, config, schedule, dtype="float16")
     assert not list(tmp_path.glob("bad*"))
+    save(tmp_path / "half", params, config, schedule, dtype="float16")
+    embedding = open_folder(tmp_path / "half")["model.embed_tokens.weight"].rows()
+    np.testing.assert_array_equal(embedding, np.asarray(params.outer["embedding"]).astype(np.float16))
 
 
 PROCESS = """
