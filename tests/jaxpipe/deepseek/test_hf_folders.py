@@ -16,13 +16,14 @@ import numpy as np
 import pytest
 
 import jaxpipe
-from jaxpipe.deepseek import hf_load
+from jaxpipe.deepseek import hf_load, hf_write
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_files import INDEX, SINGLE, TensorEntry, encode_header, open_folder, read_json
 from jaxpipe.deepseek.hf_fp8 import dequantise, quantise
 from jaxpipe.deepseek.hf_load import load, load_params, loaded_bytes
 from jaxpipe.deepseek.hf_names import tensors
 from jaxpipe.deepseek.hf_save import save, save_params
+from jaxpipe.deepseek.hf_write import write_folder
 from jaxpipe.deepseek.model import build_model
 from jaxpipe.deepseek.rope import Rope
 from tests.jaxpipe.deepseek.models import small
@@ -314,6 +315,63 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     np.testing.assert_array_equal(embedding, np.asarray(params.outer["embedding"]).astype(np.float16))
 
 
+def fails(*_, **__):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("step", ["_prepare", "_put", "_write_texts", "rename", "rmtree"])
+def test_a_folder_is_replaced_whole_or_stays_whatever_fails(tmp_path, monkeypatch, step):
+    config = small()
+    arrays, out = make_arrays(config), tmp_path / "out"
+
+    def blocks(table):
+        return ((name, 0, arrays[name]) for name in table)
+
+    write_folder(out, config, blocks, dtype="float32")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "link").symlink_to(out)
+    rename = pathlib.Path.rename
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(pathlib.Path, step, lambda path, to: (fails if "partial" in path.name else rename)(path, to))
+        else:
+            patch.setattr(hf_write.shutil if step == "rmtree" else hf_write, step, fails)
+        if step == "rmtree":
+            with pytest.warns(UserWarning, match=r"out\..*\.old, which .*out was before, cannot be removed: no space"):
+                write_folder(tmp_path / "link", config, blocks, dtype="bfloat16", overwrite=True)
+            return
+        with pytest.raises(OSError, match="no space left"):
+            write_folder(out, config, blocks, dtype="bfloat16", overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+    write_folder(tmp_path / "link", config, blocks, dtype="bfloat16", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"} and (tmp_path / "link").is_symlink()
+    assert open_folder(out)["model.norm.weight"].dtype == "BF16"
+
+
+def test_what_is_somebody_elses_stays(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("")
+    with pytest.raises(ValueError, match=r"out\.partial is there already, .*: choose another name, or remove it"):
+        write_folder(tmp_path / "out", small(), iter)
+    assert (tmp_path / "out.partial" / "mine").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder: choose another name"):
+        write_folder(tmp_path / "file", small(), iter, overwrite=True)
+
+
+def test_a_step_that_fails_on_one_process_fails_on_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hf_write.multihost_utils, "process_allgather", lambda good: np.array([1, good]))
+    with hf_write._all_or_none("write"):
+        pass
+    with pytest.raises(KeyError), hf_write._all_or_none("write"):
+        raise KeyError
+    monkeypatch.setattr(hf_write.multihost_utils, "process_allgather", lambda good: np.array([good, 0]))
+    with pytest.raises(OSError, match=r"could not write: processes \[1\] failed"), hf_write._all_or_none("write"):
+        pass
+
+
 PROCESS = """
 import sys, warnings
 import jax
@@ -327,6 +385,24 @@ schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("pp", "ep"))
 config, params = load(sys.argv[3], mesh, schedule)
 save(sys.argv[4], params, config, schedule, dtype="float32", max_shard_size=200_000)
+
+
+def fails(*_):
+    raise OSError("no space left")
+
+
+from jaxpipe.deepseek import hf_write
+for step in ("_prepare", "_put"):
+    original = getattr(hf_write, step)
+    if jax.process_index() == (step == "_put"):
+        setattr(hf_write, step, fails)
+    try:
+        save(sys.argv[4], params, config, schedule, overwrite=True)
+    except OSError as error:
+        assert ("no space" in str(error)) == (jax.process_index() == (step == "_put")), error
+    else:
+        raise AssertionError(step)
+    setattr(hf_write, step, original)
 """
 
 
@@ -344,3 +420,4 @@ def test_processes_read_and_write_their_parts(goldens, tmp_path):
     ]
     assert [process.wait(300) for process in processes] == [0, 0]
     same_bits(goldens / "v3", tmp_path / "out")
+    assert not list(tmp_path.glob("*.partial"))
