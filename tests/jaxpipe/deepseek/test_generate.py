@@ -132,7 +132,8 @@ def test_choices_have_the_odds_they_should():
         (Sampling(1.0), [0.4, 0.3, 0.2, 0.1]),
         (Sampling(1.0, 0.69), [4 / 7, 3 / 7, 0, 0]),
         (Sampling(1.0, 0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
-        (Sampling(0.5), np.array([16, 9, 4, 1]) / 30),
+        (Sampling(1e-6, seed=2**31 - 1), [1, 0, 0, 0]),
+        (Sampling(0.5, seed=-(2**31)), np.array([16, 9, 4, 1]) / 30),
         (Sampling(1.0, 1e-6), [1, 0, 0, 0]),
         (Sampling(), [1, 0, 0, 0]),
     ):
@@ -196,7 +197,12 @@ def test_fp8_is_kept_in_8_bits():
         (lambda one: one.logits(np.zeros(3, int)), r"tokens have shape \(3,\)"),
         (lambda one: one.score(np.zeros((1, 3), int), np.zeros((1, 2), int), np.ones((1, 3))), r"one shape for all"),
         (lambda one: Sampling(-1.0), r"temperature=-1.0"),
+        (lambda one: Sampling(1e-7), r"temperature=1e-07: .* between 1e-6 and 3e38"),
+        (lambda one: Sampling(1e39), r"temperature=1e\+39"),
+        (lambda one: Sampling(float("nan")), r"temperature=nan"),
         (lambda one: Sampling(1.0, 0.0), r"top_p=0.0"),
+        (lambda one: Sampling(1.0, seed=2**31), r"seed=2147483648: a whole number from -2147483648 to 2147483647"),
+        (lambda one: Sampling(1.0, seed=1.5), r"seed=1.5"),
         (
             lambda one: Server(one.config, one.model, jax.make_mesh((1,), ("pp",))),
             r"take jaxpipe.deepseek.serving_mesh",

@@ -74,7 +74,11 @@ def test_the_command_line_writes_logits(tmp_path, capsys):
     assert "logits of 2 sequences of 24 tokens" in capsys.readouterr().out
     np.testing.assert_allclose(np.load(out), reference["logits"], atol=1e-4, rtol=0)
     np.save(tmp_path / "row.npy", reference["tokens"][0])
+    np.savez(tmp_path / "tokens.npz", tokens=reference["tokens"])
+    (tmp_path / "empty.npy").touch()
     for arguments, message in (
+        ([str(folder), str(tmp_path / "tokens.npz")], "tokens.npz is no .npy file of integers"),
+        ([str(folder), str(tmp_path / "empty.npy")], "empty.npy is no .npy file of integers"),
         ([str(tmp_path), str(tmp_path / "tokens.npy")], "config.json: name a folder as Hugging Face has it"),
         ([str(folder), str(tmp_path / "row.npy")], r"array of shape (24,): give [sequences, tokens]"),
         ([str(folder), str(tmp_path / "tokens.npy"), "--batch", "0"], "--batch 0: at least 1"),
