@@ -381,23 +381,3 @@ def _copy(source: StoredTensor, part: TensorPart, rows: tuple[int, int], block: 
     for begin in range(0, high - low, step):
         some = (slice(None),) * first + (slice(begin, begin + step),)
         target[some] = found[some]
-
-
-def loaded_bytes(model: DeepSeekModel, mesh: Mesh, dtype: Any = jnp.float32) -> Mapping[str, int]:
-    """Bytes that this process keeps of a model's parameters, and of the largest shard, which it holds beside them.
-
-    Args:
-      model: of the parameters.
-      mesh: of its axes.
-      dtype: of the parameters.
-
-    Returns:
-      ``"kept"`` and ``"largest shard"``.
-    """
-    kept = largest = 0
-    for leaf, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(model.specs), strict=True):
-        sharding = NamedSharding(mesh, spec)
-        size = math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype).itemsize
-        kept += size * len(sharding.addressable_devices)
-        largest = max(largest, size)
-    return {"kept": kept, "largest shard": largest}

@@ -22,8 +22,8 @@ from jax.experimental import multihost_utils
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_files import DTYPES, INDEX, SINGLE, SIZES, encode_header, read_json
-from jaxpipe.deepseek.hf_fp8 import quantise
-from jaxpipe.deepseek.hf_names import BLOCK, Tensor, scale_name, tensors
+from jaxpipe.deepseek.hf_fp8 import BLOCK, quantise
+from jaxpipe.deepseek.hf_names import Tensor, scale_name, tensors
 
 FORMATS: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp8": "F8_E4M3"}
 """What weights may be written in, and what safetensors calls it."""

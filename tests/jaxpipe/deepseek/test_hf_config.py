@@ -29,7 +29,7 @@ def test_published_models_have_exactly_these_tensors(name):
             made[scale_name(tensor_name)] = tensor.scale_shape, "f32"
     assert made == published(name)
     own = [tensor for tensor in tensors(config).values() if tensor.copy_of is None]
-    assert sum(tensor.size for tensor in own) == config.total + config.mtp_parameters - (
+    assert sum(math.prod(tensor.shape) for tensor in own) == config.total + config.mtp_parameters - (
         0 if config.selection_bias else config.moe_layers * config.experts
     )
 

@@ -20,7 +20,7 @@ from jaxpipe.deepseek import hf_load, hf_write
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_files import INDEX, SINGLE, TensorEntry, encode_header, open_folder, read_json
 from jaxpipe.deepseek.hf_fp8 import dequantise, quantise
-from jaxpipe.deepseek.hf_load import load, load_params, loaded_bytes
+from jaxpipe.deepseek.hf_load import load, load_params
 from jaxpipe.deepseek.hf_names import tensors
 from jaxpipe.deepseek.hf_save import save, save_params
 from jaxpipe.deepseek.hf_write import write_folder
@@ -238,7 +238,6 @@ def test_bytes_of_files_are_read_once_and_in_pieces(tmp_path, monkeypatch):
         assert total == times * size, name
     assert max(count for _, count in read) <= 1024
     assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
-    assert loaded_bytes(model, mesh)["kept"] >= seen[-1][1]
 
 
 def test_what_files_lack_or_hold_besides_is_told(tmp_path):
