@@ -17,6 +17,7 @@ from typing import Any
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.hf_fp8 import BLOCK
 from jaxpipe.deepseek.rope import Rope, Yarn
 
 V2, V3 = "deepseek_v2", "deepseek_v3"
@@ -298,6 +299,11 @@ def _check_fixed(values: Mapping[str, Any]) -> None:
     method = quantised.get("quant_method")
     if quantised and method != "fp8":
         raise ValueError(f"quantization_config.quant_method={method!r}: only 'fp8', DeepSeek's own, can be read")
+    size = quantised.get("weight_block_size", [BLOCK, BLOCK])
+    if size != [BLOCK, BLOCK]:
+        raise ValueError(
+            f"quantization_config.weight_block_size={size!r}: only blocks of {BLOCK} x {BLOCK} can be read"
+        )
 
 
 def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:

@@ -89,6 +89,11 @@ V3, V2 = "DeepSeek-V3", "DeepSeek-V2-Lite"
         (V3, {"n_group": None}, r"n_group is missing"),
         (V3, {"hidden_size": None}, r"hidden_size is missing"),
         (V3, {"quantization_config": {"quant_method": "awq"}}, r"quant_method='awq': only 'fp8'"),
+        (
+            V3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"weight_block_size=\[64, 64\]: only blocks of 128 x 128 can be read",
+        ),
         (V3, {"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_type='linear': 'default' and 'yarn' are known"),
         (V3, {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0.5}}, r"mscale=0.5 and mscale_all_dim=None"),
         (V3, {"rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}}, r"factor=None"),
