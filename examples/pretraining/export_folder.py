@@ -12,11 +12,9 @@ import numpy as np
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_load import find_sources, folder_config
 from jaxpipe.deepseek.hf_names import Tensor
-from jaxpipe.deepseek.hf_write import LARGEST, write_folder
+from jaxpipe.deepseek.hf_write import LARGEST, Written, write_folder
 from pretraining import export
 from pretraining.progress import amount
-
-Written = tuple[str, int, np.ndarray]
 
 
 def export_folder(

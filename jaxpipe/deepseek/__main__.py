@@ -45,7 +45,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _logits(args: argparse.Namespace) -> None:
-    tokens = np.load(args.tokens, allow_pickle=False)
+    tokens = _read_array(args.tokens)
     if tokens.ndim != 2 or not tokens.size:
         raise ValueError(f"{args.tokens} holds an array of shape {tokens.shape}: give [sequences, tokens]")
     if args.batch < 1:
@@ -59,6 +59,14 @@ def _logits(args: argparse.Namespace) -> None:
     with args.out.open("wb") as file:  # NumPy would add an ending to a name
         np.save(file, np.concatenate(made))
     print(f"{args.out}: logits of {tokens.shape[0]} sequences of {tokens.shape[1]} tokens, {config.total} parameters")
+
+
+def _read_array(path: pathlib.Path) -> np.ndarray:
+    with path.open("rb") as file:
+        try:
+            return np.lib.format.read_array(file, allow_pickle=False)
+        except ValueError as error:
+            raise ValueError(f"{path} is no .npy file of integers, as numpy.save writes them: {error}") from None
 
 
 if __name__ == "__main__":

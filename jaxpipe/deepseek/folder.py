@@ -27,12 +27,15 @@ def read_folder(folder: pathlib.Path) -> tuple[ModelConfig, dict[str, Any]]:
       nothing of multi-token prediction, as transformers leaves it out, the model is without.
 
     Raises:
-      ValueError: no files; a config that is not understood; tensors that are missing, unexpected or of other shapes.
+      ValueError: no files; a config that is not understood; tensors that are missing, unexpected or of other shapes;
+        files that are not what their checksums say.
     """
     config = as_held(from_hf_config(read_json(folder / "config.json")), open_folder(folder))
+    # Before memory is taken for what a config claims.
+    sources = find_sources(folder, config)
     model = build_model(config, jaxpipe.schedule.build("1f1b", 1, 1), 0, abstract=True)
     tree = jax.tree.map(lambda leaf: np.zeros(leaf.shape, leaf.dtype), jax.eval_shape(model.to_layers, model.params))
-    for stored in find_sources(folder, config).values():
+    for stored in sources.values():
         array = stored.rows(0, stored.tensor.shape[0])
         for part in stored.tensor.parts:
             leaf = tree

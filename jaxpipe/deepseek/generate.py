@@ -32,9 +32,10 @@ class Sampling:
     """How the next token is chosen.
 
     Attributes:
-      temperature: logits are divided by it; 0: the likeliest token, always.
+      temperature: logits are divided by it, in float32; 0: the likeliest token, always.
       top_p: tokens are chosen from the fewest likeliest ones that have this probability together; 1: from all.
-      seed: of the choices. A request's depend on it, on the request's place in the batch and on nothing else.
+      seed: of the choices, of 32 bits. A request's depend on it, on the request's place in the batch and on nothing
+        else.
 
     Raises:
       ValueError: values out of range.
@@ -46,10 +47,15 @@ class Sampling:
 
     def __post_init__(self) -> None:
         """Checks the values."""
-        if not 0 <= self.temperature < float("inf"):
-            raise ValueError(f"temperature={self.temperature}: 0 takes the likeliest token, 1 the model's own odds")
+        if self.temperature != 0 and not 1e-6 <= self.temperature < 3e38:
+            raise ValueError(
+                f"temperature={self.temperature}: 0 takes the likeliest token, 1 the model's own odds; others are "
+                "between 1e-6 and 3e38"
+            )
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p={self.top_p}: a probability above 0, 1 for all tokens")
+        if not isinstance(self.seed, int | np.integer) or not -(2**31) <= self.seed < 2**31:
+            raise ValueError(f"seed={self.seed!r}: a whole number from {-(2**31)} to {2**31 - 1}")
 
 
 class Generated(NamedTuple):

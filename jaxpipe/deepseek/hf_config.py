@@ -11,11 +11,13 @@ different things, the value is refused.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping
 from typing import Any
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe.deepseek.config import ModelConfig
+from jaxpipe.deepseek.hf_fp8 import BLOCK
 from jaxpipe.deepseek.rope import Rope, Yarn
 
 V2, V3 = "deepseek_v2", "deepseek_v3"
@@ -64,17 +66,31 @@ _SIZES = {
 }
 """Fields of a `ModelConfig` that are one of a ``config.json``."""
 
-_OTHERS = {
-    *("model_type", "hidden_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts"),
-    *("num_experts_per_tok", "n_group", "topk_group", "norm_topk_prob", "routed_scaling_factor", "topk_method"),
-    *("scoring_func", "num_nextn_predict_layers", "num_key_value_heads", "head_dim", "qk_head_dim"),
-    *("rope_theta", "rope_scaling", "rope_parameters", "rope_interleave"),
-}
 
-_ROPE_FIELDS = {
-    *("rope_type", "type", "rope_theta", "factor", "original_max_position_embeddings"),
-    *("beta_fast", "beta_slow", "mscale", "mscale_all_dim", "attention_factor", "truncate"),
+def _fixed(of: type) -> list[str]:
+    return [name for name, right in FIXED.items() if type(right[0]) is of]
+
+
+_WHOLE, _NUMBER, _FLAG, _TEXT, _OBJECT = "a whole number", "a finite number", "true or false", "a text", "an object"
+
+_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("hidden_size", "moe_intermediate_size", "n_routed_experts", "n_shared_experts"), _WHOLE),
+    **dict.fromkeys(("num_experts_per_tok", "n_group", "topk_group", "num_nextn_predict_layers"), _WHOLE),
+    **dict.fromkeys(("num_key_value_heads", "head_dim", "qk_head_dim", "max_position_embeddings"), _WHOLE),
+    **dict.fromkeys((*_SIZES.values(), *_fixed(int)), _WHOLE),
+    **dict.fromkeys(("rms_norm_eps", "routed_scaling_factor", "rope_theta", *_fixed(float)), _NUMBER),
+    **dict.fromkeys(("norm_topk_prob", "rope_interleave", "tie_word_embeddings", *_fixed(bool)), _FLAG),
+    **dict.fromkeys(("model_type", "topk_method", "scoring_func", *_fixed(str)), _TEXT),
+    **dict.fromkeys(("rope_scaling", "rope_parameters", "quantization_config"), _OBJECT),
 }
+"""What fields hold that are read here."""
+
+_ROPE_TYPES: Mapping[str, str] = {
+    **dict.fromkeys(("rope_type", "type"), _TEXT),
+    **dict.fromkeys(("rope_theta", "factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim"), _NUMBER),
+    **{"original_max_position_embeddings": _WHOLE, "attention_factor": _NUMBER, "truncate": _FLAG},
+}
+"""The same of ``rope_scaling`` and ``rope_parameters``."""
 
 
 def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mtp: bool | None = None) -> ModelConfig:
@@ -99,31 +115,28 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
     (2, False)
     """
     kind = values.get("model_type")
-    if kind not in ROUTERS:
+    if not isinstance(kind, str) or kind not in ROUTERS:
         raise ValueError(
             f"model_type={kind!r}: it must be one of {', '.join(ROUTERS)}; other models are built otherwise"
         )
-    _check_known(values)
+    values = _meant(kind) | _checked(values)
     _check_fixed(values)
     router = _router(values, kind)
-    shared = values.get("n_shared_experts") or 0
     heads, content, rotary = (_need(values, _SIZES[name]) for name in ("heads", "content", "rotary"))
-    derived = {"num_key_value_heads": heads, "head_dim": rotary, "qk_head_dim": content + rotary}
-    for name, right in derived.items():
+    for name, right in _derived(heads, content, rotary).items():
         if values.get(name) not in (None, right):
             raise ValueError(
                 f"{name}={values[name]!r}: latent attention has {right} here, as num_attention_heads={heads}, "
                 f"qk_nope_head_dim={content} and qk_rope_head_dim={rotary} say; leave the field out"
             )
-    predicted = values.get("num_nextn_predict_layers") or 0
+    predicted = values["num_nextn_predict_layers"]
     if predicted not in (0, 1):
         raise ValueError(f"num_nextn_predict_layers={predicted!r}: 0 or 1 such layer can be had; set it to 1")
-    longest = int(values.get("max_position_embeddings") or 4096)
+    longest = values.get("max_position_embeddings", 4096)
     if "q_lora_rank" not in values:
         raise ValueError("q_lora_rank is missing: add it to config.json, with null for a query of full rank")
-    defaults = {"tied": False, "norm_eps": 1e-6} | ({"dense_layers": 0} if kind == V2 else {})
-    sizes: dict[str, Any] = {name: values.get(field, defaults.get(name)) for name, field in _SIZES.items()}
-    sizes |= {name: _need(values, _SIZES[name]) for name in _SIZES if name not in (*defaults, "query_rank")}
+    sizes: dict[str, Any] = {name: _need(values, field) for name, field in _SIZES.items() if name != "query_rank"}
+    sizes["query_rank"] = values["q_lora_rank"]
     if kind == V2:
         sizes["bias_update_speed"] = 0.0
     return ModelConfig(
@@ -131,7 +144,7 @@ def from_hf_config(values: Mapping[str, Any], *, sequence: int | None = None, mt
             width=_need(values, "hidden_size"),
             hidden=_need(values, "moe_intermediate_size"),
             router=router,
-            num_shared=shared,
+            num_shared=values["n_shared_experts"],
         ),
         **sizes,
         rope=_rope(values, kind),
@@ -194,36 +207,50 @@ def to_hf_config(config: ModelConfig, base: Mapping[str, Any] | None = None) -> 
     }
     if kind == V3:
         made["rope_interleave"] = config.rope.interleaved
+    longest = int(yarn.original * yarn.factor) if yarn else config.sequence
+    architectures = ["DeepseekV2ForCausalLM" if kind == V2 else "DeepseekV3ForCausalLM"]
     if base is None:
-        longest = int(yarn.original * yarn.factor) if yarn else config.sequence
-        name = "DeepseekV2ForCausalLM" if kind == V2 else "DeepseekV3ForCausalLM"
         fixed = {"hidden_act": "silu", "attention_bias": False, "num_key_value_heads": config.heads}
-        return {"architectures": [name], **made, **fixed, "max_position_embeddings": longest, **_rope_values(config)}
-    _check_known(base)
-    meant = {**{name: values[0] for name, values in FIXED.items()}, **_DEFAULTS, "topk_method": METHODS[kind][0]}
-    meant |= {"scoring_func": ROUTERS[kind]}
-    result = dict(base)
-    for name, value in made.items():
-        if result.get(name, meant.get(name)) != value and not (value in (0, 1) and result.get(name, 1) is None):
-            result[name] = value
-    if base.get("model_type") != kind or _rope(base, kind) != config.rope:
+        made |= fixed | {"max_position_embeddings": longest} | _rope_values(config)
+        return {"architectures": architectures, **made}
+    told = _meant(kind) | _checked(base)
+    result = dict(base) | {name: value for name, value in made.items() if name not in told or told[name] != value}
+    derived = _derived(config.heads, config.content, config.rotary)
+    result |= {name: value for name, value in derived.items() if told.get(name, value) != value}
+    before = _rope(told, kind)
+    if base.get("model_type") != kind:
+        # Code that makes the other model is none for this one.
+        result.pop("auto_map", None)
+        result["architectures"] = architectures
+    if base.get("model_type") != kind or before != config.rope:
         for name in ("rope_theta", "rope_scaling", "rope_parameters"):
             result.pop(name, None)
         result |= _rope_values(config)
+    if before.yarn != yarn:
+        result["max_position_embeddings"] = longest
     return result
 
 
-_DEFAULTS = {
-    "tie_word_embeddings": False,
-    "q_lora_rank": None,
-    "rms_norm_eps": 1e-6,
-    "first_k_dense_replace": 0,
-    "num_nextn_predict_layers": 0,
-    "n_group": 1,
-    "topk_group": 1,
-    "rope_interleave": True,
-}
-"""What files mean that leave these fields out."""
+def _derived(heads: int, content: int, rotary: int) -> dict[str, int]:
+    """Fields that follow from others, which files may have too."""
+    return {"num_key_value_heads": heads, "head_dim": rotary, "qk_head_dim": content + rotary}
+
+
+def _meant(kind: str) -> dict[str, Any]:
+    """What files mean that leave these fields out."""
+    ours = {"first_k_dense_replace": 0, "n_group": 1, "topk_group": 1} if kind == V2 else {}
+    return ours | {
+        "tie_word_embeddings": False,
+        "rms_norm_eps": 1e-6,
+        "n_shared_experts": 0,
+        "num_nextn_predict_layers": 0,
+        "rope_interleave": True,
+        "rope_theta": 10_000.0,
+        "topk_method": METHODS[kind][0],
+        "scoring_func": ROUTERS[kind],
+        "norm_topk_prob": kind == V3,
+        "routed_scaling_factor": 1.0 if kind == V2 else 2.5,
+    }
 
 
 def _need(values: Mapping[str, Any], name: str) -> Any:
@@ -232,8 +259,9 @@ def _need(values: Mapping[str, Any], name: str) -> Any:
     return values[name]
 
 
-def _check_known(values: Mapping[str, Any]) -> None:
-    known = IGNORED | FIXED.keys() | set(_SIZES.values()) | _OTHERS
+def _checked(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields that say something: all are known, and of the types that they should be."""
+    known = IGNORED | FIXED.keys() | _TYPES.keys()
     # A field that says nothing changes nothing.
     unknown = [name for name, value in values.items() if name not in known and value not in (None, {}, [])]
     if unknown:
@@ -242,35 +270,54 @@ def _check_known(values: Mapping[str, Any]) -> None:
             f"{shown}: not known here, so that nobody can say whether the model computes the same without; remove what "
             "changes nothing from config.json"
         )
+    # None says that a query has full rank.
+    told = {name: value for name, value in values.items() if value is not None or name == "q_lora_rank"}
+    _check_types({name: value for name, value in told.items() if value is not None}, _TYPES)
+    return told
+
+
+def _check_types(values: Mapping[str, Any], types: Mapping[str, str], within: str = "") -> None:
+    for name, wanted in types.items():
+        if name in values and not _is(values[name], wanted):
+            raise ValueError(f"{within}{name}={values[name]!r}: it must be {wanted}; correct config.json")
+
+
+def _is(value: Any, wanted: str) -> bool:
+    if wanted in (_WHOLE, _NUMBER):
+        number = type(value) is int or (wanted == _NUMBER and type(value) is float)
+        return number and abs(value) <= sys.float_info.max
+    return isinstance(value, {_FLAG: bool, _TEXT: str, _OBJECT: Mapping}[wanted])
 
 
 def _check_fixed(values: Mapping[str, Any]) -> None:
     for name, right in FIXED.items():
-        if values.get(name) is not None and values[name] not in right:
+        if name in values and values[name] not in right:
             raise ValueError(
                 f"{name}={values[name]!r}: the model here has {right[0]!r} alone; another cannot be loaded"
             )
-    quantised = values.get("quantization_config") or {}
+    quantised = values.get("quantization_config", {})
     method = quantised.get("quant_method")
     if quantised and method != "fp8":
         raise ValueError(f"quantization_config.quant_method={method!r}: only 'fp8', DeepSeek's own, can be read")
+    size = quantised.get("weight_block_size", [BLOCK, BLOCK])
+    if size != [BLOCK, BLOCK]:
+        raise ValueError(
+            f"quantization_config.weight_block_size={size!r}: only blocks of {BLOCK} x {BLOCK} can be read"
+        )
 
 
 def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:
-    scoring = values.get("scoring_func") or ROUTERS[kind]
-    method = values.get("topk_method") or METHODS[kind][0]
+    scoring, method = values["scoring_func"], values["topk_method"]
     if scoring != ROUTERS[kind]:
         raise ValueError(f"scoring_func={scoring!r}: {kind} scores by {ROUTERS[kind]!r}; set it so, or leave it out")
     if method not in METHODS[kind]:
         raise ValueError(
             f"topk_method={method!r}: {kind} knows {' and '.join(METHODS[kind])}; take one, or leave it out"
         )
-    groups, allowed = (
-        values.get(name) or (1 if kind == V2 else _need(values, name)) for name in ("n_group", "topk_group")
-    )
+    groups, allowed = _need(values, "n_group"), _need(values, "topk_group")
     if method == "greedy":
         groups = allowed = 1
-    normalise = values.get("norm_topk_prob", kind == V3)
+    normalise = values["norm_topk_prob"]
     if kind == V2 and normalise:
         raise ValueError(
             f"norm_topk_prob={normalise!r}: transformers ignores it in {V2}, DeepSeek's own code does not, so results "
@@ -282,8 +329,8 @@ def _router(values: Mapping[str, Any], kind: str) -> RouterConfig:
         num_groups=groups,
         top_groups=allowed,
         scoring=scoring,
-        normalise=bool(normalise),
-        scale=float(values.get("routed_scaling_factor", 1.0 if kind == V2 else 2.5)),
+        normalise=normalise,
+        scale=float(values["routed_scaling_factor"]),
         group_best=1 if kind == V2 else 2,
     )
 
@@ -292,15 +339,24 @@ def _rope(values: Mapping[str, Any], kind: str) -> Rope:
     """Of either form: ``rope_theta`` and ``rope_scaling``, or both in ``rope_parameters``."""
     if values.get("rope_parameters") and values.get("rope_scaling"):
         raise ValueError("rope_parameters and rope_scaling are both given: leave one of them out")
-    given = dict(values.get("rope_parameters") or values.get("rope_scaling") or {})
-    interleaved = kind == V2 or bool(values.get("rope_interleave", True))
-    theta = float(given.get("rope_theta", values.get("rope_theta") or 10_000.0))
+    field = "rope_parameters" if values.get("rope_parameters") else "rope_scaling"
+    given = {name: value for name, value in values.get(field, {}).items() if value is not None}
+    _check_types(given, _ROPE_TYPES, f"{field}.")
+    interleaved = kind == V2 or values["rope_interleave"]
+    theta = float(given.get("rope_theta", values["rope_theta"]))
     form = given.get("rope_type", given.get("type", "default"))
+    if form != given.get("type", form):
+        raise ValueError(f"{field} with rope_type={form!r} and type={given['type']!r}: leave one of them out")
     if form == "default":
+        if more := {name: value for name, value in given.items() if name not in ("rope_type", "type", "rope_theta")}:
+            raise ValueError(
+                f"{field} with {more}, and with {'rope_type=' + repr(form) if len(given) > len(more) else 'no type'}: "
+                "plain rotations have nothing of the kind; give rope_type='yarn', or leave these out"
+            )
         return Rope(theta=theta, interleaved=interleaved)
     if form != "yarn":
         raise ValueError(f"rope_type={form!r}: 'default' and 'yarn' are known; another cannot be loaded")
-    if unknown := {name: value for name, value in given.items() if name not in _ROPE_FIELDS}:
+    if unknown := {name: value for name, value in given.items() if name not in _ROPE_TYPES}:
         raise ValueError(f"YaRN with {unknown}: not known here; remove what changes nothing from config.json")
     if given.get("attention_factor") is not None or not given.get("truncate", True):
         told = {name: given[name] for name in ("attention_factor", "truncate") if name in given}
@@ -311,14 +367,22 @@ def _rope(values: Mapping[str, Any], kind: str) -> Rope:
             f"YaRN with mscale={mscale!r} and mscale_all_dim={every!r}: transformers and DeepSeek's own code read that "
             "in different ways; give both, or neither"
         )
-    original = given.get("original_max_position_embeddings") or values.get("max_position_embeddings")
+    longest = values.get("max_position_embeddings")
+    original = given.get("original_max_position_embeddings", longest)
     if original is None or given.get("factor") is None:
         raise ValueError(
             f"YaRN with factor={given.get('factor')!r} and original_max_position_embeddings={original!r}: give both"
         )
+    stretched = given["factor"] * original
+    if "original_max_position_embeddings" in given and longest is not None and abs(longest - stretched) >= 1:
+        raise ValueError(
+            f"max_position_embeddings={longest} with YaRN of factor={given['factor']!r} and "
+            f"original_max_position_embeddings={original}: some versions of transformers take the factor from the two "
+            f"lengths; set max_position_embeddings to {stretched:.0f}, or correct the factor"
+        )
     yarn = Yarn(
         factor=float(given["factor"]),
-        original=int(original),
+        original=original,
         beta_fast=float(given.get("beta_fast") or 32.0),
         beta_slow=float(given.get("beta_slow") or 1.0),
         mscale=float(mscale or 1.0),

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import pathlib
+import posixpath
 import re
 import struct
 from collections.abc import Iterable, Mapping
@@ -236,16 +237,18 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
 def check_sums(folder: pathlib.Path, files: Iterable[str]) -> int:
     """Compares files with their SHA-256, where the folder has any; returns how many were compared.
 
-    They stand in ``SHA256SUMS`` or ``FILE.sha256``, as sha256sum writes them, or are what ``hf download --local-dir``
-    notes beside its files.
+    They stand in ``SHA256SUMS`` or ``FILE.sha256``, as sha256sum writes them, or alone in the latter, or are what
+    ``hf download --local-dir`` notes beside its files, unless a file was changed thereafter.
 
     Raises:
-      ValueError: a file that differs.
+      ValueError: a file that differs; a line that is no checksum.
     """
-    sums = _sums(folder / SUMS)
+    sums = {posixpath.normpath(path): found for path, found in _sums(folder / SUMS)}
     compared = 0
     for name in files:
-        wanted = sums.get(name) or _sums(folder / f"{name}.sha256").get(name) or _noted_by_hub(folder, name)
+        # Whatever folder the file was in when it was written.
+        own = {posixpath.basename(path) or name: found for path, found in _sums(folder / f"{name}.sha256")}
+        wanted = sums.get(name) or own.get(name) or _noted_by_hub(folder, name)
         if wanted is None:
             continue
         with open(folder / name, "rb") as file:
@@ -312,16 +315,26 @@ def _nothing_to_read(folder: pathlib.Path) -> str:
     return f"{folder} has neither {INDEX} nor {SINGLE}: name a folder as Hugging Face has it"
 
 
-def _sums(path: pathlib.Path) -> dict[str, str]:
-    """Checksums by name, of a file as sha256sum writes it."""
-    if not path.is_file():
-        return {}
-    lines = [re.fullmatch(r"([0-9a-f]{64}) [ *](.+)", line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return {pathlib.PurePath(line[2]).name: line[1] for line in lines if line}
+def _sums(path: pathlib.Path) -> list[tuple[str, str]]:
+    """Paths and checksums of a file as sha256sum writes it; "" for the path that is not there."""
+    found = []
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else ():
+        if not line.strip() or line.startswith("#"):
+            continue
+        parts = re.fullmatch(r"([0-9a-fA-F]{64})(?: [ *](.+)|\s*)", line)
+        if parts is None or (path.name == SUMS and not parts[2]):
+            raise ValueError(f"{path} has {line!r} where a SHA-256 should be: write it as sha256sum does")
+        found.append((parts[2] or "", parts[1].lower()))
+    return found
 
 
 def _noted_by_hub(folder: pathlib.Path, name: str) -> str | None:
-    """The SHA-256 that huggingface_hub keeps of large files: the second line, if it is no commit's."""
+    """The SHA-256 that huggingface_hub keeps of large files: the second line, if it is no commit's.
+
+    The third line is the time when that was noted. As hub does, a second later is taken for the same.
+    """
     path = folder / ".cache" / "huggingface" / "download" / f"{name}.metadata"
     lines = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-    return lines[1] if len(lines) > 1 and re.fullmatch("[0-9a-f]{64}", lines[1]) else None
+    if len(lines) < 3 or not re.fullmatch("[0-9a-f]{64}", lines[1]) or not re.fullmatch(r"\d+(\.\d+)?", lines[2]):
+        return None
+    return lines[1] if (folder / name).stat().st_mtime - 1 <= float(lines[2]) else None

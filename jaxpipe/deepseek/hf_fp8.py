@@ -73,5 +73,7 @@ def quantise(matrix: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         scale = largest / np.float32(LARGEST)
         scale[scale == 0] = 1
         scales[block] = scale
-        numbers[block * BLOCK : (block + 1) * BLOCK] = part / np.repeat(scale, BLOCK)[:columns]
+        # A scale of few bits, below float32's normal numbers, may be much too small.
+        scaled = part / np.repeat(scale, BLOCK)[:columns]
+        numbers[block * BLOCK : (block + 1) * BLOCK] = np.clip(scaled, -LARGEST, LARGEST, out=scaled)
     return numbers, scales

@@ -92,7 +92,7 @@ def load(
       mesh: with axis "pp", and the experts' axis or not.
       schedule: that the parameters are arranged for.
       dtype: of the parameters; float32 for training. Selection biases are float32 whatever it is.
-      config: of the model, where it should differ from config.json in what files do not hold, such as redundant slots
+      config: of the model, where it should differ from config.json in what changes no result, such as redundant slots
         of experts; None: `from_hf_config` of config.json.
       axis: the mesh axis over which experts are spread, where the mesh has it.
       strict: refuse files with tensors that the model does not have; otherwise they are warned of and left out.
@@ -103,8 +103,8 @@ def load(
       it, as those that transformers writes, a warning says so, and the config is without.
 
     Raises:
-      ValueError: a config that is not understood; missing, unexpected, truncated or damaged files and tensors; tensors
-        of another shape or dtype.
+      ValueError: a config that is not understood, or that computes other results than config.json says; missing,
+        unexpected, truncated or damaged files and tensors; tensors of another shape or dtype.
 
     >>> config, params = load("DeepSeek-V3", mesh, schedule)  # doctest: +SKIP
     """
@@ -119,14 +119,18 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
 
     Args:
       folder: with config.json, unless a config is given, and safetensors files.
-      config: that is thought to be the folder's.
+      config: that is thought to be the folder's; where the folder has config.json too, they are compared.
 
     Raises:
-      ValueError: a config that is not understood; missing or damaged files.
+      ValueError: a config that is not understood, or that computes other results than config.json says; missing or
+        damaged files.
     """
     folder = pathlib.Path(folder)
+    path = folder / "config.json"
     if config is None:
-        config = from_hf_config(read_json(folder / "config.json"))
+        config = from_hf_config(read_json(path))
+    elif path.is_file():
+        _check_results(path, config)
     found = as_held(config, open_folder(folder))
     if found != config:
         warnings.warn(
@@ -136,10 +140,46 @@ def folder_config(folder: str | os.PathLike[str], config: ModelConfig | None = N
     return found
 
 
+def _check_results(path: pathlib.Path, config: ModelConfig) -> None:
+    """Compares a config with a config.json in what changes results but, not always, the shapes of tensors."""
+    given, told = _of_results(config), _of_results(from_hf_config(read_json(path)))
+    wrong = [f"{name}={value!r}, where it says {told[name]!r}" for name, value in given.items() if value != told[name]]
+    if wrong:
+        raise ValueError(
+            f"the config is not that of {path}: {'; '.join(wrong)}: leave the config (--config) out, or correct the "
+            "file"
+        )
+
+
+def _of_results(config: ModelConfig) -> dict[str, Any]:
+    found = {name: getattr(config, name) for name in ("rope", "norm_eps", "heads", "content", "rotary", "value")}
+    router = config.moe.router
+    found |= {name: getattr(router, name) for name in ("top_k", "scoring", "normalise", "scale")}
+    # Where all groups are allowed, they change nothing.
+    some = router.top_groups < router.num_groups
+    fields = ("num_groups", "top_groups", "group_best")
+    return found | {name: getattr(router, name) if some else None for name in fields}
+
+
 def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelConfig:
-    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes."""
+    """The config without multi-token prediction where files hold nothing of it, as those that transformers writes.
+
+    Raises:
+      ValueError: more experts than the files can hold.
+    """
+    _check_count(config, entries)
     held = config.mtp and any(tensor.mtp and name in entries for name, tensor in tensors(config).items())
     return dataclasses.replace(config, mtp=held)
+
+
+def _check_count(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:
+    """Refuses a config of far more layers or experts than files hold, before a table of them fills the memory."""
+    least = 3 * (config.moe_layers * config.experts + config.dense_layers)
+    if least > len(entries):
+        raise ValueError(
+            f"the files hold {len(entries)} tensors, and {config.layers} layers, {config.moe_layers} of them with "
+            f"{config.experts} experts, have {least} or more: are config.json and files of one model?"
+        )
 
 
 def load_params(
@@ -166,7 +206,6 @@ def load_params(
     if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     sources = find_sources(folder, model.config, strict=strict)
-    _check_files(folder, sources.values())
     pieces: dict[tuple[str, ...], list[tuple[StoredTensor, TensorPart]]] = {}
     for source in sources.values():
         for part in source.tensor.parts:
@@ -193,10 +232,14 @@ def load_params(
 def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = True) -> dict[str, StoredTensor]:
     """The tensors of a model in the files of a folder, by name; copies are left out.
 
+    Files' checksums are compared, where there are any; processes share the work.
+
     Raises:
-      ValueError: missing and unexpected names, other shapes and dtypes.
+      ValueError: missing and unexpected names, other shapes and dtypes, files that are not what their checksums say.
     """
-    entries, table = open_folder(folder), tensors(config)
+    entries = open_folder(folder)
+    _check_count(config, entries)
+    table = tensors(config)
     known = set(table) | {scale_name(name) for name, tensor in table.items() if tensor.quantised}
     missing = [name for name, tensor in table.items() if name not in entries and tensor.copy_of is None]
     unexpected = [name for name in entries if name not in known and not name.endswith(COMPUTED)]
@@ -221,6 +264,8 @@ def find_sources(folder: pathlib.Path, config: ModelConfig, *, strict: bool = Tr
             _check_shape(scales, tensor.scale_shape, ("F32",))
         if tensor.copy_of is None:
             found[name] = StoredTensor(tensor, entry, scales)
+    files = sorted({stored.entry.path.name for stored in found.values()})
+    check_sums(folder, files[jax.process_index() :: jax.process_count()])
     return found
 
 
@@ -229,12 +274,6 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...], dtypes: Sequence[st
         raise ValueError(f"{entry.name} in {entry.path} has shape {list(entry.shape)}: the config says {list(shape)}")
     if entry.dtype not in dtypes:
         raise ValueError(f"{entry.name} in {entry.path} is {entry.dtype}: it should be {' or '.join(dtypes)}")
-
-
-def _check_files(folder: pathlib.Path, sources: Any) -> None:
-    """Compares checksums, where there are; processes share the work."""
-    files = sorted({source.entry.path.name for source in sources})
-    check_sums(folder, files[jax.process_index() :: jax.process_count()])
 
 
 def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype) -> np.dtype:
@@ -342,23 +381,3 @@ def _copy(source: StoredTensor, part: TensorPart, rows: tuple[int, int], block: 
     for begin in range(0, high - low, step):
         some = (slice(None),) * first + (slice(begin, begin + step),)
         target[some] = found[some]
-
-
-def loaded_bytes(model: DeepSeekModel, mesh: Mesh, dtype: Any = jnp.float32) -> Mapping[str, int]:
-    """Bytes that this process keeps of a model's parameters, and of the largest shard, which it holds beside them.
-
-    Args:
-      model: of the parameters.
-      mesh: of its axes.
-      dtype: of the parameters.
-
-    Returns:
-      ``"kept"`` and ``"largest shard"``.
-    """
-    kept = largest = 0
-    for leaf, spec in zip(jax.tree.leaves(model.params), jax.tree.leaves(model.specs), strict=True):
-        sharding = NamedSharding(mesh, spec)
-        size = math.prod(sharding.shard_shape(leaf.shape)) * jnp.dtype(dtype).itemsize
-        kept += size * len(sharding.addressable_devices)
-        largest = max(largest, size)
-    return {"kept": kept, "largest shard": largest}

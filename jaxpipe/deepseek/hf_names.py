@@ -29,9 +29,7 @@ from typing import Any
 import numpy as np
 
 from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
-
-BLOCK = 128
-"""Rows and columns that share a scale in DeepSeek's FP8 files."""
+from jaxpipe.deepseek.hf_fp8 import BLOCK
 
 Path = tuple[str, ...]
 Index = tuple[int | slice, ...]
@@ -104,11 +102,6 @@ class Tensor:
         (5, 56)
         """
         return tuple(-(-size // BLOCK) for size in self.shape)
-
-    @property
-    def size(self) -> int:
-        """Number of elements."""
-        return math.prod(self.shape)
 
 
 def scale_name(name: str) -> str:

@@ -54,7 +54,7 @@ def save(
 
     Raises:
       ValueError: an unknown dtype; parameters of another model or schedule; a folder that is there; numbers that FP8
-        cannot hold.
+        or float16 cannot hold.
       OSError: the files cannot be written.
 
     >>> save("out", params, config, schedule, like="DeepSeek-V3")  # doctest: +SKIP
@@ -105,7 +105,8 @@ def save_params(
         )
     if dtype not in FORMATS:
         raise ValueError(f"dtype={dtype!r}: weights are written in {', '.join(FORMATS)}")
-    kind = jnp.dtype(jnp.float32 if dtype == "fp8" else dtype)
+    # What float16 and FP8 cannot hold is found on the host.
+    kind = jnp.dtype(jnp.float32 if dtype in ("fp8", "float16") else dtype)
     blocks = functools.partial(_blocks, leaves, model, kind)
     return write_folder(folder, model.config, blocks, dtype=dtype, **options)
 

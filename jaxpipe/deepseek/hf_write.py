@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import pathlib
 import shutil
+import tempfile
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -19,8 +22,8 @@ from jax.experimental import multihost_utils
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_files import DTYPES, INDEX, SINGLE, SIZES, encode_header, read_json
-from jaxpipe.deepseek.hf_fp8 import quantise
-from jaxpipe.deepseek.hf_names import BLOCK, Tensor, scale_name, tensors
+from jaxpipe.deepseek.hf_fp8 import BLOCK, quantise
+from jaxpipe.deepseek.hf_names import Tensor, scale_name, tensors
 
 FORMATS: Mapping[str, str] = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "fp8": "F8_E4M3"}
 """What weights may be written in, and what safetensors calls it."""
@@ -91,13 +94,16 @@ def write_folder(
     Raises:
       ValueError, OSError: see `save`.
     """
-    folder = pathlib.Path(os.path.abspath(folder))
+    # Of a link, what it leads to.
+    folder = pathlib.Path(os.path.realpath(folder))
     if dtype not in FORMATS:
         raise ValueError(f"dtype={dtype!r}: weights are written in {', '.join(FORMATS)}")
     if max_shard_size < 1:
         raise ValueError(f"max_shard_size={max_shard_size}: bytes of a file, at least 1; a tensor is never divided")
     if folder.exists() and not overwrite:
         raise ValueError(f"{folder} is there already: choose another name, or overwrite=True")
+    if folder.exists() and not folder.is_dir():
+        raise ValueError(f"{folder} is no folder: choose another name, or remove it")
     table = tensors(config)
     places = plan_files(table, dtype, max_shard_size)
     total = sum(place.nbytes for place in places.values())
@@ -105,22 +111,25 @@ def write_folder(
     about = {} if source is None else read_json(source / "config.json")
     described = _described(config, dtype, about)
     partial = folder.with_name(f"{folder.name}.partial")
-    if jax.process_index() == 0:
-        _prepare(partial, places, total)
-    _wait_for_all(f"{folder} is prepared")
+    first = jax.process_index() == 0
+    with _all_or_none(f"make {partial}"):
+        if first:
+            _make(partial)
     try:
-        _write_all(partial, table, places, blocks, total, progress)
+        with _all_or_none(f"prepare {partial}"):
+            if first:
+                _prepare(partial, places, total)
+        with _all_or_none(f"write {partial}"):
+            _write_all(partial, table, places, blocks, total, progress)
+        with _all_or_none(f"name {folder}"):
+            if first:
+                _write_texts(partial, described, places, source)
+                _put_in_place(partial, folder)
     except BaseException:
-        shutil.rmtree(partial, ignore_errors=True)
+        if first:
+            shutil.rmtree(partial, ignore_errors=True)
         raise
-    _wait_for_all(f"{folder} is written")
     files = sorted({place.file for place in places.values()})
-    if jax.process_index() == 0:
-        _write_texts(partial, described, places, source)
-        if folder.exists():
-            shutil.rmtree(folder)
-        partial.rename(folder)
-    _wait_for_all(f"{folder} is named")
     return (
         f"{len(places)} tensors, {total / 1e6:.1f} MB in {len(files)} {'files' if len(files) > 1 else 'file'}, {folder}"
     )
@@ -135,18 +144,30 @@ def _write_all(
     progress: Callable[[int, int], None] | None,
 ) -> None:
     """Writes what this process has, some tensors at a time."""
-    done = 0
+    done, failed = 0, None
     with concurrent.futures.ThreadPoolExecutor(AT_ONCE) as pool:
         waiting: list[concurrent.futures.Future[int]] = []
-        for block in blocks({name: tensor for name, tensor in table.items() if tensor.copy_of is None}):
-            waiting.append(pool.submit(_write, partial, table, places, *block))
-            while len(waiting) >= 2 * AT_ONCE:
+
+        def finish(left: int) -> None:
+            nonlocal done
+            while len(waiting) > left:
                 done += waiting.pop(0).result()
                 if progress is not None:
                     progress(done, total)
-        done += sum(future.result() for future in waiting)
-        if progress is not None:
-            progress(done, total)
+
+        for block in blocks({name: tensor for name, tensor in table.items() if tensor.copy_of is None}):
+            if failed is None:
+                try:
+                    waiting.append(pool.submit(_write, partial, table, places, *block))
+                    finish(2 * AT_ONCE - 1)
+                except Exception as error:
+                    if jax.process_count() == 1:
+                        raise
+                    # The other processes go through all blocks, and some are gathered from this one.
+                    failed = error
+        if failed is not None:
+            raise failed
+        finish(0)
     assert jax.process_count() > 1 or done == total, (done, total)
 
 
@@ -192,14 +213,44 @@ def _header(group: Mapping[str, tuple[str, tuple[int, ...]]]) -> bytes:
     return encode_header(group, {"format": "pt"})
 
 
+def _make(partial: pathlib.Path) -> None:
+    """The folder that is written before it gets its name."""
+    partial.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        partial.mkdir()
+    except FileExistsError:
+        raise ValueError(
+            f"{partial} is there already, of a program that still writes, or was killed, or of somebody else: choose "
+            "another name, or remove it"
+        ) from None
+
+
+def _put_in_place(partial: pathlib.Path, folder: pathlib.Path) -> None:
+    """Gives what is written its name; what had it before is removed thereafter."""
+    if not folder.exists():
+        partial.rename(folder)
+        return
+    aside = pathlib.Path(tempfile.mkdtemp(prefix=f"{folder.name}.", suffix=".old", dir=folder.parent))
+    try:
+        folder.rename(aside)
+    except OSError:
+        aside.rmdir()
+        raise
+    try:
+        partial.rename(folder)
+    except BaseException:
+        aside.rename(folder)
+        raise
+    try:
+        shutil.rmtree(aside)
+    except OSError as error:
+        warnings.warn(f"{aside}, which {folder} was before, cannot be removed: {error}", stacklevel=2)
+
+
 def _prepare(partial: pathlib.Path, places: Mapping[str, FileSpan], total: int) -> None:
-    """An empty folder with files of their full sizes."""
-    if partial.exists():
-        shutil.rmtree(partial)
-    partial.mkdir(parents=True)
+    """Files of their full sizes."""
     free = shutil.disk_usage(partial).free
     if free < total:
-        partial.rmdir()
         raise OSError(f"{partial.parent} has {free / 1e9:.1f} GB free, and {total / 1e9:.1f} GB are to be written")
     for name in {place.file for place in places.values()}:
         group = {tensor: place for tensor, place in places.items() if place.file == name}
@@ -224,8 +275,20 @@ def _write(
             raise ValueError(f"{name} cannot be written in FP8: {error}") from None
         return _put(folder, places[name], 0, numbers) + _put(folder, places[scale_name(name)], 0, scales)
     copies = [other for other, tensor in table.items() if tensor.copy_of == name]
-    array = array.astype(DTYPES[places[name].dtype], copy=False)
+    array = _converted(name, array, DTYPES[places[name].dtype])
     return sum(_put(folder, places[target], row, array) for target in (name, *copies))
+
+
+def _converted(name: str, array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+    with np.errstate(over="ignore"):
+        found = array.astype(dtype, copy=False)
+    # Of the dtypes of files float16 alone ends far below float32.
+    if found.dtype == np.float16 and (lost := np.isinf(found) & np.isfinite(array)).any():
+        largest = np.abs(array[lost]).max()
+        raise ValueError(
+            f"{name} cannot be written in float16, which ends at 65504: it holds {largest:.6g}; take bfloat16"
+        )
+    return found
 
 
 def _put(folder: pathlib.Path, place: FileSpan, row: int, array: np.ndarray) -> int:
@@ -277,6 +340,17 @@ def _write_json(path: pathlib.Path, value: Any) -> None:
     path.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 
 
-def _wait_for_all(what: str) -> None:
+@contextlib.contextmanager
+def _all_or_none(what: str) -> Iterator[None]:
+    """A step of all processes: they wait for each other, and where it fails on some, it does on all."""
+    failed = None
+    try:
+        yield
+    except BaseException as error:
+        failed = error
     if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(what)
+        good = np.ravel(multihost_utils.process_allgather(np.int32(failed is None)))
+        if failed is None and not good.all():
+            raise OSError(f"could not {what}: processes {np.flatnonzero(good == 0).tolist()} failed, and say why")
+    if failed is not None:
+        raise failed

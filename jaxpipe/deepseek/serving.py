@@ -114,7 +114,9 @@ def serve(
     ends, dense, routed = _makers(config, jnp.dtype(dtype), mesh)
     outer = tree["outer"]
     layers = [dense(outer[f"layer_{index}"]) for index in range(config.dense_layers)]
-    layers += [routed(tree["layers"], jnp.int32(index), own) for index, own in enumerate(placed)]
+    for index, own in enumerate(placed):
+        # Arrays on the host go to the device layer by layer.
+        layers.append(routed(jax.tree.map(lambda leaf, index=index: leaf[index], tree["layers"]), own))
     embedding, norm, output = ends({name: outer[name] for name in ("embedding", "norm", "output") if name in outer})
     return ServedModel(embedding, tuple(layers), norm, output)
 
@@ -144,7 +146,8 @@ def serve_random(
 
     @jax.jit
     def layer(seed: jax.Array, placement: Placement | None) -> ServedLayer:
-        return routed(model.to_layers(model.init(seed))["layers"], jnp.int32(0), placement)
+        stack = model.to_layers(model.init(seed))["layers"]
+        return routed(jax.tree.map(lambda leaf: leaf[0], stack), placement)
 
     @jax.jit
     def others(seed: jax.Array) -> Any:
@@ -177,7 +180,7 @@ def _placements(config: ModelConfig, placements: Placement | None, mesh: Mesh | 
 
 
 def _makers(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[Any, Any, Any]:
-    """Jitted functions that make embedding, norm and output; a layer without experts; one of a stack of others."""
+    """Jitted functions that make embedding, norm and output; a layer without experts; one with."""
 
     def finish(made: Any) -> Any:
         return made if mesh is None else _constrained(made, mesh)
@@ -193,8 +196,7 @@ def _makers(config: ModelConfig, dtype: jnp.dtype, mesh: Mesh | None) -> tuple[A
         return finish(_common(config, layer, dtype)._replace(mlp=mlp))
 
     @jax.jit
-    def routed(layers: Any, index: jax.Array, placement: Placement | None) -> ServedLayer:
-        layer = jax.tree.map(lambda leaf: leaf[index], layers)
+    def routed(layer: Any, placement: Placement | None) -> ServedLayer:
         if placement is None and config.redundant:
             placement = Placement(*(layer["moe"][name] for name in PLACEMENT))
         common = _common(config, layer, dtype)

@@ -132,12 +132,37 @@ def test_choices_have_the_odds_they_should():
         (Sampling(1.0), [0.4, 0.3, 0.2, 0.1]),
         (Sampling(1.0, 0.69), [4 / 7, 3 / 7, 0, 0]),
         (Sampling(1.0, 0.71), [4 / 9, 3 / 9, 2 / 9, 0]),
-        (Sampling(0.5), np.array([16, 9, 4, 1]) / 30),
+        (Sampling(1e-6, seed=2**31 - 1), [1, 0, 0, 0]),
+        (Sampling(0.5, seed=-(2**31)), np.array([16, 9, 4, 1]) / 30),
         (Sampling(1.0, 1e-6), [1, 0, 0, 0]),
         (Sampling(), [1, 0, 0, 0]),
     ):
         chosen = np.bincount(sample(many, sampling, rows, jnp.int32(2)), minlength=4) / 4000
         np.testing.assert_allclose(chosen, odds, atol=0.03)
+
+
+def test_layers_go_to_the_device_one_by_one(monkeypatch):
+    """Nothing that is compiled takes the stack of all layers."""
+    config, taken = small(layers=4), []
+    jit = jax.jit
+
+    def noted(function):
+        compiled = jit(function)
+
+        def call(*arguments):
+            taken.extend(leaf.shape for leaf in jax.tree.leaves(arguments))
+            return compiled(*arguments)
+
+        return call
+
+    monkeypatch.setattr(jax, "jit", noted)
+    served = serve(config, parameters(config))
+    monkeypatch.undo()
+    stack = jax.tree.leaves(parameters(config)["layers"])
+    assert taken.count((4, 16, 16)) == 3 and not any(leaf.shape in taken for leaf in stack if leaf.ndim > 2)
+    wanted = parameters(config)["layers"]["moe"]["router"]
+    for layer, router in zip(served.layers[1:], wanted, strict=True):
+        np.testing.assert_array_equal(layer.moe.router, router)
 
 
 @pytest.mark.slow
@@ -172,7 +197,12 @@ def test_fp8_is_kept_in_8_bits():
         (lambda one: one.logits(np.zeros(3, int)), r"tokens have shape \(3,\)"),
         (lambda one: one.score(np.zeros((1, 3), int), np.zeros((1, 2), int), np.ones((1, 3))), r"one shape for all"),
         (lambda one: Sampling(-1.0), r"temperature=-1.0"),
+        (lambda one: Sampling(1e-7), r"temperature=1e-07: .* between 1e-6 and 3e38"),
+        (lambda one: Sampling(1e39), r"temperature=1e\+39"),
+        (lambda one: Sampling(float("nan")), r"temperature=nan"),
         (lambda one: Sampling(1.0, 0.0), r"top_p=0.0"),
+        (lambda one: Sampling(1.0, seed=2**31), r"seed=2147483648: a whole number from -2147483648 to 2147483647"),
+        (lambda one: Sampling(1.0, seed=1.5), r"seed=1.5"),
         (
             lambda one: Server(one.config, one.model, jax.make_mesh((1,), ("pp",))),
             r"take jaxpipe.deepseek.serving_mesh",

@@ -29,7 +29,7 @@ def test_published_models_have_exactly_these_tensors(name):
             made[scale_name(tensor_name)] = tensor.scale_shape, "f32"
     assert made == published(name)
     own = [tensor for tensor in tensors(config).values() if tensor.copy_of is None]
-    assert sum(tensor.size for tensor in own) == config.total + config.mtp_parameters - (
+    assert sum(math.prod(tensor.shape) for tensor in own) == config.total + config.mtp_parameters - (
         0 if config.selection_bias else config.moe_layers * config.experts
     )
 
@@ -89,12 +89,46 @@ V3, V2 = "DeepSeek-V3", "DeepSeek-V2-Lite"
         (V3, {"n_group": None}, r"n_group is missing"),
         (V3, {"hidden_size": None}, r"hidden_size is missing"),
         (V3, {"quantization_config": {"quant_method": "awq"}}, r"quant_method='awq': only 'fp8'"),
+        (
+            V3,
+            {"quantization_config": {"quant_method": "fp8", "weight_block_size": [64, 64]}},
+            r"weight_block_size=\[64, 64\]: only blocks of 128 x 128 can be read",
+        ),
         (V3, {"rope_scaling": {"type": "linear", "factor": 2}}, r"rope_type='linear': 'default' and 'yarn' are known"),
         (V3, {"rope_scaling": {"type": "yarn", "factor": 2, "mscale": 0.5}}, r"mscale=0.5 and mscale_all_dim=None"),
         (V3, {"rope_scaling": {"type": "yarn", "mscale": 1.0, "mscale_all_dim": 1.0}}, r"factor=None"),
         (V3, {"rope_scaling": {"type": "yarn", "factor": 2, "attention_factor": 1.5}}, r"attention_factor"),
         (V3, {"rope_scaling": {"type": "yarn", "factor": 2, "wave": 1}}, r"YaRN with \{'wave': 1\}: not known"),
         (V3, {"rope_parameters": {"rope_type": "default"}}, r"rope_parameters and rope_scaling are both given"),
+        (V3, {"hidden_size": "61"}, r"hidden_size='61': it must be a whole number; correct config.json"),
+        (V3, {"num_hidden_layers": 61.0}, r"num_hidden_layers=61.0: it must be a whole number"),
+        (V3, {"vocab_size": True}, r"vocab_size=True: it must be a whole number"),
+        (V3, {"moe_layer_freq": True}, r"moe_layer_freq=True: it must be a whole number"),
+        (V3, {"num_nextn_predict_layers": False}, r"num_nextn_predict_layers=False: it must be a whole number"),
+        (V3, {"rms_norm_eps": math.nan}, r"rms_norm_eps=nan: it must be a finite number"),
+        (V3, {"rms_norm_eps": "1e-6"}, r"rms_norm_eps='1e-6': it must be a finite number"),
+        (V3, {"routed_scaling_factor": 10**400}, r"routed_scaling_factor=10+: it must be a finite number"),
+        (V3, {"rope_theta": math.inf}, r"rope_theta=inf: it must be a finite number"),
+        (V3, {"norm_topk_prob": "false"}, r"norm_topk_prob='false': it must be true or false"),
+        (V3, {"rope_interleave": 0}, r"rope_interleave=0: it must be true or false"),
+        (V3, {"attention_bias": 0}, r"attention_bias=0: it must be true or false"),
+        (V3, {"scoring_func": ["sigmoid"]}, r"scoring_func=\['sigmoid'\]: it must be a text"),
+        (V3, {"model_type": ["deepseek_v3"]}, r"model_type=\['deepseek_v3'\]: it must be one of"),
+        (V3, {"quantization_config": "fp8"}, r"quantization_config='fp8': it must be an object"),
+        (V3, {"rope_scaling": "yarn"}, r"rope_scaling='yarn': it must be an object"),
+        (V3, {"rope_scaling": {"type": "yarn", "factor": "2"}}, r"rope_scaling.factor='2': it must be a finite number"),
+        (
+            V3,
+            {"rope_scaling": {"factor": 40}},
+            r"rope_scaling with \{'factor': 40\}, and with no type: plain rotations",
+        ),
+        (
+            V3,
+            {"rope_scaling": {"type": "default", "factor": 2}},
+            r"\{'factor': 2\}, and with rope_type='default': plain",
+        ),
+        (V3, {"rope_scaling": {"type": "yarn", "rope_type": "default"}}, r"rope_type='default' and type='yarn'"),
+        (V3, {"max_position_embeddings": 4096}, r"max_position_embeddings=4096 with YaRN .*=4096: .* to 163840, or"),
         (V2, {"norm_topk_prob": True}, r"norm_topk_prob=True: transformers ignores it"),
         (V2, {"topk_method": "noaux_tc"}, r"topk_method='noaux_tc': deepseek_v2 knows greedy and group_limited"),
         (V2, {"n_group": 7, "topk_method": "group_limited_greedy"}, r"num_experts=64 do not divide"),
@@ -103,6 +137,40 @@ V3, V2 = "DeepSeek-V3", "DeepSeek-V2-Lite"
 def test_what_cannot_be_expressed_is_refused(name, changes, message):
     with pytest.raises(ValueError, match=message):
         from_hf_config(CONFIGS[name] | changes)
+
+
+def test_fields_of_null_say_nothing():
+    for name, fields in (
+        (V3, ("norm_topk_prob", "rms_norm_eps", "routed_scaling_factor", "rope_theta", "quantization_config")),
+        (V2, ("norm_topk_prob", "rms_norm_eps", "routed_scaling_factor", "n_group", "first_k_dense_replace")),
+    ):
+        values = CONFIGS[name] | {"first_k_dense_replace": 0} if name == V2 else CONFIGS[name]
+        nulls = values | dict.fromkeys(fields)
+        assert from_hf_config(nulls) == from_hf_config(values)
+        assert to_hf_config(from_hf_config(nulls), nulls) == nulls
+    # What would mean something else is written.
+    config = from_hf_config(CONFIGS[V3])
+    other = dataclasses.replace(config, rope=dataclasses.replace(config.rope, interleaved=False))
+    assert from_hf_config(to_hf_config(other, CONFIGS[V3] | {"rope_interleave": None})) == other
+    bare = {field: value for field, value in CONFIGS[V3].items() if field not in ("n_group", "topk_group")}
+    moe = from_hf_config(CONFIGS["Moonlight-16B"]).moe
+    other = dataclasses.replace(config, moe=moe)
+    assert from_hf_config(to_hf_config(other, bare)) == other
+
+
+def test_a_base_of_another_model_or_length_is_made_to_fit():
+    """What readers would take for the other model, or for its longest sequence, does not stay."""
+    lite = from_hf_config(CONFIGS[V2])
+    made = to_hf_config(lite, CONFIGS[V3])
+    assert (made["model_type"], made["architectures"]) == ("deepseek_v2", ["DeepseekV2ForCausalLM"])
+    assert "auto_map" not in made and made["max_position_embeddings"] == 163_840
+    assert from_hf_config(made) == lite
+    plain = dataclasses.replace(lite, rope=dataclasses.replace(lite.rope, yarn=None), sequence=2048)
+    made = to_hf_config(plain, CONFIGS[V2])
+    assert made["max_position_embeddings"] == 2048 and made["architectures"] == CONFIGS[V2]["architectures"]
+    yarn = dataclasses.replace(lite.rope.yarn, factor=10.0)
+    made = to_hf_config(dataclasses.replace(lite, rope=dataclasses.replace(lite.rope, yarn=yarn)), CONFIGS[V2])
+    assert made["max_position_embeddings"] == 40_960
 
 
 def test_a_file_that_leaves_sizes_out_is_refused():

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 import struct
 
 import jax.numpy as jnp
@@ -126,20 +127,37 @@ def test_tensors_that_an_index_leaves_out_are_told(tmp_path):
 
 
 def test_checksums_are_compared_where_there_are_any(tmp_path):
-    for name in "abcd":
+    names = "abcdefgh"
+    for name in names:
         (tmp_path / name).write_bytes(name.encode())
-    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in "abcd"}
-    (tmp_path / "SHA256SUMS").write_text(f"{sums['a']}  ./a\n")
+        os.utime(tmp_path / name, (1.7e9, 1.7e9 + 0.5))
+    sums = {name: hashlib.sha256(name.encode()).hexdigest() for name in names}
+    other = "0" * 64
+    # Of a file of that name in another folder, the checksum is another.
+    (tmp_path / "SHA256SUMS").write_text(f"# ours\n\n{sums['a']}  ./a\n{sums['e'].upper()}  e\n{other}  other/d\n")
     (tmp_path / "b.sha256").write_text(f"{sums['b']} *b\n")
+    (tmp_path / "f.sha256").write_text(f"{sums['f']}\n")
+    (tmp_path / "g.sha256").write_text(f"{sums['g'].upper()}  /where/it/was/g\n")
     noted = tmp_path / ".cache" / "huggingface" / "download"
     noted.mkdir(parents=True)
     (noted / "c.metadata").write_text(f"{'1' * 40}\n{sums['c']}\n1700000000.0\n")
     (noted / "d.metadata").write_text(f"{'1' * 40}\n{'2' * 40}\n1700000000.0\n")
-    assert check_sums(tmp_path, "abcd") == 3
-    for name in "abc":
+    (noted / "h.metadata").write_text(f"{'1' * 40}\n{other}\n1699999000.0\n")
+    assert check_sums(tmp_path, names) == 6
+    for name in "abcefg":
         (tmp_path / name).write_bytes(b"other")
+        os.utime(tmp_path / name, (1.7e9, 1.7e9))
         with pytest.raises(ValueError, match=rf"{name} has SHA-256 d9298a.* and should have {sums[name]}"):
             check_sums(tmp_path, name)
+    os.utime(tmp_path / "c")
+    assert check_sums(tmp_path, "c") == 0
+    (tmp_path / "SHA256SUMS").write_text(f"{other}\n")
+    with pytest.raises(ValueError, match=f"SHA256SUMS has '{other}' where a SHA-256"):
+        check_sums(tmp_path, "h")
+    (tmp_path / "SHA256SUMS").unlink()
+    (tmp_path / "h.sha256").write_text("SHA256 (h) = 12\n")
+    with pytest.raises(ValueError, match=r"h\.sha256 has 'SHA256 \(h\) = 12' where a SHA-256 should be"):
+        check_sums(tmp_path, "h")
 
 
 def test_a_file_that_shrinks_is_told(tmp_path):
@@ -168,6 +186,15 @@ def test_blocks_are_scaled_as_one_by_one(shape):
     again, same = quantise(wanted)
     np.testing.assert_array_equal(again.view(np.uint8), numbers.view(np.uint8))
     np.testing.assert_allclose(same, scales, rtol=2e-7)
+
+
+def test_blocks_of_the_smallest_numbers_stay_finite():
+    """Their scales have a bit or two."""
+    matrix = np.float32([[9e-43, -9e-43], [7e-43, 3e-45]])
+    numbers, scales = quantise(matrix)
+    found = dequantise(numbers, scales)
+    assert np.isfinite(found).all()
+    np.testing.assert_allclose(found, matrix, atol=5e-43)
 
 
 def test_zeros_have_a_scale_and_infinity_has_none():

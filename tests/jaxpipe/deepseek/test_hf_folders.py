@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 
 import jaxpipe
-from jaxpipe.deepseek import hf_load
+from jaxpipe.deepseek import hf_load, hf_write
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_files import INDEX, SINGLE, TensorEntry, encode_header, open_folder, read_json
 from jaxpipe.deepseek.hf_fp8 import dequantise, quantise
-from jaxpipe.deepseek.hf_load import load, load_params, loaded_bytes
+from jaxpipe.deepseek.hf_load import load, load_params
 from jaxpipe.deepseek.hf_names import tensors
 from jaxpipe.deepseek.hf_save import save, save_params
+from jaxpipe.deepseek.hf_write import write_folder
 from jaxpipe.deepseek.model import build_model
+from jaxpipe.deepseek.rope import Rope
 from tests.jaxpipe.deepseek.models import small
 
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
@@ -97,6 +99,33 @@ def test_goldens_come_back_bit_for_bit(goldens, tmp_path, name, kind):
     }  # fmt: skip
     assert from_hf_config(read_json(tmp_path / "out" / "config.json")) == config
     assert not list(tmp_path.glob("*.partial"))
+
+
+@pytest.mark.filterwarnings("ignore:.*holds nothing of the multi-token prediction:UserWarning")
+@pytest.mark.parametrize(
+    ("name", "layer", "router", "message"),
+    [
+        ("v3", {"rope": Rope()}, {}, r"rope=Rope\(theta=10000.0, interleaved=False.*where it says .*interleaved=True"),
+        ("v3", {"norm_eps": 1e-5}, {}, "norm_eps=1e-05, where it says 1e-06: leave the config"),
+        ("v3", {"content": 24, "value": 8}, {}, "content=24, where it says 16; value=8, where it says 16"),
+        ("v3", {}, {"top_k": 2}, "top_k=2, where it says 3"),
+        ("v3", {}, {"scale": 1.0}, "scale=1.0, where it says 2.5"),
+        ("v3", {}, {"normalise": False}, "normalise=False, where it says True"),
+        ("v3", {}, {"scoring": "softmax"}, "scoring='softmax', where it says 'sigmoid'"),
+        ("v3", {}, {"num_groups": 8, "top_groups": 4, "group_best": 1}, "group_best=1, where it says"),
+        ("v2_lite", {}, {"num_groups": 4, "top_groups": 4, "group_best": 2}, None),
+        ("v2_lite", {"redundant": 4, "sequence": 32}, {}, None),
+    ],
+)
+def test_a_config_that_computes_something_else_than_the_folders_is_refused(goldens, name, layer, router, message):
+    config = from_hf_config(read_json(goldens / name / "config.json"), mtp=False)
+    moe = dataclasses.replace(config.moe, router=dataclasses.replace(config.moe.router, **router))
+    config = dataclasses.replace(config, moe=moe, **layer)
+    if message is None:
+        assert hf_load.folder_config(goldens / name, config) == config
+        return
+    with pytest.raises(ValueError, match=f"the config is not that of .*{message}"):
+        hf_load.folder_config(goldens / name, config)
 
 
 def test_every_mesh_loads_and_saves_the_same(tmp_path):
@@ -209,7 +238,6 @@ def test_bytes_of_files_are_read_once_and_in_pieces(tmp_path, monkeypatch):
         assert total == times * size, name
     assert max(count for _, count in read) <= 1024
     assert seen[-1][0] == seen[-1][1] and sorted(seen) == seen
-    assert loaded_bytes(model, mesh)["kept"] >= seen[-1][1]
 
 
 def test_what_files_lack_or_hold_besides_is_told(tmp_path):
@@ -277,7 +305,70 @@ def test_what_cannot_be_saved_is_told_and_nothing_is_left(tmp_path):
     slot = params.stages["layer_0"] | {"attention": slot | {"out": slot["out"] * jnp.inf}}
     with pytest.raises(ValueError, match=r"layers.0.self_attn.o_proj.weight cannot be written in FP8: .* not finite"):
         save(tmp_path / "bad", params._replace(stages=params.stages | {"layer_0": slot}), config, schedule, dtype="fp8")
+    large = params._replace(outer=params.outer | {"embedding": params.outer["embedding"].at[3, 5].set(-70_000)})
+    with pytest.raises(ValueError, match=r"model.embed_tokens.weight .* float16, .* holds 70000; take bfloat16"):
+        save(tmp_path / "bad", large, config, schedule, dtype="float16")
     assert not list(tmp_path.glob("bad*"))
+    save(tmp_path / "half", params, config, schedule, dtype="float16")
+    embedding = open_folder(tmp_path / "half")["model.embed_tokens.weight"].rows()
+    np.testing.assert_array_equal(embedding, np.asarray(params.outer["embedding"]).astype(np.float16))
+
+
+def fails(*_, **__):
+    raise OSError("no space left")
+
+
+@pytest.mark.parametrize("step", ["_prepare", "_put", "_write_texts", "rename", "rmtree"])
+def test_a_folder_is_replaced_whole_or_stays_whatever_fails(tmp_path, monkeypatch, step):
+    config = small()
+    arrays, out = make_arrays(config), tmp_path / "out"
+
+    def blocks(table):
+        return ((name, 0, arrays[name]) for name in table)
+
+    write_folder(out, config, blocks, dtype="float32")
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (tmp_path / "link").symlink_to(out)
+    rename = pathlib.Path.rename
+    with monkeypatch.context() as patch:
+        if step == "rename":
+            patch.setattr(pathlib.Path, step, lambda path, to: (fails if "partial" in path.name else rename)(path, to))
+        else:
+            patch.setattr(hf_write.shutil if step == "rmtree" else hf_write, step, fails)
+        if step == "rmtree":
+            with pytest.warns(UserWarning, match=r"out\..*\.old, which .*out was before, cannot be removed: no space"):
+                write_folder(tmp_path / "link", config, blocks, dtype="bfloat16", overwrite=True)
+            return
+        with pytest.raises(OSError, match="no space left"):
+            write_folder(out, config, blocks, dtype="bfloat16", overwrite=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"}
+    write_folder(tmp_path / "link", config, blocks, dtype="bfloat16", overwrite=True)
+    assert {path.name for path in tmp_path.iterdir()} == {"out", "link"} and (tmp_path / "link").is_symlink()
+    assert open_folder(out)["model.norm.weight"].dtype == "BF16"
+
+
+def test_what_is_somebody_elses_stays(tmp_path):
+    (tmp_path / "out.partial").mkdir()
+    (tmp_path / "out.partial" / "mine").write_text("")
+    with pytest.raises(ValueError, match=r"out\.partial is there already, .*: choose another name, or remove it"):
+        write_folder(tmp_path / "out", small(), iter)
+    assert (tmp_path / "out.partial" / "mine").exists()
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ValueError, match="file is no folder: choose another name"):
+        write_folder(tmp_path / "file", small(), iter, overwrite=True)
+
+
+def test_a_step_that_fails_on_one_process_fails_on_all(monkeypatch):
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    monkeypatch.setattr(hf_write.multihost_utils, "process_allgather", lambda good: np.array([1, good]))
+    with hf_write._all_or_none("write"):
+        pass
+    with pytest.raises(KeyError), hf_write._all_or_none("write"):
+        raise KeyError
+    monkeypatch.setattr(hf_write.multihost_utils, "process_allgather", lambda good: np.array([good, 0]))
+    with pytest.raises(OSError, match=r"could not write: processes \[1\] failed"), hf_write._all_or_none("write"):
+        pass
 
 
 PROCESS = """
@@ -293,6 +384,24 @@ schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
 mesh = jax.sharding.Mesh(np.array(jax.devices()).reshape(2, 2).T, ("pp", "ep"))
 config, params = load(sys.argv[3], mesh, schedule)
 save(sys.argv[4], params, config, schedule, dtype="float32", max_shard_size=200_000)
+
+
+def fails(*_):
+    raise OSError("no space left")
+
+
+from jaxpipe.deepseek import hf_write
+for step in ("_prepare", "_put"):
+    original = getattr(hf_write, step)
+    if jax.process_index() == (step == "_put"):
+        setattr(hf_write, step, fails)
+    try:
+        save(sys.argv[4], params, config, schedule, overwrite=True)
+    except OSError as error:
+        assert ("no space" in str(error)) == (jax.process_index() == (step == "_put")), error
+    else:
+        raise AssertionError(step)
+    setattr(hf_write, step, original)
 """
 
 
@@ -310,3 +419,4 @@ def test_processes_read_and_write_their_parts(goldens, tmp_path):
     ]
     assert [process.wait(300) for process in processes] == [0, 0]
     same_bits(goldens / "v3", tmp_path / "out")
+    assert not list(tmp_path.glob("*.partial"))

@@ -1,6 +1,7 @@
 """The model is that of transformers: logits, losses and greedy tokens of its own small models."""
 
 import dataclasses
+import json
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +12,7 @@ import jaxpipe
 from jaxpipe.deepseek import Server, build_model, serve
 from jaxpipe.deepseek.__main__ import main
 from jaxpipe.deepseek.folder import read_folder
+from jaxpipe.deepseek.hf_load import find_sources, folder_config
 from tests.jaxpipe.deepseek.goldens import load_golden, unpack
 from tests.jaxpipe.deepseek.models import make_batch, small
 
@@ -72,7 +74,11 @@ def test_the_command_line_writes_logits(tmp_path, capsys):
     assert "logits of 2 sequences of 24 tokens" in capsys.readouterr().out
     np.testing.assert_allclose(np.load(out), reference["logits"], atol=1e-4, rtol=0)
     np.save(tmp_path / "row.npy", reference["tokens"][0])
+    np.savez(tmp_path / "tokens.npz", tokens=reference["tokens"])
+    (tmp_path / "empty.npy").touch()
     for arguments, message in (
+        ([str(folder), str(tmp_path / "tokens.npz")], "tokens.npz is no .npy file of integers"),
+        ([str(folder), str(tmp_path / "empty.npy")], "empty.npy is no .npy file of integers"),
         ([str(tmp_path), str(tmp_path / "tokens.npy")], "config.json: name a folder as Hugging Face has it"),
         ([str(folder), str(tmp_path / "row.npy")], r"array of shape (24,): give [sequences, tokens]"),
         ([str(folder), str(tmp_path / "tokens.npy"), "--batch", "0"], "--batch 0: at least 1"),
@@ -91,6 +97,28 @@ def test_a_folder_without_files_is_refused(tmp_path):
     (folder / "model.safetensors").unlink()
     with pytest.raises(ValueError, match=r"has neither model\.safetensors\.index\.json nor"):
         read_folder(folder)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"hidden_size": 1 << 40},
+            r"embed.* has shape \[128, 64\]: the config says \[128, 1099511627776\]",
+        ),
+        ({"n_routed_experts": 1 << 40}, rf"hold 118 tensors, and 4 layers, 3 of them with {1 << 40} experts"),
+        ({"num_hidden_layers": 1 << 40, "first_k_dense_replace": 1 << 39}, rf"and {1 << 40} layers"),
+        ({}, r"model.safetensors has SHA-256 .* and should have 0000"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_folder, lambda folder: find_sources(folder, folder_config(folder))])
+def test_configs_and_checksums_that_do_not_fit_the_files_are_refused(tmp_path, read, changes, message):
+    folder = unpack("v2_lite", tmp_path)
+    values = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(values | changes))
+    (folder / "SHA256SUMS").write_text(f"{'0' * 64}  model.safetensors\n")
+    with pytest.raises(ValueError, match=message):
+        read(folder)
 
 
 @pytest.mark.slow
