@@ -47,6 +47,27 @@ class Tokenizer:
         return [np.asarray(one.ids, np.uint32) for one in found]
 
 
+def open_model(path: pathlib.Path) -> tuple[pathlib.Path, Any]:
+    """The path of a tokenizer.json, or of a folder's, and what it holds: `tokenizers.Tokenizer`.
+
+    Raises:
+      ValueError: no such file, or no tokenizer.
+      MissingPackage: tokenizers is not installed.
+    """
+    tokenizers = need("tokenizers", "texts in a model's own tokens", "tokenizers", extra="text")
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no file {path}: --tokenizer names a tokenizer.json, or a folder with one")
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises Exception itself
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    # Of whoever saved it last; a document is read whole, and nothing else.
+    model.no_truncation()
+    model.no_padding()
+    return path, model
+
+
 def open_tokenizer(path: pathlib.Path, end: int | None = None) -> Tokenizer:
     """A tokenizer.json, or the one of a folder.
 
@@ -58,14 +79,7 @@ def open_tokenizer(path: pathlib.Path, end: int | None = None) -> Tokenizer:
       ValueError: no such file, or no tokenizer, or nobody says which token ends a document.
       MissingPackage: tokenizers is not installed.
     """
-    tokenizers = need("tokenizers", "texts in a model's own tokens", "tokenizers", extra="text")
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no file {path}: --tokenizer names a tokenizer.json, or a folder with one")
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises Exception itself
-        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    path, model = open_model(path)
     settings = _read(path.with_name("tokenizer_config.json"))
     if end is None:
         end = _end(path, model, settings)

@@ -8,9 +8,10 @@ import types
 import numpy as np
 import pytest
 
-from tests.examples.sizes import small  # first: it makes the example importable
+import tests.examples.sizes  # noqa: F401  # first: it makes the example importable
 
-from pretraining import chat, flags, run, text  # isort: skip
+from pretraining import chat, flags, text  # isort: skip
+from pretraining import corpus as corpora  # isort: skip
 from pretraining.data import STRETCH, make_batch  # isort: skip
 from pretraining.optional import MissingPackage  # isort: skip
 
@@ -187,9 +188,9 @@ def test_a_missing_package_names_its_extra(tmp_path, monkeypatch):
 
 
 def test_what_a_run_reads(letters, tmp_path, monkeypatch):
-    def corpus(*arguments):
+    def corpus(*arguments, vocab=256):
         args = flags.train_parser().parse_args(list(map(str, arguments)))
-        return run._corpus(args, small(vocab=256))
+        return corpora.open_corpus(args, corpora.reader_of_training(args, vocab), args.weights, vocab, 64)
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(text, "open_tokenizer", lambda path, end: letters)
@@ -201,7 +202,38 @@ def test_what_a_run_reads(letters, tmp_path, monkeypatch):
     lines = write_lines(tmp_path / "a.jsonl", [{"text": "ab"}])
     with pytest.raises(ValueError, match=r"a\.jsonl holds documents or conversations: name"):
         corpus("--data", lines)
+    # Of a folder without a tokenizer only a model of bytes is known to read text.
+    bare = tmp_path / "bare"
+    assert corpus("--data", tmp_path / "b.txt", "--from", bare).train.separator == 0
+    with pytest.raises(ValueError, match=r"b\.txt is text, and no tokenizer\.json says .* of it: name .* --tokenizer"):
+        corpus("--data", tmp_path / "b.txt", "--from", bare, vocab=128)
+    for folder in (bare, tmp_path):
+        with pytest.raises(ValueError, match=r"--data is missing: .* nothing to .*; name texts, with --tokenizer"):
+            corpus("--from", folder, vocab=128)
     with pytest.raises(ValueError, match="without --data"):
         corpus("--tokenizer", tmp_path)
     with pytest.raises(ValueError, match="no files match"):
         corpus("--data", tmp_path / "none*", "--tokenizer", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "facts", "wanted"),
+    [
+        ([], {}, "bytes"),
+        (["--data", "*.txt"], {}, "bytes"),
+        (["--data", "*.txt", "--tokenizer", "t.json"], {}, "t.json"),
+        (["--data", "*.npy", "--tokenizer", "t.json"], {}, "t.json"),
+        (["--data", "*.npy", "--from", "own"], {}, "own/tokenizer.json"),
+        # Of tokens nobody knows what text they are, unless the folder that the run began with does.
+        (["--data", "*.npy"], {}, None),
+        (["--data", "*.npy"], {"hugging_face": {"folder": "own"}}, "own/tokenizer.json"),
+    ],
+)
+def test_an_evaluation_reads_text_as_its_run_did(tmp_path, monkeypatch, arguments, facts, wanted):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "own").mkdir()
+    for name in ("a.txt", "a.npy", "t.json", "own/tokenizer.json"):
+        (tmp_path / name).write_text("{}")
+    fact = corpora.reader_fact(flags.train_parser().parse_args(arguments), 1000)
+    reader = corpora.reader_of_run({**facts, "reader": fact}, 1000)
+    assert (reader if reader in (None, "bytes") else (tmp_path / reader).relative_to(tmp_path).as_posix()) == wanted
