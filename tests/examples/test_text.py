@@ -103,6 +103,10 @@ def test_conversations_that_are_too_long_are_counted(letters, tmp_path):
         ({"messages": [{"role": "user", "content": None}]}, 'message 1 has no "content" that is a text'),
         ({"messages": TALK[:2]}, 'no message is of role "assistant"'),
         ([1], "line 2 is JSON of list"),
+        (
+            {"messages": [{"role": "user", "content": "\ud83d!"}]},
+            r"a\.jsonl, line 2 holds the surrogate '\\ud83d' alone",
+        ),
     ],
 )
 def test_lines_that_are_no_conversations_are_told(letters, tmp_path, value, message):
@@ -149,6 +153,12 @@ def test_documents_become_a_file_of_tokens_once(letters, tmp_path):
         text.load_texts([lines], letters, 128, tmp_path / "cache", "files")
     with pytest.raises(ValueError, match=r"line 1: \['other'\] without \"text\""):
         list(text.documents([write_lines(tmp_path / "d.jsonl", [{"other": 1}])]))
+    with pytest.raises(ValueError, match=r"line 1 holds the surrogate '\\udc00' alone"):
+        list(text.documents([write_lines(tmp_path / "d.jsonl", [{"text": "a\udc00"}])]))
+    # Nothing is left of a file that could not be written to its end.
+    with pytest.raises(ValueError, match="line 1 holds"):
+        text.load_texts([plain, tmp_path / "d.jsonl"], letters, 128, tmp_path / "other", "files")
+    assert not list((tmp_path / "other").iterdir())
     (tmp_path / "e.txt").write_bytes(b"\xff\xfe\xfd")
     with pytest.raises(ValueError, match=r"e\.txt is no text in UTF-8"):
         list(text.documents([tmp_path / "e.txt"]))
@@ -175,6 +185,13 @@ def test_tokenizers_of_the_package_are_opened(tmp_path):
     opened = text.open_tokenizer(tmp_path / "tokenizer.json")
     assert opened.end == 3
     assert [one.tolist() for one in opened.encode(["a b c", ""])] == [[0, 1, 2], []]
+    (tmp_path / "tokenizer_config.json").write_text('{"eos_token": "<unknown>"}')
+    assert text.open_tokenizer(tmp_path).end == 1
+    # Documents are whole, whatever the tokenizer was last saved for.
+    model.enable_truncation(2)
+    model.enable_padding(length=6)
+    model.save(str(tmp_path / "tokenizer.json"))
+    assert [one.tolist() for one in text.open_tokenizer(tmp_path).encode(["a b c", ""])] == [[0, 1, 2], []]
     assert text.open_tokenizer(tmp_path, 2).end == 2
     (tmp_path / "tokenizer.json").write_text("[]")
     with pytest.raises(ValueError, match=r"tokenizer\.json is no tokenizer"):
