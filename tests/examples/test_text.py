@@ -102,6 +102,7 @@ def test_conversations_that_are_too_long_are_counted(letters, tmp_path):
         ({"messages": [{"content": "a"}]}, 'line 2: message 1 has no "role"'),
         ({"messages": [{"role": "user", "content": None}]}, 'message 1 has no "content" that is a text'),
         ({"messages": TALK[:2]}, 'no message is of role "assistant"'),
+        ({"messages": TALK, "tools": "[]"}, 'line 2: its "tools" are "\\[\\]": give a list of JSON schemas'),
         ([1], "line 2 is JSON of list"),
         (
             {"messages": [{"role": "user", "content": "\ud83d!"}]},
@@ -123,7 +124,16 @@ def test_lines_that_are_no_conversations_are_told(letters, tmp_path, value, mess
         ("{{ raise_exception('no systems') }}", "the chat template says: no systems"),
         ("{% for %}", "is none"),
         ("{{ messages.__class__.__mro__[1].__subclasses__() }}", "the chat template refuses it: SecurityError"),
-        ("{{ messages | length }}", "writes message 3 in another way"),
+        ("{{ messages | length }}", r"asks for message 3 with '2', and writes '3' there once it is answered"),
+        # As DeepSeek-R1's, which opens the thoughts that it leaves out of what was said.
+        (
+            "{% for m in messages %}{{ m.content }}{% endfor %}{% if add_generation_prompt %}<think>{% endif %}",
+            r"asks for message 3 with '<think>', and writes '2' there .* a template for training",
+        ),
+        (
+            "{% for m in messages %}{{ m.content }}{{ '.' if loop.last and m.role == 'assistant' }}{% endfor %}",
+            "writes message 3 in another way",
+        ),
     ],
 )
 def test_templates_that_do_not_serve_are_told(letters, template, message):
@@ -131,6 +141,24 @@ def test_templates_that_do_not_serve_are_told(letters, template, message):
     letters = dataclasses.replace(letters, settings={"chat_template": template})
     with pytest.raises(ValueError, match=message):
         chat.encode(TALK, chat.make_render(letters), letters)
+
+
+def test_templates_are_given_what_transformers_gives_them(letters, tmp_path):
+    pytest.importorskip("jinja2", reason="needs the package jinja2")
+    template = (
+        "{% if tools is not none %}{{ tools | tojson }} {{ tools | tojson(indent=1) }}{% endif %}"
+        "{{ documents is none }} {{ strftime_now('%Y') | length }} {{ messages[0].content | tojson }}"
+    )
+    render = chat.make_render(dataclasses.replace(letters, settings={"chat_template": template}))
+    said = [{"role": "user", "content": "a<b> & 'ü'"}]
+    assert render(said, False) == "True 4 \"a<b> & 'ü'\""
+    assert render(said, False, [{"name": "x"}]).startswith('[{"name": "x"}] [\n {\n  "name": "x"\n }\n]True')
+    template = "{{ (tools or []) | length }}:{% for m in messages %}{{ m.content }}{% endfor %}"
+    letters = dataclasses.replace(letters, settings={"chat_template": template})
+    path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK[1:3], "tools": [{}] * i} for i in range(2)])
+    corpus = chat.load_conversations([path], letters, 128, 64, "a.jsonl")
+    for part, first in ((corpus.train, "0:"), (corpus.held_out, "1:")):
+        assert "".join(map(chr, part.tokens)) == first + "1 + 1?2"
 
 
 def test_documents_become_a_file_of_tokens_once(letters, tmp_path):
