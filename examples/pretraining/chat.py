@@ -3,7 +3,7 @@
 A line of a .jsonl file is a conversation, ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
 "content": "..."}]}``, with ``"tools"`` where there are any. The model's own chat template writes it as text, as
 `apply_chat_template` of transformers does. Each conversation is a sequence of its own, so none reads another; the rest
-of the sequence is filled up, and counts for nothing in the loss.
+of the sequence is filled up, counts for nothing in the loss, and goes to no expert.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from jaxpipe.deepseek.model import REAL
 from pretraining.data import Corpus, permuted
 from pretraining.optional import need
 from pretraining.text import Tokenizer, check_vocab, json_lines
@@ -58,6 +59,11 @@ class Conversations:
         return len(self.tokens)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of a batch's arrays."""
+        return "tokens", "targets", "mask", REAL
+
+    @property
     def total(self) -> int:
         """Tokens."""
         return len(self.tokens)
@@ -71,10 +77,15 @@ class Conversations:
     ) -> dict[str, np.ndarray]:
         """The batch of a step; see `pretraining.data.make_batch`. Each epoch has an order of its own.
 
+        Its ``"real"``, ``bool[rows, sequence]``, ends with the last target of a sequence: what stands behind it can
+        change no loss, and shall not take experts' places.
+
         >>> part = Conversations(np.array([5, 6, 7, 8]), np.array([False, True, True, True]), np.array([2, 4]), 0)
         >>> found = part.batch(seed=0, step=0, batch=2, sequence=3)
         >>> sorted(map(tuple, found["tokens"].tolist())), found["mask"].sum(1).tolist()
         ([(5, 6, 0), (7, 8, 0)], [1.0, 1.0])
+        >>> found["real"].tolist()
+        [[True, False, False], [True, False, False]]
         """
         count = len(self.ends)
         rows = range(batch) if rows is None else rows
@@ -87,7 +98,8 @@ class Conversations:
             size = min(stop - start, sequence + 1)
             tokens[place, :size] = self.tokens[start : start + size]
             mask[place, : size - 1] = self.said[start + 1 : start + size]
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+        real = np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1] > 0
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, REAL: real}
 
 
 def are_conversations(paths: Sequence[pathlib.Path]) -> bool:

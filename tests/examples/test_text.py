@@ -5,6 +5,7 @@ import json
 import sys
 import types
 
+import jax
 import numpy as np
 import pytest
 
@@ -12,8 +13,10 @@ import tests.examples.sizes  # noqa: F401  # first: it makes the example importa
 
 from pretraining import chat, flags, text  # isort: skip
 from pretraining import corpus as corpora  # isort: skip
-from pretraining.data import STRETCH, make_batch  # isort: skip
+from pretraining.data import STRETCH, global_batch, make_batch  # isort: skip
 from pretraining.optional import MissingPackage  # isort: skip
+
+import jaxpipe
 
 TEMPLATE = (
     "{{ bos_token }}{% for m in messages %}{% if m.role == 'assistant' %}A: {{ m.content }}{{ eos_token }}"
@@ -79,6 +82,13 @@ def test_conversations_are_sequences_of_their_own(letters, tmp_path):
     answers = {learned(row, mask).replace("_", "") for row, mask in zip(batch["targets"], batch["mask"], strict=True)}
     assert answers == {f"{i}>" for i in range(12) if i != 9}
     np.testing.assert_array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
+    # What follows the last target is no token to experts.
+    assert batch["real"].dtype == bool and set(batch) == set(corpus.train.arrays)
+    assert batch["real"].sum(1).tolist() == [int(np.flatnonzero(row)[-1]) + 1 for row in batch["mask"]]
+    assert (np.diff(batch["real"].astype(int)) <= 0).all()
+    one = jax.sharding.NamedSharding(jaxpipe.make_mesh(pp=1), jax.sharding.PartitionSpec())
+    made = global_batch(corpus.train, 0, 0, 11, 64, one)
+    jax.tree.map(np.testing.assert_array_equal, made, batch)
     # Any rows of any step, and another order in another epoch.
     some = make_batch(corpus.train, 0, 3, 4, 64, rows=[2, 3])
     np.testing.assert_array_equal(some["tokens"], make_batch(corpus.train, 0, 3, 4, 64)["tokens"][2:])
