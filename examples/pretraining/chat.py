@@ -218,7 +218,9 @@ def make_render(tokenizer: Tokenizer) -> Render:
         raise ValueError(f"the chat template says: {message}")
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _answers(need("jinja2.ext", "conversations", "jinja2", extra="text"))],
     )
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
@@ -268,6 +270,25 @@ def check_tools(value: Any) -> Tools:
     if value is not None and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
         raise ValueError(f'its "tools" are {json.dumps(value)[:60]}: give a list of JSON schemas, or leave them out')
     return value
+
+
+def _answers(extensions: Any) -> Any:
+    """Jinja's extension for ``{% generation %}``, with which templates for training mark answers: read, and left out.
+
+    What is learned follows from the texts alone; see `encode`.
+    """
+
+    class Answers(extensions.Extension):
+        """Writes what stands within the tags as if they were not there."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            """The statements between the tags."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Answers
 
 
 def _to_json(

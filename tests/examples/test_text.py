@@ -163,6 +163,11 @@ def test_templates_are_given_what_transformers_gives_them(letters, tmp_path):
     said = [{"role": "user", "content": "a<b> & 'ü'"}]
     assert render(said, False) == "True 4 \"a<b> & 'ü'\""
     assert render(said, False, [{"name": "x"}]).startswith('[{"name": "x"}] [\n {\n  "name": "x"\n }\n]True')
+    # A template for training marks answers; the text is the same.
+    marked = TEMPLATE.replace("A: {{ m.content }}", "A: {% generation %}{{ m.content }}{% endgeneration %}")
+    assert marked != TEMPLATE
+    marked = chat.make_render(dataclasses.replace(letters, settings=SETTINGS | {"chat_template": marked}))
+    assert marked(TALK, True) == chat.make_render(letters)(TALK, True)
     template = "{{ (tools or []) | length }}:{% for m in messages %}{{ m.content }}{% endfor %}"
     letters = dataclasses.replace(letters, settings={"chat_template": template})
     path = write_lines(tmp_path / "a.jsonl", [{"messages": TALK[1:3], "tools": [{}] * i} for i in range(2)])
