@@ -113,10 +113,15 @@ def export(arguments: list[str]) -> int:
 
     args = flags.export_parser().parse_args(arguments)
     try:
+        if args.max_file is not None and not 0 < args.max_file < math.inf:
+            raise ValueError(f"--max-file {args.max_file}: GB of a file, above 0")
         if args.to.suffix == ".safetensors":
+            if given := [name for name in ("like", "max_file") if getattr(args, name) is not None]:
+                names = " and ".join(f"--{name.replace('_', '-')}" for name in given)
+                raise ValueError(f"{names} with --to {args.to}: that is for folders, as --to {args.to.stem}")
             print(export_run(args.run, args.to, args.dtype))
         else:
-            largest = int(args.max_file * 1e9)
+            largest = int((flags.MAX_FILE if args.max_file is None else args.max_file) * 1e9)
             print(export_folder(args.run, args.to, args.dtype, like=args.like, max_shard_size=largest))
     except (ValueError, MissingPackage) as error:
         return fail(2, str(error))

@@ -1,21 +1,24 @@
 """Conversations to train on: what the assistant says is learned, all else is only read.
 
 A line of a .jsonl file is a conversation, ``{"messages": [{"role": "user", "content": "..."}, {"role": "assistant",
-"content": "..."}]}``. The model's own chat template writes it as text, as `apply_chat_template` of transformers does.
-Each conversation is a sequence of its own, so none reads another; the rest of the sequence is filled up, and counts for
-nothing in the loss.
+"content": "..."}]}``, with ``"tools"`` where there are any. The model's own chat template writes it as text, as
+`apply_chat_template` of transformers does. Each conversation is a sequence of its own, so none reads another; the rest
+of the sequence is filled up, counts for nothing in the loss, and goes to no expert.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import datetime
+import json
 import pathlib
 import warnings
-from collections.abc import Callable, Sequence
-from typing import Any
+from collections.abc import Sequence
+from typing import Any, Protocol
 
 import numpy as np
 
+from jaxpipe.deepseek.model import REAL
 from pretraining.data import Corpus, permuted
 from pretraining.optional import need
 from pretraining.text import Tokenizer, check_vocab, json_lines
@@ -24,6 +27,15 @@ HELD_OUT = 10
 """One in so many conversations is held out."""
 
 Messages = list[dict[str, Any]]
+Tools = list[dict[str, Any]] | None
+
+
+class Render(Protocol):
+    """Writes a conversation as text; see `make_render`."""
+
+    def __call__(self, messages: Messages, answer_follows: bool, tools: Tools = None) -> str:
+        """The text, with what the model is asked with if an answer is to follow."""
+        ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +59,11 @@ class Conversations:
         return len(self.tokens)
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of a batch's arrays."""
+        return "tokens", "targets", "mask", REAL
+
+    @property
     def total(self) -> int:
         """Tokens."""
         return len(self.tokens)
@@ -60,10 +77,15 @@ class Conversations:
     ) -> dict[str, np.ndarray]:
         """The batch of a step; see `pretraining.data.make_batch`. Each epoch has an order of its own.
 
+        Its ``"real"``, ``bool[rows, sequence]``, ends with the last target of a sequence: what stands behind it can
+        change no loss, and shall not take experts' places.
+
         >>> part = Conversations(np.array([5, 6, 7, 8]), np.array([False, True, True, True]), np.array([2, 4]), 0)
         >>> found = part.batch(seed=0, step=0, batch=2, sequence=3)
         >>> sorted(map(tuple, found["tokens"].tolist())), found["mask"].sum(1).tolist()
         ([(5, 6, 0), (7, 8, 0)], [1.0, 1.0])
+        >>> found["real"].tolist()
+        [[True, False, False], [True, False, False]]
         """
         count = len(self.ends)
         rows = range(batch) if rows is None else rows
@@ -76,7 +98,8 @@ class Conversations:
             size = min(stop - start, sequence + 1)
             tokens[place, :size] = self.tokens[start : start + size]
             mask[place, : size - 1] = self.said[start + 1 : start + size]
-        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask}
+        real = np.maximum.accumulate(mask[:, ::-1], axis=1)[:, ::-1] > 0
+        return {"tokens": tokens[:, :-1], "targets": tokens[:, 1:], "mask": mask, REAL: real}
 
 
 def are_conversations(paths: Sequence[pathlib.Path]) -> bool:
@@ -105,7 +128,8 @@ def load_conversations(
     for path in paths:
         for number, value in json_lines(path):
             try:
-                tokens, said = encode(check_messages(value.get("messages")), render, tokenizer)
+                tools = check_tools(value.get("tools"))
+                tokens, said = encode(check_messages(value.get("messages")), render, tokenizer, tools)
             except ValueError as error:
                 raise ValueError(f"{path}, line {number}: {error}") from None
             cut += len(tokens) > sequence + 1
@@ -129,7 +153,7 @@ def load_conversations(
 
 
 def encode(
-    messages: Messages, render: Callable[[Messages, bool], str], tokenizer: Tokenizer
+    messages: Messages, render: Render, tokenizer: Tokenizer, tools: Tools = None
 ) -> tuple[np.ndarray, np.ndarray]:
     """A conversation's tokens, and which of them are learned: those of the assistant's messages and their ends.
 
@@ -139,12 +163,21 @@ def encode(
     Raises:
       ValueError: a template that writes the beginning of a conversation in another way than the whole.
     """
-    text, spans = render(messages, False), []
+    text, spans = render(messages, False, tools), []
     for index, message in enumerate(messages):
         if message["role"] != "assistant":
             continue
-        before, through = render(messages[:index], True), render(messages[: index + 1], False)
-        if not through.startswith(before) or not text.startswith(through):
+        before, through = render(messages[:index], True, tools), render(messages[: index + 1], False, tools)
+        if not through.startswith(before):
+            alike = [one == other for one, other in zip(before, through, strict=False)]
+            same = [*alike, False].index(False)
+            raise ValueError(
+                f"the chat template of {tokenizer.path.parent} asks for message {index + 1} with "
+                f"{before[same:][:40]!r}, and writes {through[same:][:40]!r} there once it is answered, so nobody can "
+                "tell what was answered: put a template for training, which writes both alike, into "
+                "chat_template.jinja"
+            )
+        if not text.startswith(through):
             raise ValueError(
                 f"the chat template of {tokenizer.path.parent} writes message {index + 1} in another way when the "
                 "conversation goes on, so nobody can tell what was answered; keep the last answer alone"
@@ -158,10 +191,12 @@ def encode(
     return np.asarray(found.ids, np.int32), said
 
 
-def make_render(tokenizer: Tokenizer) -> Callable[[Messages, bool], str]:
-    """``render(messages, whether an answer shall follow)``: the text of a conversation by the model's chat template.
+def make_render(tokenizer: Tokenizer) -> Render:
+    """``render(messages, whether an answer shall follow, tools)``: a conversation's text by the model's chat template.
 
-    The template is run in a sandbox, as transformers runs it.
+    The template is run in a sandbox, and given what transformers gives it: the messages, tools (documents are None),
+    tokens like ``bos_token``, ``raise_exception``, ``strftime_now``, and a ``tojson`` that writes JSON as it is, where
+    Jinja's own escapes it for HTML.
 
     Raises:
       ValueError: there is none.
@@ -183,18 +218,23 @@ def make_render(tokenizer: Tokenizer) -> Callable[[Messages, bool], str]:
         raise ValueError(f"the chat template says: {message}")
 
     environment = sandbox.ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+        trim_blocks=True,
+        lstrip_blocks=True,
+        extensions=["jinja2.ext.loopcontrols", _answers(need("jinja2.ext", "conversations", "jinja2", extra="text"))],
     )
     environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    environment.filters["tojson"] = _to_json
     tokens = {name: value for name, value in map(_special, tokenizer.settings.items()) if value is not None}
     try:
         compiled = environment.from_string(template)
     except Exception as error:  # jinja's own, of many kinds
         raise ValueError(f"the chat template of {path.parent} is none: {error}") from None
 
-    def render(messages: Messages, answer_follows: bool) -> str:
+    def render(messages: Messages, answer_follows: bool, tools: Tools = None) -> str:
+        given = {"messages": messages, "add_generation_prompt": answer_follows, "tools": tools, "documents": None}
         try:
-            return compiled.render(messages=messages, add_generation_prompt=answer_follows, **tokens)
+            return compiled.render(given | tokens)
         except ValueError:
             raise
         except Exception as error:
@@ -219,6 +259,46 @@ def check_messages(value: Any) -> Messages:
     if not any(message["role"] == "assistant" for message in value):
         raise ValueError('no message is of role "assistant", and answers alone are learned')
     return value
+
+
+def check_tools(value: Any) -> Tools:
+    """The tools of a conversation, as JSON schemas; None: there are none.
+
+    Raises:
+      ValueError: something else.
+    """
+    if value is not None and not (isinstance(value, list) and all(isinstance(one, dict) for one in value)):
+        raise ValueError(f'its "tools" are {json.dumps(value)[:60]}: give a list of JSON schemas, or leave them out')
+    return value
+
+
+def _answers(extensions: Any) -> Any:
+    """Jinja's extension for ``{% generation %}``, with which templates for training mark answers: read, and left out.
+
+    What is learned follows from the texts alone; see `encode`.
+    """
+
+    class Answers(extensions.Extension):
+        """Writes what stands within the tags as if they were not there."""
+
+        tags = frozenset({"generation"})
+
+        def parse(self, parser: Any) -> Any:
+            """The statements between the tags."""
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    return Answers
+
+
+def _to_json(
+    value: Any,
+    ensure_ascii: bool = False,
+    indent: int | None = None,
+    separators: tuple[str, str] | None = None,
+    sort_keys: bool = False,
+) -> str:
+    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
 
 
 def _special(item: tuple[str, Any]) -> tuple[str, str | None]:

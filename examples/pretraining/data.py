@@ -53,6 +53,11 @@ class Part:
     vocab: int
 
     @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of a batch's arrays."""
+        return "tokens", "targets", "mask"
+
+    @property
     def total(self) -> int:
         """Tokens of both parts."""
         return sum(map(len, self.files))
@@ -125,6 +130,11 @@ class Part:
 
 class Batches(Protocol):
     """What batches are made of: `Part`, or conversations."""
+
+    @property
+    def arrays(self) -> tuple[str, ...]:
+        """Names of a batch's arrays."""
+        ...
 
     @property
     def total(self) -> int:
@@ -279,7 +289,7 @@ def global_batch(
 
     return {
         name: jax.make_array_from_callback((batch, sequence), sharding, lambda index, name=name: fetch(name, index))
-        for name in ("tokens", "targets", "mask")
+        for name in part.arrays
     }
 
 

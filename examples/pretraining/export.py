@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
 import warnings
 from collections.abc import Callable, Sequence
@@ -41,7 +42,7 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
       A line that says what was written.
 
     Raises:
-      ValueError: there is no checkpoint, or another ending.
+      ValueError: there is no checkpoint, another ending, or a file of that name already.
       DamagedError: no checkpoint can be read.
       OSError: the file cannot be written.
       MissingPackage: safetensors or orbax is not installed.
@@ -51,6 +52,8 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
         raise ValueError(f"--to {to}: the name must end in .safetensors")
     if dtype not in ("float32", "bfloat16"):
         raise ValueError(f"--dtype {dtype}: plain arrays are float32 or bfloat16; fp8 is for folders, --to {to.stem}")
+    for path in (to, _index_of(to)):
+        _refuse_existing(path)
     return newest_checkpoint(
         run, lambda manager, step: _export(manager, save_file, step, to, jnp.dtype(dtype), largest)
     )
@@ -61,13 +64,14 @@ def newest_checkpoint(run: pathlib.Path, write: Callable[[Any, int], str]) -> st
 
     Args:
       run: the run's folder, or that of its checkpoints.
-      write: given orbax's manager of the checkpoints and a step.
+      write: given orbax's manager of the checkpoints and a step. What it reads with `read_body` and `read_arrays` may
+        be damaged, and then it is called with the step before. Other errors are not the checkpoint's, and end it.
 
     Returns:
       What ``write`` does.
 
     Raises:
-      ValueError: there is no checkpoint; see `CannotExport`.
+      ValueError: there is no checkpoint; of ``write``.
       DamagedError: no checkpoint can be read.
       OSError: of ``write``.
       MissingPackage: orbax is not installed.
@@ -83,11 +87,9 @@ def newest_checkpoint(run: pathlib.Path, write: Callable[[Any, int], str]) -> st
         for step in reversed(steps):
             try:
                 return write(manager, step)
-            except (OSError, CannotExport):
-                raise
-            except Exception as error:
+            except BadCheckpoint as error:
                 warnings.warn(
-                    f"the checkpoint of step {step} in {folder} is damaged ({short(error)}); older ones are tried",
+                    f"the checkpoint of step {step} in {folder} is damaged ({error}); older ones are tried",
                     stacklevel=2,
                 )
     raise DamagedError(f"all {len(steps)} checkpoints in {folder} are damaged")
@@ -117,32 +119,49 @@ def _export(manager: Any, save_file: Callable[..., None], step: int, to: pathlib
     ]
     shapes = {name: _parse(body["arrays"][name]) for name in names}
     groups = _groups({name: math.prod(shape) * kind.itemsize for name, (kind, shape) in shapes.items()}, largest)
+    targets = [to.with_name(f"{to.stem}-{i + 1:05}-of-{len(groups):05}{to.suffix}") for i in range(len(groups))]
+    targets = [to] if len(groups) == 1 else targets
+    for target in targets:
+        _refuse_existing(target)
     files: dict[str, str] = {}
     size = 0
-    for index, group in enumerate(groups):
-        arrays = read_arrays(manager, step, body, group)
-        plain: dict[str, jax.Array] = {}
-        for name, array in arrays.items():
-            if jnp.issubdtype(array.dtype, jnp.floating):
-                array = array.astype(dtype)
-            layers = array.shape[0] if name.startswith(LAYERS) else None
-            parts = [array] if layers is None else list(array)
-            plain |= dict(zip(plain_names(name, layers, body["facts"]["dense_layers"]), parts, strict=True))
-        file = to if len(groups) == 1 else to.with_name(f"{to.stem}-{index + 1:05}-of-{len(groups):05}{to.suffix}")
-        try:
-            save_file(plain, file, {"format": "flax", "step": str(step)})
-        except Exception as error:  # safetensors has its own for a full disk
-            raise OSError(f"{file} cannot be written: {error}") from error
-        files |= dict.fromkeys(plain, file.name)
-        size += sum(array.nbytes for array in plain.values())
+    # They get their names when all are whole, and the index, which tells of them, last.
+    scratch = [target.with_name(f"{target.name}.{os.getpid()}.tmp") for target in targets]
+    try:
+        for group, file, target in zip(groups, scratch, targets, strict=True):
+            plain: dict[str, jax.Array] = {}
+            for name, array in read_arrays(manager, step, body, group).items():
+                if jnp.issubdtype(array.dtype, jnp.floating):
+                    array = array.astype(dtype)
+                layers = array.shape[0] if name.startswith(LAYERS) else None
+                parts = [array] if layers is None else list(array)
+                plain |= dict(zip(plain_names(name, layers, body["facts"]["dense_layers"]), parts, strict=True))
+            try:
+                save_file(plain, file, {"format": "flax", "step": str(step)})
+            except Exception as error:  # safetensors has its own for a full disk
+                raise OSError(f"{target} cannot be written: {error}") from error
+            files |= dict.fromkeys(plain, target.name)
+            size += sum(array.nbytes for array in plain.values())
+        for file, target in zip(scratch, targets, strict=True):
+            os.replace(file, target)
+    finally:
+        for file in scratch:
+            file.unlink(missing_ok=True)
     if len(groups) > 1:
-        index_file = {"metadata": {"total_size": size}, "weight_map": files}
-        to.with_name(f"{to.name}.index.json").write_text(json.dumps(index_file, indent=1), encoding="utf-8")
+        index = {"metadata": {"total_size": size}, "weight_map": files}
+        file = _index_of(to).with_suffix(f".{os.getpid()}.tmp")
+        file.write_text(json.dumps(index, indent=1), encoding="utf-8")
+        os.replace(file, _index_of(to))
     return f"step {step}: {len(files)} arrays, {size / 1e6:.1f} MB in {len(groups)} files, {to}"
 
 
-class CannotExport(ValueError):
-    """The checkpoint is whole, and cannot be written in this form."""
+def _index_of(to: pathlib.Path) -> pathlib.Path:
+    return to.with_name(f"{to.name}.index.json")
+
+
+def _refuse_existing(path: pathlib.Path) -> None:
+    if path.exists():
+        raise ValueError(f"{path} is there already: choose another name, or remove it")
 
 
 def read_body(manager: Any, step: int) -> Json:
@@ -152,7 +171,12 @@ def read_body(manager: Any, step: int) -> Json:
       BadCheckpoint: it is damaged.
     """
     args = orbax().args
-    return open_body(manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"])
+    try:
+        return open_body(manager.restore(step, args=args.Composite(meta=args.JsonRestore()))["meta"])
+    except BadCheckpoint:
+        raise
+    except Exception as error:  # of many kinds, as files may lack anything
+        raise BadCheckpoint(short(error)) from error
 
 
 def read_arrays(manager: Any, step: int, body: Json, names: Sequence[str]) -> dict[str, jax.Array]:
@@ -160,7 +184,10 @@ def read_arrays(manager: Any, step: int, body: Json, names: Sequence[str]) -> di
 
     Raises:
       BadCheckpoint: they are damaged.
+      ValueError: the checkpoint, which is whole, has none of such a name.
     """
+    if missing := [name for name in names if name not in body["arrays"]]:
+        raise ValueError(f"the checkpoint of step {step} holds no array {missing[0]}: its model is another")
     shapes, sums = {name: _parse(body["arrays"][name]) for name in names}, body["fingerprints"]
     here = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = {name: jax.ShapeDtypeStruct(shape, kind, sharding=here) for name, (kind, shape) in shapes.items()}
@@ -170,7 +197,10 @@ def read_arrays(manager: Any, step: int, body: Json, names: Sequence[str]) -> di
         restore_args=ocp.checkpoint_utils.construct_restore_args(wanted),
         partial_restore=True,
     )
-    arrays = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    try:
+        arrays = manager.restore(step, args=ocp.args.Composite(state=restore))["state"]
+    except Exception as error:  # of many kinds, as files may lack anything
+        raise BadCheckpoint(short(error)) from error
     for name in shapes:
         if int(fingerprint(arrays[name])) != sums[name]:
             raise BadCheckpoint(f"array {name} does not match its checksum")

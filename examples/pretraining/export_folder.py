@@ -42,7 +42,8 @@ def export_folder(
       A line that says what was written.
 
     Raises:
-      ValueError: there is no checkpoint, or one of a model that Hugging Face's files cannot describe.
+      ValueError: there is no checkpoint, or one of a model that Hugging Face's files cannot describe; ``to`` is there
+        already; numbers that FP8 cannot hold.
       DamagedError: no checkpoint can be read.
       OSError: the files cannot be written.
       MissingPackage: orbax is not installed.
@@ -59,9 +60,9 @@ def _write(
     body = export.read_body(manager, step)
     facts = body["facts"].get("hugging_face")
     if facts is None:
-        raise export.CannotExport("its checkpoint does not describe the model: export it as a .safetensors file")
+        raise ValueError("its checkpoint does not describe the model: export it as a .safetensors file")
     if "config" not in facts:
-        raise export.CannotExport(f"{facts['refused']}; or export it as a .safetensors file")
+        raise ValueError(f"{facts['refused']}; or export it as a .safetensors file")
     if like is None and facts["folder"] is not None and (pathlib.Path(facts["folder"]) / "config.json").is_file():
         like = pathlib.Path(facts["folder"])
     read = functools.partial(export.read_arrays, manager, step, body)

@@ -16,6 +16,9 @@ COMMANDS = ("train", "plan", "export", "eval", "generate")
 DEFAULT = "tiny"
 """The configuration of a run that names none and begins with no weights."""
 
+MAX_FILE = 5.0
+"""GB of a file of an exported folder."""
+
 
 def parse_mesh(text: str) -> dict[str, int]:
     """``"pp=4,ep=2"`` as a dict.
@@ -186,5 +189,5 @@ def export_parser() -> argparse.ArgumentParser:
         "--like", type=pathlib.Path, metavar="FOLDER",
         help="a Hugging Face folder whose tokenizer and other texts the new one gets; default: that of --from"
     )  # fmt: skip
-    parser.add_argument("--max-file", type=float, default=5.0, metavar="GB", help="of a folder's files")
+    parser.add_argument("--max-file", type=float, metavar="GB", help=f"of a folder's files; default: {MAX_FILE}")
     return parser

@@ -23,7 +23,8 @@ from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_load import load_params
 from jaxpipe.planning.chips import chip_of
-from pretraining import auto, chat, data, flags, hosts, loop, progress, text, trainer
+from pretraining import auto, data, flags, hosts, loop, progress, trainer
+from pretraining import corpus as corpora
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
 from pretraining.observe import Observer, Throughput
@@ -95,7 +96,8 @@ def set_up(args: argparse.Namespace) -> Setup:
         dtype=jnp.dtype(args.dtype),
         abstract=True,
     )
-    corpus = _corpus(args, config)
+    reader = corpora.reader_of_training(args, config.vocab)
+    corpus = corpora.open_corpus(args, reader, args.weights, config.vocab, config.sequence)
     train_config = trainer.TrainConfig(
         args.steps,
         args.learning_rate,
@@ -267,24 +269,6 @@ def _restore(
     return restored
 
 
-def _corpus(args: argparse.Namespace, config: ModelConfig) -> data.Corpus:
-    """What the run learns from."""
-    own = None if args.weights is None else args.weights / "tokenizer.json"
-    path = args.tokenizer or (own if own is not None and own.is_file() else None)
-    paths = [] if args.data is None else data.find_files(args.data)
-    if args.tokenizer is not None and args.data is None:
-        raise ValueError(f"--tokenizer {args.tokenizer} without --data: name the texts that it is to read")
-    if path is None or args.data is None or all(found.suffix in (".bin", ".npy") for found in paths):
-        jsonl = [found for found in paths if found.suffix == ".jsonl"]
-        if jsonl:
-            raise ValueError(f"{jsonl[0]} holds documents or conversations: name the model's --tokenizer")
-        return data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
-    tokenizer = text.open_tokenizer(path, args.separator)
-    if chat.are_conversations(paths):
-        return chat.load_conversations(paths, tokenizer, config.vocab, config.sequence, args.data)
-    return text.load_texts(paths, tokenizer, config.vocab, pathlib.Path("runs") / "tokens", args.data)
-
-
 def _begin_with(folder: pathlib.Path, setup: Setup) -> trainer.TrainState:
     """The state before the first step, with the weights of a Hugging Face folder."""
     shown = progress.amount(f"reading {folder}") if hosts.is_first() else None
@@ -312,6 +296,7 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         },
         "rng": jax.random.key_data(jax.random.key(args.seed)),
         "config": args.config or (flags.DEFAULT if args.weights is None else str(args.weights)),
+        "reader": corpora.reader_fact(args, setup.config.vocab),
         "hugging_face": _hugging_face(args, setup),
         "dense_layers": setup.config.dense_layers,
         "layers": setup.config.layers,

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import math
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
-
-from pretraining.optional import need
 
 if TYPE_CHECKING:
     from jaxpipe.deepseek import Server
+    from pretraining.corpus import Reader
 
 PARAMS = "params/"
 
@@ -23,9 +23,13 @@ def eval_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("pretrain.py eval", description="Loss, perplexity and experts' loads.")
     _add_model(parser)
     data = parser.add_argument_group("data")
-    data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")
+    data.add_argument(
+        "--data", help="glob of text, .jsonl, .bin or .npy files; default, of models of bytes: the Python standard "
+        "library's source"
+    )  # fmt: skip
+    _add_tokenizer(data)
     data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
-    data.add_argument("--separator", type=int, help="token between documents of .bin and .npy files, never a target")
+    data.add_argument("--separator", type=int, help="token between documents, never a target; a tokenizer has one")
     data.add_argument("--part", default="held_out", choices=["held_out", "train"], help="of the data")
     data.add_argument("--batches", type=int, default=4)
     data.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
@@ -41,13 +45,21 @@ def generate_parser() -> argparse.ArgumentParser:
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", default=[], help="text; several times: a batch")
     text.add_argument("--tokens", action="append", default=[], metavar="1,2,3", help="a prompt of token numbers")
-    text.add_argument("--tokenizer", type=pathlib.Path, help="tokenizer.json; default: a token is a byte")
+    _add_tokenizer(text)
     text.add_argument("--copies", type=int, default=1, help="how many times each prompt is answered")
     text.add_argument("--new-tokens", type=int, default=64, help="of a prompt, at most")
     text.add_argument("--stop", type=int, action="append", default=[], help="a token that ends an answer")
     text.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always")
     text.add_argument("--top-p", type=float, default=1.0, help="choose from the likeliest tokens of this probability")
     return parser
+
+
+def _add_tokenizer(group: argparse._ActionsContainer) -> None:
+    group.add_argument(
+        "--tokenizer", type=pathlib.Path, metavar="FILE",
+        help="tokenizer.json, or a folder with one; default: that of --from, or what the run of --run has read with; "
+        "of random weights a token is a byte"
+    )  # fmt: skip
 
 
 def _add_model(parser: argparse.ArgumentParser) -> None:
@@ -75,14 +87,20 @@ def evaluate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
 
     from eplb_jax import save_loads  # noqa: PLC0415
     from pretraining import data  # noqa: PLC0415
+    from pretraining.corpus import open_corpus  # noqa: PLC0415
     from pretraining.tables import markdown_head, markdown_row  # noqa: PLC0415
 
     if min(args.batches, args.batch_size) < 1:
         raise ValueError(f"--batches {args.batches} --batch-size {args.batch_size}: both are at least 1")
+    if args.sequence is not None and args.sequence < 1:
+        raise ValueError(f"--sequence {args.sequence}: at least 1 token; without it the configuration's are taken")
+    config, reader = _described(args)
+    sequence = config.sequence if args.sequence is None else args.sequence
+    # Before the weights, which take longer to read.
+    corpus = open_corpus(args, reader, _origin(args), config.vocab, sequence)
+    part = getattr(corpus, args.part)
     server = make_server(args, say)
     config = server.config
-    corpus = data.load_corpus(args.data, vocab=config.vocab, token_dtype=args.token_dtype, separator=args.separator)
-    part, sequence = getattr(corpus, args.part), args.sequence or config.sequence
     losses, count, loads, seconds = 0.0, 0, np.zeros((config.moe_layers, config.experts), np.int64), []
     for step in range(args.batches):
         batch = data.make_batch(part, args.seed, step, args.batch_size, sequence)
@@ -120,8 +138,8 @@ def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
         raise ValueError(f"--copies {args.copies}: at least 1")
     if not args.prompt and not args.tokens:
         raise ValueError("nothing to continue: give --prompt TEXT, or --tokens 1,2,3")
-    encode, decode = _text(args.tokenizer)
-    prompts = [encode(text) for text in args.prompt] + [_numbers(text) for text in args.tokens]
+    encode, decode = _text(args) if args.prompt else (None, None)
+    prompts = [encode(text) for text in args.prompt if encode] + [_numbers(text) for text in args.tokens]
     prompts = [prompt for prompt in prompts for _ in range(args.copies)]
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     server = make_server(args, say)
@@ -129,7 +147,7 @@ def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
     shown = [*args.prompt, *args.tokens]
     for place, tokens in enumerate(made.tokens):
         prompt = place // args.copies
-        answer = decode(tokens.tolist()) if prompt < len(args.prompt) else ",".join(map(str, tokens))
+        answer = decode(tokens.tolist()) if decode and prompt < len(args.prompt) else ",".join(map(str, tokens))
         say(f"[{place}] {shown[prompt]} -> {answer}")
     told = sum(map(len, prompts))
     say(f"prompts: {told} tokens in {made.prefill_seconds:.4f} s, {told / made.prefill_seconds:,.0f} tokens/s")
@@ -138,6 +156,23 @@ def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
             f"answers: {made.decoded} tokens of {len(prompts)} requests in {made.decode_seconds:.4f} s, "
             f"{made.tokens_per_second:,.1f} tokens/s"
         )
+
+
+def check_model(args: argparse.Namespace) -> None:
+    """Refuses flags of the model that do not fit each other, before anything is read.
+
+    Raises:
+      ValueError: see there.
+    """
+    if args.layers is not None and (args.folder or args.run):
+        raise ValueError(
+            f"--layers {args.layers}: {_origin(args)} has its own layers, all of which are used; it is for the random "
+            "weights of --config"
+        )
+    if args.slots is not None and args.slots < 1:
+        raise ValueError(f"--slots {args.slots}: at least one for each expert; without it there are the model's own")
+    if args.slots is not None and args.loads is None:
+        raise ValueError(f"--slots {args.slots}: which experts get copies is decided by --loads, so give that too")
 
 
 def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) -> Server:
@@ -155,6 +190,7 @@ def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) ->
     from jaxpipe.deepseek.folder import read_folder  # noqa: PLC0415
     from jaxpipe.deepseek.serving import serve_random  # noqa: PLC0415
 
+    check_model(args)
     if not 1 <= args.devices <= jax.device_count():
         raise ValueError(f"--devices {args.devices}: this process has {jax.device_count()}")
     mesh = None if args.devices == 1 else serving_mesh(jax.make_mesh((args.devices,), ("ep",)))
@@ -169,19 +205,16 @@ def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) ->
             config = dataclasses.replace(config, layers=args.layers)
     placements = None
     if args.loads is not None:
-        slots = args.slots or config.experts + config.redundant
+        slots = config.experts + config.redundant if args.slots is None else args.slots
         loads = read_loads(args.loads)[: config.moe_layers]
         placements = rebalance_experts(loads, slots, 1, 1, args.devices)
-    elif args.slots is not None:
-        raise ValueError(f"--slots {args.slots}: which experts get copies is decided by --loads, so give that too")
     if tree is None:
         model = serve_random(config, args.seed, dtype=dtype, placements=placements, mesh=mesh)
     else:
         model = serve(config, tree, dtype=dtype, placements=placements, mesh=mesh)
-    origin = args.folder or args.run or f"random weights of {args.config}"
     say(
-        f"{origin}: {config.layers} layers, {config.total / 1e6:.1f}M parameters, {args.dtype}, on {args.devices} "
-        f"{jax.devices()[0].device_kind}"
+        f"{_origin(args)}: {config.layers} layers, {config.total / 1e6:.1f}M parameters, {args.dtype}, on "
+        f"{args.devices} {jax.devices()[0].device_kind}"
     )
     return Server(config, model, mesh)
 
@@ -196,19 +229,11 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
-    from jaxpipe.deepseek import MODELS, from_hf_config, model_config  # noqa: PLC0415
-    from pretraining.checkpoint import open_body, orbax  # noqa: PLC0415
+    from pretraining.checkpoint import orbax  # noqa: PLC0415
     from pretraining.layout import fingerprint  # noqa: PLC0415
 
-    folder = (folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder).absolute()
-    if not folder.is_dir():
-        raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
     ocp, here = orbax(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False)) as manager:
-        step = manager.latest_step()
-        if step is None:
-            raise ValueError(f"there is no checkpoint in {folder}")
-        body = open_body(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"])
+    with _newest(folder) as (manager, step, body):
         wanted = {}
         for name, text in body["arrays"].items():
             if name.startswith(PARAMS):
@@ -227,26 +252,78 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
         for key in path:
             node = node.setdefault(key, {})
         node[last] = array
-    facts = body["facts"]
-    if facts["config"] in MODELS:
-        config = dataclasses.replace(model_config(facts["config"]), layers=facts["layers"])
-    else:
-        config = from_hf_config(facts["hugging_face"]["config"])
+    config = _run_config(body["facts"])
     slots = tree["layers"]["moe"].get("phy2log")
     redundant = 0 if slots is None else slots.shape[1] - config.experts
     return dataclasses.replace(config, redundant=redundant), tree
 
 
-def _text(file: pathlib.Path | None) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """What makes tokens of text and text of tokens."""
-    if file is None:
+@contextlib.contextmanager
+def _newest(folder: pathlib.Path) -> Iterator[tuple[Any, int, dict[str, Any]]]:
+    """Orbax's manager of a run's checkpoints, the newest step, and what its checkpoint says of itself."""
+    from pretraining.checkpoint import open_body, orbax  # noqa: PLC0415
+
+    folder = (folder / "checkpoints" if (folder / "checkpoints").is_dir() else folder).absolute()
+    if not folder.is_dir():
+        raise ValueError(f"no folder {folder}: name the --out folder of a run, or its checkpoints")
+    ocp = orbax()
+    with ocp.CheckpointManager(folder, options=ocp.CheckpointManagerOptions(read_only=True, create=False)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise ValueError(f"there is no checkpoint in {folder}")
+        yield (
+            manager,
+            step,
+            open_body(manager.restore(step, args=ocp.args.Composite(meta=ocp.args.JsonRestore()))["meta"]),
+        )
+
+
+def _run_config(facts: Mapping[str, Any]) -> Any:
+    """The model of a run, as its checkpoint describes it, without copies of experts."""
+    from jaxpipe.deepseek import MODELS, from_hf_config, model_config  # noqa: PLC0415
+
+    if facts["config"] in MODELS:
+        return dataclasses.replace(model_config(facts["config"]), layers=facts["layers"])
+    return from_hf_config(facts["hugging_face"]["config"])
+
+
+def _described(args: argparse.Namespace) -> tuple[Any, Reader]:
+    """Config of the model that the flags name and how it reads text, before its weights are read."""
+    from jaxpipe.deepseek import from_hf_config, model_config  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_files import read_json  # noqa: PLC0415
+    from pretraining import corpus  # noqa: PLC0415
+
+    check_model(args)
+    if args.folder is not None:
+        config = from_hf_config(read_json(args.folder / "config.json"))
+        reader = corpus.reader_of_folder(args.folder, config.vocab)
+    elif args.run is not None:
+        with _newest(args.run) as (_, _, body):
+            config = _run_config(body["facts"])
+            reader = corpus.reader_of_run(body["facts"], config.vocab)
+    else:
+        config, reader = model_config(args.config), corpus.BYTES
+    return config, reader if args.tokenizer is None else args.tokenizer
+
+
+def _origin(args: argparse.Namespace) -> str:
+    """Where the model comes from, for people."""
+    return str(args.folder or args.run or f"random weights of {args.config}")
+
+
+def _text(args: argparse.Namespace) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
+    """What makes tokens of text and text of tokens, as the model was taught."""
+    from pretraining import corpus, text  # noqa: PLC0415
+
+    _, reader = _described(args)
+    if reader is None:
+        raise corpus.no_reader("--prompt is text", _origin(args), "--tokens 1,2,3")
+    if reader == corpus.BYTES:
         return (
             lambda text: list(text.encode()),
             lambda tokens: bytes(token if token < 256 else 63 for token in tokens).decode(errors="replace"),
         )
-    if not file.is_file():
-        raise ValueError(f"--tokenizer {file}: there is no such file")
-    tokenizer = need("tokenizers", "texts", "tokenizers").Tokenizer.from_file(str(file))
+    _, tokenizer = text.open_model(pathlib.Path(reader))
     return lambda text: tokenizer.encode(text).ids, tokenizer.decode
 
 

@@ -47,6 +47,27 @@ class Tokenizer:
         return [np.asarray(one.ids, np.uint32) for one in found]
 
 
+def open_model(path: pathlib.Path) -> tuple[pathlib.Path, Any]:
+    """The path of a tokenizer.json, or of a folder's, and what it holds: `tokenizers.Tokenizer`.
+
+    Raises:
+      ValueError: no such file, or no tokenizer.
+      MissingPackage: tokenizers is not installed.
+    """
+    tokenizers = need("tokenizers", "texts in a model's own tokens", "tokenizers", extra="text")
+    path = path / "tokenizer.json" if path.is_dir() else path
+    if not path.is_file():
+        raise ValueError(f"no file {path}: --tokenizer names a tokenizer.json, or a folder with one")
+    try:
+        model = tokenizers.Tokenizer.from_file(str(path))
+    except Exception as error:  # the package raises Exception itself
+        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    # Of whoever saved it last; a document is read whole, and nothing else.
+    model.no_truncation()
+    model.no_padding()
+    return path, model
+
+
 def open_tokenizer(path: pathlib.Path, end: int | None = None) -> Tokenizer:
     """A tokenizer.json, or the one of a folder.
 
@@ -58,14 +79,7 @@ def open_tokenizer(path: pathlib.Path, end: int | None = None) -> Tokenizer:
       ValueError: no such file, or no tokenizer, or nobody says which token ends a document.
       MissingPackage: tokenizers is not installed.
     """
-    tokenizers = need("tokenizers", "texts in a model's own tokens", "tokenizers", extra="text")
-    path = path / "tokenizer.json" if path.is_dir() else path
-    if not path.is_file():
-        raise ValueError(f"no file {path}: --tokenizer names a tokenizer.json, or a folder with one")
-    try:
-        model = tokenizers.Tokenizer.from_file(str(path))
-    except Exception as error:  # the package raises Exception itself
-        raise ValueError(f"{path} is no tokenizer: {error}") from None
+    path, model = open_model(path)
     settings = _read(path.with_name("tokenizer_config.json"))
     if end is None:
         end = _end(path, model, settings)
@@ -88,9 +102,13 @@ def load_texts(
     if jax.process_index() == 0 and not kept.exists():
         cache.mkdir(parents=True, exist_ok=True)
         scratch = kept.with_suffix(f".{os.getpid()}.tmp")
-        with open(scratch, "wb") as file:
-            for tokens in encoded(documents(paths), tokenizer):
-                file.write(tokens.tobytes())
+        try:
+            with open(scratch, "wb") as file:
+                for tokens in encoded(documents(paths), tokenizer):
+                    file.write(tokens.tobytes())
+        except BaseException:
+            scratch.unlink(missing_ok=True)
+            raise
         os.replace(scratch, kept)
     if jax.process_count() > 1:
         multihost_utils.sync_global_devices(f"{kept} is written")
@@ -151,7 +169,7 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """The objects of a .jsonl file with the numbers of their lines, empty lines left out.
 
     Raises:
-      ValueError: a line that is no object.
+      ValueError: a line that is no object, or holds text that is none in UTF-8.
     """
     with open(path, "rb") as file:
         for number, line in enumerate(file, 1):
@@ -163,6 +181,14 @@ def json_lines(path: pathlib.Path) -> Iterator[tuple[int, dict[str, Any]]]:
                 raise ValueError(f"{path}, line {number} is no JSON: {error}") from None
             if not isinstance(value, dict):
                 raise ValueError(f"{path}, line {number} is JSON of {type(value).__name__}: each is an object")
+            try:
+                json.dumps(value, ensure_ascii=False).encode()
+            except UnicodeEncodeError as error:
+                half = ascii(error.object[error.start : error.start + 1])
+                raise ValueError(
+                    f"{path}, line {number} holds the surrogate {half} alone, half of a character that was cut: mend "
+                    "the line, or leave it out"
+                ) from None
             yield number, value
 
 
@@ -183,8 +209,8 @@ def _end(path: pathlib.Path, model: Any, settings: dict[str, Any]) -> int | None
     """The token that ends a sequence, as the files beside a tokenizer say."""
     named = settings.get("eos_token")
     named = named.get("content") if isinstance(named, dict) else named
-    if isinstance(named, str):
-        return model.token_to_id(named)
+    if isinstance(named, str) and (known := model.token_to_id(named)) is not None:
+        return known
     for name in ("generation_config.json", "config.json"):
         found = _read(path.with_name(name)).get("eos_token_id")
         found = found[0] if isinstance(found, list) and found else found
@@ -206,5 +232,6 @@ def _read(path: pathlib.Path) -> dict[str, Any]:
 def _key(paths: Sequence[pathlib.Path], tokenizer: Tokenizer) -> str:
     """What the tokens depend on, as a name."""
     files = [(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
-    known = hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(), tokenizer.end, files
+    # "whole": files of tokens of documents that tokenizers' own lengths had cut have other names.
+    known = "whole", hashlib.sha256(tokenizer.path.read_bytes()).hexdigest(), tokenizer.end, files
     return hashlib.sha256(json.dumps(known).encode()).hexdigest()[:24]

@@ -286,6 +286,9 @@ def microbatch_loss(model: DeepSeekModel) -> Callable[..., Any]:
 def plain_value_and_grad(model: DeepSeekModel, *, parts: int) -> Callable[..., Any]:
     """The same loss and gradients without a pipeline: one device, a loop over parts of the batch.
 
+    Of filled sequences the balance loss is a mean over the real tokens of a part, where the pipeline's is one over all
+    devices of the experts' axis.
+
     Args:
       model: with all experts on one device, ``axis=None``.
       parts: microbatches times data-parallel devices of the pipeline that it is compared with.

@@ -33,6 +33,9 @@ UNTRAINED = (*PLACEMENT, "bias")
 VOCABULARY = (("embedding",), ("output",))
 """Outer parameters with a row for each token of the vocabulary."""
 
+REAL = "real"
+"""Of a batch, and not of every one: ``bool[B, T]``, which tokens are no filling behind a sequence's last target."""
+
 BLOCKS: Mapping[str, Callable[..., nnx.Module]] = {DENSE: DenseBlock, MOE: MoEBlock, MTP: MTPLayer}
 
 EXPERTS = (("moe", "w_in"), ("moe", "w_out"))
@@ -85,6 +88,8 @@ class DeepSeekModel:
     @functools.cached_property
     def stage(self) -> Callable[..., jaxpipe.Output] | jaxpipe.StageKinds:
         """One stage's layers, for stages of several kinds a function of each.
+
+        Where a batch says which of its tokens are ``"real"``, the others go to no expert and count for no load.
 
         Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``; in FP8 ``not_finite``.
         """
@@ -231,12 +236,13 @@ class DeepSeekModel:
         """A stage with layers of these kinds; where all layers of the model are alike, they may be padding."""
         shape, config = self.arrangement, self.config
         x, known = x if config.mtp else (x, None)
+        real = ctx.data.get(REAL) if isinstance(ctx.data, Mapping) else None
         routed: dict[int, MoEStats] = {}
         for slot, kind in zip(shape.slots_of_row(row), row, strict=True):
-            mask = None
+            mask = real
             if shape.alike and shape.padded:
                 here = slot < jnp.asarray(shape.counts, jnp.int32)[ctx.stage]
-                mask = jnp.broadcast_to(here, x.shape[:2])
+                mask = jnp.broadcast_to(here, x.shape[:2]) if real is None else here & real
             with jax.named_scope(f"layer_{slot}"):
                 x, known, stats = self._run_layer(kind, params, slot, x, known, mask)
             if stats is not None:
@@ -267,8 +273,8 @@ class DeepSeekModel:
             return block(without(own, "moe"), x), known, None
         own = without(own, "mlp")
         if kind == MTP:
-            block = again(lambda own, x, known: function(own, x, known))
-            return x, *block({**params["mtp"], "block": own}, x, known)
+            block = again(lambda own, x, known, mask: function(own, x, known, mask))
+            return x, *block({**params["mtp"], "block": own}, x, known, mask)
         block = again(lambda own, x, mask: function(own, x, mask))
         x, stats = block(own, x, mask)
         return x, known, stats

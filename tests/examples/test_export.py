@@ -12,8 +12,10 @@ from tests.examples.fake_run import LAYERS, Fake
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples"))
 
+import pretrain
 from pretraining.checkpoint import Checkpoints, DamagedError
-from pretraining.export import export_run
+from pretraining.export import export_run, newest_checkpoint
+from pretraining.export_folder import export_folder
 
 load_file = pytest.importorskip("safetensors.numpy", reason="needs the package safetensors").load_file
 pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
@@ -75,6 +77,40 @@ def test_damaged_checkpoints_are_not_exported(run_folder, tmp_path):
                 export_run(folder, tmp_path / "a.safetensors")
                 arrays = load_file(tmp_path / "a.safetensors")
                 np.testing.assert_array_equal(arrays["layers.2.w"], weights[expected][0])
+                (tmp_path / "a.safetensors").unlink()
+
+
+def test_what_is_wrong_with_the_export_is_no_damage(run_folder, tmp_path, monkeypatch, capsys):
+    """Not an older step instead, nor "damaged"; and no half of a file is left."""
+    folder, _ = run_folder
+    with pytest.raises(ValueError, match="FP8 cannot"):
+        newest_checkpoint(folder, lambda manager, step: refuse("FP8 cannot"))
+    with pytest.raises(ValueError, match="does not describe the model"):
+        export_folder(folder, tmp_path / "new")
+    to = tmp_path / "a.safetensors"
+    monkeypatch.setattr("safetensors.flax.save_file", lambda arrays, file, about: refuse(file.write_text("half")))
+    with pytest.raises(OSError, match=r"a\.safetensors cannot be written"):
+        export_run(folder, to)
+    assert not list(tmp_path.glob("a*"))
+    to.write_text("mine")
+    for name in ("a", "b"):
+        (tmp_path / f"{name}-00001-of-00002.safetensors").write_text("mine")
+    with pytest.raises(ValueError, match=r"a\.safetensors is there already"):
+        export_run(folder, to)
+    with pytest.raises(ValueError, match=r"b-00001-of-00002\.safetensors is there already"):
+        export_run(folder, tmp_path / "b.safetensors", "bfloat16", largest=100)
+    assert to.read_text() == "mine"
+    command = ["export", str(folder), "--to", str(tmp_path / "c.safetensors")]
+    for more, message in (
+        (["--like", "F"], "--like with --to"),
+        (["--max-file", "1", "--like", "F"], "--like and --max-file with --to"),
+        (["--max-file", "nan"], "--max-file nan: GB of a file, above 0"),
+    ):
+        assert pretrain.main([*command, *more]) == 2 and message in capsys.readouterr().err
+
+
+def refuse(why):
+    raise ValueError(why)
 
 
 def test_what_cannot_be_exported(tmp_path):

@@ -54,6 +54,34 @@ def test_a_folder_answers_as_transformers_does(tmp_path):
     assert lines[1] == f"[0] {tokens} -> {','.join(map(str, expected[8:]))}"
 
 
+def test_text_goes_through_the_tokenizer_of_the_model(tmp_path, capsys):
+    tokenizers = pytest.importorskip("tokenizers", reason="needs the package tokenizers")
+    pytest.importorskip("safetensors", reason="needs the package safetensors")
+    folder = unpack("v3", tmp_path)
+    prompt = ["generate", "--from", str(folder), "--prompt", "one two"]
+    texts = ["eval", "--from", str(folder), "--data", str(tmp_path / "a.txt")]
+    (tmp_path / "a.txt").write_text("one two three\n" * 50_000)
+    for arguments, instead in ((prompt, "--tokens 1,2,3"), (texts, ".npy or .bin files of its tokens")):
+        assert pretrain.main(arguments) == 2
+        said = capsys.readouterr().err
+        assert "is text, and no tokenizer.json says which tokens" in said and said.strip().endswith(instead)
+    model = tokenizers.Tokenizer(tokenizers.models.WordLevel({"one": 7, "two": 9, "?": 2}, unk_token="?"))
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    model.enable_truncation(1)
+    model.save(str(folder / "tokenizer.json"))
+    (folder / "tokenizer_config.json").write_text('{"eos_token": "?"}')
+    parser = serving.generate_parser()
+    encode, decode = serving._text(parser.parse_args(prompt[1:]))
+    assert encode("two one") == [9, 7] and decode([7, 9]) == "one two"
+    # Of a folder, as in training.
+    encode, _ = serving._text(parser.parse_args(["--tokenizer", str(folder), "--prompt", "a"]))
+    assert encode("two") == [9]
+    config, reader = serving._described(serving.eval_parser().parse_args(texts[1:]))
+    assert (config.vocab, reader) == (128, folder / "tokenizer.json")
+    (folder / "tokenizer.json").write_text("[]")
+    assert pretrain.main(prompt) == 2 and "tokenizer.json is no tokenizer" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -62,7 +90,12 @@ def test_a_folder_answers_as_transformers_does(tmp_path):
         (["generate", "--tokens", "1", "--copies", "0"], "--copies 0: at least 1"),
         (["generate", "--tokens", "1", "--slots", "9"], "--slots 9: which experts get copies is decided by --loads"),
         (["generate", "--tokens", "1", "--devices", "99"], f"--devices 99: this process has {jax.device_count()}"),
-        (["generate", "--prompt", "a", "--tokenizer", "none.json"], "--tokenizer none.json: there is no such file"),
+        (["generate", "--prompt", "a", "--tokenizer", "none.json"], "no file none.json: --tokenizer names a"),
+        (["generate", "--tokens", "1", "--loads", "a.npz", "--slots", "0"], "--slots 0: at least one for each expert"),
+        (["generate", "--from", "F", "--layers", "2", "--tokens", "1"], "--layers 2: F has its own layers"),
+        (["eval", "--run", "R", "--layers", "2"], "--layers 2: R has its own layers"),
+        (["eval", "--sequence", "0"], "--sequence 0: at least 1 token"),
+        (["eval", "--tokenizer", "t.json"], "--tokenizer t.json without --data"),
         (["generate", "--run", "none", "--tokens", "1"], "name the --out folder of a run, or its checkpoints"),
         (["eval", "--batches", "0"], "--batches 0 --batch-size 8: both are at least 1"),
     ],

@@ -83,6 +83,27 @@ def test_first_steps_equal_the_plain_program(shared):
 
 
 @pytest.mark.slow
+def test_filled_sequences_give_the_plain_programs_step():
+    """As conversations are, filled by different amounts on different devices; without balance's part of the loss."""
+    needs_devices(4)
+    config = small(mtp=True, balance_factor=0.0)
+    batch = make_batch(0, ROWS, config)
+    real = np.arange(8) < np.random.default_rng(0).integers(2, 9, (ROWS, 1))
+    batch |= {"real": real, "mask": batch["mask"] * real.astype(np.float32)}
+    results = []
+    for name, pp in (("dualpipev", 2), (None, 1)):
+        model, _, state, step, _, _ = setup(name, pp, 2, config=config)
+        state, metrics = step(state, batch, KEY)
+        results.append((metrics, model.to_layers(state.params)))
+    (found, mine), (wanted, theirs) = jax.device_get(results)
+    np.testing.assert_allclose(found["loss"], wanted["loss"], rtol=1e-5)
+    np.testing.assert_allclose(found["grad_norm"], wanted["grad_norm"], rtol=1e-5)
+    np.testing.assert_array_equal(found["loads"], wanted["loads"])
+    assert found["loads"].sum() == 5 * real.sum() * 2
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=2e-4), mine, theirs)
+
+
+@pytest.mark.slow
 def test_all_schedules_give_the_same_curve():
     """Twenty steps in float32, to 1e-5 of the plain program's losses.
 

@@ -67,6 +67,36 @@ def test_masked_targets_do_not_count():
     assert counts.tolist() == [8, 0]
 
 
+@pytest.mark.parametrize("name", ["mtp", pytest.param("padded", marks=pytest.mark.slow)])
+def test_filling_takes_no_expert(name):
+    """Sequences filled up to twice their length are to experts, balance and losses what they are without."""
+    config = small(layers=1, mtp=name == "mtp", dense_layers=0, redundant=0, sequence=4)
+    # Where there are more places than layers, these have a mask already.
+    model = built(config, "gpipe", 2 if name == "padded" else 1, 2, abstract=True)
+    random = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: random.normal(0, 0.3, leaf.shape).astype(leaf.dtype), model.params)
+    assert (model.arrangement.alike and model.arrangement.padded) == (name == "padded")
+    short = make_batch(0, 3, config)
+    long = {name: np.concatenate([array, random.integers(0, 2, array.shape, array.dtype)
+            if array.dtype == np.int32 else 0 * array], 1) for name, array in short.items()}  # fmt: skip
+    real = np.arange(8) < np.full((3, 1), 4)
+
+    @jax.jit
+    def run(params, data):
+        x, aux, loads = model.embed(params.outer, data, CTX), 0.0, 0
+        rows = {stage: row for row, stage in enumerate(model.arrangement.storage_order)}
+        for stage in range(model.arrangement.stages):
+            ctx = jaxpipe.Context(jnp.int32(stage), jnp.int32(0), None, data)
+            own = jax.tree.map(lambda leaf, row=rows[stage]: leaf[row], params.stages)
+            x, more, metrics = model.stage_of(stage)(own, x, ctx)
+            aux, loads = aux + more, loads + model.loads_of(metrics)
+        return model.head(params.outer, x, data, CTX), aux, loads
+
+    expected, found = run(params, short), run(params, long | {"real": real})
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5), found, expected)
+    assert expected[2].sum() == len(expected[2]) * 3 * 4 * 2
+
+
 def test_no_features_give_the_loss_of_a_uniform_guess():
     model, _ = one_stage()
     batch = {"targets": jnp.arange(16, dtype=jnp.int32).reshape(2, 8), "mask": jnp.ones((2, 8))}
