@@ -68,7 +68,7 @@ PLAN = eplb_jax.rebalance_experts(WEIGHT, 16, 1, 1, 8)
 
 def test_a_placement_with_dead_slots_is_elastics():
     loads = np.array([[1, 9, 9, 1]])
-    previous = elastic(loads, np.array([True, False, True]), 6)
+    previous = elastic(loads, np.array([True, False, True]), 6, 1, 1)
     with pytest.raises(ValueError, match=r"slots of dead GPUs \(-1\): take elastic"):
         sticky(loads, previous, 1, 1, 3)
 
