@@ -83,7 +83,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
         try:
             config = config.in_precision(args.precision)
         except ValueError as error:
-            raise ValueError(f"--config {args.config} --precision {args.precision}: {error}") from None
+            raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
     return config.over_devices(devices, args.slots)
 
 

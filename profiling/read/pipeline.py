@@ -154,8 +154,9 @@ def loop_trips(program: Program, rank: int = 0, *, dispatch: str = "loops") -> l
     >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs())))
     >>> round(trips["branch_1/"], 2), round(trips["/send/ppermute"], 2)  # of 18 steps
     (0.22, 0.28)
-    >>> loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1, dispatch="stretches")[-1]
-    ('choice_0/', 0.0)
+    >>> [(name, round(mean, 2)) for name, mean in
+    ...  loop_trips(lower(build("1f1b", 2, 8), Costs()), rank=1, dispatch="stretches")][-1]
+    ('choice_0/', 0.89)
     """
     if dispatch == "loops":
         branches = range(1, len(program.branches))

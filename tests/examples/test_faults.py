@@ -161,7 +161,7 @@ def test_a_file_that_may_not_grow_ends_the_run(tmp_path, cache):
         (["--data", "/nowhere/*.txt"], r"no files match /nowhere/\*.txt: check the path"),
         (["--mesh", "pp=4,ep=4"], r"a mesh of .* needs 16 devices and there are 8"),
         (["--config", "tinier"], r"no model 'tinier': known are tiny, "),
-        (["--layers", "5"], r"layers .* stages"),
+        (["--layers", "0"], r"dense_layers=1 of layers=0"),
         (["--schedule", "fastest"], r"fastest"),
         (["--microbatch-size", "3"], r"--microbatch-size 3 does not divide over the 2 devices"),
         (["--save-every", "0"], r"'save_every': 0.*: all must be at least 1"),

@@ -58,7 +58,7 @@ def sticky(
 
     >>> previous = Placement.from_phy2log(np.array([[0, 1, 2, 3]]), 4)
     >>> sticky(np.array([[9, 9, 1, 1]]), previous, 1, 1, 2).phy2log
-    array([[0, 2, 1, 3]], dtype=int32)
+    array([[2, 1, 0, 3]], dtype=int32)
     >>> sticky(np.array([[9, 9, 1, 1]]), previous, 1, 1, 2, min_gain=0.5) is previous
     True
     """

@@ -83,6 +83,7 @@ def test_a_prompt_is_answered_alike_alone_and_beside_others():
     assert [len(tokens) for tokens in first.tokens] == [1] * 4 and first.tokens_per_second == 0
 
 
+@pytest.mark.slow
 def test_a_mesh_and_copies_of_experts_change_no_answer():
     config = small(layers=2, redundant=0)
     with jax.enable_x64(True):

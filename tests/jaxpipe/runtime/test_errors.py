@@ -133,7 +133,7 @@ def test_forward_outputs_without_the_batch_dimension():
 
 
 def test_unknown_dispatch():
-    with pytest.raises(ValueError, match=r"'branch'; choose one of .*'switch', 'loops', 'sequential'"):
+    with pytest.raises(ValueError, match=r"'branch'; choose one of .*'switch', 'loops', 'stretches', 'sequential'"):
         make_step(dispatch="branch")
 
 

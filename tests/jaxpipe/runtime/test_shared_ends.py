@@ -177,7 +177,10 @@ def gather(outer):
     return {**outer, "embedding": jax.lax.all_gather(outer["embedding"], "pp", tiled=True)}
 
 
-@pytest.mark.parametrize("dispatch", ["switch", "loops", "stretches", "sequential"])
+@pytest.mark.parametrize(
+    "dispatch",
+    ["stretches", *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "loops", "sequential"))],
+)
 def test_dispatchers_agree(x64, dispatch):
     schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
     compare(schedule, padded_params(schedule), models.token_batch(8), jaxpipe.make_mesh(pp=2), specs=SHARDED,
