@@ -43,7 +43,7 @@ def operands(name, rows, width, dtype="bfloat16"):
         "quantise_rows": (x,),
         "quantise": (x, valid),
         "columns_of": (*scaled.quantise_rows(x), valid),
-        "quantise_weights": (x.reshape(-1, 128, width),),
+        "quantise_weights": (x[: rows // 128 * 128].reshape(-1, 128, width),),
         "gate": (x, weight),
         "gate_backward": (*scaled.quantise_rows(x), weight, ct, valid),
     }[name]
