@@ -118,6 +118,15 @@ def check_same_structure(params: Sequence[Any]) -> None:
             )
 
 
+def dtype_of(leaf: Any) -> Any:
+    """The dtype of an array, a shape or a Python number; keys have one of their own.
+
+    >>> dtype_of(2.0).name
+    'float32'
+    """
+    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+
+
 def _describe(tree: Any) -> dict[str, str]:
     """Shape and dtype of each leaf, by path."""
     return {

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe._jax import Tracer
 from jaxpipe.optimizer_state import map_params
-from jaxpipe.params import Params
+from jaxpipe.params import Params, dtype_of
 from jaxpipe.runtime.copies import send
 from jaxpipe.stacking import Stacking
 
@@ -200,8 +200,7 @@ def _abstract(tree: Any, source: Stacking, target: Stacking, mesh: Mesh, axis: s
         return _shaped(leaf, np.shape(leaf), _spec(leaf))
 
     def _shaped(leaf: Any, shape: tuple[int, ...], spec: P) -> jax.ShapeDtypeStruct:
-        dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
-        return jax.ShapeDtypeStruct(shape, dtype, sharding=NamedSharding(mesh, spec))
+        return jax.ShapeDtypeStruct(shape, dtype_of(leaf), sharding=NamedSharding(mesh, spec))
 
     return _map_stages(of_stages, tree, source, target, of_other)
 

@@ -9,12 +9,11 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline
-from jaxpipe.params import Params
+from jaxpipe.params import Params, dtype_of
 from jaxpipe.planning import candidates
 from jaxpipe.planning.candidates import Candidate
 from jaxpipe.planning.chips import CHIPS, Chip
@@ -392,7 +391,7 @@ def _spread(counts: Iterable[int]) -> list[int]:
 
 
 def _shape(leaf: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(leaf), leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf))
+    return jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf))
 
 
 def _layout(schedule: Schedule) -> Any:

@@ -21,7 +21,7 @@ from jax.sharding import PartitionSpec as P
 from jaxpipe import inputs
 from jaxpipe.api import Pipeline
 from jaxpipe.batches import with_mask
-from jaxpipe.params import Params
+from jaxpipe.params import Params, dtype_of
 from jaxpipe.runtime import fsdp
 from jaxpipe.runtime.buffers import accumulator, add
 from jaxpipe.runtime.copies import cast
@@ -114,7 +114,7 @@ class Stopwatch:
         mask = self.pipeline.options.example_mask
         multiple = count * int(np.prod([self.axes.sizes[axis] for axis in self.axes.data], dtype=int))
         spec, mesh = self.pipeline.batch_spec, self.mesh
-        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), _dtype(leaf)), batch)
+        whole = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(np.shape(leaf), dtype_of(leaf)), batch)
         if mask is None:
             inputs.check_batch(whole, count, self.axes, spec)
         sharding = NamedSharding(mesh, P(None, *spec))
@@ -338,10 +338,6 @@ def of_first_process(numbers: Sequence[float]) -> list[float]:
     if jax.process_count() == 1:
         return list(numbers)
     return multihost_utils.broadcast_one_to_all(np.asarray(numbers, np.float64)).tolist()
-
-
-def _dtype(leaf: Any) -> Any:
-    return leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
 
 
 def _array(leaf: Any, sharding: NamedSharding) -> jax.Array:

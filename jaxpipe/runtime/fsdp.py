@@ -23,7 +23,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe.params import Params
+from jaxpipe.params import Params, dtype_of
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.options import Options
@@ -168,7 +168,7 @@ def _divide(leaf: Any, spec: P, options: Options, over: tuple[str, ...], first: 
     named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
     axes = tuple(axis for axis in over if axis not in named)
     count, size = math.prod(sizes[axis] for axis in axes), math.prod(shape[first:])
-    dtype = leaf.dtype if hasattr(leaf, "dtype") else jnp.result_type(leaf)
+    dtype = dtype_of(leaf)
     if not jnp.issubdtype(dtype, jnp.floating):
         return f"it is {dtype}, not floating"
     if not axes:
