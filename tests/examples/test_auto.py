@@ -78,6 +78,8 @@ def test_a_choice_for_another_mesh_is_refused(settle, tmp_path):
     settle.run(arguments("--out", str(tmp_path)))
     with pytest.raises(ValueError, match=r"schedule.json was chosen for the mesh \{'pp': 2, 'ep': 2\}, this run has"):
         settle.run(arguments("--out", str(tmp_path), "--mesh", "pp=2,ep=1"))
+    settle.run(arguments("--out", str(tmp_path / "other"), "--resume", str(tmp_path), "--mesh", "pp=2,ep=1"))
+    assert len(settle.calls) == 2  # another run's choice for another mesh is none for this one
 
 
 @pytest.mark.slow

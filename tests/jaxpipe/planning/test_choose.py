@@ -406,3 +406,10 @@ def test_shapes_of_masked_batches(monkeypatch):
     params = jaxpipe.Params(jnp.ones((2, WIDTH, WIDTH)))
     costs = measure_costs(pipeline, params, batch, None, None, num_microbatches=2, repeats=1)
     assert all(each.forward > 0 for each in costs.stages)
+
+
+def test_what_is_done_once_is_no_bubble():
+    """A rank that never waits: a second of ticks, a quarter of an optimizer."""
+    schedule = build("1f1b", 1, 2)
+    entry = comparing._Entry(schedule, None, alike(1, 2), ticks=1.0, simulated=1.0, busy=1.0, once=0.25)
+    assert entry.row("").bubble == 0 and entry.seconds == 1.25

@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 
+from jaxpipe.runtime import stretches as stretches_module
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.rounds import make_bodies
 from jaxpipe.runtime.stretches import (
@@ -141,3 +142,18 @@ def test_few_conditions_are_read(name, ranks, microbatches):
     reads = host_reads(stretches)
     assert reads.mean() <= FEW[name, ranks, microbatches] * program.num_steps
     assert (reads == sum((loop.reached.astype(int) + loop.chosen).sum(0) for loop in loops(stretches))).all()
+
+
+def test_rounds_across_a_repeated_part_divide_what_was_left_out_of_it(monkeypatch):
+    """The search sees a long program shortened; a stretch of the long one has whole rounds, too."""
+    rests, candidates = [], stretches_module._candidates
+
+    def spy(table, short, first, stop):
+        for shape in candidates(table, short, first, stop):
+            if short.cut and first < short.middle < stop:
+                rests.append(short.cut % shape.period)
+            yield shape
+
+    monkeypatch.setattr(stretches_module, "_candidates", spy)
+    make_stretches.__wrapped__(lower(build("gpipe", 2, 64)))
+    assert rests and not any(rests)
