@@ -73,7 +73,7 @@ def read_loads(path: Path) -> Num[np.ndarray, "layers experts"]:
         except ValueError as error:
             message = str(error)
             raise ValueError(message if message.startswith(str(path)) else f"{path}: {message}") from error
-    if loads.dtype == np.dtype("V2"):
+    if loads.dtype in (np.dtype("V2"), np.dtype(jnp.bfloat16)):  # NumPy's own file, and a torch one
         loads = loads.view(jnp.bfloat16).astype(np.float32)
     if loads.ndim == 3:
         loads = _sum_steps(loads, path)
@@ -91,8 +91,6 @@ def _read_json(text: bytes) -> Any:
 def _sum_steps(loads: np.ndarray, path: Path) -> np.ndarray:
     if not len(loads):
         raise ValueError(f"the array of loads in {path} has shape {loads.shape}: [steps, layers, experts] of no step")
-    if loads.dtype == jnp.bfloat16:
-        loads = loads.astype(np.float32)
     if loads.dtype.kind in "biuf":
         bad = (~np.isfinite(loads) | (loads < 0)).any((1, 2))
         first = int(np.argmax(bad))

@@ -272,13 +272,6 @@ def test_a_previous_placement_of_other_gpus_is_what_it_is(loads, tmp_path, capsy
         assert "is a placement for 8 GPUs, --gpus is 16" in capsys.readouterr().err
 
 
-def test_steps_of_bfloat16_are_checked_one_by_one(tmp_path):
-    """Their sum may be fine."""
-    np.savez(tmp_path / "raw.npz", loads=np.array([[[3, 3]], [[-1, 2]]]).astype(jnp.bfloat16))
-    with pytest.raises(ValueError, match="1 values that are negative"):
-        eplb_jax.read_loads(tmp_path / "raw.npz")
-
-
 def test_sizes_and_nodes_of_the_command(loads, capsys):
     assert main(["plan", str(loads), "--replicas", "40", "--gpus", "0", "--policy", "elastic"]) == 2
     assert "--gpus 0: all are at least 1" in capsys.readouterr().err

@@ -6,6 +6,7 @@ import json
 import pickle
 import zipfile
 
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -13,7 +14,13 @@ from eplb_jax import read_loads
 from eplb_jax.__main__ import main
 
 COUNTS = np.random.default_rng(0).integers(0, 90, (3, 2, 8), dtype=np.int32)
-STORAGES = {"int32": b"IntStorage", "int64": b"LongStorage", "float32": b"FloatStorage", "bool": b"BoolStorage"}
+STORAGES = {
+    "int32": b"IntStorage",
+    "int64": b"LongStorage",
+    "float32": b"FloatStorage",
+    "bool": b"BoolStorage",
+    "bfloat16": b"BFloat16Storage",
+}
 
 
 def text(word):
@@ -210,3 +217,11 @@ def test_sums_of_narrow_counts(tmp_path, dtype, counts, wanted):
         tmp_path / "x.npz", expert_load_window=np.array([counts], dtype), physical_to_logical_map=np.array([[0, 0, 1]])
     )
     assert read_loads(tmp_path / "x.npz").tolist() == [wanted]
+
+
+def test_each_step_of_bfloat16_is_checked(tmp_path):
+    """Their sum may be fine."""
+    steps = np.array([[[3, 3]], [[-1, 2]]]).astype(jnp.bfloat16)
+    path = write(tmp_path / "x.pt", program(logical_count=tensor(steps)), steps)
+    with pytest.raises(ValueError, match=r"step 1 of the loads in .* has 1 values that are negative"):
+        read_loads(path)
