@@ -151,12 +151,12 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     return costs, nbytes(totals) // 4, slots
 
 
-def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs) -> tuple[Any, Any]:
-    """A schedule's step, and the same lowered."""
+def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs, **options: Any) -> tuple[Any, Any]:
+    """A schedule's step, and the same lowered; options are further ones of `jaxpipe.value_and_grad`."""
     specs, sequences = model.specs(layers), schedule.num_microbatches * model.mesh.shape["ep"]
     step = jaxpipe.value_and_grad(
         model.stage, schedule, model.mesh, embed=embed, head=head, data_axes=("ep",),
-        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs, order="storage",
+        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs, order="storage", **options,
     )  # fmt: skip
     batch = jax.ShapeDtypeStruct((sequences, model.chunk.tokens, model.chunk.width), jnp.bfloat16)
     shapes = jax.eval_shape(masters(model, layers, schedule.storage_order, model.mesh))

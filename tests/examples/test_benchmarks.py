@@ -38,7 +38,7 @@ def run(name, arguments, monkeypatch):
 
 
 def test_every_script_is_a_benchmark_or_serves_them():
-    others = {"chunks", "overlap_programs", "pages", "record", "spectrax_stage"}
+    others = {"chunks", "overlap_programs", "pages", "peers_model", "peers_torch", "record", "spectrax_stage"}
     assert {*BENCHMARKS, *others} == {path.stem for path in FOLDER.glob("*.py")}
     assert not others & {*BENCHMARKS}
 
