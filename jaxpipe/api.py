@@ -281,6 +281,7 @@ def value_and_grad(
     specs: Params | None = None,
     batch_spec: P | None = None,
     compute_dtype: Any = None,
+    grad_dtype: Any = None,
     costs: Costs | None = None,
     dispatch: str | None = None,
     shared_ends: bool = False,
@@ -338,7 +339,11 @@ def value_and_grad(
         ``axis``; further entries may name any mesh axis.
       batch_spec: PartitionSpec of the batch's leaves; default: the leading dimension over ``data_axes``.
       compute_dtype: dtype of the working copies of floating parameters, such as bfloat16; None: that of the parameters.
-        Gradients and losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
+        Losses are summed in float32 (float64 for float64); gradients come back in the parameters' dtype.
+      grad_dtype: dtype that gradients are summed in, over microbatches and devices: None is float32 (float64 for
+        float64). jnp.bfloat16 halves what the sums take, and what is read, written and sent for them; a sum then keeps
+        8 bits, so that what is less than 1/512 of it is lost when added. With ``fsdp_axis``, which sums over devices
+        for each microbatch, those sums are in float32 all the same.
       costs: relative times of forward, input gradient and weight gradient, for packing; by default all are equal.
       dispatch: how a rank runs the branch of a step. "switch" is a conditional. "loops" are loops of no or one trip,
         for which XLA copies no buffers; "sequential" has such loops for the halves of an overlapped pair too. A GPU
@@ -413,7 +418,7 @@ def value_and_grad(
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
-        example_mask=example_mask,
+        example_mask=example_mask, grad_dtype=grad_dtype,
     )  # fmt: skip
 
 

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -46,6 +47,7 @@ def check_options(
     min_shard_size: Any,
     trainable: Any = None,
     example_mask: Any = None,
+    grad_dtype: Any = None,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -58,13 +60,14 @@ def check_options(
         axes=axes,
         specs=check_specs_given(specs, axis),
         batch_spec=_check_batch_spec(batch_spec, axes, mesh),
-        compute_dtype=_check_dtype(compute_dtype),
+        compute_dtype=_check_dtype("compute_dtype", compute_dtype),
         costs=_check_costs(costs),
         dispatch=_check_dispatch(dispatch, schedule),
         shared_ends=shared_ends,
         order=order,
         trainable=check_trainable(trainable),
         example_mask=_check_example_mask(example_mask),
+        grad_dtype=_check_grad_dtype(grad_dtype),
         fsdp_axes=_check_sharding_axis("fsdp_axis", fsdp_axis, axes),
         zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
@@ -143,8 +146,8 @@ def _check_costs(costs: Any) -> Costs:
     return costs or Costs()
 
 
-def _check_dtype(dtype: Any) -> Any:
-    """The compute dtype, or None; raises ValueError unless it is floating."""
+def _check_dtype(argument: str, dtype: Any) -> Any:
+    """The dtype, or None; raises ValueError unless it is floating."""
     if dtype is None:
         return None
     try:
@@ -152,8 +155,25 @@ def _check_dtype(dtype: Any) -> Any:
     except TypeError:
         found = None
     if found is None or not jnp.issubdtype(found, jnp.floating):
-        raise ValueError(f"compute_dtype={dtype!r}: give a floating dtype, such as jnp.bfloat16, or None")
+        raise ValueError(f"{argument}={dtype!r}: give a floating dtype, such as jnp.bfloat16, or None")
     return dtype
+
+
+def _check_grad_dtype(dtype: Any) -> Any:
+    """The dtype of sums, or None; raises ValueError unless it is floating, of 16 bits at least, and there."""
+    if _check_dtype("grad_dtype", dtype) is None:
+        return None
+    if jnp.finfo(dtype).bits < 16:
+        raise ValueError(
+            f"grad_dtype={dtype!r}: sums in {jnp.finfo(dtype).bits} bits lose what is added to them; give "
+            "jnp.bfloat16, jnp.float32 or None, which is float32"
+        )
+    if jax.dtypes.canonicalize_dtype(dtype) != jnp.dtype(dtype):
+        raise ValueError(
+            f"grad_dtype={dtype!r}: without 64-bit numbers JAX would sum in {jax.dtypes.canonicalize_dtype(dtype)}; "
+            'call jax.config.update("jax_enable_x64", True), or give jnp.float32'
+        )
+    return jnp.dtype(dtype)
 
 
 def _check_example_mask(name: Any) -> str | None:

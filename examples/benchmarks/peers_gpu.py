@@ -292,7 +292,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--width", type=int, default=4096, help="of the activations")
     parser.add_argument("--tokens", type=int, default=4096, help="of a microbatch")
     parser.add_argument("--repeats", type=int, default=5, help="steps of which the median counts")
-    parser.add_argument("--patience", type=float, default=240, help="seconds until silent processes are stopped")
+    parser.add_argument("--patience", type=float, default=300, help="seconds until silent processes are stopped")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no side after so many")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     parser.add_argument("--jobs", help=argparse.SUPPRESS)

@@ -231,7 +231,8 @@ class Stopwatch:
         x = self._model.run_embed(outer, ctx)
         splits = [self._split(kind, chunk, x, ctx) for kind in range(len(self._model.stages))]
         prepared = tuple(split.prepare((chunk, step_inputs)) for split in splits)
-        sums = jax.tree.map(accumulator, partition(chunk, self._trainable.stages)[0])
+        zeros = functools.partial(accumulator, dtype=self.pipeline.options.grad_dtype)
+        sums = jax.tree.map(zeros, partition(chunk, self._trainable.stages)[0])
         return prepared, outer, x, sums
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:

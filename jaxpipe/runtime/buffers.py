@@ -77,9 +77,9 @@ def put(pool: Any, slot: Any, value: Any) -> Any:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
 
 
-def accumulator(aval: Any) -> jax.Array:
-    """Zeros to sum values of an aval's shape, in `accumulation_dtype`."""
-    return jnp.zeros(aval.shape, accumulation_dtype(aval.dtype))
+def accumulator(aval: Any, dtype: Any = None) -> jax.Array:
+    """Zeros to sum values of an aval's shape, in a dtype or, by default, in `accumulation_dtype`."""
+    return jnp.zeros(aval.shape, accumulation_dtype(aval.dtype) if dtype is None else dtype)
 
 
 def accumulation_dtype(dtype: Any) -> Any:

@@ -196,13 +196,14 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
     loss, head_metrics = head
+    grad = functools.partial(accumulator, dtype=options.grad_dtype)
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, program.num_cross_slots + 1),
-        grads=tuple(jax.tree.map(accumulator, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
-        outer_grads=jax.tree.map(accumulator, partition(local.outer, trainable.outer)[0]),
+        grads=tuple(jax.tree.map(grad, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
+        outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
@@ -219,10 +220,16 @@ def _reduce(
     stages, outer = buffers.grads, buffers.outer_grads
     if shares.scale is not None:
         scale = shares.scale
-        stages, outer = jax.tree.map(lambda leaf: leaf * scale.astype(leaf.dtype), (stages, outer))
+        stages, outer = jax.tree.map(functools.partial(_scaled, scale), (stages, outer))
     grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     return (_total(losses), aux), grads
+
+
+def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:
+    """A gradient times a scale, rounded once."""
+    wide = accumulation_dtype(grad.dtype)
+    return (grad.astype(wide) * scale.astype(wide)).astype(grad.dtype)
 
 
 def _sum_losses(axes: Axes, buffers: Buffers, shares: Shares) -> tuple[list[jax.Array], dict[str, Any]]:
@@ -497,5 +504,4 @@ def _reduce_grad(axes: Axes, param: jax.Array, grad: jax.Array | None, reduction
     """Sums a gradient over the manual axes on which its parameter is replicated; in the parameter's dtype."""
     if grad is None:
         return None
-    assert grad.dtype == accumulation_dtype(grad.dtype)
     return reduction.run(grad, axes.names).astype(param.dtype)

@@ -54,6 +54,7 @@ class Options:
       order: which stage a row of the stages' parameters belongs to, "model" or "storage".
       trainable: which parameters have a gradient, as the user says it; see `jaxpipe.value_and_grad`.
       example_mask: the batch's leaf that says which examples count, or None: all do.
+      grad_dtype: dtype that gradients are summed in, or None: `accumulation_dtype` of the working copies'.
       fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
       min_shard_size: elements of the smallest parameter that either is done to.
@@ -69,6 +70,7 @@ class Options:
     order: str
     trainable: Any = None
     example_mask: str | None = None
+    grad_dtype: Any = None
     fsdp_axes: tuple[str, ...] = ()
     zero1_axes: tuple[str, ...] = ()
     min_shard_size: int = 0
