@@ -56,6 +56,7 @@ def compile_step(
     chip: Chip,
     *,
     dtype: Any = jnp.bfloat16,
+    grad_dtype: Any = jnp.float32,
     devices_per_node: int = 8,
 ) -> Compiled:
     """Compiles a step of pipeline, optimizer and all.
@@ -67,6 +68,7 @@ def compile_step(
       microbatch_size: sequences of a microbatch on a device.
       chip: what to compile for, one of `profiling.target_names`.
       dtype: of activations and products.
+      grad_dtype: of sums of gradients.
       devices_per_node: devices with fast links to each other.
 
     Raises:
@@ -79,7 +81,7 @@ def compile_step(
     mesh = Mesh(np.array(devices).reshape(sizes["pp"], sizes["ep"]), ("pp", "ep"), axis_types=axes)
     model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    pipeline = trainer.pipelined(model, schedule, mesh)
+    pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype)
     batch = trainer.abstract_batch(config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
     rows = NamedSharding(mesh, P("ep"))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)

@@ -135,6 +135,7 @@ def plan(
     chip: Chip = CHIPS["H800"],
     achieved: Achieved = PROGRAMS,
     dtype: Any = jnp.bfloat16,
+    grad_dtype: Any = jnp.float32,
     devices_per_node: int = 8,
     cpu: bool = False,
 ) -> PlannedRun:
@@ -149,6 +150,7 @@ def plan(
       chip: what it runs on.
       achieved: which share of the chip's best programs reach.
       dtype: of activations and products.
+      grad_dtype: of sums of gradients.
       devices_per_node: devices with fast links to each other.
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
 
@@ -176,7 +178,7 @@ def plan(
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
         state = trainer.abstract_state(model, optimizer, abstract)
         found = jaxpipe.plan(
-            trainer.pipelined(model, schedule, abstract),
+            trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype),
             state.params,
             trainer.abstract_batch(config, microbatches * sizes["ep"] * microbatch_size),
             chip,
@@ -234,6 +236,7 @@ def run(args: argparse.Namespace) -> None:
         microbatches=args.microbatches,
         microbatch_size=args.microbatch_size,
         chip=chip(args.chip),
+        grad_dtype=jnp.dtype(args.grad_dtype),
         devices_per_node=args.devices_per_node,
     )
     print(found)
@@ -247,8 +250,9 @@ def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespa
     """Each schedule that there is, compiled when asked for."""
     for name in (row.name for row in found.rows if row.memory is not None):
         schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)
+        sums, nodes = jnp.dtype(args.grad_dtype), args.devices_per_node
         options = args.microbatch_size, found.chip
-        yield name, compile_step(found.config, schedule, sizes, *options, devices_per_node=args.devices_per_node)
+        yield name, compile_step(found.config, schedule, sizes, *options, grad_dtype=sums, devices_per_node=nodes)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -236,10 +236,13 @@ def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | Abstra
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
 
-def pipelined(model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
+def pipelined(
+    model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None, grad_dtype: Any = None
+) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
-    The mesh may be abstract: such a pipeline can be traced, not run.
+    The mesh may be abstract: such a pipeline can be traced, not run. Gradients are summed in ``grad_dtype``, by default
+    in float32.
     """
     return jaxpipe.value_and_grad(
         model.stage,
@@ -250,6 +253,7 @@ def pipelined(model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: 
         weight=model.weight,
         data_axes=_data_axes(mesh),
         specs=model.specs,
+        grad_dtype=grad_dtype,
         dispatch=dispatch,
         shared_ends=model.shared_ends,
         order="storage",

@@ -144,3 +144,13 @@ def test_products_in_fp8_are_planned_as_kernels():
     assert fp8.seconds < plain.seconds and fp8.memory.stash < 0.9 * plain.memory.stash
     assert fp8.memory.working < 1.05 * plain.memory.working  # two layouts of one byte
     assert fp8.uncounted == ()
+
+
+@pytest.mark.slow
+def test_sums_in_bfloat16_take_half_the_memory():
+    options = dict(schedules=["1f1b"], microbatches=4)
+    sums = {
+        dtype: planning.plan(model_config("tiny"), {"pp": 2}, grad_dtype=dtype, **options).rows[0].memory.gradients
+        for dtype in (jnp.float32, jnp.bfloat16)
+    }
+    assert 2 * sums[jnp.bfloat16] == sums[jnp.float32]
