@@ -27,6 +27,7 @@ from jaxpipe.runtime.buffers import accumulator, add
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
+from jaxpipe.runtime.row_grads import pull_back_rows
 from jaxpipe.runtime.shared_ends import share_ends
 from jaxpipe.schedule.simulator import Costs, StageCosts
 from jaxpipe.stage import SplitStage, split_stage, vjp_once
@@ -286,7 +287,8 @@ class Stopwatch:
         def floating(diff: Any) -> Any:
             return partition(self._model.run_embed(merge(diff, rest), ctx))[0]
 
-        return vjp_once(floating, diff, ran=True)[1](partition(dx)[0])[0]
+        pull_back = vjp_once(floating, diff, ran=True)[1]
+        return pull_back_rows(lambda ct: pull_back(ct)[0], partition(dx)[0])
 
     def _head(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
         outer, y = held

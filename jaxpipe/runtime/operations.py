@@ -21,6 +21,7 @@ from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.program import Branch, Field, Op
+from jaxpipe.runtime.row_grads import add_with_rows, pull_back_rows
 from jaxpipe.runtime.stage_kinds import SharedPool
 from jaxpipe.stage import Residuals, SplitStage, vjp_once
 
@@ -191,10 +192,12 @@ class TrainStep:
             def floating(diff: Any) -> Any:
                 return partition(self.model.run_embed(merge(diff, rest), ctx))[0]
 
-            return vjp_once(floating, diff, ran=True)[1](partition(dx)[0])[0]
+            pull_back = vjp_once(floating, diff, ran=True)[1]
+            return pull_back_rows(lambda ct: pull_back(ct)[0], partition(dx)[0])
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
-            return buffers._replace(outer_grads=add(buffers.outer_grads, grads, self._counts("embed", operands)))
+            total = add_with_rows(buffers.outer_grads, grads, self._counts("embed", operands))
+            return buffers._replace(outer_grads=total)
 
         return Operation(read, compute, write)
 
