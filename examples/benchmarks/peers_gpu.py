@@ -134,33 +134,37 @@ def ours(args: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[dict[str, An
 
 
 @dataclasses.dataclass(frozen=True)
-class Group:
+class Workers:
     """Processes that work on the same jobs, and what they say.
 
     Attributes:
       processes: as many as there are ranks, or one.
       lines: (process, line of its output, or None at the end).
+      readers: the threads that read them.
     """
 
     processes: list[subprocess.Popen[str]]
     lines: queue.Queue[tuple[int, str | None]]
+    readers: list[threading.Thread] = dataclasses.field(default_factory=list)
 
     @classmethod
-    def start(cls, commands: Iterable[tuple[list[str], dict[str, str]]]) -> Group:
+    def start(cls, commands: Iterable[tuple[list[str], dict[str, str]]]) -> Workers:
         """Starts commands, each with its environment."""
         processes = [
             subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True)
             for command, environment in commands
         ]
-        group = cls(processes, queue.Queue())
+        workers = cls(processes, queue.Queue())
         for index, process in enumerate(processes):
-            threading.Thread(target=group._read, args=(index, process), daemon=True).start()
-        return group
+            workers.readers.append(threading.Thread(target=workers._read, args=(index, process), daemon=True))
+            workers.readers[-1].start()
+        return workers
 
     def _read(self, index: int, process: subprocess.Popen[str]) -> None:
         assert process.stdout
-        for line in process.stdout:
-            self.lines.put((index, line))
+        with process.stdout:
+            for line in process.stdout:
+                self.lines.put((index, line))
         self.lines.put((index, None))
 
     def messages(self, patience: float) -> Iterator[dict[str, Any]]:
@@ -184,17 +188,18 @@ class Group:
 
     def stop(self) -> None:
         """Ends what still runs."""
-        for process in self.processes:
+        for process, reader in zip(self.processes, self.readers, strict=True):
             process.kill()
             process.wait()
+            reader.join(10)
 
 
-def answers(start: Callable[[list[Job]], Group], jobs: list[Job], patience: float) -> Iterator[tuple[Job | None, Any]]:
-    """(job, its row or error) of jobs, and (None, message) of what else is said; a group that dies is started anew."""
+def answers(start: Callable[[list[Job]], Workers], jobs: list[Job], patience: float) -> Iterator[tuple[Job, Any]]:
+    """(job, its row or error) of jobs; processes that die are started anew, on the jobs that are left."""
     while jobs:
-        group, begun, answered = start(jobs), -1, -1
+        workers, begun, answered = start(jobs), -1, -1
         try:
-            for message in group.messages(patience):
+            for message in workers.messages(patience):
                 index = message.get("job", begun)
                 if "error" in message and answered < begun:
                     answered = index
@@ -202,38 +207,36 @@ def answers(start: Callable[[list[Job]], Group], jobs: list[Job], patience: floa
                 elif "row" in message:
                     answered = index
                     yield jobs[index], message["row"]
-                elif "job" in message:
-                    begun = index
                 else:
-                    yield None, message
+                    begun = index
         finally:
-            group.stop()
+            workers.stop()
         if begun < 0:
             yield from ((job, "did not start") for job in jobs)
             return
         jobs = jobs[begun + 1 :]
 
 
-def starter(args: argparse.Namespace, side: str) -> Callable[[list[Job]], Group]:
+def starter(args: argparse.Namespace, side: str) -> Callable[[list[Job]], Workers]:
     """Starts the processes of one side on jobs."""
     folder = pathlib.Path(__file__).parent
     environment = dict(os.environ, PYTHONUNBUFFERED="1")
 
-    def start(jobs: list[Job]) -> Group:
+    def start(jobs: list[Job]) -> Workers:
         given = json.dumps({"args": vars(args) | {"record": None}, "jobs": jobs})
         if side == "ours":
             environment.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
             if os.environ.get("JAX_PLATFORMS") == "cpu":
                 flag = f" --xla_force_host_platform_device_count={args.ranks}"
                 environment["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + flag
-            return Group.start([([sys.executable, str(folder / "peers_gpu.py"), "--jobs", given], environment)])
+            return Workers.start([([sys.executable, str(folder / "peers_gpu.py"), "--jobs", given], environment)])
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
         shared = environment | {"WORLD_SIZE": str(args.ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         shared["PYTHONPATH"] = os.pathsep.join(filter(None, [args.dualpipe, os.environ.get("PYTHONPATH", "")]))
         command = [sys.executable, str(folder / "peers_torch.py"), given]
-        return Group.start([(command, shared | {"RANK": str(rank)}) for rank in range(args.ranks)])
+        return Workers.start([(command, shared | {"RANK": str(rank)}) for rank in range(args.ranks)])
 
     return start
 
@@ -345,7 +348,7 @@ def main() -> None:
             "gradients' norm": f"{found['norm']:.5g}",
         }
 
-    def rows(side: str) -> Iterator[tuple[Job | None, Any]]:
+    def rows(side: str) -> Iterator[tuple[Job, Any]]:
         jobs = [(side, name, count) for count in counts for name in names[side].split(",")]
         reason = missing(side, args)
         if time.monotonic() - begin > args.seconds:
@@ -357,8 +360,7 @@ def main() -> None:
     def table() -> Iterator[dict[str, Any]]:
         for side in args.sides.split(","):
             for job, found in rows(side):
-                if job is not None:
-                    yield row(job, found)
+                yield row(job, found)
 
     devices = subprocess.run(
         [sys.executable, "-c", f"import record; print(record.machine({args.ranks}))"],

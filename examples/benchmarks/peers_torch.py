@@ -139,7 +139,7 @@ def linear_of(sums: Sums) -> Any:
 
 
 def stage_class(sums: Sums, width: int, device: Any) -> Any:
-    """A stage of the dense model: ``Stage(first layer, layers)``."""
+    """A stage of the dense model: ``DenseStage(first layer, layers)``."""
     linear = linear_of(sums)
 
     class Layer(nn.Module):
@@ -156,7 +156,7 @@ def stage_class(sums: Sums, width: int, device: Any) -> Any:
             gate, value = self.up(x).chunk(2, -1)
             return x + self.down(functional.silu(gate) * value)
 
-    class Stage(nn.Module):
+    class DenseStage(nn.Module):
         def __init__(self, first: int, layers: int) -> None:
             super().__init__()
             self.layers = nn.ModuleList(Layer(first + i) for i in range(layers))
@@ -180,7 +180,7 @@ def stage_class(sums: Sums, width: int, device: Any) -> Any:
                 loss.detach_()
             return [y], value
 
-    return Stage
+    return DenseStage
 
 
 class Rank:
