@@ -27,6 +27,7 @@ import functools
 import importlib.metadata
 import importlib.util
 import json
+import math
 import os
 import pathlib
 import queue
@@ -43,7 +44,7 @@ import numpy as np
 from peers_model import numbers, seed, shapes, spread
 from record import Recorder, command_line, make_parser, medians_ms, write_records
 
-OURS = ("1f1b", "zb1p", "zbv", "dualpipe", "dualpipev")
+OURS = ("1f1b", "zbv", "dualpipe", "dualpipev")
 TORCH = (
     "Schedule1F1B", "ScheduleInterleaved1F1B", "ScheduleInterleavedZeroBubble", "ScheduleZBVZeroBubble",
     "ScheduleDualPipeV",
@@ -74,11 +75,11 @@ def ours(args: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[dict[str, An
     def numbers_of(size: int, seed: Any, scale: float) -> jax.Array:
         return numbers(jax.lax.iota(np.uint32, size), seed, scale)
 
-    def masters(order: Sequence[int], layers: int) -> Any:
-        """Rows of stages, each layer its own numbers."""
-        sizes = shapes(args.width)
-        seeds = np.array([[seed(i, name) for name in sizes] for i in range(len(order) * layers)], np.uint32)
-        rows = seeds.reshape(len(order), layers, -1)[np.asarray(order)]
+    sizes = shapes(args.width)
+
+    @functools.cache
+    def stages(layers: int) -> Callable[[jax.Array], Any]:
+        """Makes stages of so many layers, from seeds of each stage, layer and matrix."""
 
         def stage(seeds: jax.Array) -> Any:
             return tuple(
@@ -89,13 +90,18 @@ def ours(args: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[dict[str, An
                 for i in range(layers)
             )
 
-        held = jax.tree.map(sharding, model.specs(layers))
-        return jax.jit(jax.vmap(stage), out_shardings=held)(jax.device_put(rows, sharding(P("pp"))))
+        return jax.jit(jax.vmap(stage), out_shardings=jax.tree.map(sharding, model.specs(layers)))
 
+    def masters(order: Sequence[int], layers: int) -> Any:
+        """Rows of stages in some order."""
+        seeds = np.array([[seed(i, name) for name in sizes] for i in range(len(order) * layers)], np.uint32)
+        rows = seeds.reshape(len(order), layers, -1)[np.asarray(order)]
+        return stages(layers)(jax.device_put(rows, sharding(P("pp"))))
+
+    @functools.partial(jax.jit, static_argnums=0, out_shardings=sharding(P("ep")))
     def batch(count: int) -> jax.Array:
         shape = (count, args.tokens, args.width)
-        make = lambda: numbers_of(int(np.prod(shape)), np.uint32(seed(0, "batch")), 3**0.5).reshape(shape)  # noqa: E731
-        return jax.jit(lambda: make().astype(jnp.bfloat16), out_shardings=sharding(P("ep")))()
+        return numbers_of(math.prod(shape), np.uint32(seed(0, "batch")), 3**0.5).reshape(shape).astype(jnp.bfloat16)
 
     @jax.jit
     def norm(grads: Any) -> jax.Array:
@@ -279,7 +285,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ranks", type=int, default=2, help="GPUs, of one host")
     parser.add_argument("--microbatches", default="8,16", help="of a step")
     parser.add_argument("--sides", default=",".join(SIDES), help="which, in this order")
-    parser.add_argument("--schedules", default=",".join(OURS), help="ours")
+    parser.add_argument("--schedules", default=",".join(OURS), help="ours; any that jaxpipe has")
     parser.add_argument("--torch", default=",".join(TORCH), help="PyTorch's")
     parser.add_argument(
         "--dualpipe", default="", metavar="FOLDER", help="a checkout of github.com/deepseek-ai/DualPipe"
