@@ -94,6 +94,9 @@ VIEWS = frozenset({
 WRITES_IN_PLACE = frozenset({"dynamic_update_slice"})
 """Primitives that write into their first operand."""
 
+ADDS_ROWS = frozenset({"scatter-add", "scatter_add"})
+"""Primitives that add rows to their first operand, in its place where it is carried by a loop."""
+
 READS_PART = frozenset({"dynamic_slice", "slice"})
 """Primitives that read only that part of their operand which they return."""
 

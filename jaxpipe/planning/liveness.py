@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from jaxpipe._jax import (
+    ADDS_ROWS,
     BODY_PARAMETERS,
     COMPUTED_ONCE,
     READS_WHOLE,
@@ -51,6 +52,7 @@ class _Graph:
         self.size = size
         self.ops: list[_InlinedOp] = []
         self.sizes: list[int] = []
+        self.carried: set[int] = set()  # what a loop's body may write into
 
     def new(self, var: Any) -> int:
         self.sizes.append(self.size(var))
@@ -67,6 +69,10 @@ class _Graph:
             inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in branches)
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
+        elif name in ADDS_ROWS and ins[0] in self.carried:
+            aliases = (ins[0],)
+        if name == "optimization_barrier":
+            self.carried.update(out for value, out in zip(ins, outs, strict=True) if value in self.carried)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
 
     def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
@@ -124,6 +130,7 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: 
     """
     graph = _Graph(cpu, size)
     inputs = [graph.new(var) for var in jaxpr.invars]
+    graph.carried.update(inputs[place] for place in carried)
     outputs = inline(jaxpr, inputs, graph.new, lambda eqn, ins, outs, path: graph.append(eqn, ins, outs))
     results = outputs[: len(carried)]
     # What is added to a carried sum, such as a gradient, XLA adds as soon as it is there, and frees.

@@ -17,13 +17,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe._jax import ADDS_ROWS
 from jaxpipe.runtime.buffers import accumulation_dtype, add, select
 from jaxpipe.stage.divide import divide
 from jaxpipe.stage.effects import effects_of
 from jaxpipe.stage.graph import Node, Value, evaluate, make_graph, producers, read
-
-_SCATTER = ("scatter-add", "scatter_add")
-"""The primitive's names in versions of JAX."""
 
 
 @functools.partial(
@@ -96,7 +94,7 @@ def _scatter_of(value: Value, made: Mapping[Value, Node]) -> Node | None:
     node = made.get(value)
     while node is not None and node.name == "convert_element_type" and node.ins[0].nbytes < node.outs[0].nbytes:
         node = made.get(node.ins[0])
-    if node is None or node.eqn is None or node.name not in _SCATTER or not _is_zero(node.ins[0], made):
+    if node is None or node.eqn is None or node.name not in ADDS_ROWS or not _is_zero(node.ins[0], made):
         return None
     return node
 

@@ -34,6 +34,14 @@ def test_peak_of_known_programs():
     # What is added to a carried sum is freed at once, unless something must be there before the addition.
     assert bytes_of(lambda x: accumulate(x, False), x) - bytes_of(lambda x: accumulate(x, True), x) == -size
 
+    def add_rows(x):
+        places = jnp.arange(2)
+        return jax.lax.scan(lambda sums, _: (sums.at[places].add(x[:2] @ x), None), x, None, length=4)[0]
+
+    rows = bytes_of(add_rows, x)
+    assert rows < size  # of the rows alone: they are added to the carried sum where it is
+    assert rows + 2 * size > bytes_of(lambda x: jnp.zeros_like(x).at[jnp.arange(2)].add(x[:2]) @ x, x) >= 2 * size
+
     groups, masked = jnp.array([8, 8]), 2 * size
     matrices = jnp.ones((2, 16, 16))
     assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x) == size
