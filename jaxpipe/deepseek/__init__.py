@@ -17,7 +17,7 @@ from jaxpipe.deepseek.hf_save import save
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
 from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla
-from jaxpipe.deepseek.model import DeepSeekModel, build_model
+from jaxpipe.deepseek.model import DeepSeekModel, build_model, sharing_pays
 from jaxpipe.deepseek.mtp import MTPLayer
 from jaxpipe.deepseek.rope import Rope, Yarn, rotate
 from jaxpipe.deepseek.serving import ServedModel, serve, serving_mesh
@@ -60,5 +60,6 @@ __all__ = [
     "save",
     "serve",
     "serving_mesh",
+    "sharing_pays",
     "to_hf_config",
 ]

@@ -153,7 +153,8 @@ class ModelConfig(LayerConfig):
         in files.
       remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
       shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
-        must divide over them; otherwise the ranks with the first and the last stage do.
+        must divide over them; otherwise the ranks with the first and the last stage do. None: together where that
+        leaves the rank with most work less of it, by operations; see `jaxpipe.deepseek.sharing_pays`.
       shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
         kept in parts over the experts' axis, and gathered for use.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
@@ -173,7 +174,7 @@ class ModelConfig(LayerConfig):
     balance_factor: float = 1e-4
     bias_update_speed: float = 1e-3
     remat: str = "none"
-    shared_ends: bool = True
+    shared_ends: bool | None = None
     shard_outer: bool = False
     moments: str = "float32"
     tied: bool = False

@@ -330,10 +330,12 @@ def build_model(
     >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
     >>> model = build_model(MODELS["tiny"], schedule, 0, axis="ep", abstract=True)
     >>> model.arrangement.counts, model.params.outer["embedding"].shape
-    ((2, 2, 2, 3), (256, 64))
+    ((2, 3, 2, 2), (256, 64))
     """
     ranks = schedule.num_ranks
-    shared = config.shared_ends and axis is not None and ranks > 1
+    shared = axis is not None and ranks > 1
+    if shared:
+        shared = sharing_pays(config, schedule, costs) if config.shared_ends is None else config.shared_ends
     if shared and config.vocab % ranks:
         raise ValueError(
             f"a vocabulary of {config.vocab} does not divide over {ranks} pipeline ranks: take vocab="
@@ -342,6 +344,40 @@ def build_model(
     arrangement = _arrange(config, schedule, costs, shared)
     model = _of_shapes(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core)
     return model if abstract else dataclasses.replace(model, params=jax.jit(lambda: model.init(seed))())
+
+
+def sharing_pays(
+    config: ModelConfig, schedule: jaxpipe.schedule.Schedule, costs: Mapping[str, float] | None = None
+) -> bool:
+    """Whether the rank with most work has less of it where all ranks run embedding and head together.
+
+    Ranks that do must also wait for each other several times a microbatch, which is not counted.
+
+    Args:
+      config: the sizes.
+      schedule: whose ranks have the layers.
+      costs: of a layer of each kind and of the "head", in any unit; None: by operations.
+
+    >>> from jaxpipe.deepseek import MODELS
+    >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build(name, 2, 8)) for name in ("dualpipev", "1f1b")]
+    [True, False]
+    """
+    if config.vocab % schedule.num_ranks:
+        return False
+    known = _costs(config) if costs is None else costs
+    head = known.get("head", 0.0)
+
+    def most(shared: bool) -> float:
+        """Of a rank, for one microbatch."""
+        rows, loads = _arrange(config, schedule, costs, shared).rows, [0.0] * schedule.num_ranks
+        for route in schedule.routes:  # which the microbatches divide between them
+            for stage, rank in enumerate(route):
+                loads[rank] += sum(known[kind] for kind in rows[stage]) / len(schedule.routes)
+            for rank in range(schedule.num_ranks) if shared else route[-1:]:
+                loads[rank] += head / (schedule.num_ranks if shared else 1) / len(schedule.routes)
+        return max(loads)
+
+    return most(True) < most(False)
 
 
 def _of_shapes(
@@ -368,8 +404,13 @@ def _arrange(
     """The model's layers over a schedule's stages."""
     kinds = config.layer_kinds
     if costs is None and len(set(kinds)) > 1:
-        costs = {**{kind: config.layer_flops(kind) for kind in kinds}, "head": config.head_flops}
+        costs = _costs(config)
     if costs is None:
         return Arrangement.of(kinds, schedule)
     of_layers = {kind: cost for kind, cost in costs.items() if kind != "head"}
     return Arrangement.of(kinds, schedule, of_layers, 0.0 if shared else costs.get("head", 0.0))
+
+
+def _costs(config: ModelConfig) -> dict[str, float]:
+    """Operations of a layer of each kind and of the head."""
+    return {**{kind: config.layer_flops(kind) for kind in config.layer_kinds}, "head": config.head_flops}

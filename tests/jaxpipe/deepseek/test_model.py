@@ -1,5 +1,6 @@
 """The model as stages: what it computes, where its layers are, and what changes its state."""
 
+import dataclasses
 import functools
 
 import jax
@@ -13,6 +14,22 @@ from jaxpipe.deepseek import MODELS, Arrangement, build_model
 from tests.jaxpipe.deepseek.models import SMALL, built, make_batch, small, with_zeros
 
 CTX = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)
+
+
+def test_ends_are_shared_where_that_leaves_less_to_the_busiest_rank():
+    """moe-1b: nine layers that cost the same and a head that costs 1.3; two ranks get 5 and 4 + 1.3, not 5.65."""
+    apart, together = (build(MODELS["moe-1b"], name) for name in ("1f1b", "dualpipev"))
+    assert not apart.shared_ends and apart.arrangement.counts == (5, 4)
+    assert together.shared_ends
+    told = build(dataclasses.replace(MODELS["moe-1b"], shared_ends=True), "1f1b")
+    assert told.shared_ends and told.arrangement.counts == (4, 5)
+    odd = build(dataclasses.replace(MODELS["moe-1b"], vocab=32001), "dualpipev")
+    assert not odd.shared_ends
+
+
+def build(config, schedule):
+    """A model of two ranks without arrays."""
+    return build_model(config, jaxpipe.schedule.build(schedule, 2, 8), 0, axis="ep", abstract=True)
 
 
 @functools.cache
