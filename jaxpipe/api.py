@@ -348,11 +348,11 @@ def value_and_grad(
       dispatch: how a rank runs the branch of a step. "switch" is a conditional. "loops" are loops of no or one trip,
         for which XLA copies no buffers; "sequential" has such loops for the halves of an overlapped pair too. A GPU
         waits for the host at each loop: "stretches" has one only round what not all ranks run, in stretches of steps
-        with the branches that occur in them, which is up to twice as much code and has not been timed yet.
+        with the branches that occur in them, which is up to twice as much code.
         ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes loops parts of CUDA graphs, which need no host.
         "unrolled" is for one rank: code that needs no choice and copies nothing into slots. It is two to three times as
         much code, and it stashes even what is named "recompute". The default is "unrolled" on one rank where a few
-        rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "loops" elsewhere.
+        rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "stretches" elsewhere.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
@@ -514,4 +514,4 @@ def default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     if is_short(program):
         return "unrolled"
     on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return "sequential" if on_cpu else "loops"
+    return "sequential" if on_cpu else "stretches"

@@ -291,7 +291,7 @@ def parse() -> argparse.Namespace:
         "--dualpipe", default="", metavar="FOLDER", help="a checkout of github.com/deepseek-ai/DualPipe"
     )
     parser.add_argument(
-        "--dispatch", choices=["loops", "stretches", "sequential", "switch"], help="ours; default: loops"
+        "--dispatch", choices=["loops", "stretches", "sequential", "switch"], help="ours; default: stretches"
     )
     parser.add_argument(
         "--grad-dtype", choices=["float32", "bfloat16"], default="float32", help="of sums, on all sides"
