@@ -1,10 +1,11 @@
 """A training step of a whole model on one GPU and on two: pipelines of two ranks, and experts over two devices.
 
-    python examples/benchmarks/pretrain_gpus.py [--config moe-1b] [--programs one,ep,dualpipev] [--sequences 64] [--tiny]
+    python examples/benchmarks/pretrain_gpus.py [--config moe-1b] [--programs one,ep,dualpipev] [--sequences 64]
+        [--tiny]
 
 Model, data, optimizer and step are those of `examples/pretrain.py`, float32 masters and bfloat16 products, and so are
-its defaults: who runs embedding and head, and how ranks run their branches. All programs train from the same weights on
-the same batches, of as many sequences; a loss that is another's by more than 1% after these steps is an error. "planned"
+its defaults: who runs embedding and head, and how ranks run their branches. All programs train from the same weights
+on the same batches, of as many sequences; losses that differ by more than 1% after these steps are an error. "planned"
 is the time that `examples/pretrain.py plan` foresees on this chip.
 """
 
