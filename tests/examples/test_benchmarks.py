@@ -20,6 +20,7 @@ RECORDED = {
     "lockstep": ("--schedule dualpipev --quick", 20),
     "clusters": ("--ranks 8 --microbatches 20", 40),
     "improved_orders": ("--sizes 4x8 --costs DeepSeek-V3 --moves 100", 20),
+    "deferred": ("--sizes 4x8 --costs DeepSeek-V3", 40),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
     "permute_rows": ("--tiny --repeats 1", 4),
     "fp8_gemm": ("--tiny --repeats 1", 24),
