@@ -12,6 +12,8 @@ are. One compiled program serves all ranks.
 "planned" is `jaxpipe.plan` of the mesh: memory of a device, and the time that the rank's kernels take, exchanges being
 passes over memory (`jaxpipe.planning.rank_time`). "peak" is what the allocator had in use at most in the step;
 "compiled" are arguments and temporaries by the compiler. With --dry nothing is run, only traced, planned and lowered.
+With --own the program, and so its plan, has the branches of these ranks alone: it compiles faster, and may need less
+memory.
 """
 
 from __future__ import annotations
@@ -22,7 +24,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")  # nothing but the step is on the GPU
@@ -45,6 +47,7 @@ from jaxpipe.planning.liveness import nbytes
 from jaxpipe.planning.one_device import OneDevice, one_device
 from jaxpipe.planning.planner import Plan
 from jaxpipe.planning.rank_time import rank_seconds
+from jaxpipe.runtime.program import Program
 
 GIGA = 1e9
 
@@ -84,7 +87,10 @@ def set_up(args: argparse.Namespace) -> Alone:
         model = build_model(config, schedule, 0, axis="ep", dtype=jnp.dtype(args.dtype), abstract=True, **core)
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=100), model)
         state = trainer.abstract_state(model, optimizer, mesh)
-        return model, optimizer, state, trainer.pipelined(model, schedule, mesh, dispatch="loops")
+        pipeline = trainer.pipelined(model, schedule, mesh, dispatch="loops")
+        if args.own:
+            pipeline = dataclasses.replace(pipeline, program=branches_of(pipeline.program, args.rank))
+        return model, optimizer, state, pipeline
 
     _, _, state, pipeline = traced(core=stand_in.attention)
     plan = jaxpipe.plan(
@@ -93,6 +99,15 @@ def set_up(args: argparse.Namespace) -> Alone:
     model, optimizer, state, pipeline = traced()
     device = one_device(pipeline, state.params, batch, key)
     return Alone(model, device, optimizer, plan, args.microbatch_size)
+
+
+def branches_of(program: Program, ranks: Sequence[int]) -> Program:
+    """The program with the branches of some ranks alone; the others idle where they have another one."""
+    kept = np.union1d([0], program.branch[:, list(ranks)])
+    branch = np.zeros_like(program.branch)
+    for new, old in enumerate(kept):
+        branch[program.branch == old] = new
+    return dataclasses.replace(program, branches=tuple(program.branches[old] for old in kept), branch=branch)
 
 
 def make_step(alone: Alone) -> Callable[..., Any]:
@@ -166,7 +181,7 @@ def measure(alone: Alone, args: argparse.Namespace, report: Recorder) -> None:
     lowered = make_step(alone).lower(*abstract_arguments(alone))
     print(f"lowered in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     if args.dry:
-        report.table([planned_row(alone, rank) for rank in args.rank])
+        report.table([planned_row(alone, rank) for rank in args.rank], labels=3)
         return
     found, begin = chip_of(jax.devices()[0].device_kind), time.perf_counter()
     options: dict[str, Any] = {}
@@ -176,14 +191,15 @@ def measure(alone: Alone, args: argparse.Namespace, report: Recorder) -> None:
     step = lowered.compile(compiler_options=options)
     print(f"compiled in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     analysis: Any = step.memory_analysis()
-    report.table(row(alone, step, analysis, rank, args.repeats) for rank in args.rank)
-    print("\n" + str(alone.plan))
+    report.table((row(alone, step, analysis, rank, args.repeats) for rank in args.rank), labels=3)
 
 
 def planned_row(alone: Alone, rank: int) -> dict[str, Any]:
     """What the plan says of a rank."""
     seconds = rank_seconds(alone.device.pipeline, alone.plan, rank)
-    return {"rank": str(rank), "planned GB": alone.plan.memory.total / GIGA, "planned s": seconds}
+    schedule, precision = alone.device.pipeline.program.schedule.name, alone.model.config.moe.recipe.name
+    labels = {"schedule": schedule, "products": precision, "rank": str(rank)}
+    return {**labels, "planned GB": alone.plan.memory.total / GIGA, "planned s": seconds}
 
 
 def row(alone: Alone, step: Any, analysis: Any, rank: int, repeats: int) -> dict[str, Any]:
@@ -242,6 +258,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the computation")
     parser.add_argument("--chip", default="H200", help="of the plan, where the device at hand is not known")
     parser.add_argument("--repeats", type=int, default=3, help="steps of which the median counts")
+    parser.add_argument("--own", action="store_true", help="leave out what only other ranks run")
     parser.add_argument("--dry", action="store_true", help="trace, plan and lower alone")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
@@ -254,8 +271,10 @@ def main() -> None:
         parser.error(f"--rank {wrong[0]} of {args.ranks}: they are numbered from 0 to {args.ranks - 1}")
     alone = set_up(args)
     sizes = f"{alone.device.pipeline.__name__} of {dict(alone.device.pipeline.mesh.shape)}"
-    report = Recorder.begin(args, machine(), args.config, args.precision or "its own precision", sizes)
+    report = Recorder.begin(args, machine(), args.config, sizes)
     measure(alone, args, report)
+    if not args.own:  # whose other ranks the plan knows nothing of
+        print(f"\n{alone.plan}")
 
 
 if __name__ == "__main__":

@@ -187,6 +187,7 @@ def test_dualpipe_gets_its_other_copy_of_itself(x64):
     np.testing.assert_allclose(grads.stages[0], expected.stages[1], rtol=1e-12)
 
 
+@pytest.mark.slow
 def test_the_whole_of_a_mesh_of_one(x64):
     schedule = build("dualpipev", 1, 4)
     params = jaxpipe.Params(jnp.asarray(np.random.default_rng(7).normal(size=(2, 6, 6))), jnp.float64(2.0))
