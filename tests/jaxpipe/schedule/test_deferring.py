@@ -63,7 +63,7 @@ def places(groups):
 
 def test_random_schedules_keep_to_the_bound():
     bounded = 0
-    for schedule, slots, costs in random_schedules(150):
+    for schedule, slots, costs in random_schedules(100):
         found = bound_deferred(schedule, slots, costs)
         check(found)
         before, after = simulate(schedule, costs), simulate(found, costs)
@@ -82,7 +82,7 @@ def test_random_schedules_keep_to_the_bound():
         assert np.all(np.array(after.peak_pending_weight) <= before.peak_pending_weight)
         if not slots:
             assert all(a.kind in (Kind.F, Kind.B) for groups in found.ranks for group in groups for a in group)
-    assert bounded > 50
+    assert bounded > 30
 
 
 @pytest.mark.parametrize("name", ["zb1p", "zbv", "dualpipe", "dualpipev"])
@@ -141,7 +141,8 @@ def test_bad_bounds_are_refused():
 @pytest.mark.parametrize(
     "name, ranks, slots",
     [
-        ("zbv", 2, 1),
+        ("zb1p", 2, 1),
+        pytest.param("zbv", 2, 1, marks=pytest.mark.slow),
         pytest.param("dualpipev", 4, 1, marks=pytest.mark.slow),
         pytest.param("dualpipe", 4, 0, marks=pytest.mark.slow),
         pytest.param("zb1p", 8, 3, marks=pytest.mark.slow),
