@@ -237,18 +237,12 @@ class Pipeline:
         batch_specs = jax.tree.map(lambda _: manual(batch_spec), batch)
         params = jax.tree.map(self._constrain, params, specs)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
+        body, specs = self._body(model, params, specs)
         if self.evaluates:
-            body = functools.partial(execute.evaluate, self.program, model, self.options)
             out_specs = (P(), P())
         elif self.program.forward_only:
-            body = functools.partial(execute.infer, self.program, model, self.options)
             out_specs = (manual(self.batch_spec), P())
         else:
-            scattered = self._scattered(params, specs)
-            reductions = scattered.reductions(jax.tree.map(inputs.axes_of, param_specs, is_leaf=inputs.is_spec))
-            mask = self.trainable_mask(params)
-            body = functools.partial(execute.train, self.program, model, self.options, reductions, mask)
-            specs = scattered.specs
             out_specs = (P(), jax.tree.map(manual, specs, is_leaf=inputs.is_spec))
         result = jax.shard_map(
             body,
@@ -262,6 +256,32 @@ class Pipeline:
             return result
         value, grads = result
         return value, jax.tree.map(functools.partial(execute.finish_grad, self._constrain), params, grads, specs)
+
+    def _body(self, model: Model, params: Params, specs: Params) -> tuple[Callable[..., Any], Params]:
+        """(what each device runs of (params, batch, rng, step_inputs, tables), PartitionSpecs of the gradients)."""
+        if self.evaluates:
+            return functools.partial(execute.evaluate, self.program, model, self.options), specs
+        if self.program.forward_only:
+            return functools.partial(execute.infer, self.program, model, self.options), specs
+        sharded = jax.tree.map(
+            lambda spec: inputs.axes_of(inputs.manual_part(self.axes.names, spec)), specs, is_leaf=inputs.is_spec
+        )
+        scattered = self._scattered(params, specs)
+        mask, reductions = self.trainable_mask(params), scattered.reductions(sharded)
+        return functools.partial(execute.train, self.program, model, self.options, reductions, mask), scattered.specs
+
+    def body(self, params: Params) -> Callable[..., Any]:
+        """What each device runs, where `jax.shard_map` or another binds the axes handled by hand.
+
+        Args:
+          params: the parameters, or their shapes and dtypes, those of all devices.
+
+        Returns:
+          A function of one device's (params, batch, rng, step_inputs, tables); the batch is in microbatches, tables are
+          those of `jaxpipe.runtime.execute.make_tables` for its rank.
+        """
+        specs, shards, _ = self._sharded(params)
+        return self._body(fsdp.gather_where_used(self.model, shards), params, specs)[0]
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))

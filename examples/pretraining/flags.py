@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
+    from jaxpipe.schedule import Schedule
 
 AXES = ("pp", "ep", "dp")
 COMMANDS = ("train", "plan", "export", "eval", "generate")
@@ -71,6 +72,10 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         help="what gradients are summed in; bfloat16 takes half the memory and keeps 8 bits"
     )  # fmt: skip
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
+    parser.add_argument(
+        "--deferred", type=int, metavar="COUNT", help="most weight gradients that a rank puts off at once, for each of "
+        "which it keeps what it needs; default: as many as the schedule does"
+    )  # fmt: skip
 
 
 def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
@@ -89,6 +94,18 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
         except ValueError as error:
             raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
     return config.over_devices(devices, args.slots)
+
+
+def built_schedule(name: str, ranks: int, microbatches: int, deferred: int | None) -> Schedule:
+    """The schedule of a name, with at most so many weight gradients put off at once; None: as it is.
+
+    Raises:
+      ValueError: there is no such schedule, or a negative bound.
+    """
+    from jaxpipe.schedule import bound_deferred, build  # noqa: PLC0415
+
+    schedule = build(name, ranks, microbatches)
+    return schedule if deferred is None else bound_deferred(schedule, deferred)
 
 
 def base_config(args: argparse.Namespace) -> ModelConfig:

@@ -132,6 +132,7 @@ def plan(
     schedules: Sequence[str] = tuple(BUILDERS),
     microbatches: int | None = None,
     microbatch_size: int = 1,
+    deferred: int | None = None,
     chip: Chip = CHIPS["H800"],
     achieved: Achieved = PROGRAMS,
     dtype: Any = jnp.bfloat16,
@@ -147,6 +148,7 @@ def plan(
       schedules: by name.
       microbatches: of a step; default: four for each pipeline rank.
       microbatch_size: sequences of a microbatch on one device.
+      deferred: most weight gradients that a rank puts off at once; None: as many as each schedule does.
       chip: what it runs on.
       achieved: which share of the chip's best programs reach.
       dtype: of activations and products.
@@ -165,7 +167,7 @@ def plan(
     rows, held = [], 0
     for name in schedules:
         try:
-            schedule = jaxpipe.schedule.build(name, sizes["pp"], microbatches)
+            schedule = flags.built_schedule(name, sizes["pp"], microbatches, deferred)
             if len(config.layer_kinds) < schedule.num_stages:
                 layers = len(config.layer_kinds)
                 raise ValueError(f"{layers} layers for {schedule.num_stages} stages: use fewer stages or more layers")
@@ -235,6 +237,7 @@ def run(args: argparse.Namespace) -> None:
         schedules=args.schedules,
         microbatches=args.microbatches,
         microbatch_size=args.microbatch_size,
+        deferred=args.deferred,
         chip=chip(args.chip),
         grad_dtype=jnp.dtype(args.grad_dtype),
         devices_per_node=args.devices_per_node,
@@ -249,7 +252,7 @@ def run(args: argparse.Namespace) -> None:
 def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
     """Each schedule that there is, compiled when asked for."""
     for name in (row.name for row in found.rows if row.memory is not None):
-        schedule = jaxpipe.schedule.build(name, sizes["pp"], found.microbatches)
+        schedule = flags.built_schedule(name, sizes["pp"], found.microbatches, args.deferred)
         sums, nodes = jnp.dtype(args.grad_dtype), args.devices_per_node
         options = args.microbatch_size, found.chip
         yield name, compile_step(found.config, schedule, sizes, *options, grad_dtype=sums, devices_per_node=nodes)

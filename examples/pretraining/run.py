@@ -80,7 +80,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     """
     config = flags.sized_config(args, args.mesh.get("ep", 1))
     ranks = args.mesh["pp"]
-    build = lambda: jaxpipe.schedule.build(args.schedule, ranks, args.microbatches or 2 * ranks)  # noqa: E731
+    build = lambda: flags.built_schedule(args.schedule, ranks, args.microbatches or 2 * ranks, args.deferred)  # noqa: E731
     schedule = None if args.schedule == auto.AUTO else build()
     mesh = jaxpipe.make_mesh(**args.mesh)
     if jax.process_count() > 1 and mesh.size != jax.device_count():

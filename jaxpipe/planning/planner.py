@@ -47,6 +47,7 @@ class Plan:
       stage_costs: the same of each stage, and of the ends.
       embed, head: seconds of a microbatch's embedding and head, with their gradients.
       once: seconds of what is done once a step: copies of parameters, sums of gradients over devices, the update.
+      update: seconds of the update alone; 0 without an optimizer.
       timeline: the schedule with the costs of each stage, and with embedding and head unless all ranks share them.
       seconds: of a step.
       bubble: share of a step in which the rank that is idle longest waits for others.
@@ -66,6 +67,7 @@ class Plan:
     embed: float
     head: float
     once: float
+    update: float
     timeline: Timeline
     seconds: float
     bubble: float
@@ -219,9 +221,10 @@ def _plan(
 
     ``updated``: whether an optimizer updates the state; ``frozen``: whether some floating parameters have no gradient.
     """
-    once = found.once.compute(chip, achieved) + found.once.communicate(network)
+    update = 0.0
     if updated:  # all state is read and written
-        once += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+        update = 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    once = found.once.compute(chip, achieved) + found.once.communicate(network) + update
     timeline = timing.timeline(pipeline, costs)
     runs = timing.count_runs(pipeline, found, timeline)
     total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once
@@ -237,6 +240,7 @@ def _plan(
         embed=costs.embed + costs.embed_grad,
         head=costs.head,
         once=once,
+        update=update,
         timeline=timeline,
         seconds=total,
         bubble=max(timeline.bubble) / total if total else 0.0,

@@ -5,7 +5,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 `build` makes a `Schedule` by the name of its `Builder`; so does a builder itself, such as `dualpipev`. `check` proves
 that a schedule can run, `simulate` gives the `Timeline` of one with given `Costs`, or `StageCosts` where stages differ,
 and ``draw_`` functions draw that. `improve` searches for an order that is faster with given costs, and `lower_bound`
-says what none can go below. `to_csv` and `from_csv` are PyTorch's notation.
+says what none can go below. `bound_deferred` puts fewer weight gradients off. `to_csv` and `from_csv` are PyTorch's
+notation.
 """
 
 from jaxpipe.schedule.action import Action, Kind
@@ -19,6 +20,7 @@ from jaxpipe.schedule.builders.zbv import zbv
 from jaxpipe.schedule.builders.zero_bubble import zero_bubble
 from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.csv import from_csv, to_csv
+from jaxpipe.schedule.deferring import bound_deferred
 from jaxpipe.schedule.draw import draw_perfetto, draw_text
 from jaxpipe.schedule.improving import improve
 from jaxpipe.schedule.registry import BUILDERS, Builder, build
@@ -35,6 +37,7 @@ __all__ = [
     "Schedule",
     "StageCosts",
     "Timeline",
+    "bound_deferred",
     "build",
     "check",
     "draw_perfetto",

@@ -14,12 +14,14 @@ import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
-LONG = ("frozen", "generate", "llama", "shared_ends", "fp8_gemm")
+LONG = ("frozen", "generate", "llama", "one_rank", "shared_ends", "fp8_gemm")
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
     "clusters": ("--ranks 8 --microbatches 20", 40),
     "improved_orders": ("--sizes 4x8 --costs DeepSeek-V3 --moves 100", 20),
+    "deferred": ("--sizes 4x8 --costs DeepSeek-V3", 40),
+    "one_rank": ("--tiny --repeats 1", 10),
     "lowering": ("--ranks 2 --microbatches 8 --schedule zbv", 8),
     "permute_rows": ("--tiny --repeats 1", 4),
     "fp8_gemm": ("--tiny --repeats 1", 24),
@@ -79,3 +81,18 @@ def test_record(name, monkeypatch, tmp_path, capsys):
         assert len(quoted) >= 14
         for key, value in quoted.items():
             assert found[key]["value"] == pytest.approx(value, abs=0.5 if "%" in key else 5e-3), key
+
+
+def test_a_rank_alone_is_lowered(monkeypatch, capsys):
+    """What a GPU would be given, and the plan's part of its table."""
+    run("one_rank", ["--tiny", "--dry", "--own"], monkeypatch)
+    lines = capsys.readouterr().out.splitlines()
+    table = [[cell.strip() for cell in line.strip("|").split("|")] for line in lines if line.startswith("|")]
+    assert table[0] == ["schedule", "products", "rank", "planned GB", "planned s"]
+    assert [row[:3] for row in table[2:]] == [["1f1b", "bf16", "0"], ["1f1b", "bf16", "1"]]
+
+
+def test_a_rank_that_is_not_there_is_refused(monkeypatch, capsys):
+    with pytest.raises(SystemExit):
+        run("one_rank", ["--rank", "3,16"], monkeypatch)
+    assert "--rank 16 of 16: they are numbered from 0 to 15" in capsys.readouterr().err

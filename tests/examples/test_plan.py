@@ -154,3 +154,19 @@ def test_sums_in_bfloat16_take_half_the_memory():
         for dtype in (jnp.float32, jnp.bfloat16)
     }
     assert 2 * sums[jnp.bfloat16] == sums[jnp.float32]
+
+
+@pytest.mark.slow
+def test_fewer_deferred_weight_gradients_need_less_memory():
+    """The plan is that of the bounded schedule: ZB1P on two ranks puts two off."""
+    options = {"schedules": ["zb1p"], "microbatches": 4}
+    as_it_is, bounded = (
+        planning.plan(model_config("tiny"), {"pp": 2, "ep": 1}, **options, deferred=deferred).rows[0]
+        for deferred in (2, 1)
+    )
+    assert bounded.memory.stash < as_it_is.memory.stash and bounded.seconds > as_it_is.seconds
+
+
+def test_a_negative_bound_is_refused():
+    (row,) = planning.plan(model_config("tiny"), {"pp": 2}, schedules=["zb1p"], deferred=-1).rows
+    assert row.reason == "zb1p with slots=-1: it must be an integer of at least 0"
