@@ -23,7 +23,7 @@ from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
-from jaxpipe.planning.planner import PROGRAMS
+from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
 from pretraining import flags, trainer
 from pretraining.compiled import Compiled, compile_step, table
@@ -171,7 +171,7 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        abstract = abstract_mesh(sizes, chip if config.precision == "fp8" and not cpu else None)
+        abstract = abstract_mesh(sizes, None if cpu else chip)
         # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
         state = trainer.abstract_state(model, optimizer, abstract)

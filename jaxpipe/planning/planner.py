@@ -22,13 +22,11 @@ from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
+from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.planning.work import Works, works
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask
-
-PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
-"""The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md."""
 
 GIGA = 1e9
 
@@ -55,6 +53,8 @@ class Plan:
       mfu: share of what the chips could do that ``flops`` are.
       uncounted: (kernel, times a step on a device) whose FLOPs no rule knows; their bytes count.
       work: what is done in one run of each action, by kind of stage.
+      achieved: the shares of the chip's best that were assumed.
+      network: the devices in nodes, and the rates of their links.
     """
 
     name: str
@@ -74,6 +74,8 @@ class Plan:
     mfu: float
     uncounted: tuple[tuple[str, float], ...]
     work: Works
+    achieved: Achieved
+    network: Network
 
     @property
     def fits(self) -> bool:
@@ -101,7 +103,7 @@ class Plan:
         if len(stages) == 1:
             one_run = ["  one run: " + ", ".join([*runs[0], *ends])]
         else:
-            rows = [f"{_stages_text(numbers)}: {', '.join(runs[numbers[0]])}" for numbers in stages.values()]
+            rows = [f"{stages_text(numbers)}: {', '.join(runs[numbers[0]])}" for numbers in stages.values()]
             one_run = [f"  one run of {row}" for row in rows] + ["  " + ", ".join(ends)]
         devices = math.prod(size for _, size in self.mesh)
         lines = [
@@ -245,6 +247,8 @@ def _plan(
         mfu=flops / total / (timing.best_rate(found, chip) * others * len(runs)) if total else 0.0,
         uncounted=timing.uncounted(found, runs),
         work=found,
+        achieved=achieved,
+        network=network,
     )
 
 
@@ -254,10 +258,10 @@ def _times(costs: Costs, kinds: Set[Kind]) -> list[str]:
     return times if costs.overlapped is None else [*times, f"F&B {costs.overlapped * 1e3:.3g}"]
 
 
-def _stages_text(stages: Sequence[int]) -> str:
+def stages_text(stages: Sequence[int]) -> str:
     """Stages in ascending order, in few words.
 
-    >>> _stages_text([0, 1, 2, 5]), _stages_text([3])
+    >>> stages_text([0, 1, 2, 5]), stages_text([3])
     ('stages 0-2, 5', 'stage 3')
     """
     runs: list[list[int]] = []

@@ -27,7 +27,7 @@ from jaxpipe._jax import (
     Jaxpr,
     JaxprEqn,
 )
-from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 from jaxpipe.planning.liveness import for_gpus, inline
@@ -35,6 +35,7 @@ from jaxpipe.planning.mesh import Network
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.action import Kind
 from jaxpipe.stage.flops import eqn_flops
+from jaxpipe.stage.graph import has_side_effects
 
 RECOMPUTED = "rematted_computation"
 """JAX's scope for what `jax.checkpoint` computes again."""
@@ -64,6 +65,7 @@ class Kernel(NamedTuple):
       times: how often it runs.
       recomputed: whether a backward pass runs it again.
       parted: whether the pipeline's ranks have a part of its operands each.
+      scope: that it stands in, within its action: "jvp(layer_0)/attention/core".
     """
 
     name: str
@@ -73,15 +75,37 @@ class Kernel(NamedTuple):
     times: float
     recomputed: bool = False
     parted: bool = False
+    scope: str = ""
+
+    def seconds(self, chip: Chip, achieved: Achieved) -> float:
+        """How long one run takes: its products or its bytes, whichever takes longer, and the gap before the next."""
+        own = achieved.kernels.get(self.name, KernelShare())
+        moved = self.nbytes / (chip.hbm * (own.memory or achieved.memory))
+        multiplied = self.flops / (chip.flops(self.unit) * (own.matmul or achieved.matmul)) if self.unit else 0.0
+        return max(multiplied, moved) + achieved.kernel_us / 1e6
 
 
 class Message(NamedTuple):
-    """One collective: kind, mesh axes, bytes of the whole array (see `Network.seconds`), how often."""
+    """One collective.
+
+    Attributes:
+      kind, axes, nbytes, groups: as `Network.seconds` takes them.
+      times: how often.
+      recomputed: whether a backward pass runs it again.
+      scope: as that of a `Kernel`.
+    """
 
     kind: str
     axes: tuple[str, ...]
     nbytes: float
     times: float
+    recomputed: bool = False
+    scope: str = ""
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def seconds(self, network: Network) -> float:
+        """How long one run takes."""
+        return network.seconds(self.kind, self.axes, self.nbytes, self.groups)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -118,21 +142,11 @@ class DeviceWork:
 
     def compute(self, chip: Chip, achieved: Achieved) -> float:
         """Seconds of all kernels: of each its products or its bytes, whichever takes longer."""
-        memory = chip.hbm * achieved.memory
-        units = {kernel.unit for kernel in self.kernels if kernel.unit}
-        rates = {unit: chip.flops(unit) * achieved.matmul for unit in units}
-        return sum(
-            kernel.times
-            * (
-                max(kernel.flops / rates[kernel.unit] if kernel.unit else 0.0, kernel.nbytes / memory)
-                + achieved.kernel_us / 1e6
-            )
-            for kernel in self.kernels
-        )
+        return sum(kernel.times * kernel.seconds(chip, achieved) for kernel in self.kernels)
 
     def communicate(self, network: Network) -> float:
         """Seconds of all collectives."""
-        return sum(m.times * network.seconds(m.kind, m.axes, m.nbytes) for m in self.messages)
+        return sum(message.times * message.seconds(network) for message in self.messages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -342,7 +356,10 @@ class _Collector:
         arrays = op.eqn.outvars if kind == "all-gather" else op.eqn.invars
         count = 1 if op.name.startswith("ragged") else len(arrays)
         nbytes = sum(self.divided.nbytes(atom) for atom in arrays[:count])
-        self.messages[op.label].append(Message(kind, axes, nbytes, times))
+        groups = params.get("axis_index_groups")
+        groups = groups if groups is None else tuple(map(tuple, groups))
+        again, scope = RECOMPUTED in op.path.split("/"), _within(op)
+        self.messages[op.label].append(Message(kind, axes, nbytes, times, again, scope, groups))
 
     def _kernel(
         self, op: _ScopedOp, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
@@ -376,7 +393,7 @@ class _Collector:
             return
         if flops or nbytes > _SCALARS:
             parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
-            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted))
+            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted, _within(op)))
 
     def _product(self, op: _ScopedOp, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
@@ -398,14 +415,21 @@ class _Collector:
         return eqn_flops(eqn) / divided.share(out | summed)
 
     def _compilers(self, kind: str, axes: frozenset[str], nbytes: float, op: _ScopedOp, times: float) -> None:
-        self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times))
+        again = RECOMPUTED in op.path.split("/")
+        self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times, again, _within(op)))
+
+
+def _within(op: _ScopedOp) -> str:
+    """The scopes of an operation within its action."""
+    return op.path.partition(f"{op.label}/")[2] if op.label else op.path
 
 
 def _needed(ops: Sequence[_ScopedOp], outputs: set[int]) -> list[_ScopedOp]:
     """Without operations whose results nobody reads; a compiler removes them."""
     needed, found = set(outputs), []
     for op in reversed(ops):
-        if needed.intersection(op.outs) or (not op.outs) or (op.eqn.effects and op.name not in WITH_BODIES):
+        lasting = op.name not in WITH_BODIES and has_side_effects(op.eqn.effects)
+        if needed.intersection(op.outs) or (not op.outs) or lasting:
             found.append(op)
             needed.update(value for value in op.ins if value is not None)
     return found[::-1]
