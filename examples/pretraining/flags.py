@@ -50,6 +50,18 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "train", list(arguments)
 
 
+def capacity(text: str) -> float | str:
+    """A factor of the capacity, or "none".
+
+    >>> capacity("1.1"), capacity("none")
+    (1.1, 'none')
+    """
+    try:
+        return text if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a capacity is a factor of at least 1, or none") from None
+
+
 def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
     parser.add_argument(
@@ -67,6 +79,10 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "--moments", choices=["float32", "bfloat16"], help="what the optimizer keeps; default: the configuration's"
     )
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
+    parser.add_argument(
+        "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
+        "eplb_jax.capacity_from gives; none: for the worst case; default: the configuration's"
+    )  # fmt: skip
 
 
 def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
@@ -84,7 +100,19 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
             config = config.in_precision(args.precision)
         except ValueError as error:
             raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
-    return config.over_devices(devices, args.slots)
+    return with_exchange(config, args).over_devices(devices, args.slots)
+
+
+def with_exchange(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """The configuration with the room for tokens that the flags name.
+
+    Raises:
+      ValueError: a factor below 1.
+    """
+    if args.capacity is None:
+        return config
+    factor = None if args.capacity == "none" else args.capacity
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=factor))
 
 
 def base_config(args: argparse.Namespace) -> ModelConfig:

@@ -31,6 +31,7 @@ from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 from jaxpipe.planning.liveness import for_gpus, inline
+from jaxpipe.planning.memory import prepared_bytes
 from jaxpipe.planning.mesh import Network
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.action import Kind
@@ -108,6 +109,14 @@ class Message(NamedTuple):
         return network.seconds(self.kind, self.axes, self.nbytes, self.groups)
 
 
+class SlotArray(NamedTuple):
+    """One of the arrays that a slot holds: shape and dtype, and bytes that a device has of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+
 @dataclasses.dataclass(frozen=True)
 class DeviceWork:
     """What one device does in a part of a program.
@@ -116,11 +125,14 @@ class DeviceWork:
       kernels: in the order of the program.
       messages: collectives.
       unknown: (kernel that no rule knows, times): its bytes count, its FLOPs do not.
+      loaded, stored: what is read of slots, and written into them.
     """
 
     kernels: tuple[Kernel, ...] = ()
     messages: tuple[Message, ...] = ()
     unknown: tuple[tuple[str, float], ...] = ()
+    loaded: tuple[SlotArray, ...] = ()
+    stored: tuple[SlotArray, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -159,6 +171,7 @@ class Works:
       ends: of one run: E (embed), H (head with its gradient), G (embed's gradient).
       once: what is done once a step beside them.
       boundary: bytes of each array between stages; empty where nothing is kept in slots.
+      prepared: of each kind of stage, bytes that are made of its parameters once a step.
     """
 
     kinds: tuple[Mapping[str, DeviceWork], ...]
@@ -166,6 +179,7 @@ class Works:
     ends: Mapping[str, DeviceWork]
     once: DeviceWork
     boundary: tuple[int, ...]
+    prepared: tuple[int, ...] = ()
 
     @property
     def actions(self) -> Mapping[str, DeviceWork]:
@@ -215,7 +229,11 @@ def works(
             into = kinds[program.parts[part][1]] if letter in _OF_STAGES else ends
             into[letter] = _fuller(into.get(letter), found.work([label]))
     boundary = next((sizes for label, sizes in found.boundaries.items() if label.endswith("/F")), ())
-    return Works(tuple(kinds), kind_of, ends, once, tuple(boundary))
+    made = prepared_bytes(body, divided.nbytes)
+    prepared = [0] * len(kinds)
+    for part, (_, kind) in enumerate(program.parts):
+        prepared[kind] = max(prepared[kind], made.get(part, 0))
+    return Works(tuple(kinds), kind_of, ends, once, tuple(boundary), tuple(prepared))
 
 
 def _fuller(kept: DeviceWork | None, work: DeviceWork) -> DeviceWork:
@@ -270,6 +288,8 @@ class _Collector:
         self.messages: dict[str, list[Message]] = collections.defaultdict(list)
         self.unknown: dict[str, dict[str, float]] = collections.defaultdict(dict)
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
+        self.loaded: dict[str, list[SlotArray]] = collections.defaultdict(list)
+        self.stored: dict[str, list[SlotArray]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
     def work(self, labels: Iterable[str]) -> DeviceWork:
@@ -283,6 +303,8 @@ class _Collector:
             tuple(kernel for label in labels for kernel in self.kernels[label]),
             tuple(message for label in labels for message in self.messages[label]),
             tuple(unknown.items()),
+            tuple(array for label in labels for array in self.loaded[label]),
+            tuple(array for label in labels for array in self.stored[label]),
         )
 
     def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
@@ -307,7 +329,11 @@ class _Collector:
                 self._message(op, times)
             elif op.name not in WITHOUT_KERNEL:
                 if op.name == "dynamic_slice" and op.path.endswith(f"{op.label}/read"):
-                    self.boundaries[op.label].append(self.divided.nbytes(flat.atoms[op.outs[0]]))
+                    held = self._held(op.eqn.outvars[0])
+                    self.boundaries[op.label].append(held.nbytes)
+                    self.loaded[op.label].append(held)
+                elif op.name == "dynamic_update_slice" and op.path.endswith(f"{op.label}/write"):
+                    self.stored[op.label].append(self._held(op.eqn.invars[1]))
                 read = sum(self.divided.nbytes(flat.atoms[value]) for value in sources)
                 self._kernel(op, read, any(value in kept for value in op.outs), roots, flat, times)
 
@@ -347,7 +373,12 @@ class _Collector:
             for name, times in other.unknown[label].items():
                 self._tell_unknown(label, name, times)
             self.boundaries[label] += other.boundaries[label]
+            self.loaded[label] += other.loaded[label]
+            self.stored[label] += other.stored[label]
             self.labels[label] = None
+
+    def _held(self, atom: Any) -> SlotArray:
+        return SlotArray(atom.aval.shape, str(atom.aval.dtype), self.divided.nbytes(atom))
 
     def _message(self, op: _ScopedOp, times: float) -> None:
         params, kind = op.eqn.params, COLLECTIVES[op.name]

@@ -91,8 +91,11 @@ def train(
     with jax.named_scope("prepare"):
         # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         # Each leaf is behind its own, so that a step may begin before all copies have arrived.
-        prepared = tuple(splits[kind].prepare((local.chunks[chunk], step_inputs)) for chunk, kind in program.parts)
-        prepared = jax.tree.map(lax.optimization_barrier, prepared)
+        prepared: Any = []
+        for number, (chunk, kind) in enumerate(program.parts):
+            with jax.named_scope(f"part_{number}"):
+                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs)))
+        prepared = tuple(jax.tree.map(lax.optimization_barrier, prepared))
     step = TrainStep(
         model=local.model,
         splits=splits,
