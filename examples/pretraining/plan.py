@@ -26,7 +26,7 @@ from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.parts import detail_lines, imbalance
 from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
-from pretraining import fitting, flags, trainer
+from pretraining import fitting, flags, plan_search, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.tables import markdown_head, markdown_row
 
@@ -236,6 +236,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
     parser.add_argument("--devices-per-node", type=int, default=8)
+    found = parser.add_argument_group("search")
+    found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices, of those "
+                       "that fit; --schedules, --microbatches, --precision and --remat, where given, are the only ones")  # fmt: skip
+    found.add_argument("--gpus", type=int, help="devices in all; what pp times ep leaves of them is dp")
+    found.add_argument("--search-pp", type=int, nargs="+", default=[8, 16, 32], metavar="RANKS", help="of pipelines")
+    found.add_argument("--search-ep", type=int, nargs="+", default=[64], metavar="DEVICES", help="of the experts' axis")
+    found.add_argument("--most-microbatches", type=int, default=128, help="of a step")
+    found.add_argument("--memory", type=float, metavar="GB", help="of a device that may be taken; default: 95%% of it")
     parser.add_argument("--details", action="store_true", help="where the time goes, by part; and what is assumed")
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
@@ -248,6 +256,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       ValueError: arguments that do not fit.
     """
+    if args.search:
+        print(_search(args))
+        return
     try:
         sizes = mesh_sizes(args.mesh)
     except ValueError as error:
@@ -268,6 +279,36 @@ def run(args: argparse.Namespace) -> None:
         print("\nAs compiled, in GB; what is hidden, and the step, are estimates from XLA's order of operations\n")
         for line in table(_compile(found, sizes, args), found.chip):
             print(line, flush=True)
+
+
+def _search(args: argparse.Namespace) -> plan_search.SearchResult:
+    """The search that the arguments ask for.
+
+    Raises:
+      ValueError: no number of devices; arguments that do not fit.
+    """
+    if args.gpus is None or args.gpus < 1:
+        raise ValueError(f"--search with --gpus {args.gpus}: say on how many devices, as in --search --gpus 2048")
+    given: dict[str, Any] = {"precisions": args.precision and (args.precision,), "remats": args.remat and (args.remat,)}
+    if args.schedules != list(BUILDERS):
+        given["schedules"] = tuple(args.schedules)
+    space = plan_search.Space(
+        args.gpus,
+        tuple(args.search_pp),
+        tuple(args.search_ep),
+        counts=args.microbatches and (args.microbatches,),
+        most_microbatches=args.most_microbatches,
+        microbatch_size=args.microbatch_size,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    config = flags.sized_config(args, 1)
+    return plan_search.search(
+        dataclasses.replace(config, redundant=0),
+        space,
+        chip(args.chip),
+        memory=args.memory and args.memory * GIGA,
+        devices_per_node=args.devices_per_node,
+    )
 
 
 def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:

@@ -206,6 +206,15 @@ def abstract_state(
     )
 
 
+def abstract_params(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Params:
+    """Shapes, dtypes and shardings of the parameters."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        model.params,
+        model.specs,
+    )
+
+
 def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch of that many sequences."""
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}

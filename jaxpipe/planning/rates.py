@@ -33,7 +33,7 @@ KERNELS: Mapping[str, KernelShare] = MappingProxyType(
 )
 """By the name of the kernel."""
 
-PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0, occupied=20 / 132, kernels=KERNELS)
+PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0, occupied=20 / 132, kernels=dict(KERNELS))
 """The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md.
 
 Collectives beside kernels take 20 of 132 multiprocessors, as in DeepSeek's training (arXiv 2412.19437, 3.2.2).
