@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
@@ -83,6 +83,11 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
         "eplb_jax.capacity_from gives; none: for the worst case; default: the configuration's"
     )  # fmt: skip
+    parser.add_argument(
+        "--exchange", choices=["dense", "nodes", "ragged"], help="how tokens reach experts: nodes sends each at most "
+        "once to a node, and within it from there; default: the configuration's, dense"
+    )  # fmt: skip
+    parser.add_argument("--devices-per-node", type=int, default=8, help="devices with fast links to each other")
 
 
 def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
@@ -104,15 +109,19 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
 
 
 def with_exchange(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
-    """The configuration with the room for tokens that the flags name.
+    """The configuration with the exchange and the room for tokens that the flags name.
 
     Raises:
       ValueError: a factor below 1.
     """
-    if args.capacity is None:
-        return config
-    factor = None if args.capacity == "none" else args.capacity
-    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, capacity_factor=factor))
+    changes: dict[str, Any] = {}
+    if args.capacity is not None:
+        changes["capacity_factor"] = None if args.capacity == "none" else args.capacity
+    if args.exchange is not None:
+        changes["exchange"] = args.exchange
+    if args.exchange == "nodes":
+        changes["devices_per_node"] = args.devices_per_node
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes)) if changes else config
 
 
 def base_config(args: argparse.Namespace) -> ModelConfig:

@@ -235,7 +235,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--devices-per-node", type=int, default=8)
     found = parser.add_argument_group("search")
     found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices, of those "
                        "that fit; --schedules, --microbatches, --precision and --remat, where given, are the only ones")  # fmt: skip
