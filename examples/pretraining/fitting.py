@@ -34,6 +34,10 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
         )
     if "dualpipe" in name and name != "dualpipev":
         found.append("* dualpipe has two copies of a rank's stages: dualpipev has one")
+    if not config.zero1:
+        found.append(
+            f"* --zero1 divides moments, {memory.optimizer / GIGA:.3g} GB, over the devices that have the same parameters"
+        )
     found.append(
         f"* parameters, moments, their copies and gradients are "
         f"{(memory.masters + memory.optimizer + memory.working + memory.gradients) / GIGA:.3g} GB: more pipeline ranks "

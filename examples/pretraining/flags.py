@@ -78,6 +78,8 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     parser.add_argument(
         "--moments", choices=["float32", "bfloat16"], help="what the optimizer keeps; default: the configuration's"
     )
+    parser.add_argument("--zero1", action="store_true", help="devices that have the same parameters keep a part of "
+                        "their moments each")  # fmt: skip
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument(
         "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
@@ -97,6 +99,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
       ValueError: no such configuration, or sizes that do not fit each other.
     """
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
+    given["zero1"] = args.zero1 or None
     config = dataclasses.replace(
         base_config(args), **{name: value for name, value in given.items() if value is not None}
     )

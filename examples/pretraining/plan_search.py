@@ -284,14 +284,15 @@ class _Sizing:
         of_row = {row: piece.probe.costs(row, self.achieved) for row in set(rows)}
         costs = StageCosts(tuple(of_row[row] for row in rows), boundary)
         parts = _parameters(model, dict(zip(("pp", "dp", "ep"), piece.mesh, strict=True)))
-        added = self._ends(piece, network) + self._once(parts, network)
+        moments = self._moments(parts, piece.mesh)
+        added = self._ends(piece, network) + self._once(parts, moments, network)
         stash = _stash(piece.probe, rows, peaks)
         busiest = max(sum(costs.group(group) * many for group, many in of_rank) for of_rank in groups)
         return _Estimate(
             piece=piece,
             costs=costs,
             added=added,
-            nbytes=stash + self._state(piece.probe, model, schedule, parts),
+            nbytes=stash + moments + self._state(piece.probe, model, schedule, parts),
             stash=stash,
             most_tokens=self._tokens(piece, busiest + added),
         )
@@ -345,26 +346,28 @@ class _Sizing:
             total += sum(message.times * message.seconds(network) for message in work.messages)
         return piece.microbatches * total
 
-    def _once(self, parts: _Parameters, network: Network) -> float:
+    def _once(self, parts: _Parameters, moments: float, network: Network) -> float:
         """Seconds of the sums of gradients over devices, and of the update."""
         summed = network.seconds("all-reduce", ["dp", "ep"], parts.everywhere)
         summed += network.seconds("all-reduce", ["dp"], parts.trained - parts.everywhere)
-        moved = 2 * (2 * parts.masters + self._moments(parts))
+        moved = 2 * (2 * parts.masters + moments)
         return summed + moved / (self.chip.hbm * self.achieved.memory)
 
-    def _moments(self, parts: _Parameters) -> float:
-        return 2 * parts.trained * jnp.dtype(self.config.moments).itemsize / 4
+    def _moments(self, parts: _Parameters, mesh: tuple[int, int, int]) -> float:
+        """Bytes of two moments of each parameter."""
+        held = parts.trained
+        if self.config.zero1:
+            held = parts.everywhere / (mesh[1] * mesh[2]) + (parts.trained - parts.everywhere) / mesh[1]
+        return 2 * held * jnp.dtype(self.config.moments).itemsize / 4
 
     def _state(self, found: Probe, model: DeepSeekModel, schedule: Schedule, parts: _Parameters) -> float:
-        """Bytes of all that is there whatever the microbatches: parameters, moments, copies, sums, what is at work."""
+        """Bytes of what is there whatever the microbatches, beside moments: parameters, copies, sums, what is at work."""
         rows, chunks = model.arrangement.rows, len(schedule.rank_stages[0])
         copies = {(chunk, rows[stage]) for stages in schedule.rank_stages for chunk, stage in enumerate(stages)}
         mirrored = chunks * schedule.num_ranks / schedule.num_stages
         working = sum(found.copies(row) for _, row in copies)
         gradients = parts.trained + parts.trained_stages * (mirrored - 1)
-        return (
-            parts.masters + self._moments(parts) + working + gradients + MESSAGES * found.boundary + found.transient
-        )
+        return parts.masters + working + gradients + MESSAGES * found.boundary + found.transient
 
 
 class _Parameters(NamedTuple):

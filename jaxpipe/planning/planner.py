@@ -200,9 +200,13 @@ def plan(
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
+    gathered = _gathered(pipeline, params, shardings) if optimizer is not None else 0
     spent = timing.stage_costs(pipeline, found, costs, chip, achieved, network)
     frozen = _some_frozen(pipeline, params)
-    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen)
+    updates = network.seconds("all-gather", pipeline.options.zero1_axes, gathered)
+    if optimizer is not None:  # all state is read and written
+        updates += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    return _plan(pipeline, memory, found, spent, chip, achieved, network, updates=updates, frozen=frozen)
 
 
 def _plan(
@@ -214,16 +218,14 @@ def _plan(
     achieved: Achieved,
     network: Network,
     *,
-    updated: bool,
+    updates: float,
     frozen: bool,
 ) -> Plan:
     """The plan, of a step's work and the costs of each stage.
 
-    ``updated``: whether an optimizer updates the state; ``frozen``: whether some floating parameters have no gradient.
+    ``updates``: seconds of the optimizer; ``frozen``: whether some floating parameters have no gradient.
     """
-    once = found.once.compute(chip, achieved) + found.once.communicate(network)
-    if updated:  # all state is read and written
-        once += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    once = found.once.compute(chip, achieved) + found.once.communicate(network) + updates
     timeline = timing.timeline(pipeline, costs)
     runs = timing.count_runs(pipeline, found, timeline)
     total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once
@@ -320,6 +322,15 @@ def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> di
 def _some_frozen(pipeline: Pipeline, params: Params) -> bool:
     """Whether some floating parameters have no gradient."""
     return not pipeline.program.forward_only and pipeline.trainable_mask(params) != trainable_mask(None, params)
+
+
+def _gathered(pipeline: Pipeline, params: Params, shardings: Sequence[NamedSharding]) -> int:
+    """Bytes of a device's parameters whose updates devices make a part of each, and send each other."""
+    if not pipeline.options.zero1_axes:
+        return 0
+    parts = jax.tree.leaves(pipeline.grad_shardings(params))
+    leaves = zip(jax.tree.leaves(params), shardings, parts, strict=True)
+    return sum(_local(leaf, sharding) for leaf, sharding, part in leaves if part.spec != sharding.spec)
 
 
 def _local(leaf: Any, sharding: Any) -> int:
