@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar, Protocol
+from typing import Protocol
 
 from jaxtyping import Array, Int, Num
 
@@ -52,7 +52,11 @@ class Dense:
     """
 
     groups: exchange.Groups | None = None
-    gpu_only: ClassVar[bool] = False
+
+    @property
+    def gpu_only(self) -> bool:
+        """It runs everywhere."""
+        return False
 
     def why_not(self, recipe: Recipe) -> str | None:
         """Nothing keeps rows from it."""

@@ -15,11 +15,14 @@ from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.kernels.recipe import Encoding
 
 Groups = tuple[tuple[int, ...], ...]
-"""Devices of the axis, by place, that exchange with each other alone, each group in order; None stands for one group."""
+"""Devices of the axis, by place, that exchange with each other alone, each group in order; in place of it None: all."""
 
 
 def all_to_all(x: Num[Array, "ep ..."], axis: str, groups: Groups | None = None) -> Num[Array, "ep ..."]:
-    """Block d goes to device d of the axis, or of its group; block s of the result came from device s. Its own transpose."""
+    """Block d goes to device d of the axis, or of a group; block s of the result came from device s.
+
+    It is its own transpose.
+    """
     return jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=groups)
 
 

@@ -23,7 +23,7 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
             f"* {pending} weight gradients are put off at once, and each keeps {kept / GIGA:.3g} GB for it: a schedule "
             "whose backward is whole (1f1b, interleaved, gpipe) keeps none of that"
         )
-    found.append(f"* the stash of {live} microbatches and stages, with what those keep, is {memory.stash / GIGA:.3g} GB")
+    found.append(f"* the stash of {live} microbatches and stages, and what those keep, is {memory.stash / GIGA:.3g} GB")
     if config.remat in _LESS:
         found.append(f"* --remat {_LESS[config.remat]} keeps less, and computes more again")
     if config.precision != "fp8":
@@ -36,7 +36,7 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
         found.append("* dualpipe has two copies of a rank's stages: dualpipev has one")
     if not config.zero1:
         found.append(
-            f"* --zero1 divides moments, {memory.optimizer / GIGA:.3g} GB, over the devices that have the same parameters"
+            f"* --zero1 divides moments, {memory.optimizer / GIGA:.3g} GB, over devices that have the same parameters"
         )
     found.append(
         f"* parameters, moments, their copies and gradients are "

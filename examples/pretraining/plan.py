@@ -229,15 +229,19 @@ def abstract_mesh(sizes: Mapping[str, int], chip: Chip | None = None) -> Abstrac
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
     flags.add_sizes(parser, "dsv3-671b")
-    parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp, ep and dp, as in pp=16,dp=2,ep=64; "
-                        "devices are numbered in this order, the last axis fastest")
+    parser.add_argument(
+        "--mesh",
+        default="pp=16,ep=64",
+        help="sizes of the axes pp, ep and dp, as in pp=16,dp=2,ep=64; "
+        "devices are numbered in this order, the last axis fastest",
+    )
     parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
     found = parser.add_argument_group("search")
-    found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices, of those "
-                       "that fit; --schedules, --microbatches, --precision and --remat, where given, are the only ones")  # fmt: skip
+    found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices that "
+                       "fit; of --schedules, --microbatches, --precision and --remat those that are given")  # fmt: skip
     found.add_argument("--gpus", type=int, help="devices in all; what pp times ep leaves of them is dp")
     found.add_argument("--search-pp", type=int, nargs="+", default=[8, 16, 32], metavar="RANKS", help="of pipelines")
     found.add_argument("--search-ep", type=int, nargs="+", default=[64], metavar="DEVICES", help="of the experts' axis")

@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import math
 import multiprocessing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -30,7 +29,7 @@ from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.action import Group
 from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.schedule.simulator import StageCosts, Timeline, simulate
-from pretraining.probes import RANKS, Probe, probe, slot_bytes
+from pretraining.probes import RANKS, Probe, local_bytes, probe, slot_bytes, sum_seconds
 from pretraining.tables import markdown_head, markdown_row
 
 COLUMNS = (
@@ -92,8 +91,8 @@ class Space:
         ]
         if not found:
             raise ValueError(
-                f"--gpus {self.gpus} is no multiple of pp times ep for any of pp {self.pp} and ep {self.ep}: give other "
-                "sizes with --search-pp and --search-ep"
+                f"--gpus {self.gpus} is no multiple of pp times ep for any of pp {self.pp} and ep {self.ep}: give "
+                "other sizes with --search-pp and --search-ep"
             )
         return found
 
@@ -180,8 +179,8 @@ def search(
 ) -> SearchResult:
     """The fastest ways to train a model on so many devices.
 
-    Times are those of `jaxpipe.plan` but for what is done once a step, and memory is estimated from what one layer of
-    each kind keeps: plan what was found in full before it is run.
+    Times and memory are estimated from what one layer of each kind takes, within 8% of `jaxpipe.plan` in the tests:
+    plan what was found in full before it is run.
 
     Args:
       config: the model; of it, precision and recomputation are searched.
@@ -281,11 +280,14 @@ class _Sizing:
         network = self._network(piece.mesh)
         rows = model.arrangement.rows
         boundary = network.seconds("permute", ["pp"], piece.probe.boundary)
-        of_row = {row: piece.probe.costs(row, self.achieved) for row in set(rows)}
+        sizes = _sizes(piece.mesh)
+        sums = sum_seconds(model, sizes, self.chip, self.achieved)
+        of_row = {row: piece.probe.costs(row, self.achieved, sums) for row in set(rows)}
         costs = StageCosts(tuple(of_row[row] for row in rows), boundary)
-        parts = _parameters(model, dict(zip(("pp", "dp", "ep"), piece.mesh, strict=True)))
+        parts = _parameters(model, sizes)
         moments = self._moments(parts, piece.mesh)
-        added = self._ends(piece, network) + self._once(parts, moments, network)
+        copies = _copies(schedule)
+        added = self._ends(piece, network) + self._once(parts, moments, copies, network)
         stash = _stash(piece.probe, rows, peaks)
         busiest = max(sum(costs.group(group) * many for group, many in of_rank) for of_rank in groups)
         return _Estimate(
@@ -312,8 +314,7 @@ class _Sizing:
         return piece.microbatches * self.space.microbatch_size * self.config.sequence / piece.mesh[0] / seconds
 
     def _network(self, mesh: tuple[int, int, int]) -> Network:
-        sizes = dict(zip(("pp", "dp", "ep"), mesh, strict=True))
-        return Network.make(sizes, self.chip, self.achieved, self.devices_per_node)
+        return Network.make(_sizes(mesh), self.chip, self.achieved, self.devices_per_node)
 
     def _schedule(self, name: str, ranks: int, count: int) -> Any:
         """(schedule, of each rank its different groups and how often it runs each, most of what is held), or None."""
@@ -346,11 +347,14 @@ class _Sizing:
             total += sum(message.times * message.seconds(network) for message in work.messages)
         return piece.microbatches * total
 
-    def _once(self, parts: _Parameters, moments: float, network: Network) -> float:
-        """Seconds of the sums of gradients over devices, and of the update."""
+    def _once(self, parts: _Parameters, moments: float, copies: float, network: Network) -> float:
+        """Seconds of the sums of gradients over devices, of stages that several ranks run, and of the update."""
         summed = network.seconds("all-reduce", ["dp", "ep"], parts.everywhere)
         summed += network.seconds("all-reduce", ["dp"], parts.trained - parts.everywhere)
-        moved = 2 * (2 * parts.masters + moments)
+        summed += parts.leaves * network.latency
+        fetched = (copies - 1) * parts.trained_stages  # of parameters there, of gradients back
+        summed += 2 * network.seconds("permute", ["pp"], fetched) if fetched else 0.0
+        moved = 2 * (2 * parts.masters + moments) + 2 * parts.masters  # the update, and working copies
         return summed + moved / (self.chip.hbm * self.achieved.memory)
 
     def _moments(self, parts: _Parameters, mesh: tuple[int, int, int]) -> float:
@@ -361,13 +365,14 @@ class _Sizing:
         return 2 * held * jnp.dtype(self.config.moments).itemsize / 4
 
     def _state(self, found: Probe, model: DeepSeekModel, schedule: Schedule, parts: _Parameters) -> float:
-        """Bytes of what is there whatever the microbatches, beside moments: parameters, copies, sums, what is at work."""
-        rows, chunks = model.arrangement.rows, len(schedule.rank_stages[0])
-        copies = {(chunk, rows[stage]) for stages in schedule.rank_stages for chunk, stage in enumerate(stages)}
-        mirrored = chunks * schedule.num_ranks / schedule.num_stages
-        working = sum(found.copies(row) for _, row in copies)
-        gradients = parts.trained + parts.trained_stages * (mirrored - 1)
-        return parts.masters + working + gradients + MESSAGES * found.boundary + found.transient
+        """Bytes of what is there whatever the microbatches, but moments: parameters, copies, sums, what is at work."""
+        rows = model.arrangement.rows
+        prepared = {(chunk, rows[stage]) for stages in schedule.rank_stages for chunk, stage in enumerate(stages)}
+        working = sum(found.copies(row) for _, row in prepared)
+        again = (_copies(schedule) - 1) * parts.trained_stages
+        # Gradients of another rank's stages return to it, about half of them at once.
+        gradients, transient = parts.trained + again, found.transient + again / 2
+        return parts.masters + working + gradients + MESSAGES * found.boundary + transient
 
 
 class _Parameters(NamedTuple):
@@ -377,21 +382,19 @@ class _Parameters(NamedTuple):
       masters: of all parameters.
       trained, trained_stages: of those that are trained.
       everywhere: of trained ones, what all devices of the experts' axis have.
+      leaves: how many arrays are trained.
     """
 
     masters: int
     trained: int
     trained_stages: int
     everywhere: int
+    leaves: int
 
 
 def _parameters(model: DeepSeekModel, sizes: Mapping[str, int]) -> _Parameters:
-    def of(leaf: Any, spec: Any) -> int:
-        axes = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
-        return leaf.size * leaf.dtype.itemsize // math.prod(sizes[name] for name in axes)
-
     rows = [
-        (of(leaf, spec), trained, place == "stages", "ep" in str(spec))
+        (local_bytes(leaf, spec, sizes), trained, place == "stages", "ep" in str(spec))
         for place in ("stages", "outer")
         for leaf, spec, trained in zip(
             *(jax.tree.leaves(getattr(tree, place)) for tree in (model.params, model.specs, model.trained)), strict=True
@@ -402,7 +405,19 @@ def _parameters(model: DeepSeekModel, sizes: Mapping[str, int]) -> _Parameters:
         trained=sum(size for size, trained, *_ in rows if trained),
         trained_stages=sum(size for size, trained, stage, _ in rows if trained and stage),
         everywhere=sum(size for size, trained, _, sharded in rows if trained and not sharded),
+        leaves=sum(trained for _, trained, *_ in rows),
     )
+
+
+def _sizes(mesh: tuple[int, int, int]) -> dict[str, int]:
+    """Sizes by axis, in the order of the devices."""
+    pp, dp, ep = mesh
+    return {"pp": pp, "dp": dp, "ep": ep}
+
+
+def _copies(schedule: Schedule) -> float:
+    """How many ranks run each stage: 2 of DualPipe, 1 of others."""
+    return len(schedule.rank_stages[0]) * schedule.num_ranks / schedule.num_stages
 
 
 def _peaks(schedule: Schedule) -> tuple[int, int, int]:

@@ -10,22 +10,22 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
+import jax
 import jax.numpy as jnp
 
 import jaxpipe
-from jaxpipe.deepseek import build_model, stand_in
+from jaxpipe.deepseek import DeepSeekModel, build_model, stand_in
 from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
-from jaxpipe.planning.work import DeviceWork, SlotArray
+from jaxpipe.planning.work import DeviceWork, Kernel, SlotArray
 from jaxpipe.schedule.simulator import Costs
 from pretraining import trainer
 
 RANKS, MICROBATCHES = 2, 4
-SHARED = "HEG"
-"""Actions of the ends."""
 
 Arrays = Mapping[tuple[tuple[int, ...], str], tuple[int, int]]
 """How many arrays of a shape and dtype, and bytes of one."""
@@ -46,15 +46,14 @@ class Held(NamedTuple):
 
 
 class Seconds(NamedTuple):
-    """Of one run of an action: of its kernels, and of its collectives."""
+    """Of one run of an action: of its kernels, of its collectives, and for reading gradients that are added to sums.
+
+    The sums themselves are read and written whole, those of layers that a stage does not have too; see `Probe.costs`.
+    """
 
     compute: float = 0.0
     communicate: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """One after the other."""
-        return self.compute + self.communicate
+    gradients: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,17 +82,25 @@ class Probe:
         """Of an action of a stage with layers of these kinds."""
         each = [self._alone(kind)[letter] for kind in row]
         one, two = (self.times[(MOE,) * count][letter] for count in (1, 2))
-        fixed = [max(0.0, 2 * a - b) for a, b in zip(one, two, strict=True)]
+        fixed = [max(0.0, 2 * a - b) for a, b in zip(one[:2], two[:2], strict=True)] + [0.0]
         sums = (sum(times) for times in zip(*each, strict=True))
         return Seconds(*(time - (len(row) - 1) * less for time, less in zip(sums, fixed, strict=True)))
 
-    def costs(self, row: Sequence[str], achieved: Achieved) -> Costs:
-        """Times of a stage, as `jaxpipe.plan` makes them of its work."""
-        found = {letter: self.seconds(row, letter) for letter in "FBIW"}
-        computes, communicates = (getattr(found["F"], name) + getattr(found["B"], name) for name in Seconds._fields)
-        pair = max(computes + achieved.occupied * communicates, communicates)
-        whole = found["F"].total, found["I"].total, found["W"].total, found["B"].total
-        return Costs(*whole, overlapped=pair)
+    def costs(self, row: Sequence[str], achieved: Achieved, sums: float) -> Costs:
+        """Times of a stage, as `jaxpipe.plan` makes them of its work.
+
+        Args:
+          row: kinds of its layers.
+          achieved: for the pair of a forward and a backward.
+          sums: seconds for reading and writing the sums of a stage's gradients.
+        """
+        computes, communicates = {}, {}
+        for letter in "FBIW":
+            compute, communicates[letter], gradients = self.seconds(row, letter)
+            computes[letter] = compute + (gradients + sums) * (letter in "BW")
+        both = [sum(times[letter] for letter in "FB") for times in (computes, communicates)]
+        whole = [computes[letter] + communicates[letter] for letter in "FIWB"]
+        return Costs(*whole, overlapped=max(both[0] + achieved.occupied * both[1], both[1]))
 
     def kept(self, row: Sequence[str]) -> Held:
         """What a stage with layers of these kinds keeps of a microbatch."""
@@ -133,6 +140,11 @@ def probe(
     """
     from pretraining.plan import KERNELS, abstract_mesh  # noqa: PLC0415
 
+    if len(set(config.layer_kinds)) == 1:
+        raise ValueError(
+            f"all {config.layers} layers of the model are of one kind, and its stages run padding: a search cannot "
+            "tell what one layer costs; plan schedules by name"
+        )
     kinds = [*[DENSE] * bool(config.dense_layers), *[MOE] * 3, *[MTP] * config.mtp]
     if len(kinds) < 5:  # at least four stages, as many as the schedule has
         kinds = [*kinds, *[MOE] * (5 - len(kinds))]
@@ -154,11 +166,14 @@ def probe(
         devices_per_node=devices_per_node, kernels=KERNELS,
     )  # fmt: skip
     rows, works = model.arrangement.stage_kinds, found.work
+    sums = sum_seconds(model, {"pp": RANKS, "ep": devices}, chip, achieved)
+
+    def seconds(work: DeviceWork) -> Seconds:
+        added = sum(one.times * one.seconds(chip, achieved) for one in work.kernels if _adds(one))
+        return Seconds(work.compute(chip, achieved) - added, work.communicate(found.network), max(0.0, added - sums))
+
     times = {
-        row: {
-            letter: Seconds(work.compute(chip, achieved), work.communicate(found.network))
-            for letter, work in actions.items()
-        }
+        row: {letter: seconds(work) for letter, work in actions.items()}
         for row, actions in zip(rows, works.kinds, strict=True)
     }
     held = {row: _held(actions, works.boundary) for row, actions in zip(rows, works.kinds, strict=True)}
@@ -173,6 +188,20 @@ def probe(
     )
 
 
+def sum_seconds(model: DeepSeekModel, sizes: Mapping[str, int], chip: Chip, achieved: Achieved) -> float:
+    """Seconds for reading and writing the sums of the gradients of a stage, those of all its slots."""
+    rows = model.arrangement.stages // sizes["pp"]
+    leaves = zip(*(jax.tree.leaves(tree.stages) for tree in (model.params, model.specs, model.trained)), strict=True)
+    held = sum(local_bytes(leaf, spec, sizes) for leaf, spec, trained in leaves if trained) / rows
+    return 2 * held / (chip.hbm * achieved.memory)
+
+
+def local_bytes(leaf: Any, spec: Any, sizes: Mapping[str, int]) -> int:
+    """Bytes that a device has of a parameter, on a mesh of these sizes."""
+    axes = [name for entry in spec if entry is not None for name in ((entry,) if isinstance(entry, str) else entry)]
+    return leaf.size * leaf.dtype.itemsize // math.prod(sizes[name] for name in axes)
+
+
 def slot_bytes(several: Iterable[Arrays]) -> int:
     """Bytes of a slot that can hold what any of several kinds of stages keeps: of each shape, as many as one needs."""
     most: dict[Any, tuple[int, int]] = {}
@@ -180,6 +209,11 @@ def slot_bytes(several: Iterable[Arrays]) -> int:
         for key, (count, nbytes) in arrays.items():
             most[key] = max(most.get(key, (0, nbytes)), (count, nbytes))
     return sum(count * nbytes for count, nbytes in most.values())
+
+
+def _adds(kernel: Kernel) -> bool:
+    """Whether a kernel adds a gradient to its sum."""
+    return kernel.scope == "write" and kernel.name == "add"
 
 
 def _held(actions: Mapping[str, DeviceWork], boundary: Sequence[int]) -> Held:

@@ -70,7 +70,8 @@ class Spent(NamedTuple):
 def part_of(one: Kernel | Message, scopes: Mapping[str, str] = SCOPES) -> str:
     """The part that a kernel or collective belongs to.
 
-    A kernel without products is elementwise work, unless it has a name of its own, moves rows, or reads or writes slots.
+    A kernel without products is elementwise work, unless it has a name of its own, moves rows, or is of
+    slots.
 
     >>> part_of(Kernel("dot_general", "bf16", 1.0, 8.0, 1.0, scope="transpose(jvp(layer_0))/attention/core"))
     'attention'
@@ -113,7 +114,7 @@ def spent_by_part(work: DeviceWork, chip: Chip, achieved: Achieved, network: Net
 
 
 def detail_lines(plan: Plan) -> list[str]:
-    """A plan's times by part, as Markdown: a table for each kind of stage and one for the ends, and what was assumed."""
+    """A plan's times by part, as Markdown: a table for each kind of stage, one for the ends, and what was assumed."""
     lines: list[str] = []
     for kind, actions in enumerate(plan.work.kinds):
         stages = [stage for stage, its in enumerate(plan.work.kind_of) if its == kind]
@@ -148,8 +149,8 @@ def assumptions(plan: Plan) -> list[str]:
     ]
     axes = ", ".join(name for name, _ in network.axes)
     return [
-        f"Assumed of {chip.name}: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16 and {chip.fp8 / 1e12:.0f} in FP8, of which "
-        f"products reach {achieved.matmul:.0%}; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}; "
+        f"Assumed of {chip.name}: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16 and {chip.fp8 / 1e12:.0f} in FP8, of "
+        f"which products reach {achieved.matmul:.0%}; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}; "
         f"{achieved.kernel_us:g} us between kernels",
         *([f"by kernel: {', '.join(own)}"] if own else []),
         f"network: nodes of {network.node} devices, numbered in the order of {axes}; "
@@ -181,4 +182,3 @@ def _cell(spent: Spent | None) -> str:
     if spent is None or 1e3 * spent.total < 0.005:
         return ""
     return f"{1e3 * spent.total:.2f}" + (f" ({1e3 * spent.again:.2f})" if 1e3 * spent.again >= 0.005 else "")
-

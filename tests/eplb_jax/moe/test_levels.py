@@ -85,7 +85,8 @@ def test_a_token_crosses_the_network_once_for_each_node():
 
 
 @pytest.mark.parametrize(
-    ("router", "nodes"), [(RouterConfig(64, 8, 8, 4), 8), (RouterConfig(64, 4, 1, 1), 4), (RouterConfig(64, 8, 4, 2), 8)]
+    ("router", "nodes"),
+    [(RouterConfig(64, 8, 8, 4), 8), (RouterConfig(64, 4, 1, 1), 4), (RouterConfig(64, 8, 4, 2), 8)],
 )
 def test_nodes_that_a_token_visits(router, nodes):
     """The mean of choices drawn evenly among the experts of the allowed groups, each group on its own nodes."""
