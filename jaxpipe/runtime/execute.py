@@ -197,14 +197,16 @@ def _train_buffers(
     trainable: Params,
 ) -> Buffers:
     """Empty slots, and sums of zero."""
-    pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
+    apart = options.dispatch == "unrolled"
+    pool = functools.partial(allocate, apart=apart)
+    # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
+    crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
-        # Where no backward is divided nothing crosses, and there is no pool: not even a dummy slot, which is large.
-        cross=pool(pools.cross.avals, program.num_cross_slots + 1 if program.num_cross_slots else 0),
+        cross=pool(pools.cross.avals, crossing),
         grads=tuple(jax.tree.map(accumulator, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
         outer_grads=jax.tree.map(accumulator, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
