@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Protocol
 
 from jaxtyping import Array, Int, Num
@@ -42,10 +43,20 @@ class Dispatcher(Protocol):
         ...
 
 
+@dataclasses.dataclass(frozen=True)
 class Dense:
-    """An all-to-all of fixed size: the default, on every platform."""
+    """An all-to-all of fixed size: the default, on every platform.
 
-    gpu_only = False
+    Attributes:
+      groups: devices of the axis that exchange rows with each other alone; None: all.
+    """
+
+    groups: exchange.Groups | None = None
+
+    @property
+    def gpu_only(self) -> bool:
+        """It runs everywhere."""
+        return False
 
     def why_not(self, recipe: Recipe) -> str | None:
         """Nothing keeps rows from it."""
@@ -58,8 +69,8 @@ class Dense:
         """All rows, used or not."""
         del counts
         if recipe.encoding is None:
-            return exchange.all_to_all(rows, axis)
-        return exchange.all_to_all_encoded(rows, axis, recipe.encoding)
+            return exchange.all_to_all(rows, axis, self.groups)
+        return exchange.all_to_all_encoded(rows, axis, recipe.encoding, self.groups)
 
     def combine(
         self, rows: Num[Array, "ep C D"], counts: Int[Array, " ep"], axis: str, recipe: Recipe
@@ -67,8 +78,8 @@ class Dense:
         """All rows as they are; their gradients encoded."""
         del counts
         if recipe.encoding is None:
-            return exchange.all_to_all(rows, axis)
-        return exchange.all_to_all_encoded_back(rows, axis, recipe.encoding)
+            return exchange.all_to_all(rows, axis, self.groups)
+        return exchange.all_to_all_encoded_back(rows, axis, recipe.encoding, self.groups)
 
 
 class Ragged:
@@ -99,3 +110,6 @@ class Ragged:
 
 DISPATCHERS: dict[str, Dispatcher] = {"dense": Dense(), "ragged": Ragged()}
 """By the name that `eplb_jax.MoEConfig` has for them, ``exchange``."""
+
+NODES = "nodes"
+"""What ``exchange`` is called where rows travel by nodes; see `eplb_jax.moe.levels`."""

@@ -14,71 +14,83 @@ from jaxtyping import Array, Float, Int, Num
 from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.kernels.recipe import Encoding
 
+Groups = tuple[tuple[int, ...], ...]
+"""Devices of the axis, by place, that exchange with each other alone, each group in order; in place of it None: all."""
 
-def all_to_all(x: Num[Array, "ep ..."], axis: str) -> Num[Array, "ep ..."]:
-    """Block d goes to device d of the axis; block s of the result came from device s. Its own transpose."""
-    return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+
+def all_to_all(x: Num[Array, "ep ..."], axis: str, groups: Groups | None = None) -> Num[Array, "ep ..."]:
+    """Block d goes to device d of the axis, or of a group; block s of the result came from device s.
+
+    It is its own transpose.
+    """
+    return jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=groups)
 
 
 def all_to_all_listed(
-    slots: Int[Array, "ep C k"], weights: Float[Array, "ep C k"], axis: str
+    slots: Int[Array, "ep C k"], weights: Float[Array, "ep C k"], axis: str, groups: Groups | None = None
 ) -> tuple[Int[Array, "ep C k"], Float[Array, "ep C k"]]:
     """`all_to_all` of both, as the words of one message."""
-    return _all_to_all_listed(*_vary_over(axis, slots, weights), axis)
+    return _all_to_all_listed(*_vary_over(axis, slots, weights), axis, groups)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _all_to_all_listed(slots: jax.Array, weights: jax.Array, axis: str) -> tuple[jax.Array, jax.Array]:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def _all_to_all_listed(
+    slots: jax.Array, weights: jax.Array, axis: str, groups: Groups | None
+) -> tuple[jax.Array, jax.Array]:
     words = jax.lax.bitcast_convert_type(weights, jnp.int32).reshape(*slots.shape[:2], -1)
-    slots, words = jnp.split(all_to_all(jnp.concatenate([slots, words], -1), axis), [slots.shape[-1]], axis=-1)
+    slots, words = jnp.split(all_to_all(jnp.concatenate([slots, words], -1), axis, groups), [slots.shape[-1]], axis=-1)
     parts = words.reshape(weights.shape if words.shape == weights.shape else (*weights.shape, -1))
     return slots, jax.lax.bitcast_convert_type(parts, weights.dtype)
 
 
 _all_to_all_listed.defvjp(
-    lambda slots, weights, axis: (_all_to_all_listed(slots, weights, axis), None),
-    lambda axis, _, cts: (None, all_to_all(cts[1], axis)),
+    lambda slots, weights, axis, groups: (_all_to_all_listed(slots, weights, axis, groups), None),
+    lambda axis, groups, _, cts: (None, all_to_all(cts[1], axis, groups)),
 )
 
 
-def all_to_all_encoded(x: Float[Array, "ep C D"], axis: str, encoding: Encoding) -> Float[Array, "ep C D"]:
+def all_to_all_encoded(
+    x: Float[Array, "ep C D"], axis: str, encoding: Encoding, groups: Groups | None = None
+) -> Float[Array, "ep C D"]:
     """`all_to_all` of encoded rows; its transpose is exact, as if nothing were rounded."""
-    return _all_to_all_encoded(*_vary_over(axis, x), axis, encoding)
+    return _all_to_all_encoded(*_vary_over(axis, x), axis, encoding, groups)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_to_all_encoded(x: jax.Array, axis: str, encoding: Encoding) -> jax.Array:
-    return encoding.decode(tuple(_all_to_all_bytes(part, axis) for part in encoding.encode(x)), x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_to_all_encoded(x: jax.Array, axis: str, encoding: Encoding, groups: Groups | None) -> jax.Array:
+    return encoding.decode(tuple(_all_to_all_bytes(part, axis, groups) for part in encoding.encode(x)), x.dtype)
 
 
 _all_to_all_encoded.defvjp(
-    lambda x, axis, encoding: (_all_to_all_encoded(x, axis, encoding), None),
-    lambda axis, encoding, _, ct: (all_to_all(ct, axis),),
+    lambda x, axis, encoding, groups: (_all_to_all_encoded(x, axis, encoding, groups), None),
+    lambda axis, encoding, groups, _, ct: (all_to_all(ct, axis, groups),),
 )
 
 
-def all_to_all_encoded_back(x: Float[Array, "ep C D"], axis: str, encoding: Encoding) -> Float[Array, "ep C D"]:
+def all_to_all_encoded_back(
+    x: Float[Array, "ep C D"], axis: str, encoding: Encoding, groups: Groups | None = None
+) -> Float[Array, "ep C D"]:
     """`all_to_all` whose transpose is encoded: the combine of what `all_to_all_encoded` dispatched."""
-    return _all_to_all_encoded_back(*_vary_over(axis, x), axis, encoding)
+    return _all_to_all_encoded_back(*_vary_over(axis, x), axis, encoding, groups)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
-def _all_to_all_encoded_back(x: jax.Array, axis: str, encoding: Encoding) -> jax.Array:
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
+def _all_to_all_encoded_back(x: jax.Array, axis: str, encoding: Encoding, groups: Groups | None) -> jax.Array:
     del encoding
-    return all_to_all(x, axis)
+    return all_to_all(x, axis, groups)
 
 
 _all_to_all_encoded_back.defvjp(
-    lambda x, axis, encoding: (all_to_all(x, axis), None),
-    lambda axis, encoding, _, ct: (_all_to_all_encoded(ct, axis, encoding),),
+    lambda x, axis, encoding, groups: (all_to_all(x, axis, groups), None),
+    lambda axis, encoding, groups, _, ct: (_all_to_all_encoded(ct, axis, encoding, groups),),
 )
 
 
-def _all_to_all_bytes(x: jax.Array, axis: str) -> jax.Array:
+def _all_to_all_bytes(x: jax.Array, axis: str, groups: Groups | None) -> jax.Array:
     """`all_to_all`; 8-bit numbers travel as plain bytes, which every communication library knows."""
     if x.dtype.itemsize > 1:
-        return all_to_all(x, axis)
-    return jax.lax.bitcast_convert_type(all_to_all(jax.lax.bitcast_convert_type(x, jnp.uint8), axis), x.dtype)
+        return all_to_all(x, axis, groups)
+    return jax.lax.bitcast_convert_type(all_to_all(jax.lax.bitcast_convert_type(x, jnp.uint8), axis, groups), x.dtype)
 
 
 def _vary_over(axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:

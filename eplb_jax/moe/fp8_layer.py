@@ -8,6 +8,8 @@ Shapes: T tokens of this device, N tokens that it has received, k choices, D wid
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import jax
 from jaxtyping import Array, Float, Int
 
@@ -36,7 +38,20 @@ from eplb_jax.moe.fp8_experts import (
     shared_first,
     shared_second,
 )
+from eplb_jax.moe.levels import Level
 from eplb_jax.moe.permute import permute_each
+
+
+class Ways(NamedTuple):
+    """How tokens reach other devices; static.
+
+    Attributes:
+      levels: exchanges, the outermost first.
+      axis: the mesh axis of the experts.
+    """
+
+    levels: tuple[Level, ...]
+    axis: str
 
 
 def scaled_layer(
@@ -48,7 +63,7 @@ def scaled_layer(
     num_slots: int,
     capacities: Capacities,
     products: Products,
-    route: Route | None,
+    route: Ways | None,
 ) -> tuple[Float[Array, "T D"], Int[Array, ""], Int[Array, ""]]:
     """Sends tokens through their experts and the shared ones.
 
@@ -75,33 +90,61 @@ def scaled_layer(
                 bad = bad + more
         return add_results(tuple(parts), products), dropped, bad
 
-    act = w_out = None
-    devices, top_k = jax.lax.axis_size(route.axis), slots.shape[1]
+    given = tokens, slots, weights, num_slots, capacities, products
+    results, beside, dropped, bad = _remote(experts, shared, *given, route)
+    with jax.named_scope("combine"):
+        y = add_results((results,) if beside is None else (results, beside), products)
+    return y, dropped, bad
+
+
+def _remote(
+    experts: ExpertParams | ScaledExperts,
+    shared: ExpertParams | ScaledExperts | None,
+    tokens: Carried,
+    slots: jax.Array,
+    weights: jax.Array,
+    num_slots: int,
+    capacities: Capacities,
+    products: Products,
+    ways: Ways,
+) -> tuple[Carried, Carried | None, jax.Array, jax.Array]:
+    """Tokens travel to their slots and back, level by level.
+
+    Returns:
+      Results of the routed experts and of the shared ones, how many choices were dropped, and how many blocks of
+      operands are not finite.
+    """
+    level, *further = ways.levels
+    route = Route(level.dispatcher, ways.axis)
+    act = w_out = beside = more = None
+    top_k = slots.shape[1]
     with jax.named_scope("dispatch"):
-        sends = plan_sends(slots, devices, num_slots, capacities.exchange)
+        sends = plan_sends(slots, level.size, level.slots, level.capacity)
         sent = permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
         rows = permute_tokens(tokens, sends.moves, products)
         rows, sent = return_after(dispatch_tokens(rows, sends.counts, route), sent)
-        message = exchange.all_to_all_listed(sends.slots, sent, route.axis)
-    more = None
+        message = exchange.all_to_all_listed(sends.slots, sent, ways.axis, level.groups)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             act, w_out, more = _shared_first(shared, tokens, products)
             rows, act = side_by_side(rows, act)
     slots_here, weights_here = (array.reshape(-1, top_k) for array in message)
-    results, dropped, bad = local_results(experts, rows, slots_here, weights_here, num_slots, capacities, products)
+    arrived = slots_here, weights_here, num_slots, capacities, products
+    if further:
+        results, _, dropped, bad = _remote(experts, None, rows, *arrived, Ways(tuple(further), ways.axis))
+    else:
+        results, dropped, bad = local_results(experts, rows, *arrived)
     if act is not None:
         results, act = side_by_side(results, act)
     with jax.named_scope("combine"):
         results = combine_results(results, sends.counts, route, products)
-    beside: Carried | None = None
     if act is not None and w_out is not None:
         with jax.named_scope("shared_expert"):
-            results, beside = side_by_side(results, shared_second(w_out, act, x.shape[0], x.dtype, products))
+            like = tokens.gradient
+            results, beside = side_by_side(results, shared_second(w_out, act, like.shape[0], like.dtype, products))
     with jax.named_scope("combine"):
         results = unpermute_results(results, sends.moves, products)
-        y = add_results((results,) if beside is None else (results, beside), products)
-    return y, dropped + sends.dropped, bad if more is None else bad + more
+    return results, beside, dropped + sends.dropped, bad if more is None else bad + more
 
 
 def local_results(

@@ -9,6 +9,7 @@ Shapes: T tokens of this device, D width, k choices, E logical experts, S slots 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,12 +23,13 @@ from eplb_jax.kernels.mesh_axis import is_bound, size_and_index
 from eplb_jax.kernels.recipe import RECIPES, Recipe
 from eplb_jax.kernels.registry import Backend
 from eplb_jax.moe import exchange
-from eplb_jax.moe.carried import Products, Route, add_results, scale_tokens
-from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, make_capacities, plan_sends, sort_by_slot
-from eplb_jax.moe.dispatchers import DISPATCHERS
+from eplb_jax.moe.carried import Products, add_results, scale_tokens
+from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, plan_sends, sort_by_slot
+from eplb_jax.moe.dispatchers import DISPATCHERS, NODES, Dense
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out, working_copies
 from eplb_jax.moe.fp8_experts import ScaledExperts, scaled_working_copies
-from eplb_jax.moe.fp8_layer import local_results, scaled_layer
+from eplb_jax.moe.fp8_layer import Ways, local_results, scaled_layer
+from eplb_jax.moe.levels import Level, make_levels
 from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
@@ -52,8 +54,10 @@ class MoEConfig:
         that nothing is ever dropped.
       replicas: which replica a token goes to, "hash", "nearest" or "split", by the loads of the step, for which devices
         tell each other how many tokens chose each expert; see `eplb_jax.moe.replica`.
-      devices_per_node: consecutive devices that share a node, for "nearest" and "split"; None: all.
-      exchange: "dense", an all-to-all of fixed size, or "ragged", `jax.lax.ragged_all_to_all`: GPU only.
+      devices_per_node: consecutive devices that share a node, for "nearest", "split" and "nodes"; None: all.
+      exchange: "dense", an all-to-all of fixed size; "nodes", one between nodes of ``devices_per_node`` and one within
+        each, for which a token travels at most once to a node, see `eplb_jax.moe.levels`; or "ragged",
+        `jax.lax.ragged_all_to_all`: GPU only.
       fp8: short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
@@ -89,13 +93,14 @@ class MoEConfig:
         check_capacity_factor(self.capacity_factor)
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
-        if self.exchange not in DISPATCHERS:
-            raise ValueError(f"exchange={self.exchange!r}: it must be one of {tuple(DISPATCHERS)}")
+        if self.exchange not in (*DISPATCHERS, NODES):
+            raise ValueError(f"exchange={self.exchange!r}: it must be one of {(*DISPATCHERS, NODES)}")
         if self.precision not in (None, *RECIPES):
             raise ValueError(f"precision={self.precision!r}: it must be one of {tuple(RECIPES)}, or None")
         if self.fp8 and self.precision not in (None, "fp8"):
             raise ValueError(f"fp8=True and precision={self.precision!r} ask for two recipes: give one of them")
-        if reason := self.recipe.why_not(self.width, self.hidden) or DISPATCHERS[self.exchange].why_not(self.recipe):
+        travels = Dense() if self.exchange == NODES else DISPATCHERS[self.exchange]
+        if reason := self.recipe.why_not(self.width, self.hidden) or travels.why_not(self.recipe):
             raise ValueError(reason)
 
     @property
@@ -266,10 +271,11 @@ def moe_layer(
                 devices_per_node=None if axis is None else config.devices_per_node,
                 counts=counts,
             )
-    capacities = make_capacities(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
+    sizes = x.shape[0], devices, slots, config.devices_per_node
+    levels, capacities = make_levels(config.exchange, config.router, config.capacity_factor, *sizes)
     bad = jnp.int32(0)
     if products := _products(config):
-        way = None if axis is None or devices == 1 else Route(DISPATCHERS[config.exchange], axis)
+        way = None if axis is None or devices == 1 else Ways(levels, axis)
         experts = params.experts, params.shared
         y, dropped, bad = scaled_layer(*experts, x, chosen, routing.weights, slots, capacities, products, way)
     elif axis is None or devices == 1:
@@ -279,7 +285,7 @@ def moe_layer(
             with jax.named_scope("shared_expert"):
                 y = y + shared_out(shared, shared_in(shared, x))
     else:
-        y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis)
+        y, dropped = _remote(params, x, chosen, routing.weights, slots, capacities, config, axis, levels)
     return of_real_tokens(y, mask), MoEStats(routing.loads, dropped, loss, bad)
 
 
@@ -357,30 +363,33 @@ def _remote(
     capacities: Capacities,
     config: MoEConfig,
     axis: str,
+    levels: Sequence[Level],
 ) -> tuple[jax.Array, jax.Array]:
-    """The layer for slots of all devices of the axis: tokens travel there and back.
+    """The layer for slots of all devices of the axis: tokens travel there and back, level by level.
 
     The shared experts' first product runs while tokens travel there, the second while they travel back. Barriers fix
     this order, because a scheduler that sees forward and backward at once chooses another. Their transposes do too.
     """
-    devices, top_k = jax.lax.axis_size(axis), slots.shape[1]
+    level, *further = levels
+    devices, top_k, dispatcher = level.size, slots.shape[1], level.dispatcher
     shared: Any = params.shared
-    dispatcher = DISPATCHERS[config.exchange]
     hidden: Any = None
     with jax.named_scope("dispatch"):
-        sends = plan_sends(slots, devices, num_slots, capacities.exchange)
+        sends = plan_sends(slots, devices, level.slots, level.capacity)
         sent = permute_each(weights, sends.choices.reshape(-1), sends.entries).reshape(sends.slots.shape)
         rows = permute(x, sends.moves, backend=config.backend).reshape(devices, -1, x.shape[1])
         rows, sent = _return_after(dispatcher.dispatch(rows, sends.counts, axis, config.recipe), sent)
-        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis)
+        message: Any = exchange.all_to_all_listed(sends.slots, sent, axis, level.groups)
     if shared is not None:
         with jax.named_scope("shared_expert"):
             rows, hidden = jax.lax.optimization_barrier((rows, shared_in(shared, x)))
     shape = rows.shape
     slots_here, weights_here = (array.reshape(-1, top_k) for array in message)
-    y, dropped = local_experts(
-        params.experts, rows.reshape(-1, x.shape[1]), slots_here, weights_here, num_slots, capacities, config
-    )
+    arrived = rows.reshape(-1, x.shape[1]), slots_here, weights_here, num_slots, capacities, config
+    if further:
+        y, dropped = _remote(params._replace(shared=None), *arrived, axis, further)
+    else:
+        y, dropped = local_experts(params.experts, *arrived)
     if shared is not None:
         y, hidden = jax.lax.optimization_barrier((y, hidden))
     with jax.named_scope("combine"):

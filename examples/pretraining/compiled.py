@@ -6,6 +6,7 @@ the estimate is that of its products.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -64,7 +65,7 @@ def compile_step(
     Args:
       config: the model.
       schedule: of the pipeline.
-      sizes: of the axes "pp" and "ep".
+      sizes: of the axes "pp" and "ep", and of "dp" where there is one.
       microbatch_size: sequences of a microbatch on a device.
       chip: what to compile for, one of `profiling.target_names`.
       dtype: of activations and products.
@@ -75,15 +76,15 @@ def compile_step(
       ValueError: no such target, or a model that does not fit the schedule.
       RuntimeError: no CUDA build of JAX is installed.
     """
-    count = sizes["pp"] * sizes["ep"]
+    count = math.prod(sizes.values())
     devices = topology(chip.name, count, nodes=-(-count // devices_per_node)).devices
-    axes = (AxisType.Auto,) * 2
-    mesh = Mesh(np.array(devices).reshape(sizes["pp"], sizes["ep"]), ("pp", "ep"), axis_types=axes)
+    axes = (AxisType.Auto,) * len(sizes)
+    mesh = Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=axes)
     model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
     pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype)
-    batch = trainer.abstract_batch(config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
-    rows = NamedSharding(mesh, P("ep"))
+    batch = trainer.abstract_batch(config, schedule.num_microbatches * count // sizes["pp"] * microbatch_size)
+    rows = NamedSharding(mesh, P(tuple(name for name in sizes if name != "pp")))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)
     state, rng = trainer.abstract_state(model, optimizer, mesh), jax.eval_shape(lambda: jax.random.key(0))
     start = time.perf_counter()

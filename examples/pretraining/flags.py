@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 import pathlib
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from jaxpipe.deepseek import ModelConfig
@@ -51,6 +51,18 @@ def split_command(arguments: Sequence[str]) -> tuple[str, list[str]]:
     return "train", list(arguments)
 
 
+def capacity(text: str) -> float | str:
+    """A factor of the capacity, or "none".
+
+    >>> capacity("1.1"), capacity("none")
+    (1.1, 'none')
+    """
+    try:
+        return text if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: a capacity is a factor of at least 1, or none") from None
+
+
 def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
     parser.add_argument(
@@ -71,11 +83,22 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "--grad-dtype", default="float32", choices=["float32", "bfloat16"],
         help="what gradients are summed in; bfloat16 takes half the memory and keeps 8 bits"
     )  # fmt: skip
-    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument(
         "--deferred", type=int, metavar="COUNT", help="most weight gradients that a rank puts off at once, for each of "
         "which it keeps what it needs; default: as many as the schedule does"
     )  # fmt: skip
+    parser.add_argument("--zero1", action="store_true", help="devices that have the same parameters keep a part of "
+                        "their moments each")  # fmt: skip
+    parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
+    parser.add_argument(
+        "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
+        "eplb_jax.capacity_from gives; none: for the worst case; default: the configuration's"
+    )  # fmt: skip
+    parser.add_argument(
+        "--exchange", choices=["dense", "nodes", "ragged"], help="how tokens reach experts: nodes sends each at most "
+        "once to a node, and within it from there; default: the configuration's, dense"
+    )  # fmt: skip
+    parser.add_argument("--devices-per-node", type=int, default=8, help="devices with fast links to each other")
 
 
 def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
@@ -85,6 +108,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
       ValueError: no such configuration, or sizes that do not fit each other.
     """
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
+    given["zero1"] = args.zero1 or None
     config = dataclasses.replace(
         base_config(args), **{name: value for name, value in given.items() if value is not None}
     )
@@ -93,7 +117,23 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
             config = config.in_precision(args.precision)
         except ValueError as error:
             raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
-    return config.over_devices(devices, args.slots)
+    return with_exchange(config, args).over_devices(devices, args.slots)
+
+
+def with_exchange(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """The configuration with the exchange and the room for tokens that the flags name.
+
+    Raises:
+      ValueError: a factor below 1.
+    """
+    changes: dict[str, Any] = {}
+    if args.capacity is not None:
+        changes["capacity_factor"] = None if args.capacity == "none" else args.capacity
+    if args.exchange is not None:
+        changes["exchange"] = args.exchange
+    if args.exchange == "nodes":
+        changes["devices_per_node"] = args.devices_per_node
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, **changes)) if changes else config
 
 
 def built_schedule(name: str, ranks: int, microbatches: int, deferred: int | None) -> Schedule:

@@ -23,9 +23,10 @@ from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
-from jaxpipe.planning.planner import PROGRAMS
+from jaxpipe.planning.parts import detail_lines, imbalance
+from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
-from pretraining import flags, trainer
+from pretraining import fitting, flags, plan_search, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.tables import markdown_head, markdown_row
 
@@ -57,7 +58,7 @@ class Row:
       mfu: the model's FLOPs (nothing counted that is computed again) as a share of what the chips could do.
       tokens: per second, of all devices together.
       stages: how many have which layers, as text.
-      uncounted: kernels whose FLOPs no rule knows, and how often a device runs them.
+      plan: what all this is of.
     """
 
     name: str
@@ -68,7 +69,12 @@ class Row:
     mfu: float = 0.0
     tokens: float = 0.0
     stages: str = ""
-    uncounted: tuple[tuple[str, float], ...] = ()
+    plan: jaxpipe.Plan | None = None
+
+    @property
+    def uncounted(self) -> tuple[tuple[str, float], ...]:
+        """Kernels whose FLOPs no rule knows, and how often a device runs them."""
+        return () if self.plan is None else self.plan.uncounted
 
 
 @dataclasses.dataclass(frozen=True)
@@ -98,9 +104,14 @@ class PlannedRun:
         devices = math.prod(sizes.values())
         mtp = f", and {config.mtp_parameters / GIGA:.2f} of multi-token prediction" if config.mtp else ""
         tokens = self.microbatches * self.microbatch_size * config.sequence * devices // sizes["pp"]
+        there = [(row.name, row.plan, row.tokens / devices) for row in self.rows if row.plan is not None]
+        ranked = ", ".join(f"{name} {each:,.0f}" for name, _, each in there)
+        uneven = ", ".join(f"{name} {imbalance(found):.3f}" for name, found, _ in there)
         lines = [
             f"{devices} {self.chip.name}, mesh {sizes}; {self.microbatches} microbatches of {self.microbatch_size} "
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
+            *([] if not ranked else [f"tokens/s a device: {ranked}"]),
+            *([] if not uneven else [f"the rank with most work, over the mean of all: {uneven}"]),
             f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",
@@ -122,7 +133,15 @@ class PlannedRun:
             measures = _short(row.seconds), f"{row.bubble:.1%}", f"{row.mfu:.1%}", f"{row.tokens:,.0f}"
             lines.append(markdown_row([row.name, *sizes, *measures]))
         missing = {name for row in self.rows for name, _ in row.uncounted}
-        return "\n".join([*lines, *(f"not counted: {name}" for name in sorted(missing))])
+        lines += [f"not counted: {name}" for name in sorted(missing)]
+        for row in self.rows:
+            lines += fitting.lines(row.name, row.plan, self.config) if row.plan is not None else []
+        return "\n".join(lines)
+
+    def details(self) -> str:
+        """Where the time of each schedule goes, and what was assumed."""
+        blocks = [[f"## {row.name}", "", *detail_lines(row.plan)] for row in self.rows if row.plan is not None]
+        return "\n".join(line for block in blocks for line in [*block, ""])
 
 
 def plan(
@@ -144,7 +163,7 @@ def plan(
 
     Args:
       config: the model.
-      mesh: sizes of the axes "pp" and "ep".
+      mesh: sizes of the axes "pp", "ep" and "dp" in the order of the devices, the last varies fastest.
       schedules: by name.
       microbatches: of a step; default: four for each pipeline rank.
       microbatch_size: sequences of a microbatch on one device.
@@ -160,8 +179,12 @@ def plan(
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
     """
     sizes = {**mesh, "ep": mesh.get("ep", 1)}
-    if set(sizes) != {"pp", "ep"} or min(sizes.values()) < 1:
-        raise ValueError(f"mesh {dict(mesh)}: give the size of axis pp, and of ep where experts are sharded")
+    if not {"pp", "ep"} <= set(sizes) <= set(flags.AXES) or min(sizes.values()) < 1:
+        raise ValueError(
+            f"mesh {dict(mesh)}: give the size of axis pp, of ep where experts are sharded, and of dp where there are "
+            "several such groups"
+        )
+    shards = math.prod(size for name, size in sizes.items() if name != "pp")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
     rows, held = [], 0
@@ -175,14 +198,14 @@ def plan(
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
-        abstract = abstract_mesh(sizes, chip if config.precision == "fp8" and not cpu else None)
+        abstract = abstract_mesh(sizes, None if cpu else chip)
         # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
         state = trainer.abstract_state(model, optimizer, abstract)
         found = jaxpipe.plan(
             trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype),
             state.params,
-            trainer.abstract_batch(config, microbatches * sizes["ep"] * microbatch_size),
+            trainer.abstract_batch(config, microbatches * shards * microbatch_size),
             chip,
             optimizer=state.opt_state,
             achieved=achieved,
@@ -191,9 +214,9 @@ def plan(
             cpu=cpu,
         )
         held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
-        tokens = microbatches * microbatch_size * config.sequence * sizes["ep"] / found.seconds
+        tokens = microbatches * microbatch_size * config.sequence * shards / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
-        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found.uncounted))
+        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found))
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -210,12 +233,25 @@ def abstract_mesh(sizes: Mapping[str, int], chip: Chip | None = None) -> Abstrac
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The command's arguments; `run` takes what they parse to."""
     flags.add_sizes(parser, "dsv3-671b")
-    parser.add_argument("--mesh", default="pp=16,ep=64", help="sizes of the axes pp and ep, as in pp=16,ep=64")
+    parser.add_argument(
+        "--mesh",
+        default="pp=16,ep=64",
+        help="sizes of the axes pp, ep and dp, as in pp=16,dp=2,ep=64; "
+        "devices are numbered in this order, the last axis fastest",
+    )
     parser.add_argument("--schedules", nargs="+", default=list(BUILDERS), metavar="NAME", help="default: all")
     parser.add_argument("--microbatches", type=int, help="of a step; default: four for each pipeline rank")
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
-    parser.add_argument("--devices-per-node", type=int, default=8)
+    found = parser.add_argument_group("search")
+    found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices that "
+                       "fit; of --schedules, --microbatches, --precision and --remat those that are given")  # fmt: skip
+    found.add_argument("--gpus", type=int, help="devices in all; what pp times ep leaves of them is dp")
+    found.add_argument("--search-pp", type=int, nargs="+", default=[8, 16, 32], metavar="RANKS", help="of pipelines")
+    found.add_argument("--search-ep", type=int, nargs="+", default=[64], metavar="DEVICES", help="of the experts' axis")
+    found.add_argument("--most-microbatches", type=int, default=128, help="of a step")
+    found.add_argument("--memory", type=float, metavar="GB", help="of a device that may be taken; default: 95%% of it")
+    parser.add_argument("--details", action="store_true", help="where the time goes, by part; and what is assumed")
     parser.add_argument("--compile", action="store_true", help="compile the step too: what XLA allocates and hides; no "
                         'GPU is needed but pip install "jax[cuda13]", minutes a schedule, and JAX_PLATFORMS=cpu '
                         "where there is none")  # fmt: skip
@@ -227,6 +263,9 @@ def run(args: argparse.Namespace) -> None:
     Raises:
       ValueError: arguments that do not fit.
     """
+    if args.search:
+        print(_search(args))
+        return
     try:
         sizes = mesh_sizes(args.mesh)
     except ValueError as error:
@@ -243,10 +282,42 @@ def run(args: argparse.Namespace) -> None:
         devices_per_node=args.devices_per_node,
     )
     print(found)
+    if args.details:
+        print(f"\n{found.details()}")
     if args.compile:
         print("\nAs compiled, in GB; what is hidden, and the step, are estimates from XLA's order of operations\n")
         for line in table(_compile(found, sizes, args), found.chip):
             print(line, flush=True)
+
+
+def _search(args: argparse.Namespace) -> plan_search.SearchResult:
+    """The search that the arguments ask for.
+
+    Raises:
+      ValueError: no number of devices; arguments that do not fit.
+    """
+    if args.gpus is None or args.gpus < 1:
+        raise ValueError(f"--search with --gpus {args.gpus}: say on how many devices, as in --search --gpus 2048")
+    given: dict[str, Any] = {"precisions": args.precision and (args.precision,), "remats": args.remat and (args.remat,)}
+    if args.schedules != list(BUILDERS):
+        given["schedules"] = tuple(args.schedules)
+    space = plan_search.Space(
+        args.gpus,
+        tuple(args.search_pp),
+        tuple(args.search_ep),
+        counts=args.microbatches and (args.microbatches,),
+        most_microbatches=args.most_microbatches,
+        microbatch_size=args.microbatch_size,
+        **{name: value for name, value in given.items() if value is not None},
+    )
+    config = flags.sized_config(args, 1)
+    return plan_search.search(
+        dataclasses.replace(config, redundant=0),
+        space,
+        chip(args.chip),
+        memory=args.memory and args.memory * GIGA,
+        devices_per_node=args.devices_per_node,
+    )
 
 
 def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:

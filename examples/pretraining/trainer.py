@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -25,6 +27,9 @@ from pretraining.rebalancer import Rebalancer as Rebalancer
 OPTIMIZERS = ("adamw", "muon")
 RATES = ("cosine", "wsd")
 """Courses of the learning rate after its warm-up; "wsd", warm-up, stable, decay: arXiv 2404.06395, 4."""
+
+SMALLEST_PART = 2**16
+"""Elements of a parameter whose moments are worth dividing."""
 
 SMALLEST_CHANGE = 0.02
 """What a step must be able to change a second moment in bfloat16 by: five times the half of its last place."""
@@ -206,6 +211,15 @@ def abstract_state(
     )
 
 
+def abstract_params(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Params:
+    """Shapes, dtypes and shardings of the parameters."""
+    return jax.tree.map(
+        lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
+        model.params,
+        model.specs,
+    )
+
+
 def abstract_batch(config: ModelConfig, rows: int) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes and dtypes of a batch of that many sequences."""
     kinds = {"tokens": jnp.int32, "targets": jnp.int32, "mask": jnp.float32}
@@ -223,17 +237,52 @@ def _maker(model: DeepSeekModel, optimizer: optax.GradientTransformation) -> Cal
 
 
 def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Where each part of a state (arrays or shapes) is kept: moments where their parameters are, scalars everywhere."""
-    specs = model.specs
+    """Where each part of a state (arrays or shapes) is kept: moments where their gradients are, scalars everywhere."""
 
-    def of(node: Any) -> Any:
-        if not isinstance(node, jaxpipe.Params):
-            return NamedSharding(mesh, P())
-        return jax.tree.map(
-            lambda leaf, spec: leaf if _is_masked(leaf) else NamedSharding(mesh, spec), node, specs, is_leaf=_is_masked
-        )
+    def kept(specs: Any, tree: Any) -> Any:
+        def of(node: Any) -> Any:
+            if not isinstance(node, jaxpipe.Params):
+                return NamedSharding(mesh, P())
+            return jax.tree.map(
+                lambda leaf, spec: leaf if _is_masked(leaf) else NamedSharding(mesh, spec),
+                node,
+                specs,
+                is_leaf=_is_masked,
+            )
 
-    return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
+        return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
+
+    state = kept(model.specs, state._replace(opt_state=()))._replace(opt_state=state.opt_state)
+    return state._replace(opt_state=kept(_moment_specs(model, mesh), state.opt_state))
+
+
+def _moment_specs(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Params:
+    """PartitionSpec of every parameter's moments: that of its gradient, as `jaxpipe.Pipeline.grad_shardings` has it."""
+    if not model.config.zero1:
+        return model.specs
+    sizes = dict(mesh.shape)
+
+    def of(first: int, leaf: Any, spec: P) -> P:
+        named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
+        axes = tuple(axis for axis in _data_axes(mesh) if axis not in named)
+        count = math.prod(sizes[axis] for axis in axes)
+        entries = [*spec, *(None,) * (len(leaf.shape) - len(spec))]
+        free = [
+            place
+            for place in range(first, len(entries))
+            if entries[place] is None and leaf.shape[place] and leaf.shape[place] % count == 0
+        ]
+        small = math.prod(leaf.shape[first:]) < SMALLEST_PART
+        if not axes or not free or small or not jnp.issubdtype(leaf.dtype, jnp.floating):
+            return spec
+        place = max(free, key=lambda one: leaf.shape[one])
+        return P(*entries[:place], axes[0] if len(axes) == 1 else axes)
+
+    params, specs = model.params, model.specs
+    return jaxpipe.Params(
+        jax.tree.map(functools.partial(of, 1), params.stages, specs.stages),
+        jax.tree.map(functools.partial(of, 0), params.outer, specs.outer),
+    )
 
 
 def pipelined(
@@ -257,6 +306,8 @@ def pipelined(
         dispatch=dispatch,
         shared_ends=model.shared_ends,
         order="storage",
+        zero1_axis=_data_axes(mesh) if model.config.zero1 else None,
+        min_shard_size=SMALLEST_PART,
     )
 
 

@@ -158,6 +158,7 @@ class ModelConfig(LayerConfig):
       shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
         kept in parts over the experts' axis, and gathered for use.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
+      zero1: whether devices that have the same parameters keep a part of their moments each (ZeRO-1).
 
     Raises:
       ValueError: sizes below 1 or that do not fit each other, unknown choices.
@@ -177,6 +178,7 @@ class ModelConfig(LayerConfig):
     shared_ends: bool | None = None
     shard_outer: bool = False
     moments: str = "float32"
+    zero1: bool = False
     tied: bool = False
     selection_bias: bool = True
 

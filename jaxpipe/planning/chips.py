@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 from types import MappingProxyType
+from typing import NamedTuple
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +53,18 @@ class Chip:
         return rates[dtype]
 
 
+class KernelShare(NamedTuple):
+    """The shares of a chip's best that one kernel reaches; None: as all others.
+
+    Attributes:
+      matmul: of the FLOP/s.
+      memory: of the memory's bytes/s.
+    """
+
+    matmul: float | None = None
+    memory: float | None = None
+
+
 @dataclasses.dataclass(frozen=True)
 class Achieved:
     """The share of a chip's best that programs reach, and what every kernel costs besides.
@@ -65,6 +78,8 @@ class Achieved:
       interconnect: of the bytes/s within a node, for collectives.
       internode: of the bytes/s between nodes.
       kernel_us: microseconds between the end of one kernel and the start of the next.
+      occupied: the share of a chip's multiprocessors that a collective takes from the kernels that run beside it.
+      kernels: shares of single kernels, by name.
 
     >>> Achieved(matmul=0.6).matmul
     0.6
@@ -75,11 +90,18 @@ class Achieved:
     interconnect: float = 0.8
     internode: float = 0.8
     kernel_us: float = 2.0
+    occupied: float = 0.0
+    kernels: Mapping[str, KernelShare] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        for name in ("matmul", "memory", "interconnect", "internode"):
-            if not 0 < getattr(self, name) <= 1:
-                raise ValueError(f"{name}={getattr(self, name)} must be a share above 0, at most 1")
+        shares = {name: getattr(self, name) for name in ("matmul", "memory", "interconnect", "internode")}
+        for kernel, (matmul, memory) in self.kernels.items():
+            shares |= {f"matmul of kernel {kernel}": matmul, f"memory of kernel {kernel}": memory}
+        for name, share in shares.items():
+            if share is not None and not 0 < share <= 1:
+                raise ValueError(f"{name}={share} must be a share above 0, at most 1")
+        if not 0 <= self.occupied < 1:
+            raise ValueError(f"occupied={self.occupied} must be a share of at least 0, below 1")
         if self.kernel_us < 0:
             raise ValueError(f"kernel_us={self.kernel_us} must not be negative")
 

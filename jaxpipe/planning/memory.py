@@ -92,20 +92,53 @@ def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
     return max((eqn.invars for eqn in barriers), key=lambda atoms: sum(map(size, atoms)))
 
 
+def prepared_bytes(body: Jaxpr, size: Size) -> dict[int, int]:
+    """Bytes of what is made of parameters before the first step, by the part of the program that it is for."""
+    found: dict[int, int] = {}
+    part_of: dict[Any, int] = {}
+    for var, sources, part in _prepared(body):
+        part = next((part_of[atom] for atom in sources if atom in part_of), part) if part is None else part
+        if part is not None:
+            part_of[var] = part
+    for var in {var for var, _, _ in _prepared(body)} & _read(body):
+        if var in part_of:
+            found[part_of[var]] = found.get(part_of[var], 0) + size(var)
+    return found
+
+
+def _prepared(body: Jaxpr) -> list[tuple[Any, tuple[Any, ...], int | None]]:
+    """(variable, what it is made of, the part that it is for) of what is made of parameters before the first step.
+
+    Parameters in other words are none.
+    """
+    found, given = [], set[Any](body.invars)
+    for eqn in body.eqns:
+        scopes = str(eqn.source_info.name_stack).split("/")
+        if "prepare" not in scopes:
+            continue
+        if eqn.primitive.name == "optimization_barrier":
+            pairs = list(zip(eqn.invars, eqn.outvars, strict=True))
+        else:
+            pairs = [(atom, var) for atom in eqn.invars[:1] for var in eqn.outvars if eqn.primitive.name in VIEWS]
+        views = {var for atom, var in pairs if not isinstance(atom, Literal) and atom in given}
+        given |= views
+        sources = dict.fromkeys(eqn.outvars, tuple(atom for atom in eqn.invars if not isinstance(atom, Literal)))
+        if eqn.primitive.name == "optimization_barrier":
+            sources = {var: (atom,) for atom, var in pairs if not isinstance(atom, Literal)}
+        part = next((int(scope.removeprefix("part_")) for scope in scopes if scope.startswith("part_")), None)
+        found += [(var, sources.get(var, ()), part) for var in eqn.outvars if var not in views]
+    return found
+
+
+def _read(body: Jaxpr) -> set[Any]:
+    """The variables that something behind the preparation reads."""
+    found: set[Any] = set()
+    for eqn in body.eqns:
+        if "prepare" not in str(eqn.source_info.name_stack).split("/"):
+            found.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
+    return found
+
+
 def _working(body: Jaxpr, size: Size) -> int:
     """Bytes of what is made of parameters before the first step; parameters in other words are none."""
-    made: set[Any] = set()
-    read: set[Any] = set()
-    given: set[Any] = set(body.invars)
-    for eqn in body.eqns:
-        if "prepare" in str(eqn.source_info.name_stack).split("/"):
-            if eqn.primitive.name == "optimization_barrier":
-                pairs = zip(eqn.invars, eqn.outvars, strict=True)
-            else:
-                pairs = ((atom, var) for atom in eqn.invars[:1] for var in eqn.outvars if eqn.primitive.name in VIEWS)
-            views = {var for atom, var in pairs if not isinstance(atom, Literal) and atom in given}
-            given |= views
-            made.update(var for var in eqn.outvars if var not in views)
-        else:
-            read.update(atom for atom in eqn.invars if not isinstance(atom, Literal))
-    return sum(map(size, made & read))
+    return sum(map(size, {var for var, _, _ in _prepared(body)} & _read(body)))

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 
 from jaxpipe.planning.chips import Achieved, Chip
+
+Groups = tuple[tuple[int, ...], ...]
+"""Places along the axes of a collective, of those that take part together."""
 
 
 def mesh_sizes(text: str) -> dict[str, int]:
@@ -56,26 +60,29 @@ class Network:
         """Devices that the named axes have together."""
         return math.prod(size for name, size in self.axes if name in names)
 
-    def fullest(self, names: Sequence[str]) -> int:
+    def fullest(self, names: Sequence[str], groups: Groups | None = None) -> int:
         """Of a group of devices along the named axes, how many share a node at most.
 
-        >>> Network((("pp", 2), ("ep", 8)), 8, 1.0, 1.0, 0.0).fullest(["pp"])
-        1
+        >>> network = Network((("pp", 2), ("ep", 8)), 4, 1.0, 1.0, 0.0)
+        >>> network.fullest(["pp"]), network.fullest(["ep"]), network.fullest(["ep"], ((0, 4), (1, 5)))
+        (1, 4, 1)
         """
         places = itertools.product(*(range(size if name in names else 1) for name, size in self.axes))
         strides = [math.prod(size for _, size in self.axes[i + 1 :]) for i in range(len(self.axes))]
-        devices = (sum(map(int.__mul__, place, strides)) for place in places)
-        return max(collections.Counter(device // self.node for device in devices).values())
+        devices = [sum(map(int.__mul__, place, strides)) for place in places]
+        several = [devices] if groups is None else [[devices[place] for place in group] for group in groups]
+        return max(max(collections.Counter(device // self.node for device in group).values()) for group in several)
 
-    def seconds(self, kind: str, names: Sequence[str], nbytes: float) -> float:
+    def seconds(self, kind: str, names: Sequence[str], nbytes: float, groups: Groups | None = None) -> float:
         """How long a collective takes, both ways used at once: within the node or between nodes, whichever is longer.
 
         Args:
           kind: "all-to-all", "all-gather", "reduce-scatter", "all-reduce" or "permute".
           names: of the axes.
           nbytes: of the whole array that a device ends or begins with, the larger of both.
+          groups: places along the axes of the devices that take part together; None: all do.
         """
-        count, here = self.size(names), self.fullest(names)
+        count, here = _members(self, tuple(names), groups)
         if count == 1:
             return 0.0
         if kind == "permute":
@@ -87,3 +94,10 @@ class Network:
             remote = times * nbytes * (count - here) / count / here
             local = times * nbytes * (count - 1) / count - remote
         return self.latency + max(local / self.within, remote / self.between)
+
+
+@functools.cache
+def _members(network: Network, names: tuple[str, ...], groups: Groups | None) -> tuple[int, int]:
+    """(devices that take part in a collective together, most of them that share a node)."""
+    count = network.size(names) if groups is None else len(groups[0])
+    return count, network.fullest(names, groups)

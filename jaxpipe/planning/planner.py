@@ -22,13 +22,11 @@ from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
+from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.planning.work import Works, works
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.trainable import trainable_mask
-
-PROGRAMS = Achieved(matmul=0.68, memory=1.0, kernel_us=1.0)
-"""The shares of a chip's best that the kernels of whole steps reach, on H200s; see docs/measured/gpus.md."""
 
 GIGA = 1e9
 
@@ -56,6 +54,8 @@ class Plan:
       mfu: share of what the chips could do that ``flops`` are.
       uncounted: (kernel, times a step on a device) whose FLOPs no rule knows; their bytes count.
       work: what is done in one run of each action, by kind of stage.
+      achieved: the shares of the chip's best that were assumed.
+      network: the devices in nodes, and the rates of their links.
     """
 
     name: str
@@ -76,6 +76,8 @@ class Plan:
     mfu: float
     uncounted: tuple[tuple[str, float], ...]
     work: Works
+    achieved: Achieved
+    network: Network
 
     @property
     def fits(self) -> bool:
@@ -103,7 +105,7 @@ class Plan:
         if len(stages) == 1:
             one_run = ["  one run: " + ", ".join([*runs[0], *ends])]
         else:
-            rows = [f"{_stages_text(numbers)}: {', '.join(runs[numbers[0]])}" for numbers in stages.values()]
+            rows = [f"{stages_text(numbers)}: {', '.join(runs[numbers[0]])}" for numbers in stages.values()]
             one_run = [f"  one run of {row}" for row in rows] + ["  " + ", ".join(ends)]
         devices = math.prod(size for _, size in self.mesh)
         lines = [
@@ -200,9 +202,13 @@ def plan(
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
     )
     network = Network.make(sizes, chip, achieved, devices_per_node)
+    gathered = _gathered(pipeline, params, shardings) if optimizer is not None else 0
     spent = timing.stage_costs(pipeline, found, costs, chip, achieved, network)
     frozen = _some_frozen(pipeline, params)
-    return _plan(pipeline, memory, found, spent, chip, achieved, network, updated=optimizer is not None, frozen=frozen)
+    updates = network.seconds("all-gather", pipeline.options.zero1_axes, gathered)
+    if optimizer is not None:  # all state is read and written
+        updates += 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
+    return _plan(pipeline, memory, found, spent, chip, achieved, network, updates=updates, frozen=frozen)
 
 
 def _plan(
@@ -214,17 +220,14 @@ def _plan(
     achieved: Achieved,
     network: Network,
     *,
-    updated: bool,
+    updates: float,
     frozen: bool,
 ) -> Plan:
     """The plan, of a step's work and the costs of each stage.
 
-    ``updated``: whether an optimizer updates the state; ``frozen``: whether some floating parameters have no gradient.
+    ``updates``: seconds of the optimizer; ``frozen``: whether some floating parameters have no gradient.
     """
-    update = 0.0
-    if updated:  # all state is read and written
-        update = 2 * (2 * memory.masters + memory.optimizer) / (chip.hbm * achieved.memory)
-    once = found.once.compute(chip, achieved) + found.once.communicate(network) + update
+    once = found.once.compute(chip, achieved) + found.once.communicate(network) + updates
     timeline = timing.timeline(pipeline, costs)
     runs = timing.count_runs(pipeline, found, timeline)
     total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once
@@ -249,6 +252,8 @@ def _plan(
         mfu=flops / total / (timing.best_rate(found, chip) * others * len(runs)) if total else 0.0,
         uncounted=timing.uncounted(found, runs),
         work=found,
+        achieved=achieved,
+        network=network,
     )
 
 
@@ -258,10 +263,10 @@ def _times(costs: Costs, kinds: Set[Kind]) -> list[str]:
     return times if costs.overlapped is None else [*times, f"F&B {costs.overlapped * 1e3:.3g}"]
 
 
-def _stages_text(stages: Sequence[int]) -> str:
+def stages_text(stages: Sequence[int]) -> str:
     """Stages in ascending order, in few words.
 
-    >>> _stages_text([0, 1, 2, 5]), _stages_text([3])
+    >>> stages_text([0, 1, 2, 5]), stages_text([3])
     ('stages 0-2, 5', 'stage 3')
     """
     runs: list[list[int]] = []
@@ -320,6 +325,15 @@ def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> di
 def _some_frozen(pipeline: Pipeline, params: Params) -> bool:
     """Whether some floating parameters have no gradient."""
     return not pipeline.program.forward_only and pipeline.trainable_mask(params) != trainable_mask(None, params)
+
+
+def _gathered(pipeline: Pipeline, params: Params, shardings: Sequence[NamedSharding]) -> int:
+    """Bytes of a device's parameters whose updates devices make a part of each, and send each other."""
+    if not pipeline.options.zero1_axes:
+        return 0
+    parts = jax.tree.leaves(pipeline.grad_shardings(params))
+    leaves = zip(jax.tree.leaves(params), shardings, parts, strict=True)
+    return sum(_local(leaf, sharding) for leaf, sharding, part in leaves if part.spec != sharding.spec)
 
 
 def _local(leaf: Any, sharding: Any) -> int:

@@ -82,14 +82,16 @@ def _seconds(work: DeviceWork, chip: Chip, achieved: Achieved, network: Network)
 def _costs(actions: Mapping[str, DeviceWork], chip: Chip, achieved: Achieved, network: Network) -> Costs:
     """Seconds of each action of a kind of stage.
 
-    A forward and a backward that overlap take as long as their kernels or their collectives, whichever is longer;
-    other actions take the sum of both.
+    A forward and a backward that overlap take as long as their kernels, which collectives beside them slow down, or as
+    their collectives, whichever is longer; other actions take the sum of both.
     """
     total = {letter: _seconds(work, chip, achieved, network) for letter, work in actions.items()}
     pair = None
     if "B" in total:
         both = [actions.get(letter, DeviceWork()) for letter in "FB"]
-        pair = max(sum(work.compute(chip, achieved) for work in both), sum(work.communicate(network) for work in both))
+        computes = sum(work.compute(chip, achieved) for work in both)
+        communicates = sum(work.communicate(network) for work in both)
+        pair = max(computes + achieved.occupied * communicates, communicates)
     # A schedule whose backward is always whole has no halves; then W is nothing of it.
     return Costs(
         forward=total.get("F", 0.0),

@@ -27,14 +27,16 @@ from jaxpipe._jax import (
     Jaxpr,
     JaxprEqn,
 )
-from jaxpipe.planning.chips import Achieved, Chip
+from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
 from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 from jaxpipe.planning.liveness import for_gpus, inline
+from jaxpipe.planning.memory import prepared_bytes
 from jaxpipe.planning.mesh import Network
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.action import Kind
 from jaxpipe.stage.flops import eqn_flops
+from jaxpipe.stage.graph import has_side_effects
 
 RECOMPUTED = "rematted_computation"
 """JAX's scope for what `jax.checkpoint` computes again."""
@@ -64,6 +66,7 @@ class Kernel(NamedTuple):
       times: how often it runs.
       recomputed: whether a backward pass runs it again.
       parted: whether the pipeline's ranks have a part of its operands each.
+      scope: that it stands in, within its action: "jvp(layer_0)/attention/core".
     """
 
     name: str
@@ -73,15 +76,45 @@ class Kernel(NamedTuple):
     times: float
     recomputed: bool = False
     parted: bool = False
+    scope: str = ""
+
+    def seconds(self, chip: Chip, achieved: Achieved) -> float:
+        """How long one run takes: its products or its bytes, whichever takes longer, and the gap before the next."""
+        own = achieved.kernels.get(self.name, KernelShare())
+        moved = self.nbytes / (chip.hbm * (own.memory or achieved.memory))
+        multiplied = self.flops / (chip.flops(self.unit) * (own.matmul or achieved.matmul)) if self.unit else 0.0
+        return max(multiplied, moved) + achieved.kernel_us / 1e6
 
 
 class Message(NamedTuple):
-    """One collective: kind, mesh axes, bytes of the whole array (see `Network.seconds`), how often."""
+    """One collective.
+
+    Attributes:
+      kind, axes, nbytes, groups: as `Network.seconds` takes them.
+      times: how often.
+      recomputed: whether a backward pass runs it again.
+      scope: as that of a `Kernel`.
+    """
 
     kind: str
     axes: tuple[str, ...]
     nbytes: float
     times: float
+    recomputed: bool = False
+    scope: str = ""
+    groups: tuple[tuple[int, ...], ...] | None = None
+
+    def seconds(self, network: Network) -> float:
+        """How long one run takes."""
+        return network.seconds(self.kind, self.axes, self.nbytes, self.groups)
+
+
+class SlotArray(NamedTuple):
+    """One of the arrays that a slot holds: shape and dtype, and bytes that a device has of it."""
+
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,11 +125,14 @@ class DeviceWork:
       kernels: in the order of the program.
       messages: collectives.
       unknown: (kernel that no rule knows, times): its bytes count, its FLOPs do not.
+      loaded, stored: what is read of slots, and written into them.
     """
 
     kernels: tuple[Kernel, ...] = ()
     messages: tuple[Message, ...] = ()
     unknown: tuple[tuple[str, float], ...] = ()
+    loaded: tuple[SlotArray, ...] = ()
+    stored: tuple[SlotArray, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -118,21 +154,11 @@ class DeviceWork:
 
     def compute(self, chip: Chip, achieved: Achieved) -> float:
         """Seconds of all kernels: of each its products or its bytes, whichever takes longer."""
-        memory = chip.hbm * achieved.memory
-        units = {kernel.unit for kernel in self.kernels if kernel.unit}
-        rates = {unit: chip.flops(unit) * achieved.matmul for unit in units}
-        return sum(
-            kernel.times
-            * (
-                max(kernel.flops / rates[kernel.unit] if kernel.unit else 0.0, kernel.nbytes / memory)
-                + achieved.kernel_us / 1e6
-            )
-            for kernel in self.kernels
-        )
+        return sum(kernel.times * kernel.seconds(chip, achieved) for kernel in self.kernels)
 
     def communicate(self, network: Network) -> float:
         """Seconds of all collectives."""
-        return sum(m.times * network.seconds(m.kind, m.axes, m.nbytes) for m in self.messages)
+        return sum(message.times * message.seconds(network) for message in self.messages)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -145,6 +171,7 @@ class Works:
       ends: of one run: E (embed), H (head with its gradient), G (embed's gradient).
       once: what is done once a step beside them.
       boundary: bytes of each array between stages; empty where nothing is kept in slots.
+      prepared: of each kind of stage, bytes that are made of its parameters once a step.
     """
 
     kinds: tuple[Mapping[str, DeviceWork], ...]
@@ -152,6 +179,7 @@ class Works:
     ends: Mapping[str, DeviceWork]
     once: DeviceWork
     boundary: tuple[int, ...]
+    prepared: tuple[int, ...] = ()
 
     @property
     def actions(self) -> Mapping[str, DeviceWork]:
@@ -201,7 +229,11 @@ def works(
             into = kinds[program.parts[part][1]] if letter in _OF_STAGES else ends
             into[letter] = _fuller(into.get(letter), found.work([label]))
     boundary = next((sizes for label, sizes in found.boundaries.items() if label.endswith("/F")), ())
-    return Works(tuple(kinds), kind_of, ends, once, tuple(boundary))
+    made = prepared_bytes(body, divided.nbytes)
+    prepared = [0] * len(kinds)
+    for part, (_, kind) in enumerate(program.parts):
+        prepared[kind] = max(prepared[kind], made.get(part, 0))
+    return Works(tuple(kinds), kind_of, ends, once, tuple(boundary), tuple(prepared))
 
 
 def _fuller(kept: DeviceWork | None, work: DeviceWork) -> DeviceWork:
@@ -256,6 +288,8 @@ class _Collector:
         self.messages: dict[str, list[Message]] = collections.defaultdict(list)
         self.unknown: dict[str, dict[str, float]] = collections.defaultdict(dict)
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
+        self.loaded: dict[str, list[SlotArray]] = collections.defaultdict(list)
+        self.stored: dict[str, list[SlotArray]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
     def work(self, labels: Iterable[str]) -> DeviceWork:
@@ -269,6 +303,8 @@ class _Collector:
             tuple(kernel for label in labels for kernel in self.kernels[label]),
             tuple(message for label in labels for message in self.messages[label]),
             tuple(unknown.items()),
+            tuple(array for label in labels for array in self.loaded[label]),
+            tuple(array for label in labels for array in self.stored[label]),
         )
 
     def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
@@ -293,7 +329,11 @@ class _Collector:
                 self._message(op, times)
             elif op.name not in WITHOUT_KERNEL:
                 if op.name == "dynamic_slice" and op.path.endswith(f"{op.label}/read"):
-                    self.boundaries[op.label].append(self.divided.nbytes(flat.atoms[op.outs[0]]))
+                    held = self._held(op.eqn.outvars[0])
+                    self.boundaries[op.label].append(held.nbytes)
+                    self.loaded[op.label].append(held)
+                elif op.name == "dynamic_update_slice" and op.path.endswith(f"{op.label}/write"):
+                    self.stored[op.label].append(self._held(op.eqn.invars[1]))
                 read = sum(self.divided.nbytes(flat.atoms[value]) for value in sources)
                 self._kernel(op, read, any(value in kept for value in op.outs), roots, flat, times)
 
@@ -333,7 +373,12 @@ class _Collector:
             for name, times in other.unknown[label].items():
                 self._tell_unknown(label, name, times)
             self.boundaries[label] += other.boundaries[label]
+            self.loaded[label] += other.loaded[label]
+            self.stored[label] += other.stored[label]
             self.labels[label] = None
+
+    def _held(self, atom: Any) -> SlotArray:
+        return SlotArray(atom.aval.shape, str(atom.aval.dtype), self.divided.nbytes(atom))
 
     def _message(self, op: _ScopedOp, times: float) -> None:
         params, kind = op.eqn.params, COLLECTIVES[op.name]
@@ -342,7 +387,10 @@ class _Collector:
         arrays = op.eqn.outvars if kind == "all-gather" else op.eqn.invars
         count = 1 if op.name.startswith("ragged") else len(arrays)
         nbytes = sum(self.divided.nbytes(atom) for atom in arrays[:count])
-        self.messages[op.label].append(Message(kind, axes, nbytes, times))
+        groups = params.get("axis_index_groups")
+        groups = groups if groups is None else tuple(map(tuple, groups))
+        again, scope = RECOMPUTED in op.path.split("/"), _within(op)
+        self.messages[op.label].append(Message(kind, axes, nbytes, times, again, scope, groups))
 
     def _kernel(
         self, op: _ScopedOp, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
@@ -376,7 +424,7 @@ class _Collector:
             return
         if flops or nbytes > _SCALARS:
             parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
-            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted))
+            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted, _within(op)))
 
     def _product(self, op: _ScopedOp, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
@@ -398,14 +446,21 @@ class _Collector:
         return eqn_flops(eqn) / divided.share(out | summed)
 
     def _compilers(self, kind: str, axes: frozenset[str], nbytes: float, op: _ScopedOp, times: float) -> None:
-        self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times))
+        again = RECOMPUTED in op.path.split("/")
+        self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times, again, _within(op)))
+
+
+def _within(op: _ScopedOp) -> str:
+    """The scopes of an operation within its action."""
+    return op.path.partition(f"{op.label}/")[2] if op.label else op.path
 
 
 def _needed(ops: Sequence[_ScopedOp], outputs: set[int]) -> list[_ScopedOp]:
     """Without operations whose results nobody reads; a compiler removes them."""
     needed, found = set(outputs), []
     for op in reversed(ops):
-        if needed.intersection(op.outs) or (not op.outs) or (op.eqn.effects and op.name not in WITH_BODIES):
+        lasting = op.name not in WITH_BODIES and has_side_effects(op.eqn.effects)
+        if needed.intersection(op.outs) or (not op.outs) or lasting:
             found.append(op)
             needed.update(value for value in op.ins if value is not None)
     return found[::-1]

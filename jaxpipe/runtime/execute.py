@@ -91,8 +91,11 @@ def train(
     with jax.named_scope("prepare"):
         # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         # Each leaf is behind its own, so that a step may begin before all copies have arrived.
-        prepared = tuple(splits[kind].prepare((local.chunks[chunk], step_inputs)) for chunk, kind in program.parts)
-        prepared = jax.tree.map(lax.optimization_barrier, prepared)
+        prepared: Any = []
+        for number, (chunk, kind) in enumerate(program.parts):
+            with jax.named_scope(f"part_{number}"):
+                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs)))
+        prepared = tuple(jax.tree.map(lax.optimization_barrier, prepared))
     step = TrainStep(
         model=local.model,
         splits=splits,
@@ -194,14 +197,17 @@ def _train_buffers(
     trainable: Params,
 ) -> Buffers:
     """Empty slots, and sums of zero."""
-    pool = functools.partial(allocate, apart=options.dispatch == "unrolled")
+    apart = options.dispatch == "unrolled"
+    pool = functools.partial(allocate, apart=apart)
+    # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
+    crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
-        cross=pool(pools.cross.avals, program.num_cross_slots + 1),
+        cross=pool(pools.cross.avals, crossing),
         grads=tuple(jax.tree.map(grad, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
         outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 from jax.sharding import PartitionSpec as P
 
 from tests.examples.sizes import SMALL, make_batch, small  # first: it makes the example importable
@@ -258,3 +259,43 @@ def test_fp8_learns_as_bfloat16s_place_does():
         assert ("not_finite_blocks" in metrics[0]) == (precision == "fp8")
     assert int(metrics[-1]["not_finite_blocks"]) == 0 and curves[1][-1] < curves[1][0]
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-2)
+
+
+def test_divided_moments_are_kept_where_gradients_are():
+    """Of every parameter, those of dense layers, experts and multi-token prediction; small ones stay whole."""
+    mesh = AbstractMesh((2, 2, 4), ("pp", "dp", "ep"), axis_types=(AxisType.Auto,) * 3)
+    schedule = jaxpipe.schedule.build("dualpipev", 2, 8)
+    config = dataclasses.replace(MODELS["moe-1b"], dense_layers=2, layers=6, mtp=True, zero1=True)
+    model = build_model(config, schedule, 0, axis="ep", abstract=True)
+    state = trainer.abstract_state(model, trainer.make_optimizer(CONFIG, model), mesh)
+    expected = trainer.pipelined(model, schedule, mesh).grad_shardings(model.params)
+    found = [node for node in jax.tree.leaves(state.opt_state, is_leaf=is_params) if is_params(node)]
+    assert len(found) == 2  # Adam's moments
+    for moments in found:
+        leaves = jax.tree.leaves_with_path(moments)
+        of = dict(jax.tree.leaves_with_path(expected))
+        assert leaves and all(leaf.sharding.spec == of[path].spec for path, leaf in leaves)
+    divided = [leaf for leaf in jax.tree.leaves(found[0]) if "dp" in str(leaf.sharding.spec)]
+    assert sum(leaf.size for leaf in divided) > 0.99 * sum(leaf.size for leaf in jax.tree.leaves(found[0]))
+    assert not any("dp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params))
+
+
+def is_params(node):
+    return isinstance(node, jaxpipe.Params)
+
+
+@pytest.mark.slow
+def test_divided_moments_change_nothing(monkeypatch):
+    """Three steps of the small model with all moments divided over the experts' axis."""
+    needs_devices(4)
+    monkeypatch.setattr(trainer, "SMALLEST_PART", 1)
+    states = []
+    for zero1 in (False, True):
+        config = small(zero1=zero1)
+        _, _, state, step, _, _ = setup("dualpipev", 2, 2, config=config)
+        states.append(run(step, state, 3, config)[0])
+    whole, divided = states
+    moments = [node for node in jax.tree.leaves(divided.opt_state, is_leaf=is_params) if is_params(node)]
+    assert any("ep" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(moments[0].outer))
+    for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(divided), strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-6)

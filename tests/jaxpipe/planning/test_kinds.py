@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from jaxpipe.layers import layered_stages
 from jaxpipe.planning.chips import CHIPS
-from jaxpipe.planning.planner import _stages_text
+from jaxpipe.planning.planner import stages_text
 from jaxpipe.schedule import Costs, StageCosts, simulate
 
 TOKENS, WIDTH, HIDDEN, LAYERS = 64, 64, 128, 6
@@ -123,7 +123,7 @@ def test_the_print_has_a_row_for_each_kind():
         "  one run of stages 1-2: F 1.5e+03",
     ]
     assert "  one run: F 4.5e+03, " in str(planned("1f1b", None))
-    assert _stages_text([0, 1, 2, 5]) == "stages 0-2, 5"
+    assert stages_text([0, 1, 2, 5]) == "stages 0-2, 5"
 
 
 def test_costs_of_each_stage_may_be_given():
