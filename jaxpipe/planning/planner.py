@@ -243,7 +243,7 @@ def _plan(
         embed=costs.embed + costs.embed_grad,
         head=costs.head,
         once=once,
-        update=update,
+        update=updates,
         timeline=timeline,
         seconds=total,
         bubble=max(timeline.bubble) / total if total else 0.0,
