@@ -20,7 +20,7 @@ import jaxpipe
 from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
-from jaxpipe.planning.kernel_flops import attention_flops
+from jaxpipe.stage.kernel_flops import attention_flops
 from pretraining import trainer
 from pretraining.tables import markdown_head, markdown_row
 from profiling.hlo.hiding import CompiledOverlap, overlap

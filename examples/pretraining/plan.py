@@ -21,7 +21,7 @@ import jaxpipe
 from jaxpipe.deepseek import Arrangement, build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
-from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
+from jaxpipe.stage.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.planner import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS

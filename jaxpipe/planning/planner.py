@@ -19,7 +19,7 @@ from jaxpipe.params import Params
 from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.kernel_flops import FlopsRule
+from jaxpipe.stage.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import Works, works
