@@ -147,23 +147,26 @@ class _Network:
         Source: Dinic's algorithm, Soviet Mathematics Doklady 11, 1970.
         """
         while True:
-            distance = self._distances_to(sink)
+            distance = self._distances_to(sink, source)
             if source not in distance:
                 return set(distance)
-            untried = {place: list(self.free[place]) for place in distance}
+            untried: dict[_Place, list[_Place]] = {}
             while path := self._shortest_path(source, sink, distance, untried):
                 amount = min(self.free[start][end] for start, end in path)
                 for start, end in path:
                     self.free[start][end] -= amount
                     self.free[end][start] += amount
 
-    def _distances_to(self, sink: _Place) -> dict[_Place, int]:
+    def _distances_to(self, sink: _Place, source: _Place) -> dict[_Place, int]:
+        """How far the sink is, of places nearer to it than the source."""
         found, queue = {sink: 0}, collections.deque([sink])
         while queue:
             end = queue.popleft()
             for start in self.free[end]:
                 if start not in found and self.free[start][end]:
                     found[start] = found[end] + 1
+                    if start == source:
+                        return found
                     queue.append(start)
         return found
 
@@ -174,14 +177,16 @@ class _Network:
         path: list[tuple[_Place, _Place]] = []
         place = source
         while place != sink:
-            while untried[place]:
-                end = untried[place][-1]
-                if self.free[place][end] and distance.get(end) == distance[place] - 1:
+            if place not in untried:
+                untried[place] = list(self.free[place])
+            ends = untried[place]
+            while ends:
+                if self.free[place][ends[-1]] and distance.get(ends[-1]) == distance[place] - 1:
                     break
-                untried[place].pop()
-            if untried[place]:
-                path.append((place, untried[place][-1]))
-                place = untried[place][-1]
+                ends.pop()
+            if ends:
+                path.append((place, ends[-1]))
+                place = ends[-1]
             elif not path:
                 return []
             else:  # a dead end
