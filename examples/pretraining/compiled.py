@@ -57,6 +57,7 @@ def compile_step(
     *,
     dtype: Any = jnp.bfloat16,
     devices_per_node: int = 8,
+    stash: int | None = None,
 ) -> Compiled:
     """Compiles a step of pipeline, optimizer and all.
 
@@ -68,6 +69,7 @@ def compile_step(
       chip: what to compile for, one of `profiling.target_names`.
       dtype: of activations and products.
       devices_per_node: devices with fast links to each other.
+      stash: as of `jaxpipe.value_and_grad`.
 
     Raises:
       ValueError: no such target, or a model that does not fit the schedule.
@@ -79,7 +81,7 @@ def compile_step(
     mesh = Mesh(np.array(devices).reshape(sizes["pp"], sizes["ep"]), ("pp", "ep"), axis_types=axes)
     model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    pipeline = trainer.pipelined(model, schedule, mesh)
+    pipeline = trainer.pipelined(model, schedule, mesh, stash=stash)
     batch = trainer.abstract_batch(config, schedule.num_microbatches * sizes["ep"] * microbatch_size)
     rows = NamedSharding(mesh, P("ep"))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)

@@ -236,10 +236,12 @@ def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | Abstra
     return jax.tree.map(of, state, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
 
-def pipelined(model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None) -> jaxpipe.Pipeline:
+def pipelined(
+    model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None, stash: int | None = None
+) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
-    The mesh may be abstract: such a pipeline can be traced, not run.
+    The mesh may be abstract: such a pipeline can be traced, not run. ``stash`` is as of `jaxpipe.value_and_grad`.
     """
     return jaxpipe.value_and_grad(
         model.stage,
@@ -253,6 +255,7 @@ def pipelined(model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: 
         dispatch=dispatch,
         shared_ends=model.shared_ends,
         order="storage",
+        stash=stash,
     )
 
 

@@ -43,6 +43,7 @@ def _backward(kept: Any, ct: jax.Array) -> Any:
 
 def _kernel(name: str, products: int, operands: Sequence[Any], *results: jax.ShapeDtypeStruct) -> Any:
     """A kernel that tells what attention of queries, keys and values with so many products costs."""
+
     def body(*refs: Any) -> None:
         for ref in refs[-len(results) :]:
             ref[(0,) * ref.ndim] = jnp.zeros((), ref.dtype)

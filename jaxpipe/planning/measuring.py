@@ -28,8 +28,8 @@ from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
 from jaxpipe.runtime.shared_ends import share_ends
-from jaxpipe.schedule.simulator import Costs, StageCosts
 from jaxpipe.runtime.stash import divide_stages
+from jaxpipe.schedule.simulator import Costs, StageCosts
 from jaxpipe.stage import SplitStage, vjp_once
 from jaxpipe.stage.split import Divisible
 

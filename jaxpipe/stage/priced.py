@@ -90,8 +90,8 @@ class Chooser:
         missing = (v for v in (*self._reads_first, *self._of_forward) if v not in kept)
         again = self._closure(missing, self._forward, given)
         handed = self._hand_over(price, slots, kept, again_first)
-        both = (*self._forward, *self._first)
-        again_second = self._closure((v for v in self._reads_second if v not in handed), both, self._known | handed)
+        nodes = (*self._forward, *self._first)
+        again_second = self._closure((v for v in self._reads_second if v not in handed), nodes, self._known | handed)
         order = dict.fromkeys((*self._cotangents, *_results(self._first), *_results(again_first)))
         crossing = tuple(value for value in order if value in handed and value not in kept)
         apart = slots.apart
@@ -101,8 +101,8 @@ class Chooser:
             + COPY * sum(value.nbytes for value in kept)
             + COPY * apart * sum(value.nbytes for value in crossing)
         )
-        named = (tuple(map(_named, nodes)) for nodes in (again_first, again_second, again))
-        return Chosen(ordered, crossing, *named, seconds)
+        one, two, both = (tuple(map(_named, nodes)) for nodes in (again_first, again_second, again))
+        return Chosen(ordered, crossing, one, two, both, seconds)
 
     def _keep(self, price: float, slots: Slots) -> set[Value]:
         """The cut through the forward."""

@@ -66,8 +66,9 @@ def split_stage(
         its bytes is computed again, heavy work too, and ``recompute`` counts no more. None: only light work is.
 
     Raises:
-      ValueError: a ``stash`` that is too small, with the least that works; a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
-        one of values; an ordered debug callback on a mesh of several devices.
+      ValueError: a ``stash`` that is too small, with the least that works; a leaf that is not an array; a ref made
+        elsewhere, or used within a function that JAX cannot turn into one of values; an ordered debug callback on a
+        mesh of several devices.
 
     Source: the division is zero-bubble pipelining's, arXiv 2401.10241.
 

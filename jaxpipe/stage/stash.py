@@ -70,7 +70,7 @@ def fit(budget: int, slots: Slots, divide_at: Callable[[float], Choice]) -> Choi
     """The choice of least time that fits.
 
     Args:
-      budget: bytes of a microbatch and stage: all slots together may take as much for each microbatch there is room for.
+      budget: bytes of a microbatch and stage; all slots together may take as much times `Slots.microbatches`.
       slots: of the schedule.
       divide_at: the choice at a price, in seconds of a byte and slot.
 
