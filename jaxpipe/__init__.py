@@ -5,7 +5,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
 `stack_stages`, `pad_batch` and `compiler_options` prepare a run, `floating_only` and `shard_optimizer` an optimizer,
-`plan` foretells memory and time, `fit_stash` how much stages may keep, and `choose` measures a model's stage and picks the schedule.
+`plan` foretells memory and time, `fit_stash` how much stages may keep, and `choose` measures a model's stage and picks
+the schedule.
 
 Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
 `jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
