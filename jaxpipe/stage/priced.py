@@ -13,6 +13,7 @@ from jaxpipe.stage.again import COPY, RECOMPUTED, seconds_again
 from jaxpipe.stage.divide import closure, is_light, light_results
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.residuals import cheapest_cut
+from jaxpipe.stage.stage import packed_shape
 from jaxpipe.stage.stash import Slots
 
 _UNIT = 1e-15
@@ -78,7 +79,7 @@ class Chooser:
         # Light work on parameters costs nothing, wherever it stands.
         self._free = light_results(self._forward, self._known)
         self._free_second = light_results((*self._forward, *self._first), self._known)
-        self._seconds = functools.cache(seconds_again)
+        self._seconds, self._nbytes = functools.cache(seconds_again), functools.cache(_nbytes)
 
     def at(self, price: float, slots: Slots) -> Chosen:
         """The choice where a byte of a slot is worth ``price`` seconds."""
@@ -98,8 +99,8 @@ class Chooser:
         seconds = (
             (1 - apart) * self._time(again)
             + apart * (self._time(again_first) + self._time(again_second))
-            + COPY * sum(value.nbytes for value in kept)
-            + COPY * apart * sum(value.nbytes for value in crossing)
+            + COPY * sum(self._nbytes(value) for value in kept)
+            + COPY * apart * sum(self._nbytes(value) for value in crossing)
         )
         one, two, both = (tuple(map(_named, nodes)) for nodes in (again_first, again_second, again))
         return Chosen(ordered, crossing, one, two, both, seconds)
@@ -110,14 +111,14 @@ class Chooser:
 
         def keep(value: Value) -> int:
             tilted = price * slots.weight * (1 + _TILT * self._place[value])
-            return round(value.nbytes * (COPY + tilted) / _UNIT)
+            return round(self._nbytes(value) * (COPY + tilted) / _UNIT)
 
         def twice(value: Value) -> int:
             if value not in for_second or not slots.cross:
                 return 0
             node = made[value]
             again = self._seconds(node)
-            handed = value.nbytes * (COPY * apart + price * slots.cross)
+            handed = self._nbytes(value) * (COPY * apart + price * slots.cross)
             return round((handed if again is None else min(handed, again * apart)) / _UNIT)
 
         made = {value: node for node in self._forward for value in node.outs}
@@ -134,9 +135,9 @@ class Chooser:
 
         def keep(value: Value) -> int | None:
             if value in kept:
-                return round(value.nbytes * (COPY / 2 * apart + price * longer) / _UNIT)
+                return round(self._nbytes(value) * (COPY / 2 * apart + price * longer) / _UNIT)
             if value in at_hand and not value.effect:
-                return round(value.nbytes * (COPY * apart + price * slots.cross) / _UNIT)
+                return round(self._nbytes(value) * (COPY * apart + price * slots.cross) / _UNIT)
             return None
 
         def again(node: Node) -> int | None:
@@ -168,6 +169,12 @@ def _named(node: Node) -> Node:
             return run(*arrays)
 
     return dataclasses.replace(node, run=run)
+
+
+def _nbytes(value: Value) -> int:
+    """Bytes of a value as it is kept."""
+    shape = packed_shape(value.aval)
+    return shape.size * shape.dtype.itemsize
 
 
 def _results(nodes: Iterable[Node]) -> list[Value]:

@@ -84,13 +84,7 @@ def split_stage(
     divisible = Divisible(stage, params, x, *args, has_aux=has_aux, trainable=trainable)
     if stash is None:
         return divisible.split(recompute=recompute)
-    slots = Slots()
-
-    def divide_at(price: float) -> Choice:
-        split, seconds = divisible.priced(price, slots)
-        return Choice((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
-
-    return fit(at_least("a stage", "stash", stash, 0), slots, divide_at).splits[0]
+    return divisible.within(at_least("a stage", "stash", stash, 0))
 
 
 class Divisible:
@@ -128,6 +122,16 @@ class Divisible:
         first, second = (_remake_residuals(half, forward, kept) for half in halves)
         second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, recompute=recompute)
         return self._finish(kept, first, second, None, crossing)
+
+    def within(self, stash: int) -> SplitStage:
+        """Within a budget; as of `split_stage`."""
+        slots = Slots()
+
+        def divide_at(price: float) -> Choice:
+            split, seconds = self.priced(price, slots)
+            return Choice((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
+
+        return fit(stash, slots, divide_at).splits[0]
 
     def priced(self, price: float, slots: Slots) -> tuple[SplitStage, float]:
         """(the stage divided at a price, seconds that this takes of a microbatch).
