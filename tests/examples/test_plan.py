@@ -144,3 +144,18 @@ def test_products_in_fp8_are_planned_as_kernels():
     assert fp8.seconds < plain.seconds and fp8.memory.stash < 0.9 * plain.memory.stash
     assert fp8.memory.working < 1.05 * plain.memory.working  # two layouts of one byte
     assert fp8.uncounted == ()
+
+
+@pytest.mark.slow
+def test_a_stash_fits_the_chip_and_is_told():
+    """The largest that fits; bytes that are too few stand in the row of the schedule, with the least that work."""
+    config = dataclasses.replace(SMALL, remat="none")
+    options = dict(schedules=["zb1p"], microbatches=4, dtype=jnp.float32)
+    (whole,) = planning.plan(config, {"pp": 2, "ep": 1}, **options).rows
+    chip = dataclasses.replace(CHIPS["H800"], memory=(whole.memory.total - whole.memory.stash // 2) / 0.95)
+    found = planning.plan(config, {"pp": 2, "ep": 1}, **options, chip=chip, stash="auto")
+    (row,) = found.rows
+    assert row.memory.total <= 0.95 * chip.memory and row.memory.stash < whole.memory.stash
+    assert f"again in the backward pass: what exceeds {row.stash / 1e9:.3g} GB of a microbatch and stage" in str(found)
+    (row,) = planning.plan(config, {"pp": 2, "ep": 1}, **options, stash=10).rows
+    assert row.memory is None and "stash=10 bytes of a microbatch and stage are too few: the least" in row.reason
