@@ -9,7 +9,7 @@ from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.action import Kind
 from jaxpipe.stage.split import Divisible
 from jaxpipe.stage.stage import SplitStage
-from jaxpipe.stage.stash import Choice, Slots, fit
+from jaxpipe.stage.stash import Division, Slots, fit
 
 
 def slots_of(program: Program) -> Slots:
@@ -43,11 +43,11 @@ def divide_stages(
         return tuple(kind.split(recompute=recompute) for kind in kinds)
     slots = slots_of(program)
 
-    def divide_at(price: float) -> Choice:
+    def divide_at(price: float) -> Division:
         found = [kind.priced(price, slots) for kind in kinds]
         splits = tuple(split for split, _ in found)
         pools = Pools.of(splits)
         nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
-        return Choice(splits, nbytes, sum(seconds for _, seconds in found))
+        return Division(splits, nbytes, sum(seconds for _, seconds in found))
 
     return fit(stash, slots, divide_at).splits

@@ -20,7 +20,7 @@ from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
-from jaxpipe.stage.stash import Choice, Slots, fit
+from jaxpipe.stage.stash import Division, Slots, fit
 from jaxpipe.stage.trace import Traced, inexact, shape_of, trace
 
 
@@ -127,9 +127,9 @@ class Divisible:
         """Within a budget; as of `split_stage`."""
         slots = Slots()
 
-        def divide_at(price: float) -> Choice:
+        def divide_at(price: float) -> Division:
             split, seconds = self.priced(price, slots)
-            return Choice((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
+            return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
 
         return fit(stash, slots, divide_at).splits[0]
 

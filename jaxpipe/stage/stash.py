@@ -52,7 +52,7 @@ class Slots(NamedTuple):
         return sum(count * sum(leaf.size * leaf.dtype.itemsize for leaf in leaves) for count, leaves in counts)
 
 
-class Choice(NamedTuple):
+class Division(NamedTuple):
     """Stages divided at one price.
 
     Attributes:
@@ -66,7 +66,7 @@ class Choice(NamedTuple):
     seconds: float
 
 
-def fit(budget: int, slots: Slots, divide_at: Callable[[float], Choice]) -> Choice:
+def fit(budget: int, slots: Slots, divide_at: Callable[[float], Division]) -> Division:
     """The choice of least time that fits.
 
     Args:
