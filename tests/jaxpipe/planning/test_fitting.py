@@ -53,7 +53,7 @@ def test_where_all_fits_nothing_but_light_work_is_done_again():
 
 
 def test_refusals():
-    with pytest.raises(ValueError, match="takes .* bytes besides its stash, and may take 1,000,000 in all"):
+    with pytest.raises(ValueError, match=r"takes .* bytes besides its stash, and may take 1,000,000 in all"):
         jaxpipe.fit_stash(step(), *SHAPES, "H100", memory=1e6)
     forward = jaxpipe.forward(stage, step().program.schedule, step().mesh)
     with pytest.raises(ValueError, match="forward alone and keeps nothing"):

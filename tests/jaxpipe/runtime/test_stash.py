@@ -1,4 +1,4 @@
-"""A pipeline within a budget of bytes: gradients of every schedule as without one, collectives run again, memory kept."""
+"""A pipeline within a budget: gradients of every schedule as without one, collectives run again, memory as allowed."""
 
 import functools
 

@@ -1,4 +1,4 @@
-"""Within a budget of bytes a stage computes again what takes least time for its bytes, and says the least that works."""
+"""Within a budget a stage computes again what takes least time for its bytes, and says the least that works."""
 
 import functools
 import itertools
@@ -112,7 +112,7 @@ def test_a_budget_too_small_tells_the_least(x64):
 
 
 def test_slots_weigh_what_is_kept(x64):
-    """Where little crosses at a time more of it does, and the forward keeps less; without a half apart the other way."""
+    """Where few slots are for what crosses more of it does, and the forward keeps less."""
     params, x, budgets = layers(), zoo.normal(5, 8), {}
     for slots in (Slots(9, 9, 1, 0.1), Slots(2, 2, 9, 1.0)):
         stage = Divisible(gated, params, x)
