@@ -5,7 +5,8 @@ What `__all__` names is public; all modules below are internal and may change wi
 `value_and_grad` makes a pipelined training step of a model's functions, a schedule and a mesh, and `forward` the
 forward pass alone; `Params`, `Context` and `Output` are what passes between them and the model. `make_mesh`,
 `stack_stages`, `pad_batch` and `compiler_options` prepare a run, `floating_only` and `shard_optimizer` an optimizer,
-`plan` foretells memory and time, and `choose` measures a model's stage and picks the schedule.
+`plan` foretells memory and time, `fit_stash` how much stages may keep, and `choose` measures a model's stage and picks
+the schedule.
 
 Public packages and modules beside this one: `jaxpipe.schedule` builds, checks, simulates and draws schedules,
 `jaxpipe.stage` divides the backward pass of one stage, and `jaxpipe.vocabulary` shards an embedding over the ranks.
@@ -26,6 +27,7 @@ from jaxpipe.params import Params, stack_stages, unstack_stages
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.choosing import choose, choose_pipeline
 from jaxpipe.planning.comparing import ScheduleChoice
+from jaxpipe.planning.fitting import FittedStash, fit_stash
 from jaxpipe.planning.memory import Memory
 from jaxpipe.planning.planner import Plan, plan
 from jaxpipe.restacking import restack, restore
@@ -39,6 +41,7 @@ __all__ = [
     "Achieved",
     "Chip",
     "Context",
+    "FittedStash",
     "Memory",
     "Output",
     "Params",
@@ -51,6 +54,7 @@ __all__ = [
     "choose",
     "choose_pipeline",
     "compiler_options",
+    "fit_stash",
     "floating_only",
     "forward",
     "init_optimizer",

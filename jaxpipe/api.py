@@ -311,6 +311,7 @@ def value_and_grad(
     fsdp_axis: str | Sequence[str] | None = None,
     zero1_axis: str | Sequence[str] | None = None,
     min_shard_size: int = 2**14,
+    stash: int | None = None,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -390,6 +391,13 @@ def value_and_grad(
         reduce-scattered after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps
         the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
+      stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
+        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` and one,
+        and what input gradients hand to weight gradients that run later counts with the slots that it has. Within that
+        the backward pass computes again what takes least time for its bytes: casts and norms first, then products,
+        attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a
+        device has for it. None: elementwise work and what is named "recompute" is computed again, nothing else. A stage
+        that also uses `jax.checkpoint` computes again what that says, whatever the budget.
       trainable: which parameters are trained: a tree prefix of Params with bools, as the masks of optax, where None for
         ``stages`` or ``outer`` stands for all; or a function ``(path, leaf) -> bool`` of a parameter's path, such as
         ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
@@ -438,7 +446,7 @@ def value_and_grad(
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
-        example_mask=example_mask, grad_dtype=grad_dtype,
+        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash,
     )  # fmt: skip
 
 

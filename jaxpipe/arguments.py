@@ -48,6 +48,7 @@ def check_options(
     trainable: Any = None,
     example_mask: Any = None,
     grad_dtype: Any = None,
+    stash: Any = None,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -71,6 +72,7 @@ def check_options(
         fsdp_axes=_check_sharding_axis("fsdp_axis", fsdp_axis, axes),
         zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
+        stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
     )
 
 

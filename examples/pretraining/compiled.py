@@ -21,7 +21,7 @@ import jaxpipe
 from jaxpipe.deepseek import build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
-from jaxpipe.planning.kernel_flops import attention_flops
+from jaxpipe.stage.kernel_flops import attention_flops
 from pretraining import trainer
 from pretraining.tables import markdown_head, markdown_row
 from profiling.hlo.hiding import CompiledOverlap, overlap
@@ -59,6 +59,7 @@ def compile_step(
     dtype: Any = jnp.bfloat16,
     grad_dtype: Any = jnp.float32,
     devices_per_node: int = 8,
+    stash: int | None = None,
 ) -> Compiled:
     """Compiles a step of pipeline, optimizer and all.
 
@@ -71,6 +72,7 @@ def compile_step(
       dtype: of activations and products.
       grad_dtype: of sums of gradients.
       devices_per_node: devices with fast links to each other.
+      stash: as of `jaxpipe.value_and_grad`.
 
     Raises:
       ValueError: no such target, or a model that does not fit the schedule.
@@ -82,7 +84,7 @@ def compile_step(
     mesh = Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=axes)
     model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype)
+    pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype, stash=stash)
     batch = trainer.abstract_batch(config, schedule.num_microbatches * count // sizes["pp"] * microbatch_size)
     rows = NamedSharding(mesh, P(tuple(name for name in sizes if name != "pp")))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import math
 import pathlib
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,9 @@ AXES = ("pp", "ep", "dp")
 COMMANDS = ("train", "plan", "export", "eval", "generate")
 DEFAULT = "tiny"
 """The configuration of a run that names none and begins with no weights."""
+
+AUTO_STASH = "auto"
+"""Stands for the largest stash that the memory has room for."""
 
 MAX_FILE = 5.0
 """GB of a file of an exported folder."""
@@ -63,6 +67,23 @@ def capacity(text: str) -> float | str:
         raise argparse.ArgumentTypeError(f"{text!r}: a capacity is a factor of at least 1, or none") from None
 
 
+def parse_stash(text: str) -> int | str:
+    """Bytes, or "auto".
+
+    >>> parse_stash("1.5e9"), parse_stash("auto")
+    (1500000000, 'auto')
+    """
+    if text == AUTO_STASH:
+        return text
+    try:
+        number = float(text)
+    except ValueError:
+        number = -1.0
+    if not 0 <= number < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, as in 1.5e9, or {AUTO_STASH}")
+    return int(number)
+
+
 def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
     parser.add_argument(
@@ -72,6 +93,10 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     parser.add_argument("--layers", type=int, help="of the whole model; default: the configuration's")
     parser.add_argument("--sequence", type=int, help="tokens of a sequence; default: the configuration's")
     parser.add_argument("--remat", choices=["none", "attention", "layer"], help="what the backward pass computes again")
+    parser.add_argument(
+        "--stash", type=parse_stash, metavar="BYTES", help="that a stage may keep of a microbatch, as in 1.5e9; the "
+        "backward pass computes the rest again, in place of --remat. auto: as many as the chip has memory for"
+    )  # fmt: skip
     parser.add_argument(
         "--precision", choices=["bf16", "fp8"], help="of Linears and experts: fp8 multiplies numbers of 8 bits, for "
         "widths that are multiples of 128 (not tiny's); default: the configuration's"
@@ -109,6 +134,12 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     """
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
     given["zero1"] = args.zero1 or None
+    if getattr(args, "stash", None) is not None:
+        if args.remat not in (None, "none"):
+            raise ValueError(
+                f"--stash {args.stash} --remat {args.remat}: a stash decides what is computed again, leave out --remat"
+            )
+        given["remat"] = "none"
     config = dataclasses.replace(
         base_config(args), **{name: value for name, value in given.items() if value is not None}
     )

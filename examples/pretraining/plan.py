@@ -21,11 +21,11 @@ import jaxpipe
 from jaxpipe.deepseek import Arrangement, build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
-from jaxpipe.planning.kernel_flops import FlopsRule, attention_flops
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.parts import detail_lines, imbalance
 from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.schedule.registry import BUILDERS
+from jaxpipe.stage.kernel_flops import FlopsRule, attention_flops
 from pretraining import fitting, flags, plan_search, trainer
 from pretraining.compiled import Compiled, compile_step, table
 from pretraining.tables import markdown_head, markdown_row
@@ -59,6 +59,7 @@ class Row:
       tokens: per second, of all devices together.
       stages: how many have which layers, as text.
       plan: what all this is of.
+      stash: bytes that a stage may keep of a microbatch, or None.
     """
 
     name: str
@@ -70,6 +71,7 @@ class Row:
     tokens: float = 0.0
     stages: str = ""
     plan: jaxpipe.Plan | None = None
+    stash: int | None = None
 
     @property
     def uncounted(self) -> tuple[tuple[str, float], ...]:
@@ -99,6 +101,16 @@ class PlannedRun:
     device_parameters: int
     rows: tuple[Row, ...]
 
+    def _again(self) -> str:
+        """What the backward pass computes again, or what it may keep."""
+        stashes = {row.name: row.stash for row in self.rows if row.stash is not None}
+        if len(set(stashes.values())) > 1:
+            each = ", ".join(f"{_short(size / GIGA)} with {name}" for name, size in stashes.items())
+            return f"what exceeds so many GB of a microbatch and stage: {each}"
+        if stashes:
+            return f"what exceeds {_short(max(stashes.values()) / GIGA)} GB of a microbatch and stage"
+        return self.config.remat
+
     def __str__(self) -> str:
         config, sizes = self.config, dict(self.mesh)
         devices = math.prod(sizes.values())
@@ -116,7 +128,7 @@ class PlannedRun:
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",
             *(f"stages of {row.name}: {row.stages}" for row in self.rows if row.memory),
-            f"computed again in the backward pass: {config.remat}; moments in {config.moments}; {_arithmetic(config)}",
+            f"computed again in the backward pass: {self._again()}; moments in {config.moments}; {_arithmetic(config)}",
             "",
             "Memory of the device that needs most, in GB; time of a step",
             "",
@@ -158,6 +170,7 @@ def plan(
     grad_dtype: Any = jnp.float32,
     devices_per_node: int = 8,
     cpu: bool = False,
+    stash: int | str | None = None,
 ) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
@@ -174,6 +187,8 @@ def plan(
       grad_dtype: of sums of gradients.
       devices_per_node: devices with fast links to each other.
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
+      stash: bytes that a stage may keep of a microbatch; "auto": as many as fit the chip, of each schedule; None: as
+        ``config.remat`` says.
 
     Raises:
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
@@ -202,21 +217,30 @@ def plan(
         # What keeps the moments depends on nothing but the model: any number of steps gives the same state.
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
         state = trainer.abstract_state(model, optimizer, abstract)
-        found = jaxpipe.plan(
-            trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype),
-            state.params,
-            trainer.abstract_batch(config, microbatches * shards * microbatch_size),
-            chip,
+        batch = trainer.abstract_batch(config, microbatches * shards * microbatch_size)
+        options = dict(
             optimizer=state.opt_state,
             achieved=achieved,
             devices_per_node=devices_per_node,
             kernels=KERNELS,
             cpu=cpu,
         )
+        own = stash if isinstance(stash, int) else None
+        pipeline = trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype, stash=own)
+        try:
+            if stash == flags.AUTO_STASH:
+                own, _, found = jaxpipe.fit_stash(pipeline, state.params, batch, chip, **options)
+            else:
+                found = jaxpipe.plan(pipeline, state.params, batch, chip, **options)
+        except ValueError as error:
+            if stash is None:
+                raise
+            rows.append(Row(name, str(error)))
+            continue
         held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
         tokens = microbatches * microbatch_size * config.sequence * shards / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
-        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found))
+        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found, own))
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -280,6 +304,7 @@ def run(args: argparse.Namespace) -> None:
         chip=chip(args.chip),
         grad_dtype=jnp.dtype(args.grad_dtype),
         devices_per_node=args.devices_per_node,
+        stash=args.stash,
     )
     print(found)
     if args.details:
@@ -322,11 +347,11 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
 
 def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
     """Each schedule that there is, compiled when asked for."""
-    for name in (row.name for row in found.rows if row.memory is not None):
-        schedule = flags.built_schedule(name, sizes["pp"], found.microbatches, args.deferred)
-        sums, nodes = jnp.dtype(args.grad_dtype), args.devices_per_node
-        options = args.microbatch_size, found.chip
-        yield name, compile_step(found.config, schedule, sizes, *options, grad_dtype=sums, devices_per_node=nodes)
+    for row in (row for row in found.rows if row.memory is not None):
+        schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
+        sized = sizes, args.microbatch_size, found.chip
+        how = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node, stash=row.stash)
+        yield row.name, compile_step(found.config, schedule, *sized, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

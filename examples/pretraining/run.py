@@ -22,6 +22,7 @@ from eplb_jax import Placement, balancedness
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_load import load_params
+from jaxpipe.planning import fitting
 from jaxpipe.planning.chips import chip_of
 from pretraining import auto, data, flags, hosts, loop, progress, trainer
 from pretraining import corpus as corpora
@@ -82,6 +83,8 @@ def set_up(args: argparse.Namespace) -> Setup:
     ranks = args.mesh["pp"]
     build = lambda: flags.built_schedule(args.schedule, ranks, args.microbatches or 2 * ranks, args.deferred)  # noqa: E731
     schedule = None if args.schedule == auto.AUTO else build()
+    if schedule is None and args.stash == flags.AUTO_STASH:
+        raise ValueError("--schedule auto --stash auto: name a schedule, or give the bytes of the stash")
     mesh = jaxpipe.make_mesh(**args.mesh)
     if jax.process_count() > 1 and mesh.size != jax.device_count():
         raise ValueError(
@@ -127,18 +130,45 @@ def set_up(args: argparse.Namespace) -> Setup:
     batch = schedule.num_microbatches * args.microbatch_size
     # Fails now, rather than after compilation, if sequences or tokens do not fit.
     data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
+    optimizer = trainer.make_optimizer(train_config, model)
+    stash = args.stash
+    if stash == flags.AUTO_STASH:
+        stash = _fitting_stash(model, schedule, mesh, optimizer, trainer.abstract_batch(config, batch))
     return Setup(
         config,
         schedule,
         mesh,
         model,
-        trainer.pipelined(model, schedule, mesh, grad_dtype=jnp.dtype(args.grad_dtype)),
+        trainer.pipelined(model, schedule, mesh, grad_dtype=jnp.dtype(args.grad_dtype), stash=stash),
         train_config,
-        trainer.make_optimizer(train_config, model),
+        optimizer,
         corpus,
         batch,
         sharding,
     )
+
+
+def _fitting_stash(model: DeepSeekModel, schedule: Any, mesh: Mesh, optimizer: Any, batch: Any) -> int:
+    """Bytes of a microbatch and stage that the devices have memory for.
+
+    Raises:
+      ValueError: devices whose memory nobody knows.
+    """
+    device = mesh.devices.flat[0]
+    chip, stats = chip_of(device.device_kind), device.memory_stats() or {}
+    if chip is None or "bytes_limit" not in stats:
+        raise ValueError(f"--stash auto: how much memory {device.device_kind} has is not known here; give bytes")
+    state = trainer.abstract_state(model, optimizer, mesh)
+    found = jaxpipe.fit_stash(
+        trainer.pipelined(model, schedule, mesh),
+        state.params,
+        batch,
+        chip,
+        memory=fitting.SHARE * stats["bytes_limit"],
+        optimizer=state.opt_state,
+    )
+    _say(f"stash: {found.stash:,} bytes of a microbatch and stage, {found.plan.memory.total:,} of a device in all")
+    return found.stash
 
 
 def train(args: argparse.Namespace) -> None:

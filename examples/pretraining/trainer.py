@@ -286,12 +286,18 @@ def _moment_specs(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Pa
 
 
 def pipelined(
-    model: DeepSeekModel, schedule: Schedule, mesh: Any, *, dispatch: str | None = None, grad_dtype: Any = None
+    model: DeepSeekModel,
+    schedule: Schedule,
+    mesh: Any,
+    *,
+    dispatch: str | None = None,
+    grad_dtype: Any = None,
+    stash: int | None = None,
 ) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
     The mesh may be abstract: such a pipeline can be traced, not run. Gradients are summed in ``grad_dtype``, by default
-    in float32.
+    in float32; ``stash`` is as of `jaxpipe.value_and_grad`.
     """
     return jaxpipe.value_and_grad(
         model.stage,
@@ -308,6 +314,7 @@ def pipelined(
         order="storage",
         zero1_axis=_data_axes(mesh) if model.config.zero1 else None,
         min_shard_size=SMALLEST_PART,
+        stash=stash,
     )
 
 

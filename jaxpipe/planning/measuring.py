@@ -29,8 +29,10 @@ from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
 from jaxpipe.runtime.row_grads import pull_back_rows
 from jaxpipe.runtime.shared_ends import share_ends
+from jaxpipe.runtime.stash import divide_stages
 from jaxpipe.schedule.simulator import Costs, StageCosts
-from jaxpipe.stage import SplitStage, split_stage, vjp_once
+from jaxpipe.stage import SplitStage, vjp_once
+from jaxpipe.stage.split import Divisible
 
 _TURN = 0.02
 """Seconds that calls of a turn should take together, so that starting them hides behind running them."""
@@ -99,7 +101,7 @@ class Stopwatch:
             rng,
             inputs.as_step_inputs(step_inputs),
         )
-        self._splits: dict[int, SplitStage] = {}
+        self._splits: tuple[SplitStage, ...] = ()
 
     def _prepare(self, model: Model) -> Model:
         """The model as the executor calls it: without embed in compute dtype, its ends shared."""
@@ -155,23 +157,27 @@ class Stopwatch:
         return chunk, cast(params.outer, dtype), make_context(batch, rng, step_inputs, 0, 0)
 
     def _split(self, kind: int, chunk: Any, x: Any, ctx: Context) -> SplitStage:
-        """A kind of stage, divided when it is first asked for."""
-        if kind not in self._splits:
+        """A kind of stage; all are divided when the first is asked for."""
+        if not self._splits:
+            step_inputs = ctx.step_inputs
 
-            def stage(given: Any, x: Any, ctx: Context) -> Any:
+            def stage(kind: int, given: Any, x: Any, ctx: Context) -> Any:
                 params, step_inputs = given
                 return self._model.run_kind(kind, params, x, ctx._replace(step_inputs=step_inputs))
 
-            step_inputs = ctx.step_inputs
-            self._splits[kind] = split_stage(
-                stage,
-                (chunk, step_inputs),
-                x,
-                ctx._replace(step_inputs=None),
-                has_aux=True,
-                recompute=self.pipeline.dispatch != "unrolled",
-                trainable=(self._trainable.stages, jax.tree.map(lambda _: False, step_inputs)),
-            )
+            kinds = [
+                Divisible(
+                    functools.partial(stage, kind),
+                    (chunk, step_inputs),
+                    x,
+                    ctx._replace(step_inputs=None),
+                    has_aux=True,
+                    trainable=(self._trainable.stages, jax.tree.map(lambda _: False, step_inputs)),
+                )
+                for kind in range(len(self._model.stages))
+            ]
+            recompute, stash = self.pipeline.dispatch != "unrolled", self.pipeline.options.stash
+            self._splits = divide_stages(kinds, self.pipeline.program, stash, recompute=recompute)
         return self._splits[kind]
 
     def measure(self, repeats: int) -> StageCosts:
@@ -204,7 +210,7 @@ class Stopwatch:
             return program.result()(*self._given, held)
 
         prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, ())
-        bodies = [self._bodies(split) for _, split in sorted(self._splits.items())]
+        bodies = [self._bodies(split) for split in self._splits]
         for kind, mine in enumerate(prepared):
             start("F", kind, bodies[kind]["F"], (mine, x))
         if self.pipeline.model.embed is not None:

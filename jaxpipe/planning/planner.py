@@ -19,13 +19,13 @@ from jaxpipe.params import Params
 from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.kernel_flops import FlopsRule
 from jaxpipe.planning.memory import Memory, body_memory
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.planning.work import Works, works
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
+from jaxpipe.stage.kernel_flops import FlopsRule
 from jaxpipe.trainable import trainable_mask
 
 GIGA = 1e9

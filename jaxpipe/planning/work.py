@@ -29,17 +29,15 @@ from jaxpipe._jax import (
 )
 from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 from jaxpipe.planning.liveness import for_gpus, inline
 from jaxpipe.planning.memory import prepared_bytes
 from jaxpipe.planning.mesh import Network
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.action import Kind
+from jaxpipe.stage.again import RECOMPUTED
 from jaxpipe.stage.flops import eqn_flops
 from jaxpipe.stage.graph import has_side_effects
-
-RECOMPUTED = "rematted_computation"
-"""JAX's scope for what `jax.checkpoint` computes again."""
+from jaxpipe.stage.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
 
 _FUSED = ELEMENTWISE | MOVING
 _ENDS = frozenset({"prepare", "reduce"})

@@ -35,10 +35,12 @@ from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
+from jaxpipe.runtime.stash import divide_stages
 from jaxpipe.runtime.stretches import make_stretches
 from jaxpipe.runtime.unrolled import run_unrolled
-from jaxpipe.stage import SplitStage, split_stage
+from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
+from jaxpipe.stage.split import Divisible
 
 
 class _Local(NamedTuple):
@@ -82,7 +84,8 @@ def train(
     """
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
-    split, pools = splits[0], Pools.of(splits)
+    crosses = options.stash is None or program.num_cross_slots > 0
+    split, pools = splits[0], Pools.of(splits, crosses=crosses)
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -148,22 +151,23 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
         params, step_inputs = given  # both are there all the step long, so neither is stashed for a microbatch
         return local.model.run_kind(kind, params, x, ctx._replace(step_inputs=step_inputs))
 
-    splits = []
-    for kind in range(len(local.model.stages)):
-        split = split_stage(
+    kinds = [
+        Divisible(
             functools.partial(stage, kind),
             (local.chunks[0], step_inputs),
             local.x,
             local.ctx._replace(step_inputs=None),
             has_aux=True,
-            recompute=recompute,
             trainable=(trainable, jax.tree.map(lambda _: False, step_inputs)),
         )
+        for kind in range(len(local.model.stages))
+    ]
+    splits = divide_stages(kinds, program, options.stash, recompute=recompute)
+    for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])
-        splits.append(split)
     _check_same_returns([(split.out[1], split.aux) for split in splits])
-    return tuple(splits)
+    return splits
 
 
 def _head_shapes(program: Program, options: Options, aux_loss: Any, local: _Local) -> tuple[Any, Any]:

@@ -42,9 +42,10 @@ class Pools(NamedTuple):
     cross: SharedPool
 
     @classmethod
-    def of(cls, splits: Sequence[SplitStage]) -> Pools:
-        """The pools of the divided stages."""
-        kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], [s.crossing for s in splits])
+    def of(cls, splits: Sequence[SplitStage], *, crosses: bool = True) -> Pools:
+        """The pools of the divided stages; without ``crosses`` no half hands anything to another."""
+        crossing = [s.crossing if crosses else () for s in splits]
+        kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)
         return cls(*map(SharedPool.of, kept))
 
 

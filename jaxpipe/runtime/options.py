@@ -57,6 +57,7 @@ class Options:
       grad_dtype: dtype that gradients are summed in, or None: `accumulation_dtype` of the working copies'.
       fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
+      stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
       min_shard_size: elements of the smallest parameter that either is done to.
     """
 
@@ -74,3 +75,4 @@ class Options:
     fsdp_axes: tuple[str, ...] = ()
     zero1_axes: tuple[str, ...] = ()
     min_shard_size: int = 0
+    stash: int | None = None

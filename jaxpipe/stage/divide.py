@@ -8,7 +8,7 @@ and into the branches of conditionals, which become two with the same index (`ja
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
@@ -115,11 +115,18 @@ def hoist(
     return (*divide(free, reads, ()).first, *once), tuple(rest), sources
 
 
-def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Value]) -> tuple[Node, ...] | None:
+def closure(
+    values: Iterable[Value],
+    nodes: Sequence[Node],
+    given: Collection[Value],
+    allowed: Callable[[Node], bool] | None = None,
+) -> tuple[Node, ...] | None:
     """The light nodes that make values from given ones and constants; None if it takes heavier nodes.
 
-    Scans and conditionals are cut down to what makes the values, and are light if that is.
+    Scans and conditionals are cut down to what makes the values, and are light if that is. With ``allowed`` the nodes
+    that it holds of are taken, and not only light ones.
     """
+    allowed = is_light if allowed is None else allowed
     made = producers(nodes)
     wanted: dict[Node, set[Value]] = {}
     pending = list(values)
@@ -134,7 +141,7 @@ def closure(values: Iterable[Value], nodes: Sequence[Node], given: Collection[Va
             continue
         wanted.setdefault(node, set()).add(value)
         cut = _cut_down(node, wanted[node])
-        if not _light(cut):
+        if not allowed(cut):
             return None
         pending.extend(cut.ins)
     return tuple(_cut_down(node, wanted[node]) for node in nodes if node in wanted)
@@ -144,7 +151,7 @@ def light_results(nodes: Sequence[Node], given: Iterable[Value]) -> set[Value]:
     """Given values, and all that light nodes make of them and of constants."""
     found = set(given)
     for node in nodes:
-        if _light(node) and all(value.const is not None or value in found for value in node.ins):
+        if is_light(node) and all(value.const is not None or value in found for value in node.ins):
             found.update(node.outs)
     return found
 
@@ -153,7 +160,7 @@ def count_heavy(nodes: Sequence[Node]) -> int:
     """How many nodes, in bodies and branches, too, are not light; side effects do not count."""
 
     def count(node: Node) -> int:
-        return sum(map(count_heavy, node.bodies)) if _divisible(node) else not (_light(node) or has_effect(node))
+        return sum(map(count_heavy, node.bodies)) if _divisible(node) else not (is_light(node) or has_effect(node))
 
     return sum(map(count, nodes))
 
@@ -169,9 +176,10 @@ def _divisible(node: Node) -> bool:
     return node.scan is not None or node.cond is not None
 
 
-def _light(node: Node) -> bool:
+def is_light(node: Node) -> bool:
+    """Whether a node may always be computed again: no products, nor side effects, in its body or branches either."""
     if _divisible(node) and not node.recompute:
-        return all(_light(inner) for body in node.bodies for inner in body)
+        return all(is_light(inner) for body in node.bodies for inner in body)
     return (node.recompute or not is_heavy(node.name)) and not has_effect(node)
 
 

@@ -2,21 +2,25 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
+from jaxpipe.schedule.ints import at_least
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.priced import Chooser
 from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
+from jaxpipe.stage.stash import Division, Slots, fit
 from jaxpipe.stage.trace import Traced, inexact, shape_of, trace
 
 
@@ -28,6 +32,7 @@ def split_stage(
     has_aux: bool = False,
     recompute: bool = True,
     trainable: Any = None,
+    stash: int | None = None,
 ) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
@@ -57,9 +62,13 @@ def split_stage(
       trainable: a tree of bools like params; leaves where it is False are frozen: they are not differentiated, no
         product is computed for them, and their cotangent is None. None: no leaf is frozen.
 
+      stash: bytes that the parts may keep for each other, residuals and what crosses together: what is worth least for
+        its bytes is computed again, heavy work too, and ``recompute`` counts no more. None: only light work is.
+
     Raises:
-      ValueError: a leaf that is not an array; a ref made elsewhere, or used within a function that JAX cannot turn into
-        one of values; an ordered debug callback on a mesh of several devices.
+      ValueError: a ``stash`` that is too small, with the least that works; a leaf that is not an array; a ref made
+        elsewhere, or used within a function that JAX cannot turn into one of values; an ordered debug callback on a
+        mesh of several devices.
 
     Source: the division is zero-bubble pipelining's, arXiv 2401.10241.
 
@@ -72,55 +81,150 @@ def split_stage(
     >>> split.backward_weight(prepared, residuals.weight, crossing).shape
     (4, 4)
     """
-    params, x, args = jax.tree.map(shape_of, (params, x, args))
-    frozen = jax.tree.map(lambda _: False, params) if trainable is None else jax.tree.map(lambda t: not t, trainable)
-    chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
-    traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
-    forward = _read_forward(traced, len(jax.tree.leaves(params)))
-    backward, forward = _read_backward(traced, forward)
+    divisible = Divisible(stage, params, x, *args, has_aux=has_aux, trainable=trainable)
+    if stash is None:
+        return divisible.split(recompute=recompute)
+    return divisible.within(at_least("a stage", "stash", stash, 0))
 
-    divided = _divide_backward(backward)
-    halves = _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
-    kept = _choose_residuals(forward, halves, recompute=recompute)
-    first, second = (_remake_residuals(half, forward, kept) for half in halves)
-    second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, recompute=recompute)
 
-    for_first, for_second = first.reads(), second.reads()
-    weight = tuple(value for value in kept if value in for_second)
-    inputs = tuple(value for value in kept if value in for_first and value not in for_second)
-    rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
-    rows = {node.outs[0]: node for node in forward.once if node.row is not None and node.outs[0] in forward.known}
-    rest = _with_rows(rows, rest, forward.outputs)
-    first, second = (half._replace(nodes=_with_rows(rows, half.nodes, half.results)) for half in (first, second))
-    used = (_reads(rest, forward.outputs) | first.reads() | second.reads()) - rows.keys()
-    prepared = tuple(value for value in forward.known if value in used)
-    whole = in_time((*first.nodes, *second.nodes), as_soon_as_possible(divided.second, divided.first))
-    return SplitStage(
-        out=traced.out,
-        aux=traced.aux,
-        residuals=Residuals(*(tuple(packed_shape(value.aval) for value in values) for values in (inputs, weight))),
-        crossing=tuple(packed_shape(value.aval) for value in crossing),
-        opaque=divided.opaque,
-        _graphs=Graphs(
-            params=forward.params,
+class Divisible:
+    """A stage traced with its derivative, to be divided at one price or another; arguments as of `split_stage`."""
+
+    def __init__(
+        self,
+        stage: Callable[..., Any],
+        params: Any,
+        x: Any,
+        *args: Any,
+        has_aux: bool = False,
+        trainable: Any = None,
+    ) -> None:
+        params, x, args = jax.tree.map(shape_of, (params, x, args))
+        frozen = (
+            jax.tree.map(lambda _: False, params) if trainable is None else jax.tree.map(lambda t: not t, trainable)
+        )
+        chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
+        traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
+        forward = _read_forward(traced, len(jax.tree.leaves(params)))
+        self._traced = traced
+        self._backward, self._forward = _read_backward(traced, forward)
+        self._divided = _divide_backward(self._backward)
+        self._params_like = jax.tree.map(
+            lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen
+        )
+        self._x_like = x
+
+    def split(self, *, recompute: bool) -> SplitStage:
+        """In the fewest bytes from which light work makes the rest; ``recompute`` as of `split_stage`."""
+        forward, backward = self._forward, self._backward
+        halves = self._halves()
+        kept = _choose_residuals(forward, halves, recompute=recompute)
+        first, second = (_remake_residuals(half, forward, kept) for half in halves)
+        second, crossing = _choose_crossing(first, second, forward, backward.cotangents, kept, recompute=recompute)
+        return self._finish(kept, first, second, None, crossing)
+
+    def within(self, stash: int) -> SplitStage:
+        """Within a budget; as of `split_stage`."""
+        slots = Slots()
+
+        def divide_at(price: float) -> Division:
+            split, seconds = self.priced(price, slots)
+            return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
+
+        return fit(stash, slots, divide_at).splits[0]
+
+    def priced(self, price: float, slots: Slots) -> tuple[SplitStage, float]:
+        """(the stage divided at a price, seconds that this takes of a microbatch).
+
+        Args:
+          price: seconds that a byte of a slot is worth.
+          slots: how many there are of each sort.
+        """
+        first, second = self._halves()
+        found = self._chooser.at(price, slots)
+        both = in_time(found.again, as_soon_as_possible(second.nodes, first.nodes))
+        split = self._finish(
+            dict.fromkeys(found.kept),
+            first._replace(nodes=in_time(found.again_first, first.nodes)),
+            second._replace(nodes=in_time(found.again_second, second.nodes)),
+            both,
+            found.crossing,
+        )
+        return split, found.seconds
+
+    @functools.cached_property
+    def _chooser(self) -> Chooser:
+        forward, backward, divided = self._forward, self._backward, self._divided
+        first, second = self._halves()
+        order = (*forward.arguments, *_results(forward.rest), *backward.cotangents, *_results(divided.first))
+        reads = second.reads().difference(_results(second.nodes))
+        return Chooser(
+            forward=forward.rest,
             arguments=forward.arguments,
-            once=divide(forward.once, prepared, ()).first,
-            prepared=prepared,
-            forward=rest,
-            outputs=forward.outputs,
-            kept=Residuals(inputs, weight),
+            first=divided.first,
             cotangents=backward.cotangents,
-            first=fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes))),
-            second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
-            whole=fuse_gathers(whole, (*first.results, *second.results, *effects_of(whole))),
-            crossing=crossing,
-            params_ct=backward.params_ct,
-            params_ct_narrow=before_casts(backward.params_ct, second.nodes),
-            x_ct=backward.x_ct,
-            params_like=jax.tree.map(lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen),
-            x_like=x,
-        ),
-    )
+            reads_first=_shared(forward, first.reads()),
+            reads_second=[value for value in dict.fromkeys(order) if value in reads],
+            known=forward.known,
+        )
+
+    def _halves(self) -> tuple[_Half, _Half]:
+        backward, divided = self._backward, self._divided
+        return _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
+
+    def _finish(
+        self,
+        kept: Collection[Value],
+        first: _Half,
+        second: _Half,
+        both: Sequence[Node] | None,
+        crossing: tuple[Value, ...],
+    ) -> SplitStage:
+        """The stage's functions, of the halves that make again what is not kept.
+
+        ``both`` are both halves in one order; None: they run all of each other again.
+        """
+        traced, forward, backward = self._traced, self._forward, self._backward
+        for_first, for_second = first.reads(), second.reads()
+        weight = tuple(value for value in kept if value in for_second)
+        inputs = tuple(value for value in kept if value in for_first and value not in for_second)
+        rest = divide(forward.rest, (*forward.outputs, *weight, *inputs, *effects_of(forward.rest)), ()).first
+        rows = {node.outs[0]: node for node in forward.once if node.row is not None and node.outs[0] in forward.known}
+        rest = _with_rows(rows, rest, forward.outputs)
+        first, second = (half._replace(nodes=_with_rows(rows, half.nodes, half.results)) for half in (first, second))
+        used = (_reads(rest, forward.outputs) | first.reads() | second.reads()) - rows.keys()
+        prepared = tuple(value for value in forward.known if value in used)
+        if both is None:
+            order = as_soon_as_possible(self._divided.second, self._divided.first)
+            both = in_time((*first.nodes, *second.nodes), order)
+        else:
+            both = _with_rows(rows, both, (*first.results, *second.results))
+        return SplitStage(
+            out=traced.out,
+            aux=traced.aux,
+            residuals=Residuals(*(tuple(packed_shape(value.aval) for value in values) for values in (inputs, weight))),
+            crossing=tuple(packed_shape(value.aval) for value in crossing),
+            opaque=self._divided.opaque,
+            _graphs=Graphs(
+                params=forward.params,
+                arguments=forward.arguments,
+                once=divide(forward.once, prepared, ()).first,
+                prepared=prepared,
+                forward=rest,
+                outputs=forward.outputs,
+                kept=Residuals(inputs, weight),
+                cotangents=backward.cotangents,
+                first=fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes))),
+                second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
+                whole=fuse_gathers(both, (*first.results, *second.results, *effects_of(both))),
+                crossing=crossing,
+                params_ct=backward.params_ct,
+                params_ct_narrow=before_casts(backward.params_ct, second.nodes),
+                x_ct=backward.x_ct,
+                params_like=self._params_like,
+                x_like=self._x_like,
+            ),
+        )
 
 
 class _Forward(NamedTuple):

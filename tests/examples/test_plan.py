@@ -171,3 +171,18 @@ def test_fewer_deferred_weight_gradients_need_less_memory():
 def test_a_negative_bound_is_refused():
     (row,) = planning.plan(model_config("tiny"), {"pp": 2}, schedules=["zb1p"], deferred=-1).rows
     assert row.reason == "zb1p with slots=-1: it must be an integer of at least 0"
+
+
+@pytest.mark.slow
+def test_a_stash_fits_the_chip_and_is_told():
+    """The largest that fits; bytes that are too few stand in the row of the schedule, with the least that work."""
+    config = dataclasses.replace(SMALL, remat="none")
+    options = dict(schedules=["zb1p"], microbatches=4, dtype=jnp.float32)
+    (whole,) = planning.plan(config, {"pp": 2, "ep": 1}, **options).rows
+    chip = dataclasses.replace(CHIPS["H800"], memory=(whole.memory.total - whole.memory.stash // 2) / 0.95)
+    found = planning.plan(config, {"pp": 2, "ep": 1}, **options, chip=chip, stash="auto")
+    (row,) = found.rows
+    assert row.memory.total <= 0.95 * chip.memory and row.memory.stash < whole.memory.stash
+    assert f"again in the backward pass: what exceeds {row.stash / 1e9:.3g} GB of a microbatch and stage" in str(found)
+    (row,) = planning.plan(config, {"pp": 2, "ep": 1}, **options, stash=10).rows
+    assert row.memory is None and "stash=10 bytes of a microbatch and stage are too few: the least" in row.reason

@@ -246,6 +246,18 @@ def test_flags_of_precision_and_moments():
         flags.sized_config(parse(["--precision", "fp8"]), 2)
 
 
+def test_a_stash_takes_the_place_of_remat():
+    parse = flags.train_parser().parse_args
+    given = parse(["--config", "dsv3-671b", "--stash", "1.5e9"])
+    assert given.stash == 1_500_000_000
+    assert flags.sized_config(given, 2).remat == "none" != flags.sized_config(parse(["--config", "dsv3-671b"]), 2).remat
+    with pytest.raises(ValueError, match="--stash auto --remat layer: a stash decides what is computed again"):
+        flags.sized_config(parse(["--stash", "auto", "--remat", "layer"]), 2)
+    for wrong in ("-1", "much", "inf", "nan"):
+        with pytest.raises(SystemExit):
+            parse([f"--stash={wrong}"])
+
+
 @pytest.mark.slow
 def test_fp8_learns_as_bfloat16s_place_does():
     """A tiny model on the CPU: losses of a few steps within two percent, blocks that are not finite counted."""

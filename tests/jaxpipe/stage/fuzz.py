@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import os
 import random
+import re
 import sys
 import time
 import traceback
@@ -28,6 +29,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.stage import matmul_flops, split_stage
+from jaxpipe.stage.split import Divisible
 from tests.jaxpipe.stage.expressions import Book, expressions
 from tests.jaxpipe.stage.leaves import COLUMNS, ROWS, Context
 from tests.jaxpipe.stage.pieces import Maker
@@ -96,10 +98,40 @@ def make_program(seed: int, *, longest: int = 5) -> Program:
     return Program(seed, dtype, stage, params, x, context, has_aux, tuple(maker.names))
 
 
-def check(program: Program) -> None:
-    """Raises an AssertionError where a divided stage computes anything else than the plain one."""
+def check(program: Program, *, budgets: bool = False) -> None:
+    """Raises an AssertionError where a divided stage computes anything else than the plain one.
+
+    With ``budgets`` also within one that is drawn for the program, from the least that works to all that it can keep.
+    """
     args = program.params, program.x, program.context
-    split = split_stage(program.stage, *args, has_aux=program.has_aux, recompute=program.seed % 4 != 0)
+    check_split(program, split_stage(program.stage, *args, has_aux=program.has_aux, recompute=program.seed % 4 != 0))
+    if budgets:
+        check_within(program)
+
+
+def check_within(program: Program) -> None:
+    """The same of a stage within the least budget, and within a random one above it, which it keeps to."""
+    args = program.params, program.x, program.context
+    stage = Divisible(program.stage, *args, has_aux=program.has_aux)
+    most = kept_bytes(stage.within(1 << 60))
+    try:
+        least = kept_bytes(stage.within(0))
+    except ValueError as error:
+        least = int(re.search(r"can be, is ([\d,]+)", str(error))[1].replace(",", ""))
+    for stash in {least, random.Random(program.seed).randint(least, max(least, most))}:
+        split = stage.within(stash)
+        assert least <= kept_bytes(split) <= stash
+        check_split(program, split, again=True)
+
+
+def kept_bytes(split: Any) -> int:
+    """Bytes of residuals and of what crosses."""
+    return sum(leaf.size * leaf.dtype.itemsize for leaf in jax.tree.leaves((split.residuals, split.crossing)))
+
+
+def check_split(program: Program, split: Any, *, again: bool = False) -> None:
+    """Raises an AssertionError where a divided stage is not the plain one; ``again``: it may run products twice."""
+    args = program.params, program.x, program.context
     book = Book()
     numbers = tuple(book.inputs(name, tree) for name, tree in zip(("params", "x", "context"), args, strict=True))
     out_ct = cotangents(program, split.out)
@@ -129,7 +161,8 @@ def check(program: Program) -> None:
     assert_floating_same(program.params, narrow, cts[0], "whole B, narrow")
     assert whole_like == like[2:] == jax.tree.map(shape_of, args[:2])
     assert (split.residuals, split.crossing) == (residuals_like, crossing_like)
-    check_first_half(program, split, given[1])
+    if not again:
+        check_first_half(program, split, given[1])
 
 
 def check_first_half(program: Program, split: Any, given: Any) -> None:
@@ -163,10 +196,10 @@ def widened(program: Program, split: Any, prepared: Any, residuals: Any, out_ct:
     return jax.tree.map(lambda ct, leaf: ct.astype(leaf.dtype), narrow, program.params)
 
 
-def check_numbers(program: Program) -> None:
+def check_numbers(program: Program, stash: int | None = None) -> None:
     """The same by numbers, compiled; of float64 programs, whose rounding hides no mistake."""
     args = program.params, program.x, program.context
-    split = split_stage(program.stage, *args, has_aux=program.has_aux)
+    split = split_stage(program.stage, *args, has_aux=program.has_aux, stash=stash)
     out_ct = cotangents(program, split.out)
 
     @jax.jit
@@ -242,14 +275,14 @@ def assert_floating_same(like: Any, found: Any, expected: Any, what: str) -> Non
     assert_same(pick(found), pick(expected), what)
 
 
-def run_seed(seed: int, *, numbers: bool = False, show: bool = False) -> None:
+def run_seed(seed: int, *, numbers: bool = False, show: bool = False, budgets: bool = False) -> None:
     """Makes and checks one program."""
     with jax.enable_x64(dtype_of(seed) == "float64"):
         program = make_program(seed)
         if show:
             print(f"seed {seed}, {program.dtype}: {', '.join(program.pieces)}")
             print(jax.make_jaxpr(program.stage)(program.params, program.x, program.context))
-        check(program)
+        check(program, budgets=budgets)
         if numbers and program.dtype == "float64":
             check_numbers(program)
 
@@ -259,6 +292,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--seeds", type=int, default=150, help="how many programs")
     parser.add_argument("--start", type=int, default=0, help="the first one's seed")
     parser.add_argument("--numbers", action="store_true", help="run float64 programs, too")
+    parser.add_argument("--budgets", action="store_true", help="divide within budgets of bytes, too")
     parser.add_argument("--show", action="store_true", help="print pieces, jaxprs and tracebacks")
     options = parser.parse_args(argv)
     jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -266,7 +300,7 @@ def main(argv: list[str] | None = None) -> int:
     begin = time.perf_counter()
     for seed in range(options.start, options.start + options.seeds):
         try:
-            run_seed(seed, numbers=options.numbers, show=options.show)
+            run_seed(seed, numbers=options.numbers, show=options.show, budgets=options.budgets)
         except Exception as error:
             kind = "wrong" if isinstance(error, AssertionError) else "crashed"
             failures[kind].append(seed)

@@ -23,6 +23,11 @@ def test_divided_backward_is_the_plain_one(seed):
     fuzz.run_seed(seed)
 
 
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 151)) for n in range(150, 210)])
+def test_divided_within_a_budget_it_is_the_plain_one(seed):
+    fuzz.run_seed(seed, budgets=True)
+
+
 @pytest.mark.parametrize("seed", range(0, 27, 3))
 def test_its_numbers_are_those_of_the_plain_one(seed):
     assert fuzz.dtype_of(seed) == "float64"
