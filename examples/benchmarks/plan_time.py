@@ -23,7 +23,7 @@ from typing import Any
 import jax
 import numpy as np
 from balance import synthetic
-from record import Recorder, machine, make_parser, medians_ms, processor
+from record import Recorder, command_line, machine, make_parser, medians_ms, processor, write_records
 
 import eplb_jax
 from eplb_jax import balanced, elastic, gpu_loads, lower_bound, no_duplicate, sticky
@@ -136,7 +136,18 @@ def main() -> None:
     report = Recorder.begin(args, f"{processor()}, {machine()}" if gpus else machine(), "58 layers of 256 experts")
     formats = {"CPU ms": ".2f", "GPU ms": ".2f", "plain Python loop ms": ".0f", "loop / CPU": ".0f"}
     columns = "balanced ms", "no_duplicate ms", "sticky ms", "elastic ms"
-    report.table(searches(min(args.repeats, 10)), labels=3, title="search", formats=dict.fromkeys(columns, ".0f"))
+    rows = list(searches(min(args.repeats, 10)))
+    report.table(rows, labels=3, title="search", formats=dict.fromkeys(columns, ".0f"))
+    if report.file:
+        named = {
+            f"plan_{policy}_ms_{size}": (
+                max(row[f"{policy} ms"] for row in rows if row["replicas @ GPUs"] == size.replace("_", " @ ")),
+                "ms",
+            )
+            for policy in ("balanced", "sticky")
+            for size in ("288_32", "320_64")
+        }
+        write_records(report.file, named, command=command_line(), machine=report.machine)
     print()
     report.table(deepseek_sizes(gpus, args.repeats, not args.no_specification), labels=2, formats=formats)
     if not args.no_growth:
