@@ -57,6 +57,8 @@ class MoEConfig:
       fp8: short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
+      fetched: experts that one device may get from another for its working copies, `eplb_jax.most_fetched`; None: all
+        masters are gathered. See `eplb_jax.working_copies`.
       precision: "bf16", which leaves all numbers as they are, "fp8", which makes the products of routed and shared
         experts in 8 bits as DeepSeek-V3 does, or another name of `eplb_jax.kernels.recipe.RECIPES`: how rows travel and
         what products are made of. None: what ``fp8`` says.
@@ -77,6 +79,7 @@ class MoEConfig:
     fp8: bool = False
     backend: Backend = "auto"
     precision: str | None = None
+    fetched: int | None = None
 
     def __post_init__(self) -> None:
         """Checks sizes and choices."""
@@ -87,6 +90,8 @@ class MoEConfig:
                 f"masters={self.masters}: {self.router.num_experts} experts need as many rows or more, or None"
             )
         check_capacity_factor(self.capacity_factor)
+        if self.fetched is not None and self.fetched < 1:
+            raise ValueError(f"fetched={self.fetched}: it must be at least 1 expert, or None to gather all")
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
         if self.exchange not in DISPATCHERS:
@@ -301,8 +306,8 @@ def working_copies_for(
     """
     products = _products(config)
     if products is None or not config.recipe.gather:
-        return working_copies(masters, phy2log, axis)
-    return scaled_working_copies(masters, phy2log, products, axis)
+        return working_copies(masters, phy2log, axis, fetched=config.fetched)
+    return scaled_working_copies(masters, phy2log, products, axis, fetched=config.fetched)
 
 
 def local_experts(
