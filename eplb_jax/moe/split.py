@@ -147,10 +147,22 @@ def choose_by_load(
     >>> choose_by_load(jnp.array([[0], [0], [0], [1]]), placement, counts, 0, 1).ravel().tolist()
     [2, 2, 2, 1]
     """
+    wanted = split_tokens(counts.astype(jnp.int32).sum(0, dtype=jnp.int32), placement, len(counts))
+    return choose_by_amounts(experts, placement, counts, wanted, device, per_node)
+
+
+def choose_by_amounts(
+    experts: Int[Array, "T k"],
+    placement: Placement,
+    counts: Int[Array, "devices E"],
+    wanted: Int[Array, "E X"],
+    device: Int[Array, ""] | int,
+    per_node: int,
+) -> Int[Array, "T k"]:
+    """`choose_by_load` where each replica gets as many tokens as ``wanted`` says, in the order of ``log2phy``."""
     num_devices = len(counts)
     counts = counts.astype(jnp.int32)
     table, replicas = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
-    wanted = split_tokens(counts.sum(0, dtype=jnp.int32), placement, num_devices)
 
     # On each node, as many of its own tokens as its replicas take stay, the first ones; the others come after them.
     nodes = jnp.arange(num_devices // per_node, dtype=jnp.int32)
