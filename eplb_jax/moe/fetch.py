@@ -20,6 +20,7 @@ from jaxtyping import Array, Int
 from eplb_jax.kernels.mesh_axis import same_axes
 from eplb_jax.moe.exchange import all_to_all
 from eplb_jax.moe.pick import pick
+from eplb_jax.plan import placement
 
 
 class Fetches(NamedTuple):
@@ -44,7 +45,7 @@ class Fetches(NamedTuple):
     most: Int[Array, ""]
 
 
-def most_fetched(phy2log: Int[np.ndarray, "*layers P"], num_masters: int, num_devices: int) -> int:
+def most_fetched(phy2log: Int[placement.Array, "*layers P"], num_masters: int, num_devices: int) -> int:
     """How many experts one device needs from another at most, rounded up to a power of two, at least 1; on the host.
 
     It is what `eplb_jax.MoEConfig.fetched` should be for these placements and for others like them: powers of two, so

@@ -291,6 +291,8 @@ def moe_layer(
             params = params._replace(experts=with_gift(params.experts, gift, axis))
         slots += config.exact
     capacities = make_capacities(x.shape[0], config.router.top_k, devices, slots, config.capacity_factor)
+    if config.exact is not None:  # what a device computes is even, what it gets from either need not be
+        capacities = capacities._replace(exchange=x.shape[0])
     bad = jnp.int32(0)
     if products := _products(config):
         way = None if axis is None or devices == 1 else Route(DISPATCHERS[config.exchange], axis)

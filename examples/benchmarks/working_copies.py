@@ -90,7 +90,7 @@ def rows(args: Any, dtype: Any) -> Iterator[dict[str, Any]]:
         start = initial_placement(1, args.experts, config)
         plans = {"start": start, "sticky": sticky(loads, start, 1, 1, devices),
                  "fresh": balanced(loads, slots, 1, 1, devices)}  # fmt: skip
-        shapes = ExpertParams((args.width, 2 * args.hidden), (args.hidden, args.width))
+        shapes = (args.width, 2 * args.hidden), (args.hidden, args.width)
         sharding = NamedSharding(mesh, P("ep"))
         masters, ct = (
             ExpertParams(*(jax.device_put(jnp.ones((n, *shape), dtype), sharding) for shape in shapes))
@@ -128,8 +128,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=10, help="calls of which the median counts")
     args = parser.parse_args()
     most = max(map(int, args.devices.split(",")))
-    if jax.config.jax_platforms == "cpu":
-        jax.config.update("jax_num_cpu_devices", most)
+    jax.config.update("jax_num_cpu_devices", most)
     dtype = jnp.float32 if jax.default_backend() == "cpu" else jnp.bfloat16  # which a CPU widens
     size = f"{args.experts} experts of {args.width} x {args.hidden}, {jnp.dtype(dtype).name}"
     report = Recorder.begin(args, machine(most), size)

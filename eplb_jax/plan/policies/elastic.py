@@ -116,7 +116,7 @@ def _give_slot(
     """
     layer = np.arange(len(weight))
     places = slots < 0
-    full = ~places.any(1)
+    full = np.logical_not(places.any(1))
     donor = np.argmin(np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf), axis=1)
     counts[layer[full], donor[full]] -= 1
     places |= full[:, None] & (slots == donor[:, None])
