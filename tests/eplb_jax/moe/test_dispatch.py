@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from eplb_jax import most_fetched, working_copies
+from eplb_jax import MoEConfig, most_fetched, working_copies
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.fetch import plan_fetches
@@ -334,6 +334,15 @@ def test_only_experts_of_other_devices_are_exchanged():
             wanted = [e - 2 for e in phy2log.reshape(4, 4)[device].tolist() if e // 2 == 1 and device != 1]
             assert sent == (wanted[:1] or [-1])
     assert taken == {1, 2}
+
+
+def test_bounds_of_exchanged_experts_that_are_refused():
+    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert, or None to gather all"):
+        MoEConfig(fetched=0)
+    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert"):
+        working_copies(jnp.ones(4), jnp.arange(4), fetched=0)
+    with pytest.raises(ValueError, match="6 slots and 4 masters must divide over num_devices=4"):
+        most_fetched(np.arange(6) % 4, 4, 4)
 
 
 def test_working_copies_without_an_axis(x64):
