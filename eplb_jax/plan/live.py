@@ -110,7 +110,7 @@ def decide(
     >>> start = initial_placement(1, 4, config)
     >>> decide(9, np.array([[9, 1, 1, 1]]), start, config) is None
     True
-    >>> decide(10, np.array([[90, 1, 1, 1]]), start, config).changed
+    >>> decide(10, np.array([[1, 90, 1, 1]]), start, config).changed
     1
     """
     if step < 1 or step % config.interval:
