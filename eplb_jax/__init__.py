@@ -25,6 +25,7 @@ from eplb_jax.kernels.grouped_gemm.layout import group_starts
 from eplb_jax.moe.capacity import capacity_from, heaviest_by_split
 from eplb_jax.moe.dispatch import Capacities, make_capacities
 from eplb_jax.moe.experts import ExpertParams, working_copies
+from eplb_jax.moe.fetch import most_fetched
 from eplb_jax.moe.layer import (
     MoEConfig,
     MoEParams,
@@ -93,6 +94,7 @@ __all__ = [
     "lower_bound",
     "make_capacities",
     "moe_layer",
+    "most_fetched",
     "moved",
     "moved_bytes",
     "no_duplicate",

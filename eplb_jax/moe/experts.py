@@ -19,6 +19,8 @@ from eplb_jax.kernels.grouped_gemm import interface
 from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.mesh_axis import same_axes, size_and_index
 from eplb_jax.kernels.registry import Backend
+from eplb_jax.moe.fetch import fetch, gather, plan_fetches
+from eplb_jax.moe.pick import pick
 
 
 class ExpertParams(NamedTuple):
@@ -44,21 +46,25 @@ def init_experts(key: jax.Array, num_experts: int, width: int, hidden: int, dtyp
     return ExpertParams(w_in, jax.random.normal(second, (num_experts, hidden, width), dtype) * hidden**-0.5)
 
 
-def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: str | None = None) -> Any:
+def working_copies(
+    masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: str | None = None, *, fetched: int | None = None
+) -> Any:
     """Each of this device's slots gets a copy of its expert; the transpose sums the gradients of an expert's copies.
 
     Within `jax.shard_map` over ``axis`` each device has as many masters, in order, padding included. They are gathered
     in parts, so that no device holds more than about twice its own at a time; the transpose is a reduce-scatter of each
-    part.
+    part. With ``fetched``, only the experts that are in slots of other devices travel, in an all-to-all that carries so
+    many from each device to each other; where a placement needs more for some pair of devices, all are gathered.
 
     Args:
       masters: a tree of arrays by logical expert, [E or more, ...], or this device's part of them.
       phy2log: the logical expert of each slot of all devices; slots of dead ones (-1) get zeros.
       axis: the mesh axis of the experts, or None: all are here.
+      fetched: experts that one device may get from another, `eplb_jax.most_fetched`; None: all are gathered.
 
     Raises:
       ValueError: slots that do not divide over the devices; phy2log of several layers; an axis that is not bound;
-        leaves of different numbers of experts.
+        leaves of different numbers of experts; ``fetched`` below 1.
 
     >>> working_copies(jnp.array([1.0, 2.0, 3.0]), jnp.array([2, 0, 1, 2])).tolist()
     [3.0, 1.0, 2.0, 3.0]
@@ -71,26 +77,23 @@ def working_copies(masters: Any, phy2log: Int[Array | np.ndarray, " P"], axis: s
         raise ValueError(f"{slots} slots do not divide over the {devices} devices of axis {axis!r}")
     if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(masters)}) != 1:
         raise ValueError(f"masters have shapes {jax.tree.map(jnp.shape, masters)}: all must hold as many experts")
+    if fetched is not None and fetched < 1:
+        raise ValueError(f"fetched={fetched}: it must be at least 1 expert, or None to gather all")
     capacity = slots // devices
     mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * capacity, capacity)
 
-    def fetch(owned: jax.Array) -> jax.Array:
-        if axis is None:
-            return _pick(*same_axes(owned, jnp.maximum(mine, 0), mine >= 0))
-        experts = owned.shape[0]
-        parts = next(n for n in range(min(devices, experts), experts + 1) if experts % n == 0)
-        size = experts // parts
-        owner, place = mine // experts, mine % experts
-        found = []
-        for part, block in enumerate(jnp.split(owned, parts)):
-            # Grouped by expert axis alone, so legal where pipeline ranks do different things; a permute is not.
-            everyones = jax.lax.all_gather(block, axis, tiled=True)
-            is_here = (mine >= 0) & (place // size == part)
-            index = jnp.maximum(owner, 0) * size + place % size
-            found.append(_pick(*same_axes(everyones, index, is_here)))
-        return functools.reduce(jnp.add, found)
-
-    return jax.tree.map(fetch, masters)
+    if axis is None:
+        return jax.tree.map(lambda owned: pick(*same_axes(owned, jnp.maximum(mine, 0), mine >= 0)), masters)
+    rows = jax.tree.leaves(masters)[0].shape[0]
+    if fetched is None or devices == 1 or fetched >= rows:
+        return jax.tree.map(lambda owned: gather(owned, mine, devices, axis), masters)
+    fetches = plan_fetches(jnp.asarray(phy2log, jnp.int32), here, devices, rows, fetched)
+    return jax.lax.cond(
+        fetches.most <= fetched,
+        lambda masters: jax.tree.map(lambda owned: fetch(owned, fetches, axis), masters),
+        lambda masters: jax.tree.map(lambda owned: gather(owned, mine, devices, axis), masters),
+        masters,
+    )
 
 
 def swiglu(hidden: Float[Array, "rows FF"], weight: Float[Array, " rows"] | None = None) -> Float[Array, "rows F"]:
@@ -208,29 +211,3 @@ def shared_in(params: ExpertParams, x: Float[Array, "T D"]) -> Float[Array, "T F
 def shared_out(params: ExpertParams, hidden: Float[Array, "T F"]) -> Float[Array, "T D"]:
     """Projects what `shared_in` made back to the width."""
     return jnp.matmul(hidden, params.w_out[0])
-
-
-@jax.custom_vjp
-def _pick(part: jax.Array, index: jax.Array, found: jax.Array) -> jax.Array:
-    """The experts at an index, zeros where there is none."""
-    taken = part.at[index].get(mode="promise_in_bounds")
-    return jnp.where(found.reshape(-1, *(1,) * (part.ndim - 1)), taken, jnp.zeros((), part.dtype))
-
-
-def _pick_fwd(part: jax.Array, index: jax.Array, found: jax.Array) -> tuple[jax.Array, Any]:
-    like = jnp.zeros((part.shape[0], 0), part.dtype)  # number of experts, as a shape
-    return _pick(part, index, found), (index, found, like)
-
-
-def _pick_bwd(residuals: Any, ct: jax.Array) -> tuple[jax.Array, None, None]:
-    """A sum over copies as a product with zeros and ones: no scatter, and the same order every time."""
-    index, found, like = residuals
-    hot = (index == jnp.arange(like.shape[0], dtype=jnp.int32)[:, None]) & found
-    dtype = wide(ct.dtype)
-    total = jnp.einsum(
-        "es,s...->e...", hot.astype(ct.dtype), ct, preferred_element_type=dtype, precision=jax.lax.Precision.HIGHEST
-    )
-    return total.astype(ct.dtype), None, None
-
-
-_pick.defvjp(_pick_fwd, _pick_bwd)

@@ -89,12 +89,17 @@ _quantise.defvjp(
 
 
 def scaled_working_copies(
-    masters: ExpertParams, phy2log: Int[Array | np.ndarray, " P"], products: Products, axis: str | None = None
+    masters: ExpertParams,
+    phy2log: Int[Array | np.ndarray, " P"],
+    products: Products,
+    axis: str | None = None,
+    *,
+    fetched: int | None = None,
 ) -> ScaledExperts:
     """`eplb_jax.working_copies` of experts that are quantised first: the same numbers, and fewer bytes to gather.
 
     Args:
-      masters, phy2log, axis: as there; masters in bfloat16 or float32.
+      masters, phy2log, axis, fetched: as there; masters in bfloat16 or float32.
       products: how they are quantised.
 
     Returns:
@@ -103,30 +108,36 @@ def scaled_working_copies(
     Raises:
       ValueError: as there and `quantise_experts`.
     """
-    found: Any = [_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis) for w in masters]
+    found: Any = [_copies(w, jnp.asarray(phy2log, jnp.int32), products, axis, fetched) for w in masters]
     return ScaledExperts(*found)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
-def _copies(w: jax.Array, phy2log: jax.Array, products: Products, axis: str | None) -> ScaledWeights:
-    return _copies_fwd(w, phy2log, products, axis)[0]
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3, 4))
+def _copies(
+    w: jax.Array, phy2log: jax.Array, products: Products, axis: str | None, fetched: int | None
+) -> ScaledWeights:
+    return _copies_fwd(w, phy2log, products, axis, fetched)[0]
 
 
-def _copies_fwd(w: jax.Array, phy2log: jax.Array, products: Products, axis: str | None) -> tuple[Any, Any]:
+def _copies_fwd(
+    w: jax.Array, phy2log: jax.Array, products: Products, axis: str | None, fetched: int | None
+) -> tuple[Any, Any]:
     """One layout travels, as plain bytes; the other is made of it on arrival."""
     _, backward = products.arithmetic.weights(w, backend=products.backend)
     dtype = backward.numbers.dtype
     plain = backward._replace(numbers=jax.lax.bitcast_convert_type(backward.numbers, jnp.uint8))
-    found = working_copies(plain, phy2log, axis)
+    found = working_copies(plain, phy2log, axis, fetched=fetched)
     backward = found._replace(numbers=jax.lax.bitcast_convert_type(found.numbers, dtype))
     gradient, _ = same_axes(jnp.zeros(backward.numbers.shape, w.dtype), backward.scales)
     return ScaledWeights(backward.transposed(), backward, gradient), (phy2log, _shape_of(w))
 
 
-def _copies_bwd(products: Products, axis: str | None, residuals: Any, ct: ScaledWeights) -> tuple[Any, None]:
+def _copies_bwd(
+    products: Products, axis: str | None, fetched: int | None, residuals: Any, ct: ScaledWeights
+) -> tuple[Any, None]:
     phy2log, like = residuals
     masters, _ = same_axes(jnp.zeros((like.shape[0], *ct.shape[1:]), like.dtype), like)
-    _, pull = jax.vjp(lambda masters: working_copies(masters, phy2log, axis), masters)
+    _, pull = jax.vjp(lambda masters: working_copies(masters, phy2log, axis, fetched=fetched), masters)
     return pull(ct.gradient)[0], None
 
 

@@ -26,6 +26,7 @@ from eplb_jax.moe import exchange
 from eplb_jax.moe.carried import Products, add_results, scale_tokens
 from eplb_jax.moe.dispatch import Capacities, check_capacity_factor, plan_sends, sort_by_slot
 from eplb_jax.moe.dispatchers import DISPATCHERS, NODES, Dense
+from eplb_jax.moe.exact import plan_gift, why_not, with_gift
 from eplb_jax.moe.experts import ExpertParams, apply_experts, init_experts, shared_in, shared_out, working_copies
 from eplb_jax.moe.fp8_experts import ScaledExperts, scaled_working_copies
 from eplb_jax.moe.fp8_layer import Ways, local_results, scaled_layer
@@ -33,6 +34,7 @@ from eplb_jax.moe.levels import Level, make_levels
 from eplb_jax.moe.permute import permute, permute_each, unpermute
 from eplb_jax.moe.replica import CHOICES, choose_replicas, node_size
 from eplb_jax.moe.router import RouterConfig, balance_loss, of_real_tokens, route, router_logits
+from eplb_jax.moe.split import choose_by_amounts
 from eplb_jax.plan.placement import Placement
 
 ROWS = 8
@@ -61,6 +63,11 @@ class MoEConfig:
       fp8: short for the precision "fp8".
       backend: of the grouped matrix products and of moved rows, see `eplb_jax.grouped_matmul`; the gate's gradient gets
         its kernel where that can make it, but for "xla".
+      fetched: experts that one device may get from another for its working copies, `eplb_jax.most_fetched`; None: all
+        masters are gathered. See `eplb_jax.working_copies`.
+      exact: experts that a device may get from the other for a microbatch, so that both have equally many tokens, and
+        ``capacity_factor=1.0`` drops none where these experts suffice; for an axis of two devices, without a placement.
+        See `eplb_jax.moe.exact`. None: tokens go where their experts are.
       precision: "bf16", which leaves all numbers as they are, "fp8", which makes the products of routed and shared
         experts in 8 bits as DeepSeek-V3 does, or another name of `eplb_jax.kernels.recipe.RECIPES`: how rows travel and
         what products are made of. None: what ``fp8`` says.
@@ -81,6 +88,8 @@ class MoEConfig:
     fp8: bool = False
     backend: Backend = "auto"
     precision: str | None = None
+    fetched: int | None = None
+    exact: int | None = None
 
     def __post_init__(self) -> None:
         """Checks sizes and choices."""
@@ -91,6 +100,13 @@ class MoEConfig:
                 f"masters={self.masters}: {self.router.num_experts} experts need as many rows or more, or None"
             )
         check_capacity_factor(self.capacity_factor)
+        if self.fetched is not None and self.fetched < 1:
+            raise ValueError(f"fetched={self.fetched}: it must be at least 1 expert, or None to gather all")
+        if self.exact is not None and (self.exact < 1 or self.recipe.arithmetic is not None):
+            raise ValueError(
+                f"exact={self.exact} with precision={self.recipe.name!r}: it must be at least 1 expert, or None, and "
+                "experts are given as plain numbers only, so take precision='bf16'"
+            )
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
         if self.exchange not in (*DISPATCHERS, NODES):
@@ -271,8 +287,18 @@ def moe_layer(
                 devices_per_node=None if axis is None else config.devices_per_node,
                 counts=counts,
             )
+        if config.exact is not None and axis is not None and devices > 1:
+            counts = jax.lax.all_gather(routing.loads, axis)
+            gift = plan_gift(counts.sum(0, dtype=jnp.int32), slots, config.exact)
+            chosen = choose_by_amounts(chosen, gift.placement, counts, gift.wanted, device, per_node=1)
+    if config.exact is not None and axis is not None and devices > 1:
+        with jax.named_scope("give_experts"):
+            params = params._replace(experts=with_gift(params.experts, gift, axis))
+        slots += config.exact
     sizes = x.shape[0], devices, slots, config.devices_per_node
     levels, capacities = make_levels(config.exchange, config.router, config.capacity_factor, *sizes)
+    if config.exact is not None:  # what a device computes is even, what it gets from either need not be
+        levels = tuple(level._replace(capacity=x.shape[0]) for level in levels)
     bad = jnp.int32(0)
     if products := _products(config):
         way = None if axis is None or devices == 1 else Ways(levels, axis)
@@ -307,8 +333,8 @@ def working_copies_for(
     """
     products = _products(config)
     if products is None or not config.recipe.gather:
-        return working_copies(masters, phy2log, axis)
-    return scaled_working_copies(masters, phy2log, products, axis)
+        return working_copies(masters, phy2log, axis, fetched=config.fetched)
+    return scaled_working_copies(masters, phy2log, products, axis, fetched=config.fetched)
 
 
 def local_experts(
@@ -442,6 +468,13 @@ def _check(
         )
     total = _count_slots(params, config, placement, devices, axis)
     slots = total // devices
+    if config.exact is not None:
+        if placement is not None:
+            raise ValueError(
+                f"exact={config.exact} and a placement: experts are given each microbatch, so leave one out"
+            )
+        if reason := why_not(devices, slots, config.exact):
+            raise ValueError(reason)
     _check_shapes(
         "experts",
         params.experts,

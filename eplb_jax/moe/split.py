@@ -53,40 +53,57 @@ def split_tokens(counts: Int[Array, " E"], placement: Placement, num_devices: in
         raise ValueError(f"{slots} slots do not divide over {num_devices} devices")
     table, replicas = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
     counts = counts.astype(jnp.int32)
-    return _round(_divide(counts, table, replicas, slots, num_devices), counts, replicas)
+    by_slot = _divide(counts, jnp.asarray(placement.phy2log, jnp.int32), replicas, num_devices)
+    shares = jnp.where(table >= 0, by_slot.at[jnp.maximum(table, 0)].get(mode="promise_in_bounds"), 0)
+    return _round(shares, counts, replicas)
 
 
-def _divide(counts: jax.Array, table: jax.Array, replicas: jax.Array, slots: int, num_devices: int) -> jax.Array:
-    """The division in fractions, float32 [E, X]."""
-    used, tokens = table >= 0, counts.astype(jnp.float32)[:, None]
-    holder = jnp.where(used, table // (slots // num_devices), 0)
-    entries = jnp.arange(table.size, dtype=jnp.int32).reshape(table.shape)
-    entry = jnp.full(slots, table.size, jnp.int32)
-    entry = entry.at[jnp.where(used, table, slots)].set(entries, mode="drop", unique_indices=True)
+def _divide(counts: jax.Array, phy2log: jax.Array, replicas: jax.Array, num_devices: int) -> jax.Array:
+    """The division in fractions, float32 [P].
+
+    A step is linear but for its last comparison with zero, so the steps share one matrix of the replicas of experts
+    that have several: a step is one kernel on a GPU, and there is no loop.
+    """
+    slots = len(phy2log)
+    expert = jnp.maximum(phy2log, 0)
+    tokens, copies = counts.astype(jnp.float32)[expert], replicas[expert]
+    even = jnp.where(phy2log >= 0, tokens / jnp.maximum(copies, 1).astype(jnp.float32), 0)
+    most = min(2 * (slots - len(counts)), slots)  # experts of r > 1 replicas have r of them and r - 1 spares
+    if most < 1 or num_devices == 1:
+        return even
 
     def by_device(values: jax.Array) -> jax.Array:
-        of_slots = values.reshape(-1).at[entry].get(mode="fill", fill_value=0)
-        return of_slots.reshape(num_devices, -1).sum(1)
+        return values.reshape(num_devices, -1).sum(1)
 
-    # A gradient step of each replica is as long as the divisible replicas that share its device allow.
-    divisible = (used & (replicas[:, None] > 1)).astype(jnp.float32)
-    length = jnp.where(used, 1 / jnp.maximum(by_device(divisible), 1)[holder], 0)
-    even = jnp.where(used, tokens / jnp.maximum(replicas, 1)[:, None].astype(jnp.float32), 0)
+    divisible = (phy2log >= 0) & (copies > 1)
+    number = jnp.cumsum(divisible.astype(jnp.int32), dtype=jnp.int32)
+    index = (number <= jnp.arange(most, dtype=jnp.int32)[:, None]).sum(1, dtype=jnp.int32)
+    used, index = index < slots, jnp.minimum(index, slots - 1)
+    device = index // (slots // num_devices)
 
-    def step(i: jax.Array, state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        before, ahead = state
-        aim = ahead - by_device(ahead)[holder] * length
-        # Each expert's sum is again what it must be, as far as shares stay positive; later steps do the rest.
-        excess = (jnp.where(used, aim, 0).sum(1, keepdims=True) - tokens) / length.sum(1, keepdims=True)
-        now = jnp.maximum(aim - excess * length, 0)
-        momentum = (i / (i + 3)).astype(jnp.float32)
-        return now, now + momentum * (now - before)
+    def same(values: jax.Array) -> jax.Array:
+        return ((values[:, None] == values) & used[:, None] & used).astype(jnp.float32)
 
-    found, _ = jax.lax.fori_loop(0, ITERATIONS, step, (even, even), unroll=4)
-    found = jnp.where(used, found, 0)
-    total = found.sum(1, keepdims=True)
-    found = jnp.where(total > 0, found * (tokens / jnp.where(total > 0, total, 1)), even)
-    return jnp.where(by_device(found).max() < by_device(even).max(), found, even)
+    # A gradient step of each replica is as long as the divisible replicas that share its device allow. Then each
+    # expert's sum is again what it must be, as far as shares stay positive; later steps do the rest.
+    on_device, of_expert = same(device), same(expert[index])
+    length = jnp.where(used, 1 / jnp.maximum(on_device.sum(1), 1), 0)
+    part = jnp.where(used, length / jnp.where(used, (of_expert * length).sum(1), 1), 0)
+    one = jnp.eye(most, dtype=jnp.float32)
+    descend, project = one - length[:, None] * on_device, one - part[:, None] * of_expert
+    matrix = jnp.matmul(project, descend, precision=jax.lax.Precision.HIGHEST)
+    alone = length * by_device(jnp.where(divisible, 0, even))[device]
+    offset = part * tokens[index] - (project * alone).sum(1)
+
+    before = ahead = jnp.where(used, even[index], 0)
+    for i in range(ITERATIONS):
+        now = jnp.maximum((matrix * ahead).sum(1) + offset, 0)
+        before, ahead = now, now + i / (i + 3) * (now - before)
+    found = jnp.where(used, before, 0)
+    total = (of_expert * found).sum(1)
+    found = jnp.where(total > 0, found * (tokens[index] / jnp.where(total > 0, total, 1)), even[index])
+    by_slot = jnp.where(divisible, found.at[number - 1].get(mode="clip"), even)
+    return jnp.where(by_device(by_slot).max() < by_device(even).max(), by_slot, even)
 
 
 def _round(shares: jax.Array, counts: jax.Array, replicas: jax.Array) -> jax.Array:
@@ -130,10 +147,22 @@ def choose_by_load(
     >>> choose_by_load(jnp.array([[0], [0], [0], [1]]), placement, counts, 0, 1).ravel().tolist()
     [2, 2, 2, 1]
     """
+    wanted = split_tokens(counts.astype(jnp.int32).sum(0, dtype=jnp.int32), placement, len(counts))
+    return choose_by_amounts(experts, placement, counts, wanted, device, per_node)
+
+
+def choose_by_amounts(
+    experts: Int[Array, "T k"],
+    placement: Placement,
+    counts: Int[Array, "devices E"],
+    wanted: Int[Array, "E X"],
+    device: Int[Array, ""] | int,
+    per_node: int,
+) -> Int[Array, "T k"]:
+    """`choose_by_load` where each replica gets as many tokens as ``wanted`` says, in the order of ``log2phy``."""
     num_devices = len(counts)
     counts = counts.astype(jnp.int32)
     table, replicas = jnp.asarray(placement.log2phy, jnp.int32), jnp.asarray(placement.logcnt, jnp.int32)
-    wanted = split_tokens(counts.sum(0, dtype=jnp.int32), placement, num_devices)
 
     # On each node, as many of its own tokens as its replicas take stay, the first ones; the others come after them.
     nodes = jnp.arange(num_devices // per_node, dtype=jnp.int32)

@@ -23,6 +23,9 @@ RECOUNTS, PAIR_RECOUNTS = 6, 24
 """Steps of that at most, for each packs many plans; where GPUs have two slots, plans are packed without a loop, and who
 gets the spares decides the most."""
 
+FEW = 4
+"""Layers that are packed anew at once: most plans need none, others a few."""
+
 Pack = Callable[[jax.Array, jax.Array], jax.Array]
 """Slots of nodes with these loads [N, E] and replicas [N, R]: a permutation of each node's replicas."""
 
@@ -75,13 +78,22 @@ def improve(
 
     recounts = PAIR_RECOUNTS if slots.shape[1] == 2 * num_gpus else RECOUNTS
 
-    def pack_anew(slots: jax.Array) -> jax.Array:
-        own, goal = weight[heaviest], target[heaviest]
-        sought = jnp.where(far, goal, jnp.inf)
-        counted = recount(own, start[heaviest], sought, num_gpus=num_gpus, most=most, steps=recounts)
+    few = min(FEW, layers)
+    far_first = jnp.argsort(~far, stable=True).astype(jnp.int32)
+
+    def pack_anew(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        done, slots = state
+        chosen = jax.lax.dynamic_slice_in_dim(far_first, done, few)  # the last ones may be some that were done
+        node, limit = heaviest[chosen], loads.max(1)[chosen]
+        own = weight[node]
+        sought = jnp.where(far[chosen], target[node], jnp.inf)
+        counted = recount(own, start[node], sought, num_gpus=num_gpus, most=most, steps=recounts)
         packed = pack(own, counted)
         found = swap(slot_loads(own, packed), packed, sought)
-        better = largest_loads(own, found, num_gpus) < loads.max(1)
-        return slots.at[heaviest].set(jnp.where(better[:, None], found, slots[heaviest]), unique_indices=True)
+        better = largest_loads(own, found, num_gpus) < limit
+        changed = jnp.where(better[:, None], found, slots[node])
+        return done + few, slots.at[node].set(changed, unique_indices=True)
 
-    return nodes, jax.lax.cond(far.any(), pack_anew, lambda slots: slots, slots)
+    number = far.sum(dtype=jnp.int32)
+    _, slots = jax.lax.while_loop(lambda state: state[0] < number, pack_anew, (jnp.int32(0), slots))
+    return nodes, slots

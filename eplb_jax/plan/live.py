@@ -8,6 +8,7 @@ from typing import NamedTuple
 import numpy as np
 from jaxtyping import Num
 
+from eplb_jax.plan.cluster import make_cluster
 from eplb_jax.plan.metrics import balancedness, moved
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
@@ -66,13 +67,25 @@ class Decision(NamedTuple):
 def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig) -> Placement:
     """A placement for the start of training, when all experts are expected to have the same load.
 
+    Where the experts divide over the GPUs each GPU holds its own, those whose masters it has, and as spares the first
+    experts of the GPUs that follow it on its node: as even as can be, and few experts are fetched from others
+    (`eplb_jax.most_fetched`). Elsewhere it is `balanced`'s plan.
+
     Raises:
       ValueError: as `eplb_jax.rebalance_experts`.
 
-    >>> initial_placement(1, 4, RebalanceConfig(6, 1, 1, 2)).logcnt.sum().tolist()
-    6
+    >>> initial_placement(1, 4, RebalanceConfig(6, 1, 1, 2)).phy2log
+    array([[0, 1, 2, 2, 3, 0]], dtype=int32)
     """
-    return balanced(np.ones((num_layers, num_experts)), *_sizes(config)).padded()
+    cluster = make_cluster(num_experts, *_sizes(config))
+    own, off = divmod(num_experts, cluster.num_gpus)
+    if off:
+        return balanced(np.ones((num_layers, num_experts)), *_sizes(config)).padded()
+    gpu, spare = np.arange(cluster.num_gpus)[:, None], np.arange(cluster.replicas_per_gpu - own)
+    first, place = gpu - gpu % cluster.gpus_per_node, gpu % cluster.gpus_per_node
+    other = first + (place + 1 + spare % max(cluster.gpus_per_node - 1, 1)) % cluster.gpus_per_node
+    slots = np.concatenate([gpu * own + np.arange(own), other * own + spare % own], axis=1).reshape(1, -1)
+    return Placement.from_phy2log(np.repeat(slots, num_layers, axis=0), num_experts).padded()
 
 
 def decide(
@@ -97,7 +110,7 @@ def decide(
     >>> start = initial_placement(1, 4, config)
     >>> decide(9, np.array([[9, 1, 1, 1]]), start, config) is None
     True
-    >>> decide(10, np.array([[90, 1, 1, 1]]), start, config).changed
+    >>> decide(10, np.array([[1, 90, 1, 1]]), start, config).changed
     1
     """
     if step < 1 or step % config.interval:

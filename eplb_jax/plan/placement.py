@@ -95,20 +95,22 @@ class Placement:
                 f"phy2log holds experts {phy2log.min()} to {phy2log.max()}: there are {num_experts}, numbered from 0 "
                 "(-1 is the slot of a dead GPU)"
             )
-        # Sorted by expert, the replicas of one are neighbours, and the first of them tells their ranks.
-        order = np.argsort(phy2log, axis=1, kind="stable")
-        rows = np.arange(len(phy2log))[:, None]
-        layers, slots = np.nonzero(phy2log >= 0)
-        logcnt = np.zeros((len(phy2log), num_experts), np.int32)
-        np.add.at(logcnt, (layers, phy2log[layers, slots]), 1)
+        # Sorted by expert, the replicas of one are neighbours, and the first of them tells their ranks. Numbers of 16
+        # bits are sorted without comparisons.
+        num_layers, replicas = phy2log.shape
+        key = phy2log.astype(np.int16 if num_experts < 2**15 else np.int32)
+        order = np.argsort(key, axis=1, kind="stable")
+        row = np.arange(num_layers, dtype=np.int64)[:, None] * (num_experts + 1)
+        counts = np.bincount((phy2log + 1 + row).reshape(-1), minlength=num_layers * (num_experts + 1))
+        counts = counts.reshape(num_layers, num_experts + 1)  # the first column is of dead slots
+        logcnt = counts[:, 1:].astype(np.int32)
         _every_expert_has_a_slot(logcnt)
-        dead = (phy2log < 0).sum(1, keepdims=True)
-        first = np.cumsum(logcnt, axis=1) - logcnt + dead
-        rank = np.empty_like(phy2log)
-        rank[rows, order] = np.arange(phy2log.shape[1], dtype=np.int32)
-        rank -= np.take_along_axis(first, np.maximum(phy2log, 0), axis=1).astype(np.int32)
+        expert = np.take_along_axis(phy2log, order, axis=1)
+        first = np.cumsum(counts, axis=1) - counts
+        rank = np.arange(replicas) - np.take_along_axis(first, expert + 1, axis=1)
         log2phy = np.full((*logcnt.shape, logcnt.max(initial=0)), -1, np.int32)
-        log2phy[layers, phy2log[layers, slots], rank[layers, slots]] = slots
+        layers, places = np.nonzero(expert >= 0)
+        log2phy[layers, expert[layers, places], rank[layers, places]] = order[layers, places]
         return cls(phy2log, log2phy, logcnt)
 
     def check(self, num_gpus: int) -> None:

@@ -32,7 +32,7 @@ def repack(weight: np.ndarray, old: np.ndarray, counts: np.ndarray, target: floa
     lightest_slot = np.where(slots >= 0, each[slots], np.inf).min(1)
     found = [_open_fewest(each, slots, added, forced, order, target) for order in (totals, lightest_slot)]
     plans = [plan for plan in found if plan is not None]
-    return min(plans, key=lambda plan: replicas_moved(old, plan, num_gpus), default=None)
+    return min(plans, key=lambda plan: replicas_moved(old[None], plan[None], num_gpus)[0], default=None)
 
 
 def _open_fewest(
@@ -87,15 +87,43 @@ def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def common_experts(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """How many experts each old GPU [G, K] and each new one have in common; int32 [G, G]."""
-    held = [np.zeros((len(old), max(old.max(initial=0), new.max(initial=0)) + 2), np.int32) for _ in range(2)]
-    for matrix, slots in zip(held, (old, new), strict=True):
-        matrix[np.arange(len(slots))[:, None], slots] = 1
-        matrix[:, -1] = 0
-    return held[0] @ held[1].T
+    """How many experts each old GPU [G, K] and each new one have in common; float32 [G, G], whole numbers."""
+    experts = max(old.max(initial=0), new.max(initial=0)) + 1
+    before, after = (held_by_gpus(slots[None], experts)[0].astype(np.float32) for slots in (old, new))
+    return before @ after.T  # of floats, which BLAS multiplies
 
 
-def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> int:
-    """Experts of all GPUs that a GPU did not hold before; slots [R] both."""
-    pairs = zip(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1), strict=True)
-    return sum(len(set(after.tolist()) - set(before.tolist())) for before, after in pairs)
+def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
+    """Whether each GPU holds each expert, bool [..., G, E], of slots [..., G, K] that may hold -1."""
+    held = np.zeros((*slots.shape[:-1], num_experts + 1), bool)
+    np.put_along_axis(held, np.where(slots < 0, num_experts, slots), True, axis=-1)
+    return held[..., :-1]
+
+
+def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
+    """Experts of all GPUs that a GPU did not hold before, of each row; slots [rows, R] both."""
+    experts = max(old.max(initial=0), new.max(initial=0)) + 1
+    before, after = (held_by_gpus(slots.reshape(len(slots), num_gpus, -1), experts) for slots in (old, new))
+    return (after & ~before).sum((1, 2))
+
+
+def heaviest_gpu(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
+    """Load of the heaviest GPU of each row [rows], in float64; weight [rows, E], slots [rows, R]."""
+    row = np.arange(len(weight))[:, None] * weight.shape[1]
+    counts = np.bincount((slots + row).reshape(-1), minlength=weight.size).reshape(weight.shape)
+    each = weight.astype(np.float64) / np.maximum(counts, 1)
+    return np.take_along_axis(each, slots, axis=1).reshape(len(slots), num_gpus, -1).sum(2).max(1)
+
+
+def keep_slots(old: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """GPUs' new slots [n, K] in an order that leaves experts in the slots that they had there [n, K]."""
+    place = np.arange(old.shape[1])
+    earlier = place[:, None] > place
+    copy_old, copy_new = (((x[:, :, None] == x[:, None]) & earlier).sum(2) for x in (old, new))
+    same = (old[:, :, None] == new[:, None]) & (copy_old[:, :, None] == copy_new[:, None])  # [n, old slot, new slot]
+    out = np.where(same.any(2), old, -1)
+    free, coming = (np.argsort(taken, axis=1, kind="stable") for taken in (same.any(2), same.any(1)))
+    left = place < (~same.any(2)).sum(1, keepdims=True)
+    rows, index = np.nonzero(left)
+    out[rows, free[rows, index]] = new[rows, coming[rows, index]]
+    return out

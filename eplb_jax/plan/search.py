@@ -111,7 +111,7 @@ def _exchange_one(
         loads = _give(weight, slots, counts, donor, receiver)[0]
         return jnp.where(possible, _packed_heaviest(loads, num_gpus), jnp.inf)
 
-    heaviest = jax.lax.map(heaviest_after, (donors, receivers))
+    heaviest = jax.vmap(heaviest_after)((donors, receivers))
     chosen = jnp.argmin(heaviest, axis=0)[None, :, None]
     donor, receiver = (jnp.take_along_axis(x, chosen, axis=0)[0] for x in (donors, receivers))
     going = (best > target) & (state.idle < patience) & jnp.isfinite(heaviest.min(0))

@@ -350,8 +350,8 @@ def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespa
     for row in (row for row in found.rows if row.memory is not None):
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
-        how = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node, stash=row.stash)
-        yield row.name, compile_step(found.config, schedule, *sized, **how)
+        how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
+        yield row.name, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

@@ -10,6 +10,7 @@ from eplb_jax.plan.cluster import make_cluster
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.sticky import sticky
+from eplb_jax.plan.repair import held_by_gpus
 
 
 def elastic(
@@ -70,8 +71,7 @@ def elastic(
             )
         kept = np.asarray(previous.phy2log)[:, living]
         loads = np.where(weight.max(1, keepdims=True) > 0, weight, 1).astype(np.float64)  # no load: all alike
-        filled = [_fill(w, slots, capacity) for w, slots in zip(loads, kept, strict=True)]
-        start = Placement.from_phy2log(np.stack(filled), num_experts)
+        start = Placement.from_phy2log(_fill(loads, kept, capacity), num_experts)
         plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
     phy2log[:, living] = plan.phy2log
     return Placement.from_phy2log(phy2log, num_experts)
@@ -87,23 +87,58 @@ def _living_nodes(alive: np.ndarray, num_groups: int, num_nodes: int) -> tuple[i
 
 
 def _fill(weight: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:
-    """Slots [R] of which none is empty (-1) and each expert has one."""
+    """Slots [layers, R] of which none is empty (-1) and each expert has one; loads [layers, E]."""
+    layers, experts = weight.shape
     slots = slots.copy()
-    counts = np.bincount(slots[slots >= 0], minlength=len(weight))
-    for expert in np.lexsort((-weight, counts > 0))[: (counts == 0).sum()]:
-        places = np.nonzero(slots < 0)[0]
-        if not len(places):
-            donor = np.argmin(np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf))
-            places = np.nonzero(slots == donor)[0]
-            counts[donor] -= 1
-        each = np.append(weight / np.maximum(counts, 1), 0.0)  # an empty slot has no load
-        totals = each[slots].reshape(-1, capacity).sum(1)
-        slots[places[np.argmin(totals[places // capacity] - each[slots[places]])]] = expert
-        counts[expert] = 1
-    for place in np.nonzero(slots < 0)[0]:
-        # The expert whose replicas have the most load each, of those that the GPU lacks, where it lacks any.
-        held = slots[place // capacity * capacity : (place // capacity + 1) * capacity]
-        new = ~np.isin(np.arange(len(weight)), held)
-        slots[place] = np.argmax(np.where(new | ~new.any(), weight / counts, -1.0))
-        counts[slots[place]] += 1
+    row = np.arange(layers)[:, None]
+    counts = np.bincount((slots + 1 + row * (experts + 1)).reshape(-1), minlength=layers * (experts + 1))
+    counts = counts.reshape(layers, -1)[:, 1:]
+    missing = (counts == 0).sum(1)
+    heaviest_first = np.lexsort((-weight, counts > 0))
+    for i in range(missing.max()):
+        some = np.nonzero(missing > i)[0]
+        slots[some], counts[some] = _give_slot(
+            weight[some], slots[some], counts[some], heaviest_first[some, i], capacity
+        )
+    empty = (slots < 0).sum(1)
+    for i in range(empty.max()):
+        some = np.nonzero(empty > i)[0]
+        slots[some], counts[some] = _fill_first(weight[some], slots[some], counts[some], capacity)
     return slots
+
+
+def _give_slot(
+    weight: np.ndarray, slots: np.ndarray, counts: np.ndarray, expert: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and counts where each layer's expert [layers] has one: an empty slot, or one of an expert that has several.
+
+    Of the slots that it may have it takes one on the GPU that is lightest without what the slot held.
+    """
+    layer = np.arange(len(weight))
+    places = slots < 0
+    full = np.logical_not(places.any(1))
+    donor = np.argmin(np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf), axis=1)
+    counts[layer[full], donor[full]] -= 1
+    places |= full[:, None] & (slots == donor[:, None])
+    each = np.where(slots < 0, 0.0, np.take_along_axis(weight / np.maximum(counts, 1), np.maximum(slots, 0), axis=1))
+    totals = np.repeat(each.reshape(len(weight), -1, capacity).sum(2), capacity, axis=1)
+    slots[layer, np.argmin(np.where(places, totals - each, np.inf), axis=1)] = expert
+    counts[layer, expert] = 1
+    return slots, counts
+
+
+def _fill_first(
+    weight: np.ndarray, slots: np.ndarray, counts: np.ndarray, capacity: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """Slots and counts where each layer's first empty slot has the expert whose replicas have the most load each.
+
+    Of the experts that the GPU lacks, where it lacks any.
+    """
+    layer = np.arange(len(weight))
+    place = np.argmax(slots < 0, axis=1)
+    of_gpu = np.take_along_axis(slots.reshape(len(weight), -1, capacity), (place // capacity)[:, None, None], axis=1)
+    new = ~held_by_gpus(of_gpu, weight.shape[1])[:, 0]
+    expert = np.argmax(np.where(new | ~new.any(1, keepdims=True), weight / counts, -1.0), axis=1)
+    slots[layer, place] = expert
+    counts[layer, expert] += 1
+    return slots, counts

@@ -15,12 +15,15 @@ from eplb_jax.plan.exchanges import count_steps, exchange
 from eplb_jax.plan.metrics import gpu_loads
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
-from eplb_jax.plan.repair import common_experts, repack, replicas_moved
+from eplb_jax.plan.repair import common_experts, heaviest_gpu, keep_slots, repack, replicas_moved
 from eplb_jax.plan.search import largest_loads, slot_loads
 from eplb_jax.plan.swaps import swap_pairs
 
 MOST_REPACKED = 128
 """Slots of a node up to which GPUs are packed anew in search of fewer moves; beyond, that takes long and finds none."""
+
+MANY_MOVED = 0.5
+"""A plan that moves a larger share of a layer's replicas is compared with the fresh plan, which may move fewer."""
 
 
 def sticky(
@@ -94,12 +97,15 @@ def sticky(
         found, ended = _stay(weight, start, np.asarray(fresh.logcnt), np.where(stay, target, np.inf), cluster)
         phy2log[stay & ended] = found[stay & ended]
         change &= ~(stay & ended)
-    for layer in np.nonzero(change)[0]:
-        phy2log[layer] = _renumber(old[layer], new[layer], cluster)
-    for layer, gpu in np.argwhere((phy2log != old).reshape(len(old), num_gpus, -1).any(2)):
-        slots = slice(gpu * cluster.replicas_per_gpu, (gpu + 1) * cluster.replicas_per_gpu)
-        phy2log[layer, slots] = _keep_slots(old[layer, slots], phy2log[layer, slots])
-    return Placement.from_phy2log(phy2log, weight.shape[1])
+    moves = replicas_moved(old, phy2log, num_gpus)
+    for layer in np.nonzero(change | (moves > MANY_MOVED * previous.num_replicas))[0]:
+        renumbered = _renumber(old[layer], new[layer], cluster)
+        if change[layer] or replicas_moved(old[layer][None], renumbered[None], num_gpus)[0] < moves[layer]:
+            phy2log[layer] = renumbered
+    was, now = (slots.reshape(-1, cluster.replicas_per_gpu) for slots in (old, phy2log))
+    other = (now != was).any(1)
+    now[other] = keep_slots(was[other], now[other])
+    return Placement.from_phy2log(now.reshape(old.shape), weight.shape[1])
 
 
 def _stay(
@@ -128,7 +134,7 @@ def _stay(
         swapped, exchanged, many = map(np.asarray, _search(loads, nodes, goal, layers, gpus))
 
     def within(slots: np.ndarray) -> np.ndarray:
-        return _heaviest(loads, slots, gpus).reshape(layers, -1).max(1) <= target
+        return heaviest_gpu(loads, slots, gpus).reshape(layers, -1).max(1) <= target
 
     by_swaps, by_exchanges = within(swapped), within(exchanged)
     ended = by_swaps | by_exchanges
@@ -140,12 +146,13 @@ def _stay(
         if by_exchanges[layer]:
             choices.append(exchanged[layer])
             wanted.append(np.stack([np.bincount(slots, minlength=ids.shape[1]) for slots in exchanged[layer]]))
-        if choices and nodes.shape[2] > MOST_REPACKED:
+        if nodes.shape[2] > MOST_REPACKED:
             wanted = []
         repacked = (_repack_nodes(loads[layer], nodes[layer], w, target[layer], gpus) for w in wanted)
         choices += [slots for slots in repacked if slots is not None]
         if choices:
-            moves = [replicas_moved(nodes[layer].reshape(-1), x.reshape(-1), cluster.num_gpus) for x in choices]
+            flat = np.stack(choices).reshape(len(choices), -1)
+            moves = replicas_moved(np.broadcast_to(nodes[layer].reshape(1, -1), flat.shape), flat, cluster.num_gpus)
             plan[layer], ended[layer] = choices[int(np.argmin(moves))], True
     named = np.take_along_axis(ids, plan.reshape(held.shape), axis=1)
     return named.reshape(layers, -1).astype(np.int32), ended
@@ -175,16 +182,12 @@ def _repack_nodes(
     if not ((counts.sum(1) == slots.shape[1]) & (counts.min(1) > 0)).all():
         return None
     plan = slots.copy()
-    for i in np.nonzero(_heaviest(weight, slots, num_gpus) > limit)[0]:
+    for i in np.nonzero(heaviest_gpu(weight, slots, num_gpus) > limit)[0]:
         found = repack(weight[i].astype(np.float64), slots[i], counts[i], limit, num_gpus)
         if found is None:
             return None
         plan[i] = found
     return plan
-
-
-def _heaviest(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
-    return gpu_loads(Placement.from_phy2log(slots, weight.shape[1]), weight, num_gpus).max(1)
 
 
 def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> np.ndarray:
@@ -210,15 +213,3 @@ def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
     for node, source in zip(*linear_sum_assignment(np.array(gains), maximize=True), strict=True):
         out[node] = new[source, stays[node][source][1]]
     return out.reshape(-1)
-
-
-def _keep_slots(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """A GPU's new slots in an order that leaves experts in the slots that they had there."""
-    out, coming = np.empty_like(new), new.tolist()
-    kept = np.zeros(len(old), bool)
-    for slot, expert in enumerate(old):
-        if expert in coming:
-            coming.remove(expert)
-            out[slot], kept[slot] = expert, True
-    out[~kept] = coming
-    return out

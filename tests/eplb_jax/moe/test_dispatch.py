@@ -11,9 +11,10 @@ from hypothesis import strategies as st
 from jax.sharding import PartitionSpec as P
 from jax.test_util import check_grads
 
-from eplb_jax import working_copies
+from eplb_jax import MoEConfig, most_fetched, working_copies
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
+from eplb_jax.moe.fetch import plan_fetches
 from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
 from tests.eplb_jax.moe.dense import placement_of
@@ -290,17 +291,21 @@ def test_nearest_prefers_device_then_node(per_node):
             assert chosen == set(replicas[distance == distance.min()].tolist())
 
 
-@pytest.mark.parametrize("ep", [1, 2, 4])
-def test_working_copies_and_the_sum_of_their_gradients(x64, ep):
-    """Any placement, slots of dead devices among them: those hold zeros and have no gradient."""
+@pytest.mark.parametrize(("ep", "fetched"), [(1, None), (2, None), (4, None), (4, 1), (8, 1), (2, 3)])
+def test_working_copies_and_the_sum_of_their_gradients(x64, ep, fetched):
+    """Any placement, slots of dead devices among them: those hold zeros and have no gradient.
+
+    So also where experts are exchanged, and where a placement needs more than that.
+    """
     rng = np.random.default_rng(ep)
     masters = {"a": rng.standard_normal((8, 3)), "b": rng.standard_normal((8, 2, 2))}
     placements = [np.r_[rng.permutation(8), rng.integers(0, 8, 8)], rng.integers(-1, 3, 16), np.full(16, 7)]
+    placements.append(np.roll(np.repeat(np.arange(8), 2), 2) if fetched else np.arange(16) % 8)
 
     @jax.jit
     @functools.partial(jax.shard_map, mesh=make_mesh(ep), in_specs=(P("ep"), P(), P("ep")), out_specs=P("ep"))
     def both(masters, phy2log, ct):
-        copies, pull = jax.vjp(lambda masters: working_copies(masters, phy2log, "ep"), masters)
+        copies, pull = jax.vjp(lambda masters: working_copies(masters, phy2log, "ep", fetched=fetched), masters)
         return copies, pull(ct)[0]
 
     for phy2log in placements:
@@ -312,6 +317,32 @@ def test_working_copies_and_the_sum_of_their_gradients(x64, ep):
             held = (phy2log >= 0).reshape(-1, *[1] * (leaf.ndim - 1))
             assert np.array_equal(copies[name], np.where(held, leaf[phy2log], 0))
             np.testing.assert_allclose(grads[name], expected, rtol=1e-13, atol=1e-13)
+
+
+def test_only_experts_of_other_devices_are_exchanged():
+    """How many the program counts for each pair of devices is what a plain loop counts."""
+    rng = np.random.default_rng(0)
+    taken = set()
+    for phy2log in [np.roll(np.repeat(np.arange(8), 2), 2), *(rng.integers(-1, 8, 16) for _ in range(20))]:
+        held = [set(slots.tolist()) - {-1} for slots in phy2log.reshape(4, 4)]
+        counts = [len([e for e in held[d] if e // 2 == o]) for d in range(4) for o in range(4) if o != d]
+        fetches = plan_fetches(jnp.asarray(phy2log, jnp.int32), 1, 4, 2, 1)
+        assert fetches.most == max(counts)
+        assert most_fetched(phy2log, 8, 4) == max(counts)
+        taken.add(max(counts))
+        for device, sent in enumerate(np.where(fetches.is_sent, fetches.sent, -1).tolist()):
+            wanted = [e - 2 for e in phy2log.reshape(4, 4)[device].tolist() if e // 2 == 1 and device != 1]
+            assert sent == (wanted[:1] or [-1])
+    assert taken == {1, 2}
+
+
+def test_bounds_of_exchanged_experts_that_are_refused():
+    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert, or None to gather all"):
+        MoEConfig(fetched=0)
+    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert"):
+        working_copies(jnp.ones(4), jnp.arange(4), fetched=0)
+    with pytest.raises(ValueError, match="6 slots and 4 masters must divide over num_devices=4"):
+        most_fetched(np.arange(6) % 4, 4, 4)
 
 
 def test_working_copies_without_an_axis(x64):

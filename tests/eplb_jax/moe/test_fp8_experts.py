@@ -112,11 +112,11 @@ def test_backward_quantises_the_gradient_of_the_gate_alone():
     assert y.gradient.numbers.dtype == jnp.float8_e4m3fn and y.gradient.numbers.shape == y.value.shape
 
 
-@pytest.mark.parametrize("axis", [None, "ep"])
-def test_working_copies_are_quantised_before_they_are_gathered(axis):
+@pytest.mark.parametrize(("axis", "fetched"), [(None, None), ("ep", None), ("ep", 1)])
+def test_working_copies_are_quantised_before_they_are_gathered(axis, fetched):
     """The same numbers as copies that are quantised, in both layouts, and the same gradients; only bytes travel."""
     masters = init_experts(jax.random.key(0), 4, WIDTH, HIDDEN, jnp.bfloat16)
-    phy2log = jnp.array([3, 0, 1, 2, -1, 3, 3, 1], jnp.int32)
+    phy2log = jnp.array([3, 0, 1, 1, -1, 3, 3, 1] if fetched else [3, 0, 1, 2, -1, 3, 3, 1], jnp.int32)
     cts = init_experts(jax.random.key(1), 8, WIDTH, HIDDEN, jnp.bfloat16)
 
     def run(quantise, masters, cts):
@@ -126,7 +126,7 @@ def test_working_copies_are_quantised_before_they_are_gathered(axis):
         return found, pull(ct)[0]
 
     def first(masters):
-        return scaled_working_copies(masters, phy2log, PRODUCTS, axis)
+        return scaled_working_copies(masters, phy2log, PRODUCTS, axis, fetched=fetched)
 
     def afterwards(masters):
         return quantise_experts(working_copies(masters, phy2log, axis), PRODUCTS)
@@ -144,6 +144,8 @@ def test_working_copies_are_quantised_before_they_are_gathered(axis):
     if axis is not None:
         jaxpr = str(jax.make_jaxpr(jax.shard_map(first, mesh=make_mesh(2), in_specs=spec, out_specs=spec))(masters))
         assert set(re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = all_gather", jaxpr)) == {"u8", "f32"}
+        if fetched:
+            assert set(re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = all_to_all", jaxpr)) == {"u8", "f32"}
 
 
 def test_other_starts_of_groups_drop_the_same_choices():

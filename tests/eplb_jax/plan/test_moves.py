@@ -5,7 +5,17 @@ import numpy as np
 import pytest
 
 import eplb_jax
-from eplb_jax import Placement, balanced, elastic, gpu_loads, moved, sticky
+from eplb_jax import (
+    Placement,
+    RebalanceConfig,
+    balanced,
+    duplicates,
+    elastic,
+    gpu_loads,
+    initial_placement,
+    moved,
+    sticky,
+)
 from tests.eplb_jax.plan.test_balance import heaviest, loads_of
 
 
@@ -133,3 +143,19 @@ def test_a_placement_is_a_pytree():
     plan = eplb_jax.rebalance_experts(np.ones((1, 4)), 6, 1, 1, 2)
     assert isinstance(jax.tree.map(np.negative, plan), Placement)
     assert len(jax.tree.leaves(plan)) == 3
+
+
+@pytest.mark.parametrize("sizes", [(320, 8, 8, 64), (288, 8, 4, 32), (320, 1, 1, 64), (96, 1, 1, 4), (64, 4, 4, 4)])
+def test_training_starts_with_experts_at_home(sizes):
+    """As even as any plan, no slot wasted, groups whole; and each GPU's first slots are of the masters that it has."""
+    experts, (_, groups, nodes, gpus) = 256 if sizes[0] > 96 else 64, sizes
+    start = initial_placement(2, experts, RebalanceConfig(*sizes))
+    start.check(gpus)
+    slots = start.phy2log.reshape(2, gpus, -1)
+    own = experts // gpus
+    assert np.array_equal(slots[..., :own].reshape(2, -1), np.tile(np.arange(experts), (2, 1)))
+    even = np.ones((2, experts))
+    np.testing.assert_allclose(gpu_loads(start, even, gpus), experts / gpus, rtol=1e-12)
+    assert not duplicates(start, gpus).any()
+    if groups > 1:
+        assert (slots.reshape(2, nodes, -1) // (experts // nodes) == np.arange(nodes)[:, None]).all()
