@@ -134,7 +134,7 @@ def test_command(capsys):
 
 
 def test_products_in_fp8_are_planned_as_kernels():
-    """Products that take less time than casts add at DeepSeek-V3's widths, a smaller stash, all kernels known by a rule."""
+    """Faster at DeepSeek-V3's widths, casts included, a smaller stash, and no kernel that no rule knows."""
     moe = dataclasses.replace(model_config("moe-1b").moe, width=7168, hidden=2048)
     config = dataclasses.replace(model_config("moe-1b"), layers=2, moe=moe, dense_hidden=18_432)
     options = dict(schedules=["1f1b"], microbatches=4, chip=CHIPS["H200"])
