@@ -432,7 +432,6 @@ MODELS: Mapping[str, ModelConfig] = MappingProxyType(
             rotary=64,
             value=128,
             sequence=4096,
-            redundant=64,
             mtp=True,
             remat="layer",
             shard_outer=True,
