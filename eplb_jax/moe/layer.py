@@ -295,7 +295,7 @@ def moe_layer(
         with jax.named_scope("give_experts"):
             params = params._replace(experts=with_gift(params.experts, gift, axis))
         slots += config.exact
-    sizes = x.shape[0], devices, slots, config.devices_per_node
+    sizes = x.shape[0], devices, slots, None if axis is None else config.devices_per_node
     levels, capacities = make_levels(config.exchange, config.router, config.capacity_factor, *sizes)
     if config.exact is not None:  # what a device computes is even, what it gets from either need not be
         levels = tuple(level._replace(capacity=x.shape[0]) for level in levels)
