@@ -96,7 +96,7 @@ def train(program: TrainingProgram, steps: int) -> tuple[list[float], list[float
     return seconds, losses, step.memory_analysis().temp_size_in_bytes
 
 
-def planned_seconds(setup: Setup, program: str, args: argparse.Namespace) -> float:
+def planned_seconds(setup: Setup, args: argparse.Namespace) -> float:
     """What a plan says of a program; NaN where it knows no such chip."""
     chip = chip_of(jax.devices()[0].device_kind)
     if chip is None:
@@ -119,21 +119,21 @@ def rows(programs: Sequence[str], args: argparse.Namespace) -> Iterator[dict[str
     reference: tuple[float, float] | None = None
     with ThreadPoolExecutor(2 * len(programs)) as pool:
         begun = {name: begin(set_up(arguments_of(name, args)), pool) for name in programs}
+        planned = {name: planned_seconds(program.setup, args) for name, program in begun.items()}  # meanwhile
         for name, program in begun.items():
             seconds, losses, temporaries = train(program, args.steps)
             taken = float(np.median(seconds[UNTIMED:]))
             reference = first = reference or (taken, losses[-1])
             if abs(losses[-1] / first[1] - 1) > 1e-2:
                 raise AssertionError(f"{name}: a loss of {losses[-1]} after {args.steps} steps in place of {first[1]}")
-            planned = planned_seconds(program.setup, name, args)
             yield {
                 "program": name,
                 "shared ends": "yes" if program.setup.model.shared_ends else "no",
                 "step ms": 1e3 * taken,
                 "tokens/s": round(program.setup.batch * program.setup.config.sequence / taken),
                 f"speed / {programs[0]}": first[0] / taken,
-                "planned ms": 1e3 * planned,
-                "step / planned": taken / planned,
+                "planned ms": 1e3 * planned[name],
+                "step / planned": taken / planned[name],
                 "temporaries GiB": gib(temporaries),
                 "last loss": losses[-1],
             }
