@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe import vocabulary
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
 
@@ -93,7 +94,7 @@ def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, e
     return grads
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", GRID)
+@cases("name, ranks, microbatches", GRID, quick=[("zb1p", 4, 8), ("dualpipe", 4, 8), ("dualpipev", 1, 2)])
 def test_every_schedule_equals_the_plain_program(x64, name, ranks, microbatches):
     """Tied, padded and sharded embedding, dropout, auxiliary losses, metrics, masks and integer activations."""
     schedule = jaxpipe.schedule.build(name, ranks, microbatches)
@@ -117,7 +118,7 @@ def token_stage(params, x, ctx):
     return jaxpipe.Output({"h": h, "position": x["position"]}, metrics={"mean": h.sum()})
 
 
-@pytest.mark.parametrize(
+@cases(
     "name, manual",
     [
         ("1f1b", True),
@@ -127,6 +128,7 @@ def token_stage(params, x, ctx):
         ("dualpipev", True),
         ("dualpipev", False),
     ],
+    quick=[("zb1p", True), ("dualpipev", True), ("dualpipev", False)],
 )
 def test_beside_data_parallelism(x64, name, manual):
     """pp=4, dp=2; masks differ between data-parallel shards, dp is handled by hand or by the compiler."""
