@@ -9,6 +9,7 @@ import pytest
 
 import jaxpipe
 from jaxpipe.stage import split_stage
+from tests.cases import cases
 from tests.jaxpipe.stage import fuzz, zoo
 from tests.jaxpipe.stage.expressions import Book, expressions
 from tests.jaxpipe.stage.leaves import LEAVES, ROWS, Context
@@ -18,12 +19,12 @@ from tests.plain import assert_trees_close, plain_value_and_grad
 SEEDS = 150
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 60)) for n in range(SEEDS)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 20)) for n in range(SEEDS)])
 def test_divided_backward_is_the_plain_one(seed):
     fuzz.run_seed(seed)
 
 
-@pytest.mark.parametrize("seed", range(0, 27, 3))
+@cases("seed", range(0, 27, 3), quick=range(0, 9, 3))
 def test_its_numbers_are_those_of_the_plain_one(seed):
     assert fuzz.dtype_of(seed) == "float64"
     fuzz.run_seed(seed, numbers=True)
