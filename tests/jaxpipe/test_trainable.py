@@ -10,6 +10,7 @@ import jaxpipe
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.graph import scan_counts
 from jaxpipe.trainable import trainable_mask
+from tests.cases import cases
 from tests.jaxpipe.runtime.models import token_batch, token_embed, token_head, token_params, token_stage, token_weight
 from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
@@ -30,8 +31,10 @@ def pipeline(name="dualpipev", ranks=2, **options):
     return jaxpipe.value_and_grad(token_stage, schedule, jaxpipe.make_mesh(pp=ranks), **MODEL, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"), [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)]
+@cases(
+    ("name", "ranks"),
+    [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)],
+    quick=[("zb1p", 2)],
 )
 @pytest.mark.parametrize("mask", MASKS)
 def test_gradients_are_the_plain_programs(x64, name, ranks, mask):

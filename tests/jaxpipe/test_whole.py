@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.flax import from_linen, from_nnx
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 WIDTH, VOCABULARY, LENGTH, SEQUENCES, MICROBATCHES = 8, 16, 5, 8, 4
@@ -290,7 +291,7 @@ class LinenModel(nn.Module):
         return table.attend(nn.LayerNorm(force_float32_reductions=False, dtype=jnp.float64, **DOUBLE)(x))
 
 
-@pytest.mark.parametrize("call", ["loop", "remat", "scan"])
+@cases("call", ["loop", "remat", "scan"], quick=["remat", "scan"])
 def test_linen_equals_the_plain_model(x64, call):
     model, batch = LinenModel(call), make_batch()
 
