@@ -16,6 +16,7 @@ from eplb_jax.kernels.grouped_gemm.layout import ALIGN, group_starts
 from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
+from tests.cases import cases
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
 
@@ -137,7 +138,11 @@ def test_many_assignments_are_sorted_too():
     assert np.array_equal(found.assignment, np.concatenate(expected))
 
 
-@pytest.mark.parametrize("shape", [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)])
+@cases(
+    "shape",
+    [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)],
+    quick=[(16, 4, 2, 3), (5, 3, 1, 4)],
+)
 def test_capacities_without_a_factor_drop_nothing(shape):
     """Whatever is chosen; all tokens on one device too."""
     tokens, top_k, devices, num_slots = shape

@@ -21,6 +21,7 @@ from eplb_jax.moe.fp8_experts import (
     scaled_working_copies,
 )
 from eplb_jax.moe.fp8_layer import scaled_layer
+from tests.cases import cases
 from tests.eplb_jax.moe import fp8_plain
 from tests.eplb_jax.moe.test_layer import make_mesh
 
@@ -38,7 +39,7 @@ def no_cotangent(leaf):
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-@pytest.mark.parametrize("tokens", [300, 256])
+@cases("tokens", [300, 256], quick=[300])
 def test_equals_the_plain_program(tokens):
     """Groups of several blocks, of a part of one, of no row; numbers of tokens that are no multiple of 128."""
     rng = np.random.default_rng(tokens)

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import eplb_jax
 from eplb_jax import RebalanceConfig, SlidingWindow, decide, initial_placement, moe_layer, param_specs, working_copies
+from tests.cases import cases
 from tests.eplb_jax.moe.test_layer import CONFIG, EXPERTS, make_mesh, make_params, make_tokens, objective
 
 EP = 4
@@ -106,7 +107,7 @@ def test_decisions_wait_for_the_interval_and_a_gain():
     assert decide(5, skewed, start, dataclasses.replace(config, min_gain=0.9)).changed == 0
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@cases("nodes", [1, 2], quick=[2])
 def test_decisions_start_from_any_plan_and_keep_one_shape(tmp_path, nodes):
     """Plans are as wide as their busiest expert needs; another expert needs more one day."""
     config, even = RebalanceConfig(12, nodes, nodes, 4, interval=1), np.ones((1, 8))
