@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from profiling.hlo.divergent import check_collectives, find_divergent
+from tests.cases import cases
 
 WIDTH = 8
 
@@ -117,7 +118,7 @@ def test_collectives_within_a_rank_are_fine(stage, options):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dispatch", ["loops", "switch"])
+@cases("dispatch", ["loops", "switch"], quick=["switch"])
 def test_shared_ends_may_communicate_over_the_ranks(dispatch, shared):
     """All ranks run them together; without sharing, one rank alone would wait for the other in its head."""
     mesh, schedule = jaxpipe.make_mesh(pp=2, tp=2), jaxpipe.schedule.build("1f1b", 2, 4)
