@@ -57,6 +57,7 @@ def compare(stage, stacked, schedule=SCHEDULE, rng=None):
     return grads.stages
 
 
+@pytest.mark.slow
 def test_nnx_stages():
     compare(*nnx_stages(Dense, SCHEDULE, nnx.Rngs(0)))
 
@@ -70,6 +71,7 @@ def test_linen_stages():
     compare(*linen_stages(LinenDense(), SCHEDULE, jax.random.key(0), jnp.ones((2, WIDTH))))
 
 
+@pytest.mark.slow
 def test_linen_stages_with_dropout():
     stage, stacked = linen_stages(LinenDense(0.5), SCHEDULE, jax.random.key(0), jnp.ones((2, WIDTH)), uses_rngs=True)
     compare(stage, stacked, rng=jax.random.key(1))

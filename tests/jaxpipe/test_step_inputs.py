@@ -161,7 +161,7 @@ def test_a_models_loss_takes_them_by_name(x64):
         jax.eval_shape(plain, plain.params, batch, None, given)
 
 
-@pytest.mark.parametrize("keyed", [False, True])
+@cases("keyed", [False, True], quick=[True])
 def test_a_linen_models_loss_too(x64, keyed):
     class Net(nn.Module):
         @nn.compact

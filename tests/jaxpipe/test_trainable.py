@@ -36,7 +36,7 @@ def pipeline(name="dualpipev", ranks=2, **options):
     [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)],
     quick=[("zb1p", 2)],
 )
-@pytest.mark.parametrize("mask", MASKS)
+@cases("mask", MASKS, quick=["one leaf of a stage", "bias and scale"])
 def test_gradients_are_the_plain_programs(x64, name, ranks, mask):
     """DualPipe's second copies have none to return either."""
     trainable, trained = MASKS[mask]
@@ -144,7 +144,11 @@ def test_frozen_masters_in_the_compute_dtype():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))]
+    "optimizer",
+    [
+        pytest.param(optax.adamw(0.1, weight_decay=0.5), marks=pytest.mark.slow),
+        optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9)),
+    ],
 )
 def test_optimizers_have_no_state_for_frozen_parameters(x64, optimizer):
     trainable = jaxpipe.Params({"w": False, "b": True}, {"embedding": False, "scale": True})

@@ -35,7 +35,7 @@ def shard(function, pp, dp, in_specs):
 
 @pytest.mark.parametrize("pp, dp", AXES)
 @cases("size", [5, 16, 19], quick=[16, 19])
-@pytest.mark.parametrize("shape", [(4,), (3, 5)])
+@cases("shape", [(4,), (3, 5)], quick=[(3, 5)])
 def test_cross_entropy_and_its_gradients(x64, pp, dp, size, shape):
     """Also where the vocabulary does not divide, and where a device holds none of it (5 over 8)."""
     y, table, targets = make(size, shape=shape)
@@ -159,7 +159,7 @@ def test_tokens_of_any_integer_dtype(x64, size, ranks, dtype):
     assert not grad[size:].any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint32])
+@cases("dtype", [jnp.int32, jnp.int8, jnp.uint32], quick=[jnp.int8, jnp.uint32])
 def test_what_is_no_token_of_the_vocabulary(x64, dtype):
     """Negative targets count nothing, those of padding rows and beyond are NaN; none has a gradient."""
     size = 10  # 12 rows on 4 devices

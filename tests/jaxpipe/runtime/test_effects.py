@@ -175,7 +175,7 @@ def doubled(x):
     return jax.freeze(y)
 
 
-@pytest.mark.parametrize("ranks, dispatch", [(2, "loops"), (1, "unrolled")])
+@cases("ranks, dispatch", [(2, "loops"), (1, "unrolled")], quick=[(2, "loops")])
 def test_refs_everywhere(ranks, dispatch):
     schedule = jaxpipe.schedule.build("zb1p" if ranks == 2 else "1f1b", ranks, MICROBATCHES)
     params, batch = inputs(schedule)

@@ -169,7 +169,7 @@ def test_compute_dtype_leaves_them_alone():
     assert grads.stages["row"].dtype == grads.outer.dtype == jax.dtypes.float0
 
 
-@pytest.mark.parametrize("jitted", [True, False])
+@cases("jitted", [True, False], quick=[True])
 def test_an_optimizer_leaves_them_as_they_are(jitted):
     """Decay that would halve them, momentum, clipping: every bit of every other leaf stays, keys included under jit."""
     schedule = jaxpipe.schedule.build("1f1b", 1, 2)

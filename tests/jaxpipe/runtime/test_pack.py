@@ -105,9 +105,10 @@ def test_lockstep_costs_at_most_one_percent(name: str, size: tuple[int, int, int
     ("name", "ranks", "microbatches"),
     [("dualpipe", *size[:2]) for size in DUALPIPE] + [("dualpipev", *size[:2]) for size in DUALPIPEV],
 )
-@pytest.mark.parametrize(
+@cases(
     "costs",
     [UNEVEN, dataclasses.replace(UNIT, overlapped=HIDDEN), dataclasses.replace(UNEVEN, overlapped=HIDDEN)],
+    quick=[dataclasses.replace(UNEVEN, overlapped=HIDDEN)],
     ids=["uneven", "overlapped", "uneven, overlapped"],
 )
 def test_uneven_costs_lose_at_most_three_percent(name: str, ranks: int, microbatches: int, costs: Costs) -> None:

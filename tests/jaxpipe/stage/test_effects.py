@@ -320,7 +320,7 @@ REFS = {
 }
 
 
-@pytest.mark.parametrize("name", REFS)
+@cases("name", REFS, quick=["counter", "filled", "conditional", "in a loop", "custom vjp", "remat"])
 def test_refs_are_values(x64, name):
     stage, w, x = REFS[name], zoo.normal(4, 4), zoo.normal(2, 4)
     expected = jax.jit(stage)(w, x)

@@ -145,7 +145,7 @@ def test_remat_shares_the_casts_that_are_made_once_a_step():
     assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=2e-2)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@cases("reverse", [False, True], quick=[True])
 def test_turns_of_an_unrolled_scan_are_as_written_out(x64, reverse):
     """What is kept and handed over is what code without a loop keeps; nothing is stacked, no parameter copied."""
     turns, width = 3, 4
