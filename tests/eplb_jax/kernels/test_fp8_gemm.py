@@ -109,7 +109,7 @@ def test_equals_a_plain_loop(sizes, dtype):
     assert_close(got, plain_outer(columns, dout, sizes), dtype)
 
 
-@pytest.mark.parametrize("rows", [5, 128, 200])
+@cases("rows", [5, 128, 200], quick=[200])
 def test_dense_products_of_any_number_of_rows(rows):
     rng = np.random.default_rng(rows)
     x, w = rng.standard_normal((rows, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)

@@ -102,7 +102,7 @@ def check_all(sizes, dtype, backend, transpose_rhs=False, **shape):
         assert_close(got, want, dtype)
 
 
-@pytest.mark.parametrize("transpose_rhs", [False, True])
+@cases("transpose_rhs", [False, True], quick=[True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_equals_a_plain_loop(x64, sizes, transpose_rhs):
     check_all(sizes, jnp.float64, "xla", transpose_rhs)
@@ -110,7 +110,7 @@ def test_equals_a_plain_loop(x64, sizes, transpose_rhs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@cases("sizes", SIZES.values(), quick=[SIZES["uneven"], SIZES["none"]], ids=SIZES)
 def test_half_precision_is_as_good_as_its_result(sizes, transpose_rhs, backend):
     check_all(sizes, jnp.bfloat16, backend, transpose_rhs)
 

@@ -20,7 +20,7 @@ from tests.cases import cases
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
 
-quick = settings(derandomize=True, deadline=None, max_examples=40)
+quick = settings(derandomize=True, deadline=None, max_examples=15)
 # Tokens, choices, devices, slots of each, capacity. Few shapes, as each is compiled.
 SENDS = [(1, 1, 1, 1, 1), (7, 3, 4, 2, 2), (24, 4, 3, 4, 24), (40, 6, 5, 3, 9), (33, 2, 8, 1, 5)]
 # Tokens, choices, slots, rows.

@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from eplb_jax import make_capacities, working_copies
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
@@ -113,7 +112,7 @@ def test_backward_quantises_the_gradient_of_the_gate_alone():
     assert y.gradient.numbers.dtype == jnp.float8_e4m3fn and y.gradient.numbers.shape == y.value.shape
 
 
-@pytest.mark.parametrize("axis", [None, "ep"])
+@cases("axis", [None, "ep"], quick=["ep"])
 def test_working_copies_are_quantised_before_they_are_gathered(axis):
     """The same numbers as copies that are quantised, in both layouts, and the same gradients; only bytes travel."""
     masters = init_experts(jax.random.key(0), 4, WIDTH, HIDDEN, jnp.bfloat16)

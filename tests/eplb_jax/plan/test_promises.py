@@ -127,7 +127,7 @@ def test_layers_without_load_get_an_even_plan(sizes):
     assert sticky(weight * [[1], [0], [1]], plans[0], groups, nodes, gpus) is plans[0]
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@cases("policy", POLICIES.values(), quick=[eplb_jax.rebalance_experts, no_duplicate], ids=POLICIES)
 def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
     weight = loads_of(2, 12, 0)
     plan = policy(weight, 20, 6, 2, 4)
@@ -194,7 +194,7 @@ def test_placements_of_sticky_start_from_any_plan():
     assert (heaviest(new, weight, 6) <= heaviest(balanced(weight, 24, 6, 2, 6), weight, 6) * 1.01 * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@cases("policy", POLICIES.values(), quick=[eplb_jax.rebalance_experts, balanced], ids=POLICIES)
 def test_lists_and_what_numpy_reads_are_loads(policy):
     """DeepSeek's users have tensors of PyTorch: no array of NumPy or JAX, but one that NumPy reads."""
 

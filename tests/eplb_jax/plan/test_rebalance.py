@@ -75,7 +75,7 @@ def problems(draw):
     return weights, (replicas, groups, nodes, gpus)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_equal_to_plain_loops(problem):
     weights, (replicas, groups, nodes, gpus) = problem
@@ -93,7 +93,7 @@ def test_equal_to_plain_loops(problem):
         assert log2phy.shape[-1] == logcnt.max()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(problems(), st.sampled_from([2, 3, 7]))
 def test_packing_and_replication_equal_plain_loops(problem, capacity):
     weights, (replicas, *_) = problem
