@@ -87,7 +87,7 @@ def test_a_split_of_sharded_columns_is_found(dispatch):
     assert {one.kind for one in find_divergent(hlo, mesh)} == {"collective-permute"}
 
 
-@pytest.mark.parametrize(
+@cases(
     "stage, options",
     [
         (rotated, {}),
@@ -95,6 +95,7 @@ def test_a_split_of_sharded_columns_is_found(dispatch):
         (gated, {"specs": COLUMNS, "make": jaxpipe.forward}),
         (rotated, {"name": "dualpipev"}),
     ],
+    quick=[(rolled, {"batch_spec": P("tp")}), (rotated, {"name": "dualpipev"})],
 )
 def test_other_ways_to_a_permute_are_found(stage, options):
     with pytest.raises(ValueError, match="would wait for ever"):
