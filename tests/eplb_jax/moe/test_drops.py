@@ -52,7 +52,7 @@ def plain(params, x, target, chosen, kept):
     return objective(y, (f * p).sum(1).mean(), target), y
 
 
-@cases(("ep", "factor", "spare"), CASES, quick=[(2, 1.0, False), (4, 1.25, False), (4, 1.0, True)])
+@cases(("ep", "factor", "spare"), CASES, quick=[(4, 1.25, False), (4, 1.0, True)])
 def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
     config = dataclasses.replace(SMALL, capacity_factor=factor)
     placement = None

@@ -115,7 +115,7 @@ def test_equals_the_dense_loop(x64, ep, kind):
     check(config, ep, placement, params, x, target)
 
 
-@cases(("ep", "redundant"), [(1, True), (2, False), (4, True), (8, False), (8, True)], quick=[(1, True), (8, False)])
+@cases(("ep", "redundant"), [(1, True), (2, False), (4, True), (8, False), (8, True)], quick=[(8, False)])
 def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     """A bias that leaves most experts without tokens, some devices too."""
     params, (x, target) = make_params(), make_tokens()
@@ -123,7 +123,7 @@ def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     check(CONFIG, ep, random_placement(ep, 8, 3) if redundant else None, params, x, target)
 
 
-@cases(("ep", "copies"), [(1, 1), (2, 9), (4, 1), (8, 1), (8, 9)], quick=[(1, 1), (8, 9)])
+@cases(("ep", "copies"), [(1, 1), (2, 9), (4, 1), (8, 1), (8, 9)], quick=[(8, 9)])
 def test_all_tokens_on_one_expert(x64, ep, copies):
     config = dataclasses.replace(CONFIG, router=RouterConfig(EXPERTS, 1, 1, 1), num_shared=0)
     params, (x, target) = make_params(config), make_tokens()
@@ -135,7 +135,7 @@ def test_all_tokens_on_one_expert(x64, ep, copies):
 @cases(
     ("scoring", "normalise"),
     [("sigmoid", False), ("softmax", True), ("softmax", False)],
-    quick=[("sigmoid", False), ("softmax", True)],
+    quick=[("softmax", False)],
 )
 def test_kinds_of_routers(x64, scoring, normalise):
     router = dataclasses.replace(ROUTER, scoring=scoring, normalise=normalise)

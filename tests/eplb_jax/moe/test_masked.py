@@ -50,7 +50,7 @@ def make_all():
 @cases(
     ("ep", "garbage"),
     [pytest.param(None, jnp.inf, marks=pytest.mark.slow), (1, jnp.nan), (2, jnp.inf), (4, jnp.nan)],
-    quick=[(1, jnp.nan), (2, jnp.inf)],
+    quick=[(2, jnp.inf)],
 )
 def test_masked_tokens_may_hold_anything_on_any_number_of_devices(x64, ep, garbage):
     """Loss, output and gradients are the plain program's of real tokens; what is masked comes out as zeros."""

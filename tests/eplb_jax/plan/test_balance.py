@@ -24,7 +24,7 @@ def heaviest(plan, weight, gpus):
     return gpu_loads(plan, weight, gpus).max(1)
 
 
-@cases(("experts", "replicas", "gpus"), SMALL, quick=[(5, 8, 4), (6, 9, 3)])
+@cases(("experts", "replicas", "gpus"), SMALL, quick=[(6, 9, 3)])
 def test_close_to_the_best_plan(experts, replicas, gpus):
     """Bounds are below the optimum; the gap of `balanced` is at most half of DeepSeek's on average."""
     weight = loads_of("lognormal", 12, experts, seed=experts * replicas)
@@ -38,7 +38,7 @@ def test_close_to_the_best_plan(experts, replicas, gpus):
     assert ours.mean() <= theirs.mean() / 2 + 1e-6 * best.mean()
 
 
-@cases("sizes", REAL, quick=[(288, 8, 1, 8), (320, 8, 8, 64)], ids=lambda sizes: f"{sizes[0]}@{sizes[3]}")
+@cases("sizes", REAL, quick=[(288, 8, 1, 8)], ids=lambda sizes: f"{sizes[0]}@{sizes[3]}")
 def test_no_layer_is_worse_than_deepseeks(sizes):
     weight = np.concatenate([loads_of(kind, 4, 256) for kind in ("lognormal", "zipf")])
     ours = heaviest(balanced(weight, *sizes), weight, sizes[3])
