@@ -65,7 +65,7 @@ def make_params(schedule, dtype=np.float64):
         ("dualpipe", 2, "stretches"),
         ("zbv", 2, "switch"),
     ],
-    quick=[("1f1b", 1, "unrolled"), ("zbv", 2, "switch")],
+    quick=[("zbv", 2, "switch")],
 )
 def test_equal_the_plain_program(x64, name, ranks, dispatch):
     """DualPipe fetches the leaves of its mirrored stages from other ranks."""
