@@ -14,7 +14,7 @@ import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
-LONG = ("frozen", "generate", "llama", "one_rank", "shared_ends", "fp8_gemm")
+LONG = ("frozen", "generate", "llama", "lowering", "one_rank", "shared_ends", "fp8_gemm")
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),

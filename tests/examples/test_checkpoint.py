@@ -17,6 +17,8 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples")
 from pretraining.checkpoint import Checkpoints, DamagedError
 from pretraining.layout import Layout, describe, divided_evenly, fingerprint
 
+from tests.cases import cases
+
 pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
@@ -79,7 +81,7 @@ def largest(folder):
     return max((path for path in folder.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
 
 
-@pytest.mark.parametrize("damage", [cut, flip, empty, pathlib.Path.unlink])
+@cases("damage", [cut, flip, empty, pathlib.Path.unlink], quick=[flip, pathlib.Path.unlink])
 def test_damaged_arrays_are_not_used(fake, tmp_path, damage):
     folder = tmp_path / "checkpoints"
     states = save(fake, folder)
@@ -161,7 +163,7 @@ def test_nothing_to_restore(fake, tmp_path):
         Checkpoints(tmp_path, fake.layout, keep=0)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "int16"])
+@cases("dtype", ["float32", "bfloat16", "int32", "uint8", "bool", "int16"], quick=["float32", "bfloat16"])
 def test_fingerprints_see_every_change_and_no_mesh(fake, dtype):
     rng = np.random.default_rng(0)
     values = jnp.asarray(rng.integers(0, 2, (8, 6, 4)), dtype)

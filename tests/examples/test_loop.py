@@ -19,6 +19,8 @@ from pretraining.loop import LoopConfig, TooManySkips, train
 from pretraining.observe import METRICS, Observer, keep_until, read_metrics
 from pretraining.run import set_up
 
+from tests.cases import cases
+
 pytest.importorskip("orbax.checkpoint", reason="needs the package orbax-checkpoint")
 if jax.device_count() < 4:
     pytest.skip("needs 4 devices", allow_module_level=True)
@@ -47,8 +49,10 @@ def test_resuming_equals_a_run_without_a_pause(fake, tmp_path, uninterrupted):
     assert equal(second.state, uninterrupted.state)
 
 
-@pytest.mark.parametrize(
-    ("pp", "order"), [(2, range(LAYERS)), (4, (0, 7, 1, 6, 2, 5, 3, 4)), (1, (3, 2, 1, 0, 7, 6, 5, 4))]
+@cases(
+    ("pp", "order"),
+    [(2, range(LAYERS)), (4, (0, 7, 1, 6, 2, 5, 3, 4)), (1, (3, 2, 1, 0, 7, 6, 5, 4))],
+    quick=[(4, (0, 7, 1, 6, 2, 5, 3, 4))],
 )
 def test_resuming_on_another_mesh_and_schedule(fake, tmp_path, uninterrupted, pp, order):
     run(fake, tmp_path, 10)

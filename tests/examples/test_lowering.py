@@ -4,12 +4,12 @@ import pathlib
 import runpy
 import sys
 
-import pytest
+from tests.cases import cases
 
 BENCHMARK = pathlib.Path(__file__).resolve().parents[2] / "examples" / "benchmarks" / "lowering.py"
 
 
-@pytest.mark.parametrize("flag", ["--shared-ends", "--forward-only"])
+@cases("flag", ["--shared-ends", "--forward-only"], quick=["--shared-ends"])
 def test_a_row_for_each_size(flag, monkeypatch, capsys):
     monkeypatch.setattr(
         sys, "argv", ["lowering.py", "--ranks", "2", "--microbatches", "8", "60", "--schedule", "1f1b", "zbv", flag]

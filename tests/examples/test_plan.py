@@ -74,7 +74,7 @@ def test_command_compiles(capsys):
 @pytest.mark.skipif(has_cuda(), reason="a CUDA build of JAX is installed")
 def test_compiling_needs_a_compiler():
     with pytest.raises(RuntimeError, match=r"pip install .jax\[cuda13\]"):
-        planning.main(["--config", "tiny", "--mesh", "pp=1,ep=1", "--schedules", "1f1b", "--chip", "H100", "--compile"])
+        compile_step(model_config("tiny"), jaxpipe.schedule.build("1f1b", 1, 8), {"pp": 1, "ep": 1}, 1, CHIPS["H100"])
 
 
 def test_compiled_table():
@@ -101,6 +101,7 @@ def test_gradients_between_nodes_take_longer():
     assert apart.seconds > four.seconds
 
 
+@pytest.mark.slow
 def test_the_largest_model_is_planned_without_devices():
     found = planning.plan(MODELS["dsv3-671b"].over_devices(64, 256), {"pp": 16, "ep": 64}, schedules=["1f1b"])
     (row,) = found.rows

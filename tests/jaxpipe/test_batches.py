@@ -8,6 +8,7 @@ from flax import nnx
 
 import jaxpipe
 from jaxpipe.flax import from_nnx
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 SIZE = 5
@@ -37,7 +38,7 @@ def make(size, stages=4):
     return params, {"x": rng.normal(size=(size, SIZE)), "y": jnp.asarray(rng.normal(size=(size, SIZE)))}
 
 
-@pytest.mark.parametrize("size", [1, 7, 8, 21])
+@cases("size", [1, 7, 8, 21], quick=[21])
 def test_the_mean_is_over_real_examples(x64, size):
     """Some microbatches have few examples, some none, on one of two devices or on both."""
     schedule, mesh = jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2, dp=2)

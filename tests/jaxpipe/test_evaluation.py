@@ -24,7 +24,7 @@ MODEL = {"embed": token_embed, "head": token_head, "weight": token_weight}
 @pytest.mark.parametrize(
     ("name", "ranks", "options"),
     [
-        ("1f1b", 1, {}),
+        pytest.param("1f1b", 1, {}, marks=pytest.mark.slow),
         pytest.param("dualpipe", 2, {}, marks=pytest.mark.slow),
         pytest.param("zb1p", 2, {"dispatch": "switch", "order": "storage"}, marks=pytest.mark.slow),
         ("dualpipev", 2, {"shared_ends": True}),

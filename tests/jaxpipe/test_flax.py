@@ -11,6 +11,7 @@ from flax import nnx
 
 import jaxpipe
 from jaxpipe.flax import layered_stages, linen_stages, nnx_function, nnx_stages, split_layers, unstack_layers
+from tests.cases import cases
 from tests.plain import assert_trees_close, plain_value_and_grad
 
 WIDTH = 6
@@ -56,6 +57,7 @@ def compare(stage, stacked, schedule=SCHEDULE, rng=None):
     return grads.stages
 
 
+@pytest.mark.slow
 def test_nnx_stages():
     compare(*nnx_stages(Dense, SCHEDULE, nnx.Rngs(0)))
 
@@ -69,6 +71,7 @@ def test_linen_stages():
     compare(*linen_stages(LinenDense(), SCHEDULE, jax.random.key(0), jnp.ones((2, WIDTH))))
 
 
+@pytest.mark.slow
 def test_linen_stages_with_dropout():
     stage, stacked = linen_stages(LinenDense(0.5), SCHEDULE, jax.random.key(0), jnp.ones((2, WIDTH)), uses_rngs=True)
     compare(stage, stacked, rng=jax.random.key(1))
@@ -89,7 +92,7 @@ def layer(params, x, ctx):
     return x + jnp.tanh(x @ params["w"])
 
 
-@pytest.mark.parametrize("count", [8, 10])
+@cases("count", [8, 10], quick=[10])
 def test_any_number_of_layers(count):
     """Stages of 2 and 3 layers compute what the plain stack of layers computes."""
     params = layers(count)
@@ -164,7 +167,7 @@ class Mixed(nnx.Module):
         return x + (self.activation(y) if self.wide else self.activation(y - y.mean(-1, keepdims=True)))
 
 
-@pytest.mark.parametrize("num_layers", [None, 8, 9])
+@cases("num_layers", [None, 8, 9], quick=[9])
 def test_what_differs_between_modules_stays_theirs(num_layers):
     """Pipeline against the modules in order: functions in turn, constants of each layer."""
     count = num_layers or 4

@@ -93,7 +93,8 @@ def test_filters_of_paths_and_rows(x64):
 
 
 @pytest.mark.parametrize("call", [pytest.param("loop", marks=pytest.mark.slow), "scan"])
-def test_linen_masks_and_paths(x64, call):
+@pytest.mark.parametrize("given", ["paths", pytest.param("a mask", marks=pytest.mark.slow)])
+def test_linen_masks_and_paths(x64, call, given):
     model, batch = LinenModel(call), make_batch()
 
     def loss(params, batch):
@@ -102,14 +103,14 @@ def test_linen_masks_and_paths(x64, call):
 
     params = model.init(jax.random.key(0), batch["tokens"])["params"]
     schedule, mesh = jaxpipe.schedule.build("zb1p", 2, 4), jaxpipe.make_mesh(pp=2)
-    found = []
-    of_path = lambda path, leaf: path.endswith("['bias']")  # noqa: E731
-    for trainable in (of_path, jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "bias", params)):
-        pipe = from_linen(params, schedule, mesh, blocks="layers", loss=loss, trainable=trainable)
-        found.append(pipe.merge(jax.jit(pipe)(pipe.params, batch)[1]))
+    trainable = {
+        "paths": lambda path, leaf: path.endswith("['bias']"),
+        "a mask": jax.tree_util.tree_map_with_path(lambda p, _: p[-1].key == "bias", params),
+    }[given]
+    pipe = from_linen(params, schedule, mesh, blocks="layers", loss=loss, trainable=trainable)
+    found = pipe.merge(jax.jit(pipe)(pipe.params, batch)[1])
     expected = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path[-1].key == "bias" else np.zeros(leaf.shape, jax.dtypes.float0),
         jax.grad(loss)(params, batch),
     )
-    for grads in found:
-        assert_trees_close(grads, expected, rtol=1e-10)
+    assert_trees_close(found, expected, rtol=1e-10)

@@ -14,6 +14,7 @@ from flax import nnx
 import jaxpipe
 from jaxpipe.flax import nnx_stages, unstack_layers
 from jaxpipe.stage import matmul_flops, split_stage
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 ROWS, WIDTH, HIDDEN, MICROBATCHES = 5, 4, 6, 8
@@ -83,7 +84,7 @@ def test_the_pipeline_is_the_plain_model(x64, name):
     assert_trees_close(got, [nnx.to_pure_dict(grad) for grad in expected_grads], rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@cases("name", SCHEDULES, quick=["dualpipev"])
 def test_every_weight_product_is_in_the_weights_half(x64, name):
     """For each kind FLOPs(I) + FLOPs(W) = FLOPs(backward), and W is the layers' own products, once each."""
     schedule = SCHEDULES[name]

@@ -11,6 +11,7 @@ import pytest
 import jaxpipe
 from jaxpipe.flax import layered_stages, split_layers, unstack_layers
 from jaxpipe.stage import matmul_flops, split_stage
+from tests.cases import cases
 from tests.jaxprs import primitives
 from tests.plain import assert_trees_close, fold
 
@@ -83,7 +84,7 @@ def plain(layers, outer, batch, key):
     return losses.mean(), tokens.sum(0)
 
 
-@pytest.mark.parametrize(("name", "ranks", "row"), [
+@cases(("name", "ranks", "row"), [
     pytest.param("1f1b", 4, "in turn", marks=pytest.mark.slow),
     pytest.param("zb1p", 4, "three kinds", marks=pytest.mark.slow),
     ("zb1p", 4, "dense, then experts"),
@@ -91,7 +92,7 @@ def plain(layers, outer, batch, key):
     pytest.param("dualpipev", 4, "dense, then experts", marks=pytest.mark.slow),
     ("dualpipev", 2, "as many of each"),
     ("zb1p", 2, "one kind, by cost"),
-])  # fmt: skip
+], quick=[("dualpipev", 2, "as many of each")])  # fmt: skip
 def test_kinds_equal_the_plain_loop(name, ranks, row, x64):
     """Loss, metrics and gradients, of layers with keys of their own."""
     layers = make_layers(ROWS[row])
@@ -238,13 +239,13 @@ def test_no_division_is_better(seed):
     assert split_layers(len(costs), stages, costs) == min(every, key=rate)
 
 
-@pytest.mark.parametrize(("name", "row"), [
+@cases(("name", "row"), [
     ("zb1p", "dense, then experts"),
     ("zb1p", "in turn"),
     ("dualpipev", "dense, then experts"),
     ("dualpipev", "three kinds"),
     ("zb1p", "one kind, by cost"),
-])  # fmt: skip
+], quick=[("zb1p", "in turn"), ("dualpipev", "dense, then experts"), ("zb1p", "one kind, by cost")])  # fmt: skip
 def test_the_backward_of_every_stage_divides_as_its_layers_do(name, row):
     """13 layers on 4 ranks: FLOPs(I) + FLOPs(W) = FLOPs(backward), and W holds the weight products of each layer.
 

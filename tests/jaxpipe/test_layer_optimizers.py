@@ -14,6 +14,7 @@ from optax.contrib import MuonDimensionNumbers
 
 import jaxpipe
 from jaxpipe.layers import store_layers, unstack_layers
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 LAYERS, EXPERTS = 5, 4
@@ -90,7 +91,7 @@ OPTIMIZERS = {
 }
 
 
-@pytest.mark.parametrize("name", OPTIMIZERS)
+@cases("name", OPTIMIZERS, quick=["muon with dual norms"])
 def test_layers_are_updated_as_in_the_plain_model(x64, name):
     """5 layers on 4 stages with padding, sharded over pp and ep, under jit; three steps."""
     schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
@@ -115,7 +116,7 @@ def mixed_tree(seed):
     return {"layers": layers, "embed": jnp.asarray(rng.normal(size=(9, 4)))}
 
 
-@pytest.mark.parametrize("name", ["muon", "lamb"])
+@cases("name", ["muon", "lamb"], quick=["muon"])
 def test_layers_of_several_kinds_are_updated_as_in_the_plain_model(x64, name):
     """Leaves that some layers have in fewer slots than others; sharded, under jit, and without a collective."""
     schedule, mesh = jaxpipe.schedule.build("1f1b", 2, 4), jaxpipe.make_mesh(pp=2)

@@ -10,6 +10,7 @@ import pytest
 import jaxpipe
 from jaxpipe.layer_choice import Choice
 from jaxpipe.layers import layered_stages, split_layers, stages_of_mixed_layers, unstack_layers
+from tests.cases import cases
 from tests.jaxprs import primitives
 from tests.plain import assert_trees_close, fold, split_batch
 
@@ -72,7 +73,7 @@ def expected_with_dropout():
         return layers, outer, batch, key, jax.jit(jax.value_and_grad(plain, argnums=(0, 1)))(layers, outer)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@cases("name", SCHEDULES, quick=["dualpipev"])
 def test_keys_depend_on_no_schedule(name, expected_with_dropout, x64):
     """13 layers, embedding and head with dropout: the same loss and gradients however stages divide the layers."""
     layers, outer, batch, key, (expected, expected_grads) = expected_with_dropout
@@ -165,7 +166,11 @@ def test_layers_already_stacked():
     np.testing.assert_allclose(x, expected, rtol=1e-6)
 
 
-@pytest.mark.parametrize(("count", "turn", "conditional"), [(8, 2, False), (10, 2, True), (9, 4, True), (4, 1, False)])
+@cases(
+    ("count", "turn", "conditional"),
+    [(8, 2, False), (10, 2, True), (9, 4, True), (4, 1, False)],
+    quick=[(8, 2, False), (9, 4, True)],
+)
 def test_functions_in_turn(count, turn, conditional, x64):
     """Layers of several functions; a conditional only where a slot has different ones in different stages."""
     functions = [lambda w, x, ctx, k=k: x + [jnp.tanh, jnp.sin, jnp.cos, jax.nn.relu][k](x * w) for k in range(turn)]

@@ -220,7 +220,7 @@ def tokens():
     return {"tokens": text[:, :-1], "targets": text[:, 1:]}
 
 
-FAST = (zero1, fsdp_and_tensor_parallel)
+FAST = (fsdp_and_tensor_parallel,)
 
 
 @pytest.mark.parametrize(

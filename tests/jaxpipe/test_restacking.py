@@ -140,6 +140,7 @@ def make_optimizer(pipe):
     return decayed(pipe.stacking.weight_decay_mask)
 
 
+@pytest.mark.slow
 def test_orbax_from_pp4_to_pp2_and_to_the_plain_model(x64, tmp_path):
     """Saved by dualpipev on 4 ranks, read by 1f1b on 2 and on 3 and by the plain model, which train on alike."""
     model = Model(nnx.Rngs(0))

@@ -10,6 +10,7 @@ from flax import nnx
 
 import jaxpipe
 from jaxpipe.flax import from_linen, from_nnx
+from tests.cases import cases
 from tests.jaxpipe.test_whole import VOCABULARY, WIDTH, make_batch
 from tests.jaxprs import equations
 from tests.plain import assert_trees_close
@@ -59,7 +60,11 @@ def plain(params, batch, given, microbatches, aux=True):
     return sum(losses) / microbatches
 
 
-@pytest.mark.parametrize("options", [{}, {"shared_ends": True}, {"dispatch": "switch"}])
+@cases(
+    "options",
+    [{}, {"shared_ends": True}, {"dispatch": "switch"}],
+    quick=[{"shared_ends": True}],
+)
 def test_equal_the_plain_program_and_compile_once(x64, options):
     schedule, mesh = jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2, dp=2)
     params, batch = make()
@@ -156,7 +161,7 @@ def test_a_models_loss_takes_them_by_name(x64):
         jax.eval_shape(plain, plain.params, batch, None, given)
 
 
-@pytest.mark.parametrize("keyed", [False, True])
+@cases("keyed", [False, True], quick=[True])
 def test_a_linen_models_loss_too(x64, keyed):
     class Net(nn.Module):
         @nn.compact

@@ -10,6 +10,7 @@ import jaxpipe
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.graph import scan_counts
 from jaxpipe.trainable import trainable_mask
+from tests.cases import cases
 from tests.jaxpipe.runtime.models import token_batch, token_embed, token_head, token_params, token_stage, token_weight
 from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
@@ -30,10 +31,12 @@ def pipeline(name="dualpipev", ranks=2, **options):
     return jaxpipe.value_and_grad(token_stage, schedule, jaxpipe.make_mesh(pp=ranks), **MODEL, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "ranks"), [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)]
+@cases(
+    ("name", "ranks"),
+    [("1f1b", 1), pytest.param("dualpipe", 2, marks=pytest.mark.slow), ("zb1p", 2)],
+    quick=[("zb1p", 2)],
 )
-@pytest.mark.parametrize("mask", MASKS)
+@cases("mask", MASKS, quick=["one leaf of a stage", "bias and scale"])
 def test_gradients_are_the_plain_programs(x64, name, ranks, mask):
     """DualPipe's second copies have none to return either."""
     trainable, trained = MASKS[mask]
@@ -141,7 +144,11 @@ def test_frozen_masters_in_the_compute_dtype():
 
 
 @pytest.mark.parametrize(
-    "optimizer", [optax.adamw(0.1, weight_decay=0.5), optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9))]
+    "optimizer",
+    [
+        pytest.param(optax.adamw(0.1, weight_decay=0.5), marks=pytest.mark.slow),
+        optax.chain(optax.clip_by_global_norm(0.1), optax.sgd(0.1, 0.9)),
+    ],
 )
 def test_optimizers_have_no_state_for_frozen_parameters(x64, optimizer):
     trainable = jaxpipe.Params({"w": False, "b": True}, {"embedding": False, "scale": True})

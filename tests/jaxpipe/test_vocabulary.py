@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe import vocabulary
+from tests.cases import cases
 from tests.jaxprs import equations
 
 AXES = [(1, 1), (2, 1), (4, 2), (8, 1)]
@@ -33,8 +34,8 @@ def shard(function, pp, dp, in_specs):
 
 
 @pytest.mark.parametrize("pp, dp", AXES)
-@pytest.mark.parametrize("size", [5, 16, 19])
-@pytest.mark.parametrize("shape", [(4,), (3, 5)])
+@cases("size", [5, 16, 19], quick=[16, 19])
+@cases("shape", [(4,), (3, 5)], quick=[(3, 5)])
 def test_cross_entropy_and_its_gradients(x64, pp, dp, size, shape):
     """Also where the vocabulary does not divide, and where a device holds none of it (5 over 8)."""
     y, table, targets = make(size, shape=shape)
@@ -127,10 +128,10 @@ def test_what_does_not_fit_is_refused():
         run(y, table.astype(jnp.bfloat16), targets)
 
 
-@pytest.mark.parametrize("size, ranks, dtype", [
+@cases("size, ranks, dtype", [
     (300, 8, jnp.uint8), (256, 1, jnp.uint8), (100, 4, jnp.int8), (200, 2, jnp.int8), (70000, 4, jnp.uint16),
     (70000, 8, jnp.int16), (16, 2, jnp.uint4), (19, 2, jnp.uint32), (19, 4, jnp.int64), (19, 4, jnp.uint64),
-])  # fmt: skip
+], quick=[(300, 8, jnp.uint8), (200, 2, jnp.int8), (16, 2, jnp.uint4), (19, 4, jnp.uint64)])  # fmt: skip
 def test_tokens_of_any_integer_dtype(x64, size, ranks, dtype):
     """A dtype that holds the tokens may not hold the vocabulary's size, nor the first row of a device."""
     y, table, _ = make(size)
@@ -158,7 +159,7 @@ def test_tokens_of_any_integer_dtype(x64, size, ranks, dtype):
     assert not grad[size:].any()
 
 
-@pytest.mark.parametrize("dtype", [jnp.int32, jnp.int8, jnp.uint32])
+@cases("dtype", [jnp.int32, jnp.int8, jnp.uint32], quick=[jnp.int8, jnp.uint32])
 def test_what_is_no_token_of_the_vocabulary(x64, dtype):
     """Negative targets count nothing, those of padding rows and beyond are NaN; none has a gradient."""
     size = 10  # 12 rows on 4 devices

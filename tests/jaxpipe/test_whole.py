@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.flax import from_linen, from_nnx
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 WIDTH, VOCABULARY, LENGTH, SEQUENCES, MICROBATCHES = 8, 16, 5, 8, 4
@@ -93,14 +94,14 @@ def plain(loss, batch, parts):
     return mean
 
 
-@pytest.mark.parametrize(("name", "call"), [
+@cases(("name", "call"), [
     pytest.param("dualpipev", "loop", marks=pytest.mark.slow),
     ("1f1b", "remat"),
     *(pytest.param(name, call, marks=pytest.mark.slow) for name, call in (
         ("1f1b", "loop"), ("1f1b", "scaled"), ("1f1b", "jit"), ("dualpipev", "remat"), ("dualpipev", "jit"),
     )),
     ("dualpipev", "scaled"),
-])  # fmt: skip
+], quick=[("dualpipev", "scaled")])  # fmt: skip
 def test_nnx_equals_the_plain_model(x64, name, call):
     model, batch = Model(nnx.Rngs(0), call=call), make_batch()
     schedule = jaxpipe.schedule.build(name, 2, MICROBATCHES)
@@ -290,7 +291,7 @@ class LinenModel(nn.Module):
         return table.attend(nn.LayerNorm(force_float32_reductions=False, dtype=jnp.float64, **DOUBLE)(x))
 
 
-@pytest.mark.parametrize("call", ["loop", "remat", "scan"])
+@cases("call", ["loop", "remat", "scan"], quick=["scan"])
 def test_linen_equals_the_plain_model(x64, call):
     model, batch = LinenModel(call), make_batch()
 

@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from eplb_jax import MoE, MoEConfig, RouterConfig
 from jaxpipe.nnx_model import from_nnx
+from tests.cases import cases
 
 WIDTH, BLOCKS = 6, 3
 
@@ -45,7 +46,7 @@ def loss_of(model, batch):
     return (model(batch) ** 2).mean()
 
 
-@pytest.mark.parametrize("scanned", [False, True])
+@cases("scanned", [False, True], quick=[True])
 def test_parameters_gathered_by_hand(x64, scanned):
     """FSDP written into the model: shards in blocks and outside of them; the plain model's numbers."""
     model, schedule, mesh = (

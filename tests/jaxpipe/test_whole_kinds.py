@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.flax import from_linen, from_nnx, linen_stages, nnx_function, nnx_stages, unstack_layers
+from tests.cases import cases
 from tests.jaxpipe.test_whole import DOUBLE, MICROBATCHES, VOCABULARY, WIDTH, loss_of, make_batch, plain
 from tests.plain import assert_trees_close
 
@@ -99,7 +100,7 @@ def test_nnx_equals_the_plain_model_and_comes_back(x64):
         "kind_1": (2, 1, WIDTH, 4),
     }
     (loss, _), grads = jax.jit(pipe)(pipe.params, batch)
-    expected, expected_grads = nnx.value_and_grad(plain(loss_of, batch, MICROBATCHES))(model)
+    expected, expected_grads = nnx.jit(nnx.value_and_grad(plain(loss_of, batch, MICROBATCHES)))(model)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     assert_trees_close(parameters(pipe.merge(grads)), nnx.to_pure_dict(expected_grads), rtol=1e-10)
     back = pipe.merge(pipe.params)
@@ -257,7 +258,7 @@ def test_frozen_parameters_of_some_kinds(x64):
         np.testing.assert_allclose(grads[path].get_value(), expected[path].get_value(), rtol=1e-10, atol=1e-14)
 
 
-@pytest.mark.parametrize("num_layers", [None, 5])
+@cases("num_layers", [None, 5], quick=[5])
 @pytest.mark.parametrize("library", ["nnx", "linen"])
 def test_modules_of_several_kinds_as_stages(x64, library, num_layers):
     """One of each stage, or 5 layers on 2 stages."""

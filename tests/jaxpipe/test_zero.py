@@ -74,7 +74,7 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
-SLOW = ("adamw", "masked", "accumulated")
+SLOW = ("adamw", "masked", "factored", "accumulated")
 
 
 @pytest.mark.parametrize("name", [pytest.param(n, marks=pytest.mark.slow if n in SLOW else ()) for n in OPTIMIZERS])

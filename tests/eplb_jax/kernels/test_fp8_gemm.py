@@ -16,6 +16,7 @@ from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, sc
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
+from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 SIZES = {
@@ -108,7 +109,7 @@ def test_equals_a_plain_loop(sizes, dtype):
     assert_close(got, plain_outer(columns, dout, sizes), dtype)
 
 
-@pytest.mark.parametrize("rows", [5, 128, 200])
+@cases("rows", [5, 128, 200], quick=[200])
 def test_dense_products_of_any_number_of_rows(rows):
     rng = np.random.default_rng(rows)
     x, w = rng.standard_normal((rows, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
@@ -290,7 +291,7 @@ def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
 
 
 @pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@cases("dtype", ["float32", "bfloat16"], quick=["bfloat16"])
 def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, dtype):
     shape = jax.ShapeDtypeStruct
     lhs, dout = (rows_of_shape(*each) for each in ((rows, k), (n, rows)))

@@ -174,6 +174,6 @@ def test_requests_of_any_number_take_the_kernels(monkeypatch):
     for module in (registry, hopper):
         monkeypatch.setattr(module, "current_target", lambda: target)
     kept = jax.eval_shape(lambda: keep_matrix(jnp.ones((256, 128))))
-    for rows in (3, 64, 100):
+    for rows in (3, 100):
         traced = jax.jit(scaled_linear).trace(jax.ShapeDtypeStruct((rows, 256), jnp.bfloat16), kept)
         assert traced.lower(lowering_platforms=("cuda",)).as_text().count("@mosaic_gpu_v2") == 1

@@ -19,6 +19,7 @@ from eplb_jax.kernels.grouped_gemm.mosaic_outer import outer_products
 from eplb_jax.kernels.grouped_gemm.mosaic_rows import assign_tiles, rows_times_matrices
 from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.grouped_gemm.tiles import TABLE, tile_for
+from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 
@@ -101,7 +102,7 @@ def check_all(sizes, dtype, backend, transpose_rhs=False, **shape):
         assert_close(got, want, dtype)
 
 
-@pytest.mark.parametrize("transpose_rhs", [False, True])
+@cases("transpose_rhs", [False, True], quick=[True])
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 def test_equals_a_plain_loop(x64, sizes, transpose_rhs):
     check_all(sizes, jnp.float64, "xla", transpose_rhs)
@@ -109,7 +110,7 @@ def test_equals_a_plain_loop(x64, sizes, transpose_rhs):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("transpose_rhs", [False, True])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+@cases("sizes", SIZES.values(), quick=[SIZES["uneven"], SIZES["none"]], ids=SIZES)
 def test_half_precision_is_as_good_as_its_result(sizes, transpose_rhs, backend):
     check_all(sizes, jnp.bfloat16, backend, transpose_rhs)
 
@@ -189,7 +190,7 @@ def test_gradients_are_separate_equations(backend):
 
 
 @pytest.mark.parametrize("rows, k, n", [(64, 128, 128), (72, 128, 192), (1024, 256, 320), (32768, 7168, 4096)])
-@pytest.mark.parametrize("groups", [1, 8, 32])
+@cases("groups", [1, 8, 32], quick=[8])
 def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
     """With the tile that each shape gets; the tile is no larger than the result."""
     lhs, dout = (jax.ShapeDtypeStruct((rows, side), jnp.bfloat16) for side in (k, n))

@@ -13,6 +13,7 @@ from eplb_jax.kernels.permute import COPIES, DTYPES, SUMS, Ring, add_rows, copy_
 from eplb_jax.kernels.scaled import ScaledRows
 from eplb_jax.moe.dispatch import sort_by_slot
 from eplb_jax.moe.permute import RowMap, permute, permute_scaled, unpermute
+from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
@@ -99,7 +100,7 @@ def test_kernels_equal_xla(dtype, shape):
         np.testing.assert_array_equal(np.asarray(got, np.float32), np.asarray(want, np.float32))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@cases("dtype", DTYPES, quick=["bfloat16"])
 @pytest.mark.parametrize("tokens, choices, num_rows, width", [
     (16384, 8, 131296, 7168), (128, 64, 1280, 256), (5, 3, 40, 384), (64, 2, 200, 128 * 131),
 ])  # fmt: skip

@@ -15,6 +15,7 @@ from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.quantise import columns_of, gate, gate_backward, quantise, quantise_rows, quantise_weights
 from eplb_jax.kernels.scaled import ScaledRows
 from eplb_jax.kernels.scaled_tiles import TilePlan
+from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
@@ -98,7 +99,7 @@ def test_kernels_equal_xla(name, rows, width, dtype, power_of_two):
     check_same(jax.jit(kernel)(*arguments), jax.jit(by_xla)(*arguments), exact=name != "gate_backward", rounded=rounded)
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@cases("dtype", ["bfloat16", "float32"], quick=["bfloat16"])
 @pytest.mark.parametrize("name", OPERATIONS)
 def test_lowering(name, dtype):
     """Finds errors of shapes and layouts without a GPU, also in the usual plans."""

@@ -16,6 +16,7 @@ from eplb_jax.kernels.permute import DTYPES, Ring
 from eplb_jax.kernels.swiglu import GATED, gated_backward, why_not
 from eplb_jax.moe import experts
 from eplb_jax.moe.experts import apply_experts, gated_backward_by_xla, init_experts, swiglu
+from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
 
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
@@ -71,9 +72,9 @@ def with_gradients(function):
 
 @pytest.mark.parametrize("rows, width, dtype, plan", [
     (9, 512, "bfloat16", GATED),
-    (7, 384, "float16", Ring(4 * 1024, 3, 1, 1)),
+    pytest.param(7, 384, "float16", Ring(4 * 1024, 3, 1, 1), marks=pytest.mark.slow),
     (5, 768, "float32", Ring(3 * 1024, 3, 2, 2)),
-    (1, 128, "float32", Ring(1, 2, 1)),
+    pytest.param(1, 128, "float32", Ring(1, 2, 1), marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_kernel_in_the_interpreter(rows, width, dtype, plan):
     """Two multiprocessors, simulated on the CPU; the last rows come twice where they do not fill a slot."""
@@ -94,7 +95,7 @@ def test_kernel_equals_xla(rows, width, dtype):
     check_close(*by, dtype)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
+@cases("dtype", DTYPES, quick=["bfloat16"])
 @pytest.mark.parametrize("rows, width", [(131072, 2048), (4099, 512), (999, 1408), (257, 7168), (1, 128)])
 def test_kernel_can_be_lowered_without_a_gpu(rows, width, dtype):
     hidden, ct = (jax.ShapeDtypeStruct((rows, n), dtype) for n in (2 * width, width))

@@ -13,6 +13,7 @@ from eplb_jax.kernels.fp8 import BlocksOfE4M3
 from eplb_jax.moe import exchange
 from eplb_jax.moe.experts import apply_experts, swiglu
 from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import (
     CONFIG,
@@ -29,7 +30,7 @@ EP, SEQUENCES = 4, 8
 
 
 @pytest.mark.parametrize("checked", [True, False])
-@pytest.mark.parametrize("redundant", [True, False])
+@cases("redundant", [True, False], quick=[True])
 def test_gradients_of_the_layer_taken_on_each_device(x64, checked, redundant):
     """Checked, those of replicated parameters are summed already; unchecked, the sum is the caller's."""
     params, (x, target) = make_params(), make_tokens()

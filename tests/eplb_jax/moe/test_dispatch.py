@@ -17,10 +17,11 @@ from eplb_jax.moe.dispatch import make_capacities, plan_sends, sort_by_slot
 from eplb_jax.moe.fetch import plan_fetches
 from eplb_jax.moe.permute import RowMap, permute, permute_each, unpermute
 from eplb_jax.moe.replica import choose_replicas
+from tests.cases import cases
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import make_mesh, random_placement
 
-quick = settings(derandomize=True, deadline=None, max_examples=40)
+quick = settings(derandomize=True, deadline=None, max_examples=15)
 # Tokens, choices, devices, slots of each, capacity. Few shapes, as each is compiled.
 SENDS = [(1, 1, 1, 1, 1), (7, 3, 4, 2, 2), (24, 4, 3, 4, 24), (40, 6, 5, 3, 9), (33, 2, 8, 1, 5)]
 # Tokens, choices, slots, rows.
@@ -138,7 +139,11 @@ def test_many_assignments_are_sorted_too():
     assert np.array_equal(found.assignment, np.concatenate(expected))
 
 
-@pytest.mark.parametrize("shape", [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)])
+@cases(
+    "shape",
+    [(8, 2, 4, 2), (16, 4, 2, 3), (5, 3, 1, 4), (9, 1, 8, 1), (8, 8, 4, 2)],
+    quick=[(16, 4, 2, 3), (5, 3, 1, 4)],
+)
 def test_capacities_without_a_factor_drop_nothing(shape):
     """Whatever is chosen; all tokens on one device too."""
     tokens, top_k, devices, num_slots = shape

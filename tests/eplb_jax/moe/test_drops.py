@@ -6,11 +6,11 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from eplb_jax import RouterConfig
 from eplb_jax.moe.dispatch import make_capacities
 from eplb_jax.moe.replica import choose_replicas
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_dispatch import sizes_of
 from tests.eplb_jax.moe.test_layer import CONFIG, make_params, make_tokens, objective, sharded
@@ -52,7 +52,7 @@ def plain(params, x, target, chosen, kept):
     return objective(y, (f * p).sum(1).mean(), target), y
 
 
-@pytest.mark.parametrize(("ep", "factor", "spare"), CASES)
+@cases(("ep", "factor", "spare"), CASES, quick=[(4, 1.25, False), (4, 1.0, True)])
 def test_drops_are_counted_and_the_rest_is_dense(x64, ep, factor, spare):
     config = dataclasses.replace(SMALL, capacity_factor=factor)
     placement = None

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from eplb_jax import ExpertParams, LinenMoE, MoE, MoEParams, Placement, PlacementParam, RouterBias
 from jaxpipe.flax import nnx_stages
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.dense import placement_of
 from tests.eplb_jax.moe.test_layer import CONFIG, EXPERTS, FACTOR, WIDTH, make_mesh, random_placement
@@ -52,7 +53,7 @@ def test_nnx_and_linen_are_the_function(x64, redundant):
 DOCUMENTED = nnx.All(nnx.Param, nnx.Not(RouterBias), nnx.Not(PlacementParam))
 
 
-@pytest.mark.parametrize("trained", [nnx.Param, DOCUMENTED], ids=["Param", "without"])
+@cases("trained", [nnx.Param, DOCUMENTED], quick=[DOCUMENTED], ids=["Param", "without"])
 def test_the_usual_loop_trains_with_a_placement(trained):
     """As `nnx.value_and_grad` and AdamW are used everywhere: losses without a placement, which stays, as biases do."""
     x = jax.random.normal(jax.random.key(1), (16, WIDTH))

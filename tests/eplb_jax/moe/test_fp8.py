@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 from eplb_jax import ExpertParams, MoEConfig, MoEParams, RouterConfig, init_moe, moe_layer
 from eplb_jax.kernels.fp8 import BLOCK, FP8, BlocksOfE4M3, dequantise, quantise
 from eplb_jax.moe.exchange import all_to_all, all_to_all_encoded, all_to_all_encoded_back
+from tests.cases import cases
 from tests.eplb_jax.moe.test_layer import make_mesh
 
 TINY = 448 * float(np.finfo(np.float32).tiny)
@@ -160,7 +161,7 @@ def test_a_layer_is_off_by_a_few_percent(dtype):
     assert all(0.005 < error < 0.06 for error in errors.values()), errors
 
 
-@pytest.mark.parametrize("ep", [None, 1])
+@cases("ep", [None, 1], quick=[1])
 def test_nothing_changes_where_nothing_travels(ep):
     params, x, ct = make("float32")
     exact, rough = (

@@ -6,7 +6,6 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 
 from eplb_jax import make_capacities, working_copies
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
@@ -21,6 +20,7 @@ from eplb_jax.moe.fp8_experts import (
     scaled_working_copies,
 )
 from eplb_jax.moe.fp8_layer import scaled_layer
+from tests.cases import cases
 from tests.eplb_jax.moe import fp8_plain
 from tests.eplb_jax.moe.test_layer import make_mesh
 
@@ -38,7 +38,7 @@ def no_cotangent(leaf):
     return np.zeros(leaf.shape, jax.dtypes.float0)
 
 
-@pytest.mark.parametrize("tokens", [300, 256])
+@cases("tokens", [300, 256], quick=[300])
 def test_equals_the_plain_program(tokens):
     """Groups of several blocks, of a part of one, of no row; numbers of tokens that are no multiple of 128."""
     rng = np.random.default_rng(tokens)
@@ -112,7 +112,7 @@ def test_backward_quantises_the_gradient_of_the_gate_alone():
     assert y.gradient.numbers.dtype == jnp.float8_e4m3fn and y.gradient.numbers.shape == y.value.shape
 
 
-@pytest.mark.parametrize(("axis", "fetched"), [(None, None), ("ep", None), ("ep", 1)])
+@cases(("axis", "fetched"), [(None, None), ("ep", None), ("ep", 1)], quick=[("ep", None), ("ep", 1)])
 def test_working_copies_are_quantised_before_they_are_gathered(axis, fetched):
     """The same numbers as copies that are quantised, in both layouts, and the same gradients; only bytes travel."""
     masters = init_experts(jax.random.key(0), 4, WIDTH, HIDDEN, jnp.bfloat16)

@@ -51,8 +51,14 @@ def gradients_of(function, arguments, ct):
 
 def run(config, ep, params, x, ct, placement=None):
     """(y, stats summed over devices, gradients of parameters and x); ep=None: no axis."""
+    return compiled(config, ep)(params, x, ct, placement)
 
-    def layer(axis):
+
+@functools.cache
+def compiled(config, ep):
+    """Once for all tests."""
+
+    def layer(axis, placement):
         def function(params, x):
             if placement is not None:
                 copies = working_copies_for(params.experts, placement.phy2log, config, axis)
@@ -62,17 +68,20 @@ def run(config, ep, params, x, ct, placement=None):
         return function
 
     if ep is None:
-        return jax.jit(lambda *a: gradients_of(layer(None), a[:2], a[2]))(params, x, ct)
+        return jax.jit(lambda params, x, ct, placement: gradients_of(layer(None, placement), (params, x), ct))
 
-    def body(params, x, ct):
-        (y, stats), grads = gradients_of(layer("ep"), (params, x), ct)
+    def body(params, x, ct, placement):
+        (y, stats), grads = gradients_of(layer("ep", placement), (params, x), ct)
         return (y, jax.lax.psum(stats, "ep")), grads
 
     specs = param_specs(config, "ep")
     mapped = jax.shard_map(
-        body, mesh=make_mesh(ep), in_specs=(specs, P("ep"), P("ep")), out_specs=((P("ep"), P()), (specs, P("ep")))
+        body,
+        mesh=make_mesh(ep),
+        in_specs=(specs, P("ep"), P("ep"), P()),
+        out_specs=((P("ep"), P()), (specs, P("ep"))),
     )
-    return jax.jit(mapped)(params, x, ct)
+    return jax.jit(mapped)
 
 
 def cosine(a, b):

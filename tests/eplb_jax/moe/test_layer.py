@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import eplb_jax
 from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs, working_copies
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.plain import assert_trees_close
 
@@ -99,7 +100,7 @@ def random_placement(ep, spare, seed):
     return dense.placement_of(rng.permutation(np.r_[np.arange(EXPERTS), extra]), EXPERTS)
 
 
-@pytest.mark.parametrize("ep", [1, pytest.param(2, marks=pytest.mark.slow), 4, 8])
+@cases("ep", [1, pytest.param(2, marks=pytest.mark.slow), 4, 8], quick=[4])
 @pytest.mark.parametrize("kind", ["none", "random", "eplb", "nearest"])
 def test_equals_the_dense_loop(x64, ep, kind):
     params, (x, target) = make_params(), make_tokens()
@@ -114,7 +115,7 @@ def test_equals_the_dense_loop(x64, ep, kind):
     check(config, ep, placement, params, x, target)
 
 
-@pytest.mark.parametrize(("ep", "redundant"), [(1, True), (2, False), (4, True), (8, False), (8, True)])
+@cases(("ep", "redundant"), [(1, True), (2, False), (4, True), (8, False), (8, True)], quick=[(8, False)])
 def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     """A bias that leaves most experts without tokens, some devices too."""
     params, (x, target) = make_params(), make_tokens()
@@ -122,7 +123,7 @@ def test_empty_experts_and_all_tokens_on_few(x64, ep, redundant):
     check(CONFIG, ep, random_placement(ep, 8, 3) if redundant else None, params, x, target)
 
 
-@pytest.mark.parametrize(("ep", "copies"), [(1, 1), (2, 9), (4, 1), (8, 1), (8, 9)])
+@cases(("ep", "copies"), [(1, 1), (2, 9), (4, 1), (8, 1), (8, 9)], quick=[(8, 9)])
 def test_all_tokens_on_one_expert(x64, ep, copies):
     config = dataclasses.replace(CONFIG, router=RouterConfig(EXPERTS, 1, 1, 1), num_shared=0)
     params, (x, target) = make_params(config), make_tokens()
@@ -131,7 +132,11 @@ def test_all_tokens_on_one_expert(x64, ep, copies):
     check(config, ep, dense.placement_of(slots, EXPERTS), params, x, target)
 
 
-@pytest.mark.parametrize(("scoring", "normalise"), [("sigmoid", False), ("softmax", True), ("softmax", False)])
+@cases(
+    ("scoring", "normalise"),
+    [("sigmoid", False), ("softmax", True), ("softmax", False)],
+    quick=[("softmax", False)],
+)
 def test_kinds_of_routers(x64, scoring, normalise):
     router = dataclasses.replace(ROUTER, scoring=scoring, normalise=normalise)
     config = dataclasses.replace(CONFIG, router=router)

@@ -1,6 +1,7 @@
 """Placements that change while a model trains: same losses, nothing compiled again, optimizer state where it was."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import eplb_jax
 from eplb_jax import RebalanceConfig, SlidingWindow, decide, initial_placement, moe_layer, param_specs, working_copies
+from tests.cases import cases
 from tests.eplb_jax.moe.test_layer import CONFIG, EXPERTS, make_mesh, make_params, make_tokens, objective
 
 EP = 4
@@ -19,7 +21,11 @@ REBALANCE = RebalanceConfig(24, 4, 2, EP, interval=3, min_gain=0.0)
 SPECS = param_specs(CONFIG, "ep")
 
 
-def make_step(optimizer):
+OPTIMIZER = optax.sgd(0.3, momentum=0.9)
+
+
+@functools.cache
+def make_step():
     """Masters by logical expert are trained; working copies are made, and their gradients summed, once a step."""
     mesh = make_mesh(EP)
 
@@ -33,7 +39,7 @@ def make_step(optimizer):
     @jax.jit
     def step(params, moments, window, placement, x, target):
         (loss, loads), grads = jax.value_and_grad(mapped, has_aux=True)(params, placement, x, target)
-        updates, moments = optimizer.update(grads, moments)
+        updates, moments = OPTIMIZER.update(grads, moments)
         return optax.apply_updates(params, updates), moments, window.update(loads[None]), loss
 
     return step
@@ -45,11 +51,10 @@ def shardings(specs):
 
 def run(placements):
     """Ten steps; placements by the step before which they are put in, or None: `decide` decides."""
-    optimizer = optax.sgd(0.3, momentum=0.9)
-    step = make_step(optimizer)
+    step = make_step()
     put = jax.jit(lambda *trees: trees, out_shardings=(shardings(SPECS), shardings(P())))
     params, window = put(make_params(), SlidingWindow.create(4, 1, EXPERTS))
-    moments, losses, swaps = optimizer.init(params), [], 0
+    moments, losses, swaps = OPTIMIZER.init(params), [], 0
     placement = initial_placement(1, EXPERTS, REBALANCE)
     for i in range(10):
         if placements is None:
@@ -106,7 +111,7 @@ def test_decisions_wait_for_the_interval_and_a_gain():
     assert decide(5, skewed, start, dataclasses.replace(config, min_gain=0.9)).changed == 0
 
 
-@pytest.mark.parametrize("nodes", [1, 2])
+@cases("nodes", [1, 2], quick=[2])
 def test_decisions_start_from_any_plan_and_keep_one_shape(tmp_path, nodes):
     """Plans are as wide as their busiest expert needs; another expert needs more one day."""
     config, even = RebalanceConfig(12, nodes, nodes, 4, interval=1), np.ones((1, 8))

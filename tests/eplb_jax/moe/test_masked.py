@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax import ExpertParams, MoEParams, balance_loss, moe_layer, param_specs, route, working_copies
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import CONFIG, EXPERTS, FACTOR, WIDTH, make_mesh, make_params, random_placement
 from tests.eplb_jax.moe.test_router import loss_by_sequence
@@ -46,8 +47,10 @@ def make_all():
     return params, x, mask, expected, y, grads
 
 
-@pytest.mark.parametrize(
-    ("ep", "garbage"), [pytest.param(None, jnp.inf, marks=pytest.mark.slow), (1, jnp.nan), (2, jnp.inf), (4, jnp.nan)]
+@cases(
+    ("ep", "garbage"),
+    [pytest.param(None, jnp.inf, marks=pytest.mark.slow), (1, jnp.nan), (2, jnp.inf), (4, jnp.nan)],
+    quick=[(2, jnp.inf)],
 )
 def test_masked_tokens_may_hold_anything_on_any_number_of_devices(x64, ep, garbage):
     """Loss, output and gradients are the plain program's of real tokens; what is masked comes out as zeros."""
@@ -94,9 +97,10 @@ def test_gradients_that_are_nan_where_tokens_are_masked(x64):
     assert not np.any(clean[1][~mask])
 
 
-@pytest.mark.parametrize(
+@cases(
     ("ep", "microbatches"),
     [(1, 2), pytest.param(1, 4, marks=pytest.mark.slow), (2, 1), (2, 4), pytest.param(4, 2, marks=pytest.mark.slow)],
+    quick=[(2, 4)],
 )
 def test_a_masked_batch_divided_into_microbatches_and_over_devices(x64, ep, microbatches):
     """A pipeline that weighs microbatches by their real tokens, some of which have none on some devices."""

@@ -9,6 +9,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 from eplb_jax import MoEConfig, RouterConfig, init_moe, moe_layer, param_specs, working_copies
+from tests.cases import cases
 from tests.eplb_jax.moe import dense
 from tests.eplb_jax.moe.test_layer import make_mesh
 from tests.plain import assert_trees_close
@@ -20,12 +21,12 @@ def make(experts, masters=None):
     return config, init_moe(jax.random.key(0), config, jnp.float64), jax.random.normal(jax.random.key(1), (48, 8))
 
 
-@pytest.mark.parametrize(
+@cases(
     ("experts", "masters", "slots", "ep"),
     [
         (12, None, 16, 8), (4, None, 8, 8), (4, None, None, 8), (3, None, None, None),
         (10, 12, 18, 6), pytest.param(12, 12, None, 4, marks=pytest.mark.slow), (5, 9, 6, 3), (10, None, 20, 4),
-    ],
+    ], quick=[(4, None, None, 8), (10, 12, 18, 6)],
 )  # fmt: skip
 def test_equals_the_dense_loop(x64, experts, masters, slots, ep):
     """Output and gradients, those of the rows behind the last expert zero; with redundant slots, and without."""

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from eplb_jax import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
+from tests.cases import cases
 from tests.eplb_jax.moe.dense import choose
 
 DEEPSEEK = RouterConfig()
@@ -163,7 +164,7 @@ def loss_by_sequence(scores, chosen, sequences, top_k, mask):
 
 
 @pytest.mark.parametrize("scoring", ["sigmoid", "softmax"])
-@pytest.mark.parametrize("sequences", [1, 4, 24])
+@cases("sequences", [1, 4, 24], quick=[4])
 @pytest.mark.parametrize("masked", [False, True])
 def test_balance_loss_equals_a_loop_over_sequences(x64, scoring, sequences, masked):
     config = dataclasses.replace(SMALL, scoring=scoring)

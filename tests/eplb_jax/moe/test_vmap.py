@@ -14,6 +14,7 @@ from eplb_jax import grouped_matmul, init_moe, moe_layer, param_specs, working_c
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
+from tests.cases import cases
 from tests.eplb_jax.moe.test_layer import CONFIG, WIDTH, make_mesh, make_params, random_placement
 from tests.plain import assert_trees_close
 
@@ -78,7 +79,11 @@ def batch_of_arguments():
     return params, x, jax.tree.map(lambda *leaves: jnp.stack(leaves), *placements), mask
 
 
-@pytest.mark.parametrize("axes", [(0, None, None, None), (None, 0, None, None), (None, None, 0, 0), (0, 0, 0, 0)])
+@cases(
+    "axes",
+    [(0, None, None, None), (None, 0, None, None), (None, None, 0, 0), (0, 0, 0, 0)],
+    quick=[(0, 0, 0, 0)],
+)
 def test_the_layer(x64, axes):
     arguments = [
         a if axis == 0 else jax.tree.map(lambda leaf: leaf[0], a)

@@ -10,6 +10,7 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from eplb_jax import MovingAverage, SlidingWindow, count_tokens
+from tests.cases import cases
 
 EXPERTS = np.random.default_rng(0).integers(0, 6, (4, 8, 2))
 
@@ -71,7 +72,11 @@ def test_float64_changes_nothing(x64):
 
 @pytest.mark.parametrize("wide", [False, True], ids=["x32", "x64"])
 @pytest.mark.parametrize("kind", [np.asarray, jnp.asarray], ids=["numpy", "jax"])
-@pytest.mark.parametrize("dtype", ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"])
+@cases(
+    "dtype",
+    ["uint8", "int8", "uint16", "int16", "uint32", "int32", "uint64", "int64"],
+    quick=["uint8", "int16", "uint64"],
+)
 def test_ids_of_any_width_are_counted_as_they_are(dtype, kind, wide):
     """Also with more experts than the dtype has numbers, masked, and out of range: also by multiples of 2**32."""
     limits = np.iinfo(dtype)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 import eplb_jax
 from eplb_jax import Placement, balanced, elastic, no_duplicate, sticky
 from eplb_jax.plan.policies.registry import POLICIES
+from tests.cases import cases
 
 FEW_SPARES = [(24, 24, 6, 2, 6), (60, 64, 12, 4, 16), (36, 36, 6, 2, 36), (24, 33, 12, 3, 3)]
 
@@ -66,8 +67,11 @@ def never_heavier(experts, *sizes, seed=0):
     assert (heaviest(ours, weight, sizes[3]) <= heaviest(theirs, weight, sizes[3])).all()  # without any tolerance
 
 
-@pytest.mark.parametrize(
-    "sizes", [pytest.param(size, marks=[pytest.mark.slow] * (n > 1)) for n, size in enumerate(FEW_SPARES)], ids=str
+@cases(
+    "sizes",
+    [pytest.param(size, marks=[pytest.mark.slow] * (n > 1)) for n, size in enumerate(FEW_SPARES)],
+    quick=[(24, 24, 6, 2, 6)],
+    ids=str,
 )
 def test_several_groups_a_node_and_few_spares(sizes):
     never_heavier(*sizes)
@@ -123,7 +127,7 @@ def test_layers_without_load_get_an_even_plan(sizes):
     assert sticky(weight * [[1], [0], [1]], plans[0], groups, nodes, gpus) is plans[0]
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@cases("policy", POLICIES.values(), quick=[eplb_jax.rebalance_experts, no_duplicate], ids=POLICIES)
 def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
     weight = loads_of(2, 12, 0)
     plan = policy(weight, 20, 6, 2, 4)
@@ -165,7 +169,7 @@ def best_apart(load, replicas, gpus):
     return best
 
 
-@pytest.mark.parametrize(("experts", "replicas", "gpus"), [(5, 8, 4), (6, 9, 3), (4, 8, 4)])
+@cases(("experts", "replicas", "gpus"), [(5, 8, 4), (6, 9, 3), (4, 8, 4)], quick=[(5, 8, 4)])
 def test_no_duplicate_revisits_who_gets_the_spares(experts, replicas, gpus):
     """Mean gap to the best plan there is; greedy counts that are never revisited are 4% to 6% above it."""
     weight = np.random.default_rng(experts * replicas).lognormal(size=(12, experts))
@@ -190,7 +194,7 @@ def test_placements_of_sticky_start_from_any_plan():
     assert (heaviest(new, weight, 6) <= heaviest(balanced(weight, 24, 6, 2, 6), weight, 6) * 1.01 * (1 + 1e-6)).all()
 
 
-@pytest.mark.parametrize("policy", POLICIES.values(), ids=POLICIES)
+@cases("policy", POLICIES.values(), quick=[eplb_jax.rebalance_experts, balanced], ids=POLICIES)
 def test_lists_and_what_numpy_reads_are_loads(policy):
     """DeepSeek's users have tensors of PyTorch: no array of NumPy or JAX, but one that NumPy reads."""
 

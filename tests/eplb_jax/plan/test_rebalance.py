@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import eplb_jax
 from eplb_jax.plan.packing import divide_by_integers
+from tests.cases import cases
 from tests.eplb_jax.plan import specification
 
 GOLDEN = json.loads((pathlib.Path(__file__).parents[2] / "golden" / "eplb.json").read_text())
@@ -26,7 +27,7 @@ OTHERS = [
 
 
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: case["name"])
-@pytest.mark.parametrize("convert", [np.array, jnp.array], ids=["numpy", "jax"])
+@cases("convert", [np.array, jnp.array], quick=[np.array], ids=["numpy", "jax"])
 def test_golden(case, convert):
     plan = eplb_jax.rebalance_experts(convert(case["weight"]), *(case[size] for size in SIZES))
     assert np.array_equal(plan.phy2log, case["phy2log"])
@@ -74,7 +75,7 @@ def problems(draw):
     return weights, (replicas, groups, nodes, gpus)
 
 
-@settings(max_examples=15, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=6, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(problems())
 def test_equal_to_plain_loops(problem):
     weights, (replicas, groups, nodes, gpus) = problem
@@ -92,7 +93,7 @@ def test_equal_to_plain_loops(problem):
         assert log2phy.shape[-1] == logcnt.max()
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=6, deadline=None, derandomize=True)
 @given(problems(), st.sampled_from([2, 3, 7]))
 def test_packing_and_replication_equal_plain_loops(problem, capacity):
     weights, (replicas, *_) = problem
@@ -126,7 +127,7 @@ def test_equal_to_plain_loops_at_real_sizes(sizes):
         assert phy2log[layer].tolist() == slots and logcnt[layer].tolist() == counts
 
 
-@pytest.mark.parametrize("sizes", [(288, 8, 1, 8), (320, 8, 20, 160)])
+@cases("sizes", [(288, 8, 1, 8), (320, 8, 20, 160)], quick=[(288, 8, 1, 8)])
 def test_devices_and_host_plan_alike(sizes):
     """Loads that are not integers, planned where JAX's arrays are: on a GPU, where there is one."""
     weight = (np.random.default_rng(6).lognormal(size=(58, 256)) * 1000).astype(np.float32)

@@ -13,11 +13,12 @@ from jaxpipe.deepseek import Server, build_model, serve
 from jaxpipe.deepseek.__main__ import main
 from jaxpipe.deepseek.folder import read_folder
 from jaxpipe.deepseek.hf_load import find_sources, folder_config
+from tests.cases import cases
 from tests.jaxpipe.deepseek.goldens import load_golden, unpack
 from tests.jaxpipe.deepseek.models import make_batch, small
 
 
-@pytest.mark.parametrize("name", ["v3", pytest.param("v3_yarn_noq", marks=pytest.mark.slow), "v2_lite"])
+@cases("name", ["v3", pytest.param("v3_yarn_noq", marks=pytest.mark.slow), "v2_lite"], quick=["v3"])
 def test_logits_loss_and_greedy_tokens(name, tmp_path):
     config, _, tree, reference = load_golden(name, tmp_path)
     server = Server(config, serve(config, tree, dtype=jnp.float32))

@@ -8,6 +8,7 @@ import pytest
 from eplb_jax.kernels.fallback import log_fallback
 from jaxpipe.deepseek import kernels
 from jaxpipe.deepseek.kernels import causal_attention
+from tests.cases import cases
 
 
 def operands(queries, keys, heads, width, narrow, dtype):
@@ -37,7 +38,7 @@ def test_wide_values_are_refused():
         causal_attention(query, key, value)
 
 
-@pytest.mark.parametrize(
+@cases(
     ("queries", "keys", "width", "narrow", "chosen"),
     [
         (7, 7, 64, 64, "cudnn"),
@@ -47,6 +48,13 @@ def test_wide_values_are_refused():
         (8, 8, 12, 8, "xla"),
         (8, 8, 264, 264, "xla"),
         (1, 8, 64, 64, "xla"),
+        (4, 7, 64, 64, "xla"),
+    ],
+    quick=[
+        (8, 8, 16, 12, "cudnn"),
+        (8, 8, 12, 12, "xla"),
+        (8, 8, 12, 8, "xla"),
+        (8, 8, 264, 264, "xla"),
         (4, 7, 64, 64, "xla"),
     ],
 )

@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec as P
 import jaxpipe
 from jaxpipe.planning.chips import CHIPS
 from jaxpipe.schedule.simulator import closed_form_bubble, simulate
+from tests.cases import cases
 
 TOKENS, WIDTH, HIDDEN = 64, 128, 512
 PRODUCT = 2 * TOKENS * WIDTH * HIDDEN
@@ -110,7 +111,7 @@ def test_stash_is_what_the_schedule_holds():
     assert stash("1f1b", 16) < stash("gpipe", 16)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "dualpipev"])
+@cases("name", ["1f1b", "dualpipev"], quick=["dualpipev"])
 @pytest.mark.parametrize("axis", ["dp", "tp"])
 def test_memory_is_that_of_the_compiled_program(name, axis):
     """Over a data axis by hand, and with parameters over an axis of the compiler's."""

@@ -7,6 +7,7 @@ import pytest
 from jax.experimental import io_callback
 
 import jaxpipe
+from tests.cases import cases
 from tests.plain import assert_trees_close, plain_value_and_grad
 
 MICROBATCHES, ROWS, WIDTH = 4, 2, 4
@@ -87,7 +88,7 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place", PLACES)
+@cases("place", PLACES, quick=["1f1b, loops", "zb1p, sequential", "dualpipev, stretches"])
 def test_each_effect_runs_once_for_a_microbatch(place):
     name, ranks, dispatch, stage = PLACES[place]
     schedule = jaxpipe.schedule.build(name, ranks, MICROBATCHES)
@@ -174,7 +175,7 @@ def doubled(x):
     return jax.freeze(y)
 
 
-@pytest.mark.parametrize("ranks, dispatch", [(2, "loops"), (1, "unrolled")])
+@cases("ranks, dispatch", [(2, "loops"), (1, "unrolled")], quick=[(2, "loops")])
 def test_refs_everywhere(ranks, dispatch):
     schedule = jaxpipe.schedule.build("zb1p" if ranks == 2 else "1f1b", ranks, MICROBATCHES)
     params, batch = inputs(schedule)

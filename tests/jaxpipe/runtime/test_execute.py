@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, cosine_difference, plain_value_and_grad, split_batch
 
@@ -63,7 +64,18 @@ def compare(schedule, params, batch, rng=None, *, rtol=1e-10, mesh=None, **funct
     return grads
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", GRID)
+@cases(
+    "name, ranks, microbatches",
+    GRID,
+    quick=[
+        ("gpipe", 1, 3),
+        ("1f1b", 2, 4),
+        ("zb1p", 4, 4),
+        ("zbv", 2, 4),
+        ("dualpipe", 2, 4),
+        ("dualpipev", 2, 4),
+    ],
+)
 def test_every_schedule_equals_the_plain_program(x64, name, ranks, microbatches):
     """Tied embedding, dropout, auxiliary losses, metrics, masks and integer activations, all at once."""
     schedule = jaxpipe.schedule.build(name, ranks, microbatches)
@@ -91,7 +103,7 @@ def deepseek_example(name, ranks, microbatches, width, hidden, sequence):
     )
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", REDUCED)
+@cases("name, ranks, microbatches", REDUCED, quick=[("interleaved", 4, 20), ("dualpipev", 4, 20)])
 def test_deepseek_example_reduced(x64, name, ranks, microbatches):
     """The example of DeepSeek's repository with 16-wide layers and 8 positions."""
     deepseek_example(name, ranks, microbatches, 16, 64, 8)
@@ -111,7 +123,7 @@ def test_deepseek_example_on_more_ranks(x64, name, ranks, microbatches):
     deepseek_example(name, ranks, microbatches, 512, 2048, 256)
 
 
-@pytest.mark.parametrize("dispatch", ["switch", "loops", "stretches", "sequential"])
+@cases("dispatch", ["switch", "loops", "stretches", "sequential"], quick=["loops", "stretches"])
 def test_dispatchers_agree(x64, dispatch):
     schedule = jaxpipe.schedule.build("dualpipev", 2, 6)
     compare(
@@ -125,6 +137,7 @@ def test_dispatchers_agree(x64, dispatch):
     )
 
 
+@pytest.mark.slow
 def test_result_does_not_depend_on_the_schedule(x64):
     """Same model of 8 stages, dropout included, through three schedules."""
     losses = []
@@ -167,7 +180,7 @@ def test_without_head_auxiliary_losses_are_the_objective(x64):
     )
 
 
-@pytest.mark.parametrize("name", ["gpipe", "interleaved", "zbv", "dualpipe", "dualpipev"])
+@cases("name", ["gpipe", "interleaved", "zbv", "dualpipe", "dualpipev"], quick=["zbv", "dualpipe", "dualpipev"])
 def test_forward_only_returns_outputs_in_the_order_of_the_batch(x64, name):
     schedule = jaxpipe.schedule.build(name, 2, 4)
     params = models.deepseek_params(schedule, 8, 16)

@@ -12,6 +12,7 @@ import jaxpipe
 from jaxpipe import layer_split
 from jaxpipe.flax import layered_stages
 from profiling import check_collectives
+from tests.cases import cases
 from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
 
@@ -53,7 +54,7 @@ def make(schedule, layered, count=1):
     return stage, jaxpipe.Params(stages, outer), batch
 
 
-@pytest.mark.parametrize(
+@cases(
     ("name", "ranks", "dispatch", "layered"),
     [
         ("dualpipev", 2, "stretches", False),
@@ -65,6 +66,7 @@ def make(schedule, layered, count=1):
             for layered in (False, True)
         ),
     ],
+    quick=[("dualpipev", 2, "stretches", False), ("1f1b", 1, "unrolled", True)],
 )
 def test_fsdp_equals_the_plain_program(x64, name, ranks, dispatch, layered):
     """Loss, auxiliary loss, metrics and gradients; these come back divided as the parameters are."""

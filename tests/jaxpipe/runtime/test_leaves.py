@@ -8,6 +8,7 @@ import pytest
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from tests.cases import cases
 from tests.plain import assert_trees_close, plain_value_and_grad
 
 WIDTH = 4
@@ -57,13 +58,14 @@ def make_params(schedule, dtype=np.float64):
     return jaxpipe.Params(stages, outer)
 
 
-@pytest.mark.parametrize(
+@cases(
     "name, ranks, dispatch",
     [
         ("1f1b", 1, "unrolled"),
         ("dualpipe", 2, "stretches"),
         ("zbv", 2, "switch"),
     ],
+    quick=[("zbv", 2, "switch")],
 )
 def test_equal_the_plain_program(x64, name, ranks, dispatch):
     """DualPipe fetches the leaves of its mirrored stages from other ranks."""
@@ -108,7 +110,7 @@ def test_beside_data_parallelism_and_shared_ends(x64):
     assert float(losses.mean()) * 28 == pytest.approx(float(loss), rel=1e-12)
 
 
-@pytest.mark.parametrize("shared", [False, True])
+@cases("shared", [False, True], quick=[True])
 def test_activations_that_are_not_floating(x64, shared):
     """Keys, bools and small integers travel with the activations, and out of a forward pass."""
     schedule, mesh = jaxpipe.schedule.build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2)
@@ -167,7 +169,7 @@ def test_compute_dtype_leaves_them_alone():
     assert grads.stages["row"].dtype == grads.outer.dtype == jax.dtypes.float0
 
 
-@pytest.mark.parametrize("jitted", [True, False])
+@cases("jitted", [True, False], quick=[True])
 def test_an_optimizer_leaves_them_as_they_are(jitted):
     """Decay that would halve them, momentum, clipping: every bit of every other leaf stays, keys included under jit."""
     schedule = jaxpipe.schedule.build("1f1b", 1, 2)

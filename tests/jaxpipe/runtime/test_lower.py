@@ -17,6 +17,7 @@ from jaxpipe.schedule import BUILDERS, build
 from jaxpipe.schedule.action import Action, Group, Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, simulate
+from tests.cases import cases
 
 SIZES = [
     *[(name, ranks, m) for name in ("gpipe", "1f1b", "zb1p") for ranks, m in ((1, 2), (2, 4), (3, 6), (4, 8), (8, 24))],
@@ -252,7 +253,7 @@ def random_schedule(rng: random.Random) -> Schedule:
     return dataclasses.replace(empty, ranks=tuple(map(tuple, rows)))
 
 
-@pytest.mark.parametrize("seed", range(100))
+@cases("seed", range(100), quick=range(30))
 def test_any_schedule_that_can_run_lowers_rightly(seed: int) -> None:
     rng = random.Random(seed)
     schedule = random_schedule(rng)

@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from profiling import check_collectives
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.jaxprs import equations
 from tests.plain import assert_trees_close, plain_value_and_grad
@@ -51,7 +52,7 @@ def moe_head(outer, y, data, ctx):
     return jnp.mean((y @ outer["out"]) ** 2)
 
 
-@pytest.mark.parametrize("name", ["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"])
+@cases("name", ["1f1b", "zb1p", "zbv", "dualpipe", "dualpipev"], quick=["dualpipev"])
 def test_all_to_all_inside_the_stage_beside_data_parallelism(x64, name):
     """pp=2, dp=2, ep=2: experts sharded over ep, tokens over dp and ep."""
     schedule = jaxpipe.schedule.build(name, 2, 4)
@@ -73,8 +74,10 @@ def test_all_to_all_inside_the_stage_beside_data_parallelism(x64, name):
     assert_trees_close(grads, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize(
-    "name", [*(pytest.param(name, marks=pytest.mark.slow) for name in ("zb1p", "dualpipe")), "1f1b", "dualpipev"]
+@cases(
+    "name",
+    [*(pytest.param(name, marks=pytest.mark.slow) for name in ("zb1p", "dualpipe")), "1f1b", "dualpipev"],
+    quick=["dualpipev"],
 )
 def test_compiler_sharded_matmuls_inside_the_stage(x64, name):
     """pp=4, tp=2: the compiler shards the hidden dimension and adds the all-reduces."""
@@ -192,7 +195,11 @@ def test_parameters_sharded_over_the_batch_axis_by_the_compiler_are_refused():
     trace(jaxpipe.Params(P("pp", None, "tp"), P()), batch_spec=P("dp"))
 
 
-@pytest.mark.parametrize("name, order", [("1f1b", "model"), ("dualpipev", "model"), ("dualpipe", "storage")])
+@cases(
+    "name, order",
+    [("1f1b", "model"), ("dualpipev", "model"), ("dualpipe", "storage")],
+    quick=[("dualpipe", "storage")],
+)
 def test_parameters_sharded_over_the_batch_axis_by_hand(x64, name, order):
     """pp=2, dp=2, tp=2: FSDP, gathered in the stage, beside the compiler's tensor parallelism; gradients divided."""
     schedule = jaxpipe.schedule.build(name, 2, 4)

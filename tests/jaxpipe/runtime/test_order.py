@@ -10,6 +10,7 @@ import jaxpipe
 from jaxpipe.runtime.copies import plan_moves
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
 
@@ -64,20 +65,20 @@ def assert_plain(schedule, order, rows):
     np.testing.assert_allclose(outputs, x, rtol=1e-12)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@cases("name", NAMES, quick=["interleaved", "dualpipev"])
 def test_row_i_is_stage_i(x64, name):
     """A user's [num_stages, ...] array, whatever the schedule."""
     schedule = jaxpipe.schedule.build(name, 4, 8)
     assert_plain(schedule, {}, range(schedule.num_stages))
 
 
-@pytest.mark.parametrize("name", ["interleaved", "dualpipe", "dualpipev"])
+@cases("name", ["interleaved", "dualpipe", "dualpipev"], quick=["dualpipe"])
 def test_storage_order(x64, name):
     schedule = jaxpipe.schedule.build(name, 2, 4)
     assert_plain(schedule, {"order": "storage"}, np.argsort(schedule.storage_order).tolist())
 
 
-@pytest.mark.parametrize("order", ["model", "storage"])
+@cases("order", ["model", "storage"], quick=["storage"])
 @pytest.mark.parametrize("route, others", [((0, 1, 1, 1), ()), ((1, 0, 0, 1, 2, 0), ((2, 2, 1, 0, 0, 2),))])
 def test_ranks_with_different_numbers_of_stages(x64, order, route, others):
     """Rows are divided evenly over ranks even where the schedule's stages are not."""
@@ -131,7 +132,9 @@ def test_what_is_in_place_does_not_move(name):
     assert count("model") == (mirrored if name in IN_PLACE else 8 if name == "interleaved" else 4)
 
 
-@pytest.mark.parametrize("name", ["interleaved", "zbv", pytest.param("dualpipe", marks=pytest.mark.slow), "dualpipev"])
+@cases(
+    "name", ["interleaved", "zbv", pytest.param("dualpipe", marks=pytest.mark.slow), "dualpipev"], quick=["dualpipev"]
+)
 def test_both_orders_give_the_same_bits(name):
     """bfloat16 copies, tensor parallelism by the compiler, and leaves that are no floating numbers."""
     schedule = jaxpipe.schedule.build(name, 2, 4)

@@ -14,6 +14,7 @@ from jaxpipe.schedule import BUILDERS, build
 from jaxpipe.schedule.action import Action, Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, simulate
+from tests.cases import cases
 
 UNIT = Costs()
 UNEVEN = Costs(forward=1.0, backward_input=1.2, weight=0.8)
@@ -104,9 +105,10 @@ def test_lockstep_costs_at_most_one_percent(name: str, size: tuple[int, int, int
     ("name", "ranks", "microbatches"),
     [("dualpipe", *size[:2]) for size in DUALPIPE] + [("dualpipev", *size[:2]) for size in DUALPIPEV],
 )
-@pytest.mark.parametrize(
+@cases(
     "costs",
     [UNEVEN, dataclasses.replace(UNIT, overlapped=HIDDEN), dataclasses.replace(UNEVEN, overlapped=HIDDEN)],
+    quick=[dataclasses.replace(UNEVEN, overlapped=HIDDEN)],
     ids=["uneven", "overlapped", "uneven, overlapped"],
 )
 def test_uneven_costs_lose_at_most_three_percent(name: str, ranks: int, microbatches: int, costs: Costs) -> None:
@@ -114,7 +116,7 @@ def test_uneven_costs_lose_at_most_three_percent(name: str, ranks: int, microbat
     assert pack(schedule, costs).makespan <= 1.03 * simulate(schedule, costs).makespan
 
 
-@pytest.mark.parametrize("name", BUILDERS)
+@cases("name", BUILDERS, quick=["gpipe", "1f1b", "interleaved", "dualpipe", "dualpipev"])
 def test_large_schedules_take_few_positions(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Counted are the positions of the ranks that the search goes on from, most of the work of packing."""
     advance, looked_at = search._advance, []

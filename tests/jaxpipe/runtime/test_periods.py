@@ -15,6 +15,7 @@ from jaxpipe.runtime.pack import Packing, pack, pack_naive
 from jaxpipe.runtime.periods import find_steady
 from jaxpipe.runtime.search import search
 from jaxpipe.schedule import BUILDERS, Costs, Schedule, build, check, interleaved, simulate
+from tests.cases import cases
 from tests.jaxpipe.runtime.test_lower import assert_right
 from tests.jaxpipe.runtime.test_pack import UNEVEN, UNIT, assert_legal
 
@@ -57,7 +58,7 @@ def every_third_late(schedule: Schedule) -> Schedule:
 
 
 @pytest.mark.parametrize(("name", "ranks", "microbatches"), LONG)
-@pytest.mark.parametrize("costs", [UNIT, UNEVEN], ids=["unit", "uneven"])
+@cases("costs", [UNIT, UNEVEN], quick=[UNEVEN], ids=["unit", "uneven"])
 def test_repeated_ticks_are_as_good_as_searched_ones(name: str, ranks: int, microbatches: int, costs: Costs) -> None:
     schedule = build(name, ranks, microbatches)
     assert find_steady(read_actions(schedule)) is not None

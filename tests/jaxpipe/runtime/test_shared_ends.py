@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe import vocabulary
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.plain import assert_trees_close, plain_value_and_grad
 
@@ -93,7 +94,7 @@ def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, e
     return grads
 
 
-@pytest.mark.parametrize("name, ranks, microbatches", GRID)
+@cases("name, ranks, microbatches", GRID, quick=[("zb1p", 4, 8), ("dualpipev", 1, 2)])
 def test_every_schedule_equals_the_plain_program(x64, name, ranks, microbatches):
     """Tied, padded and sharded embedding, dropout, auxiliary losses, metrics, masks and integer activations."""
     schedule = jaxpipe.schedule.build(name, ranks, microbatches)
@@ -117,7 +118,7 @@ def token_stage(params, x, ctx):
     return jaxpipe.Output({"h": h, "position": x["position"]}, metrics={"mean": h.sum()})
 
 
-@pytest.mark.parametrize(
+@cases(
     "name, manual",
     [
         ("1f1b", True),
@@ -127,6 +128,7 @@ def token_stage(params, x, ctx):
         ("dualpipev", True),
         ("dualpipev", False),
     ],
+    quick=[("dualpipev", True), ("dualpipev", False)],
 )
 def test_beside_data_parallelism(x64, name, manual):
     """pp=4, dp=2; masks differ between data-parallel shards, dp is handled by hand or by the compiler."""
@@ -159,7 +161,7 @@ plain_head_without_scale = functools.partial(without_scale, plain_head)
     "embed, head, outer",
     [
         (sharded_embed, autodiff_head, P("pp")),
-        (models.token_embed, plain_head, P()),  # every rank does all of it
+        pytest.param(models.token_embed, plain_head, P(), marks=pytest.mark.slow),  # every rank does all of it
         (sharded_embed, lambda outer, y, data, ctx: plain_head(gather(outer), y, data, ctx), P("pp")),
     ],
     ids=["collectives", "replicated", "gathered"],
@@ -177,12 +179,13 @@ def gather(outer):
     return {**outer, "embedding": jax.lax.all_gather(outer["embedding"], "pp", tiled=True)}
 
 
-@pytest.mark.parametrize(
-    "dispatch",
-    ["stretches", *(pytest.param(name, marks=pytest.mark.slow) for name in ("switch", "loops", "sequential"))],
+@cases(
+    ("name", "dispatch"),
+    [("1f1b", "stretches"), *(("dualpipev", name) for name in ("stretches", "switch", "loops", "sequential"))],
+    quick=[("1f1b", "stretches")],
 )
-def test_dispatchers_agree(x64, dispatch):
-    schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+def test_dispatchers_agree(x64, name, dispatch):
+    schedule = jaxpipe.schedule.build(name, 2, 4)
     compare(schedule, padded_params(schedule), models.token_batch(8), jaxpipe.make_mesh(pp=2), specs=SHARDED,
             rng=jax.random.key(0), dispatch=dispatch)  # fmt: skip
 
@@ -246,7 +249,7 @@ def test_without_head_or_embed(x64):
 
 def test_bfloat16_compute():
     """In bfloat16 the gradients differ from those of lone ends by its rounding alone."""
-    schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
+    schedule = jaxpipe.schedule.build("zb1p", 2, 4)
     params, batch = jax.tree.map(
         lambda leaf: leaf.astype(jnp.float32) if leaf.dtype == jnp.float64 else leaf,
         (padded_params(schedule), models.token_batch(8)),

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from tests.cases import cases
 from tests.plain import assert_trees_close
 
 WIDTH = 4
@@ -56,9 +57,10 @@ def masked_loss(params, data):
     return total / sum(one["mask"].sum() for one in data)
 
 
-@pytest.mark.parametrize(
+@cases(
     "name, ranks, dp, shared",
     [("1f1b", 1, 1, False), ("1f1b", 2, 1, False), ("zb1p", 2, 2, False), ("dualpipev", 2, 1, True)],
+    quick=[("zb1p", 2, 2, False), ("dualpipev", 2, 1, True)],
 )
 def test_a_microbatch_without_tokens_means_nothing(x64, name, ranks, dp, shared):
     """Its loss, its activations and all their derivatives are NaN; on one device only where there are two."""
@@ -113,7 +115,7 @@ def test_devices_that_exchange_activations_get_no_cotangents_without_weight(x64,
     assert_trees_close(grads.stages, expected_grads, rtol=1e-10)
 
 
-@pytest.mark.parametrize("microbatches", [8, 12, 100])
+@cases("microbatches", [8, 12, 100], quick=[12])
 @pytest.mark.parametrize("weight", [None, lambda data: 7])
 def test_shares_are_not_rounded_to_the_losses_dtype(microbatches, weight):
     """1/12 in bfloat16 is 0.2% too large, and so were loss and gradients; here all but the losses is float32."""

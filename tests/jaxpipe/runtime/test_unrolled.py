@@ -12,6 +12,7 @@ import jaxpipe
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.program import Field
 from jaxpipe.runtime.unrolled import find_repeat, is_short
+from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.jaxpipe.runtime.test_execute import compare
 from tests.plain import assert_trees_close
@@ -83,8 +84,11 @@ def test_only_short_code_of_one_rank_is_unrolled():
         made("dualpipev", 2, 8, dispatch="unrolled")
 
 
-@pytest.mark.parametrize("name, microbatches", [("gpipe", 9), ("interleaved", 9), ("zb1p", 4), ("zbv", 7),
-                                                ("dualpipev", 5), ("dualpipev", 11)])  # fmt: skip
+@cases(
+    "name, microbatches",
+    [("gpipe", 9), ("interleaved", 9), ("zb1p", 4), ("zbv", 7), ("dualpipev", 5), ("dualpipev", 11)],
+    quick=[("zb1p", 4), ("dualpipev", 5)],
+)
 def test_equals_the_plain_program(x64, name, microbatches):
     """Tied embedding, dropout, auxiliary losses, metrics, masks and integer activations, with and without rounds."""
     schedule = jaxpipe.schedule.build(name, 1, microbatches)

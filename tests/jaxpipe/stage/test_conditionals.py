@@ -11,6 +11,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.stage import matmul_flops, split_stage
+from tests.cases import cases
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -160,7 +161,11 @@ def plain_cotangent(out_ct):
     )
 
 
-@pytest.mark.parametrize("name", CASES)
+SIMILAR = ("in a loop", "loop in a branch", "in a loop in remat", "in remat", "nested")
+"""As others that run by default, and slow."""
+
+
+@cases("name", CASES, quick=[name for name in CASES if name not in SIMILAR])
 def test_each_branch_has_the_plain_gradients(x64, name):
     stage, params, x, more = CASES[name]()
     split = split_stage(stage, params, x, jnp.int32(0), *more)
@@ -183,7 +188,7 @@ def test_each_branch_has_the_plain_gradients(x64, name):
         assert_trees_close(found, expected, rtol=1e-10)
 
 
-@pytest.mark.parametrize("name", CASES)
+@cases("name", CASES, quick=[name for name in CASES if name not in SIMILAR])
 def test_weight_products_are_in_the_second_half(x64, name):
     """In each branch both halves have the products of the whole, and the first only those of the input's gradient."""
     stage, params, x, more = CASES[name]()
@@ -244,7 +249,7 @@ def test_no_branch_keeps_parameters(x64, name):
     assert kept.isdisjoint(matrices)
 
 
-@pytest.mark.parametrize("lead", [(), (LAYERS,)], ids=["once", "in a loop"])
+@cases("lead", [(), (LAYERS,)], quick=[(LAYERS,)], ids=["once", "in a loop"])
 def test_casts_in_branches_are_made_once_a_step(lead):
     """One narrow copy of each parameter for all branches, made by `SplitStage.prepare`; gradients are still right."""
 

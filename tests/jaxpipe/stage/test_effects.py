@@ -13,6 +13,7 @@ from jax.experimental import io_callback
 from jaxpipe._jax import Effect, Primitive
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.graph import RECOMPUTE
+from tests.cases import cases
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -156,7 +157,20 @@ def parts(stage, w, x):
     return {"F": forward, "I": one, "W": two, "B": both}, (params_ct, x_ct), whole
 
 
-@pytest.mark.parametrize("name", STAGES)
+SIMILAR = (
+    "unrolled scan over parameters",
+    "scan of remat",
+    "remat of a scan",
+    "remat of a cond",
+    "unrolled scan",
+    "remat of a while",
+    "remat",
+    "custom jvp",
+)
+"""As others that run by default, and slow."""
+
+
+@cases("name", STAGES, quick=[name for name in STAGES if name not in SIMILAR])
 def test_effects_run_once_in_the_forward(x64, name):
     stage, count = STAGES[name]
     w, x = zoo.normal(4, 4), zoo.normal(2, 4)
@@ -306,7 +320,7 @@ REFS = {
 }
 
 
-@pytest.mark.parametrize("name", REFS)
+@cases("name", REFS, quick=["counter", "filled", "conditional", "in a loop", "custom vjp", "remat"])
 def test_refs_are_values(x64, name):
     stage, w, x = REFS[name], zoo.normal(4, 4), zoo.normal(2, 4)
     expected = jax.jit(stage)(w, x)

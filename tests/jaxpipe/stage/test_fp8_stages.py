@@ -8,6 +8,7 @@ import pytest
 from eplb_jax.kernels.fp8_linear import scaled_feed_forward, scaled_linear
 from jaxpipe.stage import split_stage
 from jaxpipe.stage.flops import matmul_flops
+from tests.cases import cases
 
 ROWS, WIDTH, HIDDEN = 256, 256, 640
 """Sides of two blocks or more: a product over one block is a loop of one turn, which is opened; its part of the matrix,
@@ -27,7 +28,7 @@ SHAPES = {"a": (WIDTH, 576), "b": (576, WIDTH), "in": (WIDTH, 2 * HIDDEN), "out"
 USED = {linear: ("a", "b"), swiglu: ("in", "out")}
 
 
-@pytest.mark.parametrize(
+@cases(
     ("stage", "dtype", "remat"),
     [
         (linear, "bfloat16", False),
@@ -35,6 +36,7 @@ USED = {linear: ("a", "b"), swiglu: ("in", "out")}
         pytest.param(swiglu, "float32", False, marks=pytest.mark.slow),
         (swiglu, "bfloat16", True),
     ],
+    quick=[(linear, "bfloat16", False), (swiglu, "bfloat16", True)],
 )
 def test_halves_and_what_they_keep(stage, dtype, remat):
     params = {

@@ -9,6 +9,7 @@ import pytest
 
 import jaxpipe
 from jaxpipe.stage import split_stage
+from tests.cases import cases
 from tests.jaxpipe.stage import fuzz, zoo
 from tests.jaxpipe.stage.expressions import Book, expressions
 from tests.jaxpipe.stage.leaves import LEAVES, ROWS, Context
@@ -18,17 +19,17 @@ from tests.plain import assert_trees_close, plain_value_and_grad
 SEEDS = 150
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 60)) for n in range(SEEDS)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 12)) for n in range(SEEDS)])
 def test_divided_backward_is_the_plain_one(seed):
     fuzz.run_seed(seed)
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 151)) for n in range(150, 210)])
+@cases("seed", range(150, 210), quick=[150])
 def test_divided_within_a_budget_it_is_the_plain_one(seed):
     fuzz.run_seed(seed, budgets=True)
 
 
-@pytest.mark.parametrize("seed", range(0, 27, 3))
+@cases("seed", range(0, 27, 3), quick=[3, 6, 18])
 def test_its_numbers_are_those_of_the_plain_one(seed):
     assert fuzz.dtype_of(seed) == "float64"
     fuzz.run_seed(seed, numbers=True)
@@ -66,7 +67,11 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("place, seed", [(place, 3 * i) for i, place in enumerate([*PLACES, *PLACES])])
+@cases(
+    "place, seed",
+    [(place, 3 * i) for i, place in enumerate([*PLACES, *PLACES])],
+    quick=[("zb1p", 3), ("one rank", 6), ("1f1b", 9)],
+)
 def test_programs_in_a_pipeline(x64, place, seed):
     """The executor's numbers for a random stage: its stashes, slots and branches."""
     schedule, dispatch = PLACES[place]
@@ -134,7 +139,7 @@ def test_masks_that_both_halves_read(x64, name):
     assert not [leaf for leaf in split.crossing if leaf.dtype == jnp.bool_]
 
 
-@pytest.mark.parametrize("seed", [22, 25])
+@cases("seed", [22, 25], quick=[22])
 def test_a_stage_is_divided_alike_every_time(seed, x64):
     """What the halves of nested loops stack and hand over has one order, or no cache finds the compiled program."""
 

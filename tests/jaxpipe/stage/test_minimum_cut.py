@@ -16,6 +16,7 @@ from jaxpipe.stage import split_stage
 from jaxpipe.stage.divide import closure
 from jaxpipe.stage.graph import RECOMPUTE, Node, Value
 from jaxpipe.stage.residuals import minimum_cut
+from tests.cases import cases
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -144,7 +145,7 @@ def test_remat_shares_the_casts_that_are_made_once_a_step():
     assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=2e-2)
 
 
-@pytest.mark.parametrize("reverse", [False, True])
+@cases("reverse", [False, True], quick=[True])
 def test_turns_of_an_unrolled_scan_are_as_written_out(x64, reverse):
     """What is kept and handed over is what code without a loop keeps; nothing is stacked, no parameter copied."""
     turns, width = 3, 4
@@ -188,7 +189,7 @@ def test_turns_of_an_unrolled_scan_are_as_written_out(x64, reverse):
     )
 
 
-@pytest.mark.parametrize("inner", [1, 2])
+@cases("inner", [1, 2], quick=[2])
 def test_an_unrolled_scan_within_another(x64, inner):
     """Rows of rows of parameters; the inner one a loop, too."""
     params, x = {"w": zoo.normal(3, 2, 4, 4), "gain": zoo.normal(3, 4)}, zoo.normal(2, 4)

@@ -52,7 +52,7 @@ def in_a_branch(params, x):
 
 
 @pytest.mark.parametrize("stage, shape", [
-    (lambda params, x: jnp.tanh(linear(x, params)), (WIDTH, WIDTH)),
+    pytest.param(lambda params, x: jnp.tanh(linear(x, params)), (WIDTH, WIDTH), marks=pytest.mark.slow),
     (in_a_loop, (LAYERS, WIDTH, WIDTH)),
     (in_a_branch, (WIDTH, WIDTH)),
 ], ids=["plain", "loop", "branch"])  # fmt: skip

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from jaxpipe.stage import split_stage
+from tests.cases import cases
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -124,7 +125,23 @@ def other_arrays(tree):
     return jax.tree.map(other, tree)
 
 
-@pytest.mark.parametrize("name", ALL)
+SIMILAR = (
+    "linen",
+    "nnx",
+    "remat of a scan",
+    "scan of remat",
+    "scan in a scan",
+    "casts in a scan",
+    "casts in a remat of a scan",
+    "dropout in a scan",
+    "dropout in remat",
+    "policy in a scan",
+    "remat saving dots",
+)
+"""As others that run by default, and slow."""
+
+
+@cases("name", ALL, quick=[name for name in ALL if name not in SIMILAR])
 def test_only_what_depends_on_the_microbatch_is_kept_and_once(x64, name):
     """With another input each array kept or handed over changes: no parameters, masks or positions are among them."""
     stage, params, x, args = ALL[name]()

@@ -8,6 +8,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from jaxpipe.stage import matmul_flops, split_stage
+from tests.cases import cases
 from tests.jaxpipe.stage import zoo
 from tests.plain import assert_trees_close
 
@@ -41,7 +42,11 @@ def reference(stage, params, x, args, out_ct):
     return out, typed(params_ct, params), typed(x_ct, x)
 
 
-@pytest.mark.parametrize("name", zoo.CASES)
+SIMILAR = ("attention", "nnx", "remat of a scan", "scan of remat", "dropout in remat", "remat saving dots")
+"""As others that run by default, and slow."""
+
+
+@cases("name", zoo.CASES, quick=[name for name in zoo.CASES if name not in SIMILAR])
 def test_halves_and_whole_equal_the_vjp(x64, name):
     stage, params, x, args = zoo.CASES[name]()
     split = split_stage(stage, params, x, *args)

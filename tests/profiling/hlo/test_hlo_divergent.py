@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from profiling.hlo.divergent import check_collectives, find_divergent
+from tests.cases import cases
 
 WIDTH = 8
 
@@ -86,7 +87,7 @@ def test_a_split_of_sharded_columns_is_found(dispatch):
     assert {one.kind for one in find_divergent(hlo, mesh)} == {"collective-permute"}
 
 
-@pytest.mark.parametrize(
+@cases(
     "stage, options",
     [
         (rotated, {}),
@@ -94,6 +95,7 @@ def test_a_split_of_sharded_columns_is_found(dispatch):
         (gated, {"specs": COLUMNS, "make": jaxpipe.forward}),
         (rotated, {"name": "dualpipev"}),
     ],
+    quick=[(rolled, {"batch_spec": P("tp")}), (rotated, {"name": "dualpipev"})],
 )
 def test_other_ways_to_a_permute_are_found(stage, options):
     with pytest.raises(ValueError, match="would wait for ever"):
@@ -117,7 +119,7 @@ def test_collectives_within_a_rank_are_fine(stage, options):
 
 
 @pytest.mark.parametrize("shared", [True, False])
-@pytest.mark.parametrize("dispatch", ["loops", "switch"])
+@cases("dispatch", ["loops", "switch"], quick=["switch"])
 def test_shared_ends_may_communicate_over_the_ranks(dispatch, shared):
     """All ranks run them together; without sharing, one rank alone would wait for the other in its head."""
     mesh, schedule = jaxpipe.make_mesh(pp=2, tp=2), jaxpipe.schedule.build("1f1b", 2, 4)

@@ -294,11 +294,12 @@ class TestOtherFiles:
             read_trace(tmp_path / "other.bin")
 
 
-def test_500_damaged_files_end_in_a_report_or_a_sentence(tmp_path):
+@pytest.mark.parametrize("files", [120, pytest.param(500, marks=pytest.mark.slow)])
+def test_damaged_files_end_in_a_report_or_a_sentence(tmp_path, files):
     """Bytes flipped, cut and inserted; values and keys exchanged; deep nesting; huge numbers; packed and not."""
     path = tmp_path / "broken.json"
     read, refused = 0, 0
-    for seed in range(500):
+    for seed in range(files):
         path.write_bytes(damaged(seed))
         try:
             found = report(read_trace(path))
@@ -308,7 +309,7 @@ def test_500_damaged_files_end_in_a_report_or_a_sentence(tmp_path):
         else:
             found.text().encode()
             read += 1
-    assert read > 300 and refused > 50
+    assert read > 0.6 * files and refused > 0.1 * files
 
 
 def test_undamaged_it_has_all_events(tmp_path):

@@ -10,6 +10,7 @@ import pytest
 from eplb_jax import MoEConfig, RouterConfig
 from profiling.workloads import SIZES
 from profiling.workloads.run import make_mesh, prepare
+from tests.cases import cases
 
 SMALL = dataclasses.replace(
     SIZES["tiny"],
@@ -35,7 +36,7 @@ def cosine(found, wanted):
     return found @ wanted / np.sqrt((found @ found) * (wanted @ wanted))
 
 
-@pytest.mark.parametrize("workload", [pytest.param("train", marks=pytest.mark.slow), "prefill", "decode"])
+@cases("workload", [pytest.param("train", marks=pytest.mark.slow), "prefill", "decode"], quick=["prefill"])
 def test_results_are_near_those_of_bfloat16(workload):
     ran = {}
     for precision in ("bf16", "fp8"):

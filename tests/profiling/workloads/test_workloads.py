@@ -19,6 +19,7 @@ from profiling.workloads import SIZES
 from profiling.workloads.layer import AXIS, LayerParams, apply_layer, init_layers, layer_specs
 from profiling.workloads.predict import predict
 from profiling.workloads.run import make_mesh, prepare, run
+from tests.cases import cases
 
 TINY = SIZES["tiny"]
 
@@ -106,7 +107,7 @@ def test_a_layer_is_the_block_that_is_trained(devices):
     np.testing.assert_allclose(y, jnp.concatenate(expected), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("workload", ["train", "prefill", "decode"])
+@cases("workload", ["train", "prefill", "decode"], quick=["train"])
 def test_one_device_stands_for_one_of_many(workload, tmp_path):
     ran = run(workload, TINY, tmp_path, mesh=mesh_of(1), dtype=jnp.float32, calls=1)
     assert ran.dropped == 0 and (tmp_path / "program.hlo.gz").exists()
