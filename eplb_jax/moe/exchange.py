@@ -23,7 +23,31 @@ def all_to_all(x: Num[Array, "ep ..."], axis: str, groups: Groups | None = None)
 
     It is its own transpose.
     """
-    return jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=groups)
+    if groups is None:
+        return jax.lax.all_to_all(x, axis, 0, 0, tiled=True)
+    return _all_to_all_in_groups(*_vary_over(axis, x), axis, groups)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _all_to_all_in_groups(x: jax.Array, axis: str, groups: Groups) -> jax.Array:
+    """`all_to_all` within groups, for which JAX knows no rule of `jax.vmap`."""
+
+    @jax.custom_batching.custom_vmap
+    def exchange(x: jax.Array) -> jax.Array:
+        return jax.lax.all_to_all(x, axis, 0, 0, tiled=True, axis_index_groups=groups)
+
+    @exchange.def_vmap
+    def _(size: int, batched: list[bool], x: jax.Array) -> tuple[jax.Array, bool]:
+        del size, batched
+        return jnp.moveaxis(_all_to_all_in_groups(jnp.moveaxis(x, 0, 1), axis, groups), 1, 0), True
+
+    return exchange(x)
+
+
+_all_to_all_in_groups.defvjp(
+    lambda x, axis, groups: (_all_to_all_in_groups(x, axis, groups), None),
+    lambda axis, groups, _, ct: (_all_to_all_in_groups(ct, axis, groups),),
+)
 
 
 def all_to_all_listed(

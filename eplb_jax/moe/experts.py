@@ -77,8 +77,8 @@ def working_copies(
         raise ValueError(f"{slots} slots do not divide over the {devices} devices of axis {axis!r}")
     if len({jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(masters)}) != 1:
         raise ValueError(f"masters have shapes {jax.tree.map(jnp.shape, masters)}: all must hold as many experts")
-    if fetched is not None and fetched < 1:
-        raise ValueError(f"fetched={fetched}: it must be at least 1 expert, or None to gather all")
+    if fetched is not None and (isinstance(fetched, bool) or not isinstance(fetched, int) or fetched < 1):
+        raise ValueError(f"fetched={fetched!r}: it must be an integer of at least 1, experts, or None to gather all")
     capacity = slots // devices
     mine = jax.lax.dynamic_slice_in_dim(jnp.asarray(phy2log, jnp.int32), here * capacity, capacity)
 

@@ -57,7 +57,7 @@ def most_fetched(phy2log: Int[placement.Array, "*layers P"], num_masters: int, n
       num_devices: that slots and masters divide over.
 
     Raises:
-      ValueError: slots or masters that do not divide over the devices.
+      ValueError: slots or masters that do not divide over the devices; experts that are none of the masters.
 
     >>> most_fetched(np.array([0, 1, 2, 2, 3, 0]), 4, 2), most_fetched(np.array([2, 3, 0, 1]), 4, 2)
     (1, 2)
@@ -66,6 +66,11 @@ def most_fetched(phy2log: Int[placement.Array, "*layers P"], num_masters: int, n
     slots = array.shape[-1]
     if num_devices < 1 or slots % num_devices or num_masters % num_devices:
         raise ValueError(f"{slots} slots and {num_masters} masters must divide over num_devices={num_devices}")
+    if array.size and not -1 <= array.min() <= array.max() < num_masters:
+        raise ValueError(
+            f"phy2log has experts {array.min()} to {array.max()}, and there are num_masters={num_masters} of all "
+            "devices"
+        )
     held = np.where(array < 0, num_masters, array).reshape(-1, num_devices, slots // num_devices)
     needs = np.zeros((len(held), num_devices, num_masters + 1), bool)
     np.put_along_axis(needs, held, True, axis=2)

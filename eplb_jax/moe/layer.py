@@ -100,13 +100,6 @@ class MoEConfig:
                 f"masters={self.masters}: {self.router.num_experts} experts need as many rows or more, or None"
             )
         check_capacity_factor(self.capacity_factor)
-        if self.fetched is not None and self.fetched < 1:
-            raise ValueError(f"fetched={self.fetched}: it must be at least 1 expert, or None to gather all")
-        if self.exact is not None and (self.exact < 1 or self.recipe.arithmetic is not None):
-            raise ValueError(
-                f"exact={self.exact} with precision={self.recipe.name!r}: it must be at least 1 expert, or None, and "
-                "experts are given as plain numbers only, so take precision='bf16'"
-            )
         if self.replicas not in CHOICES:
             raise ValueError(f"replicas={self.replicas!r}: it must be one of {CHOICES}")
         if self.exchange not in (*DISPATCHERS, NODES):
@@ -115,6 +108,15 @@ class MoEConfig:
             raise ValueError(f"precision={self.precision!r}: it must be one of {tuple(RECIPES)}, or None")
         if self.fp8 and self.precision not in (None, "fp8"):
             raise ValueError(f"fp8=True and precision={self.precision!r} ask for two recipes: give one of them")
+        for name in ("fetched", "exact"):
+            count = getattr(self, name)
+            if count is not None and (isinstance(count, bool) or not isinstance(count, int) or count < 1):
+                raise ValueError(f"{name}={count!r}: it must be an integer of at least 1, experts, or None")
+        if self.exact is not None and self.recipe.arithmetic is not None:
+            raise ValueError(
+                f"exact={self.exact} with precision={self.recipe.name!r}: experts are given as plain numbers only, so "
+                "take precision='bf16', or exact=None"
+            )
         travels = Dense() if self.exchange == NODES else DISPATCHERS[self.exchange]
         if reason := self.recipe.why_not(self.width, self.hidden) or travels.why_not(self.recipe):
             raise ValueError(reason)
@@ -284,7 +286,7 @@ def moe_layer(
                 choice=config.replicas,
                 device=device,
                 num_devices=devices,
-                devices_per_node=None if axis is None else config.devices_per_node,
+                devices_per_node=None if devices == 1 else config.devices_per_node,
                 counts=counts,
             )
         if config.exact is not None and axis is not None and devices > 1:
@@ -295,7 +297,7 @@ def moe_layer(
         with jax.named_scope("give_experts"):
             params = params._replace(experts=with_gift(params.experts, gift, axis))
         slots += config.exact
-    sizes = x.shape[0], devices, slots, None if axis is None else config.devices_per_node
+    sizes = x.shape[0], devices, slots, None if devices == 1 else config.devices_per_node
     levels, capacities = make_levels(config.exchange, config.router, config.capacity_factor, *sizes)
     if config.exact is not None:  # what a device computes is even, what it gets from either need not be
         levels = tuple(level._replace(capacity=x.shape[0]) for level in levels)

@@ -68,7 +68,7 @@ def make_levels(
 
     >>> levels, _ = make_levels("nodes", RouterConfig(), 1.0, 4096, 64, 4, 8)
     >>> [(level.size, level.slots, level.capacity) for level in levels]  # 3.6 of 8 nodes, and 7.6 of 64 devices
-    [(8, 32, 1848), (8, 4, 3904)]
+    [(8, 32, 1864), (8, 4, 3904)]
     >>> levels[0].groups[0], levels[1].groups[0]
     ((0, 8, 16, 24, 32, 40, 48, 56), (0, 1, 2, 3, 4, 5, 6, 7))
     """
@@ -95,7 +95,11 @@ def visited_nodes(router: RouterConfig, nodes: int) -> float:
     """Nodes that a token has experts on, on average, of choices that are even among those that its groups allow.
 
     >>> round(visited_nodes(RouterConfig(256, 8, 8, 4), 8), 2), round(visited_nodes(RouterConfig(256, 8, 1, 1), 8), 2)
-    (3.6, 5.25)
+    (3.63, 5.29)
     """
     allowed = min(nodes, max(router.top_groups, nodes * router.top_groups / router.num_groups))
-    return allowed * (1 - (1 - 1 / allowed) ** router.top_k)
+    experts = router.num_experts * router.top_groups / router.num_groups
+    missed = 1.0  # the chance that a node has none of a token's experts, which differ
+    for chosen in range(router.top_k):
+        missed *= max(experts - experts / allowed - chosen, 0) / (experts - chosen)
+    return allowed * (1 - missed)

@@ -92,7 +92,10 @@ def node_size(num_devices: int, devices_per_node: int | None) -> int:
     """
     per_node = num_devices if devices_per_node is None else devices_per_node
     if per_node < 1 or num_devices % per_node:
-        raise ValueError(f"{num_devices} devices do not divide into nodes of devices_per_node={per_node}")
+        raise ValueError(
+            f"{num_devices} devices do not divide into nodes of devices_per_node={per_node}: give a divisor of "
+            f"{num_devices}, or None where all are one node"
+        )
     return per_node
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from typing import NamedTuple
 
 import numpy as np
@@ -83,8 +84,10 @@ def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig
         return balanced(np.ones((num_layers, num_experts)), *_sizes(config)).padded()
     gpu, spare = np.arange(cluster.num_gpus)[:, None], np.arange(cluster.replicas_per_gpu - own)
     first, place = gpu - gpu % cluster.gpus_per_node, gpu % cluster.gpus_per_node
-    other = first + (place + 1 + spare % max(cluster.gpus_per_node - 1, 1)) % cluster.gpus_per_node
-    slots = np.concatenate([gpu * own + np.arange(own), other * own + spare % own], axis=1).reshape(1, -1)
+    others = max(cluster.gpus_per_node - 1, 1)
+    other = first + (place + 1 + spare % others) % cluster.gpus_per_node
+    which = (spare + spare // math.lcm(own, others)) % own  # each expert of each GPU once, before any comes again
+    slots = np.concatenate([gpu * own + np.arange(own), other * own + which], axis=1).reshape(1, -1)
     return Placement.from_phy2log(np.repeat(slots, num_layers, axis=0), num_experts).padded()
 
 

@@ -78,8 +78,9 @@ def put(pool: Any, slot: Any, value: Any) -> Any:
 
 
 def accumulator(aval: Any, dtype: Any = None) -> jax.Array:
-    """Zeros to sum values of an aval's shape, in a dtype or, by default, in `accumulation_dtype`."""
-    return jnp.zeros(aval.shape, accumulation_dtype(aval.dtype) if dtype is None else dtype)
+    """Zeros to sum values of an aval's shape: real floating ones in the dtype given, others in `accumulation_dtype`."""
+    given = dtype is not None and jnp.issubdtype(aval.dtype, jnp.floating)
+    return jnp.zeros(aval.shape, dtype if given else accumulation_dtype(aval.dtype))
 
 
 def accumulation_dtype(dtype: Any) -> Any:

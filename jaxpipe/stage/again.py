@@ -35,14 +35,14 @@ _RATES: Mapping[str, float] = {"fp8": 1330e12, "bf16": 670e12, "tf32": 335e12, "
 _FUSED = 0.1
 """Of the time to write a result, what it takes to compute it where it is read."""
 
-_PASSES = {"sort": 16, "top_k": 4, "approx_top_k": 4}
-"""How often an operation goes through memory; others do once."""
-
 _UNKNOWN_KERNEL = 16
 """How often a kernel that nobody knows is taken to go through memory: attention of thousands of tokens does so."""
 
-_NEVER = frozenset({"while", "shard_map", "pure_callback", "custom_call", "mpmd_map"})
-"""Nobody knows how long they run, or whether they may run once more."""
+_NEVER = frozenset({"while", "shard_map", "pure_callback", "custom_call", "mpmd_map", "rng_uniform"})
+"""Nobody knows how long they run, or whether they may run once more and give the same."""
+
+_CHOICES = frozenset({"sort", "top_k", "approx_top_k", "argmax", "argmin"})
+"""What decides between numbers that may be equal but for rounding: made again, they might decide otherwise."""
 
 
 def seconds_again(node: Node) -> float | None:
@@ -58,7 +58,7 @@ def seconds_again(node: Node) -> float | None:
     >>> product > 10 * sine > 0
     True
     """
-    if has_effect(node):
+    if has_effect(node) or node.name in _NEVER or node.name in _CHOICES:
         return None
     if node.scan is not None:
         turn = _sum(node.scan.nodes)
@@ -76,8 +76,8 @@ def seconds_again(node: Node) -> float | None:
         return _LATENCY + max(read, made) / _NETWORK
     if node.name in CHEAP:
         # A gather reads no more of its table than it returns.
-        return _KERNEL + 2 * _PASSES.get(node.name, 1) * made / MEMORY
-    if node.name not in HEAVY or node.name in _NEVER:
+        return _KERNEL + 2 * made / MEMORY
+    if node.name not in HEAVY:
         return None
     return _kernel(node, made + sum(value.nbytes for value in node.ins))
 

@@ -360,9 +360,9 @@ def _with_rows(rows: Mapping[Value, Node], nodes: Sequence[Node], results: Itera
 
 
 def _shared(forward: _Forward, reads: Collection[Value]) -> list[Value]:
-    """What of the forward's residuals is read and depends on more than parameters."""
-    residuals = dict.fromkeys(_with_their_rows(forward.residuals))
-    return [value for value in residuals if value in reads and value not in forward.known]
+    """What is read of the forward, its residuals or what it makes of nothing, and depends on more than parameters."""
+    values = dict.fromkeys((*_with_their_rows(forward.residuals), *_results(forward.rest)))
+    return [value for value in values if value in reads and value not in forward.known]
 
 
 def _with_their_rows(values: Iterable[Value]) -> Iterator[Value]:

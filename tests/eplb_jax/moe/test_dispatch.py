@@ -342,10 +342,14 @@ def test_only_experts_of_other_devices_are_exchanged():
 
 
 def test_bounds_of_exchanged_experts_that_are_refused():
-    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert, or None to gather all"):
+    with pytest.raises(ValueError, match="fetched=0: it must be an integer of at least 1, experts, or None"):
         MoEConfig(fetched=0)
-    with pytest.raises(ValueError, match="fetched=0: it must be at least 1 expert"):
+    with pytest.raises(ValueError, match="fetched=0: .* or None to gather all"):
         working_copies(jnp.ones(4), jnp.arange(4), fetched=0)
+    with pytest.raises(ValueError, match=r"fetched=1\.5: it must be an integer"):
+        working_copies(jnp.ones(4), jnp.arange(4), fetched=1.5)
+    with pytest.raises(ValueError, match="phy2log has experts 0 to 4, and there are num_masters=4 of all devices"):
+        most_fetched(np.array([0, 1, 4, 2]), 4, 2)
     with pytest.raises(ValueError, match="6 slots and 4 masters must divide over num_devices=4"):
         most_fetched(np.arange(6) % 4, 4, 4)
 

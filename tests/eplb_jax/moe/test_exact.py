@@ -56,8 +56,11 @@ def test_one_device_needs_no_gift(x64):
 
 
 def test_what_is_refused():
-    with pytest.raises(ValueError, match="exact=0 with precision='bf16': it must be at least 1 expert"):
-        dataclasses.replace(CONFIG, exact=0)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match=rf"exact={wrong}: it must be an integer of at least 1, experts, or None"):
+            dataclasses.replace(CONFIG, exact=wrong)
+    with pytest.raises(ValueError, match="precision='nonsense': it must be one of"):
+        MoEConfig(exact=2, precision="nonsense")
     with pytest.raises(ValueError, match=r"exact=2 with precision='fp8'.*take precision='bf16'"):
         MoEConfig(width=128, hidden=128, exact=2, precision="fp8")
     params = init_moe(jax.random.key(0), CONFIG)

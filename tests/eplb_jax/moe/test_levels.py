@@ -95,8 +95,12 @@ def test_nodes_that_a_token_visits(router, nodes):
     for _ in range(4000):
         groups = rng.choice(router.num_groups, router.top_groups, replace=False)
         experts = (groups[:, None] * size + np.arange(size)).ravel()
-        draws.append(len(set(rng.choice(experts, router.top_k) * nodes // router.num_experts)))
+        draws.append(len(set(rng.choice(experts, router.top_k, replace=False) * nodes // router.num_experts)))
     assert visited_nodes(router, nodes) == pytest.approx(np.mean(draws), rel=0.02)
+
+
+def test_who_chooses_all_experts_visits_all_nodes():
+    assert visited_nodes(RouterConfig(8, 8, 1, 1), 4) == 4 and visited_nodes(RouterConfig(8, 2, 1, 1), 8) == 2
 
 
 def test_one_node_is_the_plain_exchange():

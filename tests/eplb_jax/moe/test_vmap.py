@@ -14,6 +14,7 @@ from eplb_jax import grouped_matmul, init_moe, moe_layer, param_specs, working_c
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target
 from eplb_jax.kernels.grouped_gemm.layout import used_rows
+from eplb_jax.moe.exchange import all_to_all
 from tests.cases import cases
 from tests.eplb_jax.moe.test_layer import CONFIG, WIDTH, make_mesh, make_params, random_placement
 from tests.plain import assert_trees_close
@@ -126,3 +127,19 @@ def test_kernels_run_once_for_each_part_of_a_batch(monkeypatch):
 
     one = jax.ShapeDtypeStruct(x.shape[1:], x.dtype)
     assert kernels(jax.vmap(jax.grad(loss), (None, 0)), x) == kernels(jax.grad(loss), one) > 6
+
+
+def test_the_exchange_in_groups_and_its_gradient(x64):
+    """A batch of exchanges within two groups of two devices is the exchanges one after the other."""
+    groups = ((0, 1), (2, 3))
+    x = jax.random.normal(jax.random.key(0), (4 * 2, 3, 5))
+    scale = jax.random.normal(jax.random.key(1), x.shape)
+
+    def one(x, scale):
+        value, pull = jax.vjp(lambda x: all_to_all(x, "ep", groups), x)
+        return value, pull(scale)[0]
+
+    run = lambda f: jax.jit(jax.shard_map(f, mesh=make_mesh(4), in_specs=P("ep"), out_specs=P("ep")))  # noqa: E731
+    found = run(jax.vmap(one, in_axes=1, out_axes=1))(x, scale)
+    np.testing.assert_array_equal(found[0], run(one)(x, scale)[0])
+    np.testing.assert_array_equal(found[1], run(one)(x, scale)[1])

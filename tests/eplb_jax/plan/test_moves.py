@@ -159,3 +159,9 @@ def test_training_starts_with_experts_at_home(sizes):
     assert not duplicates(start, gpus).any()
     if groups > 1:
         assert (slots.reshape(2, nodes, -1) // (experts // nodes) == np.arange(nodes)[:, None]).all()
+
+
+def test_no_gpu_starts_with_an_expert_twice_while_others_are_free():
+    """Three GPUs of two experts each, and as many spares as the others have experts."""
+    found = initial_placement(1, 6, RebalanceConfig(18, 1, 1, 3)).phy2log.reshape(3, 6)
+    np.testing.assert_array_equal(np.sort(found), np.tile(np.arange(6), (3, 1)))

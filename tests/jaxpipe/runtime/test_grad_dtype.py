@@ -70,6 +70,22 @@ def test_wider_sums_than_the_parameters(x64):
     np.testing.assert_array_equal(grads.stages, np.float32(COUNT - 2))
 
 
+def test_complex_sums_stay_complex():
+    mesh, schedule = jaxpipe.make_mesh(pp=2), jaxpipe.schedule.build("1f1b", 2, 2)
+    params = jaxpipe.Params({"w": jnp.full((2, 3), 1 + 2j, jnp.complex64)})
+
+    def stage(p, x, ctx):
+        z = x.astype(jnp.complex64) * p["w"]
+        return z.real * z.imag
+
+    def gradient(dtype):
+        step = jaxpipe.value_and_grad(stage, schedule, mesh, head=lambda o, y, d, c: y.sum(), grad_dtype=dtype)
+        return jax.jit(step)(params, jnp.ones((4, 3)))[1].stages["w"]
+
+    np.testing.assert_array_equal(gradient(jnp.float32), gradient(None))
+    assert np.abs(gradient(None).imag).min() > 1
+
+
 def test_a_scale_is_not_rounded_to_it():
     values = jnp.arange(128, 256, dtype=jnp.float32)
     scaled = _scaled(jnp.float32(1 / 12), values.astype(jnp.bfloat16))

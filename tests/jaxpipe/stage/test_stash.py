@@ -142,6 +142,30 @@ def test_what_nobody_may_run_again_is_kept(x64):
     assert "while" not in text and "debug" not in text
 
 
+@pytest.mark.parametrize("stash", [None, 10**6, 1500])
+def test_conditions_on_the_number_of_a_turn(x64, stash):
+    """What a loop makes of nothing is there for whatever runs again."""
+
+    def stage(p, x):
+        def turn(c, given):
+            return jax.lax.cond(given[0] > 0, lambda c: jnp.tanh(c @ given[1]), lambda c: c * 1.5, c), None
+
+        return jax.lax.scan(turn, x, (jnp.arange(3), p))[0]
+
+    params, x = zoo.normal(3, 8, 8, seed=1), zoo.normal(4, 8, seed=2)
+    split = split_stage(stage, params, x, stash=stash)
+    _, pull_back = jax.vjp(stage, params, x)
+    for found in gradients(split, params, x, x):
+        assert_trees_close(found, pull_back(x), rtol=1e-12)
+
+
+def test_what_decides_between_equals_is_kept():
+    """Computed again, a router could choose other experts of those that rounding alone tells apart."""
+    x = jax.ShapeDtypeStruct((16, 8), jnp.bfloat16)
+    graph = make_graph(jax.make_jaxpr(lambda x: (jax.lax.top_k(x, 2), jnp.argsort(x)))(x))
+    assert {node.name for node in graph.nodes if again.seconds_again(node) is None} >= {"top_k", "sort"}
+
+
 def test_what_is_run_again_says_so(x64):
     """Profiles and plans find it in the scope that jax.checkpoint has, and find nothing there without a budget."""
     params, x = layers(), zoo.normal(5, 8)
