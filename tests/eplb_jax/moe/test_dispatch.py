@@ -344,7 +344,7 @@ def test_only_experts_of_other_devices_are_exchanged():
 def test_bounds_of_exchanged_experts_that_are_refused():
     with pytest.raises(ValueError, match="fetched=0: it must be an integer of at least 1, experts, or None"):
         MoEConfig(fetched=0)
-    with pytest.raises(ValueError, match="fetched=0: .* or None to gather all"):
+    with pytest.raises(ValueError, match="or None to gather all"):
         working_copies(jnp.ones(4), jnp.arange(4), fetched=0)
     with pytest.raises(ValueError, match=r"fetched=1\.5: it must be an integer"):
         working_copies(jnp.ones(4), jnp.arange(4), fetched=1.5)
