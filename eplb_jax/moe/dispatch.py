@@ -99,10 +99,22 @@ def make_capacities(
     most = num_devices * tokens * min(top_k, num_slots)
     if capacity_factor is None:
         return Capacities(tokens, round_up(most + gaps))
-    visited = num_devices * (1 - (1 - 1 / num_devices) ** top_k)  # devices that a token has experts on, on average
+    visited = visited_members(num_devices, num_devices * num_slots, top_k)
     exchange = min(tokens, round_up(math.ceil(capacity_factor * tokens * visited / num_devices)))
     rows = min(num_devices * exchange * min(top_k, num_slots), math.ceil(capacity_factor * tokens * top_k))
     return Capacities(exchange, round_up(rows + gaps))
+
+
+def visited_members(members: float, experts: float, top_k: int) -> float:
+    """Members that a token has experts on, on average, of experts that are even over members, and choices over experts.
+
+    >>> visited_members(4, 8, 8), round(visited_members(64, 256, 8), 2)
+    (4.0, 7.68)
+    """
+    missed = 1.0  # the chance that a member has none of a token's experts, which differ
+    for chosen in range(min(top_k, math.ceil(experts))):
+        missed *= max(experts - experts / members - chosen, 0) / (experts - chosen)
+    return members * (1 - missed)
 
 
 def check_capacity_factor(factor: float | None) -> None:

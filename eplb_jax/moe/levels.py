@@ -17,7 +17,7 @@ import math
 from typing import NamedTuple
 
 from eplb_jax.kernels.grouped_gemm.layout import round_up
-from eplb_jax.moe.dispatch import Capacities, make_capacities
+from eplb_jax.moe.dispatch import Capacities, make_capacities, visited_members
 from eplb_jax.moe.dispatchers import DISPATCHERS, NODES, Dense, Dispatcher
 from eplb_jax.moe.exchange import Groups
 from eplb_jax.moe.replica import node_size
@@ -67,8 +67,8 @@ def make_levels(
       ValueError: devices that do not divide into nodes.
 
     >>> levels, _ = make_levels("nodes", RouterConfig(), 1.0, 4096, 64, 4, 8)
-    >>> [(level.size, level.slots, level.capacity) for level in levels]  # 3.6 of 8 nodes, and 7.6 of 64 devices
-    [(8, 32, 1864), (8, 4, 3904)]
+    >>> [(level.size, level.slots, level.capacity) for level in levels]  # 3.63 of 8 nodes, and 7.68 of 64 devices
+    [(8, 32, 1864), (8, 4, 3968)]
     >>> levels[0].groups[0], levels[1].groups[0]
     ((0, 8, 16, 24, 32, 40, 48, 56), (0, 1, 2, 3, 4, 5, 6, 7))
     """
@@ -98,8 +98,4 @@ def visited_nodes(router: RouterConfig, nodes: int) -> float:
     (3.63, 5.29)
     """
     allowed = min(nodes, max(router.top_groups, nodes * router.top_groups / router.num_groups))
-    experts = router.num_experts * router.top_groups / router.num_groups
-    missed = 1.0  # the chance that a node has none of a token's experts, which differ
-    for chosen in range(router.top_k):
-        missed *= max(experts - experts / allowed - chosen, 0) / (experts - chosen)
-    return allowed * (1 - missed)
+    return visited_members(allowed, router.num_experts * router.top_groups / router.num_groups, router.top_k)
