@@ -19,10 +19,10 @@ KERNELS: Mapping[str, KernelShare] = MappingProxyType(
         "scaled_rows": KernelShare(matmul=0.59),
         "scaled_outer": KernelShare(matmul=0.42),
         # Casts on an H200, docs/measured/fp8.md, "Casts".
-        "quantise_rows": KernelShare(memory=0.77),
-        "quantise": KernelShare(memory=0.72),
-        "columns_of": KernelShare(memory=0.60),
-        "scaled_gate": KernelShare(memory=0.63),
+        "quantise_rows": KernelShare(memory=0.76),
+        "quantise": KernelShare(memory=0.70),
+        "columns_of": KernelShare(memory=0.59),
+        "scaled_gate": KernelShare(memory=0.64),
         "scaled_gate_backward": KernelShare(memory=0.35),
         "quantise_weights": KernelShare(memory=0.72),
         # Rows and gates on an H100, docs/measured/experts.md, "The whole layer".
