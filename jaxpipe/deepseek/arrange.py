@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 import jaxpipe
-from jaxpipe.deepseek.balance import balanced_counts
+from jaxpipe.deepseek.balance import balanced_counts, even_out_ranks
 from jaxpipe.flax import split_layers
 
 
@@ -48,7 +48,7 @@ class Arrangement:
         costs: Mapping[str, float] | None = None,
         last: float = 0.0,
     ) -> Arrangement:
-        """Layers over a schedule's stages so that the costliest stage costs as little as can be.
+        """Layers over a schedule's stages so that the costliest stage, and the busiest rank, have as little as can be.
 
         Fewer layers than stages are in the first stages, one in each.
 
@@ -70,8 +70,10 @@ class Arrangement:
             # Of small models, such as tests have: the last stages hand on what they get.
             return cls((1,) * len(kinds) + (0,) * (stages - len(kinds)), schedule.storage_order, kinds)
         even = split_layers(len(kinds), stages)
-        counts = even if costs is None else balanced_counts(kinds, stages, costs, last)
-        return cls(counts, schedule.storage_order, kinds)
+        if costs is None:
+            return cls(even, schedule.storage_order, kinds)
+        counts = balanced_counts(kinds, stages, costs, last)
+        return cls(even_out_ranks(counts, kinds, costs, last, schedule.routes), schedule.storage_order, kinds)
 
     @property
     def stages(self) -> int:

@@ -71,6 +71,52 @@ def balanced_counts(
     return tuple(reversed(counts))
 
 
+def even_out_ranks(
+    counts: Sequence[int],
+    kinds: Sequence[str],
+    costs: Mapping[str, float],
+    last: float,
+    routes: Sequence[Sequence[int]],
+) -> tuple[int, ...]:
+    """The counts with layers moved between stages, as long as that leaves the busiest rank less to do.
+
+    A rank of a V-shaped schedule has two stages, and what both take is what others wait for: the costliest stage alone
+    decides little. Where the busiest rank would gain less than `SLACK` the counts stay.
+
+    Args:
+      counts: layers of each stage, each at least 1.
+      kinds, costs, last: as `balanced_counts` takes them.
+      routes: the rank of each stage, for each direction of microbatches.
+
+    >>> even_out_ranks((1, 2, 2, 1), ["moe"] * 6, {"moe": 1.0}, 0.0, [(0, 1, 1, 0)])
+    (2, 1, 2, 1)
+    """
+    sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
+
+    def key(counts: Sequence[int]) -> tuple[float, float, float]:
+        """(the busiest rank's cost, the costliest stage's, the sum of squares)."""
+        ends = [0, *itertools.accumulate(counts)]
+        stages = [sums[end] - sums[start] for start, end in itertools.pairwise(ends)]
+        stages[-1] += last
+        ranks: dict[int, float] = {}
+        for route in routes:
+            for rank, cost in zip(route, stages, strict=True):
+                ranks[rank] = ranks.get(rank, 0.0) + cost / len(routes)
+        return max(ranks.values()), max(stages), sum(cost**2 for cost in stages)
+
+    best, found = tuple(counts), key(counts)
+    while True:
+        moved = [
+            tuple(count - (stage == giver) + (stage == taker) for stage, count in enumerate(best))
+            for giver, taker in itertools.permutations(range(len(best)), 2)
+            if best[giver] > 1
+        ]
+        better = min(moved, key=key, default=best)
+        if key(better) >= found:
+            return best if SLACK * found[0] < key(counts)[0] else tuple(counts)
+        best, found = better, key(better)
+
+
 def _least(layers: int, stages: int, cost: Callable[[int, int, int], float]) -> float:
     """What the costliest stage costs at least."""
     least = [0.0] + [math.inf] * layers

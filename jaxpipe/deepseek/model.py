@@ -359,8 +359,8 @@ def sharing_pays(
       costs: of a layer of each kind and of the "head", in any unit; None: by operations.
 
     >>> from jaxpipe.deepseek import MODELS
-    >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build(name, 2, 8)) for name in ("dualpipev", "1f1b")]
-    [True, False]
+    >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build("1f1b", ranks, 8)) for ranks in (2, 8)]
+    [False, True]
     """
     if config.vocab % schedule.num_ranks:
         return False

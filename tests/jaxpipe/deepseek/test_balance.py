@@ -5,7 +5,8 @@ import itertools
 import numpy as np
 import pytest
 
-from jaxpipe.deepseek.balance import SLACK, balanced_counts
+import jaxpipe
+from jaxpipe.deepseek.balance import SLACK, balanced_counts, even_out_ranks
 
 
 def divisions(layers, stages):
@@ -41,3 +42,39 @@ def test_no_division_is_better(stages):
 def test_deepseek_v3_has_three_kinds_of_stages_on_sixteen():
     kinds = ["dense"] * 3 + ["moe"] * 58 + ["mtp"]
     assert balanced_counts(kinds, 16, {"dense": 1.33, "moe": 1.34, "mtp": 1.54}) == (3, *[4] * 14, 3)
+
+
+def busiest(kinds, counts, costs, last, routes):
+    """What the rank with most work has of a microbatch, the mean of the directions."""
+    ends = np.cumsum((0, *counts))
+    stages = [sum(costs[kind] for kind in kinds[start:end]) for start, end in itertools.pairwise(ends)]
+    stages[-1] += last
+    ranks = np.zeros(max(map(max, routes)) + 1)
+    for route in routes:
+        np.add.at(ranks, list(route), np.array(stages) / len(routes))
+    return ranks.max()
+
+
+@pytest.mark.parametrize("name", ["dualpipev", "dualpipe", "1f1b", "interleaved"])
+def test_the_busiest_rank_has_about_the_least_it_can(name):
+    """Within half a layer of the best of all divisions, and never more than before."""
+    rng, schedule = np.random.default_rng(0), jaxpipe.schedule.build(name, 2, 4)
+    for _ in range(12):
+        dense, moe = int(rng.integers(0, 3)), int(rng.integers(5, 9))
+        kinds, costs = ["dense"] * dense + ["moe"] * moe, {"dense": float(rng.choice([0.5, 1.2])), "moe": 1.0}
+        last = float(rng.choice([0.0, 1.3]))
+        before = balanced_counts(kinds, schedule.num_stages, {kind: costs[kind] for kind in kinds}, last)
+        after = even_out_ranks(before, kinds, costs, last, schedule.routes)
+        assert sum(after) == len(kinds) and min(after) >= 1
+        judged = lambda counts: busiest(kinds, counts, costs, last, schedule.routes)  # noqa: B023, E731
+        least = min(map(judged, divisions(len(kinds), schedule.num_stages)))
+        assert judged(after) <= min(judged(before), least + 0.5) + 1e-9
+
+
+def test_a_head_on_a_v_leaves_its_rank_less():
+    """As of moe-1b: nine layers that are alike and a head of 1.3. Six layers became five, and 4 + 1.3."""
+    kinds, routes = ["moe"] * 9, jaxpipe.schedule.build("dualpipev", 2, 4).routes
+    before = balanced_counts(kinds, 4, {"moe": 1.0}, 1.3)
+    after = even_out_ranks(before, kinds, {"moe": 1.0}, 1.3, routes)
+    assert busiest(kinds, before, {"moe": 1.0}, 1.3, routes) == 6
+    assert busiest(kinds, after, {"moe": 1.0}, 1.3, routes) == pytest.approx(5.3)
