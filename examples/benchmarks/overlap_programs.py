@@ -187,6 +187,7 @@ def lower_step(job: Job, variant: Variant, schedule: str) -> tuple[Program, Any]
         data_axes=("ep",),
         specs=jaxpipe.Params(specs, P()),
         compute_dtype=jnp.bfloat16,
+        dispatch="loops",  # a scan over all steps, as the executors by hand are
         order="storage",
     )
     if variant.program == "steady":
