@@ -98,7 +98,8 @@ def measure(job: Job, variant: Variant, schedule: str, links: tuple[float, ...],
     by_hand = variant.program == "body"
     program, lowered = (None, lower_body(job, variant)) if by_hand else lower_step(job, variant, schedule)
     steps = program.num_steps if program else BODY_STEPS
-    given = [Settings(h200(link), MEASURED, kernel_times(), loop_trips(program) if program else ()) for link in links]
+    trips = loop_trips(program, dispatch="loops") if program else ()
+    given = [Settings(h200(link), MEASURED, kernel_times(), trips) for link in links]
     start = time.perf_counter()
     compiled = lowered.compile(compiler_options=dict(variant.options) or None)
     if variant.profile:

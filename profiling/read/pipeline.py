@@ -138,7 +138,7 @@ def measured_costs(actions: Trace) -> Costs:
     )
 
 
-def loop_trips(program: Program, rank: int = 0, *, dispatch: str = "loops") -> list[tuple[str, float]]:
+def loop_trips(program: Program, rank: int = 0, *, dispatch: str) -> list[tuple[str, float]]:
     """How often a rank runs each loop of no or one trip where it comes to it, on average.
 
     Give it as ``trips`` to `profiling.overlap` if the compiled step runs what ranks differ in as such loops.
@@ -151,7 +151,7 @@ def loop_trips(program: Program, rank: int = 0, *, dispatch: str = "loops") -> l
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
-    >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs())))
+    >>> trips = dict(loop_trips(lower(build("1f1b", 2, 4), Costs()), dispatch="loops"))
     >>> round(trips["branch_1/"], 2), round(trips["/send/ppermute"], 2)  # of 18 steps
     (0.22, 0.28)
     >>> [(name, round(mean, 2)) for name, mean in
