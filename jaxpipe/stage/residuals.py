@@ -43,27 +43,14 @@ def minimum_cut(
     >>> minimum_cut(graph.outputs, graph.nodes, ()) == set(graph.inputs)
     True
     """
-    made = producers(nodes)
-    needed = [value for value in needed if value.const is None and value not in given]
-    network = _Network()
-    pending, seen = list(needed), set(needed)
-    while pending:
-        value = pending.pop()
-        network.join(("in", value), ("out", value), value.nbytes + 1)
-        node = made.get(value)
-        if node is None or not is_light(node, recompute=recompute):
-            network.join(_SOURCE, ("in", value), _ENDLESS)
-            continue
-        for origin in node.ins:
-            if origin.const is None and origin not in given:
-                network.join(("out", origin), ("in", value), _ENDLESS)
-                if origin not in seen:
-                    seen.add(origin)
-                    pending.append(origin)
-    for value in needed:
-        network.join(("out", value), _SINK, _ENDLESS)
-    near = network.saturate(_SOURCE, _SINK)
-    return {value for value in seen if ("out", value) in near and ("in", value) not in near}
+    return cheapest_cut(
+        needed,
+        nodes,
+        given,
+        keep=lambda value: value.nbytes,
+        again=lambda node: 0 if is_light(node, recompute=recompute) else None,
+        twice=lambda value: 0,
+    )
 
 
 def cheapest_cut(
