@@ -71,6 +71,23 @@ def balanced_counts(
     return tuple(reversed(counts))
 
 
+def busiest_rank(stages: Sequence[float], routes: Sequence[Sequence[int]]) -> float:
+    """What the rank with most work has of a microbatch, given what each stage costs.
+
+    Args:
+      stages: the cost of each.
+      routes: the rank of each stage, for each direction of microbatches, which share them evenly.
+
+    >>> busiest_rank([1, 2, 3, 4], [(0, 1, 1, 0)]), busiest_rank([1, 2], [(0, 1), (1, 0)])
+    (5.0, 1.5)
+    """
+    ranks = dict.fromkeys(itertools.chain(*routes), 0.0)
+    for route in routes:
+        for rank, cost in zip(route, stages, strict=True):
+            ranks[rank] += cost / len(routes)
+    return max(ranks.values())
+
+
 def even_out_ranks(
     counts: Sequence[int],
     kinds: Sequence[str],
@@ -98,11 +115,7 @@ def even_out_ranks(
         ends = [0, *itertools.accumulate(counts)]
         stages = [sums[end] - sums[start] for start, end in itertools.pairwise(ends)]
         stages[-1] += last
-        ranks: dict[int, float] = {}
-        for route in routes:
-            for rank, cost in zip(route, stages, strict=True):
-                ranks[rank] = ranks.get(rank, 0.0) + cost / len(routes)
-        return max(ranks.values()), max(stages), sum(cost**2 for cost in stages)
+        return busiest_rank(stages, routes), max(stages), sum(cost**2 for cost in stages)
 
     best, found = tuple(counts), key(counts)
     while True:

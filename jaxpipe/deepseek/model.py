@@ -17,6 +17,7 @@ import jaxpipe
 from eplb_jax import MoEStats, Placement, update_bias
 from eplb_jax.kernels.dtypes import wide
 from jaxpipe.deepseek.arrange import Arrangement
+from jaxpipe.deepseek.balance import busiest_rank
 from jaxpipe.deepseek.block import DenseBlock, MoEBlock
 from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.deepseek.head import EmbeddingAndHead
@@ -369,13 +370,11 @@ def sharing_pays(
 
     def most(shared: bool) -> float:
         """Of a rank, for one microbatch."""
-        rows, loads = _arrange(config, schedule, costs, shared).rows, [0.0] * schedule.num_ranks
-        for route in schedule.routes:  # which the microbatches divide between them
-            for stage, rank in enumerate(route):
-                loads[rank] += sum(known[kind] for kind in rows[stage]) / len(schedule.routes)
-            for rank in range(schedule.num_ranks) if shared else route[-1:]:
-                loads[rank] += head / (schedule.num_ranks if shared else 1) / len(schedule.routes)
-        return max(loads)
+        stages = [sum(known[kind] for kind in row) for row in _arrange(config, schedule, costs, shared).rows]
+        if shared:
+            return busiest_rank(stages, schedule.routes) + head / schedule.num_ranks
+        stages[-1] += head
+        return busiest_rank(stages, schedule.routes)
 
     return most(True) < most(False)
 
