@@ -266,6 +266,8 @@ def moe_layer(
     ((6, 8), 12, 0)
     """
     devices, device = size_and_index(axis)
+    alone = axis is None or devices == 1
+    exact, per_node = (None, None) if alone else (config.exact, config.devices_per_node)
     slots = _check(params, x, config, placement, devices, axis)
     x = of_real_tokens(x, mask)
     with jax.named_scope("router"):
@@ -277,7 +279,6 @@ def moe_layer(
         if placement is not None:
             counts = None
             if config.replicas == "split":
-                alone = axis is None or devices == 1
                 counts = routing.loads[None] if alone else jax.lax.all_gather(routing.loads, axis)
             chosen = choose_replicas(
                 chosen,
@@ -286,20 +287,21 @@ def moe_layer(
                 choice=config.replicas,
                 device=device,
                 num_devices=devices,
-                devices_per_node=None if devices == 1 else config.devices_per_node,
+                devices_per_node=per_node,
                 counts=counts,
             )
-        if config.exact is not None and axis is not None and devices > 1:
+        if exact is not None:
             counts = jax.lax.all_gather(routing.loads, axis)
-            gift = plan_gift(counts.sum(0, dtype=jnp.int32), slots, config.exact)
+            gift = plan_gift(counts.sum(0, dtype=jnp.int32), slots, exact)
             chosen = choose_by_amounts(chosen, gift.placement, counts, gift.wanted, device, per_node=1)
-    if config.exact is not None and axis is not None and devices > 1:
+    if exact is not None:
+        assert axis is not None
         with jax.named_scope("give_experts"):
             params = params._replace(experts=with_gift(params.experts, gift, axis))
-        slots += config.exact
-    sizes = x.shape[0], devices, slots, None if devices == 1 else config.devices_per_node
+        slots += exact
+    sizes = x.shape[0], devices, slots, per_node
     levels, capacities = make_levels(config.exchange, config.router, config.capacity_factor, *sizes)
-    if config.exact is not None:  # what a device computes is even, what it gets from either need not be
+    if exact is not None:  # what a device computes is even, what it gets from either need not be
         levels = tuple(level._replace(capacity=x.shape[0]) for level in levels)
     bad = jnp.int32(0)
     if products := _products(config):
