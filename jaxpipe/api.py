@@ -216,10 +216,13 @@ class Pipeline:
     def _sharded(self, params: Params) -> fsdp.FullySharded:
         specs = inputs.broadcast_specs(self.specs, params, self.axes, self.mesh)
         rows = fsdp.rows_of_stages(self.model)
-        return fsdp.shard_fully(specs, params, self.options, self.options.fsdp_axes, rows)
+        return self._divided(specs, params, self.options.fsdp_axes, rows)
 
     def _scattered(self, params: Params, specs: Params) -> fsdp.FullySharded:
-        return fsdp.shard_fully(specs, params, self.options, self.options.zero1_axes, 1)
+        return self._divided(specs, params, self.options.zero1_axes, 1)
+
+    def _divided(self, specs: Params, params: Params, axes: tuple[str, ...], rows: int) -> fsdp.FullySharded:
+        return fsdp.shard_fully(specs, params, self.axes.sizes, axes, self.options.min_shard_size, rows)
 
     def _named(self, specs: Params) -> Params:
         """Shardings of specs, written as those of results are, or a second step would be compiled anew."""

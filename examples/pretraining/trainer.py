@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
-import math
 import os
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -20,6 +18,7 @@ from jaxpipe.deepseek import DeepSeekModel, ModelConfig
 from jaxpipe.deepseek.model import names
 from jaxpipe.planning.chips import chip_of
 from jaxpipe.planning.liveness import nbytes
+from jaxpipe.runtime.fsdp import shard_fully
 from jaxpipe.schedule import Schedule
 from pretraining.muon import NOT_MATRICES, scale_by_muon
 from pretraining.rebalancer import Rebalancer as Rebalancer
@@ -260,29 +259,7 @@ def _moment_specs(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Pa
     """PartitionSpec of every parameter's moments: that of its gradient, as `jaxpipe.Pipeline.grad_shardings` has it."""
     if not model.config.zero1:
         return model.specs
-    sizes = dict(mesh.shape)
-
-    def of(first: int, leaf: Any, spec: P) -> P:
-        named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
-        axes = tuple(axis for axis in _data_axes(mesh) if axis not in named)
-        count = math.prod(sizes[axis] for axis in axes)
-        entries = [*spec, *(None,) * (len(leaf.shape) - len(spec))]
-        free = [
-            place
-            for place in range(first, len(entries))
-            if entries[place] is None and leaf.shape[place] and leaf.shape[place] % count == 0
-        ]
-        small = math.prod(leaf.shape[first:]) < SMALLEST_PART
-        if not axes or not free or small or not jnp.issubdtype(leaf.dtype, jnp.floating):
-            return spec
-        place = max(free, key=lambda one: leaf.shape[one])
-        return P(*entries[:place], axes[0] if len(axes) == 1 else axes)
-
-    params, specs = model.params, model.specs
-    return jaxpipe.Params(
-        jax.tree.map(functools.partial(of, 1), params.stages, specs.stages),
-        jax.tree.map(functools.partial(of, 0), params.outer, specs.outer),
-    )
+    return shard_fully(model.specs, model.params, dict(mesh.shape), _data_axes(mesh), SMALLEST_PART, 1).specs
 
 
 def pipelined(

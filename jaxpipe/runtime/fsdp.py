@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -26,7 +26,6 @@ from jax.sharding import PartitionSpec as P
 from jaxpipe.params import Params, dtype_of
 from jaxpipe.runtime.buffers import accumulation_dtype
 from jaxpipe.runtime.model import Context, Model
-from jaxpipe.runtime.options import Options
 from jaxpipe.runtime.stage_kinds import StageKinds
 from jaxpipe.stage.fuse import GATHERED
 
@@ -127,7 +126,12 @@ class Reduction:
 
 
 def shard_fully(
-    specs: Params, params: Params, options: Options, axes: tuple[str, ...], rows_of_stages: int
+    specs: Params,
+    params: Params,
+    sizes: Mapping[str, int],
+    axes: tuple[str, ...],
+    min_shard_size: int,
+    rows_of_stages: int,
 ) -> FullySharded:
     """Divides every parameter that can be divided over some axes.
 
@@ -136,8 +140,9 @@ def shard_fully(
     Args:
       specs: PartitionSpec of every leaf of params.
       params: the parameters, or their shapes and dtypes.
-      options: the pipeline's.
+      sizes: of the mesh's axes.
       axes: those of ``fsdp_axis`` or ``zero1_axis``.
+      min_shard_size: elements of the smallest parameter that is divided.
       rows_of_stages: leading dimensions of the stages' parameters that are not to be divided: the stages', and the
         layers' where each layer gathers its own.
     """
@@ -149,7 +154,7 @@ def shard_fully(
     for part, first in rows.items():
         leaves = jax.tree_util.tree_leaves_with_path(getattr(params, part))
         for (path, leaf), spec in zip(leaves, jax.tree.leaves(getattr(specs, part), is_leaf=_is_spec), strict=True):
-            divided = _divide(leaf, spec, options, axes, first)
+            divided = _divide(leaf, spec, sizes, axes, min_shard_size, first)
             if isinstance(divided, str):
                 whole[f".{part}{jax.tree_util.keystr(path)}"] = divided
                 found[part].append((spec, None))
@@ -162,9 +167,11 @@ def shard_fully(
     return FullySharded(Params(*trees), Params(*([shard for _, shard in found[part]] for part in rows)), whole)
 
 
-def _divide(leaf: Any, spec: P, options: Options, over: tuple[str, ...], first: int) -> Shard | str:
+def _divide(
+    leaf: Any, spec: P, sizes: Mapping[str, int], over: tuple[str, ...], min_shard_size: int, first: int
+) -> Shard | str:
     """How a leaf is divided, or why it is not."""
-    shape, sizes = jnp.shape(leaf), options.axes.sizes
+    shape = jnp.shape(leaf)
     named = {name for entry in spec for name in (entry if isinstance(entry, tuple) else (entry,))}
     axes = tuple(axis for axis in over if axis not in named)
     count, size = math.prod(sizes[axis] for axis in axes), math.prod(shape[first:])
@@ -173,8 +180,8 @@ def _divide(leaf: Any, spec: P, options: Options, over: tuple[str, ...], first: 
         return f"it is {dtype}, not floating"
     if not axes:
         return f"its PartitionSpec {spec} names {list(over)} already"
-    if size < options.min_shard_size:
-        return f"its {size} elements are fewer than min_shard_size={options.min_shard_size}"
+    if size < min_shard_size:
+        return f"its {size} elements are fewer than min_shard_size={min_shard_size}"
     entries = (*spec, *(None,) * (len(shape) - len(spec)))
     free = [d for d in range(first, len(shape)) if entries[d] in (None, ()) and shape[d] and shape[d] % count == 0]
     if not free:
