@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxpipe.deepseek import ModelConfig
+    from jaxpipe.deepseek import LoRA, ModelConfig
     from jaxpipe.schedule import Schedule
 
 AXES = ("pp", "ep", "dp")
@@ -112,6 +112,13 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "--deferred", type=int, metavar="COUNT", help="most weight gradients that a rank puts off at once, for each of "
         "which it keeps what it needs; default: as many as the schedule does"
     )  # fmt: skip
+    parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank beside attention's "
+                        "matrices, and nothing else; what is frozen is kept in --dtype")  # fmt: skip
+    parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="adapters count ALPHA / RANK; default: 2 RANK")
+    parser.add_argument(
+        "--lora-targets", metavar="NAMES", help="matrices with adapters, of query, query_down, query_up, latent_down, "
+        "key_up, value_up and out, with commas; default: all that the model has"
+    )  # fmt: skip
     parser.add_argument("--zero1", action="store_true", help="devices that have the same parameters keep a part of "
                         "their moments each")  # fmt: skip
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
@@ -140,6 +147,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
                 f"--stash {args.stash} --remat {args.remat}: a stash decides what is computed again, leave out --remat"
             )
         given["remat"] = "none"
+    given["lora"] = _adapters(args)
     config = dataclasses.replace(
         base_config(args), **{name: value for name, value in given.items() if value is not None}
     )
@@ -149,6 +157,26 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
         except ValueError as error:
             raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
     return with_exchange(config, args).over_devices(devices, args.slots)
+
+
+def _adapters(args: argparse.Namespace) -> LoRA | None:
+    """The adapters that the flags name.
+
+    Raises:
+      ValueError: see `jaxpipe.deepseek.LoRA`; flags of adapters without any.
+    """
+    from jaxpipe.deepseek import LoRA  # noqa: PLC0415
+
+    rank, alpha, targets = (getattr(args, name, None) for name in ("lora", "lora_alpha", "lora_targets"))
+    if rank is None:
+        if alpha is not None or targets is not None:
+            raise ValueError("--lora-alpha and --lora-targets are of adapters: give their --lora RANK too")
+        return None
+    chosen = {} if targets is None else {"targets": tuple(name.strip() for name in targets.split(",") if name.strip())}
+    try:
+        return LoRA(rank, alpha, **chosen)
+    except ValueError as error:
+        raise ValueError(f"--lora {rank}: {error}") from None
 
 
 def with_exchange(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:

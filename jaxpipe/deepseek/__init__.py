@@ -16,6 +16,7 @@ from jaxpipe.deepseek.hf_load import load
 from jaxpipe.deepseek.hf_save import save
 from jaxpipe.deepseek.kernels import causal_attention
 from jaxpipe.deepseek.layers import RMSNorm, SwiGLU, feed_forward, rms_norm
+from jaxpipe.deepseek.lora import LoRA, merge
 from jaxpipe.deepseek.mla import MLA, Latents, MLAParams, attend, attend_cached, init_mla, keep_mla
 from jaxpipe.deepseek.model import DeepSeekModel, build_model, sharing_pays
 from jaxpipe.deepseek.mtp import MTPLayer
@@ -32,6 +33,7 @@ __all__ = [
     "Generated",
     "Latents",
     "LayerConfig",
+    "LoRA",
     "MLAParams",
     "MTPLayer",
     "MoEBlock",
@@ -54,6 +56,7 @@ __all__ = [
     "init_mla",
     "keep_mla",
     "load",
+    "merge",
     "model_config",
     "rms_norm",
     "rotate",

@@ -11,6 +11,7 @@ from typing import Self
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
 from jaxpipe.deepseek.linear import PRECISIONS
+from jaxpipe.deepseek.lora import LoRA
 from jaxpipe.deepseek.rope import PLAIN, Rope
 
 REMATS = ("none", "attention", "layer")
@@ -32,9 +33,11 @@ class LayerConfig:
         activations, or "fp8"; see `jaxpipe.deepseek.linear`. `in_precision` sets both.
       rope: how queries and keys rotate with their positions.
       norm_eps: what norms add to the mean square.
+      lora: adapters of attention's matrices, which alone are trained; None: there are none.
 
     Raises:
-      ValueError: sizes below 1, an odd rotary width, an unknown precision, a ``norm_eps`` that is not positive.
+      ValueError: sizes below 1, an odd rotary width, an unknown precision, a ``norm_eps`` that is not positive;
+        adapters of Linears in FP8.
     """
 
     moe: MoEConfig
@@ -47,6 +50,7 @@ class LayerConfig:
     precision: str = "bf16"
     rope: Rope = PLAIN
     norm_eps: float = 1e-6
+    lora: LoRA | None = None
 
     def __post_init__(self) -> None:
         """Checks what would otherwise fail within a traced function."""
@@ -59,6 +63,8 @@ class LayerConfig:
             raise ValueError(f"precision={self.precision!r}: it must be one of {', '.join(PRECISIONS)}")
         if not 0 < self.norm_eps < math.inf:
             raise ValueError(f"norm_eps={self.norm_eps}: a small positive number, such as 1e-6")
+        if self.lora is not None and self.precision == "fp8":
+            raise ValueError("lora with precision='fp8': adapters are beside matrices of 16 bits or more; take 'bf16'")
 
     def in_precision(self, precision: str) -> Self:
         """The same sizes with all Linears, those of experts too, in a precision: "bf16" or "fp8".

@@ -29,6 +29,7 @@ from jaxpipe.deepseek.hf_files import DTYPES, TensorEntry, check_sums, listed, o
 from jaxpipe.deepseek.hf_fp8 import dequantise
 from jaxpipe.deepseek.hf_names import Tensor, TensorPart, scale_name, tensors
 from jaxpipe.deepseek.hf_places import in_stages
+from jaxpipe.deepseek.lora import is_adapter
 from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
 
 PIECE = 8 << 20
@@ -187,7 +188,7 @@ def load_params(
     model: DeepSeekModel,
     mesh: Mesh,
     *,
-    dtype: Any = jnp.float32,
+    dtype: Any = None,
     strict: bool = True,
     progress: Callable[[int, int], None] | None = None,
 ) -> jaxpipe.Params:
@@ -195,15 +196,17 @@ def load_params(
 
     Args:
       folder: with safetensors files.
-      model: from `build_model`, ``abstract``; it says where each parameter is.
+      model: from `build_model`, ``abstract``; it says where each parameter is. Its adapters are new ones.
       mesh: of the model's axes.
-      dtype, strict, progress: see `load`.
+      dtype: see `load`; None: that which each parameter has in the model, float32, or of a model with adapters that of
+        its activations where nothing is trained.
+      strict, progress: see `load`.
 
     Raises:
       ValueError: see `load`.
     """
-    folder, dtype = pathlib.Path(folder), jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2:
+    folder, dtype = pathlib.Path(folder), None if dtype is None else jnp.dtype(dtype)
+    if dtype is not None and (not jnp.issubdtype(dtype, jnp.floating) or dtype.itemsize < 2):
         raise ValueError(f"dtype={dtype}: parameters are float32, bfloat16 or float16")
     sources = find_sources(folder, model.config, strict=strict)
     pieces: dict[tuple[str, ...], list[tuple[StoredTensor, TensorPart]]] = {}
@@ -218,11 +221,15 @@ def load_params(
         len(_shards(leaf.shape, sharding)) * math.prod(sharding.shard_shape(leaf.shape)) * kind.itemsize
         for (_, leaf), sharding, kind in zip(leaves, shardings, kinds, strict=True)
     ]
+    adapters = _new_adapters(model, shardings)
     done, arrays = 0, []
     with concurrent.futures.ThreadPoolExecutor(min(4, os.cpu_count() or 1)) as pool:
         for (path, leaf), sharding, kind, size in zip(leaves, shardings, kinds, sizes, strict=True):
-            made = _made_here(model.config, names(path)[-1], leaf)
-            arrays.append(_fill(leaf.shape, kind, sharding, pieces.get(names(path), ()), made, pool))
+            if (adapter := adapters.get(names(path))) is not None:
+                arrays.append(adapter)
+            else:
+                made = _made_here(model.config, names(path)[-1], leaf)
+                arrays.append(_fill(leaf.shape, kind, sharding, pieces.get(names(path), ()), made, pool))
             done += size
             if progress is not None:
                 progress(done, sum(sizes))
@@ -276,10 +283,25 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...], dtypes: Sequence[st
         raise ValueError(f"{entry.name} in {entry.path} is {entry.dtype}: it should be {' or '.join(dtypes)}")
 
 
-def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype) -> np.dtype:
-    """Of a leaf: integers and biases as the model declares them, otherwise as wanted."""
-    exact = any(source.tensor.exact for source, _ in pieces)
+def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype | None) -> np.dtype:
+    """Of a leaf: integers and biases as the model declares them, otherwise as wanted, if anything is."""
+    exact = wanted is None or any(source.tensor.exact for source, _ in pieces)
     return np.dtype(declared) if exact or not jnp.issubdtype(declared, jnp.floating) else wanted
+
+
+def _new_adapters(model: DeepSeekModel, shardings: Sequence[NamedSharding]) -> dict[tuple[str, ...], jax.Array]:
+    """Adapters as a new model has them, by path, each on the devices that keep it; nothing else is made for them."""
+    paths = [names(path) for path, _ in jax.tree_util.tree_leaves_with_path(model.params)]
+    chosen = [place for place, path in enumerate(paths) if is_adapter(path[-1])]
+    if not chosen:
+        return {}
+
+    def make() -> list[jax.Array]:
+        leaves = jax.tree.leaves(model.init(model.seed))
+        return [leaves[place] for place in chosen]
+
+    made = jax.jit(make, out_shardings=[shardings[place] for place in chosen])()
+    return {paths[place]: leaf for place, leaf in zip(chosen, made, strict=True)}
 
 
 def _made_here(config: ModelConfig, name: str, leaf: Any) -> np.ndarray | None:

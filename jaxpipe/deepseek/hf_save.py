@@ -39,7 +39,7 @@ def save(
 
     Args:
       folder: to write.
-      params: as `load` returns them and training changes them.
+      params: as `load` returns them and training changes them. Adapters are merged into their matrices.
       config: of the model.
       schedule: that the parameters are arranged for.
       dtype: of the weights in the files: "float32", "bfloat16", "float16", or "fp8", DeepSeek's: matrices in 8 bits
@@ -94,6 +94,19 @@ def save_params(
     Raises:
       ValueError, OSError: see `save`.
     """
+    _check_params(params, model)
+    if dtype not in FORMATS:
+        raise ValueError(f"dtype={dtype!r}: weights are written in {', '.join(FORMATS)}")
+    model, params = model.merged(params)
+    leaves = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
+    # What float16 and FP8 cannot hold is found on the host.
+    kind = jnp.dtype(jnp.float32 if dtype in ("fp8", "float16") else dtype)
+    blocks = functools.partial(_blocks, leaves, model, kind)
+    return write_folder(folder, model.config, blocks, dtype=dtype, **options)
+
+
+def _check_params(params: jaxpipe.Params, model: DeepSeekModel) -> None:
+    """Refuses parameters of another model or schedule."""
     leaves = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
     wanted = {names(path): leaf.shape for path, leaf in jax.tree_util.tree_leaves_with_path(model.params)}
     if (found := {path: leaf.shape for path, leaf in leaves.items()}) != wanted:
@@ -103,12 +116,6 @@ def save_params(
             f"{found.get(wrong[0])} instead of {wanted.get(wrong[0])}; give config and schedule that they are "
             "trained with"
         )
-    if dtype not in FORMATS:
-        raise ValueError(f"dtype={dtype!r}: weights are written in {', '.join(FORMATS)}")
-    # What float16 and FP8 cannot hold is found on the host.
-    kind = jnp.dtype(jnp.float32 if dtype in ("fp8", "float16") else dtype)
-    blocks = functools.partial(_blocks, leaves, model, kind)
-    return write_folder(folder, model.config, blocks, dtype=dtype, **options)
 
 
 def _blocks(

@@ -18,6 +18,7 @@ from jaxtyping import Array, Float
 
 from eplb_jax.kernels.fallback import log_fallback
 from jaxpipe._jax import causal_attention_of_cudnn
+from jaxpipe.deepseek.lora import Adapted, product
 from jaxpipe.stage.graph import RECOMPUTE
 
 logger = logging.getLogger(__name__)
@@ -89,7 +90,9 @@ def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: 
 
 
 def expand_latents(
-    latent: Float[Array, "B S L"], key_up: Float[Array, "L H N"], value_up: Float[Array, "L H V"]
+    latent: Float[Array, "B S L"],
+    key_up: Float[Array, "L H N"] | Adapted,
+    value_up: Float[Array, "L H V"] | Adapted,
 ) -> tuple[Float[Array, "B S H N"], Float[Array, "B S H V"]]:
     """Keys and values of all heads: so cheap beside their size that a pipeline computes them again.
 
@@ -99,7 +102,7 @@ def expand_latents(
     >>> keys.shape, values.shape
     ((1, 5, 2, 3), (1, 5, 2, 1))
     """
-    keys, values = jnp.einsum("btl,lhn->bthn", latent, key_up), jnp.einsum("btl,lhv->bthv", latent, value_up)
+    keys, values = product("btl,lhn->bthn", latent, key_up), product("btl,lhv->bthv", latent, value_up)
     return checkpoint_name(keys, RECOMPUTE), checkpoint_name(values, RECOMPUTE)
 
 

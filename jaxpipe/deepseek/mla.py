@@ -12,8 +12,9 @@ Source: DeepSeek-V2, arXiv 2405.04434, 2.1 and appendix C.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +28,7 @@ from jaxpipe.deepseek.config import LayerConfig
 from jaxpipe.deepseek.kernels import causal_attention, expand_latents
 from jaxpipe.deepseek.layers import RMSNorm, normal, rms_norm
 from jaxpipe.deepseek.linear import flatten, keep, linears
+from jaxpipe.deepseek.lora import A, Adapted, B, product
 from jaxpipe.deepseek.rope import rotate
 from jaxpipe.stage.graph import RECOMPUTE
 
@@ -40,6 +42,8 @@ A model whose scores have a scale of their own, see `jaxpipe.deepseek.Rope.score
 class MLAParams(NamedTuple):
     """Parameters of one layer's attention; for inference in FP8 some are kept in 8 bits, see `keep_mla`.
 
+    Matrices may have adapters, which `attend` takes; `attend_cached` wants them merged.
+
     Attributes:
       query: of full rank, or None.
       query_down, query_up: of a low-rank query, or None.
@@ -49,15 +53,15 @@ class MLAParams(NamedTuple):
       out: back to the width.
     """
 
-    query: Float[Array, "D H K"] | ScaledMatrices | None
-    query_down: Float[Array, "D R"] | ScaledMatrices | None
+    query: Float[Array, "D H K"] | ScaledMatrices | Adapted | None
+    query_down: Float[Array, "D R"] | ScaledMatrices | Adapted | None
     query_norm: Float[Array, " R"] | None
-    query_up: Float[Array, "R H K"] | ScaledMatrices | None
-    latent_down: Float[Array, "D C"] | ScaledMatrices
+    query_up: Float[Array, "R H K"] | ScaledMatrices | Adapted | None
+    latent_down: Float[Array, "D C"] | ScaledMatrices | Adapted
     latent_norm: Float[Array, " L"] | None
-    key_up: Float[Array, "L H N"]
-    value_up: Float[Array, "L H V"]
-    out: Float[Array, "H V D"] | ScaledMatrices
+    key_up: Float[Array, "L H N"] | Adapted
+    value_up: Float[Array, "L H V"] | Adapted
+    out: Float[Array, "H V D"] | ScaledMatrices | Adapted
 
 
 class Latents(NamedTuple):
@@ -159,7 +163,7 @@ def attend(
         if config.precision == "fp8":
             key, value = _scaled_expansion(params, every.latent, config)
         else:
-            key, value = expand_latents(every.latent, params.key_up.astype(dtype), params.value_up.astype(dtype))
+            key, value = expand_latents(every.latent, _cast(params.key_up, dtype), _cast(params.value_up, dtype))
         rotary = jnp.broadcast_to(every.rotary[:, :, None], (*key.shape[:3], config.rotary))
         key = jnp.concatenate([key, rotary], -1)
     with jax.named_scope("core"):
@@ -168,7 +172,7 @@ def attend(
     with jax.named_scope("out"):
         if config.precision == "fp8":
             return _scaled_out(params, mixed, config), new
-        return jnp.einsum("bthv,hvd->btd", mixed, _plain(params.out).astype(dtype)), new
+        return product("bthv,hvd->btd", mixed, _plain(params.out)), new
 
 
 def attend_cached(
@@ -191,6 +195,7 @@ def attend_cached(
       The output, and the cache with the new tokens in it.
     """
     dtype = x.dtype
+    key_up, value_up, out = (_without_adapters(w) for w in (params.key_up, params.value_up, params.out))
     with jax.named_scope("project"):
         down = _scaled_down(params, x[:, None]) if config.precision == "fp8" else None
         query = _queries(params, x[:, None], config, lengths[:, None], down)
@@ -199,7 +204,7 @@ def attend_cached(
             cache, new, lengths
         )
         content, rotary = query[:, 0, :, : config.content], query[:, 0, :, config.content :]
-        absorbed = jnp.einsum("bhn,lhn->bhl", content, params.key_up.astype(dtype))
+        absorbed = jnp.einsum("bhn,lhn->bhl", content, key_up.astype(dtype))
         query = jnp.concatenate([absorbed, rotary], -1)
     with jax.named_scope("core"):
         scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=wide(dtype))
@@ -208,10 +213,10 @@ def attend_cached(
         weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(dtype)
         # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
         mixed = jnp.einsum("bhs,bsc->bhc", weights, cache)[..., : config.latent]
-        value = jnp.einsum("bhl,lhv->bhv", mixed, params.value_up.astype(dtype))
+        value = jnp.einsum("bhl,lhv->bhv", mixed, value_up.astype(dtype))
         if config.precision == "fp8":
             return _scaled_out(params, value, config), cache
-        return jnp.einsum("bhv,hvd->bd", value, _plain(params.out).astype(dtype)), cache
+        return jnp.einsum("bhv,hvd->bd", value, out.astype(dtype)), cache
 
 
 class MLA(nnx.Module):
@@ -239,17 +244,53 @@ class MLA(nnx.Module):
                 setattr(self, name, RMSNorm(value.shape[0]))
             elif value is not None:
                 setattr(self, name, nnx.Param(value))
+        if config.lora is not None:
+            for name, (a, b) in _adapters(rngs, config).items():
+                setattr(self, name + A, nnx.Param(a))
+                setattr(self, name + B, nnx.Param(b))
 
     @property
     def params(self) -> MLAParams:
         """The module's parameters as `attend` and `attend_cached` take them."""
         found = (getattr(self, name, None) for name in MLAParams._fields)
         variables = (part.scale if isinstance(part, RMSNorm) else part for part in found)
-        return MLAParams._make(None if variable is None else variable[...] for variable in variables)
+        made = MLAParams._make(None if variable is None else variable[...] for variable in variables)
+        if self.config.lora is None:
+            return made
+        scale = self.config.lora.scale
+        adapted = {
+            name: Adapted(w, getattr(self, name + A)[...], getattr(self, name + B)[...] * scale)
+            for name, w in made._asdict().items()
+            if hasattr(self, name + A)
+        }
+        return made._replace(**adapted)
 
     def __call__(self, x: jax.Array) -> jax.Array:
         """``[B, T, D] -> [B, T, D]``."""
         return attend(self.params, x, self.config, core=self.core)[0]
+
+
+def _adapters(rngs: nnx.Rngs, config: LayerConfig) -> dict[str, tuple[jax.Array, jax.Array]]:
+    """Of each target the first matrix, of variance one over its inputs, and the second, zeros: nothing is added yet.
+
+    Raises:
+      ValueError: targets of which this attention has none.
+    """
+    lora = config.lora
+    assert lora is not None
+    made = {}
+    shapes = jax.eval_shape(lambda: init_mla(nnx.Rngs(0), config))._asdict()
+    for name in lora.targets:
+        if (w := shapes[name]) is not None:
+            inputs = 2 if name == "out" else 1
+            sides = w.shape[:inputs], w.shape[inputs:]
+            a = normal(rngs, (*sides[0], lora.rank), math.prod(sides[0]))
+            made[name] = a, jnp.zeros((lora.rank, *sides[1]), jnp.float32)
+    if not made:
+        raise ValueError(
+            f"targets={lora.targets} of adapters: attention has query_rank={config.query_rank}, and so none of them"
+        )
+    return made
 
 
 def keep_mla(params: MLAParams) -> MLAParams:
@@ -269,7 +310,18 @@ def keep_mla(params: MLAParams) -> MLAParams:
     return params._replace(**{name: keep(getattr(params, name)) for name in names}, out=keep(_plain(params.out), 2))
 
 
-def _plain(w: jax.Array | ScaledMatrices | None) -> jax.Array:
+def _cast(w: jax.Array | Adapted, dtype: jnp.dtype) -> jax.Array | Adapted:
+    return jax.tree.map(lambda leaf: leaf.astype(dtype), w)
+
+
+def _without_adapters(w: jax.Array | Adapted | ScaledMatrices) -> Any:
+    """What one new token is multiplied by."""
+    if isinstance(w, Adapted):
+        raise ValueError("a matrix has adapters: merge them, jaxpipe.deepseek.merge, before tokens come one by one")
+    return w
+
+
+def _plain(w: jax.Array | ScaledMatrices | Adapted | None) -> jax.Array | Adapted:
     """A matrix that is multiplied in the dtype of the activations."""
     if isinstance(w, ScaledMatrices):
         raise ValueError(
@@ -287,17 +339,17 @@ def _queries(
     if down is not None:
         query = _scaled_queries(params, down.query, config)
     elif params.query is not None:
-        query = jnp.einsum("btd,dhk->bthk", x, _plain(params.query).astype(x.dtype))
+        query = product("btd,dhk->bthk", x, _plain(params.query))
     else:
         assert params.query_down is not None and params.query_up is not None
-        low = rms_norm(x @ _plain(params.query_down).astype(x.dtype), params.query_norm)
-        query = jnp.einsum("btr,rhk->bthk", low, _plain(params.query_up).astype(x.dtype))
+        low = rms_norm(product("btd,dr->btr", x, _plain(params.query_down)), params.query_norm)
+        query = product("btr,rhk->bthk", low, _plain(params.query_up))
     content, rotary = query[..., : config.content], query[..., config.content :]
     return jnp.concatenate([content, rotate(rotary, positions[..., None], config.rope)], -1)
 
 
 def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None) -> Latents:
-    both = x @ _plain(params.latent_down).astype(x.dtype) if down is None else down.latent
+    both = product("btd,dc->btc", x, _plain(params.latent_down)) if down is None else down.latent
     latent, rotary = both[..., : config.latent], both[..., config.latent :]
     if down is not None:
         rotary = rotary[..., : config.rotary]  # what is kept in 8 bits is padded

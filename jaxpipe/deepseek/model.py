@@ -22,6 +22,7 @@ from jaxpipe.deepseek.block import DenseBlock, MoEBlock
 from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.kernels import causal_attention
+from jaxpipe.deepseek.lora import is_adapter, merge
 from jaxpipe.deepseek.mla import Core
 from jaxpipe.deepseek.model_order import ROUTED, from_layers, parts_of, to_layers, without
 from jaxpipe.deepseek.mtp import MTPLayer
@@ -30,6 +31,9 @@ from jaxpipe.flax import NNXFunction, nnx_function
 PLACEMENT = ("phy2log", "log2phy", "logcnt")
 UNTRAINED = (*PLACEMENT, "bias")
 """Parameters that the optimizer leaves alone, by name."""
+
+EXACT = ("scale", "router", "bias")
+"""Parameters that are float32 whatever the others are, by name."""
 
 VOCABULARY = (("embedding",), ("output",))
 """Outer parameters with a row for each token of the vocabulary."""
@@ -139,7 +143,19 @@ class DeepSeekModel:
         outer |= {f"layer_{index}": layer(DENSE, of_kind[DENSE][index]) for index in range(self.config.dense_layers)}
         if self.config.mtp:
             outer["mtp"] = layer(MTP, of_kind[MTP][0])
-        return self.from_layers({"layers": layers, "outer": outer})
+        return self.from_layers(self._narrowed({"layers": layers, "outer": outer}))
+
+    def _narrowed(self, tree: Any) -> Any:
+        """With adapters, frozen matrices are kept in the dtype of the products that they go into."""
+        if self.config.lora is None:
+            return tree
+
+        def narrow(path: Any, leaf: jax.Array) -> jax.Array:
+            name = names(path)[-1]
+            exact = name in EXACT or is_adapter(name) or not jnp.issubdtype(leaf.dtype, jnp.floating)
+            return leaf if exact else leaf.astype(self.dtype)
+
+        return jax.tree_util.tree_map_with_path(narrow, tree)
 
     @property
     def specs(self) -> jaxpipe.Params:
@@ -160,8 +176,17 @@ class DeepSeekModel:
 
     @property
     def trained(self) -> jaxpipe.Params:
-        """Of every parameter whether the optimizer changes it: all but routers' biases and placements."""
-        return jax.tree_util.tree_map_with_path(lambda path, _: names(path)[-1] not in UNTRAINED, self.params)
+        """Of every parameter whether the optimizer changes it: all but routers' biases and placements.
+
+        With adapters, these alone.
+        """
+        adapters = self.config.lora is not None
+
+        def trained(path: Any, _: Any) -> bool:
+            name = names(path)[-1]
+            return is_adapter(name) if adapters else name not in UNTRAINED
+
+        return jax.tree_util.tree_map_with_path(trained, self.params)
 
     @property
     def decayed(self) -> jaxpipe.Params:
@@ -169,6 +194,17 @@ class DeepSeekModel:
         return jax.tree_util.tree_map_with_path(
             lambda path, trained: trained and names(path)[-1] != "scale", self.trained
         )
+
+    def merged(self, params: Any) -> tuple[DeepSeekModel, Any]:
+        """The model without adapters, and parameters with these in them; both as they are where there are none.
+
+        Merged matrices are float32, each on the devices that it is on.
+        """
+        if (lora := self.config.lora) is None:
+            return self, params
+        plain = dataclasses.replace(self.config, lora=None)
+        model = _of_shapes(plain, self.arrangement, self.axis, self.shared_ends, self.dtype, self.seed, self.core)
+        return model, merge(params, lora)
 
     def to_layers(self, params: Any) -> dict[str, Any]:
         """A tree like the parameters in an order that depends on no schedule.
@@ -221,9 +257,12 @@ class DeepSeekModel:
         return params._replace(stages=jax.tree_util.tree_map_with_path(swap, params.stages))
 
     def with_bias(self, params: Any, loads: jax.Array) -> jaxpipe.Params:
-        """Parameters with selection biases moved towards equal loads ``[layers with experts, experts]``."""
+        """Parameters with selection biases moved towards equal loads ``[layers with experts, experts]``.
+
+        With adapters, all else is frozen, and biases too.
+        """
         speed = self.config.bias_update_speed
-        if not speed:
+        if not speed or self.config.lora is not None:
             return params
         placed = self.arrangement.from_layers(loads.astype(jnp.float32), ROUTED)
 
