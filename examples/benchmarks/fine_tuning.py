@@ -1,11 +1,11 @@
-"""Fine-tuning of a whole model on one GPU: a step that trains low-rank adapters, beside the plan of one that trains all.
+"""Fine-tuning of a model on one GPU: a step that trains low-rank adapters, beside the plan of one that trains all.
 
-    python examples/benchmarks/lora.py [--config moe-16b] [--lora 16] [--microbatches 8] [--dry] [--tiny]
+    python examples/benchmarks/fine_tuning.py [--config moe-16b] [--lora 16] [--microbatches 8] [--dry] [--tiny]
 
 The step is that of `examples/pretrain.py --lora`: frozen matrices in bfloat16, adapters, their gradients and moments in
-float32. Weights are random, and tokens too. "planned" is `jaxpipe.plan`; "peak" is what the allocator had in use at most
-in the steps, "compiled" arguments and temporaries by the compiler. Training all of a large model fits no single GPU, so
-of that there is the plan alone.
+float32. Weights are random, and tokens too. "planned" is `jaxpipe.plan`; "peak" is what the allocator had in use at
+most in the steps, "compiled" arguments and temporaries by the compiler. Training all of a large model fits no single
+GPU, so of that there is the plan alone.
 """
 
 from __future__ import annotations
