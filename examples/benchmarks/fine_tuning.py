@@ -1,6 +1,6 @@
 """Fine-tuning of a model on one GPU: a step that trains low-rank adapters, beside the plan of one that trains all.
 
-    python examples/benchmarks/fine_tuning.py [--config moe-16b] [--lora 16] [--microbatches 8] [--dry] [--tiny]
+    python examples/benchmarks/fine_tuning.py [--config moe-16b] [--lora 16] [--microbatches 4] [--dry] [--tiny]
 
 The step is that of `examples/pretrain.py --lora`: frozen matrices in bfloat16, adapters, their gradients and moments in
 float32. Weights are random, and tokens too. "planned" is `jaxpipe.plan`; "peak" is what the allocator had in use at
@@ -127,8 +127,8 @@ def main() -> None:
     parser = make_parser(__doc__)
     flags.add_sizes(parser, "moe-16b")
     parser.add_argument("--schedule", default="1f1b", help="a name that jaxpipe.schedule.build knows")
-    parser.add_argument("--microbatches", type=int, default=8, help="of a step")
-    parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch")
+    parser.add_argument("--microbatches", type=int, default=4, help="of a step")
+    parser.add_argument("--microbatch-size", type=int, default=2, help="sequences of a microbatch")
     parser.add_argument("--dtype", default="bfloat16", choices=["float32", "bfloat16"], help="of the computation")
     parser.add_argument("--chip", default="H200", help="of the plan")
     parser.add_argument("--repeats", type=int, default=3, help="steps of which the median counts")
