@@ -68,7 +68,7 @@ def open_corpus(args: argparse.Namespace, reader: Reader, model: Any, vocab: int
     """The files of ``--data``, or the standard library's source, in the tokens of the model.
 
     Args:
-      args: with ``data``, ``tokenizer``, ``token_dtype`` and ``separator``.
+      args: with ``data``, ``tokenizer``, ``token_dtype``, ``separator`` and ``document_mask``.
       reader: how the model reads text; ``--tokenizer`` where that is given.
       model: whose reader it is, for people.
       vocab: of the model.
@@ -76,9 +76,14 @@ def open_corpus(args: argparse.Namespace, reader: Reader, model: Any, vocab: int
 
     Raises:
       ValueError: text that nobody knows how to read, a tokenizer without text, or see `data.load_corpus`,
-        `text.load_texts` and `chat.load_conversations`.
+        `text.load_texts`, `chat.load_conversations` and `data.keep_apart`.
       MissingPackage: tokenizers, or jinja2 for conversations, is not installed.
     """
+    found = _open(args, reader, model, vocab, sequence)
+    return data.keep_apart(found) if args.document_mask else found
+
+
+def _open(args: argparse.Namespace, reader: Reader, model: Any, vocab: int, sequence: int) -> data.Corpus:
     paths = [] if args.data is None else data.find_files(args.data)
     if args.data is None and args.tokenizer is not None:
         raise ValueError(f"--tokenizer {args.tokenizer} without --data: name the texts that it is to read")

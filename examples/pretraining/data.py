@@ -17,6 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding
 
+from jaxpipe.deepseek.model import SEGMENTS
+
 SEPARATOR = 0
 """The byte between text files; it is never a target."""
 
@@ -39,6 +41,8 @@ class Part:
       held_out: which of the two parts this is.
       separator: the token between documents, which is never a target; None: every token is one.
       vocab: all tokens must be smaller.
+      apart: whether batches have "segments", by which a token sees those of its own document alone. A document begins
+        with the separator before it, of which its first token is predicted.
 
     >>> part = Part((np.arange(3 * STRETCH) // STRETCH,), held_out=False, separator=None, vocab=3)
     >>> len(part), part.read(STRETCH - 1, STRETCH + 1).tolist()
@@ -51,11 +55,12 @@ class Part:
     held_out: bool
     separator: int | None
     vocab: int
+    apart: bool = False
 
     @property
     def arrays(self) -> tuple[str, ...]:
         """Names of a batch's arrays."""
-        return "tokens", "targets", "mask"
+        return "tokens", "targets", "mask", *([SEGMENTS] if self.apart else [])
 
     @property
     def total(self) -> int:
@@ -114,7 +119,10 @@ class Part:
         tokens = np.stack(found)
         targets = tokens[:, 1:]
         is_target = np.ones(targets.shape, bool) if self.separator is None else targets != self.separator
-        return {"tokens": tokens[:, :-1], "targets": targets, "mask": is_target.astype(np.float32)}
+        made = {"tokens": tokens[:, :-1], "targets": targets, "mask": is_target.astype(np.float32)}
+        if self.apart:
+            made[SEGMENTS] = np.cumsum(made["tokens"] == self.separator, 1, dtype=np.int32)
+        return made
 
     def _read_all(self, start: int, count: int) -> np.ndarray:
         """Tokens of both parts, across the borders of files."""
@@ -217,6 +225,28 @@ def load_corpus(
     return make_corpus(files, separator, vocab, f"{len(paths)} files of {source}")
 
 
+def keep_apart(corpus: Corpus) -> Corpus:
+    """The corpus with documents that do not see each other.
+
+    Raises:
+      ValueError: nobody knows where documents end; conversations, each of which is a sequence of its own.
+
+    >>> corpus = keep_apart(make_corpus([np.arange(2 * STRETCH) % 5], 0, 5, "numbers"))
+    >>> corpus.train.batch(seed=1, step=0, batch=1, sequence=8)["segments"].tolist()
+    [[0, 0, 0, 1, 1, 1, 1, 1]]
+    """
+    parts = []
+    for part in (corpus.train, corpus.held_out):
+        if not isinstance(part, Part):
+            raise ValueError(
+                f"--document-mask: {corpus.source} are conversations, each in a sequence of its own already"
+            )
+        if part.separator is None:
+            raise ValueError(f"--document-mask: name the token between documents of {corpus.source} with --separator")
+        parts.append(dataclasses.replace(part, apart=True))
+    return Corpus(*parts, corpus.source)
+
+
 def find_files(pattern: str) -> list[pathlib.Path]:
     """The files of a glob pattern, in sorted order.
 
@@ -262,7 +292,7 @@ def make_batch(
 
     Returns:
       ``tokens`` and ``targets``, ``int32[rows, sequence]``, and ``mask``, ``float32[rows, sequence]``, which is 0
-      where the target is a separator.
+      where the target is a separator; of a part whose documents are apart also ``segments``, ``int32[rows, sequence]``.
 
     Raises:
       ValueError: the part is too short for two windows of ``sequence + 1`` tokens, or see `Part.read`.

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpipe.deepseek.lora import LoRA
 from pretraining.checkpoint import BadCheckpoint, DamagedError, Json, open_body, orbax, short
 from pretraining.layout import fingerprint
 from pretraining.optional import need
@@ -30,7 +31,7 @@ def export_run(run: pathlib.Path, to: pathlib.Path, dtype: str = "float32", larg
     """Writes the parameters of a run's newest whole checkpoint.
 
     Layers are counted through the whole model, "layers.0.attention.out" and so on. What does not fit into one file goes
-    into several, with an index beside them, as other tools expect it.
+    into several, with an index beside them, as other tools expect it. Adapters are arrays of their own here.
 
     Args:
       run: the run's folder, or that of its checkpoints.
@@ -93,6 +94,16 @@ def newest_checkpoint(run: pathlib.Path, write: Callable[[Any, int], str]) -> st
                     stacklevel=2,
                 )
     raise DamagedError(f"all {len(steps)} checkpoints in {folder} are damaged")
+
+
+def lora_of(facts: Json) -> LoRA | None:
+    """The adapters of a checkpoint's model; None where it has none.
+
+    >>> lora_of({"lora": {"rank": 4, "alpha": None, "targets": ["out"]}})
+    LoRA(rank=4, alpha=None, targets=('out',))
+    """
+    told = facts.get("lora")
+    return None if told is None else LoRA(told["rank"], told["alpha"], tuple(told["targets"]))
 
 
 def plain_names(name: str, layers: int | None, dense_layers: int) -> list[str]:

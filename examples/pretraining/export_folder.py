@@ -13,6 +13,7 @@ from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_load import find_sources, folder_config
 from jaxpipe.deepseek.hf_names import Tensor
 from jaxpipe.deepseek.hf_write import LARGEST, Written, write_folder
+from jaxpipe.deepseek.lora import A, B, LoRA, merged
 from pretraining import export
 from pretraining.progress import amount
 
@@ -25,7 +26,7 @@ def export_folder(
     like: pathlib.Path | None = None,
     max_shard_size: int = LARGEST,
 ) -> str:
-    """Writes the parameters of a run's newest whole checkpoint as a Hugging Face folder.
+    """Writes the parameters of a run's newest whole checkpoint as a Hugging Face folder, adapters merged into them.
 
     Of all layers' experts one matrix is read at a time, which is what this process' memory must hold. A run that is a
     Hugging Face folder itself is converted to another dtype, tensor by tensor.
@@ -70,7 +71,7 @@ def _write(
     said = write_folder(
         to,
         config,
-        functools.partial(_blocks, read),
+        functools.partial(_blocks, read, export.lora_of(body["facts"])),
         dtype=dtype,
         max_shard_size=max_shard_size,
         like=like,
@@ -93,13 +94,20 @@ def _convert(run: pathlib.Path, to: pathlib.Path, dtype: str, like: pathlib.Path
     )
 
 
-def _blocks(read: Callable[[list[str]], Mapping[str, Any]], table: Mapping[str, Tensor]) -> Iterator[Written]:
+def _blocks(
+    read: Callable[[list[str]], Mapping[str, Any]], lora: LoRA | None, table: Mapping[str, Tensor]
+) -> Iterator[Written]:
     """All tensors, those of one array, or of some that share tensors, after each other."""
     together: dict[tuple[str, ...], list[str]] = {}
     for name, tensor in table.items():
         together.setdefault(tuple(sorted({_name(part.path) for part in tensor.parts})), []).append(name)
     for arrays, tensors in together.items():
-        found = {name: np.asarray(array) for name, array in read(list(arrays)).items()}
+        adapted = [name for name in arrays if lora is not None and name.rsplit("/", 1)[-1] in lora.targets]
+        every = [*arrays, *(name + end for name in adapted for end in (A, B))]
+        found = {name: np.asarray(array) for name, array in read(every).items()}
+        for name in adapted:
+            assert lora is not None
+            found[name] = merged(found[name], found[name + A], found[name + B], lora)
         for name in tensors:
             array = np.empty(table[name].shape, np.float32)
             for part in table[name].parts:

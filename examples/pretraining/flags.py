@@ -114,7 +114,9 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     )  # fmt: skip
     parser.add_argument("--lora", type=int, metavar="RANK", help="train adapters of this rank beside attention's "
                         "matrices, and nothing else; what is frozen is kept in --dtype")  # fmt: skip
-    parser.add_argument("--lora-alpha", type=float, metavar="ALPHA", help="adapters count ALPHA / RANK; default: 2 RANK")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="adapters count ALPHA / RANK; default: 2 RANK"
+    )
     parser.add_argument(
         "--lora-targets", metavar="NAMES", help="matrices with adapters, of query, query_down, query_up, latent_down, "
         "key_up, value_up and out, with commas; default: all that the model has"
@@ -262,6 +264,10 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
         "that of --from; otherwise text is read byte by byte"
     )  # fmt: skip
     data.add_argument("--separator", type=int, help="token between documents, never a target; a tokenizer has one")
+    data.add_argument(
+        "--document-mask", action="store_true", help="documents of a sequence do not see each other: attention ends "
+        "where they do"
+    )  # fmt: skip
 
     training = parser.add_argument_group("training")
     training.add_argument("--steps", type=int, default=70)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import functools
+import math
 import pathlib
 import time
 from collections.abc import Callable
@@ -297,6 +298,11 @@ def _restore(
             f"the checkpoint of step {restored.step} was trained on {restored.facts['data']}, this run is to read "
             f"{facts['data']}: then its place in the data means nothing. Give the same options, or another --out"
         )
+    if (told := restored.facts.get("lora")) != facts["lora"]:
+        raise ValueError(
+            f"the checkpoint of step {restored.step} has adapters of {told}, this run {facts['lora']}: then they mean "
+            "something else. Give the same --lora options; or export the run, and begin with the folder (--from)"
+        )
     return restored
 
 
@@ -324,16 +330,24 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
             "batch": setup.batch,
             "sequence": setup.config.sequence,
             "tokens": setup.corpus.train.total,
+            **({"document_mask": True} if args.document_mask else {}),
         },
         "rng": jax.random.key_data(jax.random.key(args.seed)),
         "config": args.config or (flags.DEFAULT if args.weights is None else str(args.weights)),
         "reader": corpora.reader_fact(args, setup.config.vocab),
         "hugging_face": _hugging_face(args, setup),
+        "lora": lora_fact(setup.config),
         "dense_layers": setup.config.dense_layers,
         "layers": setup.config.layers,
         "schedule": args.schedule,
         "mesh": dict(setup.mesh.shape),
     }
+
+
+def lora_fact(config: ModelConfig) -> dict[str, Any] | None:
+    """The model's adapters as JSON; None where it has none."""
+    lora = config.lora
+    return None if lora is None else {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
 
 
 def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
@@ -395,11 +409,22 @@ def _describe(args: argparse.Namespace, setup: Setup, out: pathlib.Path, restore
     return (
         f"{name} with {args.schedule} on {dict(setup.mesh.shape)} {jax.devices()[0].platform} devices of "
         f"{jax.process_count()} processes: {setup.schedule.num_stages} stages, {setup.schedule.num_microbatches} "
-        f"microbatches, {total / 1e6:.1f}M parameters, {setup.batch * setup.config.sequence} tokens a step\n"
+        f"microbatches, {total / 1e6:.1f}M parameters{_adapters(setup)}, "
+        f"{setup.batch * setup.config.sequence} tokens a step\n"
         f"{len(train) / 1e6:.1f}M tokens in {setup.corpus.source}, unigram entropy "
         f"{data.unigram_entropy(train):.3f} nats\n"
         f"{begins}; {out}/ gets metrics, checkpoints and reports"
     )
+
+
+def _adapters(setup: Setup) -> str:
+    """How many parameters adapters have, where these alone are trained."""
+    lora = setup.config.lora
+    if lora is None:
+        return ""
+    pairs = zip(*map(jax.tree.leaves, (setup.model.params, setup.model.trained)), strict=True)
+    count = sum(math.prod(leaf.shape) for leaf, trained in pairs if trained)
+    return f" frozen, {count / 1e6:.3g}M of adapters of rank {lora.rank} trained"
 
 
 def _say(text: str) -> None:

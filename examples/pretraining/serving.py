@@ -30,6 +30,7 @@ def eval_parser() -> argparse.ArgumentParser:
     _add_tokenizer(data)
     data.add_argument("--token-dtype", default="uint16", choices=["uint16", "uint32"], help="of .bin files")
     data.add_argument("--separator", type=int, help="token between documents, never a target; a tokenizer has one")
+    data.add_argument("--document-mask", action="store_true", help="documents of a sequence do not see each other")
     data.add_argument("--part", default="held_out", choices=["held_out", "train"], help="of the data")
     data.add_argument("--batches", type=int, default=4)
     data.add_argument("--batch-size", type=int, default=8, help="sequences of a batch")
@@ -86,6 +87,7 @@ def evaluate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
     import numpy as np  # noqa: PLC0415
 
     from eplb_jax import save_loads  # noqa: PLC0415
+    from jaxpipe.deepseek.model import SEGMENTS  # noqa: PLC0415
     from pretraining import data  # noqa: PLC0415
     from pretraining.corpus import open_corpus  # noqa: PLC0415
     from pretraining.tables import markdown_head, markdown_row  # noqa: PLC0415
@@ -105,7 +107,7 @@ def evaluate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
     for step in range(args.batches):
         batch = data.make_batch(part, args.seed, step, args.batch_size, sequence)
         begin = time.perf_counter()
-        scores = server.score(batch["tokens"], batch["targets"], batch["mask"])
+        scores = server.score(batch["tokens"], batch["targets"], batch["mask"], batch.get(SEGMENTS))
         seconds.append(time.perf_counter() - begin)
         losses, count, loads = losses + scores.losses.sum(), count + scores.counts.sum(), loads + scores.loads
     loss = float(losses / max(count, 1))
@@ -220,7 +222,7 @@ def make_server(args: argparse.Namespace, say: Callable[[str], None] = print) ->
 
 
 def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
-    """Config and parameters of a run's newest checkpoint, in the order of the model, on one device.
+    """Config and parameters of a run's newest checkpoint, in the order of the model, on one device, adapters merged.
 
     Raises:
       ValueError: there is no checkpoint, or one that does not match its checksums.
@@ -229,7 +231,9 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
     import jax  # noqa: PLC0415
     import jax.numpy as jnp  # noqa: PLC0415
 
+    from jaxpipe.deepseek import merge  # noqa: PLC0415
     from pretraining.checkpoint import orbax  # noqa: PLC0415
+    from pretraining.export import lora_of  # noqa: PLC0415
     from pretraining.layout import fingerprint  # noqa: PLC0415
 
     ocp, here = orbax(), jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
@@ -253,6 +257,8 @@ def read_run(folder: pathlib.Path) -> tuple[Any, dict[str, Any]]:
             node = node.setdefault(key, {})
         node[last] = array
     config = _run_config(body["facts"])
+    if (lora := lora_of(body["facts"])) is not None:
+        tree = merge(tree, lora)
     slots = tree["layers"]["moe"].get("phy2log")
     redundant = 0 if slots is None else slots.shape[1] - config.experts
     return dataclasses.replace(config, redundant=redundant), tree

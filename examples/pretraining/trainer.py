@@ -384,11 +384,16 @@ def make_step(
             grads = jax.tree.map(lambda g, p: g if g.dtype == p.dtype else jnp.zeros_like(p), grads, state.params)
             updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
             params = optax.apply_updates(state.params, updates)
-            params = jax.tree.map(lambda new, old, trained: new if trained else old, params, state.params, model.trained)
+            # What is not trained stays the same array, and costs nothing below.
+            params = jax.tree.map(
+                lambda new, old, trained: new if trained else old, params, state.params, model.trained
+            )
         loads = model.loads_of(aux)
         params = model.with_bias(params, loads)
         params, opt_state = jax.tree.map(
-            lambda new, old: old if new is old else jnp.where(finite, new, old), (params, opt_state), (state.params, state.opt_state)
+            lambda new, old: old if new is old else jnp.where(finite, new, old),
+            (params, opt_state),
+            (state.params, state.opt_state),
         )
         bad = jnp.where(finite, 0, 1).astype(jnp.int32)
         in_a_row = (state.skipped_in_a_row + bad) * bad

@@ -82,8 +82,8 @@ class DenseBlock(nnx.Module):
         sizes = config.width, config.dense_hidden
         self.mlp = SwiGLU(*sizes, rngs, branches=branches, axis=axis, precision=config.precision)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, D] -> [B, T, D]``."""
+    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """``[B, T, D] -> [B, T, D]``; of ``segments`` see `jaxpipe.deepseek.causal_attention`."""
 
         def mlp(x: jax.Array) -> tuple[jax.Array, None]:
             with jax.named_scope("mlp"):
@@ -92,7 +92,7 @@ class DenseBlock(nnx.Module):
         return apply_block(
             x,
             self.attention_norm,
-            lambda x: (self.attention(x), None),
+            lambda x: (self.attention(x, segments), None),
             self.mlp_norm,
             mlp,
             remat_attention=self.config.remat == "attention",
@@ -119,8 +119,13 @@ class MoEBlock(nnx.Module):
         moe = dataclasses.replace(config.moe, masters=config.moe.masters or config.experts)
         self.moe = MoE(moe, rngs, axis=axis, placement=placement)
 
-    def __call__(self, x: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
-        """``[B, T, D] -> [B, T, D]`` and the routing's statistics; tokens outside ``mask`` go to no routed expert."""
+    def __call__(
+        self, x: jax.Array, mask: jax.Array | None = None, segments: jax.Array | None = None
+    ) -> tuple[jax.Array, MoEStats]:
+        """``[B, T, D] -> [B, T, D]`` and the routing's statistics; tokens outside ``mask`` go to no routed expert.
+
+        Of ``segments`` see `jaxpipe.deepseek.causal_attention`.
+        """
 
         def mlp(x: jax.Array) -> tuple[jax.Array, MoEStats]:
             with jax.named_scope("mlp"):
@@ -129,7 +134,7 @@ class MoEBlock(nnx.Module):
         y, _, stats = apply_block(
             x,
             self.attention_norm,
-            lambda x: (self.attention(x), None),
+            lambda x: (self.attention(x, segments), None),
             self.mlp_norm,
             mlp,
             remat_attention=self.config.remat == "attention",

@@ -248,20 +248,29 @@ class Server:
         run = self._program(("logits", batch.shape), self._logits, (), (batch, lengths))
         return np.asarray(run(self.model, (), batch, lengths))[:count]
 
-    def score(self, tokens: Int[np.ndarray, "B T"], targets: Int[np.ndarray, "B T"], mask: np.ndarray) -> Scores:
+    def score(
+        self,
+        tokens: Int[np.ndarray, "B T"],
+        targets: Int[np.ndarray, "B T"],
+        mask: np.ndarray,
+        segments: Int[np.ndarray, "B T"] | None = None,
+    ) -> Scores:
         """Losses of sequences of one length.
 
         Args:
           tokens, targets: of each place, and what follows it.
           mask: 1 where the target counts, otherwise 0.
+          segments: which document of its sequence each token is of, and sees alone; None: all are one.
 
         Raises:
           ValueError: shapes that differ, tokens that the vocabulary has not.
         """
         batch, lengths, count = self._sequences(tokens)
-        if np.shape(targets) != np.shape(tokens) or np.shape(mask) != np.shape(tokens):
+        apart = np.zeros(np.shape(tokens), np.int32) if segments is None else np.asarray(segments, np.int32)
+        if not np.shape(targets) == np.shape(mask) == np.shape(apart) == np.shape(tokens):
             raise ValueError(
-                f"tokens {np.shape(tokens)}, targets {np.shape(targets)}, mask {np.shape(mask)}: one shape for all"
+                f"tokens {np.shape(tokens)}, targets {np.shape(targets)}, mask {np.shape(mask)}, segments "
+                f"{np.shape(apart)}: one shape for all"
             )
         counts = np.zeros(batch.shape, bool)
         counts[:count] = np.asarray(mask) > 0
@@ -269,7 +278,11 @@ class Server:
         follow[:count] = np.where(np.asarray(mask) > 0, targets, 0)
         self._checked(follow.reshape(-1), "targets")
         arrays = batch, lengths, self._placed(follow), self._placed(counts)
-        run = self._program(("score", batch.shape), self._score, (), arrays)
+        if segments is not None:
+            documents = np.zeros(batch.shape, np.int32)
+            documents[:count] = apart
+            arrays = *arrays, self._placed(documents)
+        run = self._program(("score", batch.shape, len(arrays)), self._score, (), arrays)
         losses, loads = run(self.model, (), *arrays)
         return Scores(np.asarray(losses)[:count], counts[:count].sum(1), _summed(loads))
 
@@ -327,9 +340,12 @@ class Server:
         features, _ = token_features(model, tokens, real, self.config, axis=self._axis, core=self.core)
         return head_logits(model, features, self.config)
 
-    def _score(self, model: ServedModel, _: Any, tokens: Any, lengths: Any, targets: Any, counts: Any) -> Any:
+    def _score(
+        self, model: ServedModel, _: Any, tokens: Any, lengths: Any, targets: Any, counts: Any, segments: Any = None
+    ) -> Any:
         real = jnp.broadcast_to(lengths[:, None] > 0, tokens.shape)
-        features, loads = token_features(model, tokens, real, self.config, axis=self._axis, core=self.core)
+        core = self.core if segments is None else functools.partial(self.core, segments=segments)
+        features, loads = token_features(model, tokens, real, self.config, axis=self._axis, core=core)
 
         def loss(row: tuple[jax.Array, jax.Array, jax.Array]) -> jax.Array:
             features, targets, counts = row

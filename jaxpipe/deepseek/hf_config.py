@@ -26,7 +26,14 @@ IGNORED = frozenset(
     {
         *("_attn_implementation", "_name_or_path", "architectures", "auto_map", "transformers_version"),
         *("dtype", "torch_dtype", "initializer_range", "pretraining_tp", "ep_size"),
-        *("use_cache", "output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward"),
+        *(
+            "use_cache",
+            "output_attentions",
+            "output_hidden_states",
+            "output_router_logits",
+            "return_dict",
+            "chunk_size_feed_forward",
+        ),
         *("bos_token_id", "eos_token_id", "pad_token_id", "id2label", "label2id", "problem_type"),
         *("aux_loss_alpha", "seq_aux", "max_position_embeddings", "quantization_config"),
     }

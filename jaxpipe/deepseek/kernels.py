@@ -14,7 +14,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax.ad_checkpoint import checkpoint_name
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels.fallback import log_fallback
 from jaxpipe._jax import causal_attention_of_cudnn
@@ -31,6 +31,7 @@ def causal_attention(
     key: Float[Array, "B S H C"],
     value: Float[Array, "B S H V"],
     scale: float | None = None,
+    segments: Int[Array, "B T"] | None = None,
 ) -> Float[Array, "B T H V"]:
     """Attention of each query to the keys up to its own place; the last query stands beside the last key.
 
@@ -42,9 +43,11 @@ def causal_attention(
     Args:
       query, key, value: of one dtype.
       scale: of the scores; None: one over the root of C.
+      segments: which document of its sequence each token is of: a query sees keys of its own alone. As many keys as
+        queries then. cuDNN reads them as a mask of T x T, with values padded. None: all are one.
 
     Raises:
-      ValueError: values wider than keys.
+      ValueError: values wider than keys; segments where there are more keys than queries.
 
     >>> x = jnp.ones((1, 4, 2, 6))
     >>> causal_attention(x, x, x[..., :4]).shape
@@ -55,19 +58,23 @@ def causal_attention(
         raise ValueError(f"values of width {narrow} are wider than keys of {width}: pad the keys and queries")
     queries, keys = query.shape[1], key.shape[1]
     whole = queries == keys
+    if segments is not None and not whole:
+        raise ValueError(f"segments with {queries} queries and {keys} keys: earlier keys are of no known document")
     cudnn = jax.default_backend() == "gpu" and query.dtype == jnp.bfloat16
     if cudnn and (refusal := _refusal(queries, keys, width)):
         log_fallback(logger, "attention is XLA's, not cuDNN's", refusal)
         cudnn = False
-    if cudnn and whole and narrow < width and (kernel := _latent_kernel(narrow)):
+    if cudnn and whole and segments is None and narrow < width and (kernel := _latent_kernel(narrow)):
         try:
             return kernel(query, key, value, scale=width**-0.5 if scale is None else scale)
         except NotImplementedError as error:
             log_fallback(logger, PADDING, str(error))
     if query.dtype == jnp.float64:
-        return _exact_attention(query, key, value, width**-0.5 if scale is None else scale)
+        return _exact_attention(query, key, value, width**-0.5 if scale is None else scale, segments)
     value = jnp.pad(value, ((0, 0), (0, 0), (0, 0), (0, width - narrow)))
     mask = None if whole else jnp.tri(queries, keys, keys - queries, jnp.bool_)[None, None]
+    if segments is not None:
+        mask = _same_segment(segments)
     with jax.numpy_dtype_promotion("standard"):  # it promotes by itself
         mixed = jax.nn.dot_product_attention(
             query,
@@ -81,11 +88,20 @@ def causal_attention(
     return mixed[..., :narrow]
 
 
-def _exact_attention(query: jax.Array, key: jax.Array, value: jax.Array, scale: float) -> jax.Array:
+def _same_segment(segments: jax.Array) -> jax.Array:
+    """``bool[B, 1, T, T]``: whether a query and a key are of one document."""
+    return (segments[:, :, None] == segments[:, None, :])[:, None]
+
+
+def _exact_attention(
+    query: jax.Array, key: jax.Array, value: jax.Array, scale: float, segments: jax.Array | None
+) -> jax.Array:
     """In float64 from end to end; `jax.nn.dot_product_attention` takes its softmax in float32."""
     queries, keys = query.shape[1], key.shape[1]
     scores = jnp.einsum("bthc,bshc->bhts", query, key) * scale
     seen = jnp.tri(queries, keys, keys - queries, jnp.bool_)
+    if segments is not None:
+        seen &= _same_segment(segments)
     return jnp.einsum("bhts,bshv->bthv", jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)), value)
 
 

@@ -77,7 +77,7 @@ class Adapted(NamedTuple):
     b: jax.Array
 
 
-def product(equation: str, x: Float[Array, "*batch _"], w: jax.Array | Adapted) -> Float[Array, ...]:
+def product(equation: str, x: Float[Array, "*batch _"], w: jax.Array | Adapted) -> Float[Array, "*out"]:
     """``jnp.einsum(equation, x, w)`` in x's dtype, with the adapters' part where the matrix has any.
 
     Args:

@@ -12,6 +12,7 @@ Source: DeepSeek-V2, arXiv 2405.04434, 2.1 and appendix C.
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -35,7 +36,8 @@ from jaxpipe.stage.graph import RECOMPUTE
 Core = Callable[..., jax.Array]
 """Attention of queries to keys and values, ``[B, T, H, width]`` each; values may be narrower.
 
-A model whose scores have a scale of their own, see `jaxpipe.deepseek.Rope.score_scale`, gives it as ``scale``.
+A model whose scores have a scale of their own, see `jaxpipe.deepseek.Rope.score_scale`, gives it as ``scale``;
+sequences of several documents give theirs as ``segments``, see `jaxpipe.deepseek.causal_attention`.
 """
 
 
@@ -265,9 +267,13 @@ class MLA(nnx.Module):
         }
         return made._replace(**adapted)
 
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """``[B, T, D] -> [B, T, D]``."""
-        return attend(self.params, x, self.config, core=self.core)[0]
+    def __call__(self, x: jax.Array, segments: jax.Array | None = None) -> jax.Array:
+        """``[B, T, D] -> [B, T, D]``; tokens see those of their own segment, ``int[B, T]``, alone.
+
+        Positions count through all segments: scores depend on differences of positions.
+        """
+        core = self.core if segments is None else functools.partial(self.core, segments=segments)
+        return attend(self.params, x, self.config, core=core)[0]
 
 
 def _adapters(rngs: nnx.Rngs, config: LayerConfig) -> dict[str, tuple[jax.Array, jax.Array]]:

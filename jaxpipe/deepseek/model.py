@@ -41,6 +41,9 @@ VOCABULARY = (("embedding",), ("output",))
 REAL = "real"
 """Of a batch, and not of every one: ``bool[B, T]``, which tokens are no filling behind a sequence's last target."""
 
+SEGMENTS = "segments"
+"""Of a batch, and not of every one: ``int32[B, T]``, which document of its sequence each token is of."""
+
 BLOCKS: Mapping[str, Callable[..., nnx.Module]] = {DENSE: DenseBlock, MOE: MoEBlock, MTP: MTPLayer}
 
 EXPERTS = (("moe", "w_in"), ("moe", "w_out"))
@@ -94,7 +97,8 @@ class DeepSeekModel:
     def stage(self) -> Callable[..., jaxpipe.Output] | jaxpipe.StageKinds:
         """One stage's layers, for stages of several kinds a function of each.
 
-        Where a batch says which of its tokens are ``"real"``, the others go to no expert and count for no load.
+        Where a batch says which of its tokens are ``"real"``, the others go to no expert and count for no load. Where
+        it has ``"segments"``, a token sees those of its own document alone.
 
         Metrics: ``loads [stages, slots, experts]`` at this stage's place, ``dropped``; in FP8 ``not_finite``.
         """
@@ -276,7 +280,8 @@ class DeepSeekModel:
         """A stage with layers of these kinds; where all layers of the model are alike, they may be padding."""
         shape, config = self.arrangement, self.config
         x, known = x if config.mtp else (x, None)
-        real = ctx.data.get(REAL) if isinstance(ctx.data, Mapping) else None
+        told = ctx.data if isinstance(ctx.data, Mapping) else {}
+        real, segments = told.get(REAL), told.get(SEGMENTS)
         routed: dict[int, MoEStats] = {}
         for slot, kind in zip(shape.slots_of_row(row), row, strict=True):
             mask = real
@@ -284,7 +289,7 @@ class DeepSeekModel:
                 here = slot < jnp.asarray(shape.counts, jnp.int32)[ctx.stage]
                 mask = jnp.broadcast_to(here, x.shape[:2]) if real is None else here & real
             with jax.named_scope(f"layer_{slot}"):
-                x, known, stats = self._run_layer(kind, params, slot, x, known, mask)
+                x, known, stats = self._run_layer(kind, params, slot, x, known, mask, segments)
             if stats is not None:
                 routed[slot] = stats
         none = jnp.zeros(config.experts, jnp.int32)
@@ -303,20 +308,27 @@ class DeepSeekModel:
         return jaxpipe.Output(y, config.balance_factor * losses, metrics)
 
     def _run_layer(
-        self, kind: str, params: Any, slot: int, x: jax.Array, known: jax.Array | None, mask: jax.Array | None
+        self,
+        kind: str,
+        params: Any,
+        slot: int,
+        x: jax.Array,
+        known: jax.Array | None,
+        mask: jax.Array | None,
+        segments: jax.Array | None,
     ) -> tuple[jax.Array, jax.Array | None, MoEStats | None]:
         """One layer: features, what goes beside them, and the routing's statistics."""
         again = jax.checkpoint if self.config.remat == "layer" else lambda function: function
         function, own = self._blocks[kind], params[f"layer_{slot}"]
         if kind == DENSE:
-            block = again(lambda own, x: function(own, x))
-            return block(without(own, "moe"), x), known, None
+            block = again(lambda own, x, segments: function(own, x, segments))
+            return block(without(own, "moe"), x, segments), known, None
         own = without(own, "mlp")
         if kind == MTP:
-            block = again(lambda own, x, known, mask: function(own, x, known, mask))
-            return x, *block({**params["mtp"], "block": own}, x, known, mask)
-        block = again(lambda own, x, mask: function(own, x, mask))
-        x, stats = block(own, x, mask)
+            block = again(lambda own, x, known, mask, segments: function(own, x, known, mask, segments))
+            return x, *block({**params["mtp"], "block": own}, x, known, mask, segments)
+        block = again(lambda own, x, mask, segments: function(own, x, mask, segments))
+        x, stats = block(own, x, mask, segments)
         return x, known, stats
 
     def _in_parts(self, path: Any, leaf: Any) -> bool:

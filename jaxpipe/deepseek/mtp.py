@@ -38,10 +38,17 @@ class MTPLayer(nnx.Module):
         self.block = MoEBlock(config, rngs, core, axis)
         self.norm = RMSNorm(config.width, config.norm_eps)
 
-    def __call__(self, y: jax.Array, known: jax.Array, mask: jax.Array | None = None) -> tuple[jax.Array, MoEStats]:
+    def __call__(
+        self,
+        y: jax.Array,
+        known: jax.Array,
+        mask: jax.Array | None = None,
+        segments: jax.Array | None = None,
+    ) -> tuple[jax.Array, MoEStats]:
         """Of features so far and the next tokens' embeddings, ``[B, T, D]`` each, new ones and routing's statistics.
 
-        Tokens outside ``mask``, ``bool[B, T]``, go to no routed expert.
+        Tokens outside ``mask``, ``bool[B, T]``, go to no routed expert; of ``segments`` see
+        `jaxpipe.deepseek.causal_attention`.
         """
 
         def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
@@ -50,6 +57,6 @@ class MTPLayer(nnx.Module):
         with jax.named_scope("project"):
             both = jnp.concatenate([self.hidden_norm(y), self.embedding_norm(known)], -1)
             x = use_whole(project, both, (self.project[...],), self.axis)
-        features, stats = self.block(x, mask)
+        features, stats = self.block(x, mask, segments)
         with jax.named_scope("project"):
             return self.norm(features), stats
