@@ -1,12 +1,26 @@
 """Latent attention: as functions and as a module, over whole sequences, over parts of them and over a cache."""
 
+import dataclasses
+import functools
+from itertools import pairwise
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
-from jaxpipe.deepseek import MLA, LayerConfig, attend, attend_cached, init_mla, rotate
+from jaxpipe.deepseek import (
+    MLA,
+    LayerConfig,
+    Rope,
+    Yarn,
+    attend,
+    attend_cached,
+    causal_attention,
+    init_mla,
+    rotate,
+)
 from jaxpipe.deepseek.stand_in import attention as stand_in
 from tests.jaxpipe.deepseek.models import SMALL, small
 
@@ -51,6 +65,32 @@ def test_later_tokens_attend_to_those_before(layer):
     np.testing.assert_allclose(jnp.concatenate([first, second], 1), y, **CLOSE)
     for part, later, whole in zip(before, after, latents, strict=True):
         np.testing.assert_allclose(jnp.concatenate([part, later], 1), whole, rtol=1e-12, atol=1e-12)
+
+
+def test_documents_kept_apart_are_sequences_of_their_own(layer):
+    """Results and gradients in float64, with stretched rotations; positions count through all documents."""
+    config, params, x = layer
+    config = dataclasses.replace(config, rope=Rope(yarn=Yarn(factor=4.0, original=4, mscale_all_dim=0.7)))
+    cuts = (0, 3, 4, 8), (0, 1, 2, 8), (0, 5, 6, 8)
+    segments = jnp.stack([jnp.repeat(jnp.arange(3), np.diff(row)) for row in jnp.array(cuts)]).astype(jnp.int32)
+    core = functools.partial(causal_attention, segments=segments)
+
+    def apart(params, x):
+        documents = (row[None, start:end] for row, cut in zip(x, cuts, strict=True) for start, end in pairwise(cut))
+        return jnp.concatenate([attend(params, one, config)[0][0] for one in documents]).reshape(x.shape)
+
+    found, back = jax.vjp(lambda params, x: attend(params, x, config, core=core)[0], params, x)
+    wanted, expected = jax.vjp(apart, params, x)
+    np.testing.assert_allclose(found, wanted, rtol=1e-12, atol=1e-12)
+    ct = jax.random.normal(jax.random.key(2), x.shape, jnp.float64)
+    for ours, theirs in zip(*map(jax.tree.leaves, (back(ct), expected(ct))), strict=True):
+        np.testing.assert_allclose(ours, theirs, rtol=1e-10, atol=1e-10)
+    with pytest.raises(ValueError, match="segments with 3 queries and 8 keys"):
+        causal_attention(x[:, :3, None], x[:, :, None], x[:, :, None], segments=segments[:, :3])
+    # The other form, of float32, has the same mask.
+    narrow = jax.random.normal(jax.random.key(3), (3, 8, 2, 6), jnp.float32)
+    exact = causal_attention(*(narrow.astype(jnp.float64),) * 3, segments=segments)
+    np.testing.assert_allclose(causal_attention(*(narrow,) * 3, segments=segments), exact, rtol=1e-5, atol=1e-5)
 
 
 def test_it_is_attention_over_the_keys_and_values_that_it_stands_for(layer):
