@@ -39,6 +39,8 @@ from jaxpipe.deepseek.model import names
 from jaxpipe.planning.chips import chip
 
 GIGA = 1e9
+NOTHING: dict[str, Any] = dict.fromkeys(("peak GB", "compiled GB", "step ms", "tokens/s"), float("nan"))
+"""In place of figures of a step that does not run."""
 
 
 def planned(name: str, config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
@@ -62,7 +64,6 @@ def planned(name: str, config: ModelConfig, args: argparse.Namespace) -> dict[st
 
 def measured(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     """The other columns: of a step that runs, or with --dry, is lowered alone."""
-    unknown = dict.fromkeys(("peak GB", "compiled GB", "step ms", "tokens/s"), float("nan"))
     mesh = jaxpipe.make_mesh(pp=1, ep=1)
     schedule = jaxpipe.schedule.build(args.schedule, 1, args.microbatches)
     model = build_model(config, schedule, 0, axis="ep", dtype=jnp.dtype(args.dtype), abstract=True)
@@ -77,7 +78,7 @@ def measured(config: ModelConfig, args: argparse.Namespace) -> dict[str, Any]:
     )
     print(f"lowered in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
     if args.dry:
-        return unknown
+        return dict(NOTHING)
     begin = time.perf_counter()
     program = lowered.compile()
     print(f"compiled in {time.perf_counter() - begin:.0f} s", file=sys.stderr, flush=True)
@@ -148,8 +149,7 @@ def main() -> None:
 
     def rows() -> Iterator[dict[str, Any]]:
         yield {**planned(f"adapters of rank {args.lora}", adapted, args), **measured(adapted, args)}
-        none = dict.fromkeys(("peak GB", "compiled GB", "step ms", "tokens/s"), float("nan"))
-        yield {**planned("all", whole, args), **none}
+        yield {**planned("all", whole, args), **NOTHING}
 
     report.table(rows(), formats={"planned tokens/s": ".0f", "tokens/s": ".0f", "step ms": ".0f"})
 

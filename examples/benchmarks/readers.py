@@ -143,7 +143,7 @@ def main() -> None:
     if args.tiny:
         args.tokens, args.batch, args.sequence, args.steps, args.skip = 300_000, 2, 16, 4, 3
     try:
-        import grain  # noqa: PLC0415
+        import grain  # noqa: PLC0415  # pyright: ignore[reportMissingImports]
     except ImportError:
         grain = None
     report = Recorder.begin(
@@ -153,7 +153,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = pathlib.Path(folder) / "tokens.bin"
         np.random.default_rng(0).integers(0, 50_000, args.tokens, dtype=np.uint16).tofile(path)
-        part = data.make_corpus([np.memmap(path, np.uint16, mode="r")], 0, 50_000, str(path)).train
+        part = data.Part((np.memmap(path, np.uint16, mode="r"),), held_out=False, separator=0, vocab=50_000)
 
         def rows() -> Iterator[dict[str, Any]]:
             yield measure(own(part, args.batch, args.sequence), args)

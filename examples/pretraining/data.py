@@ -235,16 +235,17 @@ def keep_apart(corpus: Corpus) -> Corpus:
     >>> corpus.train.batch(seed=1, step=0, batch=1, sequence=8)["segments"].tolist()
     [[0, 0, 0, 1, 1, 1, 1, 1]]
     """
-    parts = []
-    for part in (corpus.train, corpus.held_out):
+
+    def apart(part: Batches) -> Part:
         if not isinstance(part, Part):
             raise ValueError(
                 f"--document-mask: {corpus.source} are conversations, each in a sequence of its own already"
             )
         if part.separator is None:
             raise ValueError(f"--document-mask: name the token between documents of {corpus.source} with --separator")
-        parts.append(dataclasses.replace(part, apart=True))
-    return Corpus(*parts, corpus.source)
+        return dataclasses.replace(part, apart=True)
+
+    return Corpus(apart(corpus.train), apart(corpus.held_out), corpus.source)
 
 
 def find_files(pattern: str) -> list[pathlib.Path]:

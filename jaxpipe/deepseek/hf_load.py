@@ -285,8 +285,8 @@ def _check_shape(entry: TensorEntry, shape: tuple[int, ...], dtypes: Sequence[st
 
 def _dtype_of(declared: Any, pieces: Sequence[tuple[StoredTensor, TensorPart]], wanted: np.dtype | None) -> np.dtype:
     """Of a leaf: integers and biases as the model declares them, otherwise as wanted, if anything is."""
-    exact = wanted is None or any(source.tensor.exact for source, _ in pieces)
-    return np.dtype(declared) if exact or not jnp.issubdtype(declared, jnp.floating) else wanted
+    exact = any(source.tensor.exact for source, _ in pieces) or not jnp.issubdtype(declared, jnp.floating)
+    return np.dtype(declared) if wanted is None or exact else wanted
 
 
 def _new_adapters(model: DeepSeekModel, shardings: Sequence[NamedSharding]) -> dict[tuple[str, ...], jax.Array]:

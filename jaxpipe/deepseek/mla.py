@@ -313,17 +313,22 @@ def keep_mla(params: MLAParams) -> MLAParams:
     ((1, 256, 128), (96, 2, 64))
     """
     names = [name for name in ("query", "query_down", "query_up", "latent_down") if getattr(params, name) is not None]
-    return params._replace(**{name: keep(getattr(params, name)) for name in names}, out=keep(_plain(params.out), 2))
+    return params._replace(
+        **{name: keep(_without_adapters(getattr(params, name))) for name in names},
+        out=keep(_without_adapters(_plain(params.out)), 2),
+    )
 
 
 def _cast(w: jax.Array | Adapted, dtype: jnp.dtype) -> jax.Array | Adapted:
     return jax.tree.map(lambda leaf: leaf.astype(dtype), w)
 
 
-def _without_adapters(w: jax.Array | Adapted | ScaledMatrices) -> Any:
-    """What one new token is multiplied by."""
+def _without_adapters(w: jax.Array | Adapted | ScaledMatrices | None) -> Any:
+    """A matrix of which nothing is learned beside it."""
     if isinstance(w, Adapted):
-        raise ValueError("a matrix has adapters: merge them, jaxpipe.deepseek.merge, before tokens come one by one")
+        raise ValueError(
+            "a matrix has adapters: merge them, jaxpipe.deepseek.merge, before tokens come one by one, or in FP8"
+        )
     return w
 
 
@@ -371,9 +376,9 @@ class _Down(NamedTuple):
 
 def _scaled_down(params: MLAParams, x: jax.Array) -> _Down:
     """Tokens are quantised once for both."""
-    first = params.query_down if params.query is None else flatten(params.query)
+    first = _without_adapters(params.query_down if params.query is None else params.query)
     assert first is not None
-    return _Down(*linears(x, first, params.latent_down))
+    return _Down(*linears(x, flatten(first), _without_adapters(params.latent_down)))
 
 
 def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> jax.Array:
@@ -384,14 +389,14 @@ def _scaled_queries(params: MLAParams, made: jax.Array, config: LayerConfig) -> 
     width = config.content + config.rotary
     if params.query_up is not None:
         low = made[..., : config.query_rank]
-        (made,) = linears(rms_norm(low, params.query_norm), flatten(params.query_up))
+        (made,) = linears(rms_norm(low, params.query_norm), flatten(_without_adapters(params.query_up)))
         made = checkpoint_name(made, RECOMPUTE)
     return made[..., : config.heads * width].reshape(*made.shape[:-1], config.heads, width)
 
 
 def _scaled_expansion(params: MLAParams, latent: jax.Array, config: LayerConfig) -> tuple[jax.Array, jax.Array]:
     """`expand_latents` in FP8: keys and values of all heads by one product, computed again in the backward pass."""
-    made = linears(latent, flatten(params.key_up), flatten(params.value_up))
+    made = linears(latent, flatten(_without_adapters(params.key_up)), flatten(_without_adapters(params.value_up)))
     widths = config.content, config.value
     heads = [y.reshape(*y.shape[:-1], config.heads, width) for y, width in zip(made, widths, strict=True)]
     keys, values = (checkpoint_name(y, RECOMPUTE) for y in heads)
@@ -404,5 +409,5 @@ def _scaled_out(params: MLAParams, mixed: jax.Array, config: LayerConfig) -> jax
     The backward pass of attention reads its result, too, so that is kept in its own dtype, and rows in 8 bits are made
     of it again. DeepSeek keeps it in 12 bits instead, which attention's kernels here do not read.
     """
-    (y,) = linears(mixed.reshape(*mixed.shape[:-2], -1), flatten(params.out, 2))
+    (y,) = linears(mixed.reshape(*mixed.shape[:-2], -1), flatten(_without_adapters(params.out), 2))
     return y[..., : config.width]

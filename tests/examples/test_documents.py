@@ -126,5 +126,5 @@ def test_documents_without_ends_cannot_be_kept_apart(tmp_path):
     with pytest.raises(ValueError, match=r"--document-mask: name the token .* with --separator"):
         corpus("--document-mask")
     talks = chat.Conversations(np.arange(4), np.ones(4, bool), np.array([2, 4]), 0)
-    with pytest.raises(ValueError, match="are conversations, each a"):
+    with pytest.raises(ValueError, match="are conversations, each in a sequence"):
         data.keep_apart(data.Corpus(talks, talks, "talks"))
