@@ -1,5 +1,7 @@
 """Attention with values narrower than keys is the plain softmax, and on a GPU what it is with padded values."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -91,5 +93,26 @@ def test_narrow_values_on_a_gpu_equal_padded_ones():
         query, key, padded
     )
     two = two[0], (*two[1][:2], two[1][2][..., :128])
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=2e-2)
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on GPUs")
+def test_documents_on_a_gpu_do_not_see_each_other():
+    """Against each document alone, results and gradients."""
+    query, key, value = operands(256, 256, 4, 192, 128, jnp.bfloat16)
+    cuts = (0, 100, 102, 256)
+    segments = jnp.repeat(jnp.arange(3, dtype=jnp.int32), np.diff(cuts), total_repeat_length=256)[None].repeat(2, 0)
+
+    def apart(*arrays):
+        parts = [causal_attention(*(array[:, a:b] for array in arrays)) for a, b in itertools.pairwise(cuts)]
+        return jnp.concatenate(parts, 1)
+
+    def with_gradients(function):
+        mixed, pull = jax.vjp(function, query, key, value)
+        return mixed, pull(jnp.cos(mixed))
+
+    one = jax.jit(lambda: with_gradients(lambda *arrays: causal_attention(*arrays, segments=segments)))()
+    two = jax.jit(lambda: with_gradients(apart))()
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
         np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=2e-2)
