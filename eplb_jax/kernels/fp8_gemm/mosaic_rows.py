@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,11 +15,48 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from eplb_jax.kernels.fp8_gemm import slots
-from eplb_jax.kernels.fp8_gemm.slots import PART
+from eplb_jax.kernels.fp8_gemm.slots import PART, ScaledTile
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
+
+
+class RowTiles(NamedTuple):
+    """Rows of output tiles, those of each group one after the other; int32.
+
+    Attributes:
+      group: of each.
+      first: its first row.
+      valid: how many of its rows belong to the group.
+      used: how many there are, in an array of one; those behind are of no group.
+    """
+
+    group: jax.Array
+    first: jax.Array
+    valid: jax.Array
+    used: jax.Array
+
+
+def row_tiles(group_sizes: jax.Array, rows: int, height: int) -> RowTiles:
+    """How groups of rows, which start at multiples of 128, divide into tiles of 128 or 256 rows.
+
+    >>> [each.tolist() for each in row_tiles(jnp.array([300, 0, 5]), 512, 256)]
+    [[0, 0, 2], [0, 256, 384], [256, 44, 5], [3]]
+    """
+    groups, blocks, high = group_sizes.shape[0], rows // FP8_ALIGN, height // FP8_ALIGN
+    # Of each group all tiles but the last have `height` rows.
+    most = (blocks + (high - 1) * min(groups, blocks)) // high
+    sizes = group_sizes.astype(jnp.int32)
+    ends = jnp.cumsum((sizes + (height - 1)) // height, dtype=jnp.int32)
+    index = jnp.arange(most, dtype=jnp.int32)
+    group = jnp.minimum((index[:, None] >= ends).sum(1, dtype=jnp.int32), groups - 1)
+    begin = jnp.where(group > 0, ends[group - 1], 0)
+    offset = (index - begin) * height
+    valid = jnp.clip(sizes[group] - offset, 0, height)
+    first = jnp.where(valid > 0, group_starts(sizes, FP8_ALIGN)[group] + offset, 0)
+    return RowTiles(group, first, valid, ends[-1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +65,7 @@ class _ScaledRowsBlock:
 
     Attributes:
       tile: the division of the work.
-      filled_slots: slots of the ring that an output tile takes; the last may be filled in part.
+      all_slots: slots of the ring that a row of the first operand takes; the last may be filled in part.
       lhs, lhs_scales, rhs, rhs_scales, out: the arrays in memory.
       refs: what `slots.scratch` made.
       warpgroup: which of the block's warpgroups this is; the last one loads, the others multiply.
@@ -35,8 +73,8 @@ class _ScaledRowsBlock:
         of tiles before it, and the fields of `_ScaledRowsOutput`, and wants the slots after it; returns the last.
     """
 
-    tile: Tile
-    filled_slots: int
+    tile: ScaledTile
+    all_slots: int
     lhs: Any
     lhs_scales: Any
     rhs: Any
@@ -48,16 +86,24 @@ class _ScaledRowsBlock:
 
 
 class _ScaledRowsOutput(NamedTuple):
-    """An output tile: its group, how many of its rows the group has, and first row and column; the first scales."""
+    """An output tile: its group, how many of its rows the group has, and first row and column.
+
+    And which part of the contraction it sums: its number, first slot and how many slots, and the first scales.
+    """
 
     group: jax.Array
     valid: jax.Array
     row: jax.Array
     column: jax.Array
+    split: jax.Array
+    first_slot: jax.Array
+    filled_slots: jax.Array
     scales: tuple[jax.Array, ...]
 
 
-def _matrix_scales(scales: Any, group: jax.Array, column: jax.Array, slot: jax.Array, tile: Tile) -> list[jax.Array]:
+def _matrix_scales(
+    scales: Any, group: jax.Array, column: jax.Array, slot: jax.Array, tile: ScaledTile
+) -> list[jax.Array]:
     """The scales of a column block of a group's matrix for the steps of a slot; behind the last step anything."""
     steps, last = slots.steps_of(tile), scales.shape[2] - 1
     return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps)]
@@ -69,62 +115,73 @@ def scaled_rows_times_matrices(
     lhs_scales: jax.Array,
     rhs: jax.Array,
     rhs_scales: jax.Array,
-    group_of: jax.Array,
-    valid: jax.Array,
+    group_sizes: jax.Array,
     dtype: DTypeLike,
-    tile: Tile,
+    tile: ScaledTile,
     cores: int,
 ) -> jax.Array:
     """`eplb_jax.kernels.fp8_gemm.xla.matmul` with a given division of the work.
 
     Args:
-      lhs, lhs_scales, rhs, rhs_scales: as there.
-      group_of: the group of each block of 128 rows; int32.
-      valid: how many rows of each block belong to it; blocks without any come last.
+      lhs, lhs_scales, rhs, rhs_scales, group_sizes: as there.
       dtype: of the result.
-      tile: its stages, cluster and width; an output tile has 128 rows and columns.
+      tile: an output tile has 128 columns.
       cores: multiprocessors.
     """
     rows, depth = lhs.shape
     columns = rhs.shape[1]
     column_tiles = columns // (BLOCK * tile.cluster)
     workers = cores // tile.cluster
+    all_slots = pl.cdiv(depth, tile.k)
+    per_split = pl.cdiv(all_slots, tile.splits)
+    tile = dataclasses.replace(tile, splits=pl.cdiv(all_slots, per_split))  # none of them is empty
 
-    def body(group_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
+    def body(group_of, first_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
         def scoped(**refs):
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
             row_tiles = used[0]
 
             def look_up(index):
+                split = jnp.int32(0)
+                if tile.splits > 1:
+                    index, split = lax.div(index, jnp.int32(tile.splits)), lax.rem(index, jnp.int32(tile.splits))
                 row_tile, column_tile = ring.snake(index, row_tiles, column_tiles, tile.width)
                 column = column_tile * tile.cluster + pair
-                group = group_of[row_tile]
-                scales = _matrix_scales(rhs_scales_ref, group, column, jnp.int32(0), tile)
-                return _ScaledRowsOutput(group, valid_of[row_tile], row_tile * BLOCK, column * BLOCK, tuple(scales))
+                group, first_slot = group_of[row_tile], split * per_split
+                scales = _matrix_scales(rhs_scales_ref, group, column, first_slot, tile)
+                where = valid_of[row_tile], first_of[row_tile], column * BLOCK
+                slots_of = split, first_slot, jnp.minimum(per_split, all_slots - first_slot)
+                return _ScaledRowsOutput(group, *where, *slots_of, tuple(scales))
 
             def for_each_tile(work):
-                return ring.turns(row_tiles * column_tiles, worker, workers, look_up, work, jnp.int32(0))
+                total = row_tiles * (column_tiles * tile.splits)
+                return ring.turns(total, worker, workers, look_up, work, jnp.int32(0))
 
             warpgroup = lax.axis_index("warpgroup")
             arrays = lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref
-            block = _ScaledRowsBlock(tile, pl.cdiv(depth, tile.k), *arrays, refs, warpgroup, for_each_tile)
+            block = _ScaledRowsBlock(tile, all_slots, *arrays, refs, warpgroup, for_each_tile)
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
-        pl.run_scoped(scoped, **slots.scratch(tile, 1, dtype), collective_axes="warpgroup")
+        kept = jnp.float32 if tile.splits > 1 else dtype
+        pl.run_scoped(scoped, **slots.scratch(tile, [tile.m], kept), collective_axes="warpgroup")
 
-    out: Any = jax.ShapeDtypeStruct((rows, columns), dtype)
-    used = (valid > 0).sum(dtype=jnp.int32)[None]
-    return ring.launch(body, "scaled_rows", tile, cores, out, group_of, valid, used, lhs, lhs_scales, rhs, rhs_scales)
+    tables = row_tiles(group_sizes, round_up(rows, FP8_ALIGN), tile.m)
+    stored = round_up(rows, PART) if tile.direct else rows
+    kept = jnp.float32 if tile.splits > 1 else dtype
+    out: Any = jax.ShapeDtypeStruct((tile.splits, stored, columns), kept)
+    found = ring.launch(body, "scaled_rows", tile, cores, out, *tables, lhs, lhs_scales, rhs, rhs_scales)
+    return (found[0] if tile.splits == 1 else found.sum(0).astype(dtype))[:rows]
 
 
 def _load(block: _ScaledRowsBlock) -> None:
     """The producer: copies the operands of all of the block's tiles into the ring."""
     plgpu.set_max_registers(40, action="decrease")
 
-    def load_tile(before, _, *output):
-        _load_tile(block, before, _ScaledRowsOutput(*output))
-        return before + block.filled_slots
+    def load_tile(before, _, *fields):
+        output = _ScaledRowsOutput(*fields)
+        _load_tile(block, before, output)
+        return before + output.filled_slots
 
     ring.drain(block.for_each_tile(load_tile), block.tile, block.refs)
 
@@ -138,70 +195,83 @@ def _load_tile(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOu
 
     def load(height: int) -> None:
         def load_slot(k, slot):
-            deep = pl.ds(k * tile.k, tile.k)
+            at = output.first_slot + k
+            deep = pl.ds(at * tile.k, tile.k)
             a = block.lhs.at[pl.ds(row, height), deep]
-            scales = block.lhs_scales.at[pl.ds(k * steps, steps), pl.ds(row, BLOCK)]
+            scales = block.lhs_scales.at[pl.ds(at * steps, steps), pl.ds(row, tile.m)]
             slots.fill(slot, before + k >= tile.stages, tile, block.refs, a, matrix.at[wide, deep], [scales])
             return slots.following(slot, tile)
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), load_slot, ring.slot_of(before, tile))
+        lax.fori_loop(jnp.int32(0), output.filled_slots, load_slot, ring.slot_of(before, tile))
 
-    pl.when(output.valid > PART)(lambda: load(BLOCK))
-    pl.when(output.valid <= PART)(lambda: load(PART))
+    def by_height(height: int) -> None:
+        if height == PART:
+            load(height)
+            return
+        pl.when(output.valid > height // 2)(lambda: load(height))
+        pl.when(output.valid <= height // 2)(lambda: by_height(height // 2))
+
+    by_height(tile.m)
 
 
 def _compute(block: _ScaledRowsBlock) -> None:
     """A consumer: multiplies and stores this warpgroup's rows of the block's tiles."""
     plgpu.set_max_registers(232, action="increase")
-    begin = block.warpgroup * PART
 
     def compute_tile(before, _, *fields):
         output = _ScaledRowsOutput(*fields)
-        pl.when(output.valid > begin)(lambda: _multiply_and_store(block, before, output))
-        pl.when(output.valid <= begin)(lambda: _pass_by(block, before))
-        return before + block.filled_slots
+        parts = lax.div(output.valid - block.warpgroup * PART + (BLOCK - 1), jnp.int32(BLOCK))
+        pl.when(parts <= 0)(lambda: _pass_by(block, before, output))
+        for count in range(1, block.tile.parts + 1):
+            pl.when(parts == count)(functools.partial(_multiply_and_store, block, before, output, count))
+        return before + output.filled_slots
 
     block.for_each_tile(compute_tile)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _multiply_and_store(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput) -> None:
-    """Makes this warpgroup's rows of a tile."""
+def _multiply_and_store(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput, parts: int) -> None:
+    """Makes this warpgroup's rows of a tile: so many times 64."""
     tile, refs, warpgroup = block.tile, block.refs, block.warpgroup
     column_block = lax.div(output.column, jnp.int32(BLOCK))
     steps = slots.steps_of(tile)
 
     def multiply_slot(k, carry):
-        total, slot, scales = carry
+        totals, slot, scales = carry
         plgpu.barrier_wait(refs["filled"].at[slot])
+        added, next_scales = [], scales
+        for part, total in enumerate(totals):
+            mine = slots.rows_of(part, warpgroup)
 
-        def multiply(*accs):
-            for step, acc in enumerate(accs):
-                slots.multiply(acc, slot, step, warpgroup, refs)
-            # While they multiply: the next scales of the matrix take long to arrive.
-            next_scales = _matrix_scales(block.rhs_scales, output.group, column_block, k + 1, tile)
-            first = slot * steps
-            factors = [slots.row_scales(first + step, warpgroup, refs) * scale for step, scale in enumerate(scales)]
-            added = total
-            for step, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
-                sums = plgpu.wgmma_accumulator_load(acc, wait_n=steps - 1 - step)
-                if step == steps - 1:
-                    plgpu.barrier_arrive(refs["free"].at[slot])
-                added += sums * slots.spread(factor, 0)
-            return added, tuple(next_scales)
+            def multiply(*accs, part=part, total=total, mine=mine, next_scales=next_scales):
+                for step, acc in enumerate(accs):
+                    slots.multiply(acc, slot, step, mine, refs)
+                if part == 0:  # while they multiply: the next scales of the matrix take long to arrive
+                    at = output.first_slot + k + 1
+                    next_scales = tuple(_matrix_scales(block.rhs_scales, output.group, column_block, at, tile))
+                first = slot * steps
+                factors = [slots.row_scales(first + step, mine, refs) * scale for step, scale in enumerate(scales)]
+                for step, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
+                    sums = plgpu.wgmma_accumulator_load(acc, wait_n=steps - 1 - step)
+                    if step == steps - 1 and part == parts - 1:
+                        plgpu.barrier_arrive(refs["free"].at[slot])
+                    total += sums * slots.spread(factor, 0)
+                return total, next_scales
 
-        accs = [ring.accumulator(PART, BLOCK)] * steps
-        total, scales = pl.run_scoped(multiply, *accs)
-        return total, slots.following(slot, tile), scales
+            total, next_scales = pl.run_scoped(multiply, *[ring.accumulator(PART, BLOCK)] * steps)
+            added.append(total)
+        return tuple(added), slots.following(slot, tile), next_scales
 
-    carry = slots.zeros(), ring.slot_of(before, tile), output.scales
-    total, *_ = lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), multiply_slot, carry)
-    high = pl.ds(pl.multiple_of(output.row + warpgroup * PART, PART), PART)
-    target = block.out.at[high, pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)]
-    slots.store(total, refs, warpgroup, target)
+    carry = (slots.zeros(),) * parts, ring.slot_of(before, tile), output.scales
+    totals, *_ = lax.fori_loop(jnp.int32(0), output.filled_slots, multiply_slot, carry)
+    target = block.out.at[output.split]
+    for part, total in enumerate(totals):
+        high = pl.ds(pl.multiple_of(output.row + part * BLOCK + warpgroup * PART, PART), PART)
+        wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
+        slots.store(total, refs, warpgroup, target.at[high, wide])
 
 
-def _pass_by(block: _ScaledRowsBlock, before: jax.Array) -> None:
+def _pass_by(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput) -> None:
     """Lets the slots of a tile go that has no row of its group in this warpgroup's part."""
 
     def skip(_, slot):
@@ -209,4 +279,4 @@ def _pass_by(block: _ScaledRowsBlock, before: jax.Array) -> None:
         plgpu.barrier_arrive(block.refs["free"].at[slot])
         return slots.following(slot, block.tile)
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), skip, ring.slot_of(before, block.tile))
+    lax.fori_loop(jnp.int32(0), output.filled_slots, skip, ring.slot_of(before, block.tile))

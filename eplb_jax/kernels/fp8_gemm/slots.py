@@ -7,6 +7,7 @@ added to the total. Meanwhile the next step of the slot is multiplied, and the o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,26 +23,45 @@ from eplb_jax.kernels.scaled import BLOCK, E4M3
 LINE = 128
 """Bytes of a swizzled tile's row."""
 PART = BLOCK // CONSUMERS
-"""Rows of the output tile that one warpgroup has."""
+"""Rows of each 128 of the output tile that one warpgroup has."""
 
 
-def scratch(tile: Tile, vectors: int, dtype: DTypeLike, staged: bool = True) -> dict[str, Any]:
-    """The ring of operands and of ``vectors`` rows of scales a step, and the barriers.
+@dataclasses.dataclass(frozen=True)
+class ScaledTile(Tile):
+    """A `Tile` of 128 or 256 rows and 128 columns: each warpgroup has 64 rows of each 128.
 
-    If ``staged``, also the pieces of results of this dtype on their way out.
+    Attributes:
+      direct: whether results go to memory from registers, which no one waits for, and not through shared memory.
+      splits: between how many tiles the contraction of an output tile is divided; their sums are added afterwards.
+    """
+
+    direct: bool = False
+    splits: int = 1
+    reread: bool = False
+
+    @property
+    def parts(self) -> int:
+        """How many times 64 rows a warpgroup has."""
+        return self.m // BLOCK
+
+
+def scratch(tile: ScaledTile, vectors: list[int], dtype: DTypeLike) -> dict[str, Any]:
+    """The ring of operands, and of scales in rows of these lengths a step, and the barriers.
+
+    Unless results are stored directly, also the pieces of results of this dtype on their way out.
     """
     if tile.cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
     else:
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
     refs = dict(
-        a_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
+        a_ring=_swizzled(tile.stages, tile.m, tile.k, dtype=E4M3),
         b_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
-        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), BLOCK), jnp.float32)] * vectors,
-        filled=plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=tile.stages),
+        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), length), jnp.float32) for length in vectors],
+        filled=plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tile.stages),
         free=free,
     )
-    if staged:
+    if not tile.direct:
         refs["out_pieces"] = _swizzled(CONSUMERS, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
     return refs
 
@@ -85,19 +105,23 @@ def fill(
         plgpu.copy_gmem_to_smem(source, target.at[pl.ds(slot * steps, steps)], barrier)
 
 
-def multiply(acc: Any, slot: jax.Array, step: int, warpgroup: jax.Array, refs: dict[str, Any]) -> None:
-    """Starts the product of this warpgroup's rows of the first operand and the second one, for a step of the slot."""
-    mine, deep = pl.ds(warpgroup * PART, PART), pl.ds(step * BLOCK, BLOCK)
+def rows_of(part: int, warpgroup: jax.Array) -> Any:
+    """The rows of an output tile that are a warpgroup's, in some 128 of its rows."""
+    return pl.ds(part * BLOCK + warpgroup * PART, PART)
+
+
+def multiply(acc: Any, slot: jax.Array, step: int, mine: Any, refs: dict[str, Any]) -> None:
+    """Starts the product of some rows of the first operand and the second one, for a step of the slot."""
+    deep = pl.ds(step * BLOCK, BLOCK)
     a, b = refs["a_ring"].at[slot], refs["b_ring"].at[slot]
     if a.shape[1] != BLOCK:
         a, b = a.at[:, deep], b.at[:, deep]
     plgpu.wgmma(acc, a.at[mine], b.transpose((1, 0)))
 
 
-def row_scales(index: jax.Array, warpgroup: jax.Array, refs: dict[str, Any]) -> jax.Array:
-    """The scales of this warpgroup's rows for the index-th step of the ring, each where its row's sums are."""
-    mine = refs["scale_rings"][0].at[index].at[pl.ds(warpgroup * PART, PART)]
-    return plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA.reduce(1))
+def row_scales(index: jax.Array, mine: Any, refs: dict[str, Any]) -> jax.Array:
+    """The scales of some rows for the index-th step of the ring, each where its row's sums are."""
+    return plgpu.layout_cast(refs["scale_rings"][0].at[index].at[mine][...], plgpu.Layout.WGMMA.reduce(1))
 
 
 def column_scales(index: jax.Array, refs: dict[str, Any]) -> jax.Array:
@@ -116,14 +140,17 @@ def zeros() -> jax.Array:
 
 
 def store(values: jax.Array, refs: dict[str, Any], consumer: jax.Array, target: Any) -> None:
-    """Stores a warpgroup's part of an output tile piece by piece, which leaves out rows behind the last.
+    """Stores 64 rows of an output tile: piece by piece, which leaves out rows behind the last, or directly.
 
     Args:
-      values: the part, float32.
+      values: the rows, float32.
       refs: the kernel's scratch.
       consumer: the warpgroup.
-      target: the destination of the part.
+      target: the destination of the rows; if they are stored directly, of all of them.
     """
+    if "out_pieces" not in refs:  # four threads have 16 or 32 neighbouring bytes: memory takes them well as they are
+        target[...] = values.astype(target.dtype)
+        return
     piece = refs["out_pieces"].at[consumer]
     width = piece.shape[1]
     for column in range(0, BLOCK, width):

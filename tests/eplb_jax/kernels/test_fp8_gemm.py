@@ -13,8 +13,8 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, scaled_matmul, scaled_outer
+from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
-from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
 from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
@@ -250,8 +250,15 @@ needs_casts = pytest.mark.skipif(
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 TILES = [
     *((name, tile) for name, tile in mosaic.TILES.items()),
-    ("scaled_matmul", Tile(128, 128, 128, 5, cluster=2, width=1)),
-    ("scaled_outer", Tile(128, 128, 128, 2, cluster=2, width=1)),
+    ("scaled_matmul", ScaledTile(128, 128, 128, 5, cluster=2, width=1)),
+    ("scaled_matmul", ScaledTile(128, 128, 256, 3, direct=True)),
+    ("scaled_matmul", ScaledTile(256, 128, 128, 4)),
+    ("scaled_matmul", ScaledTile(256, 128, 128, 4, direct=True)),
+    ("scaled_matmul", ScaledTile(128, 128, 256, 3, direct=True, splits=2)),
+    ("scaled_outer", ScaledTile(128, 128, 128, 2, cluster=2, width=1)),
+    ("scaled_outer", ScaledTile(128, 128, 128, 2, direct=True)),
+    ("scaled_outer", ScaledTile(256, 128, 128, 4)),
+    ("scaled_outer", ScaledTile(256, 128, 128, 4, direct=True, reread=True)),
 ]
 
 
@@ -264,7 +271,7 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
     The contraction ends within a slot of two steps, groups are empty, and full to a half of a block and beyond.
     """
     monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
-    lhs, rhs, columns, dout, sizes = make([3, 250, 0, 71], k=384, n=512)
+    lhs, rhs, columns, dout, sizes = make([3, 250, 0, 71], k=384 if name == "scaled_matmul" else 512, n=512)
     if name == "scaled_matmul":
         with interpreted():
             got = mosaic.matmul(lhs.numbers, lhs.scales, rhs.numbers, rhs.scales, sizes, dtype=dtype, tile=tile)
