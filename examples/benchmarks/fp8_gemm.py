@@ -292,7 +292,7 @@ def few_rows(case: ScaledCase, repeats: int, tiny: bool) -> Iterator[dict[str, A
     for height in heights:
         slots = (2 if height == BLOCK else 1) * BLOCK
         for splits in dict.fromkeys([1, 2, 3, 4, 6, 8, 10, 14]):
-            if 1 < splits and (splits > case.k // slots // 2 or splits * case.n // BLOCK > 400):
+            if splits > 1 and (splits > case.k // slots // 2 or splits * case.n // BLOCK > 400):
                 continue
             stages = 3 if height == BLOCK else 4
             tile = ScaledTile(height, BLOCK, slots, stages, direct=True, splits=splits)

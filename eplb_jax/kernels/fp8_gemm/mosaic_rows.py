@@ -17,8 +17,8 @@ from jax.typing import DTypeLike
 from eplb_jax.kernels.fp8_gemm import slots
 from eplb_jax.kernels.fp8_gemm.slots import PART, ScaledTile
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
+from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
 
