@@ -203,32 +203,32 @@ def measure(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
 
 _ROWS = [
     ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3),
-    ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3, direct=True),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, direct=True),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, width=4, direct=True),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, width=16, direct=True),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 6, together=2),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2, width=4),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2, width=16),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2),
 ]
 _OUTER = [
     ScaledTile(BLOCK, BLOCK, BLOCK, 6),
-    ScaledTile(BLOCK, BLOCK, BLOCK, 6, direct=True),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2),
     ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, direct=True),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, width=4, direct=True),
-    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4, direct=True, reread=True),
+    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 3, pieces=4),
+    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 3, width=4, pieces=4),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
 ]
 SWEEP = {
     "forward": _ROWS,
     "dx": _ROWS,
-    "dw": _OUTER,
-    "dw float32": [tile for tile in _OUTER if tile.direct],
+    "dw": _OUTER[:-1],
+    "dw float32": _OUTER,
 }
 
 
 def division(tile: ScaledTile) -> str:
     """What a table calls a division of the work."""
     named = f"m={tile.m} k={tile.k} stages={tile.stages} cluster={tile.cluster} width={tile.width}"
-    return named + " direct" * tile.direct + " reread" * tile.reread + f" splits={tile.splits}" * (tile.splits > 1)
+    return f"{named} pieces={tile.pieces} together={tile.together}" + f" splits={tile.splits}" * (tile.splits > 1)
 
 
 def sweep(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
@@ -288,18 +288,11 @@ def few_rows(case: ScaledCase, repeats: int, tiny: bool) -> Iterator[dict[str, A
     calls: dict[str, Any] = {"bf16": (all_of(dense), (x, plain, sizes))}
     chosen = scaled_matmul if case.groups > 1 else lambda lhs, w, _: scaled_dot(lhs, w)
     calls["fp8 as chosen"] = all_of(chosen), (rows, scaled, sizes)
-    heights = () if tiny else (BLOCK,) if case.groups == 1 else (BLOCK, 2 * BLOCK)
-    for height in heights:
-        slots = (2 if height == BLOCK else 1) * BLOCK
-        for splits in dict.fromkeys([1, 2, 3, 4, 6, 8, 10, 14]):
-            if splits > 1 and (splits > case.k // slots // 2 or splits * case.n // BLOCK > 400):
-                continue
-            stages = 3 if height == BLOCK else 4
-            tile = ScaledTile(height, BLOCK, slots, stages, direct=True, splits=splits)
-            calls[f"fp8 m={height} splits={splits}"] = (
-                all_of(scaled_product("forward", tile)),
-                (rows, scaled, sizes),
-            )
+    for splits in () if tiny else (1, 2, 4, 8):
+        if splits > 1 and (splits > case.k // BLOCK // 4 or splits * case.n // BLOCK > 400):
+            continue
+        tile = ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3, pieces=0 if splits > 1 else 1, splits=splits)
+        calls[f"fp8 splits={splits}"] = all_of(scaled_product("forward", tile)), (rows, scaled, sizes)
     programs = compiled(calls)
     used = np.asarray(used_rows(sizes, case.rows, FP8_ALIGN)) if case.groups > 1 else np.ones(case.rows, bool)
     results = {name: np.asarray(program()[-1]).astype(np.float64)[used] for name, program in programs.items()}

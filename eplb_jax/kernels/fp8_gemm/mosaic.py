@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Int32
 
@@ -16,7 +17,8 @@ from eplb_jax.kernels.scaled import BLOCK
 
 TILES = {
     "scaled_matmul": ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3),
-    "scaled_outer": ScaledTile(BLOCK, BLOCK, BLOCK, 6),
+    "scaled_outer": ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
+    "scaled_outer in float32": ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
 }
 """The best on an H200 of those that ``examples/benchmarks/fp8_gemm.py --sweep`` tries, as far as they were measured.
 
@@ -79,7 +81,11 @@ def outer(
       lhs, lhs_scales, dout, dout_scales, group_sizes, dtype: as there.
       tile: how to divide the work; by default as measured.
     """
-    tile = _fitting(tile or TILES["scaled_outer"], dout.shape[0])
+    wide = jnp.dtype(dtype) == jnp.float32
+    tile = tile or TILES["scaled_outer in float32" if wide else "scaled_outer"]
+    if lhs.shape[0] % tile.m:
+        tile = dataclasses.replace(tile, m=BLOCK)
+    tile = _fitting(tile, dout.shape[0])
     operands = lhs, lhs_scales, dout, dout_scales, group_sizes
     return scaled_outer_products(*operands, dtype, tile, current_target().cores)
 
@@ -100,7 +106,7 @@ def for_rows(rows: int, depth: int, groups: int, columns: int, cores: int) -> Sc
     slots = -(-depth // tile.k)
     per_split = max(-(-slots // (cores // tiles)), 2)
     splits = -(-slots // per_split)
-    return dataclasses.replace(tile, splits=splits, direct=True) if splits > 1 else tile
+    return dataclasses.replace(tile, splits=splits, pieces=0) if splits > 1 else tile
 
 
 def _fitting(tile: ScaledTile, columns: int) -> ScaledTile:

@@ -160,7 +160,7 @@ def _multiply_and_store(block: _ScaledOuterBlock, before: jax.Array, output: _Sc
 
             def multiply(acc, rows=rows, columns=columns):
                 slots.multiply(acc, slot, 0, rows, refs)
-                if columns is None or tile.reread:
+                if columns is None:
                     columns = slots.column_scales(slot, refs)
                 return slots.row_scales(slot, rows, refs), columns, acc[...]
 
@@ -173,6 +173,6 @@ def _multiply_and_store(block: _ScaledOuterBlock, before: jax.Array, output: _Sc
     totals = (slots.zeros(),) * tile.parts
     totals = lax.fori_loop(jnp.int32(0), output.steps, multiply_step, totals)
     wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
-    for part, total in enumerate(totals):
-        high = pl.ds(pl.multiple_of(output.row + part * BLOCK + block.warpgroup * PART, PART), PART)
-        slots.store(total, refs, block.warpgroup, block.out.at[output.group, high, wide])
+    first = output.row + block.warpgroup * PART
+    rows = [pl.ds(pl.multiple_of(first + part * BLOCK, PART), PART) for part in range(tile.parts)]
+    slots.store(totals, refs, block.warpgroup, [block.out.at[output.group, high, wide] for high in rows])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -88,7 +87,8 @@ class _ScaledRowsBlock:
 class _ScaledRowsOutput(NamedTuple):
     """An output tile: its group, how many of its rows the group has, and first row and column.
 
-    And which part of the contraction it sums: its number, first slot and how many slots, and the first scales.
+    And which part of the contraction it sums: its number, first slot and how many slots, and the first scales of the
+    matrix.
     """
 
     group: jax.Array
@@ -104,9 +104,9 @@ class _ScaledRowsOutput(NamedTuple):
 def _matrix_scales(
     scales: Any, group: jax.Array, column: jax.Array, slot: jax.Array, tile: ScaledTile
 ) -> list[jax.Array]:
-    """The scales of a column block of a group's matrix for the steps of a slot; behind the last step anything."""
+    """The scales of a column block of a group's matrix for the steps of some slots; behind the last step anything."""
     steps, last = slots.steps_of(tile), scales.shape[2] - 1
-    return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps)]
+    return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps * tile.together)]
 
 
 @traced_once("dtype", "tile", "cores")
@@ -167,7 +167,7 @@ def scaled_rows_times_matrices(
         pl.run_scoped(scoped, **slots.scratch(tile, [tile.m], kept), collective_axes="warpgroup")
 
     tables = row_tiles(group_sizes, round_up(rows, FP8_ALIGN), tile.m)
-    stored = round_up(rows, PART) if tile.direct else rows
+    stored = rows if tile.pieces else round_up(rows, PART)
     kept = jnp.float32 if tile.splits > 1 else dtype
     out: Any = jax.ShapeDtypeStruct((tile.splits, stored, columns), kept)
     found = ring.launch(body, "scaled_rows", tile, cores, out, *tables, lhs, lhs_scales, rhs, rhs_scales)
@@ -198,77 +198,77 @@ def _load_tile(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOu
             at = output.first_slot + k
             deep = pl.ds(at * tile.k, tile.k)
             a = block.lhs.at[pl.ds(row, height), deep]
-            scales = block.lhs_scales.at[pl.ds(at * steps, steps), pl.ds(row, tile.m)]
+            scales = block.lhs_scales.at[pl.ds(at * steps, steps), pl.ds(row, BLOCK)]
             slots.fill(slot, before + k >= tile.stages, tile, block.refs, a, matrix.at[wide, deep], [scales])
             return slots.following(slot, tile)
 
         lax.fori_loop(jnp.int32(0), output.filled_slots, load_slot, ring.slot_of(before, tile))
 
-    def by_height(height: int) -> None:
-        if height == PART:
-            load(height)
-            return
-        pl.when(output.valid > height // 2)(lambda: load(height))
-        pl.when(output.valid <= height // 2)(lambda: by_height(height // 2))
-
-    by_height(tile.m)
+    pl.when(output.valid > PART)(lambda: load(BLOCK))
+    pl.when(output.valid <= PART)(lambda: load(PART))
 
 
 def _compute(block: _ScaledRowsBlock) -> None:
     """A consumer: multiplies and stores this warpgroup's rows of the block's tiles."""
     plgpu.set_max_registers(232, action="increase")
+    begin = block.warpgroup * PART
 
     def compute_tile(before, _, *fields):
         output = _ScaledRowsOutput(*fields)
-        parts = lax.div(output.valid - block.warpgroup * PART + (BLOCK - 1), jnp.int32(BLOCK))
-        pl.when(parts <= 0)(lambda: _pass_by(block, before, output))
-        for count in range(1, block.tile.parts + 1):
-            pl.when(parts == count)(functools.partial(_multiply_and_store, block, before, output, count))
+        pl.when(output.valid > begin)(lambda: _multiply_and_store(block, before, output))
+        pl.when(output.valid <= begin)(lambda: _pass_by(block, before, output))
         return before + output.filled_slots
 
     block.for_each_tile(compute_tile)
     plgpu.wait_smem_to_gmem(0)
 
 
-def _multiply_and_store(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput, parts: int) -> None:
-    """Makes this warpgroup's rows of a tile: so many times 64."""
+def _multiply_and_store(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput) -> None:
+    """Makes this warpgroup's rows of a tile."""
     tile, refs, warpgroup = block.tile, block.refs, block.warpgroup
     column_block = lax.div(output.column, jnp.int32(BLOCK))
-    steps = slots.steps_of(tile)
+    steps, mine = slots.steps_of(tile), slots.rows_of(0, warpgroup)
 
-    def multiply_slot(k, carry):
-        totals, slot, scales = carry
-        plgpu.barrier_wait(refs["filled"].at[slot])
-        added, next_scales = [], scales
-        for part, total in enumerate(totals):
-            mine = slots.rows_of(part, warpgroup)
+    def multiply_slots(count: int, begin: jax.Array, carry: Any, number: jax.Array) -> Any:
+        """Goes through slots from the first one on, so many times ``count`` together."""
 
-            def multiply(*accs, part=part, total=total, mine=mine, next_scales=next_scales):
-                for step, acc in enumerate(accs):
-                    slots.multiply(acc, slot, step, mine, refs)
-                if part == 0:  # while they multiply: the next scales of the matrix take long to arrive
-                    at = output.first_slot + k + 1
-                    next_scales = tuple(_matrix_scales(block.rhs_scales, output.group, column_block, at, tile))
-                first = slot * steps
-                factors = [slots.row_scales(first + step, mine, refs) * scale for step, scale in enumerate(scales)]
-                for step, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
-                    sums = plgpu.wgmma_accumulator_load(acc, wait_n=steps - 1 - step)
-                    if step == steps - 1 and part == parts - 1:
-                        plgpu.barrier_arrive(refs["free"].at[slot])
-                    total += sums * slots.spread(factor, 0)
-                return total, next_scales
+        def multiply_them(k, carry):
+            total, slot, scales = carry
+            several = [slot]
+            for _ in range(count):
+                plgpu.barrier_wait(refs["filled"].at[several[-1]])
+                several.append(slots.following(several[-1], tile))
 
-            total, next_scales = pl.run_scoped(multiply, *[ring.accumulator(PART, BLOCK)] * steps)
-            added.append(total)
-        return tuple(added), slots.following(slot, tile), next_scales
+            def multiply(*accs):
+                for i, acc in enumerate(accs):
+                    slots.multiply(acc, several[i // steps], i % steps, mine, refs)
+                # While they multiply: the next scales of the matrix take long to arrive.
+                at = output.first_slot + begin + (k + 1) * count
+                soon = _matrix_scales(block.rhs_scales, output.group, column_block, at, tile)
+                rows = [slots.row_scales(several[i // steps] * steps + i % steps, mine, refs) for i in range(len(accs))]
+                factors = [row * scale for row, scale in zip(rows, scales, strict=False)]
+                added = total
+                for i, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
+                    sums = plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - i)
+                    if i % steps == steps - 1:
+                        plgpu.barrier_arrive(refs["free"].at[several[i // steps]])
+                    added += sums * slots.spread(factor, 0)
+                return added, tuple(soon)
 
-    carry = (slots.zeros(),) * parts, ring.slot_of(before, tile), output.scales
-    totals, *_ = lax.fori_loop(jnp.int32(0), output.filled_slots, multiply_slot, carry)
-    target = block.out.at[output.split]
-    for part, total in enumerate(totals):
-        high = pl.ds(pl.multiple_of(output.row + part * BLOCK + warpgroup * PART, PART), PART)
-        wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
-        slots.store(total, refs, warpgroup, target.at[high, wide])
+            total, scales = pl.run_scoped(multiply, *[ring.accumulator(PART, BLOCK)] * (count * steps))
+            return total, several[-1], scales
+
+        return lax.fori_loop(jnp.int32(0), number, multiply_them, carry)
+
+    carry = slots.zeros(), ring.slot_of(before, tile), output.scales
+    whole = lax.div(output.filled_slots, jnp.int32(tile.together))
+    carry = multiply_slots(tile.together, jnp.int32(0), carry, whole)
+    if tile.together > 1:
+        done = whole * tile.together
+        carry = multiply_slots(1, done, carry, output.filled_slots - done)
+    high = pl.ds(pl.multiple_of(output.row + warpgroup * PART, PART), PART)
+    wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
+    slots.store((carry[0],), refs, warpgroup, [block.out.at[output.split, high, wide]])
 
 
 def _pass_by(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput) -> None:

@@ -31,13 +31,15 @@ class ScaledTile(Tile):
     """A `Tile` of 128 or 256 rows and 128 columns: each warpgroup has 64 rows of each 128.
 
     Attributes:
-      direct: whether results go to memory from registers, which no one waits for, and not through shared memory.
+      pieces: how many of its pieces of a result, 128 bytes wide, a warpgroup can have on their way out; 0: results go
+        to memory from registers, which is fast for float32 alone.
+      together: how many slots are multiplied before the first of their sums is scaled.
       splits: between how many tiles the contraction of an output tile is divided; their sums are added afterwards.
     """
 
-    direct: bool = False
+    pieces: int = 1
+    together: int = 1
     splits: int = 1
-    reread: bool = False
 
     @property
     def parts(self) -> int:
@@ -48,7 +50,7 @@ class ScaledTile(Tile):
 def scratch(tile: ScaledTile, vectors: list[int], dtype: DTypeLike) -> dict[str, Any]:
     """The ring of operands, and of scales in rows of these lengths a step, and the barriers.
 
-    Unless results are stored directly, also the pieces of results of this dtype on their way out.
+    Also the pieces of results of this dtype on their way out, if there are to be any.
     """
     if tile.cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
@@ -61,8 +63,8 @@ def scratch(tile: ScaledTile, vectors: list[int], dtype: DTypeLike) -> dict[str,
         filled=plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tile.stages),
         free=free,
     )
-    if not tile.direct:
-        refs["out_pieces"] = _swizzled(CONSUMERS, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
+    if tile.pieces:
+        refs["out_pieces"] = _swizzled(CONSUMERS, tile.pieces, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
     return refs
 
 
@@ -139,22 +141,32 @@ def zeros() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((PART, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def store(values: jax.Array, refs: dict[str, Any], consumer: jax.Array, target: Any) -> None:
-    """Stores 64 rows of an output tile: piece by piece, which leaves out rows behind the last, or directly.
+def store(values: tuple[jax.Array, ...], refs: dict[str, Any], consumer: jax.Array, targets: list[Any]) -> None:
+    """Stores a warpgroup's parts of an output tile: through shared memory, which leaves out rows behind the last.
+
+    As many pieces as there is room for are written together, and none waits for those of the tile before.
 
     Args:
-      values: the rows, float32.
-      refs: the kernel's scratch.
+      values: the parts, float32.
+      refs: the kernel's scratch; without pieces the parts are stored as they are, all their rows.
       consumer: the warpgroup.
-      target: the destination of the rows; if they are stored directly, of all of them.
+      targets: the destination of each part.
     """
-    if "out_pieces" not in refs:  # four threads have 16 or 32 neighbouring bytes: memory takes them well as they are
-        target[...] = values.astype(target.dtype)
+    if "out_pieces" not in refs:  # four threads have 32 neighbouring bytes of float32: memory takes them well
+        for value, target in zip(values, targets, strict=True):
+            target[...] = value.astype(target.dtype)
         return
-    piece = refs["out_pieces"].at[consumer]
-    width = piece.shape[1]
-    for column in range(0, BLOCK, width):
+    pieces = refs["out_pieces"].at[consumer]
+    together, _, width = pieces.shape
+    every = [(*each, column) for each in zip(values, targets, strict=True) for column in range(0, BLOCK, width)]
+    for batch in _batches(every, together):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        piece[...] = values[:, column : column + width].astype(target.dtype)
+        for i, (value, target, column) in enumerate(batch):
+            pieces.at[i][...] = value[:, column : column + width].astype(target.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(piece, target.at[:, pl.ds(column, width)])
+        for i, (_, target, column) in enumerate(batch):
+            plgpu.copy_smem_to_gmem(pieces.at[i], target.at[:, pl.ds(column, width)])
+
+
+def _batches(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -249,16 +249,12 @@ needs_casts = pytest.mark.skipif(
 )
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 TILES = [
-    *((name, tile) for name, tile in mosaic.TILES.items()),
+    *mosaic.TILES.items(),
     ("scaled_matmul", ScaledTile(128, 128, 128, 5, cluster=2, width=1)),
-    ("scaled_matmul", ScaledTile(128, 128, 256, 3, direct=True)),
-    ("scaled_matmul", ScaledTile(256, 128, 128, 4)),
-    ("scaled_matmul", ScaledTile(256, 128, 128, 4, direct=True)),
-    ("scaled_matmul", ScaledTile(128, 128, 256, 3, direct=True, splits=2)),
+    ("scaled_matmul", ScaledTile(128, 128, 128, 5, pieces=2, together=2)),
+    ("scaled_matmul", ScaledTile(128, 128, 256, 3, pieces=0, splits=2)),
     ("scaled_outer", ScaledTile(128, 128, 128, 2, cluster=2, width=1)),
-    ("scaled_outer", ScaledTile(128, 128, 128, 2, direct=True)),
-    ("scaled_outer", ScaledTile(256, 128, 128, 4)),
-    ("scaled_outer", ScaledTile(256, 128, 128, 4, direct=True, reread=True)),
+    ("scaled_outer", ScaledTile(256, 128, 128, 3, pieces=4)),
 ]
 
 
