@@ -13,6 +13,7 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, scaled_matmul, scaled_outer
+from eplb_jax.kernels.fp8_gemm.mosaic_rows import row_tiles
 from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
@@ -291,6 +292,30 @@ def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
     with interpreted():
         got = mosaic.matmul(*lhs, *rhs, jnp.array([rows]), dtype=dtype)
     assert_close(got, rows_in_float64(lhs) @ matrices_in_float64(rhs)[0].T, dtype)
+
+
+@pytest.mark.parametrize("rows, k, n, groups, divided", [
+    (64, 7168, 4096, 1, True), (64, 7168, 640, 1, True), (64, 640, 128, 1, True), (64, 128, 128, 1, False),
+    (64, 1536, 24576, 1, False), (4096, 7168, 4096, 1, False), (64, 7168, 4096, 2, False),
+])  # fmt: skip
+def test_few_rows_share_the_contraction_between_multiprocessors(rows, k, n, groups, divided):
+    """Enough to use more of them, no more than there are, and none for nothing."""
+    tile = mosaic.for_rows(rows, k, groups, n, HOPPER_SMS)
+    tiles = -(-rows // 128) * n // 128
+    assert (tile.splits > 1) == divided
+    assert tiles * tile.splits <= HOPPER_SMS or not divided
+    assert tile.splits <= max(k // tile.k, 1)
+
+
+@pytest.mark.parametrize("height", [128, 256])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_row_tiles_hold_each_row_once(sizes, height):
+    tiles = row_tiles(jnp.asarray(sizes, jnp.int32), ROWS, height)
+    found = []
+    for group, first, valid in zip(*map(np.asarray, tiles[:3]), strict=True):
+        found += [(int(group), int(first) + i) for i in range(valid)]
+    assert found == [(g, row) for g, span in enumerate(spans(sizes)) for row in range(span.start, span.stop)]
+    assert tiles.used.tolist() == [sum(np.asarray(tiles.valid) > 0)] == [sum(-(-size // height) for size in sizes)]
 
 
 @pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])
