@@ -168,7 +168,7 @@ def scaled_product(kind: str, tile: ScaledTile | None = None) -> Callable[..., j
     )
 
 
-def compiled(calls: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]) -> dict[str, Callable[[], jax.Array]]:
+def compiled(calls: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[Any, Callable[[], Any]]:
     """The calls with their arguments, compiled several at a time."""
     lowered = {name: jax.jit(function).lower(*arguments) for name, (function, arguments) in calls.items()}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
