@@ -7,9 +7,11 @@ turns, figures are medians. Results are bfloat16, as a step with bfloat16 copies
 float32. The error is that of a sample, by its norm, against float64 of the quantised operands; a bfloat16 result alone
 is off by about 0.0017.
 
-    python examples/benchmarks/fp8_gemm.py [--sweep] [--only NAME ...] [--repeats 7] [--seconds 60] [--tiny]
+    python examples/benchmarks/fp8_gemm.py [--sweep] [--few] [--only NAME ...] [--repeats 7] [--seconds 60] [--tiny]
 
-``--sweep`` tries divisions of the work instead; eplb_jax/kernels/fp8_gemm/mosaic.py holds the best. With ``--record``
+``--sweep`` tries divisions of the work instead; eplb_jax/kernels/fp8_gemm/mosaic.py holds the best. ``--few`` has the
+products of a decode step of 64 tokens instead, with the contraction divided between multiprocessors; the matrices take
+turns, so that none is found in a cache. With ``--record``
 the least of the grouped figures of each pass are recorded, too, once all of them were measured.
 """
 
@@ -27,10 +29,10 @@ import numpy as np
 from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
 
 from eplb_jax.kernels.fp8_gemm import mosaic
-from eplb_jax.kernels.fp8_gemm.interface import scaled_matmul, scaled_outer
+from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_matmul, scaled_outer
+from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.grouped_gemm import interface
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows
-from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.scaled import (
     BLOCK,
     ScaledMatrices,
@@ -152,7 +154,7 @@ def bfloat16_product(kind: str, case: ScaledCase) -> Callable[..., jax.Array]:
     return functools.partial(interface.grouped_matmul, transpose_rhs=kind == "dx")
 
 
-def scaled_product(kind: str, tile: Tile | None = None) -> Callable[..., jax.Array]:
+def scaled_product(kind: str, tile: ScaledTile | None = None) -> Callable[..., jax.Array]:
     """The product in FP8, of `ScaledWork.quantised` and the sizes."""
     if kind.startswith("dw"):
         dtype = jnp.float32 if "float32" in kind else jnp.bfloat16
@@ -166,7 +168,7 @@ def scaled_product(kind: str, tile: Tile | None = None) -> Callable[..., jax.Arr
     )
 
 
-def compiled(calls: dict[str, tuple[Callable[..., jax.Array], tuple[Any, ...]]]) -> dict[str, Callable[[], jax.Array]]:
+def compiled(calls: dict[Any, tuple[Callable[..., Any], tuple[Any, ...]]]) -> dict[Any, Callable[[], Any]]:
     """The calls with their arguments, compiled several at a time."""
     lowered = {name: jax.jit(function).lower(*arguments) for name, (function, arguments) in calls.items()}
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -199,31 +201,118 @@ def measure(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
         }
 
 
+_ROWS = [
+    ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 6, together=2),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2, width=4),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2, together=2, width=16),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2),
+]
+_OUTER = [
+    ScaledTile(BLOCK, BLOCK, BLOCK, 6),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 5, pieces=2),
+    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
+    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 3, pieces=4),
+    ScaledTile(2 * BLOCK, BLOCK, BLOCK, 3, width=4, pieces=4),
+    ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
+]
 SWEEP = {
-    "forward": [Tile(BLOCK, BLOCK, 2 * BLOCK, 3, cluster=c, width=w) for c in (1, 2) for w in (4, 8, 16)]
-    + [Tile(BLOCK, BLOCK, BLOCK, 5)],
-    "dw": [
-        Tile(BLOCK, BLOCK, BLOCK, s, cluster=c, width=w) for s, c, w in ((5, 1, 8), (6, 1, 8), (6, 1, 16), (6, 2, 8))
-    ],
+    "forward": _ROWS,
+    "dx": _ROWS,
+    "dw": _OUTER[:-1],
+    "dw float32": _OUTER,
 }
+
+
+def division(tile: ScaledTile) -> str:
+    """What a table calls a division of the work."""
+    named = f"m={tile.m} k={tile.k} stages={tile.stages} cluster={tile.cluster} width={tile.width}"
+    return f"{named} pieces={tile.pieces} together={tile.together}" + f" splits={tile.splits}" * (tile.splits > 1)
 
 
 def sweep(case: ScaledCase, repeats: int) -> Iterator[dict[str, Any]]:
     """Rows of a table of tiles."""
     work = ScaledWork(case)
-    for kind, tiles in SWEEP.items():
-        arguments = *work.quantised[kind], work.sizes
-        programs = compiled({str(tile): (scaled_product(kind, tile), arguments) for tile in tiles})
-        times = medians_ms(list(programs.values()), repeats, inner=12e-3)
-        for tile, ms in sorted(zip(tiles, times, strict=True), key=lambda each: each[1]):
-            division = f"k={tile.k} stages={tile.stages} cluster={tile.cluster} width={tile.width}"
-            yield {"case": case.name, "pass": kind, "tile": division, "fp8 TFLOP/s": work.flops / ms / 1e9}
+    calls = {
+        (kind, tile): (scaled_product(kind, tile), (*work.quantised[kind], work.sizes))
+        for kind, tiles in SWEEP.items()
+        for tile in tiles
+    }
+    programs = compiled(calls)
+    errors = {(kind, tile): work.error(kind, program()) for (kind, tile), program in programs.items()}
+    times = medians_ms(list(programs.values()), repeats, inner=12e-3)
+    for (kind, tile), ms in sorted(zip(programs, times, strict=True), key=lambda each: (each[0][0], each[1])):
+        yield {
+            "case": case.name,
+            "pass": kind,
+            "tile": division(tile),
+            "fp8 TFLOP/s": work.flops / ms / 1e9,
+            "error": errors[kind, tile],
+        }
+
+
+FEW = (
+    ScaledCase(64, 7168, 1536, 1, "query down"),
+    ScaledCase(64, 7168, 640, 1, "latents"),
+    ScaledCase(64, 1536, 24576, 1, "query up"),
+    ScaledCase(64, 16384, 7168, 1, "out"),
+    ScaledCase(64, 7168, 4096, 1, "shared in"),
+    ScaledCase(64, 2048, 7168, 1, "shared out"),
+    ScaledCase(768, 7168, 4096, 2, "experts in"),
+    ScaledCase(768, 2048, 7168, 2, "experts out"),
+)
+FEW_TINY = (ScaledCase(64, 512, 256, 1, "dense"), ScaledCase(512, 256, 256, 2, "experts"))
+
+
+def few_rows(case: ScaledCase, repeats: int, tiny: bool) -> Iterator[dict[str, Any]]:
+    """Rows of a table: one for each division of the contraction."""
+    matrix_bytes = case.groups * case.k * case.n
+    count = 2 if tiny else min(40, max(2, -(-(160 << 20) // matrix_bytes)))
+    keys = jax.random.split(jax.random.key(0), 2)
+    x = jax.random.normal(keys[0], (case.rows, case.k), jnp.bfloat16)
+    sizes = jnp.full(case.groups, case.rows * 2 // 3 // case.groups if case.groups > 1 else case.rows, jnp.int32)
+
+    @jax.jit
+    def matrices(key: jax.Array) -> tuple[jax.Array, ScaledMatrices]:
+        w = jax.random.normal(key, (case.groups, case.k, case.n), jnp.bfloat16)
+        return w, quantise_matrices(w.swapaxes(1, 2))
+
+    plain, scaled = zip(*(matrices(key) for key in jax.random.split(keys[1], count)), strict=True)
+    rows = jax.jit(quantise_rows)(x)
+
+    def all_of(product: Callable[..., jax.Array]) -> Callable[..., Any]:
+        return lambda lhs, several, sizes: [product(lhs, w, sizes) for w in several]
+
+    dense = bfloat16_product("forward", case._replace(balance="dense" if case.groups == 1 else "equal"))
+    calls: dict[str, Any] = {"bf16": (all_of(dense), (x, plain, sizes))}
+    chosen = scaled_matmul if case.groups > 1 else lambda lhs, w, _: scaled_dot(lhs, w)
+    calls["fp8 as chosen"] = all_of(chosen), (rows, scaled, sizes)
+    for splits in () if tiny else (1, 2, 4, 8):
+        if splits > 1 and (splits > case.k // BLOCK // 4 or splits * case.n // BLOCK > 400):
+            continue
+        tile = ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3, pieces=0 if splits > 1 else 1, splits=splits)
+        calls[f"fp8 splits={splits}"] = all_of(scaled_product("forward", tile)), (rows, scaled, sizes)
+    programs = compiled(calls)
+    used = np.asarray(used_rows(sizes, case.rows, FP8_ALIGN)) if case.groups > 1 else np.ones(case.rows, bool)
+    results = {name: np.asarray(program()[-1]).astype(np.float64)[used] for name, program in programs.items()}
+    scale = np.abs(results["fp8 as chosen"]).max()
+    times = medians_ms(list(programs.values()), repeats, inner=12e-3)
+    for (name, found), ms in zip(results.items(), times, strict=True):
+        yield {
+            "case": case.name,
+            "product": name,
+            "us": ms / count * 1e3,
+            "GB/s": matrix_bytes * (1 if "fp8" in name else 2) / ms * count / 1e6,
+            "apart": 0.0 if name == "bf16" else np.abs(found - results["fp8 as chosen"]).max() / scale,
+        }
 
 
 def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--sweep", action="store_true", help="try divisions of the work")
+    parser.add_argument("--few", action="store_true", help="products of few rows, as in decode")
     parser.add_argument("--only", nargs="*", default=[""], help="parts of the names of cases to run")
     parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--seconds", type=float, default=1e9, help="begin no further case after this long")
@@ -231,24 +320,30 @@ def main() -> None:
     arguments = parser.parse_args()
     start, least = time.perf_counter(), {kind: [] for kind in KINDS}
 
+    if arguments.few:
+        wanted, kind = FEW_TINY if arguments.tiny else FEW, functools.partial(few_rows, tiny=arguments.tiny)
+    else:
+        wanted, kind = TINY if arguments.tiny else CASES, sweep if arguments.sweep else measure
+
     def rows() -> Iterator[dict[str, Any]]:
-        for case in TINY if arguments.tiny else CASES:
+        for case in wanted:
             if not any(part in case.name for part in arguments.only):
                 continue
             if time.perf_counter() - start > arguments.seconds:
                 print(f"{case.name}: out of time")
                 continue
-            for row in (sweep if arguments.sweep else measure)(case, arguments.repeats):
+            for row in kind(case, repeats=arguments.repeats):
                 if case in LARGE:
                     least[row["pass"]].append(row["fp8 TFLOP/s"])
                 yield row
 
     report = Recorder.begin(arguments, machine(), "quantised before")
+    title = "sweep" if arguments.sweep else "few" if arguments.few else None
+    labels = 3 if arguments.sweep else 2 if arguments.few else 4
     formats = {**dict.fromkeys(("fp8 TFLOP/s", "bf16 TFLOP/s"), ".0f"), "fp8 / bf16": ".2f", "error": ".1e"}
-    report.table(
-        rows(), labels=3 if arguments.sweep else 4, title="sweep" if arguments.sweep else None, formats=formats
-    )
-    if report.file and not arguments.sweep and all(len(figures) == len(LARGE) for figures in least.values()):
+    formats.update({"us": ".1f", "GB/s": ".0f", "apart": ".1e"})
+    report.table(rows(), labels=labels, title=title, formats=formats)
+    if report.file and title is None and all(len(figures) == len(LARGE) for figures in least.values()):
         keys = {
             f"fp8_grouped_{kind}_tflops": (min(figures), "TFLOP/s")
             for kind, figures in least.items()

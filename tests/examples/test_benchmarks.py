@@ -6,10 +6,12 @@ import pathlib
 import runpy
 import sys
 
+import numpy as np
 import pytest
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" / "benchmarks"))
 
+import fp8_loss
 import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
@@ -96,3 +98,15 @@ def test_a_rank_that_is_not_there_is_refused(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run("one_rank", ["--rank", "3,16"], monkeypatch)
     assert "--rank 16 of 16: they are numbered from 0 to 15" in capsys.readouterr().err
+
+
+def test_gaps_of_losses_are_means_over_seeds():
+    """One percent of the first seed and none of the second; a standard error is that of the mean of two numbers."""
+    plain, scaled = np.array([[2.0, 2.0], [4.0, 4.0]]), np.array([[2.01, 2.03], [3.0, 5.0]])
+    np.testing.assert_allclose(fp8_loss.gaps(scaled, plain), (0.5, 0.5))
+    gap, error = fp8_loss.gaps(scaled[:1], plain[:1])
+    assert gap == pytest.approx(1) and np.isnan(error)
+    table = list(fp8_loss.rows({"bf16": plain, "fp8": scaled, "bf16 again": plain}))
+    assert [row["steps"] for row in table] == ["1 to 1", "2 to 2"]
+    assert [row["gap %"] for row in table] == pytest.approx([(0.5 - 25) / 2, (1.5 + 25) / 2])
+    assert {row["bf16 again, gap %"] for row in table} == {0}

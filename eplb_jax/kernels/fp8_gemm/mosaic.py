@@ -12,14 +12,13 @@ from jaxtyping import Array, Float, Int32
 from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.fp8_gemm.mosaic_outer import scaled_outer_products
 from eplb_jax.kernels.fp8_gemm.mosaic_rows import scaled_rows_times_matrices
-from eplb_jax.kernels.fp8_gemm.xla import group_of_blocks
-from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, round_up, valid_rows
-from eplb_jax.kernels.grouped_gemm.ring import Tile
+from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.scaled import BLOCK
 
 TILES = {
-    "scaled_matmul": Tile(BLOCK, BLOCK, 2 * BLOCK, 3),
-    "scaled_outer": Tile(BLOCK, BLOCK, BLOCK, 6),
+    "scaled_matmul": ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3),
+    "scaled_outer": ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
+    "scaled_outer in float32": ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
 }
 """The best on an H200 of those that ``examples/benchmarks/fp8_gemm.py --sweep`` tries, as far as they were measured.
 
@@ -51,7 +50,7 @@ def matmul(
     group_sizes: Int32[Array, " groups"],
     *,
     dtype: DTypeLike,
-    tile: Tile | None = None,
+    tile: ScaledTile | None = None,
 ) -> Float[Array, "rows N"]:
     """Each group of rows times its matrix transposed, as `eplb_jax.kernels.fp8_gemm.xla.matmul`.
 
@@ -59,12 +58,11 @@ def matmul(
       lhs, lhs_scales, rhs, rhs_scales, group_sizes, dtype: as there; numbers for which `why_not` has no reason.
       tile: how to divide the work; by default as measured.
     """
-    groups, columns, _ = rhs.shape
-    rows = round_up(lhs.shape[0], FP8_ALIGN)
-    group_of = jnp.minimum(group_of_blocks(group_sizes, rows // BLOCK), groups - 1)
-    tile = _fitting(tile or TILES["scaled_matmul"], columns)
-    operands = lhs, lhs_scales, rhs, rhs_scales, group_of, valid_rows(group_sizes, rows)
-    return scaled_rows_times_matrices(*operands, dtype, tile, current_target().cores)
+    tile = tile or for_rows(*lhs.shape, *rhs.shape[:2], current_target().cores)
+    tile = _fitting(tile, rhs.shape[1])
+    return scaled_rows_times_matrices(
+        lhs, lhs_scales, rhs, rhs_scales, group_sizes, dtype, tile, current_target().cores
+    )
 
 
 def outer(
@@ -75,7 +73,7 @@ def outer(
     group_sizes: Int32[Array, " groups"],
     *,
     dtype: DTypeLike,
-    tile: Tile | None = None,
+    tile: ScaledTile | None = None,
 ) -> Float[Array, "groups K N"]:
     """The product of each group's rows, as `eplb_jax.kernels.fp8_gemm.xla.outer`.
 
@@ -83,11 +81,34 @@ def outer(
       lhs, lhs_scales, dout, dout_scales, group_sizes, dtype: as there.
       tile: how to divide the work; by default as measured.
     """
-    tile = _fitting(tile or TILES["scaled_outer"], dout.shape[0])
+    wide = jnp.dtype(dtype) == jnp.float32
+    tile = tile or TILES["scaled_outer in float32" if wide else "scaled_outer"]
+    if lhs.shape[0] % tile.m:
+        tile = dataclasses.replace(tile, m=BLOCK)
+    tile = _fitting(tile, dout.shape[0])
     operands = lhs, lhs_scales, dout, dout_scales, group_sizes
     return scaled_outer_products(*operands, dtype, tile, current_target().cores)
 
 
-def _fitting(tile: Tile, columns: int) -> Tile:
+def for_rows(rows: int, depth: int, groups: int, columns: int, cores: int) -> ScaledTile:
+    """The division of a product of rows and matrices.
+
+    Where a dense product has too few output tiles for half of the multiprocessors, several of these divide the
+    contraction of each tile between them: reading the matrix takes the time, and each reads as fast as it can.
+
+    >>> for_rows(64, 7168, 1, 4096, 132).splits, for_rows(64, 2048, 1, 24576, 132).splits
+    (4, 1)
+    """
+    tile = TILES["scaled_matmul"]
+    tiles = -(-rows // BLOCK) * (columns // BLOCK)
+    if groups > 1 or 2 * tiles > cores:
+        return tile
+    slots = -(-depth // tile.k)
+    per_split = max(-(-slots // (cores // tiles)), 2)
+    splits = -(-slots // per_split)
+    return dataclasses.replace(tile, splits=splits, pieces=0) if splits > 1 else tile
+
+
+def _fitting(tile: ScaledTile, columns: int) -> ScaledTile:
     """The tile without its cluster where column tiles cannot be shared out evenly."""
     return tile if columns % (BLOCK * tile.cluster) == 0 else dataclasses.replace(tile, cluster=1)

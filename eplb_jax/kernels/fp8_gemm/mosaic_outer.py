@@ -14,10 +14,10 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from eplb_jax.kernels.fp8_gemm import slots
-from eplb_jax.kernels.fp8_gemm.slots import PART
+from eplb_jax.kernels.fp8_gemm.slots import PART, ScaledTile
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
-from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
 
@@ -35,7 +35,7 @@ class _ScaledOuterBlock:
         tiles before it, and the fields of `_ScaledOuterOutput`, and wants the steps after it; returns the last.
     """
 
-    tile: Tile
+    tile: ScaledTile
     lhs: Any
     lhs_scales: Any
     dout: Any
@@ -64,17 +64,17 @@ def scaled_outer_products(
     dout_scales: jax.Array,
     group_sizes: jax.Array,
     dtype: DTypeLike,
-    tile: Tile,
+    tile: ScaledTile,
     cores: int,
 ) -> jax.Array:
-    """`eplb_jax.kernels.fp8_gemm.xla.outer` with a given division of the work: output tiles of 128 rows and columns.
+    """`eplb_jax.kernels.fp8_gemm.xla.outer` with a given division of the work: output tiles of 128 columns.
 
     The largest groups come first, so that the blocks end together. A slot holds one step: with a second one's scales of
     columns the registers would not do.
     """
     height, columns = lhs.shape[0], dout.shape[0]
     groups = group_sizes.shape[0]
-    row_tiles = height // BLOCK
+    row_tiles = height // tile.m
     column_tiles = columns // (BLOCK * tile.cluster)
     per_group = row_tiles * column_tiles
     workers = cores // tile.cluster
@@ -89,7 +89,7 @@ def scaled_outer_products(
                     index - rank * per_group, jnp.int32(row_tiles), column_tiles, tile.width
                 )
                 column = (column_tile * tile.cluster + pair) * BLOCK
-                return _ScaledOuterOutput(group_of[rank], start_of[rank], steps_of[rank], row_tile * BLOCK, column)
+                return _ScaledOuterOutput(group_of[rank], start_of[rank], steps_of[rank], row_tile * tile.m, column)
 
             def for_each_tile(work):
                 return ring.turns(jnp.int32(groups * per_group), worker, workers, look_up, work, jnp.int32(0))
@@ -101,8 +101,7 @@ def scaled_outer_products(
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
-        staged = jnp.dtype(dtype) != jnp.float32
-        pl.run_scoped(scoped, **slots.scratch(tile, 2, dtype, staged), collective_axes="warpgroup")
+        pl.run_scoped(scoped, **slots.scratch(tile, [tile.m, BLOCK], dtype), collective_axes="warpgroup")
 
     order = jnp.argsort(-group_sizes).astype(jnp.int32)
     starts, steps = group_starts(group_sizes, FP8_ALIGN) // BLOCK, round_up(group_sizes, FP8_ALIGN) // BLOCK
@@ -118,7 +117,7 @@ def _load(block: _ScaledOuterBlock) -> None:
 
     def load_tile(before, _, *fields):
         output = _ScaledOuterOutput(*fields)
-        high = pl.ds(pl.multiple_of(output.row, BLOCK), BLOCK)
+        high = pl.ds(pl.multiple_of(output.row, tile.m), tile.m)
         wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
 
         def load_step(k, _):
@@ -150,24 +149,30 @@ def _compute(block: _ScaledOuterBlock) -> None:
 
 def _multiply_and_store(block: _ScaledOuterBlock, before: jax.Array, output: _ScaledOuterOutput) -> None:
     """Makes this warpgroup's rows of a tile."""
-    tile, refs, warpgroup = block.tile, block.refs, block.warpgroup
+    tile, refs = block.tile, block.refs
+    mine = [slots.rows_of(part, block.warpgroup) for part in range(tile.parts)]
 
-    def multiply_step(k, total):
+    def multiply_step(k, totals):
         slot = ring.slot_of(before + k, tile)
         plgpu.barrier_wait(refs["filled"].at[slot])
+        columns, added = None, []
+        for part, (rows, total) in enumerate(zip(mine, totals, strict=True)):
 
-        def multiply(acc):
-            slots.multiply(acc, slot, 0, warpgroup, refs)
-            return slots.row_scales(slot, warpgroup, refs), slots.column_scales(slot, refs), acc[...]
+            def multiply(acc, rows=rows, columns=columns):
+                slots.multiply(acc, slot, 0, rows, refs)
+                if columns is None:
+                    columns = slots.column_scales(slot, refs)
+                return slots.row_scales(slot, rows, refs), columns, acc[...]
 
-        rows, columns, sums = pl.run_scoped(multiply, ring.accumulator(PART, BLOCK))
-        plgpu.barrier_arrive(refs["free"].at[slot])
-        return total + sums * slots.spread(rows, 0) * slots.spread(columns, 1)
+            factors, columns, sums = pl.run_scoped(multiply, ring.accumulator(PART, BLOCK))
+            if part == tile.parts - 1:
+                plgpu.barrier_arrive(refs["free"].at[slot])
+            added.append(total + sums * slots.spread(factors, 0) * slots.spread(columns, 1))
+        return tuple(added)
 
-    total = lax.fori_loop(jnp.int32(0), output.steps, multiply_step, slots.zeros())
-    high = pl.ds(pl.multiple_of(output.row + warpgroup * PART, PART), PART)
-    target = block.out.at[output.group, high, pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)]
-    if "out_pieces" in refs:
-        slots.store(total, refs, warpgroup, target)
-    else:  # four threads have 32 neighbouring bytes of float32: memory takes them well as they are
-        target[...] = total
+    totals = (slots.zeros(),) * tile.parts
+    totals = lax.fori_loop(jnp.int32(0), output.steps, multiply_step, totals)
+    wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
+    first = output.row + block.warpgroup * PART
+    rows = [pl.ds(pl.multiple_of(first + part * BLOCK, PART), PART) for part in range(tile.parts)]
+    slots.store(totals, refs, block.warpgroup, [block.out.at[output.group, high, wide] for high in rows])

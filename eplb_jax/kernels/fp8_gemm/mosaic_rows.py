@@ -14,11 +14,48 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from eplb_jax.kernels.fp8_gemm import slots
-from eplb_jax.kernels.fp8_gemm.slots import PART
+from eplb_jax.kernels.fp8_gemm.slots import PART, ScaledTile
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS, Tile
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
+from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
+
+
+class RowTiles(NamedTuple):
+    """Rows of output tiles, those of each group one after the other; int32.
+
+    Attributes:
+      group: of each.
+      first: its first row.
+      valid: how many of its rows belong to the group.
+      used: how many there are, in an array of one; those behind are of no group.
+    """
+
+    group: jax.Array
+    first: jax.Array
+    valid: jax.Array
+    used: jax.Array
+
+
+def row_tiles(group_sizes: jax.Array, rows: int, height: int) -> RowTiles:
+    """How groups of rows, which start at multiples of 128, divide into tiles of 128 or 256 rows.
+
+    >>> [each.tolist() for each in row_tiles(jnp.array([300, 0, 5]), 512, 256)]
+    [[0, 0, 2], [0, 256, 384], [256, 44, 5], [3]]
+    """
+    groups, blocks, high = group_sizes.shape[0], rows // FP8_ALIGN, height // FP8_ALIGN
+    # Of each group all tiles but the last have `height` rows.
+    most = (blocks + (high - 1) * min(groups, blocks)) // high
+    sizes = group_sizes.astype(jnp.int32)
+    ends = jnp.cumsum((sizes + (height - 1)) // height, dtype=jnp.int32)
+    index = jnp.arange(most, dtype=jnp.int32)
+    group = jnp.minimum((index[:, None] >= ends).sum(1, dtype=jnp.int32), groups - 1)
+    begin = jnp.where(group > 0, ends[group - 1], 0)
+    offset = (index - begin) * height
+    valid = jnp.clip(sizes[group] - offset, 0, height)
+    first = jnp.where(valid > 0, group_starts(sizes, FP8_ALIGN)[group] + offset, 0)
+    return RowTiles(group, first, valid, ends[-1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,7 +64,7 @@ class _ScaledRowsBlock:
 
     Attributes:
       tile: the division of the work.
-      filled_slots: slots of the ring that an output tile takes; the last may be filled in part.
+      all_slots: slots of the ring that a row of the first operand takes; the last may be filled in part.
       lhs, lhs_scales, rhs, rhs_scales, out: the arrays in memory.
       refs: what `slots.scratch` made.
       warpgroup: which of the block's warpgroups this is; the last one loads, the others multiply.
@@ -35,8 +72,8 @@ class _ScaledRowsBlock:
         of tiles before it, and the fields of `_ScaledRowsOutput`, and wants the slots after it; returns the last.
     """
 
-    tile: Tile
-    filled_slots: int
+    tile: ScaledTile
+    all_slots: int
     lhs: Any
     lhs_scales: Any
     rhs: Any
@@ -48,19 +85,28 @@ class _ScaledRowsBlock:
 
 
 class _ScaledRowsOutput(NamedTuple):
-    """An output tile: its group, how many of its rows the group has, and first row and column; the first scales."""
+    """An output tile: its group, how many of its rows the group has, and first row and column.
+
+    And which part of the contraction it sums: its number, first slot and how many slots, and the first scales of the
+    matrix.
+    """
 
     group: jax.Array
     valid: jax.Array
     row: jax.Array
     column: jax.Array
+    split: jax.Array
+    first_slot: jax.Array
+    filled_slots: jax.Array
     scales: tuple[jax.Array, ...]
 
 
-def _matrix_scales(scales: Any, group: jax.Array, column: jax.Array, slot: jax.Array, tile: Tile) -> list[jax.Array]:
-    """The scales of a column block of a group's matrix for the steps of a slot; behind the last step anything."""
+def _matrix_scales(
+    scales: Any, group: jax.Array, column: jax.Array, slot: jax.Array, tile: ScaledTile
+) -> list[jax.Array]:
+    """The scales of a column block of a group's matrix for the steps of some slots; behind the last step anything."""
     steps, last = slots.steps_of(tile), scales.shape[2] - 1
-    return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps)]
+    return [scales[group, column, jnp.minimum(slot * steps + i, last)] for i in range(steps * tile.together)]
 
 
 @traced_once("dtype", "tile", "cores")
@@ -69,62 +115,73 @@ def scaled_rows_times_matrices(
     lhs_scales: jax.Array,
     rhs: jax.Array,
     rhs_scales: jax.Array,
-    group_of: jax.Array,
-    valid: jax.Array,
+    group_sizes: jax.Array,
     dtype: DTypeLike,
-    tile: Tile,
+    tile: ScaledTile,
     cores: int,
 ) -> jax.Array:
     """`eplb_jax.kernels.fp8_gemm.xla.matmul` with a given division of the work.
 
     Args:
-      lhs, lhs_scales, rhs, rhs_scales: as there.
-      group_of: the group of each block of 128 rows; int32.
-      valid: how many rows of each block belong to it; blocks without any come last.
+      lhs, lhs_scales, rhs, rhs_scales, group_sizes: as there.
       dtype: of the result.
-      tile: its stages, cluster and width; an output tile has 128 rows and columns.
+      tile: an output tile has 128 columns.
       cores: multiprocessors.
     """
     rows, depth = lhs.shape
     columns = rhs.shape[1]
     column_tiles = columns // (BLOCK * tile.cluster)
     workers = cores // tile.cluster
+    all_slots = pl.cdiv(depth, tile.k)
+    per_split = pl.cdiv(all_slots, tile.splits)
+    tile = dataclasses.replace(tile, splits=pl.cdiv(all_slots, per_split))  # none of them is empty
 
-    def body(group_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
+    def body(group_of, first_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
         def scoped(**refs):
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
             row_tiles = used[0]
 
             def look_up(index):
+                split = jnp.int32(0)
+                if tile.splits > 1:
+                    index, split = lax.div(index, jnp.int32(tile.splits)), lax.rem(index, jnp.int32(tile.splits))
                 row_tile, column_tile = ring.snake(index, row_tiles, column_tiles, tile.width)
                 column = column_tile * tile.cluster + pair
-                group = group_of[row_tile]
-                scales = _matrix_scales(rhs_scales_ref, group, column, jnp.int32(0), tile)
-                return _ScaledRowsOutput(group, valid_of[row_tile], row_tile * BLOCK, column * BLOCK, tuple(scales))
+                group, first_slot = group_of[row_tile], split * per_split
+                scales = _matrix_scales(rhs_scales_ref, group, column, first_slot, tile)
+                where = valid_of[row_tile], first_of[row_tile], column * BLOCK
+                slots_of = split, first_slot, jnp.minimum(per_split, all_slots - first_slot)
+                return _ScaledRowsOutput(group, *where, *slots_of, tuple(scales))
 
             def for_each_tile(work):
-                return ring.turns(row_tiles * column_tiles, worker, workers, look_up, work, jnp.int32(0))
+                total = row_tiles * (column_tiles * tile.splits)
+                return ring.turns(total, worker, workers, look_up, work, jnp.int32(0))
 
             warpgroup = lax.axis_index("warpgroup")
             arrays = lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref
-            block = _ScaledRowsBlock(tile, pl.cdiv(depth, tile.k), *arrays, refs, warpgroup, for_each_tile)
+            block = _ScaledRowsBlock(tile, all_slots, *arrays, refs, warpgroup, for_each_tile)
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
-        pl.run_scoped(scoped, **slots.scratch(tile, 1, dtype), collective_axes="warpgroup")
+        kept = jnp.float32 if tile.splits > 1 else dtype
+        pl.run_scoped(scoped, **slots.scratch(tile, [tile.m], kept), collective_axes="warpgroup")
 
-    out: Any = jax.ShapeDtypeStruct((rows, columns), dtype)
-    used = (valid > 0).sum(dtype=jnp.int32)[None]
-    return ring.launch(body, "scaled_rows", tile, cores, out, group_of, valid, used, lhs, lhs_scales, rhs, rhs_scales)
+    tables = row_tiles(group_sizes, round_up(rows, FP8_ALIGN), tile.m)
+    stored = rows if tile.pieces else round_up(rows, PART)
+    kept = jnp.float32 if tile.splits > 1 else dtype
+    out: Any = jax.ShapeDtypeStruct((tile.splits, stored, columns), kept)
+    found = ring.launch(body, "scaled_rows", tile, cores, out, *tables, lhs, lhs_scales, rhs, rhs_scales)
+    return (found[0] if tile.splits == 1 else found.sum(0).astype(dtype))[:rows]
 
 
 def _load(block: _ScaledRowsBlock) -> None:
     """The producer: copies the operands of all of the block's tiles into the ring."""
     plgpu.set_max_registers(40, action="decrease")
 
-    def load_tile(before, _, *output):
-        _load_tile(block, before, _ScaledRowsOutput(*output))
-        return before + block.filled_slots
+    def load_tile(before, _, *fields):
+        output = _ScaledRowsOutput(*fields)
+        _load_tile(block, before, output)
+        return before + output.filled_slots
 
     ring.drain(block.for_each_tile(load_tile), block.tile, block.refs)
 
@@ -138,13 +195,14 @@ def _load_tile(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOu
 
     def load(height: int) -> None:
         def load_slot(k, slot):
-            deep = pl.ds(k * tile.k, tile.k)
+            at = output.first_slot + k
+            deep = pl.ds(at * tile.k, tile.k)
             a = block.lhs.at[pl.ds(row, height), deep]
-            scales = block.lhs_scales.at[pl.ds(k * steps, steps), pl.ds(row, BLOCK)]
+            scales = block.lhs_scales.at[pl.ds(at * steps, steps), pl.ds(row, BLOCK)]
             slots.fill(slot, before + k >= tile.stages, tile, block.refs, a, matrix.at[wide, deep], [scales])
             return slots.following(slot, tile)
 
-        lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), load_slot, ring.slot_of(before, tile))
+        lax.fori_loop(jnp.int32(0), output.filled_slots, load_slot, ring.slot_of(before, tile))
 
     pl.when(output.valid > PART)(lambda: load(BLOCK))
     pl.when(output.valid <= PART)(lambda: load(PART))
@@ -158,8 +216,8 @@ def _compute(block: _ScaledRowsBlock) -> None:
     def compute_tile(before, _, *fields):
         output = _ScaledRowsOutput(*fields)
         pl.when(output.valid > begin)(lambda: _multiply_and_store(block, before, output))
-        pl.when(output.valid <= begin)(lambda: _pass_by(block, before))
-        return before + block.filled_slots
+        pl.when(output.valid <= begin)(lambda: _pass_by(block, before, output))
+        return before + output.filled_slots
 
     block.for_each_tile(compute_tile)
     plgpu.wait_smem_to_gmem(0)
@@ -169,39 +227,51 @@ def _multiply_and_store(block: _ScaledRowsBlock, before: jax.Array, output: _Sca
     """Makes this warpgroup's rows of a tile."""
     tile, refs, warpgroup = block.tile, block.refs, block.warpgroup
     column_block = lax.div(output.column, jnp.int32(BLOCK))
-    steps = slots.steps_of(tile)
+    steps, mine = slots.steps_of(tile), slots.rows_of(0, warpgroup)
 
-    def multiply_slot(k, carry):
-        total, slot, scales = carry
-        plgpu.barrier_wait(refs["filled"].at[slot])
+    def multiply_slots(count: int, begin: jax.Array, carry: Any, number: jax.Array) -> Any:
+        """Goes through slots from the first one on, so many times ``count`` together."""
 
-        def multiply(*accs):
-            for step, acc in enumerate(accs):
-                slots.multiply(acc, slot, step, warpgroup, refs)
-            # While they multiply: the next scales of the matrix take long to arrive.
-            next_scales = _matrix_scales(block.rhs_scales, output.group, column_block, k + 1, tile)
-            first = slot * steps
-            factors = [slots.row_scales(first + step, warpgroup, refs) * scale for step, scale in enumerate(scales)]
-            added = total
-            for step, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
-                sums = plgpu.wgmma_accumulator_load(acc, wait_n=steps - 1 - step)
-                if step == steps - 1:
-                    plgpu.barrier_arrive(refs["free"].at[slot])
-                added += sums * slots.spread(factor, 0)
-            return added, tuple(next_scales)
+        def multiply_them(k, carry):
+            total, slot, scales = carry
+            several = [slot]
+            for _ in range(count):
+                plgpu.barrier_wait(refs["filled"].at[several[-1]])
+                several.append(slots.following(several[-1], tile))
 
-        accs = [ring.accumulator(PART, BLOCK)] * steps
-        total, scales = pl.run_scoped(multiply, *accs)
-        return total, slots.following(slot, tile), scales
+            def multiply(*accs):
+                for i, acc in enumerate(accs):
+                    slots.multiply(acc, several[i // steps], i % steps, mine, refs)
+                # While they multiply: the next scales of the matrix take long to arrive.
+                at = output.first_slot + begin + (k + 1) * count
+                soon = _matrix_scales(block.rhs_scales, output.group, column_block, at, tile)
+                rows = [slots.row_scales(several[i // steps] * steps + i % steps, mine, refs) for i in range(len(accs))]
+                factors = [row * scale for row, scale in zip(rows, scales, strict=False)]
+                added = total
+                for i, (acc, factor) in enumerate(zip(accs, factors, strict=True)):
+                    sums = plgpu.wgmma_accumulator_load(acc, wait_n=len(accs) - 1 - i)
+                    if i % steps == steps - 1:
+                        plgpu.barrier_arrive(refs["free"].at[several[i // steps]])
+                    added += sums * slots.spread(factor, 0)
+                return added, tuple(soon)
+
+            total, scales = pl.run_scoped(multiply, *[ring.accumulator(PART, BLOCK)] * (count * steps))
+            return total, several[-1], scales
+
+        return lax.fori_loop(jnp.int32(0), number, multiply_them, carry)
 
     carry = slots.zeros(), ring.slot_of(before, tile), output.scales
-    total, *_ = lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), multiply_slot, carry)
+    whole = lax.div(output.filled_slots, jnp.int32(tile.together))
+    carry = multiply_slots(tile.together, jnp.int32(0), carry, whole)
+    if tile.together > 1:
+        done = whole * tile.together
+        carry = multiply_slots(1, done, carry, output.filled_slots - done)
     high = pl.ds(pl.multiple_of(output.row + warpgroup * PART, PART), PART)
-    target = block.out.at[high, pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)]
-    slots.store(total, refs, warpgroup, target)
+    wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
+    slots.store((carry[0],), refs, warpgroup, [block.out.at[output.split, high, wide]])
 
 
-def _pass_by(block: _ScaledRowsBlock, before: jax.Array) -> None:
+def _pass_by(block: _ScaledRowsBlock, before: jax.Array, output: _ScaledRowsOutput) -> None:
     """Lets the slots of a tile go that has no row of its group in this warpgroup's part."""
 
     def skip(_, slot):
@@ -209,4 +279,4 @@ def _pass_by(block: _ScaledRowsBlock, before: jax.Array) -> None:
         plgpu.barrier_arrive(block.refs["free"].at[slot])
         return slots.following(slot, block.tile)
 
-    lax.fori_loop(jnp.int32(0), jnp.int32(block.filled_slots), skip, ring.slot_of(before, block.tile))
+    lax.fori_loop(jnp.int32(0), output.filled_slots, skip, ring.slot_of(before, block.tile))

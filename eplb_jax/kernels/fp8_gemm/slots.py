@@ -7,6 +7,7 @@ added to the total. Meanwhile the next step of the slot is multiplied, and the o
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import jax
@@ -22,27 +23,48 @@ from eplb_jax.kernels.scaled import BLOCK, E4M3
 LINE = 128
 """Bytes of a swizzled tile's row."""
 PART = BLOCK // CONSUMERS
-"""Rows of the output tile that one warpgroup has."""
+"""Rows of each 128 of the output tile that one warpgroup has."""
 
 
-def scratch(tile: Tile, vectors: int, dtype: DTypeLike, staged: bool = True) -> dict[str, Any]:
-    """The ring of operands and of ``vectors`` rows of scales a step, and the barriers.
+@dataclasses.dataclass(frozen=True)
+class ScaledTile(Tile):
+    """A `Tile` of 128 or 256 rows and 128 columns: each warpgroup has 64 rows of each 128.
 
-    If ``staged``, also the pieces of results of this dtype on their way out.
+    Attributes:
+      pieces: how many of its pieces of a result, 128 bytes wide, a warpgroup can have on their way out; 0: results go
+        to memory from registers, which is fast for float32 alone.
+      together: how many slots are multiplied before the first of their sums is scaled.
+      splits: between how many tiles the contraction of an output tile is divided; their sums are added afterwards.
+    """
+
+    pieces: int = 1
+    together: int = 1
+    splits: int = 1
+
+    @property
+    def parts(self) -> int:
+        """How many times 64 rows a warpgroup has."""
+        return self.m // BLOCK
+
+
+def scratch(tile: ScaledTile, vectors: list[int], dtype: DTypeLike) -> dict[str, Any]:
+    """The ring of operands, and of scales in rows of these lengths a step, and the barriers.
+
+    Also the pieces of results of this dtype on their way out, if there are to be any.
     """
     if tile.cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=CONSUMERS, num_barriers=tile.stages)
     else:
         free = plgpu.Barrier(num_arrivals=CONSUMERS, num_barriers=tile.stages)
     refs = dict(
-        a_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
+        a_ring=_swizzled(tile.stages, tile.m, tile.k, dtype=E4M3),
         b_ring=_swizzled(tile.stages, BLOCK, tile.k, dtype=E4M3),
-        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), BLOCK), jnp.float32)] * vectors,
-        filled=plgpu.Barrier(num_arrivals=2 + vectors, num_barriers=tile.stages),
+        scale_rings=[plgpu.SMEM((tile.stages * steps_of(tile), length), jnp.float32) for length in vectors],
+        filled=plgpu.Barrier(num_arrivals=2 + len(vectors), num_barriers=tile.stages),
         free=free,
     )
-    if staged:
-        refs["out_pieces"] = _swizzled(CONSUMERS, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
+    if tile.pieces:
+        refs["out_pieces"] = _swizzled(CONSUMERS, tile.pieces, PART, LINE // jnp.dtype(dtype).itemsize, dtype=dtype)
     return refs
 
 
@@ -85,19 +107,23 @@ def fill(
         plgpu.copy_gmem_to_smem(source, target.at[pl.ds(slot * steps, steps)], barrier)
 
 
-def multiply(acc: Any, slot: jax.Array, step: int, warpgroup: jax.Array, refs: dict[str, Any]) -> None:
-    """Starts the product of this warpgroup's rows of the first operand and the second one, for a step of the slot."""
-    mine, deep = pl.ds(warpgroup * PART, PART), pl.ds(step * BLOCK, BLOCK)
+def rows_of(part: int, warpgroup: jax.Array) -> Any:
+    """The rows of an output tile that are a warpgroup's, in some 128 of its rows."""
+    return pl.ds(part * BLOCK + warpgroup * PART, PART)
+
+
+def multiply(acc: Any, slot: jax.Array, step: int, mine: Any, refs: dict[str, Any]) -> None:
+    """Starts the product of some rows of the first operand and the second one, for a step of the slot."""
+    deep = pl.ds(step * BLOCK, BLOCK)
     a, b = refs["a_ring"].at[slot], refs["b_ring"].at[slot]
     if a.shape[1] != BLOCK:
         a, b = a.at[:, deep], b.at[:, deep]
     plgpu.wgmma(acc, a.at[mine], b.transpose((1, 0)))
 
 
-def row_scales(index: jax.Array, warpgroup: jax.Array, refs: dict[str, Any]) -> jax.Array:
-    """The scales of this warpgroup's rows for the index-th step of the ring, each where its row's sums are."""
-    mine = refs["scale_rings"][0].at[index].at[pl.ds(warpgroup * PART, PART)]
-    return plgpu.layout_cast(mine[...], plgpu.Layout.WGMMA.reduce(1))
+def row_scales(index: jax.Array, mine: Any, refs: dict[str, Any]) -> jax.Array:
+    """The scales of some rows for the index-th step of the ring, each where its row's sums are."""
+    return plgpu.layout_cast(refs["scale_rings"][0].at[index].at[mine][...], plgpu.Layout.WGMMA.reduce(1))
 
 
 def column_scales(index: jax.Array, refs: dict[str, Any]) -> jax.Array:
@@ -115,19 +141,32 @@ def zeros() -> jax.Array:
     return plgpu.layout_cast(jnp.zeros((PART, BLOCK), jnp.float32), plgpu.Layout.WGMMA)
 
 
-def store(values: jax.Array, refs: dict[str, Any], consumer: jax.Array, target: Any) -> None:
-    """Stores a warpgroup's part of an output tile piece by piece, which leaves out rows behind the last.
+def store(values: tuple[jax.Array, ...], refs: dict[str, Any], consumer: jax.Array, targets: list[Any]) -> None:
+    """Stores a warpgroup's parts of an output tile: through shared memory, which leaves out rows behind the last.
+
+    As many pieces as there is room for are written together, and none waits for those of the tile before.
 
     Args:
-      values: the part, float32.
-      refs: the kernel's scratch.
+      values: the parts, float32.
+      refs: the kernel's scratch; without pieces the parts are stored as they are, all their rows.
       consumer: the warpgroup.
-      target: the destination of the part.
+      targets: the destination of each part.
     """
-    piece = refs["out_pieces"].at[consumer]
-    width = piece.shape[1]
-    for column in range(0, BLOCK, width):
+    if "out_pieces" not in refs:  # four threads have 32 neighbouring bytes of float32: memory takes them well
+        for value, target in zip(values, targets, strict=True):
+            target[...] = value.astype(target.dtype)
+        return
+    pieces = refs["out_pieces"].at[consumer]
+    together, _, width = pieces.shape
+    every = [(*each, column) for each in zip(values, targets, strict=True) for column in range(0, BLOCK, width)]
+    for batch in _batches(every, together):
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        piece[...] = values[:, column : column + width].astype(target.dtype)
+        for i, (value, target, column) in enumerate(batch):
+            pieces.at[i][...] = value[:, column : column + width].astype(target.dtype)
         plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(piece, target.at[:, pl.ds(column, width)])
+        for i, (_, target, column) in enumerate(batch):
+            plgpu.copy_smem_to_gmem(pieces.at[i], target.at[:, pl.ds(column, width)])
+
+
+def _batches(items: list[Any], size: int) -> list[list[Any]]:
+    return [items[start : start + size] for start in range(0, len(items), size)]

@@ -13,8 +13,9 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, scaled_matmul, scaled_outer
+from eplb_jax.kernels.fp8_gemm.mosaic_rows import row_tiles
+from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
-from eplb_jax.kernels.grouped_gemm.ring import Tile
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
 from tests.cases import cases
 from tests.eplb_jax.kernels.interpreter import interpreted
@@ -249,9 +250,12 @@ needs_casts = pytest.mark.skipif(
 )
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 TILES = [
-    *((name, tile) for name, tile in mosaic.TILES.items()),
-    ("scaled_matmul", Tile(128, 128, 128, 5, cluster=2, width=1)),
-    ("scaled_outer", Tile(128, 128, 128, 2, cluster=2, width=1)),
+    *mosaic.TILES.items(),
+    ("scaled_matmul", ScaledTile(128, 128, 128, 5, cluster=2, width=1)),
+    ("scaled_matmul", ScaledTile(128, 128, 128, 5, pieces=2, together=2)),
+    ("scaled_matmul", ScaledTile(128, 128, 256, 3, pieces=0, splits=2)),
+    ("scaled_outer", ScaledTile(128, 128, 128, 2, cluster=2, width=1)),
+    ("scaled_outer", ScaledTile(256, 128, 128, 3, pieces=4)),
 ]
 
 
@@ -264,7 +268,7 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
     The contraction ends within a slot of two steps, groups are empty, and full to a half of a block and beyond.
     """
     monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
-    lhs, rhs, columns, dout, sizes = make([3, 250, 0, 71], k=384, n=512)
+    lhs, rhs, columns, dout, sizes = make([3, 250, 0, 71], k=384 if name == "scaled_matmul" else 512, n=512)
     if name == "scaled_matmul":
         with interpreted():
             got = mosaic.matmul(lhs.numbers, lhs.scales, rhs.numbers, rhs.scales, sizes, dtype=dtype, tile=tile)
@@ -288,6 +292,30 @@ def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
     with interpreted():
         got = mosaic.matmul(*lhs, *rhs, jnp.array([rows]), dtype=dtype)
     assert_close(got, rows_in_float64(lhs) @ matrices_in_float64(rhs)[0].T, dtype)
+
+
+@pytest.mark.parametrize("rows, k, n, groups, divided", [
+    (64, 7168, 4096, 1, True), (64, 7168, 640, 1, True), (64, 640, 128, 1, True), (64, 128, 128, 1, False),
+    (64, 1536, 24576, 1, False), (4096, 7168, 4096, 1, False), (64, 7168, 4096, 2, False),
+])  # fmt: skip
+def test_few_rows_share_the_contraction_between_multiprocessors(rows, k, n, groups, divided):
+    """Enough to use more of them, no more than there are, and none for nothing."""
+    tile = mosaic.for_rows(rows, k, groups, n, HOPPER_SMS)
+    tiles = -(-rows // 128) * n // 128
+    assert (tile.splits > 1) == divided
+    assert tiles * tile.splits <= HOPPER_SMS or not divided
+    assert tile.splits <= max(k // tile.k, 1)
+
+
+@pytest.mark.parametrize("height", [128, 256])
+@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
+def test_row_tiles_hold_each_row_once(sizes, height):
+    tiles = row_tiles(jnp.asarray(sizes, jnp.int32), ROWS, height)
+    found = []
+    for group, first, valid in zip(*map(np.asarray, tiles[:3]), strict=True):
+        found += [(int(group), int(first) + i) for i in range(valid)]
+    assert found == [(g, row) for g, span in enumerate(spans(sizes)) for row in range(span.start, span.stop)]
+    assert tiles.used.tolist() == [sum(np.asarray(tiles.valid) > 0)] == [sum(-(-size // height) for size in sizes)]
 
 
 @pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])
