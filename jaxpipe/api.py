@@ -21,7 +21,7 @@ from jaxpipe.params import Params
 from jaxpipe.runtime import execute, fsdp
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
-from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
+from jaxpipe.runtime.options import AUTOMATIC, Axes, Options, sums_are_wide
 from jaxpipe.runtime.program import Program
 from jaxpipe.runtime.unrolled import is_short
 from jaxpipe.schedule.checker import check
@@ -537,6 +537,8 @@ def _pipeline(
     )
     if options.dispatch == AUTOMATIC:
         options = dataclasses.replace(options, dispatch=default_dispatch(program, mesh))
+    # XLA has no product of bfloat16 in float32 on CPUs, or one that takes operands in some layouts only.
+    options = dataclasses.replace(options, wide_products=not _on_cpu(mesh) and sums_are_wide(options.grad_dtype))
     return Pipeline(program, model, mesh, options)
 
 
@@ -544,5 +546,8 @@ def default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     """The fastest way to run branches that copies nothing it need not."""
     if is_short(program):
         return "unrolled"
-    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
-    return "sequential" if on_cpu else "stretches"
+    return "sequential" if _on_cpu(mesh) else "stretches"
+
+
+def _on_cpu(mesh: Mesh | AbstractMesh) -> bool:
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"

@@ -244,6 +244,7 @@ class Stopwatch:
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
         """A stage's actions, each of what a device is given and of held values."""
+        wide = self.pipeline.options.wide_products
 
         def forward(given: Any, prepared: Any, x: Any) -> Any:
             *_, ctx = self._start(*given)
@@ -255,7 +256,7 @@ class Stopwatch:
 
         def backward(both: Any, sums: Any) -> Any:
             prepared, kept, dy = both
-            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True)
+            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True, wide_products=wide)
             return dx, self._sum(sums, grads)
 
         def run_input(*args: Any) -> Any:
@@ -264,7 +265,7 @@ class Stopwatch:
 
         def run_weight(*args: Any) -> Any:
             prepared, kept, crossing, sums = args[-1]
-            return self._sum(sums, split.backward_weight(prepared, kept, crossing, narrow=True))
+            return self._sum(sums, split.backward_weight(prepared, kept, crossing, narrow=True, wide_products=wide))
 
         def run_pair(*args: Any) -> Any:
             both, sums, x = args[-1]

@@ -113,6 +113,7 @@ def train(
         step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
         gathers=bool(options.fsdp_axes),
+        wide_products=options.wide_products,
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
