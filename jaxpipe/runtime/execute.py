@@ -37,7 +37,7 @@ from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.stash import divide_stages
 from jaxpipe.runtime.stretches import make_stretches
-from jaxpipe.runtime.unrolled import run_unrolled
+from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 from jaxpipe.stage.split import Divisible
@@ -378,6 +378,8 @@ def _check_outputs(outputs: Any, size: int) -> None:
 
 def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
     """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
+    if dispatch == "unrolled":
+        return unrolled_table(program), ()
     if dispatch == "stretches":
         return [body.table for body in make_bodies(program, make_stretches(program))], ()
     _, patterns = _patterns(program)
@@ -400,7 +402,7 @@ def run_steps(
 ) -> Buffers:
     """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
-        return run_unrolled(program, operation, buffers)
+        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])
     if dispatch == "stretches":
         mine = [table[:, 0] for table in tables[0]]
         return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)
