@@ -15,7 +15,7 @@ from jax import lax
 from jaxpipe.params import Params
 from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
-from jaxpipe.runtime.copies import cast, gather_grads, working_copies
+from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.fsdp import Reduction
@@ -116,9 +116,23 @@ def train(
         wide_products=options.wide_products,
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
-    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
+    sent: set[int] = set()
+    returned: list[Returned] = []
+    where = program.schedule, options.order, options.axes.pipeline
+
+    def finish(chunks: Sequence[int], buffers: Buffers) -> None:
+        """Sends gradients home while ranks compute others, unless they are scaled first."""
+        if shares.scale is None:
+            sent.update(chunks)
+            with jax.named_scope("reduce"):
+                returned.extend(return_grads(chunks, buffers.grads, *where))
+
+    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables, finish)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, reductions, params, buffers, shares)
+        buffers = _scale(buffers, shares)
+        rest = [chunk for chunk in range(len(buffers.grads)) if chunk not in sent]
+        returned += return_grads(rest, buffers.grads, *where)
+        return _reduce(program, options, reductions, params, buffers, shares, returned)
 
 
 def _start(
@@ -223,18 +237,30 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program,
+    options: Options,
+    reductions: Params,
+    params: Params,
+    buffers: Buffers,
+    shares: Shares,
+    returned: Sequence[Returned],
 ) -> Any:
-    """What `train` returns, of what every rank has accumulated."""
+    """What `train` returns, of what every rank has accumulated, and of what has returned to it."""
     axes = options.axes
     losses, aux = _sum_losses(axes, buffers, shares)
-    stages, outer = buffers.grads, buffers.outer_grads
-    if shares.scale is not None:
-        scale = shares.scale
-        stages, outer = jax.tree.map(functools.partial(_scaled, scale), (stages, outer))
-    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
+    stages = gather_grads(buffers.grads, program.schedule, options.order, axes.pipeline, returned)
+    grads = Params(stages, buffers.outer_grads)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     return (_total(losses), aux), grads
+
+
+def _scale(buffers: Buffers, shares: Shares) -> Buffers:
+    """The buffers with their gradients scaled."""
+    if shares.scale is None:
+        return buffers
+    sums = buffers.grads, buffers.outer_grads
+    grads, outer_grads = jax.tree.map(functools.partial(_scaled, shares.scale), sums)
+    return buffers._replace(grads=grads, outer_grads=outer_grads)
 
 
 def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:
@@ -399,10 +425,14 @@ def run_steps(
     dispatch: str,
     buffers: Buffers,
     tables: Any,
+    finish: Callable[[Sequence[int], Buffers], None] = lambda chunks, buffers: None,
 ) -> Buffers:
-    """All steps. A scan over them runs a branch, then moves messages where the step says so."""
+    """All steps. A scan over them runs a branch, then moves messages where the step says so.
+
+    ``finish`` is called, in some dispatches, with chunks whose gradients in the buffers are complete early.
+    """
     if dispatch == "unrolled":
-        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])
+        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0], finish)
     if dispatch == "stretches":
         mine = [table[:, 0] for table in tables[0]]
         return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)

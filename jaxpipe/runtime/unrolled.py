@@ -111,7 +111,12 @@ def unrolled_table(program: Program) -> np.ndarray:
 
 
 def run_unrolled(
-    program: Program, operation: Callable[[Op, int], Operation], axis: str, buffers: Buffers, table: jax.Array
+    program: Program,
+    operation: Callable[[Op, int], Operation],
+    axis: str,
+    buffers: Buffers,
+    table: jax.Array,
+    finish: Callable[[Sequence[int], Buffers], None],
 ) -> Buffers:
     """All steps of a program whose ranks keep step; the pools of buffers are `Apart`.
 
@@ -121,8 +126,11 @@ def run_unrolled(
       program, operation, buffers: as of the executor.
       axis: the pipeline's.
       table: `unrolled_table` of this rank, the microbatch and stage of each step's operations.
+      finish: called with chunks whose gradients in the buffers are complete, where there is more to do.
     """
     repeat = find_repeat(program)
+    stop = repeat.start + repeat.period * repeat.times
+    complete = _complete(program)
     # What is the same on all ranks is a constant where the code is of one step alone.
     common = unrolled_table(program)
     constant = (common == common[:, :1]).all((1, 2, 3))
@@ -134,9 +142,13 @@ def run_unrolled(
         operands = [[row[i, Field.MICROBATCH], row[i, Field.STAGE], *mine] for i, mine in enumerate(slots)]
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, operands)
+        if step in complete and not (repeat.start <= step < stop and repeat.times > 1):
+            finish(complete[step], buffers)
+        buffers = _free(buffers, branch, slots)
+        if step == program.num_steps - 1:
+            return buffers
         # Nothing moves from step to step, so that the compiler holds what the schedule holds.
-        buffers = lax.optimization_barrier(_free(buffers, branch, slots))
-        return _exchange(program, step, axis, buffers)
+        return _exchange(program, step, axis, lax.optimization_barrier(buffers))
 
     def body(buffers: Buffers, rows: jax.Array) -> tuple[Buffers, None]:
         before = buffers
@@ -148,14 +160,30 @@ def run_unrolled(
     def once(buffers: Buffers, step: int) -> Buffers:
         return run(buffers, step, common[step, 0] if constant[step] else table[step], f"steps_{step}_1_1")
 
-    stop = repeat.start + repeat.period * repeat.times
     for step in range(repeat.start):
         buffers = once(buffers, step)
     rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
     buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, buffers, rounds)[0]
+    inside = [chunk for step, chunks in complete.items() if repeat.start <= step < stop for chunk in chunks]
+    if inside and repeat.times > 1 and stop < program.num_steps:
+        finish(inside, buffers)
     for step in range(stop, program.num_steps):
         buffers = once(buffers, step)
     return buffers
+
+
+def _complete(program: Program) -> dict[int, list[int]]:
+    """By step, the chunks whose gradients are complete after it; without the last step."""
+    last: dict[int, int] = {}
+    for step in range(program.num_steps):
+        for op, part in program.branches[program.branch[step, 0]]:
+            if op in (Op.B, Op.W):
+                last[program.parts[part][0]] = step
+    found: dict[int, list[int]] = {}
+    for chunk, step in last.items():
+        if step < program.num_steps - 1:
+            found.setdefault(step, []).append(chunk)
+    return found
 
 
 def _exchange(program: Program, step: int, axis: str, buffers: Buffers) -> Buffers:
