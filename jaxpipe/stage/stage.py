@@ -132,6 +132,8 @@ class SplitStage:
     def _params_ct(self, env: dict[Value, Any], nodes: Sequence[Node], narrow: bool, wide_products: bool) -> Any:
         """The parameters' cotangent, which nodes make."""
         values = self._graphs.params_ct_narrow if narrow else self._graphs.params_ct
+        unread = set(self._graphs.params_ct).difference(values, *(node.ins for node in nodes))
+        nodes = [node for node in nodes if unread.isdisjoint(node.outs)]
         if wide_products:
             values, nodes = widen_products(values, nodes)
         evaluate(nodes, env)
