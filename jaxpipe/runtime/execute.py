@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.buffers import Buffers, Zeros, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -222,12 +222,18 @@ def _train_buffers(
     crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
+
+    def sums(params: Any) -> Any:
+        """Zeros; where code is unrolled the first gradients are the sums."""
+        make = functools.partial(jax.tree.map, grad, params)
+        return Zeros(jax.eval_shape(make)) if apart else make()
+
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, crossing),
-        grads=tuple(jax.tree.map(grad, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
+        grads=tuple(sums(partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
         outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Apart, Buffers, put, take
+from jaxpipe.runtime.buffers import Apart, Buffers, Zeros, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 
@@ -163,13 +163,18 @@ def run_unrolled(
     for step in range(repeat.start):
         buffers = once(buffers, step)
     rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
-    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, buffers, rounds)[0]
+    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, _with_sums(buffers), rounds)[0]
     inside = [chunk for step, chunks in complete.items() if repeat.start <= step < stop for chunk in chunks]
     if inside and repeat.times > 1 and stop < program.num_steps:
         finish(inside, buffers)
     for step in range(stop, program.num_steps):
         buffers = once(buffers, step)
-    return buffers
+    return _with_sums(buffers)
+
+
+def _with_sums(buffers: Buffers) -> Buffers:
+    """The buffers with arrays in place of `Zeros`."""
+    return buffers._replace(grads=tuple(each.make() if isinstance(each, Zeros) else each for each in buffers.grads))
 
 
 def _complete(program: Program) -> dict[int, list[int]]:
@@ -224,4 +229,5 @@ def _like(before: Buffers, after: Buffers) -> Buffers:
             return after
         return Apart(tuple(b if b is None else a for b, a in zip(before.slots, after.slots, strict=True)))
 
+    before = before._replace(grads=after.grads)  # which may have been `Zeros`
     return jax.tree.map(pool, before, after, is_leaf=lambda node: isinstance(node, Apart))

@@ -142,8 +142,7 @@ def test_a_mirrored_stage_sends_its_gradients_while_others_are_computed():
         eqn.primitive.name if eqn.primitive.name == "dot_general" else eqn.params["perm"]
         for eqn in mapped.params["jaxpr"].eqns
         if eqn.primitive.name == "dot_general"
-        or eqn.primitive.name == "ppermute"
-        and eqn.outvars[0].aval.shape == (8, 8)
+        or (eqn.primitive.name == "ppermute" and eqn.outvars[0].aval.shape == (8, 8))
     ]
     fetch, early, late = ([place for place, what in enumerate(order) if what == perm]
                           for perm in (((0, 1), (1, 0)), ((0, 1),), ((1, 0),)))  # fmt: skip
