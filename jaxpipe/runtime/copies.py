@@ -6,6 +6,7 @@ copy of it. Where the owner is another rank, the row travels once a step, in com
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
@@ -154,7 +155,9 @@ def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype
     return tuple(choose(chunk, moves) for chunk, moves in enumerate(chunks))
 
 
-class Returned(NamedTuple):
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("grads",), meta_fields=("row",))
+@dataclasses.dataclass(frozen=True)
+class Returned:
     """Gradients that came from the copies of a row.
 
     Attributes:

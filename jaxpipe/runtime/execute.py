@@ -116,22 +116,26 @@ def train(
         wide_products=options.wide_products,
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
-    sent: set[int] = set()
-    returned: list[Returned] = []
+    sent: list[int] = []
     where = program.schedule, options.order, options.axes.pipeline
 
-    def finish(chunks: Sequence[int], buffers: Buffers) -> None:
+    def finish(chunks: Sequence[int], buffers: Buffers) -> list[Returned]:
         """Sends gradients home while ranks compute others, unless they are scaled first."""
-        if shares.scale is None:
-            sent.update(chunks)
-            with jax.named_scope("reduce"):
-                returned.extend(return_grads(chunks, buffers.grads, *where))
+        if shares.scale is not None:
+            return []
+        sent.extend(chunks)
+        with jax.named_scope("reduce"):
+            return return_grads(chunks, buffers.grads, *where)
 
-    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables, finish)
+    axis, returned = options.axes.pipeline, []
+    if options.dispatch == "unrolled":
+        buffers, returned = run_unrolled(program, step.operation, axis, buffers, tables[0][:, 0], finish)
+    else:
+        buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         buffers = _scale(buffers, shares)
         rest = [chunk for chunk in range(len(buffers.grads)) if chunk not in sent]
-        returned += return_grads(rest, buffers.grads, *where)
+        returned = [*returned, *return_grads(rest, buffers.grads, *where)]
         return _reduce(program, options, reductions, params, buffers, shares, returned)
 
 
@@ -431,14 +435,10 @@ def run_steps(
     dispatch: str,
     buffers: Buffers,
     tables: Any,
-    finish: Callable[[Sequence[int], Buffers], None] = lambda chunks, buffers: None,
 ) -> Buffers:
-    """All steps. A scan over them runs a branch, then moves messages where the step says so.
-
-    ``finish`` is called, in some dispatches, with chunks whose gradients in the buffers are complete early.
-    """
+    """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
-        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0], finish)
+        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])[0]
     if dispatch == "stretches":
         mine = [table[:, 0] for table in tables[0]]
         return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)

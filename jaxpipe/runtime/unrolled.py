@@ -116,9 +116,11 @@ def run_unrolled(
     axis: str,
     buffers: Buffers,
     table: jax.Array,
-    finish: Callable[[Sequence[int], Buffers], None],
-) -> Buffers:
-    """All steps of a program whose ranks keep step; the pools of buffers are `Apart`.
+    finish: Callable[[Sequence[int], Buffers], list[Any]] = lambda chunks, buffers: [],
+) -> tuple[Buffers, list[Any]]:
+    """(buffers after all steps of a program whose ranks keep step, what ``finish`` has made).
+
+    The pools of buffers are `Apart`.
 
     The scope ``steps_FIRST_PERIOD_TIMES`` tells a profile's reader which steps an operation is of.
 
@@ -126,11 +128,14 @@ def run_unrolled(
       program, operation, buffers: as of the executor.
       axis: the pipeline's.
       table: `unrolled_table` of this rank, the microbatch and stage of each step's operations.
-      finish: called with chunks whose gradients in the buffers are complete, where there is more to do.
+      finish: called once with the chunks whose gradients in the buffers are complete first, if there is more to do.
+        What it makes is ready before the last step, whose own gradients can then be sent meanwhile.
     """
     repeat = find_repeat(program)
     stop = repeat.start + repeat.period * repeat.times
-    complete = _complete(program)
+    looped = range(repeat.start, stop) if repeat.times > 1 else range(0)
+    first_step, first_chunks = _first_complete(program)
+    finished: list[Any] = []  # holds one list, or none
     # What is the same on all ranks is a constant where the code is of one step alone.
     common = unrolled_table(program)
     constant = (common == common[:, :1]).all((1, 2, 3))
@@ -142,13 +147,16 @@ def run_unrolled(
         operands = [[row[i, Field.MICROBATCH], row[i, Field.STAGE], *mine] for i, mine in enumerate(slots)]
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, operands)
-        if step in complete and not (repeat.start <= step < stop and repeat.times > 1):
-            finish(complete[step], buffers)
+        if step == first_step and step not in looped:
+            finished.append(finish(first_chunks, buffers))
         buffers = _free(buffers, branch, slots)
         if step == program.num_steps - 1:
             return buffers
         # Nothing moves from step to step, so that the compiler holds what the schedule holds.
-        return _exchange(program, step, axis, lax.optimization_barrier(buffers))
+        waited_for = finished if step == program.num_steps - 2 and step not in looped else []
+        buffers, arrived = lax.optimization_barrier((buffers, waited_for))
+        finished[: len(arrived)] = arrived
+        return _exchange(program, step, axis, buffers)
 
     def body(buffers: Buffers, rows: jax.Array) -> tuple[Buffers, None]:
         before = buffers
@@ -164,12 +172,11 @@ def run_unrolled(
         buffers = once(buffers, step)
     rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
     buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, _with_sums(buffers), rounds)[0]
-    inside = [chunk for step, chunks in complete.items() if repeat.start <= step < stop for chunk in chunks]
-    if inside and repeat.times > 1 and stop < program.num_steps:
-        finish(inside, buffers)
+    if first_step in looped:
+        finished.append(finish(first_chunks, buffers))
     for step in range(stop, program.num_steps):
         buffers = once(buffers, step)
-    return _with_sums(buffers)
+    return _with_sums(buffers), finished[0] if finished else []
 
 
 def _with_sums(buffers: Buffers) -> Buffers:
@@ -177,18 +184,17 @@ def _with_sums(buffers: Buffers) -> Buffers:
     return buffers._replace(grads=tuple(each.make() if isinstance(each, Zeros) else each for each in buffers.grads))
 
 
-def _complete(program: Program) -> dict[int, list[int]]:
-    """By step, the chunks whose gradients are complete after it; without the last step."""
+def _first_complete(program: Program) -> tuple[int | None, list[int]]:
+    """The step after which the first chunks have all of their gradients, and these chunks; None if it is the last."""
     last: dict[int, int] = {}
     for step in range(program.num_steps):
         for op, part in program.branches[program.branch[step, 0]]:
             if op in (Op.B, Op.W):
                 last[program.parts[part][0]] = step
-    found: dict[int, list[int]] = {}
-    for chunk, step in last.items():
-        if step < program.num_steps - 1:
-            found.setdefault(step, []).append(chunk)
-    return found
+    first = min(last.values(), default=program.num_steps)
+    if first >= program.num_steps - 1:
+        return None, []
+    return first, [chunk for chunk, step in last.items() if step == first]
 
 
 def _exchange(program: Program, step: int, axis: str, buffers: Buffers) -> Buffers:
