@@ -21,9 +21,9 @@ from jaxpipe.params import Params
 from jaxpipe.runtime import execute, fsdp
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
-from jaxpipe.runtime.options import AUTOMATIC, Axes, Options
+from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options, sums_are_wide
 from jaxpipe.runtime.program import Program
-from jaxpipe.runtime.unrolled import is_short
+from jaxpipe.runtime.unrolled import is_short, keeps_step
 from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
@@ -374,9 +374,10 @@ def value_and_grad(
         waits for the host at each loop: "stretches" has one only round what not all ranks run, in stretches of steps
         with the branches that occur in them, which is up to twice as much code.
         ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes loops parts of CUDA graphs, which need no host.
-        "unrolled" is for one rank: code that needs no choice and copies nothing into slots. It is two to three times as
-        much code, and it stashes even what is named "recompute". The default is "unrolled" on one rank where a few
-        rounds of the schedule repeat; otherwise "sequential" on CPUs, which overlap nothing, and "stretches" elsewhere.
+        "unrolled" is for one rank, and for ranks that all run the same at once, as DualPipe's two do: code that needs
+        no choice and copies nothing into slots. It is two to three times as much code, and it stashes even what is
+        named "recompute". The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs,
+        there is one rank; otherwise "sequential" on CPUs, which overlap nothing, and "stretches" elsewhere.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
@@ -537,12 +538,23 @@ def _pipeline(
     )
     if options.dispatch == AUTOMATIC:
         options = dataclasses.replace(options, dispatch=default_dispatch(program, mesh))
+    if options.dispatch == "unrolled" and not keeps_step(program):
+        raise ValueError(
+            f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r} do "
+            f"not: choose of {DISPATCHERS[1:]}"
+        )
+    # XLA has no product of bfloat16 in float32 on CPUs, or one that takes operands in some layouts only.
+    options = dataclasses.replace(options, wide_products=not _on_cpu(mesh) and sums_are_wide(options.grad_dtype))
     return Pipeline(program, model, mesh, options)
 
 
 def default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     """The fastest way to run branches that copies nothing it need not."""
-    if is_short(program):
+    on_cpu = _on_cpu(mesh)  # which would run an overlapped pair of several ranks one after the other
+    if is_short(program) and (program.num_ranks == 1 or not on_cpu):
         return "unrolled"
-    on_cpu = isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"
     return "sequential" if on_cpu else "stretches"
+
+
+def _on_cpu(mesh: Mesh | AbstractMesh) -> bool:
+    return isinstance(mesh, Mesh) and mesh.devices.flat[0].platform == "cpu"

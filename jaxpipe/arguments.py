@@ -191,10 +191,6 @@ def _check_dispatch(dispatch: Any, schedule: Schedule) -> str:
         return AUTOMATIC
     if dispatch not in DISPATCHERS:
         raise ValueError(f"dispatch={dispatch!r}; choose one of {DISPATCHERS}")
-    if dispatch == "unrolled" and schedule.num_ranks != 1:
-        raise ValueError(
-            f"dispatch={dispatch!r} is for one rank; for {schedule.num_ranks}, choose of {DISPATCHERS[1:]}"
-        )
     return dispatch
 
 

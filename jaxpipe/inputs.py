@@ -239,7 +239,7 @@ def is_spec(node: Any) -> bool:
 
 
 def manual_part(manual: frozenset[str], spec: P) -> P:
-    """A PartitionSpec with the compiler's axes left out."""
+    """A PartitionSpec with all axes but the manual ones left out."""
 
     def keep(entry: Any) -> Any:
         names = tuple(name for name in entry_axes(entry) if name in manual)

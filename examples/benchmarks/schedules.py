@@ -103,44 +103,59 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     params = jax.tree.map(lambda leaf: leaf.astype(jnp.bfloat16), masters(model, layers, (0,), mesh)())
     splits: list[Any] = []
 
-    def local(function: Callable[..., Any]) -> Any:
+    def local(function: Callable[..., Any], **options: Any) -> Any:
         """A program of these devices, each with its own values of whatever is not a parameter."""
 
-        def body(params: Any, held: Any) -> Any:
+        def body(params: Any, held: Any, totals: Any) -> Any:
             one = jax.tree.map(lambda leaf: leaf[0], params)
             splits.append(split_stage(lambda params, x: model.stage(params, x, ctx), one, x))
-            return function(splits[-1], *held) if held else function(splits[-1], one)
+            return function(splits[-1], *held, totals) if held else function(splits[-1], one)
 
-        specs = (model.specs(layers), P())
+        specs = (model.specs(layers), P(), P())
         mapped = jax.shard_map(body, mesh=mesh, in_specs=specs, out_specs=P(), check_vma=False)
-        return jax.jit(mapped, in_shardings=(None, whole))
+        return jax.jit(mapped, in_shardings=(None, whole, whole), **options)
+
+    def adds(grads: Any, totals: Any) -> Any:
+        return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), totals, grads)
+
+    wide = {"narrow": True, "wide_products": mesh.devices.flat[0].platform != "cpu"}  # as the executor does
 
     def backward(split: Any, prepared: Any, kept: Any, ct: Any, totals: Any) -> Any:
-        grads, x_ct = split.backward(prepared, kept, ct)
-        return x_ct, jax.tree.map(jnp.add, totals, grads)
+        grads, x_ct = split.backward(prepared, kept, ct, **wide)
+        return x_ct, adds(grads, totals)
+
+    def pair(split: Any, prepared: Any, kept: Any, ct: Any, x: Any, totals: Any) -> Any:
+        x_ct, totals = backward(split, prepared, kept, ct, totals)
+        return (split.forward(prepared, x), x_ct), totals
 
     def arguments(kept: Any, crossing: Any) -> Any:
-        both = (prepared, kept, ct, totals)
-        return (prepared, x), (prepared, kept, ct), (prepared, kept.weight, crossing, totals), both, (*both, x)
+        both = (prepared, kept, ct)
+        return (prepared, x), both, (prepared, kept.weight, crossing), both, (*both, x)
 
     functions = {
-        "F": lambda split, *held: split.forward(*held),
-        "I": lambda split, *held: split.backward_input(*held),
-        "W": lambda split, *held: jax.tree.map(jnp.add, held[-1], split.backward_weight(*held[:-1])),
+        "F": lambda split, *held: (split.forward(*held[:-1]), held[-1]),
+        "I": lambda split, *held: (split.backward_input(*held[:-1]), held[-1]),
+        "W": lambda split, *held: ((), adds(split.backward_weight(*held[:-1], **wide), held[-1])),
         "B": backward,
-        "F&B": lambda split, *held: (split.forward(held[0], held[-1]), backward(split, *held[:-1])),
+        "F&B": pair,
     }
-    prepared = local(lambda split, params: split.prepare(params))(params, ())
-    totals = local(lambda _, params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))(params, ())
+    prepared = local(lambda split, params: split.prepare(params))(params, (), ())
+    totals = local(lambda _, params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))(params, (), ())
     shapes = arguments(splits[-1].residuals, splits[-1].crossing)
     programs = [
-        start(pool, f"{name} of {layers} layers", local(function).lower(params, held))
+        start(pool, f"{name} of {layers} layers", local(function, donate_argnums=2).lower(params, held, totals))
         for (name, function), held in zip(functions.items(), shapes, strict=True)
     ]
-    _, kept = programs[0].result()(params, (prepared, x))
-    _, crossing = programs[1].result()(params, (prepared, kept, ct))
+    sums = [totals]  # which every call writes over
+
+    def run(program: Any, held: Any) -> Any:
+        out, sums[0] = program(params, held, sums[0])
+        return out, sums[0]
+
+    (_, kept), _ = run(programs[0].result(), (prepared, x))
+    (_, crossing), _ = run(programs[1].result(), (prepared, kept, ct))
     held = zip(programs, arguments(kept, crossing), strict=True)
-    calls = [functools.partial(program.result(), params, each) for program, each in held]
+    calls = [functools.partial(run, program.result(), each) for program, each in held]
     ring = [(rank, (rank + 1) % model.mesh.shape["pp"]) for rank in range(model.mesh.shape["pp"])]
     send = functools.partial(jax.lax.ppermute, axis_name="pp", perm=ring)
     send = jax.jit(jax.shard_map(send, mesh=model.mesh, in_specs=P(), out_specs=P(), check_vma=False))

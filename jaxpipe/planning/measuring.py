@@ -40,6 +40,9 @@ _TURN = 0.02
 _CALLS = 50
 """Calls of a turn at most."""
 
+_SUMMING = ("W", "B", "F&B")
+"""Actions that add gradients to sums."""
+
 
 def measure_costs(
     pipeline: Pipeline,
@@ -95,6 +98,7 @@ class Stopwatch:
         self._specs = jax.tree.map(
             functools.partial(inputs.manual_part, axes.names), sharded.specs, is_leaf=inputs.is_spec
         )
+        self._stage_specs = sharded.specs.stages
         self._given = (
             jax.tree.map(_array, params, pipeline.shardings(params)),
             self._microbatch(batch, count),
@@ -102,6 +106,7 @@ class Stopwatch:
             inputs.as_step_inputs(step_inputs),
         )
         self._splits: tuple[SplitStage, ...] = ()
+        self._sums: Any = None
 
     def _prepare(self, model: Model) -> Model:
         """The model as the executor calls it: without embed in compute dtype, its ends shared."""
@@ -138,17 +143,20 @@ class Stopwatch:
         masked = jax.tree.map(first, jax.eval_shape(lambda batch: with_mask(batch, mask, multiple), batch))
         return {**masked, mask: jnp.ones_like(masked[mask])}  # all examples count
 
-    def _program(self, body: Callable[..., Any], held: Any) -> Any:
-        """A body of each device's parameters, microbatch and held values, lowered.
+    def _program(self, body: Callable[..., Any], held: Any, sums: Any = ()) -> Any:
+        """A body of each device's parameters, microbatch, held values and sums, lowered; it may write over the sums.
 
         Values that it returns stay where they are: each device has its own.
         """
         batch_spec = inputs.manual_part(self.axes.names, P(None, *self.pipeline.batch_spec))
-        specs = (self._specs, jax.tree.map(lambda _: batch_spec, self._given[1]), P(), P(), P())
+        specs = (self._specs, jax.tree.map(lambda _: batch_spec, self._given[1]), P(), P(), P(), P())
         mapped = jax.shard_map(
             body, mesh=self.mesh, in_specs=specs, out_specs=P(), axis_names=set(self.axes.names), check_vma=False
         )
-        return jax.jit(mapped).lower(*self._given, held)
+        if not jax.tree.leaves(sums):
+            return jax.jit(mapped).lower(*self._given, held, ())
+        stay = (None, jax.tree.map(lambda leaf: leaf.sharding, sums))
+        return jax.jit(mapped, donate_argnums=5, out_shardings=stay).lower(*self._given, held, sums)
 
     def _start(self, params: Params, batch: Any, rng: Any, step_inputs: Any) -> tuple[Any, Any, Context]:
         """(parameters of a stage, those of the ends, a context) of a device."""
@@ -184,7 +192,7 @@ class Stopwatch:
         """The costs."""
         with ThreadPoolExecutor(8) as pool:
             programs = self.programs(pool)
-            calls = [functools.partial(program.result(), *self._given, held) for program, held in programs.values()]
+            calls = [self._call(name, program.result(), held) for (name, _), (program, held) in programs.items()]
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         seconds = dict(zip(programs, medians(calls, repeats, queued=not on_cpu), strict=True))
         kinds = [
@@ -195,6 +203,22 @@ class Stopwatch:
         p2p = seconds.get(("message", 0), 0.0)
         return StageCosts(tuple(kinds[kind] for kind in self.kind_of), p2p, **ends)
 
+    def _place(self, total: jax.Array, spec: P) -> jax.Array:
+        """A sum, sharded over the compiler's axes as its parameter is."""
+        compiler_axes = frozenset(self.mesh.axis_names) - self.axes.names
+        return jax.device_put(total, NamedSharding(self.mesh, P(*inputs.manual_part(compiler_axes, spec)[1:])))
+
+    def _call(self, name: str, program: Any, held: Any) -> Callable[[], Any]:
+        """Runs an action; one that adds gradients up does so in place, in the sums that all of these share."""
+        if name not in _SUMMING:
+            return functools.partial(program, *self._given, held, ())
+
+        def call() -> Any:
+            out, self._sums = program(*self._given, held, self._sums)
+            return out, self._sums
+
+        return call
+
     def programs(self, pool: ThreadPoolExecutor) -> dict[tuple[str, int], tuple[Future[Any], Any]]:
         """By action and kind of stage: the program, which is being compiled, and what it is called with besides.
 
@@ -203,13 +227,15 @@ class Stopwatch:
         found: dict[tuple[str, int], tuple[Future[Any], Any]] = {}
 
         def start(name: str, kind: int, body: Callable[..., Any], held: Any) -> None:
-            found[name, kind] = pool.submit(self._program(body, held).compile), held
+            sums = self._sums if name in _SUMMING else ()
+            found[name, kind] = pool.submit(self._program(body, held, sums).compile), held
 
         def run(name: str, kind: int) -> Any:
             program, held = found[name, kind]
-            return program.result()(*self._given, held)
+            return program.result()(*self._given, held, ())
 
-        prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, ())
+        prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, (), ())
+        self._sums = jax.tree.map(self._place, sums, partition(self._stage_specs, self._trainable.stages)[0])
         bodies = [self._bodies(split) for split in self._splits]
         for kind, mine in enumerate(prepared):
             start("F", kind, bodies[kind]["F"], (mine, x))
@@ -225,14 +251,14 @@ class Stopwatch:
         for kind, mine in enumerate(prepared):
             both = (mine, kept[kind], x)
             start("I", kind, bodies[kind]["I"], both)
-            start("B", kind, bodies[kind]["B"], (both, sums))
+            start("B", kind, bodies[kind]["B"], both)
             if self.pipeline.dispatch != "sequential":  # which runs the halves of a pair one after the other
-                start("F&B", kind, bodies[kind]["F&B"], (both, sums, x))
+                start("F&B", kind, bodies[kind]["F&B"], (both, x))
         for kind, mine in enumerate(prepared):
-            start("W", kind, bodies[kind]["W"], (mine, kept[kind].weight, run("I", kind)[1], sums))
+            start("W", kind, bodies[kind]["W"], (mine, kept[kind].weight, run("I", kind)[1]))
         return found
 
-    def _begin(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
+    def _begin(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any, none: Any) -> Any:
         """What actions work on: the kinds' prepared parameters, the ends' parameters, x, and sums."""
         chunk, outer, ctx = self._start(params, batch, rng, step_inputs)
         x = self._model.run_embed(outer, ctx)
@@ -243,7 +269,8 @@ class Stopwatch:
         return prepared, outer, x, sums
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
-        """A stage's actions, each of what a device is given and of held values."""
+        """A stage's actions, each of what a device is given, held values and sums."""
+        wide = self.pipeline.options.wide_products
 
         def forward(given: Any, prepared: Any, x: Any) -> Any:
             *_, ctx = self._start(*given)
@@ -255,26 +282,28 @@ class Stopwatch:
 
         def backward(both: Any, sums: Any) -> Any:
             prepared, kept, dy = both
-            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True)
+            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True, wide_products=wide)
             return dx, self._sum(sums, grads)
 
         def run_input(*args: Any) -> Any:
-            prepared, kept, dy = args[-1]
+            prepared, kept, dy = args[-2]
             return split.backward_input(prepared, kept, cotangent(dy))
 
         def run_weight(*args: Any) -> Any:
-            prepared, kept, crossing, sums = args[-1]
-            return self._sum(sums, split.backward_weight(prepared, kept, crossing, narrow=True))
+            *_, (prepared, kept, crossing), sums = args
+            grads = split.backward_weight(prepared, kept, crossing, narrow=True, wide_products=wide)
+            return (), self._sum(sums, grads)
 
         def run_pair(*args: Any) -> Any:
-            both, sums, x = args[-1]
-            return forward(args[:-1], both[0], x), backward(both, sums)
+            *given, (both, x), sums = args
+            dx, sums = backward(both, sums)
+            return (forward(given, both[0], x), dx), sums
 
         return {
-            "F": lambda *args: forward(args[:-1], *args[-1]),
+            "F": lambda *args: forward(args[:-2], *args[-2]),
             "I": run_input,
             "W": run_weight,
-            "B": lambda *args: backward(*args[-1]),
+            "B": lambda *args: backward(*args[-2:]),
             "F&B": run_pair,
         }
 
@@ -282,10 +311,10 @@ class Stopwatch:
         of_params, _ = grads
         return add(sums, partition(of_params)[0])
 
-    def _embed(self, params: Params, batch: Any, rng: Any, step_inputs: Any, outer: Any) -> Any:
+    def _embed(self, params: Params, batch: Any, rng: Any, step_inputs: Any, outer: Any, none: Any) -> Any:
         return self._model.run_embed(outer, self._start(params, batch, rng, step_inputs)[2])
 
-    def _embed_grad(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
+    def _embed_grad(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any, none: Any) -> Any:
         outer, dx = held
         ctx = self._start(params, batch, rng, step_inputs)[2]
         diff, rest = partition(outer, self._trainable.outer)
@@ -296,7 +325,7 @@ class Stopwatch:
         pull_back = vjp_once(floating, diff, ran=True)[1]
         return pull_back_rows(lambda ct: pull_back(ct)[0], partition(dx)[0])
 
-    def _head(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
+    def _head(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any, none: Any) -> Any:
         outer, y = held
         num_stages = self.pipeline.program.schedule.num_stages
         ctx = make_context(batch, rng, step_inputs, num_stages, 0, num_stages)
@@ -309,7 +338,7 @@ class Stopwatch:
         loss, vjp, metrics = vjp_once(loss_of, diff, y_diff, has_aux=True)
         return loss, vjp(jnp.ones(loss.shape, loss.dtype)), metrics
 
-    def _message(self, params: Params, batch: Any, rng: Any, step_inputs: Any, x: Any) -> Any:
+    def _message(self, params: Params, batch: Any, rng: Any, step_inputs: Any, x: Any, none: Any) -> Any:
         axis, size = self.axes.pipeline, self.axes.sizes[self.axes.pipeline]
         ring = [(rank, (rank + 1) % size) for rank in range(size)]
         return jax.tree.map(lambda leaf: lax.ppermute(leaf, axis, ring), x)

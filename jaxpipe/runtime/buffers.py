@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, NamedTuple
 
 import jax
@@ -17,7 +18,8 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
-      grads: gradient accumulators of each local chunk, as the chunk's parameters, None for those without a gradient.
+      grads: gradient accumulators of each local chunk, as the chunk's parameters, None for those without a gradient;
+        or `Zeros`.
       outer_grads: gradient accumulators of the outer parameters, likewise.
       loss: scalar, sum of the losses this rank has seen, times their weights.
       aux_loss: scalar, that of the auxiliary losses.
@@ -77,6 +79,22 @@ def put(pool: Any, slot: Any, value: Any) -> Any:
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True, eq=False)
+class Zeros:
+    """Stands for sums to which nothing has been added yet; it has no arrays.
+
+    Attributes:
+      avals: shapes and dtypes of the sums.
+    """
+
+    avals: Any
+
+    def make(self) -> Any:
+        """The sums as arrays."""
+        return jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), self.avals)
+
+
 def accumulator(aval: Any, dtype: Any = None) -> jax.Array:
     """Zeros to sum values of an aval's shape: real floating ones in the dtype given, others in `accumulation_dtype`."""
     given = dtype is not None and jnp.issubdtype(aval.dtype, jnp.floating)
@@ -100,6 +118,8 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def add(total: Any, value: Any, counts: jax.Array | None = None) -> Any:
     """Total + value, leaf by leaf, in total's dtypes; total where ``counts`` is False, whatever the value."""
+    if isinstance(total, Zeros):
+        return jax.tree.map(lambda t, v: v.astype(t.dtype), total.avals, select(value, counts))
     value = jax.tree.map(lambda t, v: jnp.asarray(v).astype(t.dtype), total, value)
     return jax.tree.map(jnp.add, total, select(value, counts))
 

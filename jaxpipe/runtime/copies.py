@@ -6,8 +6,9 @@ copy of it. Where the owner is another rank, the row travels once a step, in com
 
 from __future__ import annotations
 
+import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -154,27 +155,55 @@ def working_copies(stages: Any, schedule: Schedule, order: str, axis: str, dtype
     return tuple(choose(chunk, moves) for chunk, moves in enumerate(chunks))
 
 
-def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str) -> Any:
-    """Leaves ``[rows, ...]``: the gradients of the rows this rank owns, summed over the copies of each.
+@functools.partial(jax.tree_util.register_dataclass, data_fields=("grads",), meta_fields=("row",))
+@dataclasses.dataclass(frozen=True)
+class Returned:
+    """Gradients that came from the copies of a row.
+
+    Attributes:
+      row: of the masters that this rank owns.
+      grads: the row's.
+    """
+
+    row: int
+    grads: Any
+
+
+def return_grads(
+    chunks: Collection[int], grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str
+) -> list[Returned]:
+    """Brings the gradients of some local chunks' copies to the owners of their rows; each transfer is one ppermute."""
+    moves = [each if chunk in chunks else () for chunk, each in enumerate(plan_moves(schedule, order))]
+    found = []
+    for transfer in plan_transfers(moves):
+        (chunk, _), *others = transfer.moves
+        given = grads[chunk]
+        for chunk, move in others:
+            given = jax.tree.map(
+                functools.partial(jnp.where, _holds(move, schedule.num_ranks, axis)), grads[chunk], given
+            )
+        back = tuple((holder, owner) for owner, holder in transfer.pairs)
+        found.append(Returned(transfer.row, send(given, axis, back)))
+    return found
+
+
+def gather_grads(
+    grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str, returned: Sequence[Returned]
+) -> Any:
+    """Leaves ``[rows, ...]``: the gradients of the rows this rank owns, with those of their copies, `return_grads`'.
 
     The inverse of `working_copies`. Leaves that are not of inexact dtype have none.
     """
-    chunks = plan_moves(schedule, order)
-    transfers = plan_transfers(chunks)
+    chunks, count = plan_moves(schedule, order), len(grads)
 
-    def gather(*grads: jax.Array) -> jax.Array:
+    def gather(*leaves: jax.Array) -> jax.Array:
         parts: list[list[jax.Array]] = [[] for _ in range(rows_per_rank(schedule))]
-        for grad, moves in zip(grads, chunks, strict=True):
+        for grad, moves in zip(leaves[:count], chunks, strict=True):
             for move in moves:
                 if move.stays:
                     parts[move.row].append(mine(grad, move))
-        for transfer in transfers:
-            (chunk, _), *others = transfer.moves
-            given = grads[chunk]
-            for chunk, move in others:
-                given = jnp.where(_holds(move, schedule.num_ranks, axis), grads[chunk], given)
-            back = tuple((holder, owner) for owner, holder in transfer.pairs)
-            parts[transfer.row].append(send(given, axis, back))
+        for each, grad in zip(returned, leaves[count:], strict=True):
+            parts[each.row].append(grad)
         return jnp.stack([functools.reduce(jnp.add, row) for row in parts])
 
     def mine(grad: jax.Array, move: Move) -> jax.Array:
@@ -183,7 +212,8 @@ def gather_grads(grads: tuple[Any, ...], schedule: Schedule, order: str, axis: s
         return jnp.where(_holds(move, schedule.num_ranks, axis), grad, jnp.zeros_like(grad))
 
     # Behind barriers, or an optimizer's every output would be computed from the parts by a kernel of its own.
-    return jax.tree.map(lambda *leaves: lax.optimization_barrier(gather(*leaves)), *grads)
+    leaves = (*grads, *(each.grads for each in returned))
+    return jax.tree.map(lambda *leaves: lax.optimization_barrier(gather(*leaves)), *leaves)
 
 
 def send(tree: Any, axis: str, pairs: tuple[tuple[int, int], ...]) -> Any:

@@ -13,9 +13,9 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.buffers import Buffers, Zeros, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
-from jaxpipe.runtime.copies import cast, gather_grads, working_copies
+from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
 from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.fsdp import Reduction
@@ -37,7 +37,7 @@ from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.stash import divide_stages
 from jaxpipe.runtime.stretches import make_stretches
-from jaxpipe.runtime.unrolled import run_unrolled
+from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 from jaxpipe.stage.split import Divisible
@@ -113,11 +113,30 @@ def train(
         step_inputs=step_inputs,
         num_stages=program.schedule.num_stages,
         gathers=bool(options.fsdp_axes),
+        wide_products=options.wide_products,
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
-    buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
+    sent: list[int] = []
+    where = program.schedule, options.order, options.axes.pipeline
+
+    def finish(chunks: Sequence[int], buffers: Buffers) -> list[Returned]:
+        """Sends gradients home while ranks compute others, unless they are scaled first."""
+        if shares.scale is not None:
+            return []
+        sent.extend(chunks)
+        with jax.named_scope("reduce"):
+            return return_grads(chunks, buffers.grads, *where)
+
+    axis, returned = options.axes.pipeline, []
+    if options.dispatch == "unrolled":
+        buffers, returned = run_unrolled(program, step.operation, axis, buffers, tables[0][:, 0], finish)
+    else:
+        buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, reductions, params, buffers, shares)
+        buffers = _scale(buffers, shares)
+        rest = [chunk for chunk in range(len(buffers.grads)) if chunk not in sent]
+        returned = [*returned, *return_grads(rest, buffers.grads, *where)]
+        return _reduce(program, options, reductions, params, buffers, shares, returned)
 
 
 def _start(
@@ -207,12 +226,18 @@ def _train_buffers(
     crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
+
+    def sums(params: Any) -> Any:
+        """Zeros; where code is unrolled the first gradients are the sums."""
+        make = functools.partial(jax.tree.map, grad, params)
+        return Zeros(jax.eval_shape(make)) if apart else make()
+
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, crossing),
-        grads=tuple(jax.tree.map(grad, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
+        grads=tuple(sums(partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
         outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
@@ -222,18 +247,30 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program,
+    options: Options,
+    reductions: Params,
+    params: Params,
+    buffers: Buffers,
+    shares: Shares,
+    returned: Sequence[Returned],
 ) -> Any:
-    """What `train` returns, of what every rank has accumulated."""
+    """What `train` returns, of what every rank has accumulated, and of what has returned to it."""
     axes = options.axes
     losses, aux = _sum_losses(axes, buffers, shares)
-    stages, outer = buffers.grads, buffers.outer_grads
-    if shares.scale is not None:
-        scale = shares.scale
-        stages, outer = jax.tree.map(functools.partial(_scaled, scale), (stages, outer))
-    grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
+    stages = gather_grads(buffers.grads, program.schedule, options.order, axes.pipeline, returned)
+    grads = Params(stages, buffers.outer_grads)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     return (_total(losses), aux), grads
+
+
+def _scale(buffers: Buffers, shares: Shares) -> Buffers:
+    """The buffers with their gradients scaled."""
+    if shares.scale is None:
+        return buffers
+    sums = buffers.grads, buffers.outer_grads
+    grads, outer_grads = jax.tree.map(functools.partial(_scaled, shares.scale), sums)
+    return buffers._replace(grads=grads, outer_grads=outer_grads)
 
 
 def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:
@@ -377,6 +414,8 @@ def _check_outputs(outputs: Any, size: int) -> None:
 
 def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
     """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
+    if dispatch == "unrolled":
+        return unrolled_table(program), ()
     if dispatch == "stretches":
         return [body.table for body in make_bodies(program, make_stretches(program))], ()
     _, patterns = _patterns(program)
@@ -399,7 +438,7 @@ def run_steps(
 ) -> Buffers:
     """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
-        return run_unrolled(program, operation, buffers)
+        return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])[0]
     if dispatch == "stretches":
         mine = [table[:, 0] for table in tables[0]]
         return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)

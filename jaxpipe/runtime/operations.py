@@ -67,6 +67,7 @@ class TrainStep:
       step_inputs: of `Context`, for embed and head; ``prepared`` holds the stages'.
       num_stages: stages of the model.
       gathers: whether ``prepared`` holds shards, which the stage gathers.
+      wide_products: whether products that are gradients of stages come in float32; see `SplitStage.backward_weight`.
     """
 
     model: Model
@@ -82,6 +83,7 @@ class TrainStep:
     step_inputs: Any
     num_stages: int
     gathers: bool = False
+    wide_products: bool = False
 
     def operation(self, op: Op, part: int) -> Operation:
         """The operation of a kind on a part."""
@@ -130,7 +132,7 @@ class TrainStep:
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            grads, dx = split.backward(prepared, residuals, ct, narrow=True)
+            grads, dx = split.backward(prepared, residuals, ct, narrow=True, wide_products=self.wide_products)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -171,7 +173,8 @@ class TrainStep:
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, inputs = self._use(part, inputs)
-            return self.splits[kind].backward_weight(prepared, *inputs, narrow=True)
+            split = self.splits[kind]
+            return split.backward_weight(prepared, *inputs, narrow=True, wide_products=self.wide_products)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, chunk, grads, operands)
@@ -329,14 +332,32 @@ def run_branch(
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], operands[i]))
         if len(parts) > 1 and not apart:
-            # One part writes a pool that the other reads. Without an order XLA would copy the whole pool.
-            results, buffers = lax.optimization_barrier((results, buffers))
+            # One part writes a pool that the other reads. Without an order XLA would copy the whole pool. Sums are no
+            # pool: each is read where it is written, if possible by the product that adds to it.
+            results, buffers = _in_order(parts, results, buffers)
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value), jax.named_scope("write"):
                 buffers = part.write(buffers, operands[i], results[i])
         return buffers
 
     return run
+
+
+def _in_order(parts: Sequence[tuple[Op, Operation]], results: list[Any], buffers: Buffers) -> tuple[list[Any], Buffers]:
+    """Results and buffers behind a barrier, but for the stages' gradients and their sums."""
+    grads = {i: results[i] for i, (op, _) in enumerate(parts) if op is Op.W}
+    grads |= {i: results[i][0] for i, (op, _) in enumerate(parts) if op is Op.B}
+    rest = [
+        None if op is Op.W else result[1:] if op is Op.B else result
+        for (op, _), result in zip(parts, results, strict=True)
+    ]
+    rest, behind = lax.optimization_barrier((rest, buffers._replace(grads=())))
+    for i, (op, _) in enumerate(parts):
+        if op is Op.W:
+            rest[i] = grads[i]
+        elif op is Op.B:
+            rest[i] = (grads[i], *rest[i])
+    return rest, behind._replace(grads=buffers.grads)
 
 
 def run_sequential(

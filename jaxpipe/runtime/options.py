@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 
 from jaxpipe.params import Params
@@ -58,6 +59,7 @@ class Options:
       fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
+      wide_products: whether products that are gradients of stages come in float32, to be added to sums that are wide.
       min_shard_size: elements of the smallest parameter that either is done to.
     """
 
@@ -76,3 +78,9 @@ class Options:
     zero1_axes: tuple[str, ...] = ()
     min_shard_size: int = 0
     stash: int | None = None
+    wide_products: bool = False
+
+
+def sums_are_wide(grad_dtype: Any) -> bool:
+    """Whether sums of narrow gradients are float32 or wider, in the dtype of `Options`."""
+    return grad_dtype is None or jnp.dtype(grad_dtype).itemsize >= 4

@@ -1,7 +1,9 @@
-"""Runs a Program of one rank as unrolled code: what each step does, and on which slots, is known when it is traced.
+"""Runs a Program whose ranks keep step as unrolled code: what a step does, and on which slots, is known when traced.
 
-No step chooses among branches, and no value is copied into its slot or out of it: a slot is a name. Steps that come
-again with other microbatches are one loop, whose body has as many steps as it takes until every slot is used again.
+One rank keeps step with itself, and so do the two of DualPipe, which mirror each other: both run the same branch on the
+same slots in every step, on microbatches and stages of their own. No step chooses among branches, and no value is
+copied into its slot or out of it: a slot is a name. Steps that come again with other microbatches are one loop, whose
+body has as many steps as it takes until every slot is used again.
 """
 
 from __future__ import annotations
@@ -10,11 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Apart, Buffers, put
+from jaxpipe.runtime.buffers import Apart, Buffers, Zeros, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 
@@ -46,7 +47,9 @@ class Repeat(NamedTuple):
 
 
 def find_repeat(program: Program, longest: int | None = None) -> Repeat:
-    """The repetition in a program of one rank that leaves the least code; its period is at most ``longest`` steps.
+    """The repetition in a program whose ranks keep step that leaves the least code.
+
+    Its period is at most ``longest`` steps.
 
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
@@ -55,7 +58,7 @@ def find_repeat(program: Program, longest: int | None = None) -> Repeat:
     """
     steps = program.num_steps
     fixed = np.delete(program.operands[:, 0], Field.MICROBATCH, axis=-1).reshape(steps, -1)
-    rows = np.column_stack([program.branch[:, 0], fixed])
+    rows = np.column_stack([program.branch[:, 0], fixed, *_exchanges(program)])
     _, kinds, counts = np.unique(rows, axis=0, return_inverse=True, return_counts=True)
     once = np.flatnonzero(counts[kinds] == 1)
     most = int(np.diff(once, prepend=-1, append=steps).max()) - 1  # steps in a row of which each comes again somewhere
@@ -73,9 +76,28 @@ def find_repeat(program: Program, longest: int | None = None) -> Repeat:
     return best
 
 
+def _exchanges(program: Program) -> list[np.ndarray]:
+    """``[steps, channels]``: which messages move, from which slots and to which; none on one rank."""
+    if program.num_ranks == 1:
+        return []
+    return [program.communicate, program.send[:, 0], program.receive[:, 0]]
+
+
+def keeps_step(program: Program) -> bool:
+    """Whether all ranks run the same branch on the same slots in every step.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> [keeps_step(lower(build("dualpipe", ranks, 8))) for ranks in (2, 4)]
+    [True, False]
+    """
+    slots = program.operands[..., Field.SOURCE :]
+    return all((table == table[:, :1]).all() for table in (program.branch, slots, program.send, program.receive))
+
+
 def is_short(program: Program) -> bool:
-    """Whether there is one rank and little code."""
-    if program.num_ranks != 1:
+    """Whether ranks keep step and there is little code."""
+    if not keeps_step(program):
         return False
     most = MOST_OPERATIONS * program.schedule.num_stages
     steps = find_repeat(program, 3 * most).code(program.num_steps)  # beside a forward or backward run two ends at most
@@ -83,49 +105,121 @@ def is_short(program: Program) -> bool:
     return sum(op in (Op.F, Op.B, Op.I, Op.W) for op in kinds) <= most
 
 
-def run_unrolled(program: Program, operation: Callable[[Op, int], Operation], buffers: Buffers) -> Buffers:
-    """All steps of a program of one rank; the pools of buffers are `Apart`.
+def unrolled_table(program: Program) -> np.ndarray:
+    """The table of `run_unrolled`, ``int32[steps, ranks, operations, 2]``."""
+    return program.operands[..., : Field.STAGE + 1]
+
+
+def run_unrolled(
+    program: Program,
+    operation: Callable[[Op, int], Operation],
+    axis: str,
+    buffers: Buffers,
+    table: jax.Array,
+    finish: Callable[[Sequence[int], Buffers], list[Any]] = lambda chunks, buffers: [],
+) -> tuple[Buffers, list[Any]]:
+    """(buffers after all steps of a program whose ranks keep step, what ``finish`` has made).
+
+    The pools of buffers are `Apart`.
 
     The scope ``steps_FIRST_PERIOD_TIMES`` tells a profile's reader which steps an operation is of.
+
+    Args:
+      program, operation, buffers: as of the executor.
+      axis: the pipeline's.
+      table: `unrolled_table` of this rank, the microbatch and stage of each step's operations.
+      finish: called once with the chunks whose gradients in the buffers are complete first, if there is more to do.
+        What it makes is ready before the last step, whose own gradients can then be sent meanwhile.
     """
     repeat = find_repeat(program)
-    microbatches = program.operands[:, 0, :, Field.MICROBATCH]
+    stop = repeat.start + repeat.period * repeat.times
+    looped = range(repeat.start, stop) if repeat.times > 1 else range(0)
+    first_step, first_chunks = _first_complete(program)
+    finished: list[Any] = []  # holds one list, or none
+    # What is the same on all ranks is a constant where the code is of one step alone.
+    common = unrolled_table(program)
+    constant = (common == common[:, :1]).all((1, 2, 3))
 
-    def run(buffers: Buffers, step: int, microbatches: Any, scope: str) -> Buffers:
+    def run(buffers: Buffers, step: int, row: Any, scope: str) -> Buffers:
         index = int(program.branch[step, 0])
         branch = program.branches[index]
-        operands = [
-            [microbatches[i], *map(int, program.operands[step, 0, i, Field.MICROBATCH + 1 :])]
-            for i in range(len(branch))
-        ]
+        slots = [list(map(int, program.operands[step, 0, i, Field.SOURCE :])) for i in range(len(branch))]
+        operands = [[row[i, Field.MICROBATCH], row[i, Field.STAGE], *mine] for i, mine in enumerate(slots)]
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, operands)
+        if step == first_step and step not in looped:
+            finished.append(finish(first_chunks, buffers))
+        buffers = _free(buffers, branch, slots)
+        if step == program.num_steps - 1:
+            return buffers
         # Nothing moves from step to step, so that the compiler holds what the schedule holds.
-        return lax.optimization_barrier(_free(buffers, branch, operands))
+        waited_for = finished if step == program.num_steps - 2 and step not in looped else []
+        buffers, arrived = lax.optimization_barrier((buffers, waited_for))
+        finished[: len(arrived)] = arrived
+        return _exchange(program, step, axis, buffers)
 
-    def body(buffers: Buffers, microbatches: jax.Array) -> tuple[Buffers, None]:
+    def body(buffers: Buffers, rows: jax.Array) -> tuple[Buffers, None]:
         before = buffers
         for i in range(repeat.period):
             step = repeat.start + i
-            buffers = run(buffers, step, microbatches[i], f"steps_{step}_{repeat.period}_{repeat.times}")
+            buffers = run(buffers, step, rows[i], f"steps_{step}_{repeat.period}_{repeat.times}")
         return _like(before, buffers), None
 
-    stop = repeat.start + repeat.period * repeat.times
+    def once(buffers: Buffers, step: int) -> Buffers:
+        return run(buffers, step, common[step, 0] if constant[step] else table[step], f"steps_{step}_1_1")
+
     for step in range(repeat.start):
-        buffers = run(buffers, step, microbatches[step], f"steps_{step}_1_1")
-    rounds = jnp.asarray(microbatches[repeat.start : stop].reshape(repeat.times, repeat.period, -1))
-    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, buffers, rounds)[0]
+        buffers = once(buffers, step)
+    rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
+    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, _with_sums(buffers), rounds)[0]
+    if first_step in looped:
+        finished.append(finish(first_chunks, buffers))
     for step in range(stop, program.num_steps):
-        buffers = run(buffers, step, microbatches[step], f"steps_{step}_1_1")
-    return buffers
+        buffers = once(buffers, step)
+    return _with_sums(buffers), finished[0] if finished else []
 
 
-def _free(buffers: Buffers, branch: Branch, operands: Sequence[Sequence[Any]]) -> Buffers:
-    """The buffers without the values that a step was the last to read, and without those in dummy slots."""
-    for (op, _), slots in zip(branch, operands, strict=True):
+def _with_sums(buffers: Buffers) -> Buffers:
+    """The buffers with arrays in place of `Zeros`."""
+    return buffers._replace(grads=tuple(each.make() if isinstance(each, Zeros) else each for each in buffers.grads))
+
+
+def _first_complete(program: Program) -> tuple[int | None, list[int]]:
+    """The step after which the first chunks have all of their gradients, and these chunks; None if it is the last."""
+    last: dict[int, int] = {}
+    for step in range(program.num_steps):
+        for op, part in program.branches[program.branch[step, 0]]:
+            if op in (Op.B, Op.W):
+                last[program.parts[part][0]] = step
+    first = min(last.values(), default=program.num_steps)
+    if first >= program.num_steps - 1:
+        return None, []
+    return first, [chunk for chunk, step in last.items() if step == first]
+
+
+def _exchange(program: Program, step: int, axis: str, buffers: Buffers) -> Buffers:
+    """Moves the messages of a step, out of their slots and into those of their receivers."""
+    channels = np.flatnonzero(program.communicate[step]).tolist()
+    send, receive = program.send[step, 0], program.receive[step, 0]
+    with jax.named_scope("send"):
+        arrived = [lax.ppermute(take(buffers.in_flight, send[i]), axis, program.channels[i]) for i in channels]
+    in_flight = buffers.in_flight
+    for i in channels:
+        in_flight = put(in_flight, send[i], None)
+    for i, message in zip(channels, arrived, strict=True):
+        in_flight = put(in_flight, receive[i], message)
+    return buffers._replace(in_flight=in_flight)
+
+
+def _free(buffers: Buffers, branch: Branch, slots: Sequence[Sequence[int]]) -> Buffers:
+    """The buffers without the values that a step was the last to read, and without those in dummy slots.
+
+    ``slots`` are the columns of `Field` from SOURCE on, of each operation.
+    """
+    for (op, _), mine in zip(branch, slots, strict=True):
         for name, field in _FREED[op]:
-            if name != "in_flight" or slots[Field.SOURCE] != slots[Field.TARGET]:
-                buffers = buffers._replace(**{name: put(getattr(buffers, name), slots[field], None)})
+            if name != "in_flight" or mine[0] != mine[Field.TARGET - Field.SOURCE]:
+                buffers = buffers._replace(**{name: put(getattr(buffers, name), mine[field - Field.SOURCE], None)})
     return jax.tree.map(
         lambda pool: put(pool, len(pool.slots) - 1, None) if isinstance(pool, Apart) else pool,
         buffers,
@@ -141,4 +235,5 @@ def _like(before: Buffers, after: Buffers) -> Buffers:
             return after
         return Apart(tuple(b if b is None else a for b, a in zip(before.slots, after.slots, strict=True)))
 
+    before = before._replace(grads=after.grads)  # which may have been `Zeros`
     return jax.tree.map(pool, before, after, is_leaf=lambda node: isinstance(node, Apart))

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jaxpipe._jax import LIGHT
-from jaxpipe.stage.graph import Node, Value
+import jax.numpy as jnp
+from jax import lax
+
+from jaxpipe._jax import LIGHT, VIEWS
+from jaxpipe.stage.graph import Node, Value, eqn_node, producers
 
 
 def eliminate_common_subexpressions(
@@ -74,3 +78,46 @@ def before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value,
         return value if source is None or source.const is not None or source.nbytes >= value.nbytes else source
 
     return tuple(map(before, values))
+
+
+def widen_products(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[tuple[Value, ...], tuple[Node, ...]]:
+    """(values, nodes) with products in float32 where a value is nothing but a product of a narrower dtype.
+
+    Such a value may be moved, but nothing else may read it or the product.
+    """
+    made = producers(nodes)
+    reads = collections.Counter([*values, *(value for node in nodes for value in node.ins)])
+    alias: dict[Value, Value] = {}
+    changed: dict[Node, Node] = {}
+    for value in dict.fromkeys(values):
+        chain: list[Node] = []
+        while reads[value] == 1 and (node := made.get(value)):
+            chain.append(node)
+            if node.name not in _MOVES:
+                break
+            value = node.ins[0]
+        if chain and chain[-1].name == "dot_general" and _is_narrow(chain[-1].outs[0]):
+            for node in reversed(chain):
+                changed[node] = _in_float32(node, alias)
+    return tuple(alias.get(value, value) for value in values), tuple(changed.get(node, node) for node in nodes)
+
+
+_MOVES = VIEWS | {"broadcast_in_dim"}
+
+
+def _is_narrow(value: Value) -> bool:
+    return jnp.issubdtype(value.aval.dtype, jnp.floating) and value.aval.dtype.itemsize < 4
+
+
+def _in_float32(node: Node, alias: dict[Value, Value]) -> Node:
+    """The node with a float32 result, which ``alias`` leads to."""
+    (out,) = node.outs
+    alias[out] = wide = Value(out.aval.update(dtype=jnp.dtype(jnp.float32)))
+    if node.name != "dot_general":
+        return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins), outs=(wide,))
+    assert node.eqn is not None
+    # Narrow operands have no other precision than the highest. To ask for it keeps XLA's GPU compiler from Triton's
+    # kernels, which add nothing to a sum; cuBLAS's do.
+    highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
+    params = node.eqn.params | {"preferred_element_type": jnp.dtype(jnp.float32), "precision": highest}
+    return eqn_node(node.eqn.replace(params=params), node.ins, (wide,), node.context)

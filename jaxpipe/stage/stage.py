@@ -12,6 +12,7 @@ import numpy as np
 
 from jaxpipe.stage.axes import Collectives, collectives_of_nodes
 from jaxpipe.stage.graph import Node, Value, evaluate, read
+from jaxpipe.stage.rewrite import widen_products
 from jaxpipe.stage.trace import inexact
 
 
@@ -83,26 +84,33 @@ class SplitStage:
         crossing: Sequence[jax.Array],
         *,
         narrow: bool = False,
+        wide_products: bool = False,
     ) -> Any:
         """The parameters' cotangent, None for frozen ones: the half that no other stage waits for.
 
         With ``narrow`` gradients are returned as they are before a last cast to a wider dtype: the caller adds them to
-        sums in the parameters' dtype.
+        sums in the parameters' dtype. With ``wide_products`` as well, those that are products are float32, as matrix
+        units sum them: for a caller with float32 sums nothing is rounded on the way, and on GPUs XLA makes product and
+        sum one kernel.
         """
         graphs = self._graphs
         env = self._restore(prepared, (), weight_residuals)
         env.update(_unpack_all(graphs.crossing, crossing))
-        evaluate(graphs.second, env)
-        return self._params_ct(env, narrow)
+        return self._params_ct(env, graphs.second, narrow, wide_products)
 
     def backward(
-        self, prepared: Sequence[jax.Array], residuals: Residuals, out_ct: Any, *, narrow: bool = False
+        self,
+        prepared: Sequence[jax.Array],
+        residuals: Residuals,
+        out_ct: Any,
+        *,
+        narrow: bool = False,
+        wide_products: bool = False,
     ) -> tuple[Any, Any]:
-        """``(parameters' cotangent, x's cotangent)``, both halves at once; ``narrow`` as in `backward_weight`."""
+        """``(parameters' cotangent, x's cotangent)``, both halves at once; options as of `backward_weight`."""
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
-        evaluate(self._graphs.whole, env)
-        return self._params_ct(env, narrow), self._x_ct(env)
+        return self._params_ct(env, self._graphs.whole, narrow, wide_products), self._x_ct(env)
 
     @property
     def collectives(self) -> Collectives:
@@ -121,8 +129,14 @@ class SplitStage:
         cts = [ct for ct, aval in zip(jax.tree.leaves(out_ct), jax.tree.leaves(self.out), strict=True) if inexact(aval)]
         env.update(zip(self._graphs.cotangents, cts, strict=True))
 
-    def _params_ct(self, env: dict[Value, Any], narrow: bool) -> Any:
+    def _params_ct(self, env: dict[Value, Any], nodes: Sequence[Node], narrow: bool, wide_products: bool) -> Any:
+        """The parameters' cotangent, which nodes make."""
         values = self._graphs.params_ct_narrow if narrow else self._graphs.params_ct
+        unread = set(self._graphs.params_ct).difference(values, *(node.ins for node in nodes))
+        nodes = [node for node in nodes if unread.isdisjoint(node.outs)]
+        if wide_products:
+            values, nodes = widen_products(values, nodes)
+        evaluate(nodes, env)
         return _cotangents(env, values, self._graphs.params_like)
 
     def _x_ct(self, env: dict[Value, Any]) -> Any:

@@ -1,4 +1,4 @@
-"""One rank's program as unrolled code: the same steps, the same results, and no copies into slots."""
+"""Programs whose ranks keep step as unrolled code: the same steps, the same results, and no copies into slots."""
 
 import dataclasses
 import itertools
@@ -11,7 +11,7 @@ import pytest
 import jaxpipe
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.program import Field
-from jaxpipe.runtime.unrolled import find_repeat, is_short
+from jaxpipe.runtime.unrolled import find_repeat, is_short, keeps_step
 from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.jaxpipe.runtime.test_execute import compare
@@ -36,6 +36,28 @@ def test_repeated_steps_are_the_programs_steps(name, microbatches):
     assert repeat.code(program.num_steps) == [
         step for step in range(program.num_steps) if step < repeat.start + repeat.period or step >= stop
     ]
+
+
+@pytest.mark.parametrize("microbatches", [4, 8, 32])
+def test_both_ranks_of_dualpipe_keep_step(microbatches):
+    """All that unrolled code makes constants is the same on both, round for round of what repeats."""
+    program = lower(jaxpipe.schedule.build("dualpipe", 2, microbatches))
+    slots = program.operands[..., Field.SOURCE :]
+    assert keeps_step(program)
+    for table in (program.branch, slots, program.send, program.receive):
+        np.testing.assert_array_equal(table[:, 0], table[:, 1])
+    repeat = find_repeat(program)
+    stop = repeat.start + repeat.period * repeat.times
+    for table in (program.branch, slots, program.send, program.receive, program.communicate):
+        rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
+        assert (rounds == rounds[0]).all()
+    assert (repeat.times > 1) == (microbatches == 32)
+
+
+@pytest.mark.parametrize("name, ranks", [("1f1b", 2), ("dualpipev", 2), ("dualpipe", 4)])
+def test_other_ranks_do_not_keep_step(name, ranks):
+    program = lower(jaxpipe.schedule.build(name, ranks, 8))
+    assert (program.branch != program.branch[:, :1]).any() and not keeps_step(program)
 
 
 @pytest.mark.parametrize("name, microbatches, times", [("1f1b", 64, 64), ("zb1p", 8, 8), ("dualpipev", 64, 31)])
@@ -70,7 +92,7 @@ def test_no_other_repetition_leaves_less_code(seed):
     assert find_repeat(program, longest=2).period in (1, 2, len(steps))
 
 
-def test_only_short_code_of_one_rank_is_unrolled():
+def test_only_short_code_of_ranks_that_keep_step_is_unrolled():
     def made(name, ranks, microbatches, **options):
         schedule = jaxpipe.schedule.build(name, ranks, microbatches)
         return jaxpipe.value_and_grad(mesh=jaxpipe.make_mesh(pp=ranks), schedule=schedule, **TOKENS, **options)
@@ -80,7 +102,8 @@ def test_only_short_code_of_one_rank_is_unrolled():
     assert made("gpipe", 1, 64).dispatch != "unrolled"  # every microbatch has a slot of its own
     assert made("dualpipev", 2, 8).dispatch != "unrolled"
     assert not is_short(lower(jaxpipe.schedule.build("dualpipev", 2, 8)))
-    with pytest.raises(ValueError, match="dispatch='unrolled' is for one rank; for 2, choose of"):
+    assert is_short(lower(jaxpipe.schedule.build("dualpipe", 2, 64)))
+    with pytest.raises(ValueError, match="dispatch='unrolled' is for one rank, or ranks that all run the same at once"):
         made("dualpipev", 2, 8, dispatch="unrolled")
 
 
@@ -95,6 +118,36 @@ def test_equals_the_plain_program(x64, name, microbatches):
     batch = models.token_batch(2 * microbatches)
     params = models.token_params(schedule)
     compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, dispatch="unrolled", **TOKENS)
+
+
+@cases("microbatches, shared_ends, order", [(2, False, "model"), (6, True, "storage"), (20, False, "storage")],
+       quick=[(20, False, "storage")])  # fmt: skip
+def test_two_mirrored_ranks_equal_the_plain_program(x64, microbatches, shared_ends, order):
+    schedule = jaxpipe.schedule.build("dualpipe", 2, microbatches)
+    batch, params = models.token_batch(2 * microbatches), models.token_params(schedule)
+    compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, shared_ends=shared_ends,
+            order=order, dispatch="unrolled", **TOKENS)  # fmt: skip
+
+
+def test_a_mirrored_stage_sends_its_gradients_while_others_are_computed():
+    """The permutes of the chunk that is done first, pairs of one, are before the last products; the other's after."""
+    schedule = jaxpipe.schedule.build("dualpipe", 2, 4)
+    step = jaxpipe.value_and_grad(
+        lambda params, x, ctx: jnp.tanh(x @ params), schedule, jaxpipe.make_mesh(pp=2), head=lambda o, y, d, c: y.sum(),
+        dispatch="unrolled",
+    )  # fmt: skip
+    jaxpr = jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((4, 8)))
+    (mapped,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "shard_map")
+    order = [
+        eqn.primitive.name if eqn.primitive.name == "dot_general" else eqn.params["perm"]
+        for eqn in mapped.params["jaxpr"].eqns
+        if eqn.primitive.name == "dot_general"
+        or (eqn.primitive.name == "ppermute" and eqn.outvars[0].aval.shape == (8, 8))
+    ]
+    fetch, early, late = ([place for place, what in enumerate(order) if what == perm]
+                          for perm in (((0, 1), (1, 0)), ((0, 1),), ((1, 0),)))  # fmt: skip
+    assert order.index("dot_general") > fetch[0] and len(fetch) == len(early) == len(late) == 1
+    assert "dot_general" in order[early[0] : late[0]] and "dot_general" not in order[late[0] :]
 
 
 @pytest.mark.parametrize("name, microbatches", [("interleaved", 7), ("dualpipev", 4)])
@@ -126,6 +179,16 @@ def test_without_embed_and_head(x64):
 
     batch = jax.random.normal(jax.random.key(1), (18, 8))
     compare(schedule, jaxpipe.Params(weights), batch, stage=stage, dispatch="unrolled")
+
+
+def test_messages_and_residuals_of_two_ranks_are_not_copied_into_slots():
+    schedule = jaxpipe.schedule.build("dualpipe", 2, 20)
+    step = jaxpipe.value_and_grad(
+        lambda params, x, ctx: jnp.tanh(x @ params), schedule, jaxpipe.make_mesh(pp=2), head=lambda o, y, d, c: y.sum(),
+        dispatch="unrolled",
+    )  # fmt: skip
+    text = str(jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((40, 8))))
+    assert "scan[" in text and "ppermute" in text and "dynamic_update_slice" not in text
 
 
 def test_slots_are_neither_copied_nor_held_when_free():
