@@ -348,13 +348,17 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
     )
 
 
-def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
-    """Each schedule that there is, compiled when asked for."""
-    for row in (row for row in found.rows if row.memory is not None):
+def _compile(
+    found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace
+) -> Iterator[tuple[str, int, Compiled]]:
+    """Each schedule that there is, with its planned bytes, compiled when asked for."""
+    for row in found.rows:
+        if row.memory is None:
+            continue
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
         how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
-        yield row.name, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
+        yield row.name, row.memory.total, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
