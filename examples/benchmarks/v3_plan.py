@@ -3,8 +3,9 @@
 DualPipeV of 16 ranks, 64 devices of experts, 128 microbatches of a sequence, rooms of 1.1, exchange by nodes, ZeRO-1, a
 stash of as many bytes as fit, and embedding and head on the ranks of the first and the last stage: the plan of
 `python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64 --chip H800 --microbatches 128 --capacity
-1.1 --exchange nodes --zero1 --stash auto --ends apart --schedules dualpipev --precision bf16`, and its likes. "busiest"
-is the work of the rank that has most over the mean of all.
+1.1 --exchange nodes --zero1 --stash auto --ends apart --schedules dualpipev`, and its likes. "bf16" is the precision of
+the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank that has most, over the
+mean of all.
 
     python examples/benchmarks/v3_plan.py [--gpus "2,048 H800" "1,024 H200"] [--precision bf16 fp8]
         [--ends apart together] [--tiny] [--record-as "plan dsv3"]
@@ -38,7 +39,8 @@ def options(gpus: str, precision: str, ends: str, *, tiny: bool) -> argparse.Nam
     """What `examples/pretrain.py plan` is told."""
     parser = argparse.ArgumentParser()
     planning.add_arguments(parser)
-    size = ["--config", "dsv3-671b", "--microbatches", "128", "--mesh", MESHES[gpus], "--precision", precision]
+    size = ["--config", "dsv3-671b", "--microbatches", "128", "--mesh", MESHES[gpus]]
+    size += ["--precision", "fp8"] if precision == "fp8" else []
     if tiny:
         size = ["--config", "tiny", "--microbatches", "8", "--mesh", "pp=2,ep=2"]
     rest = "--capacity 1.1 --exchange nodes --zero1 --stash auto --schedules dualpipev"
