@@ -1,7 +1,8 @@
 """One device of many runs alone on one GPU, beside the plan: peak memory and time of a training step.
 
     python examples/benchmarks/one_rank.py [--config dsv3-671b] [--rank 0,8,15] [--ranks 16] [--ep 64]
-        [--schedule dualpipev] [--precision bf16] [--deferred 4] [--microbatches 32] [--remat layer] [--tiny]
+        [--schedule dualpipev] [--precision bf16] [--deferred 4] [--microbatches 32] [--remat layer]
+        [--stash 1.4e9] [--ends apart] [--tiny]
 
 The program is that of the whole mesh, ranks x ep devices, as it is traced for it: tables, slots, branches of all ranks,
 sizes of exchanges; with masters, moments, working copies and sums of gradients of one device. Messages between ranks
@@ -83,20 +84,23 @@ def set_up(args: argparse.Namespace) -> Alone:
     batch = trainer.abstract_batch(config, microbatches * args.ep * args.microbatch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
 
-    def traced(**core: Any) -> tuple[DeepSeekModel, Any, Any, jaxpipe.Pipeline]:
+    def traced(stash: int | None, **core: Any) -> tuple[DeepSeekModel, Any, Any, jaxpipe.Pipeline]:
         model = build_model(config, schedule, 0, axis="ep", dtype=jnp.dtype(args.dtype), abstract=True, **core)
         optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=100), model)
         state = trainer.abstract_state(model, optimizer, mesh)
-        pipeline = trainer.pipelined(model, schedule, mesh, dispatch="loops")
+        pipeline = trainer.pipelined(model, schedule, mesh, dispatch="loops", stash=stash)
         if args.own:
             pipeline = dataclasses.replace(pipeline, program=branches_of(pipeline.program, args.rank))
         return model, optimizer, state, pipeline
 
-    _, _, state, pipeline = traced(core=stand_in.attention)
-    plan = jaxpipe.plan(
-        pipeline, state.params, batch, found, optimizer=state.opt_state, rng=key, kernels=planning.KERNELS
-    )
-    model, optimizer, state, pipeline = traced()
+    stash = args.stash if isinstance(args.stash, int) else None
+    _, _, state, pipeline = traced(stash, core=stand_in.attention)
+    given = dict(optimizer=state.opt_state, rng=key, kernels=planning.KERNELS)
+    if args.stash == flags.AUTO_STASH:
+        stash, _, plan = jaxpipe.fit_stash(pipeline, state.params, batch, found, **given)
+    else:
+        plan = jaxpipe.plan(pipeline, state.params, batch, found, **given)
+    model, optimizer, state, pipeline = traced(stash)
     device = one_device(pipeline, state.params, batch, key)
     return Alone(model, device, optimizer, plan, args.microbatch_size)
 

@@ -29,8 +29,8 @@ from profiling.hlo.topologies import topology
 from profiling.read.pipeline import loop_trips
 
 COLUMNS = (
-    "schedule", "arguments", "temporaries", "total", "all-to-alls hidden", "permutes hidden", "synchronous",
-    "step by its order, s", "compiled in s",
+    "schedule", "planned", "arguments", "temporaries", "total", "total / planned", "all-to-alls hidden",
+    "permutes hidden", "synchronous", "step by its order, s", "compiled in s",
 )  # fmt: skip
 
 
@@ -110,14 +110,21 @@ def _attention_us(config: ModelConfig, microbatch_size: int, chip: Chip, dtype: 
     return 1e6 * flops / (chip.flops("bf16" if jnp.dtype(dtype) == jnp.bfloat16 else "tf32") * Achieved().matmul)
 
 
-def table(rows: Iterable[tuple[str, Compiled]], chip: Chip) -> Iterator[str]:
-    """Lines of Markdown, a row as soon as it is asked for; bytes in GB."""
+def table(rows: Iterable[tuple[str, int, Compiled]], chip: Chip) -> Iterator[str]:
+    """Lines of Markdown, a row as soon as it is asked for; bytes in GB.
+
+    Args:
+      rows: (schedule, bytes that a device takes by plan, what was compiled).
+      chip: whose memory they should fit.
+    """
     yield from markdown_head(COLUMNS).splitlines()
-    for name, one in rows:
+    for name, planned, one in rows:
         total = one.arguments + one.temporary
         fits = "" if total <= chip.memory else " (too much)"
         shares = [one.overlap.hidden_share(kind) for kind in ("all-to-all", "collective-permute")]
         hidden = ["-" if share is None else f"{share:.1%}" for share in shares]
-        arguments, temporary, whole = (f"{size / 1e9:.1f}" for size in (one.arguments, one.temporary, total))
+        sizes = planned, one.arguments, one.temporary, total
+        expected, arguments, temporary, whole = (f"{size / 1e9:.1f}" for size in sizes)
         estimates = [*hidden, str(len(one.overlap.synchronous)), f"{one.overlap.us / 1e6:.2f}"]
-        yield markdown_row([name, arguments, temporary, whole + fits, *estimates, f"{one.seconds:.0f}"])
+        memory = expected, arguments, temporary, whole + fits, f"{total / planned:.3f}"
+        yield markdown_row([name, *memory, *estimates, f"{one.seconds:.0f}"])

@@ -18,6 +18,9 @@ COMMANDS = ("train", "plan", "export", "eval", "generate")
 DEFAULT = "tiny"
 """The configuration of a run that names none and begins with no weights."""
 
+ENDS = {"together": True, "apart": False}
+"""Whether all ranks share the ends, by what ``--ends`` calls it."""
+
 AUTO_STASH = "auto"
 """Stands for the largest stash that the memory has room for."""
 
@@ -123,6 +126,11 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     )  # fmt: skip
     parser.add_argument("--zero1", action="store_true", help="devices that have the same parameters keep a part of "
                         "their moments each")  # fmt: skip
+    parser.add_argument(
+        "--ends", choices=list(ENDS), help="who runs embedding and head: all pipeline ranks together, each with a "
+        "part of the vocabulary, or apart: the ranks with the first and the last stage; default: what leaves the "
+        "busiest rank fewer operations"
+    )  # fmt: skip
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument(
         "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
@@ -143,6 +151,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     """
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
     given["zero1"] = args.zero1 or None
+    given["shared_ends"] = None if args.ends is None else ENDS[args.ends]
     if getattr(args, "stash", None) is not None:
         if args.remat not in (None, "none"):
             raise ValueError(

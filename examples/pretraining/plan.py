@@ -268,8 +268,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--microbatch-size", type=int, default=1, help="sequences of a microbatch on a device")
     parser.add_argument("--chip", default="H800", help=", ".join(CHIPS))
     found = parser.add_argument_group("search")
-    found.add_argument("--search", action="store_true", help="the ten fastest ways to train on --gpus devices that "
-                       "fit; of --schedules, --microbatches, --precision and --remat those that are given")  # fmt: skip
+    found.add_argument(
+        "--search", action="store_true", help="the ten fastest ways to train on --gpus devices that fit; of "
+        "--schedules, --microbatches, --precision, --remat and --ends those that are given"
+    )  # fmt: skip
     found.add_argument("--gpus", type=int, help="devices in all; what pp times ep leaves of them is dp")
     found.add_argument("--search-pp", type=int, nargs="+", default=[8, 16, 32], metavar="RANKS", help="of pipelines")
     found.add_argument("--search-ep", type=int, nargs="+", default=[64], metavar="DEVICES", help="of the experts' axis")
@@ -324,6 +326,7 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
     if args.gpus is None or args.gpus < 1:
         raise ValueError(f"--search with --gpus {args.gpus}: say on how many devices, as in --search --gpus 2048")
     given: dict[str, Any] = {"precisions": args.precision and (args.precision,), "remats": args.remat and (args.remat,)}
+    given["ends"] = args.ends and (args.ends,)
     if args.schedules != list(BUILDERS):
         given["schedules"] = tuple(args.schedules)
     space = plan_search.Space(
@@ -345,13 +348,17 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
     )
 
 
-def _compile(found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace) -> Iterator[tuple[str, Compiled]]:
-    """Each schedule that there is, compiled when asked for."""
-    for row in (row for row in found.rows if row.memory is not None):
+def _compile(
+    found: PlannedRun, sizes: Mapping[str, int], args: argparse.Namespace
+) -> Iterator[tuple[str, int, Compiled]]:
+    """Each schedule that there is, with its planned bytes, compiled when asked for."""
+    for row in found.rows:
+        if row.memory is None:
+            continue
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
         how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
-        yield row.name, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
+        yield row.name, row.memory.total, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

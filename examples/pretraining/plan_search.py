@@ -29,11 +29,12 @@ from jaxpipe.schedule import Schedule
 from jaxpipe.schedule.action import Group
 from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.schedule.simulator import StageCosts, Timeline, simulate
+from pretraining.flags import ENDS
 from pretraining.probes import RANKS, Probe, local_bytes, probe, slot_bytes, sum_seconds
 from pretraining.tables import markdown_head, markdown_row
 
 COLUMNS = (
-    "schedule", "mesh", "microbatches", "precision", "computed again", "GB", "stash", "s a step", "bubble",
+    "schedule", "mesh", "microbatches", "precision", "computed again", "ends", "GB", "stash", "s a step", "bubble",
     "tokens/s a device", "TFLOP/s a device",
 )  # fmt: skip
 GIGA = 1e9
@@ -55,6 +56,7 @@ class Space:
       counts: numbers of microbatches in place of both; None: by those.
       microbatch_size: sequences of a microbatch on a device.
       precisions, remats: of `ModelConfig.in_precision`, and what is computed again.
+      ends: whether all ranks run embedding and head "together", or those with the first and the last stage "apart".
     """
 
     gpus: int
@@ -67,6 +69,7 @@ class Space:
     microbatch_size: int = 1
     precisions: tuple[str, ...] = ("bf16", "fp8")
     remats: tuple[str, ...] = ("none", "attention", "layer")
+    ends: tuple[str, ...] = tuple(ENDS)
 
     def numbers(self, ranks: int) -> list[int]:
         """Microbatches of a step on so many pipeline ranks.
@@ -105,6 +108,7 @@ class Found(NamedTuple):
       mesh: pp, dp, ep.
       microbatches: of a step.
       precision, remat: of the model.
+      ends: who runs embedding and head.
       nbytes: memory of a device.
       stash: of it, what slots hold.
       seconds: of a step.
@@ -117,6 +121,7 @@ class Found(NamedTuple):
     microbatches: int
     precision: str
     remat: str
+    ends: str
     nbytes: float
     stash: float
     seconds: float
@@ -163,7 +168,7 @@ class SearchResult:
         mesh = ",".join(f"{name}={size}" for name, size in zip(("pp", "dp", "ep"), found.mesh, strict=True))
         measures = f"{found.nbytes / GIGA:.1f}", f"{found.stash / GIGA:.1f}", f"{found.seconds:.2f}"
         rates = f"{found.bubble:.1%}", f"{found.tokens:,.0f}", f"{found.tokens * self.flops / 1e12:.0f}"
-        named = found.schedule, mesh, str(found.microbatches), found.precision, found.remat
+        named = found.schedule, mesh, str(found.microbatches), found.precision, found.remat, found.ends
         return markdown_row([*named, *measures, *rates])
 
 
@@ -195,19 +200,28 @@ def search(
     """
     memory = 0.95 * chip.memory if memory is None else memory
     meshes = space.meshes()
-    settings = list(itertools.product(space.precisions, space.remats, sorted({ep for _, _, ep in meshes})))
-    configs = [dataclasses.replace(config.in_precision(precision), remat=remat) for precision, remat, _ in settings]
-    devices = [ep for _, _, ep in settings]
+    # The ends alone cost something else where they are apart: that is traced once for each size of the experts' axis.
+    sizes, (precision, *_), (remat, *_) = sorted({ep for _, _, ep in meshes}), space.precisions, space.remats
+    together = config.vocab % RANKS == 0
+    settings = list(itertools.product(space.precisions, space.remats, sizes, [together]))
+    settings = list(dict.fromkeys([*settings, *((precision, remat, ep, False) for ep in sizes)]))
+    configs = [
+        dataclasses.replace(config.in_precision(precision), remat=remat, shared_ends=shared)
+        for precision, remat, _, shared in settings
+    ]
+    devices = [ep for _, _, ep, _ in settings]
     rest = [[each] * len(settings) for each in (space.microbatch_size, chip, achieved, devices_per_node)]
     with _mapper(workers) as mapping:
         probes = dict(zip(settings, mapping(probe, configs, devices, *rest), strict=True))
+    apart = {ep: probes[precision, remat, ep, False] for ep in sizes}
     pieces = [
-        _Piece(name, count, mesh, precision, remat, probes[precision, remat, mesh[2]])
+        _Piece(name, count, mesh, precision, remat, ends, probes[precision, remat, mesh[2], together], apart[mesh[2]])
         for mesh in meshes
         for name in space.schedules
         for count in space.numbers(mesh[0])
         for precision in space.precisions
         for remat in space.remats
+        for ends in space.ends
     ]
     sizing = _Sizing(config, space, chip, achieved, devices_per_node)
     known = [found for found in map(sizing.estimate, pieces) if found is not None]
@@ -231,14 +245,16 @@ def search(
 
 
 class _Piece(NamedTuple):
-    """A candidate, and what is known of its stages."""
+    """A candidate, what is known of its stages, and of ends that are apart."""
 
     schedule: str
     microbatches: int
     mesh: tuple[int, int, int]
     precision: str
     remat: str
+    ends: str
     probe: Probe
+    apart: Probe
 
 
 class _Estimate(NamedTuple):
@@ -274,7 +290,7 @@ class _Sizing:
         if len(self.config.layer_kinds) < schedule.num_stages:
             return None
         try:
-            model = self._model(schedule, ep)
+            model = self._model(schedule, ep, piece.ends)
         except ValueError:
             return None
         network = self._network(piece.mesh)
@@ -283,18 +299,21 @@ class _Sizing:
         sizes = _sizes(piece.mesh)
         sums = sum_seconds(model, sizes, self.chip, self.achieved)
         of_row = {row: piece.probe.costs(row, self.achieved, sums) for row in set(rows)}
-        costs = StageCosts(tuple(of_row[row] for row in rows), boundary)
+        shared = model.shared_ends
+        costs = StageCosts(
+            tuple(of_row[row] for row in rows), boundary, **({} if shared else self._apart(piece, network))
+        )
         parts = _parameters(model, sizes)
         moments = self._moments(parts, piece.mesh)
         copies = _copies(schedule)
-        added = self._ends(piece, network) + self._once(parts, moments, copies, network)
+        added = shared * self._ends(piece, network) + self._once(parts, moments, copies, network)
         stash = _stash(piece.probe, rows, peaks)
         busiest = max(sum(costs.group(group) * many for group, many in of_rank) for of_rank in groups)
         return _Estimate(
             piece=piece,
             costs=costs,
             added=added,
-            nbytes=stash + moments + self._state(piece.probe, model, schedule, parts),
+            nbytes=stash + moments + self._state(piece, model, schedule, parts),
             stash=stash,
             most_tokens=self._tokens(piece, busiest + added),
         )
@@ -305,7 +324,7 @@ class _Sizing:
         schedule, _, _ = self._schedule(piece.schedule, piece.mesh[0], piece.microbatches)
         timeline = simulate(schedule, one.costs)
         seconds = timeline.makespan + one.added
-        named = piece.schedule, piece.mesh, piece.microbatches, piece.precision, piece.remat
+        named = piece.schedule, piece.mesh, piece.microbatches, piece.precision, piece.remat, piece.ends
         measures = seconds, max(timeline.bubble) / seconds, self._tokens(piece, seconds)
         return Found(*named, one.nbytes, one.stash, *measures)
 
@@ -328,10 +347,10 @@ class _Sizing:
                 self._schedules[key] = schedule, [_counted(groups) for groups in schedule.ranks], _peaks(schedule)
         return self._schedules[key]
 
-    def _model(self, schedule: Schedule, ep: int) -> DeepSeekModel:
-        key = schedule.num_ranks, schedule.storage_order, ep
+    def _model(self, schedule: Schedule, ep: int, ends: str) -> DeepSeekModel:
+        key = schedule.num_ranks, schedule.storage_order, ep, ends
         if key not in self._models:
-            config = self.config.over_devices(ep)
+            config = dataclasses.replace(self.config.over_devices(ep), shared_ends=ENDS[ends])
             self._models[key] = build_model(config, schedule, 0, axis="ep", dtype=jnp.bfloat16, abstract=True)
         return self._models[key]
 
@@ -346,6 +365,13 @@ class _Sizing:
                 total += kernel.times * scaled.seconds(self.chip, self.achieved)
             total += sum(message.times * message.seconds(network) for message in work.messages)
         return piece.microbatches * total
+
+    def _apart(self, piece: _Piece, network: Network) -> dict[str, float]:
+        """Seconds of a microbatch's ends where one rank runs each."""
+        names, given = {"E": "embed", "H": "head", "G": "embed_grad"}, (self.chip, self.achieved)
+        return {
+            names[letter]: work.compute(*given) + work.communicate(network) for letter, work in piece.apart.ends.items()
+        }
 
     def _once(self, parts: _Parameters, moments: float, copies: float, network: Network) -> float:
         """Seconds of the sums of gradients over devices, of stages that several ranks run, and of the update."""
@@ -364,14 +390,16 @@ class _Sizing:
             held = parts.everywhere / (mesh[1] * mesh[2]) + (parts.trained - parts.everywhere) / mesh[1]
         return 2 * held * jnp.dtype(self.config.moments).itemsize / 4
 
-    def _state(self, found: Probe, model: DeepSeekModel, schedule: Schedule, parts: _Parameters) -> float:
+    def _state(self, piece: _Piece, model: DeepSeekModel, schedule: Schedule, parts: _Parameters) -> float:
         """Bytes of what is there whatever the microbatches, but moments: parameters, copies, sums, what is at work."""
+        found = piece.probe
         rows = model.arrangement.rows
         prepared = {(chunk, rows[stage]) for stages in schedule.rank_stages for chunk, stage in enumerate(stages)}
         working = sum(found.copies(row) for _, row in prepared)
         again = (_copies(schedule) - 1) * parts.trained_stages
         # Gradients of another rank's stages return to it, about half of them at once.
-        gradients, transient = parts.trained + again, found.transient + again / 2
+        busiest = found.transient if model.shared_ends else max(found.transient, piece.apart.transient)
+        gradients, transient = parts.trained + again, busiest + again / 2
         return parts.masters + working + gradients + MESSAGES * found.boundary + transient
 
 

@@ -162,7 +162,8 @@ class ModelConfig(LayerConfig):
         must divide over them; otherwise the ranks with the first and the last stage do. None: together where that
         leaves the rank with most work less of it, by operations; see `jaxpipe.deepseek.sharing_pays`.
       shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
-        kept in parts over the experts' axis, and gathered for use.
+        kept in parts over the experts' axis: the output matrix gathered for use, the embedding looked up by all
+        devices, each of which has some columns.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
       zero1: whether devices that have the same parameters keep a part of their moments each (ZeRO-1).
 
@@ -231,7 +232,7 @@ class ModelConfig(LayerConfig):
                 f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
                 f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
             )
-        rows = {"width": self.width} if self.dense_layers or self.mtp else {}
+        rows = {"width": self.width} if self.dense_layers or self.mtp or self.shard_outer else {}
         rows |= {"dense_hidden": self.dense_hidden} if self.dense_layers else {}
         if any(count % devices for count in rows.values()):
             raise ValueError(

@@ -39,12 +39,22 @@ class EmbeddingAndHead(nnx.Module):
         """The output matrix ``[V, D]``: one of its own, or the embedding where both are tied."""
         return (self.embedding if self.config.tied else self.output)[...]
 
-    def embed(self, tokens: jax.Array, dtype: Any) -> jax.Array:
-        """``int[B, T] -> [B, T, D]``."""
+    def embed(self, tokens: jax.Array, dtype: Any, columns: str | None = None) -> jax.Array:
+        """``int[B, T] -> [B, T, D]``.
+
+        Args:
+          tokens: this device's.
+          dtype: of the result.
+          columns: the mesh axis whose devices keep some of the table's columns each, and have tokens of their own;
+            None: this one has all.
+        """
         with jax.named_scope("embedding"):
-            if self.axis is None:
+            if self.axis is not None:
+                return vocabulary.embed_tokens(self.embedding[...].astype(dtype), tokens, self.axis)
+            if columns is None:
                 return self.embedding[...][tokens].astype(dtype)
-            return vocabulary.embed_tokens(self.embedding[...].astype(dtype), tokens, self.axis)
+            parts = self.embedding[...][jax.lax.all_gather(tokens, columns)].astype(dtype)
+            return jax.lax.all_to_all(parts, columns, 0, parts.ndim - 1, tiled=True)[0]
 
     def loss(
         self, y: jax.Array, features: jax.Array | None, targets: jax.Array, mask: jax.Array
@@ -85,11 +95,36 @@ class EmbeddingAndHead(nnx.Module):
         output = self.matrix.astype(features.dtype)
         if self.axis is not None:
             return vocabulary.cross_entropy(features, output, targets, self.axis) * mask
-        logits = jnp.einsum("btd,vd->btv", features, output)
-        logits = logits.astype(wide(logits.dtype))
-        # Optax's takes the target's logit by two gathers, and so by two scatters backwards.
-        picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0]
-        return (jax.nn.logsumexp(logits, -1) - picked) * mask
+        return _losses(features, output, targets) * mask
+
+
+@jax.custom_vjp
+def _losses(features: jax.Array, output: jax.Array, targets: jax.Array) -> jax.Array:
+    """``-log softmax(features @ output.T)[target]``: ``[B, T, D], [V, D], int[B, T] -> float32[B, T]``.
+
+    Logits are kept in the features' dtype, and read twice forwards and once backwards; derived step by step they would
+    be written in float32 and scattered into.
+    """
+    return _losses_forward(features, output, targets)[0]
+
+
+def _losses_forward(features: jax.Array, output: jax.Array, targets: jax.Array) -> tuple[jax.Array, Any]:
+    logits = jnp.einsum("btd,vd->btv", features, output)
+    normaliser = jax.nn.logsumexp(logits.astype(wide(logits.dtype)), -1)
+    picked = jnp.take_along_axis(logits, targets[..., None], -1)[..., 0].astype(normaliser.dtype)
+    return normaliser - picked, (features, output, targets, logits, normaliser)
+
+
+def _losses_backward(kept: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
+    features, output, targets, logits, normaliser = kept
+    chances = jnp.exp(logits.astype(normaliser.dtype) - normaliser[..., None])
+    hit = targets[..., None] == jnp.arange(output.shape[0], dtype=targets.dtype)
+    by_logit = (cotangent[..., None] * (chances - hit.astype(chances.dtype))).astype(logits.dtype)
+    by_features = jnp.einsum("btv,vd->btd", by_logit, output)
+    return by_features, jnp.einsum("btv,btd->vd", by_logit, features), None
+
+
+_losses.defvjp(_losses_forward, _losses_backward)
 
 
 def mean(losses: jax.Array, mask: jax.Array) -> jax.Array:

@@ -35,7 +35,8 @@ UNTRAINED = (*PLACEMENT, "bias")
 EXACT = ("scale", "router", "bias")
 """Parameters that are float32 whatever the others are, by name."""
 
-VOCABULARY = (("embedding",), ("output",))
+EMBEDDING, OUTPUT = ("embedding",), ("output",)
+VOCABULARY = (EMBEDDING, OUTPUT)
 """Outer parameters with a row for each token of the vocabulary."""
 
 REAL = "real"
@@ -87,10 +88,11 @@ class DeepSeekModel:
 
     def embed(self, outer: Any, data: Any, ctx: jaxpipe.Context) -> Any:
         """The first stage's input: the tokens' embeddings, with multi-token prediction also those of the next ones."""
-        module = self._embedding_and_head.merge(self._gather(outer))
+        module = self._embedding_and_head.merge(outer)
+        columns = self.axis if self._by_columns(EMBEDDING) else None
         if not self.config.mtp:
-            return module.embed(data["tokens"], self.dtype)
-        both = module.embed(jnp.concatenate([data["tokens"], data["targets"]], 1), self.dtype)
+            return module.embed(data["tokens"], self.dtype, columns)
+        both = module.embed(jnp.concatenate([data["tokens"], data["targets"]], 1), self.dtype, columns)
         return tuple(jnp.split(both, 2, 1))
 
     @functools.cached_property
@@ -171,6 +173,8 @@ class DeepSeekModel:
         def outer(path: Any, leaf: Any) -> P:
             if self.shared_ends and names(path) in VOCABULARY:
                 return P("pp")
+            if self._by_columns(names(path)):
+                return P(None, self.axis)
             return P(self.axis) if self._in_parts(path, leaf) else P()
 
         return jaxpipe.Params(
@@ -337,13 +341,22 @@ class DeepSeekModel:
             return False
         return bool(self.axis) and self.config.shard_outer and leaf.ndim > 1
 
+    def _by_columns(self, name: tuple[str, ...]) -> bool:
+        """Whether each device of the experts' axis keeps columns of an outer parameter: the embedding's, if any.
+
+        It then looks up all devices' tokens and sends each its part, a hundredth of what gathering the table takes.
+        """
+        return name == EMBEDDING and bool(self.axis) and self.config.shard_outer and not self.shared_ends
+
     def _gather(self, outer: Any) -> Any:
-        """Outer parameters whole, gathered in the compute dtype where each device has a part."""
+        """Outer parameters of the head whole, gathered in the compute dtype where each device has a part."""
 
         def gather(path: Any, leaf: jax.Array) -> jax.Array:
-            if not self._in_parts(path, leaf):
+            used = self.config.tied or names(path) != EMBEDDING
+            if not self._in_parts(path, leaf) or not used:
                 return leaf
-            return jax.lax.all_gather(leaf.astype(self.dtype), self.axis, tiled=True)
+            columns = self._by_columns(names(path))
+            return jax.lax.all_gather(leaf.astype(self.dtype), self.axis, axis=int(columns), tiled=True)
 
         with jax.named_scope("gather"):
             return jax.tree_util.tree_map_with_path(gather, outer)

@@ -10,7 +10,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from jaxpipe._jax import (
@@ -69,8 +69,9 @@ class _Graph:
             inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in branches)
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
-        elif name in ADDS_ROWS and ins[0] in self.carried:
-            aliases = (ins[0],)
+        elif name in ADDS_ROWS | WRITES_IN_PLACE and ins[0] in self.carried:
+            aliases = (ins[0],)  # what is written is in the buffer from then on, and need not live on its own
+            self.carried.add(outs[0])
         if name == "optimization_barrier":
             self.carried.update(out for value, out in zip(ins, outs, strict=True) if value in self.carried)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
@@ -138,14 +139,16 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: 
     sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
     nodes, roots = _nodes(graph, inputs, sums)
     ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
-    nodes = [*(_breadth_first(nodes) if cpu else _sums_first(nodes)), _Node((), ends, 0)]
     theirs = set(inputs) - {inputs[place] for place in carried}
-    owner = _overwrite(nodes, {value: size for value, size in enumerate(graph.sizes) if value not in theirs})
+    own = {value: size for value, size in enumerate(graph.sizes) if value not in theirs}
     sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
     sizes.update((value, 0) for value in inputs)  # whoever calls counts them
     for value in results:
         sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
-    return _most_alive(nodes, owner, sizes)
+    last = _Node((), ends, 0)
+    # On GPUs XLA tries several orders and takes the one of fewest bytes, as far as its estimate goes.
+    orders = [_breadth_first(nodes)] if cpu else [_sums_first(nodes), _frees_first(nodes, ends, sizes)]
+    return min(_most_alive(order, _overwrite(order, own), sizes) for order in ([*nodes, last] for nodes in orders))
 
 
 def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_Node], list[frozenset[int]]]:
@@ -246,6 +249,48 @@ def _breadth_first(nodes: Sequence[_Node]) -> list[_Node]:
             waiting[reader] -= 1
             if not waiting[reader]:
                 queue.append(reader)
+    assert len(order) == len(nodes)
+    return order
+
+
+def _frees_first(nodes: Sequence[_Node], ends: frozenset[int], sizes: Mapping[int, int]) -> list[_Node]:
+    """The nodes in an order in which that one of the ready ones runs next which leaves fewest bytes alive.
+
+    Sums behind a barrier wait for all that stands before it.
+
+    Args:
+      nodes: in any order in which they can run.
+      ends: values that stay alive.
+      sizes: of values; without one: none.
+    """
+    producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+    readers = collections.Counter(value for node in nodes for value in node.sources)
+    left = {value: count + (value in ends) for value, count in readers.items()}
+    needs = [
+        {*range(node.floor or 0), *(producer[value] for value in node.sources if value in producer)} for node in nodes
+    ]
+    followers: dict[int, list[int]] = collections.defaultdict(list)
+    for index, found in enumerate(needs):
+        for other in found:
+            followers[other].append(index)
+    waiting = [len(found) for found in needs]
+    ready, order = {index for index, count in enumerate(waiting) if not count}, []
+
+    def grows(index: int) -> tuple[int, int]:
+        node = nodes[index]
+        made = sum(sizes.get(value, 0) for value in node.made)
+        return made - sum(sizes.get(value, 0) for value in node.sources if left[value] == 1), index
+
+    while ready:
+        index = min(ready, key=grows)
+        ready.remove(index)
+        order.append(nodes[index])
+        for value in nodes[index].sources:
+            left[value] -= 1
+        for follower in followers[index]:
+            waiting[follower] -= 1
+            if not waiting[follower]:
+                ready.add(follower)
     assert len(order) == len(nodes)
     return order
 

@@ -81,10 +81,11 @@ def test_compiled_table():
     """Bytes in GB, marked where they exceed the chip; what does not communicate has no share."""
     toy = "HloModule toy, is_scheduled=true\nENTRY %main (p: f32[8]) -> f32[8] {\n  ROOT %p = f32[8]{0} parameter(0)\n}"
     one = Compiled(20_000_000_000, 70_000_000_000, overlap(toy, CHIPS["H100"]), 12.3)
-    heads, line, large, small = table([("zbv", one), ("1f1b", one._replace(temporary=0))], CHIPS["H100"])
+    rows = [("zbv", 80_000_000_000, one), ("1f1b", 25_000_000_000, one._replace(temporary=0))]
+    heads, line, large, small = table(rows, CHIPS["H100"])
     assert heads.count("|") == line.count("|") == large.count("|") == small.count("|")
-    assert large == "| zbv | 20.0 | 70.0 | 90.0 (too much) | - | - | 0 | 0.00 | 12 |"
-    assert small.startswith("| 1f1b | 20.0 | 0.0 | 20.0 | -")
+    assert large == "| zbv | 80.0 | 20.0 | 70.0 | 90.0 (too much) | 1.125 | - | - | 0 | 0.00 | 12 |"
+    assert small.startswith("| 1f1b | 25.0 | 20.0 | 0.0 | 20.0 | 0.800 | -")
 
 
 @pytest.mark.slow

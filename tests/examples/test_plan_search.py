@@ -9,6 +9,7 @@ import tests.examples.sizes  # noqa: F401  # first: it makes the example importa
 
 from pretraining import plan as planning  # isort: skip
 from pretraining import plan_search, probes
+from pretraining.flags import ENDS
 
 from jaxpipe.deepseek.config import model_config
 from jaxpipe.planning.chips import CHIPS, Achieved
@@ -30,7 +31,7 @@ def test_figures_are_those_of_plans(found):
     """Time within 8% and memory within 6% of `plan`, of the best candidate of each schedule."""
     for name in SPACE.schedules:
         best = next(one for one in found.best if one.schedule == name)
-        config = dataclasses.replace(CONFIG, remat=best.remat)
+        config = dataclasses.replace(CONFIG, remat=best.remat, shared_ends=ENDS[best.ends])
         sizes = dict(zip(("pp", "dp", "ep"), best.mesh, strict=True))
         (row,) = planning.plan(config, sizes, schedules=[name], microbatches=best.microbatches).rows
         print(name, best, row.memory, row.seconds)
@@ -43,7 +44,7 @@ def test_figures_are_those_of_plans(found):
 def test_the_ten_best_are_ranked_and_fewer_are_simulated_than_there_are(found):
     tokens = [one.tokens for one in found.best]
     assert len(tokens) == plan_search.BEST and tokens == sorted(tokens, reverse=True)
-    assert found.tried == 2 * 3 * 2 * 2 and found.simulated < found.tried and found.beyond is None
+    assert found.tried == 2 * 3 * 2 * 2 * 2 and found.simulated < found.tried and found.beyond is None
     assert {one.mesh for one in found.best} <= {(2, 2, 2), (4, 1, 2)}
     assert str(found).count("pp=") == plan_search.BEST
 
@@ -55,7 +56,7 @@ def test_what_does_not_fit_is_told_apart(found, monkeypatch):
     known = {}
 
     def probe_once(config, *rest):
-        return known.setdefault(config.remat, probes.probe(config, *rest))
+        return known.setdefault((config.remat, config.shared_ends), probes.probe(config, *rest))
 
     monkeypatch.setattr(plan_search, "probe", probe_once)
     limit = (sizes[0] + sizes[-1]) / 2

@@ -46,3 +46,23 @@ def test_peak_of_known_programs():
     matrices = jnp.ones((2, 16, 16))
     assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x) == size
     assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x, cpu=True) == size + masked
+
+
+def test_what_is_written_into_a_slot_is_free_and_what_is_read_early_runs_early():
+    """A compiler has several orders to choose from, and slots hold what was written into them."""
+    x, size = jnp.ones((16, 16)), 16 * 16 * 4
+
+    def store(slots, _):
+        for place in range(3):  # one product at a time: each is in its slot before the next one is made
+            slots = jax.lax.dynamic_update_index_in_dim(slots, x @ x, place, 0)
+        return slots, None
+
+    run = jax.make_jaxpr(lambda slots: jax.lax.scan(store, slots, None, length=4)[0])
+    assert peak(run(jnp.ones((3, 16, 16))).jaxpr) == size
+
+    def late(x):
+        products = [x @ (x * scale) for scale in range(1, 9)]
+        return sum(product @ x[0] for product in products)
+
+    # Each product alone, with its operand, beside vectors; all eight in the order that they are written in.
+    assert peak(jax.make_jaxpr(late)(x).jaxpr) < 4 * size
