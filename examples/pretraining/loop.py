@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
@@ -22,13 +23,21 @@ class TooManySkips(RuntimeError):
 class Rebalances(Protocol):
     """What the loop asks of live load balancing; `pretraining.trainer.Rebalancer` does it."""
 
-    config: Any
+    placement: Any
+    """The one in use, on the host, once `maybe_rebalance` was called."""
 
-    def observe(self, loads: Any) -> None:
+    def observe(self, loads: Any, step: int) -> None:
         """Remembers the loads of a step."""
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:
-        """The state for the next step."""
+        """The state for the next step, when so many have begun; waits for none of them."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the plan was that `maybe_rebalance` has just used; empty where it used none."""
+        ...
+
+    def described(self) -> str | None:
+        """The same in words; None where no expert has moved."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -71,8 +80,8 @@ class TrainFunctions:
       batch: the batch of a step.
       rng: key of the run; the step makes its own of it.
       evaluate: the loss of a state on held-out data, or None.
-      balance: of a state, a function of a step's loads: how even they are over devices, from 0 to 1; or None. Asked
-        for at the beginning, and again when experts have moved.
+      balance: of a state, or of a rebalancer's placement, a function of a step's loads: how even they are over devices,
+        from 0 to 1; or None. Asked for at the beginning, and again when experts have moved.
       around: a context in which a step runs, given its number; the profiler's.
     """
 
@@ -112,7 +121,8 @@ def train(
 ) -> Result:
     """Runs steps from the state's own up to the last.
 
-    Metrics of a step are read while the next one runs, except where something depends on them.
+    Metrics of a step are read while the next one runs, except where something depends on them. Among them are
+    ``step_seconds``, from the end of the step before to its own, where nothing but steps ran between.
 
     Args:
       config: when to do what.
@@ -135,8 +145,7 @@ def train(
         due = run.due(interrupted)
         if due.settle:
             run.settle()
-        if due.rebalance:
-            run.rebalance()
+        run.rebalance()
         if due.save:
             run.save()
         elif checkpoints is not None:
@@ -159,13 +168,28 @@ class _Due:
 
     Attributes:
       settle: whether metrics are read before the next step runs, because something depends on them.
-      rebalance, save, evaluate: what is done, in this order.
+      save, evaluate: what is done, in this order.
     """
 
     settle: bool
-    rebalance: bool
     save: bool
     evaluate: bool
+
+
+class _Started(NamedTuple):
+    """A step whose metrics nobody has read yet.
+
+    Attributes:
+      step: its number, counted from 1.
+      metrics: its own, on devices.
+      balance: of the placement that it has; see `TrainFunctions`.
+      moved: metrics of the plan that it is the first to have, or empty.
+    """
+
+    step: int
+    metrics: dict[str, jax.Array]
+    balance: Callable[[np.ndarray], float] | None
+    moved: dict[str, float]
 
 
 class _TrainLoop:
@@ -186,7 +210,9 @@ class _TrainLoop:
         self.config, self.program, self.observer = config, program, observer
         self.checkpoints, self.rebalancer, self.facts = checkpoints, rebalancer, facts
         self.state, self.done, self.saved, self.losses = state, done, done, []
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: _Started | None = None
+        self._moved: dict[str, float] = {}
+        self._settled: float | None = None
         self._balance = None if program.balance is None else program.balance(state)
 
     def advance(self) -> None:
@@ -195,15 +221,14 @@ class _TrainLoop:
             self.state, metrics = self.program.step(self.state, self.program.batch(self.done), self.program.rng)
         self.done += 1
         self.settle()
-        self._pending = (self.done, metrics)
+        self._pending, self._moved = _Started(self.done, metrics, self._balance, self._moved), {}
 
     def due(self, interrupted: bool) -> _Due:
         """What follows the step that has just been started."""
         last = self.done == self.config.steps or interrupted
         save = self.checkpoints is not None and (last or self.done % self.config.save_every == 0)
         evaluate = self.program.evaluate is not None and not interrupted and self.done % self.config.eval_every == 0
-        rebalance = self.rebalancer is not None and self.done % self.rebalancer.config.interval == 0
-        return _Due(save or evaluate or rebalance or last, rebalance, save, evaluate)
+        return _Due(save or evaluate or last, save, evaluate)
 
     def settle(self) -> None:
         """Waits for the last step that was started, and shows and remembers its metrics.
@@ -213,14 +238,18 @@ class _TrainLoop:
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, balance, moved), self._pending = self._pending, None
         host = {name: np.asarray(value) for name, value in metrics.items()}
+        now, before = time.perf_counter(), self._settled
+        self._settled = now
         loads = host.pop("loads", None)
-        scalars = {name: float(value) for name, value in host.items() if value.ndim == 0}
+        scalars = {name: float(value) for name, value in host.items() if value.ndim == 0} | moved
+        if before is not None:
+            scalars["step_seconds"] = now - before
         if loads is not None and self.rebalancer is not None:
-            self.rebalancer.observe(loads)
-        if loads is not None and self._balance is not None:
-            scalars["balancedness"] = self._balance(loads)
+            self.rebalancer.observe(loads, step)
+        if loads is not None and balance is not None:
+            scalars["balancedness"] = balance(loads)
         self.losses.append(scalars["loss"])
         # JSON has no word for what is not a number.
         self.observer.step(step, {name: value if math.isfinite(value) else None for name, value in scalars.items()})
@@ -238,11 +267,15 @@ class _TrainLoop:
             )
 
     def rebalance(self) -> None:
-        """Lets the rebalancer move experts."""
-        assert self.rebalancer is not None
-        old, self.state = self.state, _rebalance(self.rebalancer, self.state, self.done, self.observer)
+        """Lets the rebalancer move experts before the next step."""
+        if self.rebalancer is None:
+            return
+        old, self.state = self.state, self.rebalancer.maybe_rebalance(self.state, self.done)
+        self._moved = self.rebalancer.metrics()
+        if (text := self.rebalancer.described()) is not None:
+            self.observer.note(f"step {self.done}: {text}")
         if self.state is not old and self.program.balance is not None:
-            self._balance = self.program.balance(self.state)
+            self._balance = self.program.balance(self.rebalancer.placement)
 
     def save(self) -> None:
         """Begins a checkpoint."""
@@ -250,21 +283,15 @@ class _TrainLoop:
         known = {} if self.rebalancer is None else {"balance": self.rebalancer.state_dict()}
         self.checkpoints.save(self.done, self.state, {**self.facts, **known})
         self.saved = self.done
-        self.observer.pause()
+        self._pause()
 
     def evaluate(self) -> None:
         """Shows the loss on held-out data."""
         assert self.program.evaluate is not None
         self.observer.evaluation(self.done, self.program.evaluate(self.state))
+        self._pause()
+
+    def _pause(self) -> None:
+        """Begins to measure time anew, after something that is no training."""
         self.observer.pause()
-
-
-def _rebalance(rebalancer: Rebalances, state: Any, step: int, observer: Observer) -> Any:
-    state = rebalancer.maybe_rebalance(state, step)
-    decision = getattr(rebalancer, "last", None)
-    if decision is not None and decision.changed:
-        observer.note(
-            f"step {step}: {decision.moved} copies of experts moved in {decision.changed} layers, balance "
-            f"{decision.before:.2f} -> {decision.after:.2f}"
-        )
-    return state
+        self._settled = None

@@ -210,10 +210,10 @@ def train(args: argparse.Namespace) -> None:
         observer.note(_describe(args, setup, out, restored))
         program = loop.TrainFunctions(
             trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
-            _batches(setup.corpus.train, args.seed, setup),
+            batches_of(setup.corpus.train, args.seed, setup),
             jax.random.key(args.seed),
             _evaluation(args, setup) if args.eval_every else None,
-            _balance(setup),
+            balance_of(setup),
             profiler(out / "profile", setup.mesh, start, args.profile),
         )
         result = loop.train(
@@ -336,7 +336,9 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
     }
 
 
-def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
+def batches_of(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
+    """The batch of each step, on the devices."""
+
     def batch(step: int) -> Any:
         try:
             return data.global_batch(part, seed, step, setup.batch, setup.config.sequence, setup.sharding)
@@ -348,7 +350,7 @@ def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any
 
 def _evaluation(args: argparse.Namespace, setup: Setup) -> Callable[[Any], float]:
     evaluate = trainer.make_evaluate(setup.model, setup.schedule, setup.mesh)
-    batch = _batches(setup.corpus.held_out, args.seed, setup)
+    batch = batches_of(setup.corpus.held_out, args.seed, setup)
 
     def run(state: Any) -> float:
         return float(np.mean([float(evaluate(state.params, batch(index))) for index in range(args.eval_batches)]))
@@ -356,15 +358,16 @@ def _evaluation(args: argparse.Namespace, setup: Setup) -> Callable[[Any], float
     return run
 
 
-def _balance(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
+def balance_of(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
+    """What `pretraining.loop.TrainFunctions` calls ``balance``."""
     devices = setup.mesh.shape.get("ep", 1)
 
-    def of(state: Any) -> Callable[[np.ndarray], float]:
-        placement = setup.model.placements(state.params)
+    def of(given: Any) -> Callable[[np.ndarray], float]:
+        placement = given if isinstance(given, Placement) else setup.model.placements(given.params)
         if placement is None:
             slots = np.tile(np.arange(setup.config.experts, dtype=np.int32), (setup.config.routed_layers, 1))
             host = Placement.from_phy2log(slots, setup.config.experts)
-        elif jax.process_count() > 1:
+        elif jax.process_count() > 1 and placement is not given:
             host = Placement(*(multihost_utils.process_allgather(array, tiled=True) for array in placement))
         else:
             host = Placement(*map(np.asarray, placement))
