@@ -42,7 +42,7 @@ from eplb_jax.moe.split import split_tokens
 from eplb_jax.plan.ahead import PlanAhead, Planned
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
-from eplb_jax.plan.live import Decision, RebalanceConfig, decide, initial_placement
+from eplb_jax.plan.live import Decision, Prices, RebalanceConfig, decide, initial_placement
 from eplb_jax.plan.load import MovingAverage, SlidingWindow, count_tokens
 from eplb_jax.plan.metrics import balancedness, duplicates, gpu_loads, moved, moved_bytes
 from eplb_jax.plan.packing import balanced_packing, replicate_experts
@@ -72,6 +72,7 @@ __all__ = [
     "PlacementParam",
     "PlanAhead",
     "Planned",
+    "Prices",
     "RebalanceConfig",
     "RouterBias",
     "RouterConfig",

@@ -33,6 +33,7 @@ def arguments_of(args: argparse.Namespace) -> argparse.Namespace:
     config, dtype, slots = ("tiny", "float32", "12") if args.tiny else (args.config, "bfloat16", str(args.slots))
     flags = ["--config", config, "--dtype", dtype, "--slots", slots, "--mesh", f"pp=1,ep={args.devices}"]
     flags += ["--microbatch-size", str(args.microbatch_size), "--learning-rate", "3e-4"]
+    flags += ["--fetched", args.fetched]
     flags += ["--layers", "3"] if args.tiny else []
     flags += ["--microbatches", str(args.sequences // args.microbatch_size), "--steps", str(args.steps)]
     return train_parser().parse_args(flags)
@@ -129,6 +130,7 @@ def main() -> None:
     parser.add_argument("--microbatch-size", type=int, default=8, help="sequences of a microbatch, on all devices")
     parser.add_argument("--steps", type=int, default=60, help="of a round")
     parser.add_argument("--every", type=int, default=5, help="steps between plans")
+    parser.add_argument("--fetched", default="all", help="of examples/pretrain.py: how working copies are made")
     parser.add_argument("--rounds", type=int, default=2, help="of each kind")
     parser.add_argument("--tiny", action="store_true", help="the tiny model, on fake devices where there are no GPUs")
     args = parser.parse_args()

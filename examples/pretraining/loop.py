@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from pretraining.checkpoint import Checkpoints
+from pretraining.load_report import Evenness, percentiles_of
 from pretraining.observe import Observer
 
 
@@ -26,8 +27,8 @@ class Rebalances(Protocol):
     placement: Any
     """The one in use, on the host, once `maybe_rebalance` was called."""
 
-    def observe(self, loads: Any, step: int) -> None:
-        """Remembers the loads of a step."""
+    def observe(self, loads: Any, step: int, seconds: float | None) -> None:
+        """Remembers the loads of a step, and its time where that is known."""
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:
         """The state for the next step, when so many have begun; waits for none of them."""
@@ -76,12 +77,12 @@ class TrainFunctions:
 
     Attributes:
       step: ``(state, batch, rng) -> (state, metrics)``; the state has a ``step``, the metrics a ``loss``,
-        ``skipped_in_a_row`` and perhaps other scalars and ``loads``.
+        ``skipped_in_a_row`` and perhaps other scalars, ``loads`` and ``microbatch_loads``.
       batch: the batch of a step.
       rng: key of the run; the step makes its own of it.
       evaluate: the loss of a state on held-out data, or None.
-      balance: of a state, or of a rebalancer's placement, a function of a step's loads: how even they are over devices,
-        from 0 to 1; or None. Asked for at the beginning, and again when experts have moved.
+      balance: of a state, or of a rebalancer's placement, how even loads are over devices; or None. Asked for at the
+        beginning, and again when experts have moved.
       around: a context in which a step runs, given its number; the profiler's.
     """
 
@@ -89,7 +90,7 @@ class TrainFunctions:
     batch: Callable[[int], Any]
     rng: jax.Array
     evaluate: Callable[[Any], float] | None = None
-    balance: Callable[[Any], Callable[[np.ndarray], float]] | None = None
+    balance: Callable[[Any], Evenness] | None = None
     around: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda step: contextlib.nullcontext()
 
 
@@ -188,7 +189,7 @@ class _Started(NamedTuple):
 
     step: int
     metrics: dict[str, jax.Array]
-    balance: Callable[[np.ndarray], float] | None
+    balance: Evenness | None
     moved: dict[str, float]
 
 
@@ -242,14 +243,18 @@ class _TrainLoop:
         host = {name: np.asarray(value) for name, value in metrics.items()}
         now, before = time.perf_counter(), self._settled
         self._settled = now
-        loads = host.pop("loads", None)
+        loads, microbatches = (host.pop(name, None) for name in ("loads", "microbatch_loads"))
         scalars = {name: float(value) for name, value in host.items() if value.ndim == 0} | moved
         if before is not None:
             scalars["step_seconds"] = now - before
         if loads is not None and self.rebalancer is not None:
-            self.rebalancer.observe(loads, step)
+            self.rebalancer.observe(loads, step, scalars.get("step_seconds"))
         if loads is not None and balance is not None:
-            scalars["balancedness"] = balance(loads)
+            scalars["balancedness"] = balance.mean(loads)
+        if microbatches is not None and balance is not None:
+            ratios = balance.heaviest(microbatches)
+            scalars |= percentiles_of(ratios)
+            self.observer.loads(step, ratios)
         self.losses.append(scalars["loss"])
         # JSON has no word for what is not a number.
         self.observer.step(step, {name: value if math.isfinite(value) else None for name, value in scalars.items()})

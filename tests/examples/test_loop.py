@@ -112,7 +112,8 @@ class Watch:
     def __init__(self):
         self.placement, self.calls = None, []
 
-    def observe(self, loads, step):
+    def observe(self, loads, step, seconds):
+        assert (seconds is None) == (step in (1, 4, 5, 7))
         assert loads.shape == (2, 4)
         self.calls.append(-step)
 
