@@ -51,6 +51,7 @@ class PlanAhead:
     >>> config = RebalanceConfig(6, 1, 1, 2, interval=10)
     >>> ahead = PlanAhead(lambda *given: decide(*given, config), lag=2)
     >>> ahead.begin(10, np.array([[1, 90, 1, 1]]), initial_placement(1, 4, config))
+    True
     >>> ahead.take(11), ahead.take(12).decision.changed, ahead.take(13)
     (None, 1, None)
     """
@@ -87,8 +88,8 @@ class PlanAhead:
 
         self._warming = self._threads.submit(rehearse)
 
-    def begin(self, step: int, loads: Any, placement: Placement) -> None:
-        """Begins a plan; one that was not used before is dropped.
+    def begin(self, step: int, loads: Any, placement: Placement) -> bool:
+        """Begins a plan, unless one is begun that was not yet used; returns whether it did.
 
         Args:
           step: steps whose loads were seen.
@@ -96,8 +97,9 @@ class PlanAhead:
           placement: the one in use until then, on the host.
         """
         if self._begun is not None:
-            self._begun[2].cancel()
+            return False
         self._begun = step, loads, self._threads.submit(self._timed, step, loads, placement)
+        return True
 
     def take(self, step: int) -> Planned | None:
         """The plan to use after ``step`` steps; None where none is due.

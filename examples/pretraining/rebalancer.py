@@ -111,14 +111,21 @@ class Rebalancer:
             before = self.model.placements(state.params)  # waits for the step, once
             assert before is not None
             self.placement = Placement(*(_local(array) for array in before))
-        if self._due is not None:
+        state = self._use_plan(state, step)
+        if self._due is not None and self._ahead.pending is None:
             self._prices = self._known_prices()
             self._ahead.begin(*self._due, self.placement)
-            self._due = None
-        self.last = self._ahead.take(step)
-        if self.last is None or not self.last.decision.changed:
+            state = self._use_plan(state, step)  # without a lag
+        self._due = None
+        return state
+
+    def _use_plan(self, state: Any, step: int) -> Any:
+        if (planned := self._ahead.take(step)) is None:
             return state
-        self.placement = self.last.decision.placement
+        self.last = planned
+        if not planned.decision.changed:
+            return state
+        self.placement = planned.decision.placement
         return state._replace(params=self.model.with_placements(state.params, self.placement))
 
     def metrics(self) -> dict[str, float]:
