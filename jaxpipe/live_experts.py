@@ -133,7 +133,7 @@ class LiveExperts:
         self.last = None
         self._use_plan(leaves)
         if self.steps % self.config.interval == 0:
-            loads = self.average.loads()
+            loads: Any = self.average.loads()
             # What this process has the thread waits for; what others have is fetched by all in the same order.
             here = loads.is_fully_addressable or loads.is_fully_replicated
             self._ahead.begin(self.steps, loads if here else _on_host(loads), self._placement)
