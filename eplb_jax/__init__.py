@@ -12,7 +12,8 @@ The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `M
 divides each expert's tokens over its replicas.
 
 While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
-`worth_moving` says where it pays, `capacity_from` how much room layers need, `update_bias` moves a router's bias.
+`PlanAhead` does so beside the steps, `worth_moving` says where it pays, `capacity_from` how much room layers need,
+`update_bias` moves a router's bias.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ from eplb_jax.moe.layer import (
 )
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
 from eplb_jax.moe.split import split_tokens
+from eplb_jax.plan.ahead import PlanAhead, Planned
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
-from eplb_jax.plan.live import Decision, RebalanceConfig, decide, initial_placement
+from eplb_jax.plan.live import Decision, Prices, RebalanceConfig, decide, initial_placement
 from eplb_jax.plan.load import MovingAverage, SlidingWindow, count_tokens
 from eplb_jax.plan.metrics import balancedness, duplicates, gpu_loads, moved, moved_bytes
 from eplb_jax.plan.packing import balanced_packing, replicate_experts
@@ -68,6 +70,9 @@ __all__ = [
     "MovingAverage",
     "Placement",
     "PlacementParam",
+    "PlanAhead",
+    "Planned",
+    "Prices",
     "RebalanceConfig",
     "RouterBias",
     "RouterConfig",

@@ -14,7 +14,8 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from eplb_jax.moe.router import update_bias
-from eplb_jax.plan.live import Decision, RebalanceConfig, decide
+from eplb_jax.plan.ahead import PlanAhead
+from eplb_jax.plan.live import Decision, RebalanceConfig, decide, initial_placement
 from eplb_jax.plan.load import MovingAverage
 from eplb_jax.plan.placement import Placement
 from jaxpipe.params import Params
@@ -30,8 +31,9 @@ class LiveExperts:
     """Balances the experts of a pipelined NNX model whose blocks have an `eplb_jax.MoE`; one call a step.
 
     Each call moves the routers' biases towards equal loads, on the devices, and remembers the loads. After every
-    ``config.interval`` calls the host plans where copies of busy experts go. Only values of arrays change, never their
-    shapes or shardings: nothing is compiled again, and masters, gradients and the optimizer's state do not move.
+    ``config.interval`` calls the host plans where copies of busy experts go, in a thread beside the steps that follow;
+    ``lag`` calls later the plan is used. Only values of arrays change, never their shapes or shardings: nothing is
+    compiled again, and masters, gradients and the optimizer's state do not move.
 
     Placements and biases are among the parameters, so that a checkpoint has them; the optimizer must not change them:
     wrap it in `jaxpipe.floating_only`, and let biases not decay (``mask=pipe.stacking.weight_decay_mask``).
@@ -39,16 +41,18 @@ class LiveExperts:
     Attributes:
       average: recent loads, of all steps with decreasing weight; a pytree, to be saved beside the parameters.
       steps: calls so far.
-      last: what the last call decided; None between decisions.
+      last: what was decided of the plan that the last call used; None where it used none.
 
     Args:
       pipe: made by `jaxpipe.flax.from_nnx`, its layers with a placement, `eplb_jax.initial_placement` say.
       config: when and within what sizes; ``num_gpus`` is the size of the experts' axis.
       bias_rate: what a router's bias changes by in a step; 0: never.
       decay: share of the average that a step's loads leave; see `eplb_jax.MovingAverage`.
+      lag: see `eplb_jax.PlanAhead`; 0: each plan is waited for, and used at once.
 
     Raises:
-      ValueError: blocks without such a layer or with several, layers without a placement, or one of another size.
+      ValueError: a negative lag; blocks without such a layer or with several, layers without a placement, or one of
+        another size.
 
     Blocks return ``stats.loads`` of their layer, and the loss ``{"loads": jnp.stack(...)}`` of them. Then::
 
@@ -57,10 +61,20 @@ class LiveExperts:
         params = live(params, aux["loads"])
     """
 
-    def __init__(self, pipe: PipelinedModel, config: RebalanceConfig, *, bias_rate: float = 1e-3, decay: float = 0.8):
+    def __init__(
+        self,
+        pipe: PipelinedModel,
+        config: RebalanceConfig,
+        *,
+        bias_rate: float = 1e-3,
+        decay: float = 0.8,
+        lag: int = 2,
+    ):
         self.config, self.steps = config, 0
         self.last: Decision | None = None
         self._bias_rate = bias_rate
+        self._ahead = PlanAhead(lambda step, loads, placement: decide(step, loads, placement, self.config), lag)
+        self._placement: Placement | None = None
         self._path = _find_layer(pipe.params.stages)
         leaves = _at(pipe.params.stages, self._path)
         experts = leaves["logcnt"].shape[-1]
@@ -76,6 +90,7 @@ class LiveExperts:
         first = [int(np.flatnonzero(table == layer)[0]) for layer in layers]
         self._places = np.divmod(first, table.shape[1])
         self.average = MovingAverage.create(decay, len(layers), experts)
+        self._ahead.warm(initial_placement(len(layers), experts, config), config.interval)
         self._observe = jax.jit(self._observed, out_shardings=(None, leaves["bias"].sharding))
 
     def __call__(self, params: Params, loads: jax.Array) -> Params:
@@ -98,9 +113,7 @@ class LiveExperts:
         leaves = dict(_at(params.stages, self._path))
         self.average, leaves["bias"] = self._observe(self.average, leaves["bias"], loads)
         self.steps += 1
-        self.last = None
-        if self.steps % self.config.interval == 0:
-            self._rebalance(leaves)
+        self._rebalance(leaves)
         return params._replace(stages=_put(params.stages, self._path, leaves))
 
     def placement(self, params: Params) -> Placement:
@@ -114,12 +127,26 @@ class LiveExperts:
         return average.update(loads), update_bias(bias, rows, self._bias_rate) if self._bias_rate else bias
 
     def _rebalance(self, leaves: dict[str, Any]) -> None:
-        """Puts another placement into the leaves where one is better."""
-        before = Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
-        self.last = decide(self.steps, _on_host(self.average.loads()), before, self.config)
-        if self.last is None or not self.last.changed:
+        """Begins a plan where one is due, and puts the placement of one that is to be used into the leaves."""
+        if self._placement is None:  # from then on the host knows it, and no step is waited for
+            self._placement = Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
+        self.last = None
+        self._use_plan(leaves)
+        if self.steps % self.config.interval == 0:
+            loads: Any = self.average.loads()
+            # What this process has the thread waits for; what others have is fetched by all in the same order.
+            here = loads.is_fully_addressable or loads.is_fully_replicated
+            self._ahead.begin(self.steps, loads if here else _on_host(loads), self._placement)
+            self._use_plan(leaves)  # without a lag
+
+    def _use_plan(self, leaves: dict[str, Any]) -> None:
+        if (planned := self._ahead.take(self.steps)) is None:
             return
-        for name, array in zip(PLACEMENT, self.last.placement, strict=True):
+        self.last = planned.decision
+        if not self.last.changed:
+            return
+        self._placement = self.last.placement
+        for name, array in zip(PLACEMENT, self._placement, strict=True):
             old = leaves[name]
             rows = np.asarray(array, old.dtype)[self._slots]
             if rows.shape != old.shape:

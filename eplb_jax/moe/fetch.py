@@ -62,6 +62,17 @@ def most_fetched(phy2log: Int[placement.Array, "*layers P"], num_masters: int, n
     >>> most_fetched(np.array([0, 1, 2, 2, 3, 0]), 4, 2), most_fetched(np.array([2, 3, 0, 1]), 4, 2)
     (1, 2)
     """
+    most = max(int(fetches_needed(phy2log, num_masters, num_devices).max(initial=0)), 1)
+    return min(1 << (most - 1).bit_length(), num_masters // num_devices)
+
+
+def fetches_needed(
+    phy2log: Int[placement.Array, "*layers P"], num_masters: int, num_devices: int
+) -> Int[np.ndarray, " layers"]:
+    """How many experts one device needs from another at most, of each layer; arguments and errors of `most_fetched`.
+
+    A layer with a smaller ``fetched`` gathers all of them.
+    """
     array = np.asarray(phy2log)
     slots = array.shape[-1]
     if num_devices < 1 or slots % num_devices or num_masters % num_devices:
@@ -76,8 +87,7 @@ def most_fetched(phy2log: Int[placement.Array, "*layers P"], num_masters: int, n
     np.put_along_axis(needs, held, True, axis=2)
     pairs = needs[..., :-1].reshape(len(held), num_devices, num_devices, -1).sum(3)
     pairs[:, np.arange(num_devices), np.arange(num_devices)] = 0
-    most = max(int(pairs.max(initial=0)), 1)
-    return min(1 << (most - 1).bit_length(), num_masters // num_devices)
+    return pairs.max((1, 2), initial=0)
 
 
 def plan_fetches(phy2log: Int[Array, " P"], here: Any, devices: int, masters: int, most: int) -> Fetches:

@@ -14,6 +14,7 @@ from eplb_jax.plan.metrics import balancedness, moved
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.sticky import sticky
+from eplb_jax.plan.worth import worth_moving
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,6 +26,7 @@ class RebalanceConfig:
       interval: steps between decisions.
       min_gain: how much lighter the heaviest GPU must get, as a share of its load, or a layer stays as it is.
       tolerance: how much heavier than with a fresh plan the heaviest GPU may be, to move less; as in `sticky`.
+      must_pay: whether a layer changes only where `worth_moving` predicts that it pays until the next decision.
 
     Raises:
       ValueError: an interval below 1, negative shares.
@@ -37,6 +39,7 @@ class RebalanceConfig:
     interval: int = 100
     min_gain: float = 0.05
     tolerance: float = 0.01
+    must_pay: bool = False
 
     def __post_init__(self) -> None:
         """Checks interval and shares."""
@@ -44,6 +47,20 @@ class RebalanceConfig:
             raise ValueError(f"interval={self.interval}: it must be at least 1 step")
         if not (self.min_gain >= 0 and self.tolerance >= 0):
             raise ValueError(f"min_gain={self.min_gain}, tolerance={self.tolerance}: both are shares of at least 0")
+
+
+class Prices(NamedTuple):
+    """What tokens and moves cost, as measured; see `eplb_jax.worth_moving`.
+
+    Attributes:
+      seconds_per_token: of a layer, forward and backward, for one choice of a token.
+      expert_bytes: of a working copy of an expert.
+      bytes_per_second: that reach a GPU.
+    """
+
+    seconds_per_token: float
+    expert_bytes: int
+    bytes_per_second: float
 
 
 class Decision(NamedTuple):
@@ -56,6 +73,9 @@ class Decision(NamedTuple):
       moved: replicas that travel, all layers together.
       before: mean over maximal load of the GPUs, mean of layers, as it was.
       after: as it will be for the same loads.
+      saved: seconds that the steps until the next decision are predicted to save; None where no prices were given.
+      cost: seconds that the replicas are predicted to travel.
+      left: layers whose change was left out because it would not pay.
     """
 
     placement: Placement
@@ -63,6 +83,9 @@ class Decision(NamedTuple):
     moved: int
     before: float
     after: float
+    saved: float | None = None
+    cost: float | None = None
+    left: int = 0
 
 
 def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig) -> Placement:
@@ -92,7 +115,11 @@ def initial_placement(num_layers: int, num_experts: int, config: RebalanceConfig
 
 
 def decide(
-    step: int, loads: Num[Array, "layers experts"], placement: Placement, config: RebalanceConfig
+    step: int,
+    loads: Num[Array, "layers experts"],
+    placement: Placement,
+    config: RebalanceConfig,
+    prices: Prices | None = None,
 ) -> Decision | None:
     """Whether to change the placement after a step, and to what; runs on the host.
 
@@ -102,20 +129,30 @@ def decide(
       placement: the one in use, from `initial_placement`, any policy, or a file. A step compiled for `Placement.padded`
         takes all that follow; one compiled for a placement that is not padded is compiled once more.
       config: when and within what sizes.
+      prices: of tokens and moves, measured; with them the decision says what it is predicted to save and to cost. Then
+        loads are those of one step.
 
     Returns:
       None between decisions, after every ``interval`` steps a decision.
 
     Raises:
-      ValueError: as `eplb_jax.sticky`; a placement of another number of replicas than the configuration's.
+      ValueError: as `eplb_jax.sticky`; a placement of another number of replicas than the configuration's;
+        ``must_pay`` without prices.
 
     >>> config = RebalanceConfig(6, 1, 1, 2, interval=10)
     >>> start = initial_placement(1, 4, config)
     >>> decide(9, np.array([[9, 1, 1, 1]]), start, config) is None
     True
-    >>> decide(10, np.array([[1, 90, 1, 1]]), start, config).changed
+    >>> loads = np.array([[1, 90, 1, 1]])
+    >>> decide(10, loads, start, config).changed
     1
+    >>> prices = Prices(seconds_per_token=1e-6, expert_bytes=10**6, bytes_per_second=1e10)
+    >>> found = decide(10, loads, start, config, prices)
+    >>> f"saves {1e3 * found.saved:.2f} ms in 10 steps, and moving takes {1e3 * found.cost:.2f}"
+    'saves 0.28 ms in 10 steps, and moving takes 0.10'
     """
+    if config.must_pay and prices is None:
+        raise ValueError("must_pay=True without prices: give Prices, or let every better placement be taken")
     if step < 1 or step % config.interval:
         return None
     if placement.num_replicas != config.num_replicas:
@@ -126,12 +163,19 @@ def decide(
     placement = _as_wide_as_any(placement, config)
     host = Placement(*(np.asarray(array) for array in placement))
     found = sticky(loads, host, *_sizes(config)[1:], tolerance=config.tolerance, min_gain=config.min_gain)
+    changed, left = (found.phy2log != host.phy2log).any(1), 0
+    saved = cost = None if prices is None else 0.0
+    if prices is not None and changed.any():
+        worth = worth_moving(loads, host, found, config.num_gpus, steps=config.interval, **prices._asdict())
+        if config.must_pay:
+            left, changed, found = int((changed & ~worth.pays).sum()), changed & worth.pays, worth.placement
+        saved, cost = (float(seconds[changed].sum()) for seconds in (worth.saved, worth.cost))
     before, after = (float(balancedness(plan, loads, config.num_gpus).mean()) for plan in (host, found))
-    if found is host:
-        return Decision(placement, 0, 0, before, after)
-    changed = (found.phy2log != host.phy2log).any(1)
-    moves = moved(host, found, config.num_gpus)
-    return Decision(found.padded(host.log2phy.shape[-1]), int(changed.sum()), int(moves.sum()), before, after)
+    if not changed.any():
+        return Decision(placement, 0, 0, before, before, saved, cost, left)
+    moves = int(moved(host, found, config.num_gpus).sum())
+    found = found.padded(host.log2phy.shape[-1])
+    return Decision(found, int(changed.sum()), moves, before, after, saved, cost, left)
 
 
 def _as_wide_as_any(placement: Placement, config: RebalanceConfig) -> Placement:

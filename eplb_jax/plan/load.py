@@ -119,6 +119,8 @@ class SlidingWindow:
 class MovingAverage:
     """Exponential moving average of counts; a pytree, so part of a training state.
 
+    Of NumPy's arrays where it is made ``on_host``: then no update waits for a device.
+
     Attributes:
       average: of all updates, weighted by their age; zeros before the first; float32.
       steps: updates so far; int32.
@@ -131,13 +133,13 @@ class MovingAverage:
     [[2.0, 2.0]]
     """
 
-    average: Float[Array, "layers experts"]
-    steps: Int[Array, ""]
+    average: Float[Array | np.ndarray, "layers experts"]
+    steps: Int[Array | np.ndarray, ""]
     decay: float = dataclasses.field(metadata={"static": True})
 
     @classmethod
-    def create(cls, decay: float, layers: int, experts: int) -> MovingAverage:
-        """Makes one without any update.
+    def create(cls, decay: float, layers: int, experts: int, *, on_host: bool = False) -> MovingAverage:
+        """Makes one without any update, of JAX's arrays or, on the host, of NumPy's.
 
         Raises:
           ValueError: a size below 1, a decay out of [0, 1) or traced.
@@ -148,7 +150,8 @@ class MovingAverage:
             raise ValueError(f"decay={decay} is traced: it is static, so make the average outside of jit, with a float")
         if not 0 <= decay < 1:
             raise ValueError(f"decay={decay}: it must be at least 0 and less than 1; 1 - 1/n remembers about n steps")
-        return cls(jnp.zeros((layers, experts), jnp.float32), jnp.zeros((), jnp.int32), float(decay))
+        xp = np if on_host else jnp
+        return cls(xp.zeros((layers, experts), xp.float32), xp.zeros((), xp.int32), float(decay))
 
     def update(self, counts: Num[Array | np.ndarray, "layers experts"]) -> MovingAverage:
         """Returns the average with the counts of one more step.
@@ -156,16 +159,18 @@ class MovingAverage:
         Raises:
           ValueError: counts of another shape, or that are not numbers.
         """
-        counts = _as_counts(counts, self.average.shape)
-        average, steps = self.average.astype(jnp.float32), self.steps + 1
+        counts = _as_array(counts)
+        _check_counts(counts, self.average.shape)
+        xp = jnp if isinstance(self.average, jax.Array) or isinstance(counts, jax.Array) else np
+        counts, average, steps = xp.asarray(counts.astype(np.float32)), self.average.astype(np.float32), self.steps + 1
         # The newest of n updates has the share (1 - decay) / (1 - decay**n). Both differences are made without ever
         # rounding a decay near 1 to float32, and an average of equal counts stays what it is.
         growth = max(math.log(self.decay), -100.0) if self.decay else -100.0
-        share = (1 - self.decay) / -jnp.expm1(growth * steps.astype(jnp.float32))
-        share = jnp.where(steps == 1, 1.0, share)
+        share = (1 - self.decay) / -xp.expm1(np.float32(growth) * steps.astype(np.float32))
+        share = xp.where(steps == 1, np.float32(1), share.astype(np.float32))
         return MovingAverage(average + share * (counts - average), steps, self.decay)
 
-    def loads(self) -> Float[Array, "layers experts"]:
+    def loads(self) -> Float[Array | np.ndarray, "layers experts"]:
         """The average; zeros before the first update."""
         return self.average
 
@@ -177,8 +182,13 @@ def _as_array(array: Any) -> Any:
 
 def _as_counts(counts: Any, shape: tuple[int, ...]) -> jax.Array:
     counts = _as_array(counts)
+    _check_counts(counts, shape)
+    return jnp.asarray(counts.astype(np.float32))
+
+
+def _check_counts(counts: Any, shape: tuple[int, ...]) -> None:
+    """Raises ValueError unless these are numbers of this shape."""
     if counts.shape != shape:
         raise ValueError(f"counts have shape {counts.shape}: they must be [layers, experts] = {shape}")
     if not jnp.issubdtype(counts.dtype, jnp.integer) and not jnp.issubdtype(counts.dtype, jnp.floating):
         raise ValueError(f"counts have dtype {counts.dtype}: they must be integers or floats")
-    return jnp.asarray(counts.astype(np.float32))

@@ -18,6 +18,7 @@ import numpy as np
 from jaxtyping import Int, Num
 
 from eplb_jax.plan.arguments import check_loads, on_host, to_float32
+from eplb_jax.plan.halves import plan_in_halves
 from eplb_jax.plan.placement import Array
 
 MOST_COUNTED = 384
@@ -87,6 +88,13 @@ def call(function: Any, weight: Array, **arguments: Any) -> Any:
         return function(to_float32(weight), **arguments)
     with on_host():
         return jax.tree.map(np.asarray, function(to_float32(weight), **arguments))
+
+
+def call_in_halves(function: Any, weight: Array) -> Any:
+    """As `call`; NumPy loads of many layers are planned for in two halves at once."""
+    if isinstance(weight, jax.Array):
+        return function(to_float32(weight))
+    return plan_in_halves(function, len(weight), to_float32(weight))
 
 
 def pack(weight: jax.Array, num_packs: int) -> tuple[jax.Array, jax.Array]:

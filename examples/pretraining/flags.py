@@ -24,6 +24,9 @@ ENDS = {"together": True, "apart": False}
 AUTO_STASH = "auto"
 """Stands for the largest stash that the memory has room for."""
 
+AUTO_FETCHED = "auto"
+"""Stands for as many fetched experts as pay."""
+
 MAX_FILE = 5.0
 """GB of a file of an exported folder."""
 
@@ -68,6 +71,19 @@ def capacity(text: str) -> float | str:
         return text if text == "none" else float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r}: a capacity is a factor of at least 1, or none") from None
+
+
+def parse_fetched(text: str) -> int | str:
+    """A number of experts, "all" or "auto".
+
+    >>> parse_fetched("2"), parse_fetched("all")
+    (2, 'all')
+    """
+    if text in ("all", AUTO_FETCHED):
+        return text
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give experts, at least 1, or all or {AUTO_FETCHED}")
+    return int(text)
 
 
 def parse_stash(text: str) -> int | str:
@@ -263,6 +279,15 @@ def train_parser(description: str | None = None) -> argparse.ArgumentParser:
                       "as many sequences as that, in any number of microbatches")  # fmt: skip
     plan.add_argument("--microbatch-size", type=int, default=4, help="sequences of a microbatch, over all data shards")
     plan.add_argument("--rebalance-every", type=int, default=10, help="steps between placements of experts; 0: never")
+    plan.add_argument(
+        "--rebalance-if", default="better", choices=["better", "pays"], help="placements that are taken: 5%% better; "
+        "or of them those where moving takes less than it saves, by times that are measured and differ from run to run"
+    )  # fmt: skip
+    plan.add_argument(
+        "--fetched", type=parse_fetched, default=AUTO_FETCHED, metavar="COUNT", help="experts that a device gets of "
+        "another at most for its copies; layers that need more gather all. all: always gather; auto: twice what the "
+        "first placement needs, where that is at most half of all"
+    )  # fmt: skip
 
     data = parser.add_argument_group("data")
     data.add_argument("--data", help="glob of text, .bin or .npy files; default: the Python standard library's source")

@@ -5,13 +5,15 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import math
+import time
 from collections.abc import Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import numpy as np
 
 from pretraining.checkpoint import Checkpoints
+from pretraining.load_report import Evenness, percentiles_of
 from pretraining.observe import Observer
 
 
@@ -22,13 +24,21 @@ class TooManySkips(RuntimeError):
 class Rebalances(Protocol):
     """What the loop asks of live load balancing; `pretraining.trainer.Rebalancer` does it."""
 
-    config: Any
+    placement: Any
+    """The one in use, on the host, once `maybe_rebalance` was called."""
 
-    def observe(self, loads: Any) -> None:
-        """Remembers the loads of a step."""
+    def observe(self, loads: Any, step: int, seconds: float | None) -> None:
+        """Remembers the loads of a step, and its time where that is known."""
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:
-        """The state for the next step."""
+        """The state for the next step, when so many have begun; waits for none of them."""
+
+    def metrics(self) -> dict[str, float]:
+        """What the plan was that `maybe_rebalance` has just used; empty where it used none."""
+        ...
+
+    def described(self) -> str | None:
+        """The same in words; None where no expert has moved."""
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint keeps."""
@@ -67,12 +77,12 @@ class TrainFunctions:
 
     Attributes:
       step: ``(state, batch, rng) -> (state, metrics)``; the state has a ``step``, the metrics a ``loss``,
-        ``skipped_in_a_row`` and perhaps other scalars and ``loads``.
+        ``skipped_in_a_row`` and perhaps other scalars, ``loads`` and ``microbatch_loads``.
       batch: the batch of a step.
       rng: key of the run; the step makes its own of it.
       evaluate: the loss of a state on held-out data, or None.
-      balance: of a state, a function of a step's loads: how even they are over devices, from 0 to 1; or None. Asked
-        for at the beginning, and again when experts have moved.
+      balance: of a state, or of a rebalancer's placement, how even loads are over devices; or None. Asked for at the
+        beginning, and again when experts have moved.
       around: a context in which a step runs, given its number; the profiler's.
     """
 
@@ -80,7 +90,7 @@ class TrainFunctions:
     batch: Callable[[int], Any]
     rng: jax.Array
     evaluate: Callable[[Any], float] | None = None
-    balance: Callable[[Any], Callable[[np.ndarray], float]] | None = None
+    balance: Callable[[Any], Evenness] | None = None
     around: Callable[[int], contextlib.AbstractContextManager[Any]] = lambda step: contextlib.nullcontext()
 
 
@@ -112,7 +122,8 @@ def train(
 ) -> Result:
     """Runs steps from the state's own up to the last.
 
-    Metrics of a step are read while the next one runs, except where something depends on them.
+    Metrics of a step are read while the next one runs, except where something depends on them. Among them are
+    ``step_seconds``, from the end of the step before to its own, where nothing but steps ran between.
 
     Args:
       config: when to do what.
@@ -135,8 +146,7 @@ def train(
         due = run.due(interrupted)
         if due.settle:
             run.settle()
-        if due.rebalance:
-            run.rebalance()
+        run.rebalance()
         if due.save:
             run.save()
         elif checkpoints is not None:
@@ -159,13 +169,28 @@ class _Due:
 
     Attributes:
       settle: whether metrics are read before the next step runs, because something depends on them.
-      rebalance, save, evaluate: what is done, in this order.
+      save, evaluate: what is done, in this order.
     """
 
     settle: bool
-    rebalance: bool
     save: bool
     evaluate: bool
+
+
+class _Started(NamedTuple):
+    """A step whose metrics nobody has read yet.
+
+    Attributes:
+      step: its number, counted from 1.
+      metrics: its own, on devices.
+      balance: of the placement that it has; see `TrainFunctions`.
+      moved: metrics of the plan that it is the first to have, or empty.
+    """
+
+    step: int
+    metrics: dict[str, jax.Array]
+    balance: Evenness | None
+    moved: dict[str, float]
 
 
 class _TrainLoop:
@@ -186,7 +211,9 @@ class _TrainLoop:
         self.config, self.program, self.observer = config, program, observer
         self.checkpoints, self.rebalancer, self.facts = checkpoints, rebalancer, facts
         self.state, self.done, self.saved, self.losses = state, done, done, []
-        self._pending: tuple[int, dict[str, jax.Array]] | None = None
+        self._pending: _Started | None = None
+        self._moved: dict[str, float] = {}
+        self._settled: float | None = None
         self._balance = None if program.balance is None else program.balance(state)
 
     def advance(self) -> None:
@@ -195,15 +222,14 @@ class _TrainLoop:
             self.state, metrics = self.program.step(self.state, self.program.batch(self.done), self.program.rng)
         self.done += 1
         self.settle()
-        self._pending = (self.done, metrics)
+        self._pending, self._moved = _Started(self.done, metrics, self._balance, self._moved), {}
 
     def due(self, interrupted: bool) -> _Due:
         """What follows the step that has just been started."""
         last = self.done == self.config.steps or interrupted
         save = self.checkpoints is not None and (last or self.done % self.config.save_every == 0)
         evaluate = self.program.evaluate is not None and not interrupted and self.done % self.config.eval_every == 0
-        rebalance = self.rebalancer is not None and self.done % self.rebalancer.config.interval == 0
-        return _Due(save or evaluate or rebalance or last, rebalance, save, evaluate)
+        return _Due(save or evaluate or last, save, evaluate)
 
     def settle(self) -> None:
         """Waits for the last step that was started, and shows and remembers its metrics.
@@ -213,14 +239,22 @@ class _TrainLoop:
         """
         if self._pending is None:
             return
-        (step, metrics), self._pending = self._pending, None
+        (step, metrics, balance, moved), self._pending = self._pending, None
         host = {name: np.asarray(value) for name, value in metrics.items()}
-        loads = host.pop("loads", None)
-        scalars = {name: float(value) for name, value in host.items() if value.ndim == 0}
+        now, before = time.perf_counter(), self._settled
+        self._settled = now
+        loads, microbatches = (host.pop(name, None) for name in ("loads", "microbatch_loads"))
+        scalars = {name: float(value) for name, value in host.items() if value.ndim == 0} | moved
+        if before is not None:
+            scalars["step_seconds"] = now - before
         if loads is not None and self.rebalancer is not None:
-            self.rebalancer.observe(loads)
-        if loads is not None and self._balance is not None:
-            scalars["balancedness"] = self._balance(loads)
+            self.rebalancer.observe(loads, step, scalars.get("step_seconds"))
+        if loads is not None and balance is not None:
+            scalars["balancedness"] = balance.mean(loads)
+        if microbatches is not None and balance is not None:
+            ratios = balance.heaviest(microbatches)
+            scalars |= percentiles_of(ratios)
+            self.observer.loads(step, ratios)
         self.losses.append(scalars["loss"])
         # JSON has no word for what is not a number.
         self.observer.step(step, {name: value if math.isfinite(value) else None for name, value in scalars.items()})
@@ -238,11 +272,15 @@ class _TrainLoop:
             )
 
     def rebalance(self) -> None:
-        """Lets the rebalancer move experts."""
-        assert self.rebalancer is not None
-        old, self.state = self.state, _rebalance(self.rebalancer, self.state, self.done, self.observer)
+        """Lets the rebalancer move experts before the next step."""
+        if self.rebalancer is None:
+            return
+        old, self.state = self.state, self.rebalancer.maybe_rebalance(self.state, self.done)
+        self._moved = self.rebalancer.metrics()
+        if (text := self.rebalancer.described()) is not None:
+            self.observer.note(f"step {self.done}: {text}")
         if self.state is not old and self.program.balance is not None:
-            self._balance = self.program.balance(self.state)
+            self._balance = self.program.balance(self.rebalancer.placement)
 
     def save(self) -> None:
         """Begins a checkpoint."""
@@ -250,21 +288,15 @@ class _TrainLoop:
         known = {} if self.rebalancer is None else {"balance": self.rebalancer.state_dict()}
         self.checkpoints.save(self.done, self.state, {**self.facts, **known})
         self.saved = self.done
-        self.observer.pause()
+        self._pause()
 
     def evaluate(self) -> None:
         """Shows the loss on held-out data."""
         assert self.program.evaluate is not None
         self.observer.evaluation(self.done, self.program.evaluate(self.state))
+        self._pause()
+
+    def _pause(self) -> None:
+        """Begins to measure time anew, after something that is no training."""
         self.observer.pause()
-
-
-def _rebalance(rebalancer: Rebalances, state: Any, step: int, observer: Observer) -> Any:
-    state = rebalancer.maybe_rebalance(state, step)
-    decision = getattr(rebalancer, "last", None)
-    if decision is not None and decision.changed:
-        observer.note(
-            f"step {step}: {decision.moved} copies of experts moved in {decision.changed} layers, balance "
-            f"{decision.before:.2f} -> {decision.after:.2f}"
-        )
-    return state
+        self._settled = None

@@ -13,6 +13,9 @@ import warnings
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import numpy as np
+
+from pretraining.load_report import LOADS, PAGE, record_of, write_page
 from pretraining.optional import need
 from pretraining.progress import Progress, progress
 
@@ -53,7 +56,8 @@ class Observer:
         """Remembers what to do; ``with`` opens files and bar.
 
         Args:
-          out: folder for `METRICS` and ``tensorboard/``; None: this process shows and writes nothing.
+          out: folder for `METRICS`, `LOADS`, its `PAGE` and ``tensorboard/``; None: this process shows and writes
+            nothing.
           steps: of the whole run.
           start: steps done already.
           throughput: of the run.
@@ -62,6 +66,7 @@ class Observer:
         self._out, self._steps, self._start, self._throughput, self._every = out, steps, start, throughput, every
         self._since: tuple[float, int] | None = None
         self._lines: JsonLines | None = None
+        self._loads: JsonLines | None = None
         self._events: Events | None = None
         self._progress: Progress | None = None
 
@@ -74,8 +79,9 @@ class Observer:
         if self._out is None:
             return self
         self._out.mkdir(parents=True, exist_ok=True)
-        keep_until(self._out / METRICS, self._start)
-        self._lines = JsonLines(self._out / METRICS)
+        for name in (METRICS, LOADS):
+            keep_until(self._out / name, self._start)
+        self._lines, self._loads = JsonLines(self._out / METRICS), JsonLines(self._out / LOADS)
         self._progress = progress(self._steps, self._start)
         try:
             self._events = Events(self._out / "tensorboard", self._start)
@@ -88,9 +94,11 @@ class Observer:
         """Closes them."""
         self._try("the progress bar is left as it is", lambda: self._progress and self._progress.stop())
         self._try("TensorBoard's events may be incomplete", lambda: self._events and self._events.close())
-        if self._lines is not None:
-            self._lines.close()
-        self._lines = self._events = self._progress = None
+        for file in (self._lines, self._loads):
+            if file is not None:
+                file.close()
+        self._try(f"no {PAGE}", self._draw_loads)
+        self._lines = self._loads = self._events = self._progress = None
 
     def note(self, text: str) -> None:
         """Prints a line above the bar."""
@@ -123,6 +131,11 @@ class Observer:
         if not self._progress.is_live and (step % self._every == 0 or first or last):
             self.note(f"step {step}/{self._steps}  {text}")
 
+    def loads(self, step: int, ratios: np.ndarray) -> None:
+        """Takes the heaviest device over the mean ``[microbatches, layers]`` of a step."""
+        if self._loads is not None:
+            self._loads.write(record_of(step, ratios))
+
     def evaluation(self, step: int, loss: float) -> None:
         """Takes the loss on held-out data."""
         if self._lines is not None:
@@ -137,6 +150,13 @@ class Observer:
             with contextlib.suppress(Exception):
                 self._events.close()
             self._events = None
+
+    def _draw_loads(self) -> None:
+        """Writes the page of what `LOADS` holds, if it holds anything."""
+        if self._out is None or not (lines := read_metrics(self._out / LOADS)):
+            return
+        metrics = read_metrics(self._out / METRICS)
+        write_page(self._out / PAGE, lines, [line["step"] for line in metrics if line.get("layers_moved")])
 
     def _try(self, otherwise: str, act: Callable[..., object], *args: object) -> bool:
         """Whether it went well; if not, there is a warning."""
@@ -235,6 +255,10 @@ def describe(metrics: Mapping[str, float | None]) -> str:
         "tokens_per_second": "{:,.0f} tokens/s",
         "mfu": "MFU {:.1%}",
         "balancedness": "balance {:.2f}",
+        "layers_moved": "moved experts of {:,.0f} layers",
+        "saved_seconds": "to save {:.2g} s",
+        "move_seconds": "for {:.2g} s",
+        "gathered_layers": "gathering {:,.0f} layers",
         "dropped": "dropped {:,.0f}",
         "not_finite_blocks": "not finite {:,.0f} blocks",
         "grad_norm": "grad norm {:.2f}",
@@ -242,7 +266,7 @@ def describe(metrics: Mapping[str, float | None]) -> str:
     return "  ".join(text.format(metrics[name]) for name, text in parts.items() if metrics.get(name) is not None)
 
 
-def read_metrics(path: pathlib.Path) -> list[dict[str, float]]:
+def read_metrics(path: pathlib.Path) -> list[dict[str, Any]]:
     """The lines of a metrics' file, without one that a killed process left unfinished."""
     found = []
     for line in path.read_text(encoding="utf-8").splitlines():

@@ -19,7 +19,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from eplb_jax import Placement, balancedness
+from eplb_jax import Placement, initial_placement, most_fetched
 from jaxpipe.deepseek import DeepSeekModel, ModelConfig, build_model
 from jaxpipe.deepseek.hf_config import to_hf_config
 from jaxpipe.deepseek.hf_load import load_params
@@ -29,6 +29,7 @@ from pretraining import auto, data, flags, hosts, loop, progress, trainer
 from pretraining import corpus as corpora
 from pretraining.checkpoint import Checkpoints, Restored
 from pretraining.layout import Layout, describe
+from pretraining.load_report import Evenness
 from pretraining.observe import Observer, Throughput
 from pretraining.profile_steps import profiler, write_report
 
@@ -80,7 +81,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
-    config = flags.sized_config(args, args.mesh.get("ep", 1))
+    config = with_fetched(flags.sized_config(args, args.mesh.get("ep", 1)), args)
     ranks = args.mesh["pp"]
     build = lambda: flags.built_schedule(args.schedule, ranks, args.microbatches or 2 * ranks, args.deferred)  # noqa: E731
     schedule = None if args.schedule == auto.AUTO else build()
@@ -149,6 +150,19 @@ def set_up(args: argparse.Namespace) -> Setup:
     )
 
 
+def with_fetched(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
+    """The configuration whose devices get from each other as many experts as ``--fetched`` says."""
+    devices = args.mesh.get("ep", 1)
+    fetched = None if args.fetched == "all" else args.fetched
+    if fetched == flags.AUTO_FETCHED:
+        masters, fetched = config.moe.masters or config.experts, None
+        if args.rebalance_every and config.redundant and devices > 1:
+            start = initial_placement(1, config.experts, trainer.rebalance_config(config, devices))
+            twice = 2 * most_fetched(start.phy2log, masters, devices)
+            fetched = twice if 2 * twice <= masters // devices else None
+    return dataclasses.replace(config, moe=dataclasses.replace(config.moe, fetched=fetched))
+
+
 def _fitting_stash(model: DeepSeekModel, schedule: Any, mesh: Mesh, optimizer: Any, batch: Any) -> int:
     """Bytes of a microbatch and stage that the devices have memory for.
 
@@ -185,7 +199,7 @@ def train(args: argparse.Namespace) -> None:
         loop_config = loop.LoopConfig(args.steps, args.save_every, max(1, args.eval_every), args.max_skipped)
         rebalancer = None
         if args.rebalance_every and setup.config.redundant and setup.mesh.shape.get("ep", 1) > 1:
-            rebalancer = trainer.Rebalancer(setup.model, setup.mesh.shape["ep"], interval=args.rebalance_every)
+            rebalancer = make_rebalancer(args, setup)
         out = _out(args)
         if args.weights is None:
             state = trainer.init_state(setup.model, setup.optimizer, setup.mesh)
@@ -201,6 +215,9 @@ def train(args: argparse.Namespace) -> None:
                 rebalancer.load_state_dict(restored.facts["balance"])
         elif args.weights is not None:
             state = _begin_with(args.weights, setup)
+        if restored is None and rebalancer is not None and setup.config.moe.fetched is not None:
+            near = initial_placement(setup.config.routed_layers, setup.config.experts, rebalancer.config)
+            state = state._replace(params=setup.model.with_placements(state.params, near))
     except ValueError as error:
         raise BadInput(str(error)) from error
     start = int(state.step)
@@ -211,10 +228,10 @@ def train(args: argparse.Namespace) -> None:
         observer.note(_describe(args, setup, out, restored))
         program = loop.TrainFunctions(
             trainer.make_step(setup.pipeline, setup.model, setup.optimizer, setup.mesh),
-            _batches(setup.corpus.train, args.seed, setup),
+            batches_of(setup.corpus.train, args.seed, setup),
             jax.random.key(args.seed),
             _evaluation(args, setup) if args.eval_every else None,
-            _balance(setup),
+            balance_of(setup),
             profiler(out / "profile", setup.mesh, start, args.profile),
         )
         result = loop.train(
@@ -350,7 +367,9 @@ def lora_fact(config: ModelConfig) -> dict[str, Any] | None:
     return None if lora is None else {"rank": lora.rank, "alpha": lora.alpha, "targets": list(lora.targets)}
 
 
-def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
+def batches_of(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any]:
+    """The batch of each step, on the devices."""
+
     def batch(step: int) -> Any:
         try:
             return data.global_batch(part, seed, step, setup.batch, setup.config.sequence, setup.sharding)
@@ -362,7 +381,7 @@ def _batches(part: data.Batches, seed: int, setup: Setup) -> Callable[[int], Any
 
 def _evaluation(args: argparse.Namespace, setup: Setup) -> Callable[[Any], float]:
     evaluate = trainer.make_evaluate(setup.model, setup.schedule, setup.mesh)
-    batch = _batches(setup.corpus.held_out, args.seed, setup)
+    batch = batches_of(setup.corpus.held_out, args.seed, setup)
 
     def run(state: Any) -> float:
         return float(np.mean([float(evaluate(state.params, batch(index))) for index in range(args.eval_batches)]))
@@ -370,19 +389,53 @@ def _evaluation(args: argparse.Namespace, setup: Setup) -> Callable[[Any], float
     return run
 
 
-def _balance(setup: Setup) -> Callable[[Any], Callable[[np.ndarray], float]]:
+def make_rebalancer(args: argparse.Namespace, setup: Setup) -> trainer.Rebalancer:
+    """Live load balancing as the flags ask for it, with what a token and a byte cost here.
+
+    Raises:
+      ValueError: several processes, whose times differ, should decide by times.
+    """
+    must_pay = args.rebalance_if == "pays"
+    if must_pay and jax.process_count() > 1:
+        raise ValueError("--rebalance-if pays with several processes: their times differ, take better")
+    config, chip = setup.config, chip_of(setup.mesh.devices.flat[0].device_kind)
+    tokens = setup.batch * config.sequence
+    choice = 18.0 * config.moe.width * config.moe.hidden  # FLOPs of three products, forward and twice backward
+    return trainer.Rebalancer(
+        setup.model,
+        setup.mesh.shape["ep"],
+        interval=args.rebalance_every,
+        must_pay=must_pay,
+        token_share=choice * setup.mesh.size / (tokens * config.flops_per_token),
+        bytes_per_second=copied_per_second() if chip is None else chip.interconnect,
+    )
+
+
+def copied_per_second(size: int = 2**24) -> float:
+    """Bytes that this machine copies in a second: what devices without a link of their own hand over."""
+    source, target = np.ones(size, np.uint8), np.empty(size, np.uint8)
+    best = math.inf
+    for _ in range(3):
+        begun = time.perf_counter()
+        target[:] = source
+        best = min(best, time.perf_counter() - begun)
+    return size / best
+
+
+def balance_of(setup: Setup) -> Callable[[Any], Evenness]:
+    """What `pretraining.loop.TrainFunctions` calls ``balance``."""
     devices = setup.mesh.shape.get("ep", 1)
 
-    def of(state: Any) -> Callable[[np.ndarray], float]:
-        placement = setup.model.placements(state.params)
+    def of(given: Any) -> Evenness:
+        placement = given if isinstance(given, Placement) else setup.model.placements(given.params)
         if placement is None:
             slots = np.tile(np.arange(setup.config.experts, dtype=np.int32), (setup.config.routed_layers, 1))
             host = Placement.from_phy2log(slots, setup.config.experts)
-        elif jax.process_count() > 1:
+        elif jax.process_count() > 1 and placement is not given:
             host = Placement(*(multihost_utils.process_allgather(array, tiled=True) for array in placement))
         else:
             host = Placement(*map(np.asarray, placement))
-        return lambda loads: float(balancedness(host, loads, devices).mean())
+        return Evenness(host, devices)
 
     return of
 

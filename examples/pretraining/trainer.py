@@ -22,6 +22,7 @@ from jaxpipe.runtime.fsdp import shard_fully
 from jaxpipe.schedule import Schedule
 from pretraining.muon import NOT_MATRICES, scale_by_muon
 from pretraining.rebalancer import Rebalancer as Rebalancer
+from pretraining.rebalancer import rebalance_config as rebalance_config
 
 OPTIMIZERS = ("adamw", "muon")
 RATES = ("cosine", "wsd")
@@ -371,7 +372,8 @@ def make_step(
       ``step(state, batch, rng) -> (state, metrics)``. Where the loss or a gradient is not finite, parameters, moments
       and biases stay as they are, and the step is counted as skipped. Metrics: scalars ``loss``, ``aux_loss`` (the
       part of the loss that arose in the stages: the balance loss), ``grad_norm`` before clipping, ``finite``,
-      ``skipped``, ``skipped_in_a_row``, ``dropped``, and ``loads`` ``[layers with experts, experts]``; in FP8
+      ``skipped``, ``skipped_in_a_row``, ``dropped``, ``loads`` ``[layers with experts, experts]`` and
+      ``microbatch_loads`` ``[microbatches, layers with experts, experts]``; in FP8
       ``not_finite_blocks``, of the operands of experts' products, which everything before them reaches.
     """
 
@@ -408,6 +410,7 @@ def make_step(
             "skipped": new.skipped,
             "skipped_in_a_row": new.skipped_in_a_row,
             "loads": loads,
+            "microbatch_loads": model.microbatch_loads_of(aux),
             "dropped": model.dropped_of(aux),
         }
         if (blocks := model.not_finite_of(aux)) is not None:

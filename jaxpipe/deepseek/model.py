@@ -67,6 +67,7 @@ class DeepSeekModel:
     Attributes:
       config: sizes.
       arrangement: which stage has which layer.
+      microbatches: of a step.
       axis: the mesh axis of the experts, or None: all are on one device.
       shared_ends: whether all pipeline ranks run embedding and head together.
       dtype: of activations and matrix products; parameters, norms and router are float32 whatever it is.
@@ -77,6 +78,7 @@ class DeepSeekModel:
 
     config: ModelConfig
     arrangement: Arrangement
+    microbatches: int
     axis: str | None
     shared_ends: bool
     dtype: Any
@@ -133,7 +135,9 @@ class DeepSeekModel:
 
     def on_one_device(self) -> DeepSeekModel:
         """Of a program without a pipeline: parameters in the same places, shapes alone, and no mesh axis."""
-        return _of_shapes(self.config, self.arrangement, None, False, self.dtype, self.seed, self.core)
+        return _of_shapes(
+            self.config, self.arrangement, self.microbatches, None, False, self.dtype, self.seed, self.core
+        )
 
     def init(self, seed: jax.Array | int) -> jaxpipe.Params:
         """Initial parameters; traceable, so that jit with ``out_shardings`` makes each part where it belongs."""
@@ -229,8 +233,12 @@ class DeepSeekModel:
 
     def loads_of(self, aux: Any) -> jax.Array:
         """``int32[layers with experts, experts]``: tokens of the step that chose each expert."""
+        return self.microbatch_loads_of(aux).sum(0, dtype=jnp.int32)
+
+    def microbatch_loads_of(self, aux: Any) -> jax.Array:
+        """``int32[microbatches, layers with experts, experts]``: the same of each microbatch."""
         stages, slots = zip(*self.arrangement.stages_and_slots(ROUTED), strict=True)
-        return aux["loads"][jnp.asarray(stages), jnp.asarray(slots)]
+        return aux["loads"][:, jnp.asarray(stages), jnp.asarray(slots)]
 
     def dropped_of(self, aux: Any) -> jax.Array:
         """Choices of experts that the step dropped, beyond the capacity."""
@@ -298,8 +306,8 @@ class DeepSeekModel:
                 routed[slot] = stats
         none = jnp.zeros(config.experts, jnp.int32)
         mine = [routed[slot].loads if slot in routed else none for slot in range(shape.slots)]
-        loads = jnp.zeros((shape.stages, shape.slots, config.experts), jnp.int32)
-        loads = loads.at[ctx.stage].set(jnp.stack(mine))
+        loads = jnp.zeros((self.microbatches, shape.stages, shape.slots, config.experts), jnp.int32)
+        loads = loads.at[ctx.microbatch % self.microbatches, ctx.stage].set(jnp.stack(mine))
         if routed:
             every = routed.values()
             losses, dropped = (sum(getattr(stats, name) for stats in every) for name in ("balance_loss", "dropped"))
@@ -407,7 +415,7 @@ def build_model(
             f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
         )
     arrangement = _arrange(config, schedule, costs, shared)
-    model = _of_shapes(config, arrangement, axis, shared, jnp.dtype(dtype), seed, core)
+    model = _of_shapes(config, arrangement, schedule.num_microbatches, axis, shared, jnp.dtype(dtype), seed, core)
     return model if abstract else dataclasses.replace(model, params=jax.jit(lambda: model.init(seed))())
 
 
@@ -444,7 +452,14 @@ def sharing_pays(
 
 
 def _of_shapes(
-    config: ModelConfig, arrangement: Arrangement, axis: str | None, shared: bool, dtype: Any, seed: int, core: Core
+    config: ModelConfig,
+    arrangement: Arrangement,
+    microbatches: int,
+    axis: str | None,
+    shared: bool,
+    dtype: Any,
+    seed: int,
+    core: Core,
 ) -> DeepSeekModel:
     """The model without arrays."""
     blocks = {
@@ -452,7 +467,7 @@ def _of_shapes(
         for kind in dict.fromkeys(config.layer_kinds)
     }
     outer = nnx_function(nnx.eval_shape(lambda: EmbeddingAndHead(config, nnx.Rngs(0), "pp" if shared else None)))
-    model = DeepSeekModel(config, arrangement, axis, shared, dtype, seed, core, None, blocks, outer)
+    model = DeepSeekModel(config, arrangement, microbatches, axis, shared, dtype, seed, core, None, blocks, outer)
     return dataclasses.replace(model, params=jax.eval_shape(lambda: model.init(seed)))
 
 

@@ -110,21 +110,29 @@ class Watch:
     """A rebalancer that notes what it is asked."""
 
     def __init__(self):
-        self.config = type("Config", (), {"interval": 4})
-        self.calls = []
+        self.placement, self.calls = None, []
 
-    def observe(self, loads):
-        self.calls.append(loads.shape)
+    def observe(self, loads, step, seconds):
+        assert (seconds is None) == (step in (1, 4, 5, 7))
+        assert loads.shape == (2, 4)
+        self.calls.append(-step)
 
     def maybe_rebalance(self, state, step):
         self.calls.append(step)
         return state
 
+    def metrics(self):
+        return {"plan_of_step": self.calls[-1] - 1.0} if self.calls[-1] == 5 else {}
+
+    def described(self):
+        return None
+
     def state_dict(self):
         return {"seen": np.int32(len(self.calls))}
 
 
-def test_experts_are_rebalanced_after_all_loads_are_seen_and_before_saving(fake, tmp_path):
+def test_experts_are_rebalanced_while_steps_run_and_before_saving(fake, tmp_path):
+    """Loads of a step are seen when the next one has begun, and before it where the state is saved or evaluated."""
     watch = Watch()
     checkpoints = Checkpoints(tmp_path, fake.layout)
     evaluated = []
@@ -134,12 +142,16 @@ def test_experts_are_rebalanced_after_all_loads_are_seen_and_before_saving(fake,
         return 1.0
 
     program = fake.program(evaluate=evaluate)
-    with Observer(None, 8, 0, THROUGHPUT) as observer:
+    with Observer(tmp_path / "out", 8, 0, THROUGHPUT) as observer:
         train(LoopConfig(8, 4, 3), program, fake.init(), observer, checkpoints=checkpoints, rebalancer=watch)
-    assert watch.calls == [*[(2, 4)] * 4, 4, *[(2, 4)] * 4, 8]
+    assert watch.calls == [1, -1, 2, -2, -3, 3, -4, 4, 5, -5, -6, 6, 7, -7, -8, 8]
     assert evaluated == [3, 6]
+    lines = {line["step"]: line for line in read_metrics(tmp_path / "out" / METRICS) if "loss" in line}
+    assert [step for step, line in lines.items() if "plan_of_step" in line] == [6], "the first step with the plan"
+    # After a pause for saving or evaluation, a step's time is not known.
+    assert [step for step, line in lines.items() if "step_seconds" not in line] == [1, 4, 5, 7]
     restored = checkpoints.restore()
-    assert restored.step == 8 and restored.facts["balance"]["seen"] == 10
+    assert restored.step == 8 and restored.facts["balance"]["seen"] == 16
     checkpoints.close()
 
 

@@ -148,25 +148,46 @@ def test_rebalancing_moves_copies_and_nothing_else():
     losses = []
     for rebalance in (False, True):
         state = jax.tree.map(jnp.copy, start)  # a step takes the memory of its state
-        rebalancer = trainer.Rebalancer(model, 2, interval=2)
-        rebalancer.config = _eager(rebalancer.config)
+        rebalancer = trainer.Rebalancer(model, 2, interval=2, min_gain=0.0, lag=0)
         mine, changed = [], 0
         for index in range(4):
             state, metrics = step(state, make_batch(index, ROWS), KEY)
             mine.append(float(metrics["loss"]))
-            rebalancer.observe(metrics["loads"])
+            np.testing.assert_array_equal(metrics["microbatch_loads"].sum(0), metrics["loads"])
+            choices = metrics["microbatch_loads"].sum(2)  # every microbatch has as many tokens
+            assert len(choices) == 2 and (choices == choices[0, 0]).all()
+            rebalancer.observe(metrics["loads"], index + 1)
             if rebalance:
                 old = state
                 state = rebalancer.maybe_rebalance(state, index + 1)
                 if rebalancer.last is None:
                     assert state is old and (index + 1) % 2
                 else:
-                    changed += rebalancer.last.changed
-                    assert rebalancer.last.after >= rebalancer.last.before
+                    changed += rebalancer.last.decision.changed
+                    assert rebalancer.last.decision.after >= rebalancer.last.decision.before
         losses.append(mine)
         assert step._cache_size() == 1
         assert bool(changed) == rebalance
     np.testing.assert_allclose(losses[1], losses[0], rtol=1e-5)
+
+    # A plan that is begun and not yet used when the state is saved is used at its step by the run that goes on.
+    ends = []
+    for saves in (False, True):
+        state, rebalancer = jax.tree.map(jnp.copy, start), trainer.Rebalancer(model, 2, interval=2, min_gain=0.0, lag=2)
+        for index in range(4):
+            if saves and index == 3:
+                saved = rebalancer.state_dict()
+                assert saved["planned_step"] == 2
+                rebalancer = trainer.Rebalancer(model, 2, interval=2, min_gain=0.0, lag=2)
+                rebalancer.load_state_dict(saved)
+            state, metrics = step(state, make_batch(index, ROWS), KEY)
+            rebalancer.observe(metrics["loads"], index + 1)
+            state = rebalancer.maybe_rebalance(state, index + 1)
+            assert bool(rebalancer.metrics()) == (index == 3)
+        assert rebalancer.metrics()["plan_of_step"] == 2 and rebalancer.described() is not None
+        ends.append(jax.device_get(model.placements(state.params)))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    assert not np.array_equal(ends[0].phy2log, model.placements(start.params).phy2log)
 
     again = trainer.Rebalancer(model, 2, interval=2)
     again.load_state_dict(rebalancer.state_dict())
@@ -210,11 +231,6 @@ def test_learning_rate_and_bad_configurations():
 
 def _is_params(node):
     return isinstance(node, jaxpipe.Params)
-
-
-def _eager(config):
-    """Rebalances however little it gains."""
-    return type(config)(config.num_replicas, config.num_groups, config.num_nodes, config.num_gpus, config.interval, 0.0)
 
 
 def test_moments_in_bfloat16_change_with_every_step():

@@ -16,7 +16,7 @@ from eplb_jax import MoE, MoEConfig, RebalanceConfig, RouterConfig, balancedness
 from jaxpipe.live_experts import LiveExperts
 from jaxpipe.nnx_model import from_nnx
 
-WIDTH, VOCABULARY, EXPERTS, BLOCKS, STEPS = 8, 16, 8, 3, 4
+WIDTH, VOCABULARY, EXPERTS, BLOCKS, STEPS = 8, 16, 8, 3, 6
 DOUBLE = {"param_dtype": jnp.float64}
 MOE = MoEConfig(width=WIDTH, hidden=4, router=RouterConfig(EXPERTS, 2, 1, 1))
 
@@ -97,6 +97,8 @@ def test_rebalancing_changes_arrays_alone(x64):
     first, last = live.placement(params), turns[-1]["live"].placement(turns[-1]["params"])
     last.check(2)
     assert not np.array_equal(first.phy2log, last.phy2log)
+    used = turns[3]["live"].placement(turns[3]["params"])  # planned for after two steps, and used by the last two
+    assert not np.array_equal(first.phy2log, used.phy2log)
     assert (
         balancedness(last, np.asarray(aux["loads"]), 2).mean() > balancedness(first, np.asarray(aux["loads"]), 2).mean()
     )
@@ -175,8 +177,8 @@ def test_a_dense_block_before_the_experts():
     schedule, options = jaxpipe.schedule.build("1f1b", 2, 2), {"data_axes": ("ep",)}
     pipe = from_nnx(model, schedule, mesh, blocks="layers", loss=lambda model, x: model(x).mean(), **options)
     assert pipe.params.stages["moe"]["w_in"].sharding.spec == P("pp", None, "ep")
-    live, loads = LiveExperts(pipe, rebalance), np.ones((3, EXPERTS), np.int32)
-    loads[np.arange(3), [4, 5, 6]] = 1000  # which have one copy at the start
+    live, loads = LiveExperts(pipe, rebalance, lag=0), np.ones((3, EXPERTS), np.int32)
+    loads[np.arange(3), [2, 3, 6]] = 1000  # which have one copy at the start
     params = live(pipe.params, jnp.asarray(loads))
     found = pipe.merge(params)
     for layer, load, replicas in zip(found.layers[2:], loads, live.placement(params).logcnt, strict=True):

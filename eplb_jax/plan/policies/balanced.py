@@ -12,7 +12,7 @@ from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
 from eplb_jax.plan.improve import improve
 from eplb_jax.plan.nodes import heaviest_of, join_nodes, pack_nodes, place_idle, place_slots
-from eplb_jax.plan.packing import call, replicate
+from eplb_jax.plan.packing import call_in_halves, replicate
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.search import pack_slots
 
@@ -50,7 +50,8 @@ def balanced(
     weight = check_loads(weight)
     cluster = make_cluster(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
     check_share("tolerance", tolerance)
-    phy2log = call(_plan, weight, cluster=cluster, tolerance=tolerance)
+    plan = functools.partial(_plan, cluster=cluster, tolerance=tolerance)
+    phy2log = call_in_halves(plan, weight)
     return place_slots(phy2log, weight.shape[1])
 
 

@@ -13,7 +13,7 @@ from eplb_jax.plan.arguments import check_loads
 from eplb_jax.plan.cluster import Cluster, check_share, make_cluster
 from eplb_jax.plan.improve import improve
 from eplb_jax.plan.nodes import join_nodes, pack_nodes, place_idle, place_slots
-from eplb_jax.plan.packing import call, descending_ranks, inverse, ordered_bits, replicate, take
+from eplb_jax.plan.packing import call_in_halves, descending_ranks, inverse, ordered_bits, replicate, take
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.search import slot_loads
 
@@ -54,7 +54,8 @@ def no_duplicate(
             f"num_replicas={num_replicas} would put an expert on a GPU twice: {gpus} GPUs of a node hold its {experts} "
             f"experts at most {gpus} times each, so take at most {experts * gpus * cluster.num_nodes} replicas"
         )
-    phy2log = call(_plan, weight, cluster=cluster, tolerance=tolerance)
+    plan = functools.partial(_plan, cluster=cluster, tolerance=tolerance)
+    phy2log = call_in_halves(plan, weight)
     return place_slots(phy2log, num_experts)
 
 

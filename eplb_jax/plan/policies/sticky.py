@@ -9,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
-from eplb_jax.plan.arguments import check_loads, on_host, to_float32
+from eplb_jax.plan.arguments import check_loads, to_float32
 from eplb_jax.plan.cluster import Cluster, make_cluster
 from eplb_jax.plan.exchanges import count_steps, exchange
+from eplb_jax.plan.halves import plan_in_halves
 from eplb_jax.plan.metrics import gpu_loads
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
@@ -128,10 +129,10 @@ def _stay(
     nodes = number[rows, old].reshape(held.shape)
     loads, fresh = (np.take_along_axis(x, ids.reshape(layers, -1), 1).reshape(ids.shape) for x in (weight, counts))
     limit = np.repeat(target, num_nodes)
-    with on_host():
-        # A little below the target, because these loads are float32.
-        goal = (limit * (1 - 1e-6)).astype(np.float32)
-        swapped, exchanged, many = map(np.asarray, _search(loads, nodes, goal, layers, gpus))
+    # A little below the target, because these loads are float32.
+    goal = (limit * (1 - 1e-6)).astype(np.float32)
+    search = functools.partial(_search, num_nodes=num_nodes, num_gpus=gpus)
+    swapped, exchanged, many = plan_in_halves(search, layers, loads, nodes, goal)
 
     def within(slots: np.ndarray) -> np.ndarray:
         return heaviest_gpu(loads, slots, gpus).reshape(layers, -1).max(1) <= target
@@ -158,19 +159,19 @@ def _stay(
     return named.reshape(layers, -1).astype(np.int32), ended
 
 
-@functools.partial(jax.jit, static_argnames=("layers", "num_gpus"))
+@functools.partial(jax.jit, static_argnames=("num_nodes", "num_gpus"))
 def _search(
-    weight: jax.Array, slots: jax.Array, goal: jax.Array, layers: int, num_gpus: int
+    weight: jax.Array, slots: jax.Array, goal: jax.Array, *, num_nodes: int, num_gpus: int
 ) -> tuple[jax.Array, jax.Array, jax.Array]:
     """Slots by few swaps; where these are many or not enough, also by swaps and other counts; where they are many.
 
     Swaps are many where they are more than half of the GPUs: where little changed, few GPUs are too heavy.
     """
     swapped = swap_pairs(slot_loads(weight, slots), slots, goal, num_gpus=num_gpus, careful=True)
-    nodes = len(weight) // layers
-    many = (swapped != slots).reshape(layers, -1).sum(1) > nodes * num_gpus
+    layers = len(weight) // num_nodes
+    many = (swapped != slots).reshape(layers, -1).sum(1) > num_nodes * num_gpus
     far = many | (largest_loads(weight, swapped, num_gpus) > goal).reshape(layers, -1).any(1)
-    goal = jnp.where(jnp.repeat(far, nodes), goal, jnp.inf)
+    goal = jnp.where(jnp.repeat(far, num_nodes), goal, jnp.inf)
     steps = count_steps(slots.shape[1], num_gpus)
     return swapped, exchange(weight, slots, goal, layers=layers, num_gpus=num_gpus, steps=steps), many
 

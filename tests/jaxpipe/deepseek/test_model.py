@@ -154,7 +154,7 @@ def test_stages_without_layers_hand_on_what_they_get():
     row = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape[1:], leaf.dtype), model.params.stages)
     x = jnp.arange(6.0).reshape(1, 2, 3)
     y, loss, metrics = model.stage_of(6)(row, x, jaxpipe.Context.make(6, 0, None, None, num_stages=8))
-    assert y is x and not loss and not metrics["loads"].any() and metrics["loads"].shape == (8, 1, 4)
+    assert y is x and not loss and not metrics["loads"].any() and metrics["loads"].shape == (8, 8, 1, 4)
 
 
 def test_places():
