@@ -24,8 +24,8 @@ TILES = {
 
 Both products read shared memory about as fast as it can be read: a step of 128 of an output tile of 128 by 128 moves
 80 KiB, and the scales of columns another 32. An output tile of 256 rows moves less, but leaves no registers for a
-second sum on its way, without which a product of rows has half its speed. Blocks that share the copies of their rows wait for
-each other, and gain nothing by it.
+second sum on its way, without which a product of rows has half its speed. Blocks that share the copies of their rows
+wait for each other, and gain nothing by it.
 """
 
 
