@@ -34,7 +34,7 @@ from chunks import Chunk, dense_chunk, gib, moe_chunk, nbytes
 from executor_overhead import embed, head
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
-from record import Recorder, machine, make_parser, medians_ms
+from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
 
 import jaxpipe
 from jaxpipe.planning.mesh import mesh_sizes
@@ -274,11 +274,18 @@ def main() -> None:
                         raise step
                     plan = step, program.result(), layers
                     row |= measure(model, plan, stages[layers], stages[args.layers][0], args.repeats, losses)
+                    ratios.append(row["step / simulated"])
                 except Exception as error:
                     row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield row
 
+    ratios: list[float] = []
     report.table(rows(), labels=2, formats={"in flight": "g"})
+    if ratios:
+        key = f"worst_step_over_simulated_{args.model}"
+        print(f"\n{key}: {max(ratios):.3f}")
+        if report.file and not args.tiny:
+            write_records(report.file, {key: (max(ratios), "")}, command=command_line(), machine=report.machine)
 
 
 if __name__ == "__main__":

@@ -81,7 +81,7 @@ def before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value,
 
 
 def widen_products(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[tuple[Value, ...], tuple[Node, ...]]:
-    """(values, nodes) with products in float32 where a value is nothing but a product of a narrower dtype.
+    """(values, nodes) with products in float32 where a value is nothing but a product of 16 bits, and its operands too.
 
     Such a value may be moved, but nothing else may read it or the product.
     """
@@ -96,7 +96,7 @@ def widen_products(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[tupl
             if node.name not in _MOVES:
                 break
             value = node.ins[0]
-        if chain and chain[-1].name == "dot_general" and _is_narrow(chain[-1].outs[0]):
+        if chain and chain[-1].name == "dot_general" and all(map(_is_16_bits, (*chain[-1].ins, *chain[-1].outs))):
             for node in reversed(chain):
                 changed[node] = _in_float32(node, alias)
     return tuple(alias.get(value, value) for value in values), tuple(changed.get(node, node) for node in nodes)
@@ -105,8 +105,8 @@ def widen_products(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[tupl
 _MOVES = VIEWS | {"broadcast_in_dim"}
 
 
-def _is_narrow(value: Value) -> bool:
-    return jnp.issubdtype(value.aval.dtype, jnp.floating) and value.aval.dtype.itemsize < 4
+def _is_16_bits(value: Value) -> bool:
+    return value.aval.dtype in (jnp.bfloat16, jnp.float16)
 
 
 def _in_float32(node: Node, alias: dict[Value, Value]) -> Node:
@@ -116,7 +116,7 @@ def _in_float32(node: Node, alias: dict[Value, Value]) -> Node:
     if node.name != "dot_general":
         return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins), outs=(wide,))
     assert node.eqn is not None
-    # Narrow operands have no other precision than the highest. To ask for it keeps XLA's GPU compiler from Triton's
+    # Operands of 16 bits have no other precision than the highest. To ask for it keeps XLA's GPU compiler from Triton's
     # kernels, which add nothing to a sum; cuBLAS's do.
     highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
     params = node.eqn.params | {"preferred_element_type": jnp.dtype(jnp.float32), "precision": highest}

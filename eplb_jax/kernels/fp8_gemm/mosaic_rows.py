@@ -15,47 +15,12 @@ from jax.typing import DTypeLike
 
 from eplb_jax.kernels.fp8_gemm import slots
 from eplb_jax.kernels.fp8_gemm.slots import PART, ScaledTile
+from eplb_jax.kernels.fp8_gemm.xla import group_of_blocks
 from eplb_jax.kernels.grouped_gemm import ring
-from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up
+from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, round_up, valid_rows
 from eplb_jax.kernels.grouped_gemm.ring import CONSUMERS
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled import BLOCK
-
-
-class RowTiles(NamedTuple):
-    """Rows of output tiles, those of each group one after the other; int32.
-
-    Attributes:
-      group: of each.
-      first: its first row.
-      valid: how many of its rows belong to the group.
-      used: how many there are, in an array of one; those behind are of no group.
-    """
-
-    group: jax.Array
-    first: jax.Array
-    valid: jax.Array
-    used: jax.Array
-
-
-def row_tiles(group_sizes: jax.Array, rows: int, height: int) -> RowTiles:
-    """How groups of rows, which start at multiples of 128, divide into tiles of 128 or 256 rows.
-
-    >>> [each.tolist() for each in row_tiles(jnp.array([300, 0, 5]), 512, 256)]
-    [[0, 0, 2], [0, 256, 384], [256, 44, 5], [3]]
-    """
-    groups, blocks, high = group_sizes.shape[0], rows // FP8_ALIGN, height // FP8_ALIGN
-    # Of each group all tiles but the last have `height` rows.
-    most = (blocks + (high - 1) * min(groups, blocks)) // high
-    sizes = group_sizes.astype(jnp.int32)
-    ends = jnp.cumsum((sizes + (height - 1)) // height, dtype=jnp.int32)
-    index = jnp.arange(most, dtype=jnp.int32)
-    group = jnp.minimum((index[:, None] >= ends).sum(1, dtype=jnp.int32), groups - 1)
-    begin = jnp.where(group > 0, ends[group - 1], 0)
-    offset = (index - begin) * height
-    valid = jnp.clip(sizes[group] - offset, 0, height)
-    first = jnp.where(valid > 0, group_starts(sizes, FP8_ALIGN)[group] + offset, 0)
-    return RowTiles(group, first, valid, ends[-1:])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -125,7 +90,7 @@ def scaled_rows_times_matrices(
     Args:
       lhs, lhs_scales, rhs, rhs_scales, group_sizes: as there.
       dtype: of the result.
-      tile: an output tile has 128 columns.
+      tile: an output tile has 128 rows and columns.
       cores: multiprocessors.
     """
     rows, depth = lhs.shape
@@ -136,7 +101,7 @@ def scaled_rows_times_matrices(
     per_split = pl.cdiv(all_slots, tile.splits)
     tile = dataclasses.replace(tile, splits=pl.cdiv(all_slots, per_split))  # none of them is empty
 
-    def body(group_of, first_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
+    def body(group_of, valid_of, used, lhs_ref, lhs_scales_ref, rhs_ref, rhs_scales_ref, out_ref):
         def scoped(**refs):
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
             row_tiles = used[0]
@@ -149,7 +114,7 @@ def scaled_rows_times_matrices(
                 column = column_tile * tile.cluster + pair
                 group, first_slot = group_of[row_tile], split * per_split
                 scales = _matrix_scales(rhs_scales_ref, group, column, first_slot, tile)
-                where = valid_of[row_tile], first_of[row_tile], column * BLOCK
+                where = valid_of[row_tile], row_tile * BLOCK, column * BLOCK
                 slots_of = split, first_slot, jnp.minimum(per_split, all_slots - first_slot)
                 return _ScaledRowsOutput(group, *where, *slots_of, tuple(scales))
 
@@ -164,9 +129,12 @@ def scaled_rows_times_matrices(
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
         kept = jnp.float32 if tile.splits > 1 else dtype
-        pl.run_scoped(scoped, **slots.scratch(tile, [tile.m], kept), collective_axes="warpgroup")
+        pl.run_scoped(scoped, **slots.scratch(tile, [BLOCK], kept), collective_axes="warpgroup")
 
-    tables = row_tiles(group_sizes, round_up(rows, FP8_ALIGN), tile.m)
+    blocks = round_up(rows, FP8_ALIGN) // BLOCK
+    group_of = jnp.minimum(group_of_blocks(group_sizes, blocks), group_sizes.shape[0] - 1)
+    valid = valid_rows(group_sizes, blocks * BLOCK)  # blocks without any come last
+    tables = group_of, valid, (valid > 0).sum(dtype=jnp.int32)[None]
     stored = rows if tile.pieces else round_up(rows, PART)
     kept = jnp.float32 if tile.splits > 1 else dtype
     out: Any = jax.ShapeDtypeStruct((tile.splits, stored, columns), kept)

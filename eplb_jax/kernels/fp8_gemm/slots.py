@@ -28,7 +28,7 @@ PART = BLOCK // CONSUMERS
 
 @dataclasses.dataclass(frozen=True)
 class ScaledTile(Tile):
-    """A `Tile` of 128 or 256 rows and 128 columns: each warpgroup has 64 rows of each 128.
+    """A `Tile` of 128 rows, or 256 of a weight gradient, and 128 columns: each warpgroup has 64 rows of each 128.
 
     Attributes:
       pieces: how many of its pieces of a result, 128 bytes wide, a warpgroup can have on their way out; 0: results go

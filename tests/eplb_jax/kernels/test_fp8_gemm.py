@@ -13,7 +13,6 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic
 from eplb_jax.kernels.fp8_gemm.interface import scaled_dot, scaled_dot_outer, scaled_matmul, scaled_outer
-from eplb_jax.kernels.fp8_gemm.mosaic_rows import row_tiles
 from eplb_jax.kernels.fp8_gemm.slots import ScaledTile
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN, group_starts, round_up, used_rows, valid_rows
 from eplb_jax.kernels.scaled import E4M3, ScaledMatrices, ScaledRows, quantise_columns, quantise_matrices, quantise_rows
@@ -282,12 +281,15 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
 
 
 @needs_casts
-@pytest.mark.parametrize("rows, dtype", [(200, "float32"), (200, "bfloat16"), (24, "bfloat16")])
-def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, dtype):
-    """The last block has fewer than 128 rows."""
-    monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
+@pytest.mark.parametrize("rows, k, cores, dtype", [
+    (200, K, 4, "float32"), (200, K, 4, "bfloat16"), (24, K, 4, "bfloat16"), (24, 1024, 6, "bfloat16"),
+])  # fmt: skip
+def test_a_dense_kernel_in_the_interpreter(monkeypatch, rows, k, cores, dtype):
+    """The last block has fewer than 128 rows; the last case divides the contraction."""
+    monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", cores, True))
+    assert (mosaic.for_rows(rows, k, 1, N, cores).splits > 1) == (k > K)
     rng = np.random.default_rng(0)
-    x, w = rng.standard_normal((rows, K)).astype(np.float32), rng.standard_normal((1, N, K)).astype(np.float32)
+    x, w = rng.standard_normal((rows, k)).astype(np.float32), rng.standard_normal((1, N, k)).astype(np.float32)
     lhs, rhs = quantise_rows(jnp.asarray(x)), quantise_matrices(jnp.asarray(w))
     with interpreted():
         got = mosaic.matmul(*lhs, *rhs, jnp.array([rows]), dtype=dtype)
@@ -305,17 +307,6 @@ def test_few_rows_share_the_contraction_between_multiprocessors(rows, k, n, grou
     assert (tile.splits > 1) == divided
     assert tiles * tile.splits <= HOPPER_SMS or not divided
     assert tile.splits <= max(k // tile.k, 1)
-
-
-@pytest.mark.parametrize("height", [128, 256])
-@pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
-def test_row_tiles_hold_each_row_once(sizes, height):
-    tiles = row_tiles(jnp.asarray(sizes, jnp.int32), ROWS, height)
-    found = []
-    for group, first, valid in zip(*map(np.asarray, tiles[:3]), strict=True):
-        found += [(int(group), int(first) + i) for i in range(valid)]
-    assert found == [(g, row) for g, span in enumerate(spans(sizes)) for row in range(span.start, span.stop)]
-    assert tiles.used.tolist() == [sum(np.asarray(tiles.valid) > 0)] == [sum(-(-size // height) for size in sizes)]
 
 
 @pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])

@@ -40,12 +40,12 @@ def captured(tmp_path_factory):
     return capture_steps(tmp_path_factory.mktemp("profile"), RANKS, 2)
 
 
-def capture_steps(folder, num_ranks, dp, **options):
-    mesh, schedule = jaxpipe.make_mesh(pp=num_ranks, dp=dp), build("dualpipev", num_ranks, MICROBATCHES)
+def capture_steps(folder, num_ranks, dp, name="dualpipev", **options):
+    mesh, schedule = jaxpipe.make_mesh(pp=num_ranks, dp=dp), build(name, num_ranks, MICROBATCHES)
     keys = jax.random.split(jax.random.key(0), 2)
     stages = {
-        "up": jax.random.normal(keys[0], (2 * num_ranks, 2, WIDTH, 2 * WIDTH)) * 0.1,
-        "down": jax.random.normal(keys[1], (2 * num_ranks, 2, 2 * WIDTH, WIDTH)) * 0.1,
+        "up": jax.random.normal(keys[0], (schedule.num_stages, 2, WIDTH, 2 * WIDTH)) * 0.1,
+        "down": jax.random.normal(keys[1], (schedule.num_stages, 2, 2 * WIDTH, WIDTH)) * 0.1,
     }
     pipeline = jaxpipe.value_and_grad(stage, schedule, mesh, head=head, data_axes=("dp",), **options)
     step, params = jax.jit(pipeline), jaxpipe.Params(stages)
@@ -88,6 +88,10 @@ def test_one_rank_runs_unrolled_code(tmp_path):
     repeat = find_repeat(program)
     assert repeat.times > 1 and repeat.period * repeat.times < program.num_steps
     check_microbatches(trace, program, schedule, ranks)
+
+
+def test_two_mirrored_ranks_run_unrolled_code(tmp_path):
+    check_microbatches(*capture_steps(tmp_path, 2, 1, "dualpipe", dispatch="unrolled"))
 
 
 def test_stretches_have_operations_of_their_own(tmp_path):
