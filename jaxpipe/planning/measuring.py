@@ -173,6 +173,7 @@ class Stopwatch:
                     ctx._replace(step_inputs=None),
                     has_aux=True,
                     trainable=(self._trainable.stages, jax.tree.map(lambda _: False, step_inputs)),
+                    max_growth=self.pipeline.options.max_growth,
                 )
                 for kind in range(len(self._model.stages))
             ]
@@ -225,11 +226,11 @@ class Stopwatch:
         for kind, mine in enumerate(prepared):
             both = (mine, kept[kind], x)
             start("I", kind, bodies[kind]["I"], both)
-            start("B", kind, bodies[kind]["B"], (both, sums))
+            start("B", kind, bodies[kind]["B"], (both, sums[kind]))
             if self.pipeline.dispatch != "sequential":  # which runs the halves of a pair one after the other
-                start("F&B", kind, bodies[kind]["F&B"], (both, sums, x))
+                start("F&B", kind, bodies[kind]["F&B"], (both, sums[kind], x))
         for kind, mine in enumerate(prepared):
-            start("W", kind, bodies[kind]["W"], (mine, kept[kind].weight, run("I", kind)[1], sums))
+            start("W", kind, bodies[kind]["W"], (mine, kept[kind].weight, run("I", kind)[1], sums[kind]))
         return found
 
     def _begin(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any) -> Any:
@@ -239,7 +240,7 @@ class Stopwatch:
         splits = [self._split(kind, chunk, x, ctx) for kind in range(len(self._model.stages))]
         prepared = tuple(split.prepare((chunk, step_inputs)) for split in splits)
         zeros = functools.partial(accumulator, dtype=self.pipeline.options.grad_dtype)
-        sums = jax.tree.map(zeros, partition(chunk, self._trainable.stages)[0])
+        sums = tuple(jax.tree.map(zeros, split.summands) for split in splits)
         return prepared, outer, x, sums
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
@@ -255,8 +256,8 @@ class Stopwatch:
 
         def backward(both: Any, sums: Any) -> Any:
             prepared, kept, dy = both
-            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True)
-            return dx, self._sum(sums, grads)
+            more, dx = split.backward(prepared, kept, cotangent(dy), summands=True)
+            return dx, add(sums, more)
 
         def run_input(*args: Any) -> Any:
             prepared, kept, dy = args[-1]
@@ -264,7 +265,7 @@ class Stopwatch:
 
         def run_weight(*args: Any) -> Any:
             prepared, kept, crossing, sums = args[-1]
-            return self._sum(sums, split.backward_weight(prepared, kept, crossing, narrow=True))
+            return add(sums, split.backward_weight(prepared, kept, crossing, summands=True))
 
         def run_pair(*args: Any) -> Any:
             both, sums, x = args[-1]
@@ -277,10 +278,6 @@ class Stopwatch:
             "B": lambda *args: backward(*args[-1]),
             "F&B": run_pair,
         }
-
-    def _sum(self, sums: Any, grads: Any) -> Any:
-        of_params, _ = grads
-        return add(sums, partition(of_params)[0])
 
     def _embed(self, params: Params, batch: Any, rng: Any, step_inputs: Any, outer: Any) -> Any:
         return self._model.run_embed(outer, self._start(params, batch, rng, step_inputs)[2])

@@ -8,6 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+SUMS = "sums"
+"""The scope in which sums of gradients begin, by which plans know them."""
+
 
 class Buffers(NamedTuple):
     """Everything the scan over steps carries on one rank.
@@ -17,8 +20,8 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
-      grads: gradient accumulators of each local chunk, as the chunk's parameters, None for those without a gradient.
-      outer_grads: gradient accumulators of the outer parameters, likewise.
+      grads: for each local chunk, the sums of what its stage's gradients are made of, a tuple.
+      outer_grads: gradient accumulators of the outer parameters, None for those without a gradient.
       loss: scalar, sum of the losses this rank has seen, times their weights.
       aux_loss: scalar, that of the auxiliary losses.
       stage_metrics, head_metrics: sums.

@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import Buffers, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.buffers import SUMS, Buffers, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import cast, gather_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -41,6 +41,7 @@ from jaxpipe.runtime.unrolled import run_unrolled
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 from jaxpipe.stage.split import Divisible
+from jaxpipe.stage.wide import widest
 
 
 class _Local(NamedTuple):
@@ -85,7 +86,7 @@ def train(
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
-    split, pools = splits[0], Pools.of(splits, crosses=crosses)
+    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses)
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -117,7 +118,7 @@ def train(
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
     buffers = run_steps(program, step.operation, options.axes.pipeline, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        return _reduce(program, options, reductions, params, buffers, shares)
+        return _reduce(program, options, reductions, params, buffers, step)
 
 
 def _start(
@@ -159,6 +160,7 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
             local.ctx._replace(step_inputs=None),
             has_aux=True,
             trainable=(trainable, jax.tree.map(lambda _: False, step_inputs)),
+            max_growth=options.max_growth,
         )
         for kind in range(len(local.model.stages))
     ]
@@ -207,13 +209,16 @@ def _train_buffers(
     crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
+    with jax.named_scope(SUMS):
+        grads = tuple(jax.tree.map(grad, pool.avals) for pool in pools.sums)
+        outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, crossing),
-        grads=tuple(jax.tree.map(grad, partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
-        outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
+        grads=grads,
+        outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
@@ -222,18 +227,42 @@ def _train_buffers(
 
 
 def _reduce(
-    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, shares: Shares
+    program: Program, options: Options, reductions: Params, params: Params, buffers: Buffers, step: TrainStep
 ) -> Any:
     """What `train` returns, of what every rank has accumulated."""
-    axes = options.axes
+    axes, shares = options.axes, step.shares
     losses, aux = _sum_losses(axes, buffers, shares)
-    stages, outer = buffers.grads, buffers.outer_grads
+    sums, outer = buffers.grads, buffers.outer_grads
     if shares.scale is not None:
         scale = shares.scale
-        stages, outer = jax.tree.map(functools.partial(_scaled, scale), (stages, outer))
+        sums, outer = jax.tree.map(functools.partial(_scaled, scale), (sums, outer))
+    stages = tuple(_grads_of_chunk(program, axes.pipeline, step, chunk, each) for chunk, each in enumerate(sums))
     grads = Params(gather_grads(stages, program.schedule, options.order, axes.pipeline), outer)
     grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
     return (_total(losses), aux), grads
+
+
+def _grads_of_chunk(program: Program, axis: str, step: TrainStep, chunk: int, sums: tuple[jax.Array, ...]) -> Any:
+    """A chunk's gradients, of what this rank has summed for its stage's kind."""
+    kind_of = step.model.kind_of or (0,) * program.schedule.num_stages
+    kinds = [kind_of[stages[chunk]] if chunk < len(stages) else -1 for stages in program.schedule.rank_stages]
+    here = jnp.asarray(np.asarray(kinds, np.int32))[lax.axis_index(axis)]
+    found: dict[int, Any] = {}
+    for part, (of_chunk, kind) in enumerate(step.parts):
+        if of_chunk == chunk:
+            mine = step.pools.sums[chunk].of_kind(sums, kind)
+            of_params, _ = step.splits[kind].gradients(step.prepared[part], mine)  # and None of step_inputs
+            found[kind] = partition(of_params)[0]
+
+    def choose(*leaves: jax.Array) -> jax.Array:
+        chosen, *others = leaves
+        for kind, other in zip(list(found)[1:], others, strict=True):
+            if other is not chosen:  # which all kinds have summed alike
+                dtype = widest([chosen.dtype, other.dtype])
+                chosen = jnp.where(here == kind, other.astype(dtype), chosen.astype(dtype))
+        return chosen
+
+    return jax.tree.map(choose, *found.values())
 
 
 def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:

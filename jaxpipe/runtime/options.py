@@ -9,6 +9,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe.params import Params
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.stage.exchanged import MAX_GROWTH
 
 DISPATCHERS = ("unrolled", "switch", "loops", "stretches", "sequential")
 """How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
@@ -59,6 +60,7 @@ class Options:
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
       min_shard_size: elements of the smallest parameter that either is done to.
+      max_growth: how many times the bytes of parameters what collectives make of them may take all step long.
     """
 
     axes: Axes
@@ -76,3 +78,4 @@ class Options:
     zero1_axes: tuple[str, ...] = ()
     min_shard_size: int = 0
     stash: int | None = None
+    max_growth: float = MAX_GROWTH

@@ -15,7 +15,7 @@ import numpy as np
 
 from jaxpipe.stage.divide import Sources, divide
 from jaxpipe.stage.graph import Node, Value
-from jaxpipe.stage.quantised import Quantising, constant_nodes, quantising_nodes
+from jaxpipe.stage.quantised import Together, constant_nodes, quantising_nodes
 from jaxpipe.stage.rewrite import substitute
 
 
@@ -32,7 +32,7 @@ def read_quantised(
       results: of the nodes.
     """
 
-    def find() -> tuple[list[Node], Quantising]:
+    def find() -> tuple[list[Node], Together]:
         """(what is made of nothing, what quantises parameters)."""
         free = constant_nodes(nodes)
         ends = {alias.get(value, value) for value in results}
