@@ -73,6 +73,7 @@ def hoist(
     constants: Collection[Value] = (),
     *,
     max_growth: float = MAX_GROWTH,
+    exchanged: bool = False,
 ) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
     """(nodes worth computing once for given params, the rest, where all values so known derive from).
 
@@ -87,16 +88,16 @@ def hoist(
       results: what is read of the nodes besides.
       constants: values that are made of nothing and given, too.
       max_growth: how many times the bytes of parameters what collectives make of them may take.
+      exchanged: whether only what collectives make counts.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
     rest: list[Node] = []
     free = constant_nodes(nodes, constants)
     constants = {*constants, *producers(free)}
-    groups = (
-        quantising_nodes(nodes, sources, constants, results),
-        exchanged_nodes(nodes, sources, constants, results, max_growth),
-    )
+    groups = [exchanged_nodes(nodes, sources, constants, results, max_growth)]
+    if not exchanged:
+        groups.append(quantising_nodes(nodes, sources, constants, results))
     for node in nodes:
         mine = [group for group in groups if node in group.nodes]
         if mine:
@@ -106,12 +107,14 @@ def hoist(
             if len(kept) < len(node.outs):
                 rest.append(node)  # for who reads it besides; else it vanishes
         elif node.scan is not None:
-            stacked, looped = _hoist_scan(node.scan, sources, constants, max_growth)
+            stacked, looped = _hoist_scan(node.scan, sources, constants, max_growth, exchanged=exchanged)
             if stacked is not None:
                 _derive(stacked, sources)
                 once.append(stacked)
             if looped is not None:
                 rest.append(looped)
+        elif exchanged:
+            rest.append(node)
         elif _worth_hoisting(node, sources):
             _derive(node, sources)
             once.append(node)
@@ -125,6 +128,13 @@ def hoist(
             rest.append(node)
     reads = {value for node in once for value in node.ins}
     return (*divide(free, reads, ()).first, *once), tuple(rest), sources
+
+
+def exchanged_of_scan(
+    scan: Scan, sources: Sources, constants: Collection[Value], max_growth: float
+) -> tuple[Node | None, Node | None]:
+    """(a scan of what collectives make of parameters alone in each turn, stacked; a scan of the rest)."""
+    return _hoist_scan(scan, sources, constants, max_growth, exchanged=True)
 
 
 def closure(
@@ -338,14 +348,16 @@ def _derive(node: Node, sources: Sources) -> None:
 
 
 def _hoist_scan(
-    scan: Scan, sources: Sources, constants: Collection[Value], max_growth: float
+    scan: Scan, sources: Sources, constants: Collection[Value], max_growth: float, *, exchanged: bool
 ) -> tuple[Node | None, Node | None]:
     """(a scan of what each iteration derives from params alone, stacked; a scan of the rest)."""
     constant = {inner for outer, inner in scan.consts if outer in sources}
     sliced = {inner for outer, inner in scan.xs if outer in sources}
     same_always = {inner for outer, inner in scan.consts if outer in constants or outer.const is not None}
     results = _body_results(scan, scan.carries, {stacked for _, stacked in scan.ys})
-    once, rest, derived = hoist(scan.nodes, constant | sliced, results, same_always, max_growth=max_growth)
+    once, rest, derived = hoist(
+        scan.nodes, constant | sliced, results, same_always, max_growth=max_growth, exchanged=exchanged
+    )
     # What is the same in every iteration stays in the loop: stacking it would make copies.
     same = tuple(node for node in once if all(out in derived and derived[out] <= constant for out in node.outs))
     rest = (*same, *rest)

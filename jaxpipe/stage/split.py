@@ -17,8 +17,8 @@ from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.late import put_off
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.prepared_again import read_exchanged, read_quantised
 from jaxpipe.stage.priced import Chooser
-from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -304,6 +304,8 @@ def _read_backward(traced: Traced, forward: _Forward, max_growth: float) -> tupl
     once = [node for node in forward.once if all(out in forward.known for out in node.outs)]
     nodes = eliminate_common_subexpressions(nodes, once, set(forward.known), alias)
     nodes, more, known = read_quantised(nodes, forward.once, forward.known, alias, graph.outputs)
+    forward = forward._replace(once=(*forward.once, *more), known=known)
+    nodes, more, known = read_exchanged(nodes, forward.once, forward.known, alias, graph.outputs, max_growth)
     forward = forward._replace(once=(*forward.once, *more), known=known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     nodes = read_known(nodes, forward.rest, forward.known, set(outputs))
