@@ -8,6 +8,7 @@ what takes more.
 from __future__ import annotations
 
 import collections
+import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
