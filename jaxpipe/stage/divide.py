@@ -364,7 +364,10 @@ def _hoist_scan(
     made = {value for node in once if node not in same for value in node.outs}.difference(producers(rest))
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
+    stacks = dict(stacked_here)
+    crossing = [
+        (value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once) if value not in stacks
+    ]
     if not stacked_here and not crossing:
         return None, scan.node()
     parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
@@ -372,7 +375,7 @@ def _hoist_scan(
     after = dataclasses.replace(
         scan,
         nodes=rest,
-        xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
+        xs=(*scan.xs, *((stacked, value) for value, stacked in (*stacks.items(), *crossing))),
         ys=tuple(pair for pair in scan.ys if pair not in stacked_here),
     )
     return before.node(), (after.node() if after.carries or after.ys else None)

@@ -91,6 +91,8 @@ def exchanged_nodes(
             continue
         if any(is_gathered(reader) for out in node.outs for reader in readers.get(out, ())):
             continue  # gathered where it is used, as `fsdp_axis` promises
+        if any(out.rows for out in node.outs):
+            continue  # of its rows, which are read in its place
         part = node.row is not None or node.name in _PARTS
         roots.update(dict.fromkeys(node.outs, frozenset[Value]().union(*(roots[value] for value in read))))
         origin = frozenset[Value]().union(*(parts[value] for value in read))

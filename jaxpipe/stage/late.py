@@ -115,6 +115,11 @@ def _same_always(nodes: Iterable[Node], known: Collection[Value]) -> set[Value]:
     for node in nodes:
         if not has_effect(node) and all(value.const is not None or value in found for value in node.ins):
             found.update(node.outs)
+        elif node.scan is not None:
+            pairs = (*node.scan.consts, *node.scan.xs)
+            given = {inner for outer, inner in pairs if outer.const is not None or outer in found}
+            inside = _same_always(node.scan.nodes, given)
+            found.update(stacked for inner, stacked in node.scan.ys if inner in inside)
     return found
 
 

@@ -12,6 +12,7 @@ import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
+import jax
 import numpy as np
 
 from jaxpipe.stage.branches import entering, restricted
@@ -51,7 +52,10 @@ def read_exchanged(
     """The same of what collectives make of parameters, in loops, too; ``max_growth`` as of `exchanged_nodes`."""
     if not exchanges(nodes):
         return list(nodes), (), known
-    constants = {value for node in constant_nodes(nodes) for value in node.outs}
+    free = constant_nodes(nodes)
+    constants = {value for node in free for value in node.outs}
+    outside: dict[Value, Value] = {}
+    _match_all(free, constant_nodes(once), outside)
     rest: list[Node] = []
     more: list[Node] = []
     for node in nodes:
@@ -63,7 +67,7 @@ def read_exchanged(
             twins: dict[Value, Value] = {}
             for other in (*once, *more):
                 if other.scan is not None:
-                    twins |= _twin_stacks(stacked, other.scan)
+                    twins |= _twin_stacks(stacked, other.scan, constant_nodes(once), outside)
             alias.update((value, twin) for value, twin in twins.items() if twin in known)
             more += divide((stacked,), set(stacked.outs) - alias.keys(), ()).first
             roots = frozenset[Value]().union(*(known.get(value, ()) for value in stacked.ins))
@@ -157,16 +161,19 @@ class _Match:
             return next((pairs for pairs in found if pairs), {})
         if node.name == "optimization_barrier" and node.eqn is None:
             return {node.outs[0]: self._twins[node.ins[0]]} if node.ins[0] in self._twins else {}
-        if node.eqn is None:
+        if node.row is not None:
+            same = next(iter(likely), None)
+        elif node.eqn is None:
             return {}
-        params = node.eqn.params
-        same = next((other for other in likely if other.eqn and other.eqn.params == params), None)
+        else:
+            params = node.eqn.params
+            same = next((other for other in likely if other.eqn and other.eqn.params == params), None)
         return {} if same is None else dict(zip(node.outs, same.outs, strict=True))
 
     def _key(self, node: Node) -> Any:
         if node.cond is not None:
             return "cond", _identity(node.cond.index, self._twins)
-        return node.name, tuple(_identity(value, self._twins) for value in node.ins)
+        return node.name, node.row, tuple(_identity(value, self._twins) for value in node.ins)
 
 
 def _twin_results(cond: Cond, other: Cond, twins: Mapping[Value, Value]) -> dict[Value, Value]:
@@ -188,16 +195,20 @@ def _twin_results(cond: Cond, other: Cond, twins: Mapping[Value, Value]) -> dict
     return found
 
 
-def _twin_stacks(node: Node, other: Scan) -> dict[Value, Value]:
-    """What a loop without carries stacks of what another one stacks alike."""
+def _twin_stacks(node: Node, other: Scan, free: Sequence[Node], outside: Mapping[Value, Value]) -> dict[Value, Value]:
+    """What a loop without carries stacks of what another one stacks alike.
+
+    One may make in its turns what the other reads of ``free`` nodes outside, whose values ``outside`` leads to.
+    """
     scan = node.scan
     assert scan is not None
     if other.carries or scan.length != other.length:
         return {}
-    consts, rows = dict(other.consts), dict(other.xs)
-    inside = {inner: consts[outer] for outer, inner in scan.consts if outer in consts}
+    rows = dict(other.xs)
+    inside = {inner: outer for outer, inner in other.consts}
+    inside |= {inner: outside.get(outer, outer) for outer, inner in scan.consts}
     inside |= {inner: rows[outer] for outer, inner in scan.xs if outer in rows}
-    _match_all(scan.nodes, other.nodes, inside)
+    _match_all(scan.nodes, (*free, *other.nodes), inside)
     stacks = dict(other.ys)
     return {stacked: stacks[inside[inner]] for inner, stacked in scan.ys if inside.get(inner) in stacks}
 
@@ -211,6 +222,8 @@ def _match_all(nodes: Sequence[Node], earlier: Sequence[Node], twins: dict[Value
 
 def _identity(value: Value, twins: Mapping[Value, Value]) -> Any:
     """What a value is: itself or its twin, and numbers what they are."""
-    if isinstance(value.const, (bool, int, float, np.generic, np.ndarray)):
-        return str(value.aval), np.asarray(value.const).tobytes()
-    return twins.get(value, value)
+    while (twin := twins.get(value, value)) is not value:
+        value = twin
+    if value.const is not None and not isinstance(value.const, jax.Array):  # what is traced is one, too
+        return value.aval.shape, value.aval.dtype, np.asarray(value.const).tobytes()
+    return value
