@@ -116,7 +116,7 @@ class SplitStage:
         graphs = self._graphs
         env = dict(zip(graphs.prepared, prepared, strict=True))
         env.update(zip(graphs.summands, sums, strict=True))
-        evaluate_wide(graphs.late, env)
+        evaluate_wide(graphs.late, env, graphs.summands)
         return _cotangents([env[value] for value in graphs.params_ct], graphs.params_like)
 
     @property
