@@ -14,7 +14,7 @@ from jaxpipe.stage.graph import Branch, Cond, Node, Scan, Value, contexts, eqn_n
 def evaluate_wide(nodes: Iterable[Node], env: dict[Value, Any], sums: Iterable[Value]) -> None:
     """Runs nodes in order, reading and extending ``env``, whose sums may be wider than their values say.
 
-    What is made of sums is as wide as these, and no narrower than the values say. Casts to narrower dtypes are left out.
+    What is made of sums is as wide as these, and no narrower than the values say. Casts to narrower ones are left out.
 
     Args:
       nodes: those that read sums, or what is made of them, are linear in it, as `jaxpipe.stage.late` finds them.

@@ -57,7 +57,7 @@ def random_stage(seed):
         if directly:
             h = h + masters.sum()
         if summed:  # whole parameters, the same on all devices: their gradient is a sum over them
-            h = h * jax.lax.psum(jax.lax.axis_index("ep") * row["s"] / 8, "ep")
+            h = h * jax.lax.psum(jax.lax.axis_index("ep").astype(h.dtype) * row["s"] / 8, "ep")
         return h * row["s"]
 
     run = jax.checkpoint(layer) if inner else layer
@@ -71,7 +71,8 @@ def random_stage(seed):
         step = lambda h, row: (run(h, row, index), None)  # noqa: E731
         return jax.lax.scan(step, x, params, unroll=length if form == "unrolled" else 1)[0]
 
-    return (jax.checkpoint(stage) if outer else stage), chosen
+    # What a cast of the plain gradient rounds, a sum does not.
+    return (jax.checkpoint(stage) if outer else stage), chosen, 1e-2 if cast else 1e-12
 
 
 def on_devices(function, *, out=REPLICATED):
@@ -94,7 +95,7 @@ def arguments(seed, layers, dtype=jnp.float64):
 
 @cases("seed", range(40), quick=[1, 3])
 def test_random_stages_have_the_plain_gradients_and_exchange_nothing_of_experts(seed, x64):
-    stage, chosen = random_stage(seed)
+    stage, chosen, tolerance = random_stage(seed)
     index = jnp.int32(seed % 2)
 
     def both(params, x):
@@ -116,7 +117,7 @@ def test_random_stages_have_the_plain_gradients_and_exchange_nothing_of_experts(
         errors = [jnp.abs(one - other).max() / jnp.abs(other).max() for one, other in pairs]
         return jax.lax.pmax(jnp.stack(errors), "ep")
 
-    assert jax.jit(on_devices(both))(*arguments(seed, 1 + seed % 3)).max() < 1e-12
+    assert jax.jit(on_devices(both))(*arguments(seed, 1 + seed % 3)).max() < tolerance
 
 
 def test_sums_are_of_copies_in_place_of_masters():
