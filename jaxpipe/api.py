@@ -28,6 +28,7 @@ from jaxpipe.schedule.checker import check
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.stage.exchanged import MAX_GROWTH
 from jaxpipe.trainable import Trainable, trainable_mask
 
 _NO_GRADIENT = (
@@ -315,6 +316,7 @@ def value_and_grad(
     zero1_axis: str | Sequence[str] | None = None,
     min_shard_size: int = 2**14,
     stash: int | None = None,
+    max_growth: float = MAX_GROWTH,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
 
@@ -402,6 +404,13 @@ def value_and_grad(
         attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a
         device has for it. None: elementwise work and what is named "recompute" is computed again, nothing else. A stage
         that also uses `jax.checkpoint` computes again what that says, whatever the budget.
+      max_growth: how many times the bytes of a stage's parameters, in ``compute_dtype``, may be kept all step long of
+        what collectives make of them alone. What is fewer bytes is made once a step and not for each microbatch, such
+        as the working copies of experts with redundant ones; and where collectives make a parameter's gradient, what
+        they make it of is summed over microbatches and they run once a step, if the sums are fewer than so many times
+        the bytes of the gradients'. With the default of 2, parameters that a stage itself gathers of devices' shards
+        are gathered for each microbatch, since two shards are twice the bytes: ``math.inf`` keeps them, too. 1: nothing
+        that is more bytes is kept. `jaxpipe.plan` counts what is.
       trainable: which parameters are trained: a tree prefix of Params with bools, as the masks of optax, where None for
         ``stages`` or ``outer`` stands for all; or a function ``(path, leaf) -> bool`` of a parameter's path, such as
         ".stages['attention']['kernel']" (`jax.tree_util.keystr`). The others are frozen: nothing is computed, summed or
@@ -450,7 +459,7 @@ def value_and_grad(
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
-        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash,
+        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, max_growth=max_growth,
     )  # fmt: skip
 
 

@@ -18,6 +18,7 @@ from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.stage.exchanged import MAX_GROWTH, check_growth
 from jaxpipe.trainable import check_trainable
 
 _CALLS = {
@@ -49,6 +50,7 @@ def check_options(
     example_mask: Any = None,
     grad_dtype: Any = None,
     stash: Any = None,
+    max_growth: Any = MAX_GROWTH,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
 
@@ -73,6 +75,7 @@ def check_options(
         zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
         stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
+        max_growth=check_growth("a pipeline", max_growth),
     )
 
 

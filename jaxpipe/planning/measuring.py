@@ -98,7 +98,6 @@ class Stopwatch:
         self._specs = jax.tree.map(
             functools.partial(inputs.manual_part, axes.names), sharded.specs, is_leaf=inputs.is_spec
         )
-        self._stage_specs = sharded.specs.stages
         self._given = (
             jax.tree.map(_array, params, pipeline.shardings(params)),
             self._microbatch(batch, count),
@@ -106,7 +105,7 @@ class Stopwatch:
             inputs.as_step_inputs(step_inputs),
         )
         self._splits: tuple[SplitStage, ...] = ()
-        self._sums: Any = None
+        self._sums: list[Any] = []
 
     def _prepare(self, model: Model) -> Model:
         """The model as the executor calls it: without embed in compute dtype, its ends shared."""
@@ -181,6 +180,7 @@ class Stopwatch:
                     ctx._replace(step_inputs=None),
                     has_aux=True,
                     trainable=(self._trainable.stages, jax.tree.map(lambda _: False, step_inputs)),
+                    max_growth=self.pipeline.options.max_growth,
                 )
                 for kind in range(len(self._model.stages))
             ]
@@ -192,7 +192,7 @@ class Stopwatch:
         """The costs."""
         with ThreadPoolExecutor(8) as pool:
             programs = self.programs(pool)
-            calls = [self._call(name, program.result(), held) for (name, _), (program, held) in programs.items()]
+            calls = [self._call(*key, program.result(), held) for key, (program, held) in programs.items()]
         on_cpu = self.mesh.devices.flat[0].platform == "cpu"
         seconds = dict(zip(programs, medians(calls, repeats, queued=not on_cpu), strict=True))
         kinds = [
@@ -203,19 +203,14 @@ class Stopwatch:
         p2p = seconds.get(("message", 0), 0.0)
         return StageCosts(tuple(kinds[kind] for kind in self.kind_of), p2p, **ends)
 
-    def _place(self, total: jax.Array, spec: P) -> jax.Array:
-        """A sum, sharded over the compiler's axes as its parameter is."""
-        compiler_axes = frozenset(self.mesh.axis_names) - self.axes.names
-        return jax.device_put(total, NamedSharding(self.mesh, P(*inputs.manual_part(compiler_axes, spec)[1:])))
-
-    def _call(self, name: str, program: Any, held: Any) -> Callable[[], Any]:
-        """Runs an action; one that adds gradients up does so in place, in the sums that all of these share."""
+    def _call(self, name: str, kind: int, program: Any, held: Any) -> Callable[[], Any]:
+        """Runs an action; one that adds gradients up does so in place, in the sums that all of its kind share."""
         if name not in _SUMMING:
             return functools.partial(program, *self._given, held, ())
 
         def call() -> Any:
-            out, self._sums = program(*self._given, held, self._sums)
-            return out, self._sums
+            out, self._sums[kind] = program(*self._given, held, self._sums[kind])
+            return out, self._sums[kind]
 
         return call
 
@@ -227,7 +222,7 @@ class Stopwatch:
         found: dict[tuple[str, int], tuple[Future[Any], Any]] = {}
 
         def start(name: str, kind: int, body: Callable[..., Any], held: Any) -> None:
-            sums = self._sums if name in _SUMMING else ()
+            sums = self._sums[kind] if name in _SUMMING else ()
             found[name, kind] = pool.submit(self._program(body, held, sums).compile), held
 
         def run(name: str, kind: int) -> Any:
@@ -235,7 +230,7 @@ class Stopwatch:
             return program.result()(*self._given, held, ())
 
         prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, (), ())
-        self._sums = jax.tree.map(self._place, sums, partition(self._stage_specs, self._trainable.stages)[0])
+        self._sums = list(sums)
         bodies = [self._bodies(split) for split in self._splits]
         for kind, mine in enumerate(prepared):
             start("F", kind, bodies[kind]["F"], (mine, x))
@@ -265,7 +260,7 @@ class Stopwatch:
         splits = [self._split(kind, chunk, x, ctx) for kind in range(len(self._model.stages))]
         prepared = tuple(split.prepare((chunk, step_inputs)) for split in splits)
         zeros = functools.partial(accumulator, dtype=self.pipeline.options.grad_dtype)
-        sums = jax.tree.map(zeros, partition(chunk, self._trainable.stages)[0])
+        sums = tuple(jax.tree.map(zeros, split.summands) for split in splits)
         return prepared, outer, x, sums
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
@@ -282,8 +277,8 @@ class Stopwatch:
 
         def backward(both: Any, sums: Any) -> Any:
             prepared, kept, dy = both
-            grads, dx = split.backward(prepared, kept, cotangent(dy), narrow=True, wide_products=wide)
-            return dx, self._sum(sums, grads)
+            more, dx = split.backward(prepared, kept, cotangent(dy), summands=True, wide_products=wide)
+            return dx, add(sums, more)
 
         def run_input(*args: Any) -> Any:
             prepared, kept, dy = args[-2]
@@ -291,8 +286,8 @@ class Stopwatch:
 
         def run_weight(*args: Any) -> Any:
             *_, (prepared, kept, crossing), sums = args
-            grads = split.backward_weight(prepared, kept, crossing, narrow=True, wide_products=wide)
-            return (), self._sum(sums, grads)
+            more = split.backward_weight(prepared, kept, crossing, summands=True, wide_products=wide)
+            return (), add(sums, more)
 
         def run_pair(*args: Any) -> Any:
             *given, (both, x), sums = args
@@ -306,10 +301,6 @@ class Stopwatch:
             "B": lambda *args: backward(*args[-2:]),
             "F&B": run_pair,
         }
-
-    def _sum(self, sums: Any, grads: Any) -> Any:
-        of_params, _ = grads
-        return add(sums, partition(of_params)[0])
 
     def _embed(self, params: Params, batch: Any, rng: Any, step_inputs: Any, outer: Any, none: Any) -> Any:
         return self._model.run_embed(outer, self._start(params, batch, rng, step_inputs)[2])

@@ -8,6 +8,7 @@ from typing import Any
 
 from jaxpipe._jax import VIEWS, Jaxpr, Literal
 from jaxpipe.planning.liveness import Size, peak
+from jaxpipe.runtime.buffers import SUMS
 from jaxpipe.stage.graph import scan_counts
 
 
@@ -90,6 +91,11 @@ def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
     eqns = [*body.eqns, *(eqn for loop in loops for eqn in loop.params["jaxpr"].jaxpr.eqns)]
     barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= least]
     return max((eqn.invars for eqn in barriers), key=lambda atoms: sum(map(size, atoms)))
+
+
+def count_sums(body: Jaxpr) -> int:
+    """How many sums of gradients the body begins with, of stages and of embedding and head."""
+    return sum(SUMS in str(eqn.source_info.name_stack).split("/") for eqn in body.eqns)
 
 
 def prepared_bytes(body: Jaxpr, size: Size) -> dict[int, int]:

@@ -19,7 +19,7 @@ from jaxpipe.params import Params
 from jaxpipe.planning import chips, timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.memory import Memory, body_memory
+from jaxpipe.planning.memory import Memory, body_memory, count_sums
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.planning.work import Works, works
@@ -196,7 +196,7 @@ def plan(
     divided = _divided(pipeline, closed.jaxpr)
     found = works(body, divided, kernels or {}, pipeline.axes.pipeline, pipeline.program, pipeline.model.kind_of)
     memory = dataclasses.replace(
-        body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, params, result, found)),
+        body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, body, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
         optimizer=_optimizer_bytes(optimizer, params_given, params, jax.tree.leaves(pipeline.grad_shardings(params))),
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
@@ -310,16 +310,14 @@ def _divided(pipeline: Pipeline, jaxpr: Jaxpr) -> Divided:
     return Divided(jaxpr, mine)
 
 
-def _counts(pipeline: Pipeline, params: Params, result: Any, found: Works) -> dict[str, Any]:
+def _counts(pipeline: Pipeline, body: Jaxpr, result: Any, found: Works) -> dict[str, Any]:
     """How many buffers there are of each sort, as `body_memory` asks."""
     counts = dict(unrolled=pipeline.dispatch == "unrolled", messages=len(found.boundary))
     if pipeline.program.forward_only:
         return {**counts, "results": len(jax.tree.leaves(result[0])), "others": 0}
-    chunks = len(pipeline.program.schedule.rank_stages[0])
-    stages, outer = (sum(jax.tree.leaves(mask)) for mask in pipeline.trainable_mask(params))
     # Without a head the loss is the sum of auxiliary losses, and no buffer of its own.
     others = len(jax.tree.leaves(result[0])) - (pipeline.model.head is None)
-    return {**counts, "results": chunks * stages + outer, "others": others}
+    return {**counts, "results": count_sums(body), "others": others}
 
 
 def _some_frozen(pipeline: Pipeline, params: Params) -> bool:

@@ -9,6 +9,9 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
+SUMS = "sums"
+"""The scope in which sums of gradients begin, by which plans know them."""
+
 
 class Buffers(NamedTuple):
     """Everything the scan over steps carries on one rank.
@@ -18,9 +21,8 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
-      grads: gradient accumulators of each local chunk, as the chunk's parameters, None for those without a gradient;
-        or `Zeros`.
-      outer_grads: gradient accumulators of the outer parameters, likewise.
+      grads: for each local chunk, the sums of what its stage's gradients are made of, a tuple of arrays or `Zeros`.
+      outer_grads: gradient accumulators of the outer parameters, None for those without a gradient.
       loss: scalar, sum of the losses this rank has seen, times their weights.
       aux_loss: scalar, that of the auxiliary losses.
       stage_metrics, head_metrics: sums.
@@ -82,17 +84,13 @@ def put(pool: Any, slot: Any, value: Any) -> Any:
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True, eq=False)
 class Zeros:
-    """Stands for sums to which nothing has been added yet; it has no arrays.
+    """Stands for a sum to which nothing has been added yet; barriers see no array, so none is made.
 
     Attributes:
-      avals: shapes and dtypes of the sums.
+      array: the zeros.
     """
 
-    avals: Any
-
-    def make(self) -> Any:
-        """The sums as arrays."""
-        return jax.tree.map(lambda aval: jnp.zeros(aval.shape, aval.dtype), self.avals)
+    array: jax.Array
 
 
 def accumulator(aval: Any, dtype: Any = None) -> jax.Array:
@@ -118,10 +116,13 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 def add(total: Any, value: Any, counts: jax.Array | None = None) -> Any:
     """Total + value, leaf by leaf, in total's dtypes; total where ``counts`` is False, whatever the value."""
-    if isinstance(total, Zeros):
-        return jax.tree.map(lambda t, v: v.astype(t.dtype), total.avals, select(value, counts))
-    value = jax.tree.map(lambda t, v: jnp.asarray(v).astype(t.dtype), total, value)
-    return jax.tree.map(jnp.add, total, select(value, counts))
+
+    def plus(t: Any, v: Any) -> jax.Array:
+        dtype = t.array.dtype if isinstance(t, Zeros) else t.dtype
+        v = select(jnp.asarray(v).astype(dtype), counts)
+        return v if isinstance(t, Zeros) else t + v
+
+    return jax.tree.map(plus, total, value, is_leaf=lambda node: isinstance(node, Zeros))
 
 
 def select(tree: Any, counts: jax.Array | None) -> Any:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Collection, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -169,11 +169,9 @@ class Returned:
     grads: Any
 
 
-def return_grads(
-    chunks: Collection[int], grads: tuple[Any, ...], schedule: Schedule, order: str, axis: str
-) -> list[Returned]:
+def return_grads(grads: Mapping[int, Any], schedule: Schedule, order: str, axis: str) -> list[Returned]:
     """Brings the gradients of some local chunks' copies to the owners of their rows; each transfer is one ppermute."""
-    moves = [each if chunk in chunks else () for chunk, each in enumerate(plan_moves(schedule, order))]
+    moves = [each if chunk in grads else () for chunk, each in enumerate(plan_moves(schedule, order))]
     found = []
     for transfer in plan_transfers(moves):
         (chunk, _), *others = transfer.moves

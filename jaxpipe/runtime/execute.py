@@ -13,7 +13,7 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import Buffers, Zeros, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.buffers import SUMS, Buffers, Zeros, accumulation_dtype, accumulator, allocate, put, take
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -41,6 +41,7 @@ from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 from jaxpipe.stage.split import Divisible
+from jaxpipe.stage.wide import widest
 
 
 class _Local(NamedTuple):
@@ -85,7 +86,7 @@ def train(
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
-    split, pools = splits[0], Pools.of(splits, crosses=crosses)
+    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses)
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -116,27 +117,37 @@ def train(
         wide_products=options.wide_products,
     )
     buffers = _train_buffers(program, options, local, split, pools, head, trainable)
-    sent: list[int] = []
-    where = program.schedule, options.order, options.axes.pipeline
+    axis, done = options.axes.pipeline, dict[int, Any]()
+    where = program.schedule, options.order, axis
+
+    def grads_of(chunk: int, sums: tuple[jax.Array, ...]) -> Any:
+        return _grads_of_chunk(program, axis, step, chunk, sums)
 
     def finish(chunks: Sequence[int], buffers: Buffers) -> list[Returned]:
         """Sends gradients home while ranks compute others, unless they are scaled first."""
         if shares.scale is not None:
             return []
-        sent.extend(chunks)
         with jax.named_scope("reduce"):
-            return return_grads(chunks, buffers.grads, *where)
+            mine = {chunk: grads_of(chunk, buffers.grads[chunk]) for chunk in chunks}
+            done.update(mine)
+            return return_grads(mine, *where)
 
-    axis, returned = options.axes.pipeline, []
+    returned = []
     if options.dispatch == "unrolled":
         buffers, returned = run_unrolled(program, step.operation, axis, buffers, tables[0][:, 0], finish)
     else:
         buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
-        buffers = _scale(buffers, shares)
-        rest = [chunk for chunk in range(len(buffers.grads)) if chunk not in sent]
-        returned = [*returned, *return_grads(rest, buffers.grads, *where)]
-        return _reduce(program, options, reductions, params, buffers, shares, returned)
+        sums, outer_grads = _scale(shares, (buffers.grads, buffers.outer_grads))
+        rest = {chunk: grads_of(chunk, each) for chunk, each in enumerate(sums) if chunk not in done}
+        returned = [*returned, *return_grads(rest, *where)]
+        done |= rest
+        stages = gather_grads(tuple(done[chunk] for chunk in range(len(sums))), *where, returned)
+        grads = jax.tree.map(
+            functools.partial(_reduce_grad, options.axes), params, Params(stages, outer_grads), reductions
+        )
+        losses, aux = _sum_losses(options.axes, buffers, shares)
+        return (_total(losses), aux), grads
 
 
 def _start(
@@ -178,6 +189,7 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
             local.ctx._replace(step_inputs=None),
             has_aux=True,
             trainable=(trainable, jax.tree.map(lambda _: False, step_inputs)),
+            max_growth=options.max_growth,
         )
         for kind in range(len(local.model.stages))
     ]
@@ -227,18 +239,21 @@ def _train_buffers(
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
-    def sums(params: Any) -> Any:
-        """Zeros; where code is unrolled the first gradients are the sums."""
-        make = functools.partial(jax.tree.map, grad, params)
-        return Zeros(jax.eval_shape(make)) if apart else make()
+    def begin(aval: Any) -> Any:
+        """Where code is unrolled the first gradients are the sums."""
+        zeros = grad(aval)
+        return Zeros(zeros) if apart else zeros
 
+    with jax.named_scope(SUMS):
+        grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
+        outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
         stash=pool(pools.stash.avals, program.num_stash_slots + 1),
         weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
         cross=pool(pools.cross.avals, crossing),
-        grads=tuple(sums(partition(chunk, trainable.stages)[0]) for chunk in local.chunks),
-        outer_grads=jax.tree.map(grad, partition(local.outer, trainable.outer)[0]),
+        grads=grads,
+        outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, split.out[1]),
         stage_metrics=jax.tree.map(accumulator, split.aux),
@@ -246,31 +261,32 @@ def _train_buffers(
     )
 
 
-def _reduce(
-    program: Program,
-    options: Options,
-    reductions: Params,
-    params: Params,
-    buffers: Buffers,
-    shares: Shares,
-    returned: Sequence[Returned],
-) -> Any:
-    """What `train` returns, of what every rank has accumulated, and of what has returned to it."""
-    axes = options.axes
-    losses, aux = _sum_losses(axes, buffers, shares)
-    stages = gather_grads(buffers.grads, program.schedule, options.order, axes.pipeline, returned)
-    grads = Params(stages, buffers.outer_grads)
-    grads = jax.tree.map(functools.partial(_reduce_grad, axes), params, grads, reductions)
-    return (_total(losses), aux), grads
+def _scale(shares: Shares, sums: Any) -> Any:
+    """Sums of gradients times what a mean needs."""
+    return sums if shares.scale is None else jax.tree.map(functools.partial(_scaled, shares.scale), sums)
 
 
-def _scale(buffers: Buffers, shares: Shares) -> Buffers:
-    """The buffers with their gradients scaled."""
-    if shares.scale is None:
-        return buffers
-    sums = buffers.grads, buffers.outer_grads
-    grads, outer_grads = jax.tree.map(functools.partial(_scaled, shares.scale), sums)
-    return buffers._replace(grads=grads, outer_grads=outer_grads)
+def _grads_of_chunk(program: Program, axis: str, step: TrainStep, chunk: int, sums: tuple[jax.Array, ...]) -> Any:
+    """A chunk's gradients, of what this rank has summed for its stage's kind."""
+    kind_of = step.model.kind_of or (0,) * program.schedule.num_stages
+    kinds = [kind_of[stages[chunk]] if chunk < len(stages) else -1 for stages in program.schedule.rank_stages]
+    here = jnp.asarray(np.asarray(kinds, np.int32))[lax.axis_index(axis)]
+    found: dict[int, Any] = {}
+    for part, (of_chunk, kind) in enumerate(step.parts):
+        if of_chunk == chunk:
+            mine = step.pools.sums[chunk].of_kind(sums, kind)
+            of_params, _ = step.splits[kind].gradients(step.prepared[part], mine)  # and None of step_inputs
+            found[kind] = partition(of_params)[0]
+
+    def choose(*leaves: jax.Array) -> jax.Array:
+        chosen, *others = leaves
+        for kind, other in zip(list(found)[1:], others, strict=True):
+            if other is not chosen:  # which all kinds have summed alike
+                dtype = widest([chosen.dtype, other.dtype])
+                chosen = jnp.where(here == kind, other.astype(dtype), chosen.astype(dtype))
+        return chosen
+
+    return jax.tree.map(choose, *found.values())
 
 
 def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:

@@ -35,18 +35,25 @@ class Operation(NamedTuple):
 
 
 class Pools(NamedTuple):
-    """How kinds of stages share slots; see `Buffers`."""
+    """How kinds of stages share slots, and the sums of each local chunk; see `Buffers`."""
 
     stash: SharedPool
     weight_stash: SharedPool
     cross: SharedPool
+    sums: tuple[SharedPool, ...] = ()
 
     @classmethod
-    def of(cls, splits: Sequence[SplitStage], *, crosses: bool = True) -> Pools:
-        """The pools of the divided stages; without ``crosses`` no half hands anything to another."""
+    def of(cls, splits: Sequence[SplitStage], parts: Sequence[tuple[int, int]] = (), *, crosses: bool = True) -> Pools:
+        """The pools of the divided stages; without ``crosses`` no half hands anything to another.
+
+        A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts`` are (chunk, kind) pairs.
+        """
         crossing = [s.crossing if crosses else () for s in splits]
         kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)
-        return cls(*map(SharedPool.of, kept))
+        chunks = range(max((chunk + 1 for chunk, _ in parts), default=0))
+        summed = ([s.summands if (chunk, k) in parts else () for k, s in enumerate(splits)] for chunk in chunks)
+        stash, weight_stash, cross = map(SharedPool.of, kept)
+        return cls(stash, weight_stash, cross, tuple(map(SharedPool.of, summed)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,7 +63,7 @@ class TrainStep:
     Attributes:
       model: the user's functions.
       splits: forward, input gradient and weight gradient of each kind of stage.
-      pools: how the kinds share slots, of stash, weight stash and crossing.
+      pools: how the kinds share slots, of stash, weight stash and crossing, and sums.
       parts: the (local chunk, kind) of each part.
       prepared: for each part, what its kind's ``prepare`` made of its chunk's parameters and of ``step_inputs``.
       outer: outer parameters in compute dtype.
@@ -126,18 +133,18 @@ class TrainStep:
 
     def backward(self, part: int) -> Operation:
         """Output cotangent -> input cotangent, and the weight gradient accumulated."""
-        chunk, kind = self.parts[part]
+        kind = self.parts[part][1]
         split = self.splits[kind]
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            grads, dx = split.backward(prepared, residuals, ct, narrow=True, wide_products=self.wide_products)
+            grads, dx = split.backward(prepared, residuals, ct, summands=True, wide_products=self.wide_products)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             grads, dx = result
-            return self._accumulate(buffers, chunk, grads, operands)._replace(
+            return self._accumulate(buffers, part, grads, operands)._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], dx)
             )
 
@@ -165,7 +172,7 @@ class TrainStep:
 
     def backward_weight(self, part: int) -> Operation:
         """The weight gradient accumulated."""
-        (chunk, kind), pools = self.parts[part], self.pools
+        kind, pools = self.parts[part][1], self.pools
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
             weight_stash = pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
@@ -174,10 +181,10 @@ class TrainStep:
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, inputs = self._use(part, inputs)
             split = self.splits[kind]
-            return split.backward_weight(prepared, *inputs, narrow=True, wide_products=self.wide_products)
+            return split.backward_weight(prepared, *inputs, summands=True, wide_products=self.wide_products)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
-            return self._accumulate(buffers, chunk, grads, operands)
+            return self._accumulate(buffers, part, grads, operands)
 
         return Operation(read, compute, write)
 
@@ -266,10 +273,11 @@ class TrainStep:
         _, aux_loss = split.out
         return dy, jax.tree.map(lambda aval: self._seed(operands).astype(aval.dtype), aux_loss)
 
-    def _accumulate(self, buffers: Buffers, chunk: int, grads: Any, operands: jax.Array) -> Buffers:
-        totals = list(buffers.grads)
-        of_params, _ = grads  # beside those of step_inputs, which are not differentiated
-        totals[chunk] = add(totals[chunk], partition(of_params)[0], self._counts("stage", operands))
+    def _accumulate(self, buffers: Buffers, part: int, grads: tuple[Any, ...], operands: jax.Array) -> Buffers:
+        (chunk, kind), totals = self.parts[part], list(buffers.grads)
+        pool = self.pools.sums[chunk]
+        total = add(pool.of_kind(totals[chunk], kind), grads, self._counts("stage", operands))
+        totals[chunk] = pool.with_kind(totals[chunk], kind, total)
         return buffers._replace(grads=tuple(totals))
 
 

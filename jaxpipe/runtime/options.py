@@ -10,6 +10,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe.params import Params
 from jaxpipe.schedule.simulator import Costs
+from jaxpipe.stage.exchanged import MAX_GROWTH
 
 DISPATCHERS = ("unrolled", "switch", "loops", "stretches", "sequential")
 """How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
@@ -61,6 +62,7 @@ class Options:
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
       wide_products: whether products that are gradients of stages come in float32, to be added to sums that are wide.
       min_shard_size: elements of the smallest parameter that either is done to.
+      max_growth: how many times the bytes of parameters what collectives make of them may take all step long.
     """
 
     axes: Axes
@@ -79,6 +81,7 @@ class Options:
     min_shard_size: int = 0
     stash: int | None = None
     wide_products: bool = False
+    max_growth: float = MAX_GROWTH
 
 
 def sums_are_wide(grad_dtype: Any) -> bool:

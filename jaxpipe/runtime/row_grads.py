@@ -14,14 +14,13 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 
 from jaxpipe._jax import ADDS_ROWS
 from jaxpipe.runtime.buffers import accumulation_dtype, add, select
 from jaxpipe.stage.divide import divide
 from jaxpipe.stage.effects import effects_of
-from jaxpipe.stage.graph import Node, Value, evaluate, make_graph, producers, read
+from jaxpipe.stage.graph import Node, Value, evaluate, is_zero, make_graph, producers, read
 
 
 @functools.partial(
@@ -94,19 +93,9 @@ def _scatter_of(value: Value, made: Mapping[Value, Node]) -> Node | None:
     node = made.get(value)
     while node is not None and node.name == "convert_element_type" and node.ins[0].nbytes < node.outs[0].nbytes:
         node = made.get(node.ins[0])
-    if node is None or node.eqn is None or node.name not in ADDS_ROWS or not _is_zero(node.ins[0], made):
+    if node is None or node.eqn is None or node.name not in ADDS_ROWS or not is_zero(node.ins[0], made):
         return None
     return node
-
-
-def _is_zero(value: Value, made: Mapping[Value, Node]) -> bool:
-    """Whether an array is known to be zeros."""
-    node = made.get(value)
-    while node is not None and node.name in ("broadcast_in_dim", "convert_element_type"):
-        value = node.ins[0]
-        node = made.get(value)
-    const = value.const  # what is traced is a jax.Array, too
-    return node is None and const is not None and not isinstance(const, jax.Array) and not np.any(np.asarray(const))
 
 
 def _rows(scatter: Node, env: dict[Value, Any]) -> Rows:

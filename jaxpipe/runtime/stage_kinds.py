@@ -99,18 +99,23 @@ class SharedPool(NamedTuple):
             places.append(tuple(mine))
         return cls(tuple(avals), tuple(places))
 
+    def of_kind(self, pool: Sequence[Any], kind: int) -> tuple[Any, ...]:
+        """What of a pool's arrays is a kind's."""
+        return tuple(pool[place] for place in self.places[kind])
+
+    def with_kind(self, pool: Sequence[Any], kind: int, arrays: Sequence[Any]) -> tuple[Any, ...]:
+        """The pool with a kind's arrays replaced."""
+        leaves = list(pool)
+        for place, leaf in zip(self.places[kind], arrays, strict=True):
+            leaves[place] = leaf
+        return tuple(leaves)
+
     def take(self, pool: Any, slot: Any, kind: int) -> tuple[Any, ...]:
         """What is kept in a slot, of a kind."""
-        mine = pool if isinstance(pool, Apart) else tuple(pool[place] for place in self.places[kind])
-        return take(mine, slot)
+        return take(pool if isinstance(pool, Apart) else self.of_kind(pool, kind), slot)
 
     def put(self, pool: Any, slot: Any, kind: int, values: tuple[Any, ...]) -> Any:
         """The pool with a slot's places for a kind replaced."""
         if isinstance(pool, Apart):
             return put(pool, slot, values)
-        leaves = list(pool)
-        for place, leaf in zip(
-            self.places[kind], put(tuple(leaves[i] for i in self.places[kind]), slot, values), strict=True
-        ):
-            leaves[place] = leaf
-        return tuple(leaves)
+        return self.with_kind(pool, kind, put(self.of_kind(pool, kind), slot, values))

@@ -148,7 +148,7 @@ def run_unrolled(
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, operands)
         if step == first_step and step not in looped:
-            finished.append(finish(first_chunks, buffers))
+            finished.append(finish(first_chunks, _with_sums(buffers)))
         buffers = _free(buffers, branch, slots)
         if step == program.num_steps - 1:
             return buffers
@@ -181,7 +181,8 @@ def run_unrolled(
 
 def _with_sums(buffers: Buffers) -> Buffers:
     """The buffers with arrays in place of `Zeros`."""
-    return buffers._replace(grads=tuple(each.make() if isinstance(each, Zeros) else each for each in buffers.grads))
+    made = tuple(tuple(each.array if isinstance(each, Zeros) else each for each in chunk) for chunk in buffers.grads)
+    return buffers._replace(grads=made)
 
 
 def _first_complete(program: Program) -> tuple[int | None, list[int]]:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from jaxpipe._jax import OPAQUE, is_heavy
 from jaxpipe.stage.branches import hoisted_of_branches, outputs_for, restricted, share
+from jaxpipe.stage.exchanged import MAX_GROWTH, exchanged_nodes, exchanges
 from jaxpipe.stage.graph import Carry, Cond, Node, Scan, Value, has_effect, producers, stack_of
 from jaxpipe.stage.quantised import constant_nodes, quantising_nodes
 
@@ -70,41 +71,55 @@ def hoist(
     params: Iterable[Value],
     results: Collection[Value] = (),
     constants: Collection[Value] = (),
+    *,
+    max_growth: float = MAX_GROWTH,
+    exchanged: bool = False,
 ) -> tuple[tuple[Node, ...], tuple[Node, ...], Sources]:
     """(nodes worth computing once for given params, the rest, where all values so known derive from).
 
     A node is worth it if it reads params alone and makes no more bytes than the params it derives from: casts,
     transposes, products of parameters, but not broadcasts. Constants stay where they are used, and so do side effects.
     Parameters that become numbers of 8 bits do so once, whatever is made on the way: see `jaxpipe.stage.quantised`.
+    So does what collectives make of parameters, though it may be more bytes: see `jaxpipe.stage.exchanged`.
 
     Args:
       nodes: in an order in which they can run.
       params: what is given once.
       results: what is read of the nodes besides.
       constants: values that are made of nothing and given, too.
+      max_growth: how many times the bytes of parameters what collectives make of them may take.
+      exchanged: whether only what collectives make counts.
     """
     sources = {value: frozenset({value}) for value in params}
     once: list[Node] = []
     rest: list[Node] = []
     free = constant_nodes(nodes, constants)
     constants = {*constants, *producers(free)}
-    quantising = quantising_nodes(nodes, sources, constants, results)
+    groups = [exchanged_nodes(nodes, sources, constants, results, max_growth)]
+    if not exchanged:
+        groups.append(quantising_nodes(nodes, sources, constants, results))
     for node in nodes:
-        if node in quantising.nodes:
+        mine = [group for group in groups if node in group.nodes]
+        if mine:
             once.append(node)
-            sources.update((out, quantising.roots[out]) for out in node.outs if out in quantising.kept)
+            kept = {out: group.roots[out] for group in mine for out in node.outs if out in group.kept}
+            sources.update(kept)
+            if len(kept) < len(node.outs):
+                rest.append(node)  # for who reads it besides; else it vanishes
         elif node.scan is not None:
-            stacked, looped = _hoist_scan(node.scan, sources, constants)
+            stacked, looped = _hoist_scan(node.scan, sources, constants, max_growth, exchanged=exchanged)
             if stacked is not None:
                 _derive(stacked, sources)
                 once.append(stacked)
             if looped is not None:
                 rest.append(looped)
+        elif exchanged:
+            rest.append(node)
         elif _worth_hoisting(node, sources):
             _derive(node, sources)
             once.append(node)
         elif node.cond is not None:
-            before, after = _hoist_cond(node.cond, sources)
+            before, after = _hoist_cond(node.cond, sources, max_growth)
             for moved in before:
                 _derive(moved, sources)
             once += before
@@ -113,6 +128,13 @@ def hoist(
             rest.append(node)
     reads = {value for node in once for value in node.ins}
     return (*divide(free, reads, ()).first, *once), tuple(rest), sources
+
+
+def exchanged_of_scan(
+    scan: Scan, sources: Sources, constants: Collection[Value], max_growth: float
+) -> tuple[Node | None, Node | None]:
+    """(a scan of what collectives make of parameters alone in each turn, stacked; a scan of the rest)."""
+    return _hoist_scan(scan, sources, constants, max_growth, exchanged=True)
 
 
 def closure(
@@ -314,6 +336,8 @@ def _remake(crossing: set[Value], made: dict[Value, Node]) -> list[Node]:
 def _worth_hoisting(node: Node, sources: Sources) -> bool:
     if has_effect(node) or not all(value.const is not None or value in sources for value in node.ins):
         return False
+    if exchanges((node,)):
+        return False  # that is for `exchanged_nodes` to say
     roots = frozenset().union(*(sources.get(value, ()) for value in node.ins))
     return bool(roots) and sum(out.nbytes for out in node.outs) <= sum(root.nbytes for root in roots)
 
@@ -323,20 +347,27 @@ def _derive(node: Node, sources: Sources) -> None:
     sources.update((out, roots) for out in node.outs)
 
 
-def _hoist_scan(scan: Scan, sources: Sources, constants: Collection[Value]) -> tuple[Node | None, Node | None]:
+def _hoist_scan(
+    scan: Scan, sources: Sources, constants: Collection[Value], max_growth: float, *, exchanged: bool
+) -> tuple[Node | None, Node | None]:
     """(a scan of what each iteration derives from params alone, stacked; a scan of the rest)."""
     constant = {inner for outer, inner in scan.consts if outer in sources}
     sliced = {inner for outer, inner in scan.xs if outer in sources}
     same_always = {inner for outer, inner in scan.consts if outer in constants or outer.const is not None}
     results = _body_results(scan, scan.carries, {stacked for _, stacked in scan.ys})
-    once, rest, derived = hoist(scan.nodes, constant | sliced, results, same_always)
+    once, rest, derived = hoist(
+        scan.nodes, constant | sliced, results, same_always, max_growth=max_growth, exchanged=exchanged
+    )
     # What is the same in every iteration stays in the loop: stacking it would make copies.
     same = tuple(node for node in once if all(out in derived and derived[out] <= constant for out in node.outs))
     rest = (*same, *rest)
     made = {value for node in once if node not in same for value in node.outs}.difference(producers(rest))
     reads = {value for node in rest for value in node.ins} | {carry.leaving for carry in scan.carries}
     stacked_here = [(inner, stacked) for inner, stacked in scan.ys if inner in made]
-    crossing = [(value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once)]
+    stacks = dict(stacked_here)
+    crossing = [
+        (value, stack_of(value, scan.length)) for value in _ordered(reads & made, scan, once) if value not in stacks
+    ]
     if not stacked_here and not crossing:
         return None, scan.node()
     parts = divide(once, {inner for inner, _ in (*stacked_here, *crossing)}, ())
@@ -344,19 +375,20 @@ def _hoist_scan(scan: Scan, sources: Sources, constants: Collection[Value]) -> t
     after = dataclasses.replace(
         scan,
         nodes=rest,
-        xs=(*scan.xs, *((stacked, value) for value, stacked in crossing)),
+        xs=(*scan.xs, *((stacked, value) for value, stacked in (*stacks.items(), *crossing))),
         ys=tuple(pair for pair in scan.ys if pair not in stacked_here),
     )
     return before.node(), (after.node() if after.carries or after.ys else None)
 
 
-def _hoist_cond(cond: Cond, sources: Sources) -> tuple[list[Node], Node]:
+def _hoist_cond(cond: Cond, sources: Sources, max_growth: float) -> tuple[list[Node], Node]:
     """(what branches derive from params alone; the conditional that reads it)."""
     parts = []
     for branch in cond.branches:
         pairs = zip(cond.operands, branch.inputs, strict=True)
         inner = {value: operand for operand, value in pairs if value is not None and operand in sources}
-        once, rest, _ = hoist(branch.nodes, inner, {value for value in branch.outputs if value is not None})
+        results = {value for value in branch.outputs if value is not None}
+        once, rest, _ = hoist(branch.nodes, inner, results, max_growth=max_growth)
         left = branch._replace(nodes=rest)
         wanted = left.reads() & set(producers(once)).difference(producers(rest))
         parts.append((inner, divide(once, wanted, ()).first, left, wanted))

@@ -26,7 +26,7 @@ def fuse_gathers(nodes: Sequence[Node], results: Iterable[Value]) -> tuple[Node,
     makers = {
         stacked: (node.scan, inner)
         for node in nodes
-        if node.scan is not None and not node.scan.carries and any(map(_is_gathered, node.scan.nodes))
+        if node.scan is not None and not node.scan.carries and any(map(is_gathered, node.scan.nodes))
         for inner, stacked in node.scan.ys
     }
     if not makers:
@@ -36,7 +36,8 @@ def fuse_gathers(nodes: Sequence[Node], results: Iterable[Value]) -> tuple[Node,
     return tuple(node for node in fused if not (read.isdisjoint(node.outs) and makers.keys() & set(node.outs)))
 
 
-def _is_gathered(node: Node) -> bool:
+def is_gathered(node: Node) -> bool:
+    """Whether the node names what was gathered of shards."""
     return node.name == "name" and node.eqn is not None and node.eqn.params["name"] == GATHERED
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -145,7 +145,7 @@ class Scan:
             outs = [read(env, each.leaving) for each in self.carries]
             return outs, [read(env, inner) for inner, _ in self.ys]
 
-        with _contexts(self.context):
+        with contexts(self.context):
             carry, ys = lax.scan(
                 body, list(inits), list(xs), length=self.length, reverse=self.reverse, unroll=self.unroll
             )
@@ -217,7 +217,7 @@ class Cond:
 
             return run
 
-        with _contexts(self.context):
+        with contexts(self.context):
             return lax.switch(index, [function(branch) for branch in self.branches], *arrays)
 
 
@@ -267,6 +267,16 @@ def has_effect(node: Node) -> bool:
 def producers(nodes: Iterable[Node]) -> dict[Value, Node]:
     """The node that makes each value."""
     return {value: node for node in nodes for value in node.outs}
+
+
+def is_zero(value: Value, made: Mapping[Value, Node]) -> bool:
+    """Whether an array is known to be zeros, where ``made`` has the nodes that make values."""
+    node = made.get(value)
+    while node is not None and node.name in ("broadcast_in_dim", "convert_element_type"):
+        value = node.ins[0]
+        node = made.get(value)
+    const = value.const  # what is traced is a jax.Array, too
+    return node is None and const is not None and not isinstance(const, jax.Array) and not np.any(np.asarray(const))
 
 
 def _emit(
@@ -472,13 +482,13 @@ def _barrier(value: Value, nodes: list[Node]) -> Value:
 def _bind(eqn: JaxprEqn, context: tuple[JaxprEqn, ...], *arrays: Any) -> Sequence[Any]:
     """Binds an equation's primitive again."""
     params = eqn.primitive.get_bind_params(eqn.params)
-    with _contexts((*context, eqn)):
+    with contexts((*context, eqn)):
         result = eqn.primitive.bind(*arrays, **params)
     return result if eqn.primitive.multiple_results else [result]
 
 
 @contextlib.contextmanager
-def _contexts(eqns: Sequence[JaxprEqn]) -> Iterator[None]:
+def contexts(eqns: Sequence[JaxprEqn]) -> Iterator[None]:
     """The name stacks and compute contexts of nested equations, outermost first."""
     with contextlib.ExitStack() as stack:
         for eqn in eqns:

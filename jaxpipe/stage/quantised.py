@@ -13,8 +13,8 @@ _SCALES = 1024
 """Scales beside numbers of 8 bits are fewer bytes than one for so many of the parameters: they may come on top."""
 
 
-class Quantising(NamedTuple):
-    """Nodes that belong together.
+class Together(NamedTuple):
+    """Nodes that are worth running once a step together.
 
     Attributes:
       nodes: those that read parameters, constants and each other alone.
@@ -29,7 +29,7 @@ class Quantising(NamedTuple):
 
 def quantising_nodes(
     nodes: Sequence[Node], params: Collection[Value], constants: Collection[Value], results: Collection[Value]
-) -> Quantising:
+) -> Together:
     """The nodes that make numbers of 8 bits of parameters, with all that these are made of.
 
     Args:
@@ -62,7 +62,7 @@ def quantising_nodes(
             if any(_is_narrow(out) for out in node.outs):
                 narrow |= origin
     if not narrow:
-        return Quantising(frozenset(), frozenset(), {})
+        return Together(frozenset(), frozenset(), {})
 
     readers: dict[Value, list[Node]] = {}
     for node in nodes:
@@ -86,7 +86,7 @@ def quantising_nodes(
     while left := {node for node in chosen if not belongs(node)}:
         chosen -= left
     kept = frozenset(out for node in chosen if fits(node) for out in node.outs)
-    return Quantising(frozenset(chosen), kept, roots)
+    return Together(frozenset(chosen), kept, roots)
 
 
 def constant_nodes(nodes: Sequence[Node], constants: Collection[Value] = ()) -> list[Node]:

@@ -80,13 +80,15 @@ def before_casts(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[Value,
     return tuple(map(before, values))
 
 
-def widen_products(values: Sequence[Value], nodes: Sequence[Node]) -> tuple[tuple[Value, ...], tuple[Node, ...]]:
+def widen_products(
+    values: Sequence[Value], nodes: Sequence[Node], also: Sequence[Value] = ()
+) -> tuple[tuple[Value, ...], tuple[Node, ...]]:
     """(values, nodes) with products in float32 where a value is nothing but a product of 16 bits, and its operands too.
 
-    Such a value may be moved, but nothing else may read it or the product.
+    Such a value may be moved, but nothing else may read it or the product: no node, and it is none of ``also``.
     """
     made = producers(nodes)
-    reads = collections.Counter([*values, *(value for node in nodes for value in node.ins)])
+    reads = collections.Counter([*values, *also, *(value for node in nodes for value in node.ins)])
     alias: dict[Value, Value] = {}
     changed: dict[Node, Node] = {}
     for value in dict.fromkeys(values):

@@ -11,12 +11,14 @@ import jax
 from jaxpipe.schedule.ints import at_least
 from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, hoist, light_results
 from jaxpipe.stage.effects import effects_of, without_repeated
+from jaxpipe.stage.exchanged import MAX_GROWTH, check_growth
 from jaxpipe.stage.fuse import fuse_gathers
 from jaxpipe.stage.graph import Node, Value
 from jaxpipe.stage.known import read_known
+from jaxpipe.stage.late import put_off
 from jaxpipe.stage.order import as_soon_as_possible, in_time
+from jaxpipe.stage.prepared_again import read_exchanged, read_quantised
 from jaxpipe.stage.priced import Chooser
-from jaxpipe.stage.requantised import read_quantised
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -33,6 +35,7 @@ def split_stage(
     recompute: bool = True,
     trainable: Any = None,
     stash: int | None = None,
+    max_growth: float = MAX_GROWTH,
 ) -> SplitStage:
     """Divides a stage's backward pass into input and weight gradients.
 
@@ -61,14 +64,16 @@ def split_stage(
       recompute: whether what is named "recompute" is computed again; False keeps it, where there is memory for it.
       trainable: a tree of bools like params; leaves where it is False are frozen: they are not differentiated, no
         product is computed for them, and their cotangent is None. None: no leaf is frozen.
-
       stash: bytes that the parts may keep for each other, residuals and what crosses together: what is worth least for
         its bytes is computed again, heavy work too, and ``recompute`` counts no more. None: only light work is.
+      max_growth: how many times the bytes of parameters, as they are given, may be kept all step long of what
+        collectives make of them, fewer than which is made once a step; and how many times their gradients' sums may
+        take where collectives make the gradients of these once a step. 1: only what is fewer bytes than they are.
 
     Raises:
-      ValueError: a ``stash`` that is too small, with the least that works; a leaf that is not an array; a ref made
-        elsewhere, or used within a function that JAX cannot turn into one of values; an ordered debug callback on a
-        mesh of several devices.
+      ValueError: a ``stash`` that is too small, with the least that works; a ``max_growth`` below 1; a leaf that is not
+        an array; a ref made elsewhere, or used within a function that JAX cannot turn into one of values; an ordered
+        debug callback on a mesh of several devices.
 
     Source: the division is zero-bubble pipelining's, arXiv 2401.10241.
 
@@ -81,7 +86,7 @@ def split_stage(
     >>> split.backward_weight(prepared, residuals.weight, crossing).shape
     (4, 4)
     """
-    divisible = Divisible(stage, params, x, *args, has_aux=has_aux, trainable=trainable)
+    divisible = Divisible(stage, params, x, *args, has_aux=has_aux, trainable=trainable, max_growth=max_growth)
     if stash is None:
         return divisible.split(recompute=recompute)
     return divisible.within(at_least("a stage", "stash", stash, 0))
@@ -98,17 +103,27 @@ class Divisible:
         *args: Any,
         has_aux: bool = False,
         trainable: Any = None,
+        max_growth: float = MAX_GROWTH,
     ) -> None:
+        max_growth = check_growth("a stage", max_growth)
         params, x, args = jax.tree.map(shape_of, (params, x, args))
         frozen = (
             jax.tree.map(lambda _: False, params) if trainable is None else jax.tree.map(lambda t: not t, trainable)
         )
         chosen = jax.tree.map(lambda leaf, frozen: inexact(leaf) and not frozen, params, frozen)
         traced = trace(stage, params, x, args, has_aux, jax.tree.leaves(chosen))
-        forward = _read_forward(traced, len(jax.tree.leaves(params)))
+        forward = _read_forward(traced, len(jax.tree.leaves(params)), max_growth)
         self._traced = traced
-        self._backward, self._forward = _read_backward(traced, forward)
-        self._divided = _divide_backward(self._backward)
+        self._backward, self._forward = _read_backward(traced, forward, max_growth)
+        divided = _divide_backward(self._backward)
+        second, self._late = put_off(
+            divided.second,
+            self._backward.params_ct,
+            self._forward.known,
+            others=(*self._forward.rest, *divided.first),
+            max_growth=max_growth,
+        )
+        self._divided = divided._replace(second=second)
         self._params_like = jax.tree.map(
             lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen
         )
@@ -170,7 +185,7 @@ class Divisible:
 
     def _halves(self) -> tuple[_Half, _Half]:
         backward, divided = self._backward, self._divided
-        return _Half(divided.first, backward.x_ct), _Half(divided.second, backward.params_ct)
+        return _Half(divided.first, backward.x_ct), _Half(divided.second, self._late.summands)
 
     def _finish(
         self,
@@ -192,7 +207,8 @@ class Divisible:
         rows = {node.outs[0]: node for node in forward.once if node.row is not None and node.outs[0] in forward.known}
         rest = _with_rows(rows, rest, forward.outputs)
         first, second = (half._replace(nodes=_with_rows(rows, half.nodes, half.results)) for half in (first, second))
-        used = (_reads(rest, forward.outputs) | first.reads() | second.reads()) - rows.keys()
+        late = _with_rows(rows, self._late.nodes, backward.params_ct)
+        used = (_reads(rest, forward.outputs) | first.reads() | second.reads() | _reads(late, ())) - rows.keys()
         prepared = tuple(value for value in forward.known if value in used)
         if both is None:
             order = as_soon_as_possible(self._divided.second, self._divided.first)
@@ -204,6 +220,7 @@ class Divisible:
             aux=traced.aux,
             residuals=Residuals(*(tuple(packed_shape(value.aval) for value in values) for values in (inputs, weight))),
             crossing=tuple(packed_shape(value.aval) for value in crossing),
+            summands=tuple(shape_of(value.aval) for value in self._late.summands),
             opaque=self._divided.opaque,
             _graphs=Graphs(
                 params=forward.params,
@@ -218,8 +235,10 @@ class Divisible:
                 second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
                 whole=fuse_gathers(both, (*first.results, *second.results, *effects_of(both))),
                 crossing=crossing,
+                summands=self._late.summands,
+                summands_narrow=before_casts(self._late.summands, second.nodes),
+                late=late,
                 params_ct=backward.params_ct,
-                params_ct_narrow=before_casts(backward.params_ct, second.nodes),
                 x_ct=backward.x_ct,
                 params_like=self._params_like,
                 x_like=self._x_like,
@@ -264,16 +283,16 @@ class _Half(NamedTuple):
         return _reads(self.nodes, self.results)
 
 
-def _read_forward(traced: Traced, num_params: int) -> _Forward:
+def _read_forward(traced: Traced, num_params: int, max_growth: float) -> _Forward:
     """The forward's values by what they are; its nodes without what need not run for each microbatch."""
     graph = traced.forward
     num_outputs = len(jax.tree.leaves((traced.out, traced.aux)))
     params, arguments = graph.inputs[:num_params], graph.inputs[num_params:]
-    once, rest, known = hoist(graph.nodes, params, set(graph.outputs))
+    once, rest, known = hoist(graph.nodes, params, set(graph.outputs), max_growth=max_growth)
     return _Forward(params, arguments, graph.outputs[:num_outputs], graph.outputs[num_outputs:], once, rest, known)
 
 
-def _read_backward(traced: Traced, forward: _Forward) -> tuple[_Backward, _Forward]:
+def _read_backward(traced: Traced, forward: _Forward, max_growth: float) -> tuple[_Backward, _Forward]:
     """The backward that reads the forward's own values; what these are made of can then be computed again.
 
     What only the backward makes of parameters, and once a step, becomes a part of the forward that does so.
@@ -285,6 +304,8 @@ def _read_backward(traced: Traced, forward: _Forward) -> tuple[_Backward, _Forwa
     once = [node for node in forward.once if all(out in forward.known for out in node.outs)]
     nodes = eliminate_common_subexpressions(nodes, once, set(forward.known), alias)
     nodes, more, known = read_quantised(nodes, forward.once, forward.known, alias, graph.outputs)
+    forward = forward._replace(once=(*forward.once, *more), known=known)
+    nodes, more, known = read_exchanged(nodes, forward.once, forward.known, alias, graph.outputs, max_growth)
     forward = forward._replace(once=(*forward.once, *more), known=known)
     outputs = tuple(alias.get(value, value) for value in graph.outputs)
     nodes = read_known(nodes, forward.rest, forward.known, set(outputs))

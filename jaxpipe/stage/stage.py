@@ -14,6 +14,7 @@ from jaxpipe.stage.axes import Collectives, collectives_of_nodes
 from jaxpipe.stage.graph import Node, Value, evaluate, read
 from jaxpipe.stage.rewrite import widen_products
 from jaxpipe.stage.trace import inexact
+from jaxpipe.stage.wide import evaluate_wide
 
 
 class Residuals(NamedTuple):
@@ -37,6 +38,8 @@ class SplitStage:
       aux: those of its auxiliary output; None without one.
       residuals: those of what `forward` keeps.
       crossing: those of what `backward_input` hands to `backward_weight`.
+      summands: those of what is summed over microbatches for the parameters' gradients: these, or what collectives
+        make them of at the end of a step.
       opaque: names of primitives (shard_map, while, cond of `jax.lax.platform_dependent`, ...) that make weight
         gradients inside the input half, because they are not divided.
     """
@@ -45,6 +48,7 @@ class SplitStage:
     aux: Any
     residuals: Residuals
     crossing: tuple[Any, ...]
+    summands: tuple[Any, ...]
     opaque: tuple[str, ...]
     _graphs: Graphs
 
@@ -83,20 +87,23 @@ class SplitStage:
         weight_residuals: Sequence[jax.Array],
         crossing: Sequence[jax.Array],
         *,
-        narrow: bool = False,
+        summands: bool = False,
         wide_products: bool = False,
     ) -> Any:
         """The parameters' cotangent, None for frozen ones: the half that no other stage waits for.
 
-        With ``narrow`` gradients are returned as they are before a last cast to a wider dtype: the caller adds them to
-        sums in the parameters' dtype. With ``wide_products`` as well, those that are products are float32, as matrix
-        units sum them: for a caller with float32 sums nothing is rounded on the way, and on GPUs XLA makes product and
-        sum one kernel.
+        With ``summands``, what is to be summed over microbatches in its place, `SplitStage.summands`: `gradients` makes
+        the cotangent of the sums. They are as they are before a last cast to a wider dtype; with ``wide_products`` as
+        well, those that are products are float32, as matrix units sum them: for a caller with float32 sums nothing is
+        rounded on the way, and on GPUs XLA makes product and sum one kernel.
         """
         graphs = self._graphs
         env = self._restore(prepared, (), weight_residuals)
         env.update(_unpack_all(graphs.crossing, crossing))
-        return self._params_ct(env, graphs.second, narrow, wide_products)
+        if summands:
+            return self._summands(env, graphs.second, (), wide_products)
+        evaluate(graphs.second, env)
+        return self._params_ct(env)
 
     def backward(
         self,
@@ -104,18 +111,34 @@ class SplitStage:
         residuals: Residuals,
         out_ct: Any,
         *,
-        narrow: bool = False,
+        summands: bool = False,
         wide_products: bool = False,
     ) -> tuple[Any, Any]:
         """``(parameters' cotangent, x's cotangent)``, both halves at once; options as of `backward_weight`."""
+        graphs = self._graphs
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
-        return self._params_ct(env, self._graphs.whole, narrow, wide_products), self._x_ct(env)
+        if summands:
+            return self._summands(env, graphs.whole, graphs.x_ct, wide_products), self._x_ct(env)
+        evaluate(graphs.whole, env)
+        return self._params_ct(env), self._x_ct(env)
+
+    def gradients(self, prepared: Sequence[jax.Array], sums: Sequence[jax.Array]) -> Any:
+        """The parameters' cotangent, None for frozen ones, of sums of `summands`: what is done once a step.
+
+        It is in the dtypes of the sums or in wider ones.
+        """
+        graphs = self._graphs
+        env = dict(zip(graphs.prepared, prepared, strict=True))
+        env.update(zip(graphs.summands, sums, strict=True))
+        evaluate_wide(graphs.late, env, graphs.summands)
+        return _cotangents([env[value] for value in graphs.params_ct], graphs.params_like)
 
     @property
     def collectives(self) -> Collectives:
         """The collectives in any of the parts, each with its mesh axis."""
-        return collectives_of_nodes((*self._graphs.once, *self._graphs.forward, *self._graphs.whole))
+        graphs = self._graphs
+        return collectives_of_nodes((*graphs.once, *graphs.forward, *graphs.whole, *graphs.late))
 
     def _restore(self, prepared: Any, input_residuals: Any, weight_residuals: Any) -> dict[Value, Any]:
         graphs = self._graphs
@@ -129,18 +152,25 @@ class SplitStage:
         cts = [ct for ct, aval in zip(jax.tree.leaves(out_ct), jax.tree.leaves(self.out), strict=True) if inexact(aval)]
         env.update(zip(self._graphs.cotangents, cts, strict=True))
 
-    def _params_ct(self, env: dict[Value, Any], nodes: Sequence[Node], narrow: bool, wide_products: bool) -> Any:
-        """The parameters' cotangent, which nodes make."""
-        values = self._graphs.params_ct_narrow if narrow else self._graphs.params_ct
-        unread = set(self._graphs.params_ct).difference(values, *(node.ins for node in nodes))
+    def _summands(
+        self, env: dict[Value, Any], nodes: Sequence[Node], also: Sequence[Value], wide_products: bool
+    ) -> tuple[Any, ...]:
+        """What is summed, which nodes make beside ``also``."""
+        values = self._graphs.summands_narrow
+        unread = set(self._graphs.summands).difference(values, also, *(node.ins for node in nodes))
         nodes = [node for node in nodes if unread.isdisjoint(node.outs)]
         if wide_products:
-            values, nodes = widen_products(values, nodes)
+            values, nodes = widen_products(values, nodes, also)
         evaluate(nodes, env)
-        return _cotangents(env, values, self._graphs.params_like)
+        return tuple(read(env, value) for value in values)
+
+    def _params_ct(self, env: dict[Value, Any]) -> Any:
+        graphs = self._graphs
+        evaluate(graphs.late, env)
+        return _cotangents([read(env, value) for value in graphs.params_ct], graphs.params_like)
 
     def _x_ct(self, env: dict[Value, Any]) -> Any:
-        return _cotangents(env, self._graphs.x_ct, self._graphs.x_like)
+        return _cotangents([read(env, value) for value in self._graphs.x_ct], self._graphs.x_like)
 
 
 class Graphs(NamedTuple):
@@ -152,9 +182,10 @@ class Graphs(NamedTuple):
       forward: what makes ``outputs``, the leaves of out and aux, and ``kept``.
       cotangents: those of the floating leaves of out.
       first: the half that makes ``x_ct`` and ``crossing``.
-      second: the half that makes ``params_ct``.
+      second: the half that makes ``summands``.
       whole: both halves in one order.
-      params_ct_narrow: ``params_ct`` before its last casts to wider dtypes.
+      summands: what is summed over microbatches; ``summands_narrow`` before last casts to wider dtypes.
+      late: what makes ``params_ct`` of summands or of their sums.
       params_like, x_like: shapes and dtypes of the parameters, None for frozen ones, and of x.
     """
 
@@ -170,19 +201,19 @@ class Graphs(NamedTuple):
     second: tuple[Node, ...]
     whole: tuple[Node, ...]
     crossing: tuple[Value, ...]
+    summands: tuple[Value, ...]
+    summands_narrow: tuple[Value, ...]
+    late: tuple[Node, ...]
     params_ct: tuple[Value, ...]
-    params_ct_narrow: tuple[Value, ...]
     x_ct: tuple[Value, ...]
     params_like: Any
     x_like: Any
 
 
-def _cotangents(env: dict[Value, Any], values: Sequence[Value], like: Any) -> Any:
+def _cotangents(arrays: Sequence[Any], like: Any) -> Any:
     """Cotangents in the structure of ``like``, zeros for leaves that are not differentiable."""
-    found = iter(values)
-    return jax.tree.map(
-        lambda leaf: read(env, next(found)) if inexact(leaf) else jnp.zeros(leaf.shape, leaf.dtype), like
-    )
+    found = iter(arrays)
+    return jax.tree.map(lambda leaf: next(found) if inexact(leaf) else jnp.zeros(leaf.shape, leaf.dtype), like)
 
 
 def _is_key(dtype: Any) -> bool:

@@ -157,8 +157,8 @@ def check_split(program: Program, split: Any, *, again: bool = False) -> None:
     assert_floating_same(program.params, params_ct, cts[0], "W: parameters' cotangent")
     whole, whole_like = expressions(book, split.backward, given[1], given[0])
     assert_floating_same(args[:2], whole, tuple(cts), "whole B")
-    narrow, _ = expressions(book, functools.partial(widened, program, split), given[1], given[0])
-    assert_floating_same(program.params, narrow, cts[0], "whole B, narrow")
+    summed, _ = expressions(book, functools.partial(by_sums, split), given[1], given[0])
+    assert_floating_same(program.params, summed, cts[0], "whole B, of sums")
     assert whole_like == like[2:] == jax.tree.map(shape_of, args[:2])
     assert (split.residuals, split.crossing) == (residuals_like, crossing_like)
     if not again:
@@ -190,10 +190,11 @@ def check_first_half(program: Program, split: Any, given: Any) -> None:
         assert found <= least, f"I, branch {branch}: {found} FLOPs, {least} for the input's gradient alone"
 
 
-def widened(program: Program, split: Any, prepared: Any, residuals: Any, out_ct: Any) -> Any:
-    """The parameters' cotangent as it is added to sums in the parameters' dtypes."""
-    narrow, _ = split.backward(prepared, residuals, out_ct, narrow=True)
-    return jax.tree.map(lambda ct, leaf: ct.astype(leaf.dtype), narrow, program.params)
+def by_sums(split: Any, prepared: Any, residuals: Any, out_ct: Any) -> Any:
+    """The parameters' cotangent as a step makes it of sums, here of one microbatch, in the dtypes of the parameters."""
+    summands, _ = split.backward(prepared, residuals, out_ct, summands=True)
+    sums = [value.astype(aval.dtype) for value, aval in zip(summands, split.summands, strict=True)]
+    return split.gradients(prepared, sums)
 
 
 def check_numbers(program: Program, stash: int | None = None) -> None:

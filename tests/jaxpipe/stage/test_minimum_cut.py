@@ -118,13 +118,13 @@ def test_what_the_user_calls_light_is_computed_again(x64):
     assert kept == [{(24, 4)}, {(3, 4)}, {(3, 4)}]
 
 
-def test_narrow_cotangents_are_those_before_the_last_cast():
+def test_summands_are_gradients_before_the_last_cast():
     params, x = jnp.ones((4, 4)), jnp.ones((2, 4), jnp.bfloat16)
     split = split_stage(lambda w, x: jnp.tanh(x @ w.astype(x.dtype)), params, x)
     prepared = split.prepare(params)
     y, residuals = split.forward(prepared, x)
     wide, _ = split.backward(prepared, residuals, y)
-    narrow, _ = split.backward(prepared, residuals, y, narrow=True)
+    (narrow,), _ = split.backward(prepared, residuals, y, summands=True)
     assert (wide.dtype, narrow.dtype) == (jnp.float32, jnp.bfloat16)
     np.testing.assert_array_equal(wide, narrow.astype(jnp.float32))
 
