@@ -42,9 +42,11 @@ def test_products_are_not_rounded(halves):
 
     def gradients(**options):
         if not halves:
-            return split.backward(prepared, kept, ct, narrow=True, **options)[0]
-        _, crossing = split.backward_input(prepared, kept, ct)
-        return split.backward_weight(prepared, kept.weight, crossing, narrow=True, **options)
+            found = split.backward(prepared, kept, ct, summands=True, **options)[0]
+        else:
+            _, crossing = split.backward_input(prepared, kept, ct)
+            found = split.backward_weight(prepared, kept.weight, crossing, summands=True, **options)
+        return split.gradients(prepared, found)
 
     narrow, wide = gradients(), gradients(wide_products=True)
     products = {"w", "rows", "masters"}
@@ -59,6 +61,19 @@ def test_products_are_not_rounded(halves):
     expected = np.asarray(x, np.float64).T @ np.asarray(y_ct[0], np.float64)
     np.testing.assert_allclose(wide["masters"], expected, rtol=1e-5, atol=1e-5)
     assert np.abs(np.asarray(narrow["masters"], np.float64) - expected).max() > 1e-3
+
+
+def test_a_product_that_is_the_gradient_of_two_is_one():
+    """Where x and a parameter are added and multiplied, both have the same gradient, x's in its own dtype."""
+    params = {"w": jnp.ones((WIDTH, WIDTH), NARROW), "shift": jnp.zeros((ROWS, WIDTH), NARROW)}
+    x = jnp.ones((ROWS, WIDTH), NARROW)
+    split = split_stage(lambda params, x: (x + params["shift"]) @ params["w"], params, x)
+    prepared = split.prepare(params)
+    y, kept = split.forward(prepared, x)
+    found, dx = split.backward(prepared, kept, y, summands=True, wide_products=True)
+    grads = split.gradients(prepared, found)
+    assert grads["w"].dtype == jnp.float32 and grads["shift"].dtype == dx.dtype == NARROW
+    np.testing.assert_array_equal(grads["shift"], dx)
 
 
 def _y(params, x):
