@@ -139,6 +139,7 @@ def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
 LOAD = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 2**40).map(float))
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
 @given(st.lists(st.lists(LOAD, min_size=12, max_size=12), min_size=3, max_size=3), st.integers(0, 3))
 def test_what_every_policy_promises_of_any_loads(loads, dead):
