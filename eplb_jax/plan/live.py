@@ -149,7 +149,7 @@ def decide(
     >>> prices = Prices(seconds_per_token=1e-6, expert_bytes=10**6, bytes_per_second=1e10)
     >>> found = decide(10, loads, start, config, prices)
     >>> f"saves {1e3 * found.saved:.2f} ms in 10 steps, and moving takes {1e3 * found.cost:.2f}"
-    'saves 0.28 ms in 10 steps, and moving takes 0.10'
+    'saves 0.44 ms in 10 steps, and moving takes 0.10'
     """
     if config.must_pay and prices is None:
         raise ValueError("must_pay=True without prices: give Prices, or let every better placement be taken")

@@ -87,10 +87,13 @@ def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def common_experts(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """How many experts each old GPU [G, K] and each new one have in common; float32 [G, G], whole numbers."""
+    """How many experts each old GPU [G, K] and each new one have in common [G, G]."""
     experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    before, after = (held_by_gpus(slots[None], experts)[0].astype(np.float32) for slots in (old, new))
-    return before @ after.T  # of floats, which BLAS multiplies
+    (gpu, held), (other, theirs) = (np.nonzero(held_by_gpus(slots[None], experts)[0]) for slots in (old, new))
+    # Each holds few of all experts: pairs are found sooner than BLAS wakes its threads to multiply.
+    here, there = np.nonzero(held[:, None] == theirs)
+    pairs = gpu[here] * len(new) + other[there]
+    return np.bincount(pairs, minlength=len(old) * len(new)).reshape(len(old), len(new))
 
 
 def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:

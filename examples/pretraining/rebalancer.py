@@ -98,7 +98,7 @@ class Rebalancer:
         if seconds is not None:
             self._seconds.append(seconds)
         self.average = self.average.update(np.asarray(loads))
-        if step % self.config.interval == 0:
+        if step % self.config.interval == 0 and self._due is None:  # one from a checkpoint comes first
             self._due = step, np.asarray(self.average.loads())
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:

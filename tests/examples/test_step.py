@@ -174,14 +174,16 @@ def test_rebalancing_moves_copies_and_nothing_else():
     ends = []
     for saves in (False, True):
         state, rebalancer = jax.tree.map(jnp.copy, start), trainer.Rebalancer(model, 2, interval=2, min_gain=0.0, lag=2)
+        metrics = None
         for index in range(4):
             if saves and index == 3:
                 saved = rebalancer.state_dict()
                 assert saved["planned_step"] == 2
                 rebalancer = trainer.Rebalancer(model, 2, interval=2, min_gain=0.0, lag=2)
                 rebalancer.load_state_dict(saved)
-            state, metrics = step(state, make_batch(index, ROWS), KEY)
-            rebalancer.observe(metrics["loads"], index + 1)
+            before, (state, metrics) = metrics, step(state, make_batch(index, ROWS), KEY)
+            if before is not None:  # a step's loads are seen when the next one has begun
+                rebalancer.observe(before["loads"], index)
             state = rebalancer.maybe_rebalance(state, index + 1)
             assert bool(rebalancer.metrics()) == (index == 3)
         assert rebalancer.metrics()["plan_of_step"] == 2 and rebalancer.described() is not None

@@ -136,6 +136,37 @@ def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
     assert np.array_equal(policy(weight[3:5], 20, 6, 2, 4).phy2log, plan.phy2log[3:5])  # layers are independent
 
 
+LOAD = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 2**40).map(float))
+
+
+@pytest.mark.slow
+@settings(max_examples=10, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow])
+@given(st.lists(st.lists(LOAD, min_size=12, max_size=12), min_size=3, max_size=3), st.integers(0, 3))
+def test_what_every_policy_promises_of_any_loads(loads, dead):
+    """All experts placed, groups on their nodes, no copy wasted, no worse than promised, and nothing on the dead."""
+    weight, sizes = np.array(loads), (20, 6, 2, 4)
+    plans = {name: policy(weight, *sizes) for name, policy in POLICIES.items()}
+    for plan in plans.values():
+        check(plan, weight, *sizes)
+    limit = heaviest(balanced(weight, *sizes), weight, 4)
+    start = eplb_jax.rebalance_experts(weight, *sizes)
+    assert (limit <= heaviest(start, weight, 4)).all()
+    apart = no_duplicate(weight, *sizes).phy2log.reshape(3, 4, -1)
+    assert all(len(np.unique(gpu)) == len(gpu) for layer in apart for gpu in layer)
+
+    start = eplb_jax.rebalance_experts(weight[:, ::-1].copy(), *sizes)  # of other loads
+    new = sticky(weight, start, *sizes[1:])
+    check(new, weight, *sizes)
+    assert (heaviest(new, weight, 4) <= 1.01 * limit * (1 + 1e-6)).all()
+    good = heaviest(start, weight, 4) <= 1.01 * limit * (1 - 1e-6)
+    np.testing.assert_array_equal(new.phy2log[good], start.phy2log[good])
+
+    alive = np.arange(4) != dead
+    found = elastic(weight, alive, *sizes[:3], previous=start).phy2log.reshape(3, 4, -1)
+    assert (found[:, dead] == -1).all() and (found[:, alive] >= 0).all()
+    assert all(len(np.unique(layer[alive])) == 12 for layer in found)
+
+
 def test_a_node_without_load_gets_an_even_share():
     weight = np.array([[0, 0, 0, 0, 5, 3, 2, 1]])
     assert balanced(weight, 12, 2, 2, 4).logcnt[0, :4].tolist() == [2, 2, 1, 1]
