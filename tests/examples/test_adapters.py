@@ -60,7 +60,7 @@ def test_a_step_equals_the_plain_program_of_changed_matrices():
     params = with_adapters(model.params)
     assert jax.tree.leaves(params.stages)[0].dtype == jnp.float32
     batch = make_batch(0, 4, CONFIG)
-    (loss, _), grads = trainer.pipelined(model, schedule, mesh)(params, batch)
+    (loss, _), grads = jax.jit(trainer.pipelined(model, schedule, mesh))(params, batch)
 
     def changed(params):
         return params._replace(stages=changed_by_hand(params.stages))
