@@ -48,7 +48,7 @@ def test_losses_and_gradients_are_those_of_separate_sequences(x64):
     schedule = jaxpipe.schedule.build("1f1b", 1, 1)
     model = build_model(CONFIG, schedule, 0, dtype=jnp.float64)
     params = wide(model.params)
-    pipeline = trainer.pipelined(model, schedule, jaxpipe.make_mesh(pp=1))
+    pipeline = jax.jit(trainer.pipelined(model, schedule, jaxpipe.make_mesh(pp=1)))
     (whole, _), grads = pipeline(params, wide(packed(DOCUMENTS)))
     # Each loss is a mean, so of separate sequences sums are added, by which means are weighted.
     plain = build_model(dataclasses.replace(CONFIG, mtp_weight=1.0), schedule, 0, dtype=jnp.float64, abstract=True)
@@ -89,7 +89,7 @@ def test_a_pipeline_keeps_documents_apart():
     other = packed([DOCUMENTS[0], [0, 1, 2, 3, 4, 5], [0]])
     other = {name: np.pad(array, ((0, 0), (0, 1))) for name, array in other.items()}
     batch = {name: np.concatenate([array, other[name]]).astype(array.dtype) for name, array in batch.items()}
-    (loss, _), grads = trainer.pipelined(model, schedule, mesh)(model.params, batch)
+    (loss, _), grads = jax.jit(trainer.pipelined(model, schedule, mesh))(model.params, batch)
     (wanted, _), expected = jax.jit(trainer.plain_value_and_grad(model, parts=2))(model.params, batch)
     assert float(loss) == pytest.approx(float(wanted), rel=1e-6)
     for ours, theirs in zip(*map(jax.tree.leaves, (grads, expected)), strict=True):
