@@ -6,9 +6,18 @@ XLA_SHARE = 0.8
 """What XLA takes for the memory of a GPU that a program may use, inputs and outputs included."""
 
 
-def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> dict[str, int]:
-    """Lets XLA's scheduler use the memory that there is: for ``jax.jit(step, compiler_options=...)`` on GPUs.
+CUBLAS = {"xla_gpu_enable_triton_gemm": False}
+"""Keeps XLA from wrapping products into kernels of Triton's."""
 
+
+def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> dict[str, int | bool]:
+    """What a training step wants of XLA: for ``jax.jit(step, compiler_options=...)`` on GPUs.
+
+    Products are cuBLAS's, which add a weight gradient to its sum in place. XLA may otherwise wrap product and sum for a
+    kernel of Triton's, find cuBLAS faster, and add in a pass of its own: a step of dense layers on one H200 took 391
+    ms so, and 373 with this option (docs/measured/gpus.md).
+
+    XLA's scheduler may use the memory that there is.
     XLA hides communication behind compute until it takes memory to run short: at 80% of the GPU's, less inputs and
     outputs, less 5% of the rest. From there on it orders operations to save memory, and does not hide collectives that
     it could have hidden. A large model's step always gets there, since its parameters and sums of gradients take most
@@ -23,7 +32,7 @@ def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> d
         variable XLA_PYTHON_CLIENT_MEM_FRACTION to the same number, or JAX's allocator takes 75%.
 
     Returns:
-      Options; none where the arguments alone exceed XLA's limit, since no factor helps there.
+      Options; without the factor where the arguments alone exceed XLA's limit, since none helps there.
 
     Raises:
       ValueError: sizes that are not positive, a share above 1.
@@ -31,9 +40,9 @@ def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> d
     Source: `GetSchedulerMemoryLimit` in XLA's ``gpu_hlo_schedule.cc``.
 
     >>> compiler_options(arguments=21_300_000_000, memory=80e9)
-    {'xla_gpu_memory_limit_slop_factor': 122}
+    {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_memory_limit_slop_factor': 122}
     >>> compiler_options(arguments=0, memory=80e9)
-    {'xla_gpu_memory_limit_slop_factor': 115}
+    {'xla_gpu_enable_triton_gemm': False, 'xla_gpu_memory_limit_slop_factor': 115}
     """
     if arguments < 0 or memory <= 0 or not 0 < share <= 1:
         raise ValueError(
@@ -41,5 +50,5 @@ def compiler_options(arguments: int, memory: float, *, share: float = 0.92) -> d
         )
     usable = XLA_SHARE * memory - arguments
     if usable <= 0:
-        return {}
-    return {"xla_gpu_memory_limit_slop_factor": int(100 * max(0.0, share * memory - arguments) / usable)}
+        return dict(CUBLAS)
+    return CUBLAS | {"xla_gpu_memory_limit_slop_factor": int(100 * max(0.0, share * memory - arguments) / usable)}

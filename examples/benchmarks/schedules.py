@@ -37,6 +37,7 @@ from jax.sharding import PartitionSpec as P
 from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
 
 import jaxpipe
+from jaxpipe.compiling import CUBLAS
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.schedule import Costs, Schedule, build, simulate
 from jaxpipe.schedule.simulator import closed_form_bubble
@@ -88,8 +89,8 @@ def masters(model: Layers, layers: int, order: tuple[int, ...], mesh: Mesh) -> C
 
 
 def start(pool: ThreadPoolExecutor, name: str, lowered: Any) -> Future[Any]:
-    """The compiled program, later; standard error hears of it."""
-    future = pool.submit(lowered.compile)
+    """The program, later, compiled as `jaxpipe.compiler_options` would have it; standard error hears of it."""
+    future = pool.submit(lowered.compile, CUBLAS)
     future.add_done_callback(lambda _: print(f"compiled {name}", file=sys.stderr, flush=True))
     return future
 
@@ -118,7 +119,7 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     def adds(grads: Any, totals: Any) -> Any:
         return jax.tree.map(lambda total, grad: total + grad.astype(total.dtype), totals, grads)
 
-    wide = {"narrow": True, "wide_products": mesh.devices.flat[0].platform != "cpu"}  # as the executor does
+    wide = {"summands": True, "wide_products": mesh.devices.flat[0].platform != "cpu"}  # as the executor does
 
     def backward(split: Any, prepared: Any, kept: Any, ct: Any, totals: Any) -> Any:
         grads, x_ct = split.backward(prepared, kept, ct, **wide)
@@ -140,7 +141,7 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
         "F&B": pair,
     }
     prepared = local(lambda split, params: split.prepare(params))(params, (), ())
-    totals = local(lambda _, params: jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), params))(params, (), ())
+    totals = local(lambda split, _: tuple(jnp.zeros(leaf.shape) for leaf in split.summands))(params, (), ())
     shapes = arguments(splits[-1].residuals, splits[-1].crossing)
     programs = [
         start(pool, f"{name} of {layers} layers", local(function, donate_argnums=2).lower(params, held, totals))

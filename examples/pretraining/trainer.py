@@ -422,13 +422,15 @@ def make_step(
 
 def _compiler_options(
     model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
-) -> dict[str, int] | None:
-    """For known GPUs, what `jaxpipe.compiler_options` says, unless XLA_FLAGS say it already."""
+) -> dict[str, int | bool] | None:
+    """For known GPUs, what `jaxpipe.compiler_options` says, but for what XLA_FLAGS say already."""
     chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
-    if mesh is None or chip is None or "xla_gpu_memory_limit_slop_factor" in os.environ.get("XLA_FLAGS", ""):
+    if mesh is None or chip is None:
         return None
     state = abstract_state(model, optimizer, mesh)
-    return jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
+    options = jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
+    given = os.environ.get("XLA_FLAGS", "")
+    return {name: value for name, value in options.items() if name not in given}
 
 
 def make_evaluate(model: DeepSeekModel, schedule: Schedule, mesh: Mesh, *, dispatch: str | None = None) -> Any:

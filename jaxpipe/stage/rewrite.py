@@ -8,7 +8,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax.numpy as jnp
-from jax import lax
 
 from jaxpipe._jax import LIGHT, VIEWS
 from jaxpipe.stage.graph import Node, Value, eqn_node, producers
@@ -118,8 +117,5 @@ def _in_float32(node: Node, alias: dict[Value, Value]) -> Node:
     if node.name != "dot_general":
         return dataclasses.replace(node, ins=tuple(alias.get(value, value) for value in node.ins), outs=(wide,))
     assert node.eqn is not None
-    # Operands of 16 bits have no other precision than the highest. To ask for it keeps XLA's GPU compiler from Triton's
-    # kernels, which add nothing to a sum; cuBLAS's do.
-    highest = (lax.Precision.HIGHEST, lax.Precision.HIGHEST)
-    params = node.eqn.params | {"preferred_element_type": jnp.dtype(jnp.float32), "precision": highest}
+    params = node.eqn.params | {"preferred_element_type": jnp.dtype(jnp.float32)}
     return eqn_node(node.eqn.replace(params=params), node.ins, (wide,), node.context)

@@ -83,7 +83,7 @@ def _y(params, x):
 
 @pytest.mark.parametrize("grad_dtype, count", [(None, 3), (jnp.bfloat16, 0)])
 def test_on_gpus_the_executor_asks_for_them(grad_dtype, count):
-    """As many products in float32 as there are weights, of a precision that keeps XLA from Triton."""
+    """As many products in float32 as there are weights."""
     step = jaxpipe.value_and_grad(
         dense_of_stage, jaxpipe.schedule.build("1f1b", 1, 1), AbstractMesh((1,), ("pp",)),
         head=lambda outer, y, data, ctx: y.astype(jnp.float32).sum(), compute_dtype=NARROW, grad_dtype=grad_dtype,
@@ -92,7 +92,7 @@ def test_on_gpus_the_executor_asks_for_them(grad_dtype, count):
     batch = jax.ShapeDtypeStruct((ROWS, WIDTH), jnp.float32)
     text = jax.jit(step).trace(params, batch).lower(lowering_platforms=("cuda",)).as_text()
     narrow = rf"tensor<{ROWS}x{WIDTH}xbf16>"
-    found = re.findall(rf"dot_general .*HIGHEST, HIGHEST.* : \({narrow}, {narrow}\) -> tensor<\S+xf32>", text)
+    found = re.findall(rf"dot_general .* : \({narrow}, {narrow}\) -> tensor<\S+xf32>", text)
     assert len(found) == count
 
 
