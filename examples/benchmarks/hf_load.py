@@ -229,7 +229,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[s
         shutil.rmtree(folder, ignore_errors=True)
     over = found["peak GB"] - found["part GB"]
     return {
-        "files": f"{kind}, holes" if args.holes else kind,
+        "files": f"{args.config}, {args.mesh}, {kind}" if args.holes else kind,
         "size GB": found["files GB"],
         "number": found["files"],
         "written in s": math.nan if args.holes else written,
