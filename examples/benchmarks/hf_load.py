@@ -5,7 +5,12 @@ mesh has devices form one run, of which the first reads what its device keeps; t
 process's, as the operating system counts it; pages of files that the system caches are not in it. What was read is
 compared with what was written, some rows of each tensor. The files are deleted afterwards.
 
+With --holes the files have their names, headers and sizes, and nothing in them: they take no room on a disk, whatever
+the model, and what is read is zero. So of that the peak means something, and the time does not. The other devices of
+the mesh are those of one more process.
+
     python examples/benchmarks/hf_load.py --tiny
+    python examples/benchmarks/hf_load.py --holes --config dsv3-671b --mesh pp=16,ep=64 --formats fp8
     python examples/benchmarks/hf_load.py [--config moe-16b] [--layers 27] [--mesh pp=4,ep=2] [--folder FOLDER]
         [--formats bfloat16,fp8] [--dtype float32]
 """
@@ -81,6 +86,30 @@ def write(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> float:
     return time.perf_counter() - begin
 
 
+def write_holes(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> float:
+    """Writes the checkpoint's headers, and gives the files their sizes; returns seconds."""
+    from jaxpipe.deepseek.hf_config import to_hf_config  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_files import INDEX, encode_header  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_names import tensors  # noqa: PLC0415
+    from jaxpipe.deepseek.hf_write import plan_files  # noqa: PLC0415
+
+    begin, config = time.perf_counter(), sized(args)
+    places = plan_files(tensors(config), kind)
+    folder.mkdir()
+    (folder / "config.json").write_text(json.dumps(to_hf_config(config)), encoding="utf-8")
+    names = {name: place.file for name, place in places.items()}
+    (folder / INDEX).write_text(json.dumps({"metadata": {}, "weight_map": names}), encoding="utf-8")
+    groups: dict[str, dict[str, Any]] = {}
+    for name, place in places.items():
+        groups.setdefault(place.file, {})[name] = place
+    for name, group in groups.items():
+        with open(folder / name, "wb") as file:
+            header = encode_header({tensor: (place.dtype, place.shape) for tensor, place in group.items()})
+            file.write(header)
+            file.truncate(len(header) + sum(place.nbytes for place in group.values()))
+    return time.perf_counter() - begin
+
+
 def sized(args: argparse.Namespace) -> Any:
     """The model."""
     from jaxpipe.deepseek import model_config  # noqa: PLC0415
@@ -97,11 +126,16 @@ def sizes(args: argparse.Namespace) -> dict[str, int]:
     return {name: int(size) for name, size in (part.split("=") for part in args.mesh.split(","))}
 
 
+def processes(args: argparse.Namespace) -> int:
+    """One a device; with --holes the first device's, and one that has all others."""
+    return 2 if args.holes else math.prod(sizes(args).values())
+
+
 def read(args: argparse.Namespace) -> None:
     """Is one of the processes; the first prints what it found as JSON."""
     import jax  # noqa: PLC0415
 
-    jax.distributed.initialize(args.coordinator, int(np.prod(list(sizes(args).values()))), args.process)
+    jax.distributed.initialize(args.coordinator, processes(args), args.process)
     from jaxpipe import make_mesh, schedule  # noqa: PLC0415
     from jaxpipe.deepseek import build_model  # noqa: PLC0415
     from jaxpipe.deepseek.hf_load import find_sources, load_params  # noqa: PLC0415
@@ -123,7 +157,8 @@ def read(args: argparse.Namespace) -> None:
     numbers, compared = pool(), 0
     parts = [sum(shard.data.nbytes for shard in leaf.addressable_shards) for leaf in jax.tree.leaves(params)]
     leaves = {names(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(params)}
-    for name, source in find_sources(args.folder, config).items():
+    sources = {} if args.holes else find_sources(args.folder, config)
+    for name, source in sources.items():
         for part in (in_stages(part, model.arrangement) for part in source.tensor.parts):
             shard = leaves[part.path].addressable_shards[0]
             place = [int(place) if isinstance(place, int) else place for place in part.index]
@@ -144,7 +179,7 @@ def read(args: argparse.Namespace) -> None:
         if compared == 20:
             break
     files = [path.stat().st_size for path in pathlib.Path(args.folder).glob("*.safetensors")]
-    assert len(tensors(config)) and compared, compared
+    assert len(tensors(config)) and (compared or args.holes), compared
     found = {"read s": seconds, "before GB": before, "peak GB": most, "files GB": sum(files) / 1e9, "files": len(files)}
     found |= {"part GB": sum(parts) / 1e9, "largest shard GB": max(parts) / 1e9, "compared": compared}
     print(json.dumps(found), flush=True)
@@ -160,29 +195,31 @@ def peak() -> float:
 def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[str, Any]:
     """A row: the checkpoint is written, read and deleted."""
     try:
-        written = write(args, folder, kind)
+        written = (write_holes if args.holes else write)(args, folder, kind)
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             port = free.getsockname()[1]
         command = [sys.executable, __file__, "--config", args.config, "--mesh", args.mesh, "--dtype", args.dtype]
         command += ["--layers", str(args.layers or 0), "--folder", str(folder), "--coordinator", f"127.0.0.1:{port}"]
         command += ["--exact"] if kind != "fp8" else []
-        environment = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=1"}
-        processes = [
+        command += ["--holes"] if args.holes else []
+        others = (math.prod(sizes(args).values()) - 1) // (processes(args) - 1)
+        counts = [f"--xla_force_host_platform_device_count={count}" for count in (1, others)]
+        started = [
             subprocess.Popen(
                 [*command, "--process", str(index)],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL if index else None,
                 text=True,
-                env=environment,
+                env=os.environ | {"XLA_FLAGS": counts[min(index, 1)]},
             )
-            for index in range(int(np.prod(list(sizes(args).values()))))
+            for index in range(processes(args))
         ]
         try:
-            line = processes[0].stdout.readline() if processes[0].stdout else ""
+            line = started[0].stdout.readline() if started[0].stdout else ""
         finally:
-            for process in reversed(processes):
+            for process in reversed(started):
                 process.kill()
                 process.wait()
         if not line:
@@ -192,13 +229,13 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[s
         shutil.rmtree(folder, ignore_errors=True)
     over = found["peak GB"] - found["part GB"]
     return {
-        "files": kind,
+        "files": f"{args.config}, {args.mesh}, {kind}" if args.holes else kind,
         "size GB": found["files GB"],
         "number": found["files"],
-        "written in s": written,
+        "written in s": math.nan if args.holes else written,
         "part GB": found["part GB"],
         "largest shard GB": found["largest shard GB"],
-        "read in s": found["read s"],
+        "read in s": math.nan if args.holes else found["read s"],
         "peak GB": found["peak GB"],
         "peak - part GB": over,
         "before reading GB": found["before GB"],
@@ -216,6 +253,7 @@ def main() -> None:
     parser.add_argument(
         "--folder", type=pathlib.Path, help="for the files; a new one in it is made; default: where scratch files are"
     )
+    parser.add_argument("--holes", action="store_true", help="files of their sizes with nothing in them: memory alone")
     parser.add_argument("--tiny", action="store_true", help="a small model: whether it works")
     parser.add_argument("--coordinator", help=argparse.SUPPRESS)
     parser.add_argument("--process", type=int, help=argparse.SUPPRESS)

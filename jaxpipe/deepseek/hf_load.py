@@ -1,7 +1,7 @@
 """Weights of a Hugging Face folder, read straight into the shards that training uses.
 
-Each process reads what its devices keep, one leaf after the other, so beside the shards themselves its memory holds one
-shard of one leaf and a few pieces of files.
+Each process reads what its devices keep, one leaf after the other and a slab of a shard at a time, so beside the shards
+themselves its memory holds one slab and a few pieces of files, whatever the size of the model.
 """
 
 from __future__ import annotations
@@ -34,6 +34,9 @@ from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
 
 PIECE = 8 << 20
 """Bytes of a file that are read at once."""
+
+SLAB = 1 << 28
+"""Bytes of a shard that are put together in the host's memory before they go to its device."""
 
 TRANSPOSED = 64
 """Rows of a file that are transposed at once: then both sides stay in the processor's caches."""
@@ -329,17 +332,51 @@ def _fill(
     made: np.ndarray | None,
     pool: concurrent.futures.Executor,
 ) -> jax.Array:
-    """A leaf, shard by shard."""
+    """A leaf, shard by shard, large ones slab by slab."""
     arrays = []
     for box, devices in _shards(shape, sharding).items():
-        shard = np.zeros([high - low for low, high in box], dtype)
-        if made is not None:
-            shard[...] = made
-        # The list is made so that errors are raised.
-        list(pool.map(lambda copy: copy(), _copies(shard, box, pieces)))
-        arrays += [jax.device_put(shard, device) for device in devices]
-        jax.block_until_ready(arrays)
+        slabs = _slabs(box, SLAB // dtype.itemsize)
+        wholes: list[jax.Array] = []
+        if len(slabs) > 1:
+            sizes = [high - low for low, high in box]
+            wholes = [jnp.zeros(sizes, dtype, device=device) for device in devices]
+        for slab in slabs:
+            block = np.zeros([high - low for low, high in slab], dtype)
+            if made is not None:
+                block[...] = made
+            # The list is made so that errors are raised.
+            list(pool.map(lambda copy: copy(), _copies(block, slab, pieces)))
+            parts = [jax.device_put(block, device) for device in devices]
+            if len(slabs) > 1:
+                start = tuple(np.int32(low - first) for (low, _), (first, _) in zip(slab, box, strict=True))
+                wholes = [_put(whole, part, start) for whole, part in zip(wholes, parts, strict=True)]
+            else:
+                wholes = parts
+            jax.block_until_ready(wholes)
+        arrays += wholes
     return jax.make_array_from_single_device_arrays(shape, sharding, arrays)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _put(whole: jax.Array, part: jax.Array, start: tuple[np.int32, ...]) -> jax.Array:
+    """A shard with a slab in its place, in the memory of the one without."""
+    return jax.lax.dynamic_update_slice(whole, part, start)
+
+
+def _slabs(box: Box, most: int) -> list[Box]:
+    """A box in halves of halves, along the first axes first, until none has more elements than ``most``.
+
+    >>> _slabs(((0, 2), (4, 7)), 3)
+    [((0, 1), (4, 7)), ((1, 2), (4, 7))]
+    >>> _slabs(((5, 6), (4, 7)), 2)
+    [((5, 6), (4, 5)), ((5, 6), (5, 7))]
+    """
+    if math.prod(high - low for low, high in box) <= max(1, most):
+        return [box]
+    axis, (low, high) = next((axis, ends) for axis, ends in enumerate(box) if ends[1] - ends[0] > 1)
+    middle = (low + high) // 2
+    halves = (low, middle), (middle, high)
+    return [slab for half in halves for slab in _slabs((*box[:axis], half, *box[axis + 1 :]), most)]
 
 
 def _copies(

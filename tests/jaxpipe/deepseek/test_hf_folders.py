@@ -181,6 +181,28 @@ def test_shards_hold_what_the_models_order_says(tmp_path):
     assert jax.tree.all(jax.tree.map(np.array_equal, wanted, as_numpy(load_params(tmp_path, model, mesh))))
 
 
+def test_large_shards_are_put_together_slab_by_slab(tmp_path, monkeypatch):
+    """No more of a shard is in the host's memory than a slab; what comes of it is the same."""
+    config = small(redundant=4, layers=6)
+    write_file(tmp_path / SINGLE, make_arrays(config))
+    mesh, _, model = setting(config, "dualpipev", pp=2, ep=2)
+    whole = load_params(tmp_path, model, mesh)
+    sizes, original = [], jax.device_put
+
+    def device_put(block, device):
+        sizes.append(block.nbytes)
+        return original(block, device)
+
+    monkeypatch.setattr(jax, "device_put", device_put)
+    monkeypatch.setattr(hf_load, "SLAB", 1000)
+    slabs = load_params(tmp_path, model, mesh)
+    assert max(leaf.addressable_shards[0].data.nbytes for leaf in jax.tree.leaves(whole)) > 2000
+    assert 500 < max(sizes) <= 1000
+    for ours, theirs in zip(*map(jax.tree.leaves, (slabs, whole)), strict=True):
+        assert ours.sharding == theirs.sharding and ours.dtype == theirs.dtype
+        np.testing.assert_array_equal(ours, theirs)
+
+
 def test_matrices_in_fp8_are_read_and_written(tmp_path):
     config = small(
         moe=dataclasses.replace(small().moe, width=144, hidden=136), dense_hidden=132, latent=130, content=40, value=72
