@@ -215,7 +215,9 @@ class DeepSeekModel:
         if (lora := self.config.lora) is None:
             return self, params
         plain = dataclasses.replace(self.config, lora=None)
-        model = _of_shapes(plain, self.arrangement, self.axis, self.shared_ends, self.dtype, self.seed, self.core)
+        model = _of_shapes(
+            plain, self.arrangement, self.microbatches, self.axis, self.shared_ends, self.dtype, self.seed, self.core
+        )
         return model, merge(params, lora)
 
     def to_layers(self, params: Any) -> dict[str, Any]:
