@@ -108,8 +108,8 @@ class PlanAhead:
           ValueError: as what plans does, of loads that cannot be planned for.
         """
         if self._warming is not None:
-            self._warming.result()
-            self._warming = None
+            warming, self._warming = self._warming, None
+            warming.result()
         if self._begun is None or step < self._begun[0] + self.lag:
             return None
         (planned_for, _, future), self._begun = self._begun, None
