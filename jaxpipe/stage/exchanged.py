@@ -76,7 +76,7 @@ def exchanged_nodes(
     >>> graph = make_graph(jax.make_jaxpr(copies, axis_env=[("ep", 2)])(w, x))
     >>> found = exchanged_nodes(graph.nodes, graph.inputs[:1], (), graph.outputs)
     >>> sorted(node.name for node in found.nodes if node.name != "slice")
-    ['all_gather', 'mul', 'reduce_sum']
+    ['all_gather', 'broadcast_in_dim', 'mul', 'reduce_sum']
     """
     roots: dict[Value, frozenset[Value]] = {value: frozenset({value}) for value in params}
     parts = dict(roots)  # the same, where what is made of a part of a parameter is compared with that part
