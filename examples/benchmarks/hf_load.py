@@ -5,9 +5,9 @@ mesh has devices form one run, of which the first reads what its device keeps; t
 process's, as the operating system counts it; pages of files that the system caches are not in it. What was read is
 compared with what was written, some rows of each tensor. The files are deleted afterwards.
 
-With --holes the files have their names, headers and sizes, and nothing in them: they take no room on a disk, whatever the
-model, and what is read is zero. So of that the peak means something, and the time does not. The other devices of the
-mesh are those of one more process.
+With --holes the files have their names, headers and sizes, and nothing in them: they take no room on a disk, whatever
+the model, and what is read is zero. So of that the peak means something, and the time does not. The other devices of
+the mesh are those of one more process.
 
     python examples/benchmarks/hf_load.py --tiny
     python examples/benchmarks/hf_load.py --holes --config dsv3-671b --mesh pp=16,ep=64 --formats fp8
@@ -229,7 +229,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[s
         shutil.rmtree(folder, ignore_errors=True)
     over = found["peak GB"] - found["part GB"]
     return {
-        "files": f"{kind}, holes" if args.holes else kind,
+        "files": f"{args.config}, {args.mesh}, {kind}" if args.holes else kind,
         "size GB": found["files GB"],
         "number": found["files"],
         "written in s": math.nan if args.holes else written,

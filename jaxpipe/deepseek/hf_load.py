@@ -35,7 +35,7 @@ from jaxpipe.deepseek.model import DeepSeekModel, build_model, names
 PIECE = 8 << 20
 """Bytes of a file that are read at once."""
 
-SLAB = 1 << 30
+SLAB = 1 << 28
 """Bytes of a shard that are put together in the host's memory before they go to its device."""
 
 TRANSPOSED = 64

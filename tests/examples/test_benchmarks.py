@@ -16,7 +16,7 @@ import record
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
-LONG = ("frozen", "generate", "llama", "lowering", "one_rank", "shared_ends", "fp8_gemm")
+LONG = ("fine_tuning", "frozen", "generate", "hf_load", "llama", "lowering", "one_rank", "shared_ends", "fp8_gemm")
 RECORDED = {
     # Arguments, and how many figures come of them at least.
     "lockstep": ("--schedule dualpipev --quick", 20),
@@ -32,6 +32,9 @@ RECORDED = {
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),
     "generate": ("--tiny --repeats 1 --batches 1,2", 10),
+    "readers": ("--tiny", 5),
+    "fine_tuning": ("--tiny --repeats 1", 12),
+    "hf_load": ("--tiny --holes --formats fp8", 7),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
     "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
