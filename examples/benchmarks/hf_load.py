@@ -221,7 +221,7 @@ def measure(args: argparse.Namespace, folder: pathlib.Path, kind: str) -> dict[s
         finally:
             for process in reversed(started):
                 process.kill()
-                process.wait()
+                process.communicate()
         if not line:
             raise RuntimeError("the first process has failed, see above")
         found = json.loads(line)

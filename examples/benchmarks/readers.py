@@ -30,7 +30,7 @@ from pretraining import data
 MB = 1e6
 
 
-class Reader(NamedTuple):
+class TimedReader(NamedTuple):
     """A way to read.
 
     Attributes:
@@ -44,14 +44,14 @@ class Reader(NamedTuple):
     state: Callable[[int], Any]
 
 
-def own(part: data.Part, batch: int, sequence: int) -> Reader:
+def own(part: data.Part, batch: int, sequence: int) -> TimedReader:
     """The example's: a batch follows from the number of its step."""
 
     def begin(state: Any) -> Callable[[], Any]:
         steps = iter(range(state or 0, sys.maxsize))
         return lambda: data.make_batch(part, 0, next(steps), batch, sequence)
 
-    return Reader("pretrain.py", begin, lambda steps: steps)
+    return TimedReader("pretrain.py", begin, lambda steps: steps)
 
 
 class Windows:
@@ -72,7 +72,7 @@ class Windows:
         return {"tokens": tokens[:-1], "targets": tokens[1:], "mask": mask}
 
 
-def of_grain(grain: Any, part: data.Part, batch: int, sequence: int, threads: int) -> Reader:
+def of_grain(grain: Any, part: data.Part, batch: int, sequence: int, threads: int) -> TimedReader:
     """grain's, reading ahead in so many threads, or where it is asked."""
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=4 * threads)
 
@@ -92,10 +92,10 @@ def of_grain(grain: Any, part: data.Part, batch: int, sequence: int, threads: in
             next(found)
         return found.get_state()
 
-    return Reader(f"grain, {threads} threads" if threads else "grain", begin, state)
+    return TimedReader(f"grain, {threads} threads" if threads else "grain", begin, state)
 
 
-def measure(reader: Reader, args: argparse.Namespace) -> dict[str, Any]:
+def measure(reader: TimedReader, args: argparse.Namespace) -> dict[str, Any]:
     """A line of the table."""
     before, read = resident(), reader.open(None)
     first = [read() for _ in range(args.skip + 2)]

@@ -45,11 +45,15 @@ def generate_parser() -> argparse.ArgumentParser:
     _add_model(parser)
     text = parser.add_argument_group("text")
     text.add_argument("--prompt", action="append", default=[], help="text; several times: a batch")
+    text.add_argument(
+        "--chat", action="store_true", help="a prompt is what a user says: the chat template asks for an answer"
+    )
     text.add_argument("--tokens", action="append", default=[], metavar="1,2,3", help="a prompt of token numbers")
     _add_tokenizer(text)
     text.add_argument("--copies", type=int, default=1, help="how many times each prompt is answered")
     text.add_argument("--new-tokens", type=int, default=64, help="of a prompt, at most")
-    text.add_argument("--stop", type=int, action="append", default=[], help="a token that ends an answer")
+    text.add_argument("--stop", type=int, action="append", default=[], help="a token that ends an answer; default, of "
+                      "--prompt: the one that ends a text for the tokenizer")  # fmt: skip
     text.add_argument("--temperature", type=float, default=0.0, help="0: the likeliest token, always")
     text.add_argument("--top-p", type=float, default=1.0, help="choose from the likeliest tokens of this probability")
     return parser
@@ -140,12 +144,14 @@ def generate(args: argparse.Namespace, say: Callable[[str], None] = print) -> No
         raise ValueError(f"--copies {args.copies}: at least 1")
     if not args.prompt and not args.tokens:
         raise ValueError("nothing to continue: give --prompt TEXT, or --tokens 1,2,3")
-    encode, decode = _text(args) if args.prompt else (None, None)
+    if args.chat and not args.prompt:
+        raise ValueError("--chat: that is for text, so give --prompt TEXT")
+    encode, decode, ends = _text(args) if args.prompt else (None, None, [])
     prompts = [encode(text) for text in args.prompt if encode] + [_numbers(text) for text in args.tokens]
     prompts = [prompt for prompt in prompts for _ in range(args.copies)]
     sampling = Sampling(args.temperature, args.top_p, args.seed)
     server = make_server(args, say)
-    made = server.generate(prompts, args.new_tokens, sampling, stop=args.stop)
+    made = server.generate(prompts, args.new_tokens, sampling, stop=args.stop or ends)
     shown = [*args.prompt, *args.tokens]
     for place, tokens in enumerate(made.tokens):
         prompt = place // args.copies
@@ -317,20 +323,34 @@ def _origin(args: argparse.Namespace) -> str:
     return str(args.folder or args.run or f"random weights of {args.config}")
 
 
-def _text(args: argparse.Namespace) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str]]:
-    """What makes tokens of text and text of tokens, as the model was taught."""
-    from pretraining import corpus, text  # noqa: PLC0415
+def _text(args: argparse.Namespace) -> tuple[Callable[[str], list[int]], Callable[[list[int]], str], list[int]]:
+    """What makes tokens of text and text of tokens, as the model was taught, and the tokens that end a text."""
+    from pretraining import chat, corpus, text  # noqa: PLC0415
 
     _, reader = _described(args)
     if reader is None:
         raise corpus.no_reader("--prompt is text", _origin(args), "--tokens 1,2,3")
     if reader == corpus.BYTES:
+        if args.chat:
+            raise ValueError(f"--chat: {_origin(args)} reads bytes, which have no chat template; give --tokenizer")
         return (
             lambda text: list(text.encode()),
             lambda tokens: bytes(token if token < 256 else 63 for token in tokens).decode(errors="replace"),
+            [],
         )
-    _, tokenizer = text.open_model(pathlib.Path(reader))
-    return lambda text: tokenizer.encode(text).ids, tokenizer.decode
+    path, model = text.open_model(pathlib.Path(reader))
+    ends = [] if (end := text.end_of(path, model)) is None else [end]
+    if not args.chat:
+        return lambda text: model.encode(text).ids, model.decode, ends
+    # A template needs no end of documents.
+    tokenizer = text.open_tokenizer(path, 0 if end is None else end)
+    render = chat.make_render(tokenizer)
+
+    def ask(said: str) -> list[int]:
+        (tokens,) = tokenizer.encode([render([{"role": "user", "content": said}], True)])
+        return tokens.tolist()
+
+    return ask, model.decode, ends
 
 
 def _numbers(text: str) -> list[int]:

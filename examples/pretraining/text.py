@@ -80,12 +80,25 @@ def open_tokenizer(path: pathlib.Path, end: int | None = None) -> Tokenizer:
       MissingPackage: tokenizers is not installed.
     """
     path, model = open_model(path)
-    settings = _read(path.with_name("tokenizer_config.json"))
     if end is None:
-        end = _end(path, model, settings)
+        end = end_of(path, model)
     if end is None:
         raise ValueError(f"nothing beside {path} says which token ends a document: name it with --separator")
-    return Tokenizer(path, model, end, settings)
+    return Tokenizer(path, model, end, _read(path.with_name("tokenizer_config.json")))
+
+
+def end_of(path: pathlib.Path, model: Any) -> int | None:
+    """The token that ends a sequence, as the files beside a tokenizer.json say; None: they do not."""
+    named = _read(path.with_name("tokenizer_config.json")).get("eos_token")
+    named = named.get("content") if isinstance(named, dict) else named
+    if isinstance(named, str) and (known := model.token_to_id(named)) is not None:
+        return known
+    for name in ("generation_config.json", "config.json"):
+        found = _read(path.with_name(name)).get("eos_token_id")
+        found = found[0] if isinstance(found, list) and found else found
+        if isinstance(found, int):
+            return found
+    return None
 
 
 def load_texts(
@@ -203,20 +216,6 @@ def check_vocab(tokenizer: Tokenizer, vocab: int) -> None:
         raise ValueError(
             f"{tokenizer.path} has {count} tokens, the model a vocabulary of {vocab}: take the model's own"
         )
-
-
-def _end(path: pathlib.Path, model: Any, settings: dict[str, Any]) -> int | None:
-    """The token that ends a sequence, as the files beside a tokenizer say."""
-    named = settings.get("eos_token")
-    named = named.get("content") if isinstance(named, dict) else named
-    if isinstance(named, str) and (known := model.token_to_id(named)) is not None:
-        return known
-    for name in ("generation_config.json", "config.json"):
-        found = _read(path.with_name(name)).get("eos_token_id")
-        found = found[0] if isinstance(found, list) and found else found
-        if isinstance(found, int):
-            return found
-    return None
 
 
 def _read(path: pathlib.Path) -> dict[str, Any]:

@@ -1,5 +1,6 @@
 """``pretrain.py eval`` and ``pretrain.py generate``."""
 
+import importlib.util
 import json
 import pathlib
 import sys
@@ -71,10 +72,16 @@ def test_text_goes_through_the_tokenizer_of_the_model(tmp_path, capsys):
     model.save(str(folder / "tokenizer.json"))
     (folder / "tokenizer_config.json").write_text('{"eos_token": "?"}')
     parser = serving.generate_parser()
-    encode, decode = serving._text(parser.parse_args(prompt[1:]))
-    assert encode("two one") == [9, 7] and decode([7, 9]) == "one two"
+    encode, decode, ends = serving._text(parser.parse_args(prompt[1:]))
+    assert encode("two one") == [9, 7] and decode([7, 9]) == "one two" and ends == [2]
+    if importlib.util.find_spec("jinja2"):
+        template = "{{ messages[0].role }} {{ messages[0].content }} one{% if add_generation_prompt %} two{% endif %}"
+        settings = {"eos_token": {"content": "one"}, "chat_template": template}
+        (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+        encode, _, ends = serving._text(parser.parse_args([*prompt[1:], "--chat"]))
+        assert encode("two") == [2, 9, 7, 9] and ends == [7]
     # Of a folder, as in training.
-    encode, _ = serving._text(parser.parse_args(["--tokenizer", str(folder), "--prompt", "a"]))
+    encode, *_ = serving._text(parser.parse_args(["--tokenizer", str(folder), "--prompt", "a"]))
     assert encode("two") == [9]
     config, reader = serving._described(serving.eval_parser().parse_args(texts[1:]))
     assert (config.vocab, reader) == (128, folder / "tokenizer.json")
@@ -86,6 +93,8 @@ def test_text_goes_through_the_tokenizer_of_the_model(tmp_path, capsys):
     ("arguments", "message"),
     [
         (["generate"], "nothing to continue: give --prompt TEXT"),
+        (["generate", "--tokens", "1", "--chat"], "--chat: that is for text, so give --prompt TEXT"),
+        (["generate", "--prompt", "a", "--chat"], "reads bytes, which have no chat template; give --tokenizer"),
         (["generate", "--tokens", "1,x"], "--tokens 1,x: give whole numbers"),
         (["generate", "--tokens", "1", "--copies", "0"], "--copies 0: at least 1"),
         (["generate", "--tokens", "1", "--slots", "9"], "--slots 9: which experts get copies is decided by --loads"),

@@ -99,7 +99,7 @@ def test_narrow_values_on_a_gpu_equal_padded_ones():
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN runs on GPUs")
 def test_documents_on_a_gpu_do_not_see_each_other():
-    """Against each document alone, results and gradients."""
+    """Against each document alone, results and gradients, to one step of bfloat16."""
     query, key, value = operands(256, 256, 4, 192, 128, jnp.bfloat16)
     cuts = (0, 100, 102, 256)
     segments = jnp.repeat(jnp.arange(3, dtype=jnp.int32), np.diff(cuts), total_repeat_length=256)[None].repeat(2, 0)
@@ -115,4 +115,4 @@ def test_documents_on_a_gpu_do_not_see_each_other():
     one = jax.jit(lambda: with_gradients(lambda *arrays: causal_attention(*arrays, segments=segments)))()
     two = jax.jit(lambda: with_gradients(apart))()
     for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(two), strict=True):
-        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), atol=2e-2)
+        np.testing.assert_allclose(a.astype(jnp.float32), b.astype(jnp.float32), rtol=2**-7, atol=2e-2)
