@@ -549,8 +549,8 @@ def _pipeline(
         options = dataclasses.replace(options, dispatch=default_dispatch(program, mesh))
     if options.dispatch == "unrolled" and not keeps_step(program):
         raise ValueError(
-            f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r} do "
-            f"not: choose of {DISPATCHERS[1:]}"
+            f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r}"
+            f"{' with shared_ends' if options.shared_ends else ''} do not: choose of {DISPATCHERS[1:]}"
         )
     # XLA has no product of bfloat16 in float32 on CPUs, or one that takes operands in some layouts only.
     options = dataclasses.replace(options, wide_products=not _on_cpu(mesh) and sums_are_wide(options.grad_dtype))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -38,8 +39,10 @@ class LiveExperts:
     Placements and biases are among the parameters, so that a checkpoint has them; the optimizer must not change them:
     wrap it in `jaxpipe.floating_only`, and let biases not decay (``mask=pipe.stacking.weight_decay_mask``).
 
+    A run that goes on does as one without a pause, if `state_dict` is saved beside the parameters.
+
     Attributes:
-      average: recent loads, of all steps with decreasing weight; a pytree, to be saved beside the parameters.
+      average: recent loads, of all steps with decreasing weight; a pytree.
       steps: calls so far.
       last: what was decided of the plan that the last call used; None where it used none.
 
@@ -74,6 +77,7 @@ class LiveExperts:
         self.last: Decision | None = None
         self._bias_rate = bias_rate
         self._ahead = PlanAhead(lambda step, loads, placement: decide(step, loads, placement, self.config), lag)
+        self._restored: tuple[int, np.ndarray] | None = None
         self._placement: Placement | None = None
         self._path = _find_layer(pipe.params.stages)
         leaves = _at(pipe.params.stages, self._path)
@@ -121,6 +125,28 @@ class LiveExperts:
         leaves = _at(params.stages, self._path)
         return Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
 
+    def state_dict(self) -> dict[str, np.ndarray]:
+        """What a checkpoint keeps beside the parameters, on the host: loads, calls, and a plan that is not yet used."""
+        found = {"average": self.average.average, "updates": self.average.steps, "steps": np.asarray(self.steps)}
+        if (pending := self._restored or self._ahead.pending) is not None:
+            found |= {"planned_step": np.asarray(pending[0]), "planned_loads": pending[1]}
+        return {name: _on_host(array) for name, array in found.items()}
+
+    def load_state_dict(self, state: Mapping[str, np.ndarray]) -> None:
+        """Goes on after `state_dict`, before the first call.
+
+        Raises:
+          ValueError: loads of other blocks or experts.
+        """
+        wanted = self.average.average.shape
+        for name in {"average", "planned_loads"} & set(state):
+            if state[name].shape != wanted:
+                raise ValueError(f"{name} has shape {state[name].shape}: this model's is [blocks, experts] = {wanted}")
+        average, updates = jnp.asarray(state["average"], jnp.float32), jnp.asarray(state["updates"], jnp.int32)
+        self.average, self.steps = MovingAverage(average, updates, self.average.decay), int(state["steps"])
+        if "planned_step" in state:
+            self._restored = int(state["planned_step"]), state["planned_loads"]
+
     def _observed(self, average: MovingAverage, bias: jax.Array, loads: jax.Array) -> tuple[MovingAverage, jax.Array]:
         """(the average with a step's loads, the biases after it)."""
         rows = loads[self._slots].reshape(bias.shape)
@@ -131,6 +157,9 @@ class LiveExperts:
         if self._placement is None:  # from then on the host knows it, and no step is waited for
             self._placement = Placement(*(_on_host(leaves[name])[self._places] for name in PLACEMENT))
         self.last = None
+        if self._restored is not None:  # begun before the checkpoint, and not yet used
+            (step, loads), self._restored = self._restored, None
+            self._ahead.begin(step, loads, self._placement)
         self._use_plan(leaves)
         if self.steps % self.config.interval == 0:
             loads: Any = self.average.loads()
@@ -190,8 +219,8 @@ def _put(tree: Any, path: tuple[str, ...], value: Any) -> Any:
     return {**tree, path[0]: _put(tree[path[0]], path[1:], value)} if path else value
 
 
-def _on_host(array: jax.Array) -> np.ndarray:
+def _on_host(array: jax.Array | np.ndarray) -> np.ndarray:
     """The whole array on this process."""
-    if not array.is_fully_addressable and not array.is_fully_replicated:
+    if isinstance(array, jax.Array) and not array.is_fully_addressable and not array.is_fully_replicated:
         array = multihost_utils.process_allgather(array, tiled=True)  # others have other ranks' blocks
     return np.asarray(array)

@@ -3,7 +3,7 @@
 Both hold masters by logical expert, [num_masters, ...], or within `jax.shard_map` over the experts' axis this device's
 part of them, and the placement as arrays beside the parameters: changing its values compiles nothing again. Within a
 pipeline stage the working copies depend on parameters alone, so they are made once a step; the gradients of copies are
-summed back with each microbatch's weight gradient.
+summed over microbatches where they are, and return to the masters once a step.
 """
 
 from __future__ import annotations

@@ -10,10 +10,10 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 import numpy as np
-from jaxtyping import Float
+from jaxtyping import Num
 
 from eplb_jax.plan.live import Decision
-from eplb_jax.plan.placement import Placement
+from eplb_jax.plan.placement import Array, Placement
 
 Decide = Callable[[int, Any, Placement], Decision | None]
 """Step, loads and the placement in use -> a decision, or None where none is due: `eplb_jax.decide`, say."""
@@ -63,10 +63,10 @@ class PlanAhead:
         self._decide = plan
         self._threads = ThreadPoolExecutor(1, "placement")  # begun with the first plan, and ended with the last
         self._warming: Future[Any] | None = None
-        self._begun: tuple[int, Float[np.ndarray, "layers experts"], Future[Any]] | None = None
+        self._begun: tuple[int, Num[Array, "layers experts"], Future[Any]] | None = None
 
     @property
-    def pending(self) -> tuple[int, Float[np.ndarray, "layers experts"]] | None:
+    def pending(self) -> tuple[int, Num[Array, "layers experts"]] | None:
         """(step, loads) of the plan that is begun and not yet used, as `begin` got them; a checkpoint keeps them."""
         return None if self._begun is None else self._begun[:2]
 
@@ -108,8 +108,8 @@ class PlanAhead:
           ValueError: as what plans does, of loads that cannot be planned for.
         """
         if self._warming is not None:
-            self._warming.result()
-            self._warming = None
+            warming, self._warming = self._warming, None
+            warming.result()
         if self._begun is None or step < self._begun[0] + self.lag:
             return None
         (planned_for, _, future), self._begun = self._begun, None

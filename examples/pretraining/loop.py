@@ -83,7 +83,8 @@ class TrainFunctions:
       evaluate: the loss of a state on held-out data, or None.
       balance: of a state, or of a rebalancer's placement, how even loads are over devices; or None. Asked for at the
         beginning, and again when experts have moved.
-      around: a context in which a step runs, given its number; the profiler's.
+      around: a context in which a step runs, given its number; the profiler's. Where it gives True, the step is waited
+        for in it, and the times of this step and of the one before it are not those of training.
     """
 
     step: Callable[[Any, Any, jax.Array], tuple[Any, dict[str, jax.Array]]]
@@ -218,10 +219,14 @@ class _TrainLoop:
 
     def advance(self) -> None:
         """Starts one more step, and reads the metrics of the one before it meanwhile."""
-        with self.program.around(self.done):
+        with self.program.around(self.done) as is_watched:
             self.state, metrics = self.program.step(self.state, self.program.batch(self.done), self.program.rng)
         self.done += 1
+        if is_watched:
+            self._pause()
         self.settle()
+        if is_watched:
+            self._pause()
         self._pending, self._moved = _Started(self.done, metrics, self._balance, self._moved), {}
 
     def due(self, interrupted: bool) -> _Due:

@@ -30,8 +30,10 @@ SETTLED = 2
 
 def profiler(
     folder: pathlib.Path, mesh: Mesh, start: int, steps: int
-) -> Callable[[int], contextlib.AbstractContextManager[None]]:
+) -> Callable[[int], contextlib.AbstractContextManager[bool]]:
     """The context for each step of a run: `SETTLED` steps after ``start``, it captures ``steps`` of them.
+
+    It gives whether this is one of them.
 
     What the profiler cannot do is a warning: the steps run all the same.
 
@@ -45,16 +47,16 @@ def profiler(
     first = start + SETTLED
 
     @contextlib.contextmanager
-    def around(step: int) -> Iterator[None]:
+    def around(step: int) -> Iterator[bool]:
         if not first <= step < first + steps:
-            yield
+            yield False
             return
         if step == first:
             jax.block_until_ready(jax.live_arrays())
             with _warning("no profile"):
                 stack.enter_context(capture(folder, ranks=pipeline_ranks(mesh), session=SESSION))
         with annotate_step(step):
-            yield
+            yield True
             jax.block_until_ready(jax.live_arrays())
         if step == first + steps - 1:
             with _warning("no profile"):

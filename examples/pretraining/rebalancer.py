@@ -41,6 +41,7 @@ class Rebalancer:
       interval: steps between decisions.
       decay: share of the average that a step's counts leave; see `eplb_jax.MovingAverage`.
       nodes: that the devices are on.
+      ranks: of the pipeline, which run their layers at once: what a plan saves and costs in a step is the mean of them.
       lag: steps from a plan's loads to its use, see `eplb_jax.PlanAhead`; None: 2, and where fake devices take the
         threads that plans need, half the interval.
       min_gain, must_pay: see `eplb_jax.RebalanceConfig`; ``must_pay`` makes placements depend on measured times.
@@ -61,6 +62,7 @@ class Rebalancer:
         interval: int = 10,
         decay: float = 0.8,
         nodes: int = 1,
+        ranks: int = 1,
         lag: int | None = None,
         min_gain: float = RebalanceConfig.min_gain,
         must_pay: bool = False,
@@ -80,7 +82,7 @@ class Rebalancer:
         self.config = rebalance_config(
             config, devices, nodes=nodes, interval=interval, min_gain=min_gain, must_pay=must_pay
         )
-        self._token_share, self._bytes_per_second = token_share, bytes_per_second
+        self._ranks, self._token_share, self._bytes_per_second = ranks, token_share, bytes_per_second
         self._seconds: collections.deque[float] = collections.deque(maxlen=REMEMBERED)
         self._prices: Prices | None = None
         self.average = MovingAverage.create(decay, config.routed_layers, config.experts, on_host=True)
@@ -88,7 +90,8 @@ class Rebalancer:
         if lag is None:
             lag = max(2, interval // 2) if jax.default_backend() == "cpu" else 2
         self._ahead = PlanAhead(self._decide, lag)
-        self._due: tuple[int, np.ndarray] | None = None
+        self._due: collections.deque[tuple[int, np.ndarray]] = collections.deque()
+        self._free = 0  # the first step whose loads are planned for, once the plan before them is used
         self.placement: Placement | None = None
         # What planning compiles is compiled while the first step is.
         self._ahead.warm(initial_placement(config.routed_layers, config.experts, self.config), interval)
@@ -98,8 +101,9 @@ class Rebalancer:
         if seconds is not None:
             self._seconds.append(seconds)
         self.average = self.average.update(np.asarray(loads))
-        if step % self.config.interval == 0 and self._due is None:  # one from a checkpoint comes first
-            self._due = step, np.asarray(self.average.loads())
+        # By steps alone, whenever their loads are seen: so a run does the same however often it is saved.
+        if step % self.config.interval == 0 and step >= self._free:
+            self._plan_for(step, np.asarray(self.average.loads()))
 
     def maybe_rebalance(self, state: Any, step: int) -> Any:
         """The state for the next step, when ``step`` steps have begun; the same one where nothing is to change.
@@ -112,12 +116,15 @@ class Rebalancer:
             assert before is not None
             self.placement = Placement(*(_local(array) for array in before))
         state = self._use_plan(state, step)
-        if self._due is not None and self._ahead.pending is None:
+        while self._due:
             self._prices = self._known_prices()
-            self._ahead.begin(*self._due, self.placement)
-            state = self._use_plan(state, step)  # without a lag
-        self._due = None
+            self._ahead.begin(*self._due.popleft(), self.placement)
+            state = self._use_plan(state, step)  # one that is due already
         return state
+
+    def _plan_for(self, step: int, loads: np.ndarray) -> None:
+        self._due.append((step, loads))
+        self._free = step + self._ahead.lag
 
     def _use_plan(self, state: Any, step: int) -> Any:
         if (planned := self._ahead.take(step)) is None:
@@ -145,8 +152,8 @@ class Rebalancer:
             "moved_bytes": decision.moved * self.expert_bytes,
             "gathered_layers": self.gathered_layers(),
         }
-        if decision.saved is not None and decision.cost is not None:
-            found |= {"saved_seconds": decision.saved, "move_seconds": decision.cost, "layers_left": decision.left}
+        if (told := self._seconds_of(decision)) is not None:
+            found |= {"saved_seconds": told[0], "move_seconds": told[1], "layers_left": decision.left}
         return found
 
     def described(self) -> str | None:
@@ -158,14 +165,20 @@ class Rebalancer:
             f"{decision.moved} copies of experts moved in {decision.changed} layers for the loads up to step {step}, "
             f"balance {decision.before:.2f} -> {decision.after:.2f}; planned in {1e3 * seconds:.0f} ms"
         )
-        if decision.saved is not None and decision.cost is not None:
-            text += f"; saves {1e3 * decision.saved:.2f} ms in {self.config.interval} steps"
-            text += f" and takes {1e3 * decision.cost:.2f} ms"
+        if (told := self._seconds_of(decision)) is not None:
+            saved, cost = (f"{1e3 * seconds:,.4g} ms" for seconds in told)
+            text += f"; should save {saved} in {self.config.interval} steps, for {cost} of moving"
         if gathered := self.gathered_layers():
             text += (
                 f"; {gathered} layers need more than fetched={self.model.config.moe.fetched} experts, and gather all"
             )
         return text
+
+    def _seconds_of(self, decision: Decision) -> tuple[float, float] | None:
+        """What a decision saves until the next one and costs, of a run's time; None where that is not known."""
+        if decision.saved is None or decision.cost is None:
+            return None
+        return decision.saved / self._ranks, decision.cost / self._ranks
 
     def gathered_layers(self) -> int:
         """Layers whose placement needs more experts of a device than ``MoEConfig.fetched``: all are gathered there."""
@@ -185,7 +198,7 @@ class Rebalancer:
     def state_dict(self) -> dict[str, np.ndarray]:
         """What a checkpoint keeps; placements are among the parameters."""
         found = {"average": np.asarray(self.average.average), "steps": np.asarray(self.average.steps)}
-        if (pending := self._due or self._ahead.pending) is not None:
+        if (pending := self._due[0] if self._due else self._ahead.pending) is not None:
             found |= {"planned_step": np.asarray(pending[0], np.int32), "planned_loads": pending[1]}
         return found
 
@@ -202,7 +215,7 @@ class Rebalancer:
             )
         self.average = MovingAverage(average, np.asarray(state["steps"], np.int32), self.average.decay)
         if "planned_step" in state:  # begun before the checkpoint, and not yet used
-            self._due = int(state["planned_step"]), np.asarray(state["planned_loads"], np.float32)
+            self._plan_for(int(state["planned_step"]), np.asarray(state["planned_loads"], np.float32))
 
     def _decide(self, step: int, loads: Any, placement: Placement) -> Decision | None:
         config = self.config

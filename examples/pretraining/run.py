@@ -404,6 +404,7 @@ def make_rebalancer(args: argparse.Namespace, setup: Setup) -> trainer.Rebalance
     return trainer.Rebalancer(
         setup.model,
         setup.mesh.shape["ep"],
+        ranks=setup.mesh.shape["pp"],
         interval=args.rebalance_every,
         must_pay=must_pay,
         token_share=choice * setup.mesh.size / (tokens * config.flops_per_token),

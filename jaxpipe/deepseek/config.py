@@ -232,12 +232,15 @@ class ModelConfig(LayerConfig):
                 f"{self.experts} experts in {slots} slots on the {devices} devices of axis ep: there are at least as "
                 f"many slots as experts, and they divide over the devices; take --slots {least + -least % devices}"
             )
-        rows = {"width": self.width} if self.dense_layers or self.mtp or self.shard_outer else {}
+        columns = self.shard_outer and self.shared_ends is not True  # of the embedding, which each device keeps some of
+        rows = {"width": self.width} if self.dense_layers or self.mtp or columns else {}
         rows |= {"dense_hidden": self.dense_hidden} if self.dense_layers else {}
+        rows |= {"vocab": self.vocab} if self.shard_outer and self.shared_ends is False else {}
         if any(count % devices for count in rows.values()):
             raise ValueError(
-                f"rows of matrices of dense layers and multi-token prediction, {rows}, do not divide over the "
-                f"{devices} devices of axis ep, each of which keeps some: take a divisor of {math.gcd(*rows.values())}"
+                "rows of matrices of dense layers, multi-token prediction and the head, or columns of the embedding, "
+                f"{rows}, do not divide over the {devices} devices of axis ep, each of which keeps some: take a "
+                f"divisor of {math.gcd(*rows.values())}"
             )
         return dataclasses.replace(self, redundant=slots - self.experts)
 

@@ -121,6 +121,7 @@ def _losses_forward(features: jax.Array, output: jax.Array, targets: jax.Array) 
 def _losses_backward(kept: Any, cotangent: jax.Array) -> tuple[jax.Array, jax.Array, None]:
     features, output, targets, logits, normaliser = kept
     chances = jnp.exp(logits.astype(normaliser.dtype) - normaliser[..., None])
+    targets = jnp.where(targets < 0, targets + output.shape[0], targets)  # as the forward pass picks them
     hit = targets[..., None] == jnp.arange(output.shape[0], dtype=targets.dtype)
     by_logit = (cotangent[..., None] * (chances - hit.astype(chances.dtype))).astype(logits.dtype)
     by_features = jnp.einsum("btv,vd->btd", by_logit, output)

@@ -94,9 +94,13 @@ class Zeros:
 
 
 def accumulator(aval: Any, dtype: Any = None) -> jax.Array:
-    """Zeros to sum values of an aval's shape: real floating ones in the dtype given, others in `accumulation_dtype`."""
-    given = dtype is not None and jnp.issubdtype(aval.dtype, jnp.floating)
-    return jnp.zeros(aval.shape, dtype if given else accumulation_dtype(aval.dtype))
+    """Zeros to sum values of an aval's shape in `sum_dtype`."""
+    return jnp.zeros(aval.shape, sum_dtype(aval.dtype, dtype))
+
+
+def sum_dtype(dtype: Any, given: Any = None) -> Any:
+    """The dtype to sum in: real floating values in the one given, others in `accumulation_dtype`."""
+    return given if given is not None and jnp.issubdtype(dtype, jnp.floating) else accumulation_dtype(dtype)
 
 
 def accumulation_dtype(dtype: Any) -> Any:

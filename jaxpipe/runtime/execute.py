@@ -13,7 +13,17 @@ import numpy as np
 from jax import lax
 
 from jaxpipe.params import Params
-from jaxpipe.runtime.buffers import SUMS, Buffers, Zeros, accumulation_dtype, accumulator, allocate, put, take
+from jaxpipe.runtime.buffers import (
+    SUMS,
+    Buffers,
+    Zeros,
+    accumulation_dtype,
+    accumulator,
+    allocate,
+    put,
+    sum_dtype,
+    take,
+)
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -41,7 +51,6 @@ from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
 from jaxpipe.stage.split import Divisible
-from jaxpipe.stage.wide import widest
 
 
 class _Local(NamedTuple):
@@ -121,7 +130,7 @@ def train(
     where = program.schedule, options.order, axis
 
     def grads_of(chunk: int, sums: tuple[jax.Array, ...]) -> Any:
-        return _grads_of_chunk(program, axis, step, chunk, sums)
+        return _grads_of_chunk(program, options, step, partition(local.chunks[chunk], trainable.stages)[0], chunk, sums)
 
     def finish(chunks: Sequence[int], buffers: Buffers) -> list[Returned]:
         """Sends gradients home while ranks compute others, unless they are scaled first."""
@@ -266,11 +275,13 @@ def _scale(shares: Shares, sums: Any) -> Any:
     return sums if shares.scale is None else jax.tree.map(functools.partial(_scaled, shares.scale), sums)
 
 
-def _grads_of_chunk(program: Program, axis: str, step: TrainStep, chunk: int, sums: tuple[jax.Array, ...]) -> Any:
-    """A chunk's gradients, of what this rank has summed for its stage's kind."""
+def _grads_of_chunk(
+    program: Program, options: Options, step: TrainStep, params: Any, chunk: int, sums: tuple[jax.Array, ...]
+) -> Any:
+    """The gradients of a chunk's params, of what this rank has summed for its stage's kind; in the sums' dtypes."""
     kind_of = step.model.kind_of or (0,) * program.schedule.num_stages
     kinds = [kind_of[stages[chunk]] if chunk < len(stages) else -1 for stages in program.schedule.rank_stages]
-    here = jnp.asarray(np.asarray(kinds, np.int32))[lax.axis_index(axis)]
+    here = jnp.asarray(np.asarray(kinds, np.int32))[lax.axis_index(options.axes.pipeline)]
     found: dict[int, Any] = {}
     for part, (of_chunk, kind) in enumerate(step.parts):
         if of_chunk == chunk:
@@ -278,15 +289,15 @@ def _grads_of_chunk(program: Program, axis: str, step: TrainStep, chunk: int, su
             of_params, _ = step.splits[kind].gradients(step.prepared[part], mine)  # and None of step_inputs
             found[kind] = partition(of_params)[0]
 
-    def choose(*leaves: jax.Array) -> jax.Array:
+    def choose(param: jax.Array, *leaves: jax.Array) -> jax.Array:
         chosen, *others = leaves
+        dtype = sum_dtype(param.dtype, options.grad_dtype)
         for kind, other in zip(list(found)[1:], others, strict=True):
             if other is not chosen:  # which all kinds have summed alike
-                dtype = widest([chosen.dtype, other.dtype])
                 chosen = jnp.where(here == kind, other.astype(dtype), chosen.astype(dtype))
-        return chosen
+        return chosen.astype(dtype)
 
-    return jax.tree.map(choose, *found.values())
+    return jax.tree.map(choose, params, *found.values())
 
 
 def _scaled(scale: jax.Array, grad: jax.Array) -> jax.Array:

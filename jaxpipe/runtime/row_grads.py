@@ -20,7 +20,7 @@ from jaxpipe._jax import ADDS_ROWS
 from jaxpipe.runtime.buffers import accumulation_dtype, add, select
 from jaxpipe.stage.divide import divide
 from jaxpipe.stage.effects import effects_of
-from jaxpipe.stage.graph import Node, Value, evaluate, is_zero, make_graph, producers, read
+from jaxpipe.stage.graph import Node, Value, evaluate, is_zero, make_graph, producers, read, scatter_options
 
 
 @functools.partial(
@@ -101,6 +101,5 @@ def _scatter_of(value: Value, made: Mapping[Value, Node]) -> Node | None:
 def _rows(scatter: Node, env: dict[Value, Any]) -> Rows:
     assert scatter.eqn is not None
     indices, updates = (read(env, value) for value in scatter.ins[1:])
-    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
-    options = tuple((name, scatter.eqn.params[name]) for name in names)
+    options = tuple(scatter_options(scatter.eqn).items())
     return Rows(jnp.asarray(indices), updates, scatter.outs[0].aval.shape, options)

@@ -279,6 +279,12 @@ def is_zero(value: Value, made: Mapping[Value, Node]) -> bool:
     return node is None and const is not None and not isinstance(const, jax.Array) and not np.any(np.asarray(const))
 
 
+def scatter_options(eqn: JaxprEqn) -> dict[str, Any]:
+    """The further arguments of `jax.lax.scatter_add` that an equation was made with."""
+    names = ("dimension_numbers", "indices_are_sorted", "unique_indices", "mode")
+    return {name: eqn.params[name] for name in names}
+
+
 def _emit(
     jaxpr: Jaxpr,
     consts: Sequence[Any],

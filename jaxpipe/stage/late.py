@@ -211,6 +211,8 @@ def _is_linear(node: Node, fixed: Collection[Value], made: dict[Value, Node]) ->
     if node.name == "select_n":
         chosen = range(1, len(node.ins))
         return 0 not in live and all(place in live or is_zero(node.ins[place], made) for place in chosen)
+    if node.name == "gather" and node.eqn is not None and node.eqn.params["fill_value"] not in (None, 0):
+        return False  # numbers that are filled in are added up as often as there are microbatches
     if node.name in _OF_EACH:
         return len(live) == 1 and live[0] in _OF_EACH[node.name]
     among = range(len(node.ins)) if node.name in _OF_ALL else _OF_SOME.get(node.name, ())

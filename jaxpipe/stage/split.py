@@ -13,7 +13,7 @@ from jaxpipe.stage.divide import Parts, Sources, closure, count_heavy, divide, h
 from jaxpipe.stage.effects import effects_of, without_repeated
 from jaxpipe.stage.exchanged import MAX_GROWTH, check_growth
 from jaxpipe.stage.fuse import fuse_gathers
-from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.graph import Node, Value, is_zero, producers
 from jaxpipe.stage.known import read_known
 from jaxpipe.stage.late import put_off
 from jaxpipe.stage.order import as_soon_as_possible, in_time
@@ -116,13 +116,15 @@ class Divisible:
         self._traced = traced
         self._backward, self._forward = _read_backward(traced, forward, max_growth)
         divided = _divide_backward(self._backward)
-        second, self._late = put_off(
-            divided.second,
-            self._backward.params_ct,
+        zeros, results = _zeros_apart(self._backward)
+        second, late = put_off(
+            divide(divided.second, (*results, *effects_of(divided.second)), ()).first,
+            results,
             self._forward.known,
             others=(*self._forward.rest, *divided.first),
             max_growth=max_growth,
         )
+        self._late = late._replace(nodes=tuple(dict.fromkeys((*zeros, *late.nodes))))
         self._divided = divided._replace(second=second)
         self._params_like = jax.tree.map(
             lambda leaf, frozen: None if inexact(leaf) and frozen else leaf, params, frozen
@@ -321,6 +323,13 @@ def _divide_backward(backward: _Backward) -> Parts:
         without, within = (divide(nodes, (*x_ct, *more), params_ct).first for more in ((), (effect,)))
         (second if count_heavy(without) < count_heavy(within) else first).append(effect)
     return divide(nodes, first, second)
+
+
+def _zeros_apart(backward: _Backward) -> tuple[tuple[Node, ...], list[Value]]:
+    """(what makes the parameters' cotangents that are zeros, the other cotangents): zeros need no sums."""
+    made = producers(backward.nodes)
+    zeros = {value for value in backward.params_ct if is_zero(value, made)}
+    return divide(backward.nodes, zeros, ()).first, [value for value in backward.params_ct if value not in zeros]
 
 
 def _choose_residuals(forward: _Forward, halves: Iterable[_Half], *, recompute: bool) -> dict[Value, None]:

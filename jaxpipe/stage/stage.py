@@ -38,8 +38,8 @@ class SplitStage:
       aux: those of its auxiliary output; None without one.
       residuals: those of what `forward` keeps.
       crossing: those of what `backward_input` hands to `backward_weight`.
-      summands: those of what is summed over microbatches for the parameters' gradients: these, or what collectives
-        make them of at the end of a step.
+      summands: those of what is summed over microbatches for the parameters' gradients: these, but for zeros, or what
+        collectives make them of at the end of a step.
       opaque: names of primitives (shard_map, while, cond of `jax.lax.platform_dependent`, ...) that make weight
         gradients inside the input half, because they are not divided.
     """
@@ -126,13 +126,15 @@ class SplitStage:
     def gradients(self, prepared: Sequence[jax.Array], sums: Sequence[jax.Array]) -> Any:
         """The parameters' cotangent, None for frozen ones, of sums of `summands`: what is done once a step.
 
-        It is in the dtypes of the sums or in wider ones.
+        It is in the dtypes of the sums or in wider ones; zeros that were not summed are in their own.
         """
         graphs = self._graphs
-        env = dict(zip(graphs.prepared, prepared, strict=True))
-        env.update(zip(graphs.summands, sums, strict=True))
-        evaluate_wide(graphs.late, env, graphs.summands)
-        return _cotangents([env[value] for value in graphs.params_ct], graphs.params_like)
+        summed = dict(zip(graphs.summands, sums, strict=True))
+        # A parameter may be a gradient, too: what is made of parameters reads it, and not its sum.
+        env = summed | dict(zip(graphs.prepared, prepared, strict=True))
+        evaluate_wide(graphs.late, env, summed.keys() - set(graphs.prepared))
+        found = [summed[value] if value in summed else jnp.asarray(read(env, value)) for value in graphs.params_ct]
+        return _cotangents(found, graphs.params_like)
 
     @property
     def collectives(self) -> Collectives:
@@ -185,7 +187,7 @@ class Graphs(NamedTuple):
       second: the half that makes ``summands``.
       whole: both halves in one order.
       summands: what is summed over microbatches; ``summands_narrow`` before last casts to wider dtypes.
-      late: what makes ``params_ct`` of summands or of their sums.
+      late: what makes ``params_ct`` of summands or of their sums, and zeros of nothing.
       params_like, x_like: shapes and dtypes of the parameters, None for frozen ones, and of x.
     """
 

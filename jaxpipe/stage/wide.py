@@ -8,7 +8,8 @@ from typing import Any
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.stage.graph import Branch, Cond, Node, Scan, Value, contexts, eqn_node, read
+from jaxpipe._jax import ADDS_ROWS
+from jaxpipe.stage.graph import Branch, Cond, Node, Scan, Value, contexts, eqn_node, read, scatter_options
 
 
 def evaluate_wide(nodes: Iterable[Node], env: dict[Value, Any], sums: Iterable[Value]) -> None:
@@ -42,6 +43,9 @@ def _run(node: Node, dtype: Any, arrays: Sequence[Any], live: Container[Value]) 
     arrays = [_cast(array, dtype) for array in arrays]
     if node.eqn is None:
         return node.run(*arrays)
+    if node.name in ADDS_ROWS:  # whose own function adds numbers of the old dtype
+        with contexts(node.context):
+            return [lax.scatter_add(*arrays, **scatter_options(node.eqn))]
     params = dict(node.eqn.params)
     for name in ("new_dtype", "preferred_element_type"):
         if params.get(name) is not None:
@@ -96,18 +100,24 @@ def _run_scan(scan: Scan, dtype: Any, arrays: Sequence[Any], live: Container[Val
 
 
 def _cast(array: Any, dtype: Any) -> Any:
-    """A floating array in a dtype; others as they are."""
+    """A floating array at least as wide as a dtype; others as they are."""
     array = jnp.asarray(array)
-    return array.astype(dtype) if jnp.issubdtype(array.dtype, jnp.inexact) else array
+    return array.astype(widest([array.dtype, dtype])) if jnp.issubdtype(array.dtype, jnp.inexact) else array
 
 
 def widest(dtypes: Sequence[Any]) -> Any:
-    """The dtype that holds numbers of all of them, which are all real or all complex."""
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        one, two = jnp.finfo(widest), jnp.finfo(dtype)
-        if two.bits > one.bits:
-            widest = dtype
-        elif two.bits == one.bits and widest != dtype:
-            widest = jnp.float32  # of bfloat16 and float16
-    return jnp.dtype(widest)
+    """The dtype of numbers like those of the first, real or complex, that are as wide as those of any.
+
+    >>> widest([jnp.bfloat16, jnp.float16]), widest([jnp.float32, jnp.complex128]), widest([jnp.complex64, jnp.float64])
+    (dtype('float32'), dtype('float64'), dtype('complex128'))
+    """
+    widest, *others = (jnp.finfo(dtype) for dtype in dtypes)
+    for other in others:
+        if other.bits > widest.bits:
+            widest = other
+        elif other.bits == widest.bits and other.dtype != widest.dtype:
+            widest = jnp.finfo(jnp.float32)  # of bfloat16 and float16
+    is_complex = jnp.issubdtype(dtypes[0], jnp.complexfloating)
+    if is_complex:
+        return jnp.dtype(jnp.complex128 if widest.bits == 64 else jnp.complex64)
+    return jnp.dtype(widest.dtype)

@@ -1,5 +1,6 @@
 """The loop of the pretraining example, on a model of a few numbers: resuming, stopping, metrics."""
 
+import contextlib
 import json
 import pathlib
 import signal
@@ -153,6 +154,20 @@ def test_experts_are_rebalanced_while_steps_run_and_before_saving(fake, tmp_path
     restored = checkpoints.restore()
     assert restored.step == 8 and restored.facts["balance"]["seen"] == 16
     checkpoints.close()
+
+
+def test_times_of_profiled_steps_are_not_those_of_training(fake, tmp_path):
+    """The step before them ends only when the profile does, and their own time is the profiler's."""
+
+    @contextlib.contextmanager
+    def around(step):
+        yield step in (3, 4)
+
+    run(fake, tmp_path, 9, save_every=100, around=around)
+    lines = {line["step"]: line for line in read_metrics(tmp_path / METRICS) if "loss" in line}
+    for name in ("step_seconds", "tokens_per_second"):
+        # The first step compiles; the others without are those and the first after an evaluation.
+        assert [step for step, line in lines.items() if name not in line] == [1, 3, 4, 5], name
 
 
 def test_metrics_of_steps_that_were_lost_are_dropped(tmp_path):

@@ -189,6 +189,27 @@ def test_a_dense_block_before_the_experts():
     jax.tree.map(lambda a, b: a is b or pytest.fail("moved"), params.stages["linear"], pipe.params.stages["linear"])
 
 
+def test_a_run_that_goes_on_uses_the_plan_that_was_begun_before():
+    pipe = make_pipe(placement=True)[1]
+    config = RebalanceConfig(12, 1, 1, 2, interval=3, min_gain=0.0)
+    loads = np.random.default_rng(0).integers(1, 1000, (8, 2, EXPERTS)).astype(np.int32)
+    ends = []
+    for pauses in (False, True):
+        params, live, used = pipe.params, LiveExperts(pipe, config), []
+        for step, counts in enumerate(loads, 1):
+            if pauses and step in (4, 5):  # after the plan is begun, and again before it is used
+                kept, live = live.state_dict(), LiveExperts(pipe, config)
+                assert kept["planned_step"] == 3
+                live.load_state_dict(kept)
+            params = live(params, jnp.asarray(counts))
+            used += [step] if live.last is not None else []
+        assert used == [5, 8] and live.steps == 8
+        ends.append((live.placement(params), live.state_dict()))
+    jax.tree.map(np.testing.assert_array_equal, *ends)
+    with pytest.raises(ValueError, match=r"average has shape \(1, 4\)"):
+        LiveExperts(pipe, config).load_state_dict({"average": np.zeros((1, 4))})
+
+
 def test_what_cannot_be_balanced_is_refused():
     _, pipe = make_pipe(placement=False)
     config = RebalanceConfig(12, 1, 1, 2)

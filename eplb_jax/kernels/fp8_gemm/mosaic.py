@@ -102,7 +102,7 @@ def for_rows(rows: int, depth: int, groups: int, columns: int, cores: int) -> Sc
     """
     tile = TILES["scaled_matmul"]
     tiles = -(-rows // BLOCK) * (columns // BLOCK)
-    if groups > 1 or 2 * tiles > cores:
+    if groups > 1 or not 0 < 2 * tiles <= cores:
         return tile
     slots = -(-depth // tile.k)
     per_split = max(-(-slots // (cores // tiles)), 2)

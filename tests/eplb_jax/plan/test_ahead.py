@@ -81,6 +81,17 @@ def test_the_first_plan_finds_all_compiled():
     assert step == 5 and loads.shape == (3, 8) and placement is START and len(np.unique(loads)) == loads.size
 
 
+def test_a_first_plan_that_fails_is_told_once():
+    def plan(*given):
+        raise ValueError("nothing to plan")
+
+    ahead = PlanAhead(plan)
+    ahead.warm(START, 5)
+    with pytest.raises(ValueError, match="nothing to plan"):
+        ahead.take(1)
+    assert ahead.take(2) is None
+
+
 def test_decisions_say_what_they_save_and_cost():
     """Against sums by hand: seconds of the heaviest GPU, and of the GPU that gets most replicas."""
     prices = Prices(seconds_per_token=1e-6, expert_bytes=10**6, bytes_per_second=1e10)

@@ -58,6 +58,11 @@ def test_slots_divide_over_the_devices_or_say_which_would():
         dataclasses.replace(spread, dense_layers=1).over_devices(3, 12)
     with pytest.raises(ValueError, match=r"\{'width': 64\}, do not divide over the 3 devices"):
         dataclasses.replace(spread, mtp=True).over_devices(3, 12)
+    apart = dataclasses.replace(tiny, shard_outer=True, shared_ends=False, vocab=258)
+    with pytest.raises(ValueError, match=r"'vocab': 258\}, do not divide over the 4 devices .* take a divisor of 2"):
+        apart.over_devices(4)
+    assert dataclasses.replace(apart, shared_ends=True).over_devices(4).redundant == 4
+    assert dataclasses.replace(spread, shard_outer=True, shared_ends=True).over_devices(3, 12).redundant == 4
 
 
 def test_multi_token_prediction_is_as_large_as_published():

@@ -115,6 +115,29 @@ def test_kinds_of_stages_of_which_only_some_have_copies(x64):
         np.testing.assert_allclose(grads.stages[name], ct, rtol=1e-10, atol=1e-14)
 
 
+def dense(params, x, ctx):
+    """A kind that has no experts."""
+    del ctx
+    return x + jnp.tanh(x * params["s"])
+
+
+def test_chunks_of_different_kinds_sum_in_bfloat16_what_each_has():
+    """Rank 0's first stage has copies of experts and its second one reaches them directly."""
+    pipeline = make("dualpipev", jaxpipe.StageKinds([experts, whole], [0, 0, 1, 1]), grad_dtype=jnp.bfloat16)
+    params, x = arguments(4, jnp.float32)
+    (_, _), grads = jax.jit(pipeline)(jaxpipe.Params(params), x)
+    wanted = jax.grad(lambda w: plain([0, 0, 1, 1], {**params, "w": w}, x))(params["w"])
+    np.testing.assert_allclose(grads.stages["w"], wanted, atol=2e-2 * float(jnp.abs(wanted).max()))
+
+
+def test_a_kind_without_experts_sums_no_gradients_of_masters():
+    """A chunk's sums are those of copies and of ``s``, whatever the other kind does."""
+    pipeline = make("1f1b", jaxpipe.StageKinds([experts, dense], [0, 1]), dispatch="loops")
+    params, x = arguments(PP, jnp.float32)
+    memory = jaxpipe.plan(pipeline, jaxpipe.Params(params), x, "H100").memory
+    assert memory.gradients == 4 * WIDTH * (SLOTS // EP * WIDTH + 1)
+
+
 @pytest.mark.parametrize("max_growth", [1, math.inf])
 def test_a_plan_counts_copies_and_their_sums(max_growth):
     pipeline = make("1f1b", max_growth=max_growth, dispatch="loops")

@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec as P
 
 import jaxpipe
 from eplb_jax.moe.experts import working_copies
+from jaxpipe.runtime.buffers import accumulator, add
 from jaxpipe.stage import split_stage
 from tests.cases import cases
 
@@ -201,3 +202,102 @@ def test_layers_of_shards_are_compared_with_their_own_shards():
 def test_a_wrong_growth_is_named(wrong):
     with pytest.raises(ValueError, match=f"max_growth={wrong!r}: it must be a number of at least 1"):
         split_stage(lambda w, x: w * x, jnp.ones(2), jnp.ones(2), max_growth=wrong)
+
+
+def check_three_microbatches(stage, params, x, tolerance):
+    """Gradients made of sums over three microbatches, with cotangents of their own, are the sums of the plain ones.
+
+    Parameters and x, ``[3, ...]``, are the same on all devices. Returns the shapes of what was summed.
+    """
+    shapes = []
+
+    def error(params, x):
+        split = split_stage(stage, params, x[0], max_growth=math.inf)
+        shapes.extend(leaf.shape for leaf in split.summands)
+        prepared = split.prepare(params)
+        sums = [accumulator(leaf) for leaf in split.summands]
+        wanted = jax.tree.map(accumulator, params)
+        for m, weight in enumerate((1, -2, 4)):
+            y, kept = split.forward(prepared, x[m])
+            ct = y * jnp.asarray(weight, y.dtype)
+            sums = add(sums, list(split.backward(prepared, kept, ct, summands=True)[0]))
+            plain = jax.vjp(stage, params, x[m])[1](ct)[0]
+            wanted = jax.tree.map(lambda total, leaf: total + leaf.astype(total.dtype), wanted, plain)
+        found = split.gradients(prepared, sums)
+        pairs = zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True)
+        pairs = [(one.astype(other.dtype), other) for one, other in pairs]
+        errors = [jnp.abs(one - other).max() / jnp.maximum(jnp.abs(other).max(), 1e-30) for one, other in pairs]
+        return jax.lax.pmax(functools.reduce(jnp.maximum, (each.astype(jnp.float32) for each in errors)), "ep")
+
+    mesh = jaxpipe.make_mesh(ep=DEVICES)
+    mapped = jax.shard_map(error, mesh=mesh, in_specs=(P(), P()), out_specs=P(), check_vma=False)
+    assert jax.jit(mapped)(params, x) < tolerance
+    return shapes
+
+
+def normal(*shape, dtype=jnp.float64):
+    return jnp.asarray(np.random.default_rng(math.prod(shape)).normal(size=shape), dtype)
+
+
+def test_a_parameter_may_be_a_gradient_beside_one_that_is_made_of_it(x64):
+    """A rule of the user's says that c's gradient is a: its sum is not what b's gradient is multiplied by."""
+
+    @jax.custom_vjp
+    def scale(c, a, x):
+        return x * c.sum() * a.sum()
+
+    scale.defvjp(
+        lambda c, a, x: (scale(c, a, x), (c, a)),
+        lambda kept, ct: (kept[1], jnp.zeros_like(kept[1]), ct * kept[0].sum()),
+    )
+
+    def stage(params, x):
+        x = scale(params["c"], params["a"], x)
+        return jnp.tanh(x @ jax.lax.psum(params["b"] * params["a"], "ep"))
+
+    params = {name: normal(4, 4) + i for i, name in enumerate("abc")}
+    check_three_microbatches(stage, params, normal(3, 5, 4), 1e-12)
+
+
+def test_numbers_that_a_gather_fills_in_are_added_for_each_microbatch(x64):
+    """A rule of the user's fills the cotangent up with ones after it was summed over devices."""
+
+    @jax.custom_vjp
+    def summed(w):
+        return jax.lax.psum(w, "ep")
+
+    places = jnp.asarray([0, 9, 2, 1])
+    summed.defvjp(
+        lambda w: (summed(w), ()),
+        lambda _, ct: (jax.lax.psum(ct, "ep").at[places].get(mode="fill", fill_value=1.0),),
+    )
+    check_three_microbatches(lambda w, x: jnp.tanh(x @ summed(w)), normal(4, 4), normal(3, 5, 4), 1e-12)
+
+
+@pytest.mark.parametrize("dtypes", ["float64 complex128", "float32 complex128", "float16 complex64"])
+def test_real_parameters_exchanged_as_complex_numbers_have_real_gradients(dtypes, x64):
+    narrow, wide = dtypes.split()
+
+    def stage(w, x):
+        return x @ jnp.abs(jax.lax.psum(w.astype(wide), "ep") * (1 + 2j)).astype(x.dtype)
+
+    x = normal(3, 5, 4, dtype=jnp.finfo(wide).dtype)
+    assert check_three_microbatches(stage, normal(4, 4, dtype=narrow), x, 1e-2 if narrow == "float16" else 1e-6)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_rows_of_16_bits_are_scattered_in_the_dtype_of_their_sums(dtype):
+    """Copies by plain indexing: their rows are added to the gathered masters', and those return."""
+    slots = jnp.asarray([3, 1, 2, 2])
+
+    def stage(w, x):
+        return jnp.tanh(x @ jax.lax.all_gather(w * 2, "ep", tiled=True)[slots] * jnp.asarray(0.1, dtype))
+
+    shapes = check_three_microbatches(stage, normal(2, 4, dtype=dtype), normal(3, 5, 4, dtype=dtype), 5e-2)
+    assert shapes == [(4, 4)]
+
+
+def test_gradients_that_are_zeros_are_not_summed(x64):
+    params = {"w": normal(4, 4), "unused": normal(3), "number": normal()}
+    for stage in (lambda p, x: x @ p["w"], lambda p, x: x @ jax.lax.psum(p["w"], "ep")):
+        assert check_three_microbatches(stage, params, normal(3, 5, 4), 1e-12) == [(4, 4)]
