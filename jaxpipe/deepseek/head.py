@@ -18,7 +18,7 @@ from jaxpipe.deepseek.layers import RMSNorm, normal
 
 
 class EmbeddingAndHead(nnx.Module):
-    """Embedding, last norm and output matrix.
+    """Embedding, last norm and output matrix; with multi-token prediction its layer has the norm.
 
     Args:
       config: sizes.
@@ -29,7 +29,7 @@ class EmbeddingAndHead(nnx.Module):
     def __init__(self, config: ModelConfig, rngs: nnx.Rngs, axis: str | None = None) -> None:
         self.config, self.axis = config, axis
         self.embedding = nnx.Param(normal(rngs, (config.vocab, config.width), 50**2))
-        self.norm = RMSNorm(config.width, config.norm_eps)
+        self.norm = None if config.mtp else RMSNorm(config.width, config.norm_eps)
         if not config.tied:
             # Small logits: a new model guesses almost uniformly.
             self.output = nnx.Param(normal(rngs, (config.vocab, config.width), config.width * 25))
@@ -62,12 +62,12 @@ class EmbeddingAndHead(nnx.Module):
         """Mean cross-entropy over the unmasked targets, and that of the targets after them; float32, in nats.
 
         Args:
-          y: features of the model's last layer, which this normalises.
+          y: features of the model's last layer, which this normalises unless multi-token prediction has.
           features: those of multi-token prediction, normalised; None: there is no second loss.
           targets, mask: ``[B, T]``.
         """
         with jax.named_scope("head"):
-            loss = self._cross_entropy(self.norm(y), targets, mask)
+            loss = self._cross_entropy(self._normal(y), targets, mask)
         if features is None:
             return mean(loss, mask), None
         # Position t knows token t + 1, its target, and predicts t + 2; the last position has no such target.
@@ -79,7 +79,7 @@ class EmbeddingAndHead(nnx.Module):
 
     def losses(self, y: jax.Array, targets: jax.Array, mask: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Of each sequence the sum over its unmasked targets, and their number; float32 ``[B]``."""
-        loss = self._cross_entropy(self.norm(y), targets, mask)
+        loss = self._cross_entropy(self._normal(y), targets, mask)
         return loss.sum(1), mask.sum(1)
 
     def logits(self, y: jax.Array) -> jax.Array:
@@ -87,8 +87,11 @@ class EmbeddingAndHead(nnx.Module):
         if self.axis is not None:
             raise ValueError(f"the vocabulary is spread over axis {self.axis!r}: take EmbeddingAndHead(..., axis=None)")
         with jax.named_scope("head"):
-            made = jnp.einsum("...d,vd->...v", self.norm(y), self.matrix.astype(y.dtype))
+            made = jnp.einsum("...d,vd->...v", self._normal(y), self.matrix.astype(y.dtype))
             return made.astype(wide(made.dtype))
+
+    def _normal(self, y: jax.Array) -> jax.Array:
+        return y if self.norm is None else self.norm(y)
 
     def _cross_entropy(self, features: jax.Array, targets: jax.Array, mask: jax.Array) -> jax.Array:
         """``[B, T, D], int[B, T], [B, T] -> float32[B, T]``, zero where the mask is; float64 of float64."""

@@ -32,6 +32,8 @@ def _place(path: Path, index: Index, arrangement: Arrangement) -> tuple[Path, In
         row, slot = places[kinds.count(DENSE) + layer]
         return ("stages", f"layer_{slot}", *rest), (row, *within)
     name, *rest = rest
+    if name == "norm" and MTP in kinds:
+        return ("stages", MTP, "main_norm", *rest), (places[-1][0], *index)
     if name == MTP:
         row, slot = places[-1]
         name, *rest = (f"layer_{slot}", *rest[1:]) if rest[0] == "block" else (MTP, *rest)

@@ -62,7 +62,8 @@ class DeepSeekModel:
     stage's layer of that slot has them; other stages have zeros there, which nothing reads or changes.
 
     With multi-token prediction, activations are a pair: the layers' features and the next tokens' embeddings, of which
-    the last layer makes its own features. Other layers hand them on.
+    the last layer makes its own features. Other layers hand them on. That layer has the model's last norm, as it reads
+    normalised features, too.
 
     Attributes:
       config: sizes.
@@ -153,6 +154,7 @@ class DeepSeekModel:
         outer |= {f"layer_{index}": layer(DENSE, of_kind[DENSE][index]) for index in range(self.config.dense_layers)}
         if self.config.mtp:
             outer["mtp"] = layer(MTP, of_kind[MTP][0])
+            outer["norm"] = outer["mtp"].pop("main_norm")
         return self.from_layers(self._narrowed({"layers": layers, "outer": outer}))
 
     def _narrowed(self, tree: Any) -> Any:
@@ -340,7 +342,7 @@ class DeepSeekModel:
         own = without(own, "mlp")
         if kind == MTP:
             block = again(lambda own, x, known, mask, segments: function(own, x, known, mask, segments))
-            return x, *block({**params["mtp"], "block": own}, x, known, mask, segments)
+            return block({**params["mtp"], "block": own}, x, known, mask, segments)
         block = again(lambda own, x, mask, segments: function(own, x, mask, segments))
         x, stats = block(own, x, mask, segments)
         return x, known, stats

@@ -33,6 +33,7 @@ def to_layers(params: Any, arrangement: Arrangement) -> dict[str, Any]:
     if MTP in kinds:
         (slot,) = arrangement.slots_of((MTP,))
         own = _at(arrangement.to_layers({f"layer_{slot}": params.stages["mtp"]}, (MTP,)), 0)
+        outer["norm"] = own.pop("main_norm")
         outer["mtp"] = {**own, "block": {**_at(every, -1), "moe": _at(moe, -1)}}
     layers = {**_at(every, slice(dense, dense + routed)), "moe": _at(moe, slice(routed))}
     return {"layers": layers, "outer": outer}
@@ -42,7 +43,7 @@ def from_layers(tree: Mapping[str, Any], arrangement: Arrangement) -> jaxpipe.Pa
     """The inverse of `to_layers`."""
     outer = dict(tree["outer"])
     dense = [_stacked(outer.pop(f"layer_{index}")) for index in range(arrangement.layer_kinds.count(DENSE))]
-    mtp = [outer.pop("mtp")] if MTP in arrangement.layer_kinds else []
+    mtp = [{**outer.pop("mtp"), "main_norm": outer.pop("norm")}] if MTP in arrangement.layer_kinds else []
     every = [*dense, tree["layers"], *(_stacked(layer["block"]) for layer in mtp)]
     stages = arrangement.from_layers(_joined([without(part, *OF_SOME) for part in every]))
     for name, kinds in (("moe", ROUTED), ("mlp", (DENSE,))):

@@ -26,6 +26,10 @@ class MTPLayer(nnx.Module):
       core: attention of queries to keys and values.
       axis: the mesh axis over which experts and the projection's rows are spread, or None.
 
+    The model's last norm is here, too: what is projected is the features that the output matrix reads. So it is with
+    published weights in github.com/vllm-project/vllm, model_executor/models/deepseek_v2.py and deepseek_mtp.py, and in
+    github.com/sgl-project/sglang; the report leaves open what "the representation given by the main model" is.
+
     Source: the DeepSeek-V3 report, arXiv 2412.19437, 2.2.
     """
 
@@ -33,6 +37,7 @@ class MTPLayer(nnx.Module):
         self, config: ModelConfig, rngs: nnx.Rngs, core: Core = causal_attention, axis: str | None = None
     ) -> None:
         self.axis = axis
+        self.main_norm = RMSNorm(config.width, config.norm_eps)
         self.hidden_norm, self.embedding_norm = (RMSNorm(config.width, config.norm_eps) for _ in range(2))
         self.project = nnx.Param(normal(rngs, (2 * config.width, config.width), 2 * config.width))
         self.block = MoEBlock(config, rngs, core, axis)
@@ -44,9 +49,10 @@ class MTPLayer(nnx.Module):
         known: jax.Array,
         mask: jax.Array | None = None,
         segments: jax.Array | None = None,
-    ) -> tuple[jax.Array, MoEStats]:
-        """Of features so far and the next tokens' embeddings, ``[B, T, D]`` each, new ones and routing's statistics.
+    ) -> tuple[jax.Array, jax.Array, MoEStats]:
+        """The features so far, normalised, new ones and routing's statistics.
 
+        Of features ``y`` and the next tokens' embeddings, ``[B, T, D]`` each, as both results are.
         Tokens outside ``mask``, ``bool[B, T]``, go to no routed expert; of ``segments`` see
         `jaxpipe.deepseek.causal_attention`.
         """
@@ -54,9 +60,10 @@ class MTPLayer(nnx.Module):
         def project(x: jax.Array, matrix: jax.Array) -> jax.Array:
             return x @ matrix.astype(x.dtype)
 
+        y = self.main_norm(y)
         with jax.named_scope("project"):
             both = jnp.concatenate([self.hidden_norm(y), self.embedding_norm(known)], -1)
             x = use_whole(project, both, (self.project[...],), self.axis)
         features, stats = self.block(x, mask, segments)
         with jax.named_scope("project"):
-            return self.norm(features), stats
+            return y, self.norm(features), stats

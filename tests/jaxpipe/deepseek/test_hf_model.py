@@ -12,7 +12,9 @@ import jaxpipe
 from jaxpipe.deepseek import Server, build_model, serve
 from jaxpipe.deepseek.__main__ import main
 from jaxpipe.deepseek.folder import read_folder
-from jaxpipe.deepseek.hf_load import find_sources, folder_config
+from jaxpipe.deepseek.hf_files import encode_header
+from jaxpipe.deepseek.hf_load import find_sources, folder_config, load_params
+from jaxpipe.deepseek.hf_names import tensors
 from tests.cases import cases
 from tests.jaxpipe.deepseek.goldens import load_golden, unpack
 from tests.jaxpipe.deepseek.models import make_batch, small
@@ -91,6 +93,69 @@ def test_the_command_line_writes_logits(tmp_path, capsys):
 def test_a_folder_without_multi_token_prediction_is_a_model_without(tmp_path):
     config, tree = read_folder(unpack("v3", tmp_path))
     assert not config.mtp and "mtp" not in tree["outer"]
+
+
+def test_multi_token_prediction_is_that_of_published_files(tmp_path):
+    """By the names of a file, in NumPy.
+
+    What is projected is enorm of the next token's embedding and hnorm of the features that the main head reads, which
+    model.norm has normalised; the block's features go through shared_head.norm alone.
+    """
+    config = small(mtp=True, layers=2, redundant=0, balance_factor=0.0)
+    rng, arrays = np.random.default_rng(0), {}
+    for name, tensor in tensors(config).items():
+        same = arrays.get(tensor.copy_of)
+        mean = 1.0 if "norm" in name else 0.0
+        arrays[name] = rng.normal(mean, 0.3, tensor.shape).astype(np.float32) if same is None else same
+    shapes = {name: ("F32", array.shape) for name, array in arrays.items()}
+    (tmp_path / "model.safetensors").write_bytes(
+        encode_header(shapes) + b"".join(array.tobytes() for array in arrays.values())
+    )
+    schedule, mesh = jaxpipe.schedule.build("1f1b", 1, 1), jaxpipe.make_mesh(pp=1)
+
+    def of_files(config):
+        model = build_model(config, schedule, 0, abstract=True)
+        params = load_params(tmp_path, model, mesh, strict=False)
+        return model, params, jax.tree.map(lambda leaf: leaf[0], params.stages)
+
+    ctx = jaxpipe.Context.make(0, jnp.int32(0), None, {}, num_stages=1)
+    data = {name: jnp.asarray(array) for name, array in make_batch(0, 2, config).items()}
+    model, params, own = of_files(config)
+    found = jax.jit(
+        lambda: model.head(params.outer, model.stage(own, model.embed(params.outer, data, ctx), ctx).value, data, ctx)
+    )()
+
+    def normal(x, name):
+        return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * arrays[name]
+
+    with pytest.warns(UserWarning, match="that the model does not have"):
+        main, params, own = of_files(dataclasses.replace(config, mtp=False))
+    y = np.asarray(main.stage(own, main.embed(params.outer, data, ctx), ctx).value)
+    y = normal(y, "model.norm.weight")
+    known = arrays["model.embed_tokens.weight"][data["targets"]]
+    both = [normal(known, "model.layers.2.enorm.weight"), normal(y, "model.layers.2.hnorm.weight")]
+    x = np.concatenate(both, -1) @ arrays["model.layers.2.eh_proj.weight"].T
+    # The block is a layer like the others: that of a model with no other.
+    one = dataclasses.replace(config, mtp=False, layers=1, dense_layers=0)
+    parts = {name.replace("layers.2.", "layers.0."): name for name in arrays if "layers.2." in name}
+    kept = {name: arrays[parts.get(name, name)] for name in tensors(one)}
+    shapes = {name: ("F32", array.shape) for name, array in kept.items()}
+    (tmp_path / "model.safetensors").write_bytes(
+        encode_header(shapes) + b"".join(array.tobytes() for array in kept.values())
+    )
+    block, params, own = of_files(one)
+    features = normal(np.asarray(block.stage(own, jnp.asarray(x, jnp.float32), ctx).value),
+                      "model.layers.2.shared_head.norm.weight")  # fmt: skip
+
+    def loss(features, targets, mask):
+        logits = features @ arrays["lm_head.weight"].T
+        logits = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+        return -(np.take_along_axis(logits, targets[..., None], -1)[..., 0] * mask).sum() / mask.sum()
+
+    targets, mask = np.asarray(data["targets"]), np.asarray(data["mask"])
+    assert float(found.value) == pytest.approx(loss(y, targets, mask), rel=1e-5)
+    second = loss(features[:, :-1], targets[:, 1:], mask[:, 1:] * mask[:, :-1])
+    assert float(found.aux_loss) == pytest.approx(config.mtp_weight * second, rel=1e-5)
 
 
 def test_a_folder_without_files_is_refused(tmp_path):

@@ -36,6 +36,8 @@ def plain(tree, batch, config, parts):
     dense, moe, mtp = (function(module, attention) for module in (DenseBlock, MoEBlock, MTPLayer))
     ends = function(EmbeddingAndHead)
     outer = {name: tree["outer"][name] for name in ("embedding", "norm", "output")}
+    if config.mtp:  # whose layer normalises
+        last = {**tree["outer"]["mtp"], "main_norm": outer.pop("norm")}
 
     def of_part(data):
         ends_of = ends.merge(outer)
@@ -47,7 +49,7 @@ def plain(tree, batch, config, parts):
             every.append(stats)
         features = None
         if config.mtp:
-            features, stats = mtp(tree["outer"]["mtp"], x, ends_of.embed(data["targets"], jnp.float64))
+            x, features, stats = mtp(last, x, ends_of.embed(data["targets"], jnp.float64))
             every.append(stats)
         loss, second = ends_of.loss(x, features, data["targets"], data["mask"])
         loss = loss + config.balance_factor * sum(stats.balance_loss for stats in every)
