@@ -199,7 +199,7 @@ class Rebalancer:
         """What a checkpoint keeps; placements are among the parameters."""
         found = {"average": np.asarray(self.average.average), "steps": np.asarray(self.average.steps)}
         if (pending := self._due[0] if self._due else self._ahead.pending) is not None:
-            found |= {"planned_step": np.asarray(pending[0], np.int32), "planned_loads": pending[1]}
+            found |= {"planned_step": np.asarray(pending[0], np.int32), "planned_loads": np.asarray(pending[1])}
         return found
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
