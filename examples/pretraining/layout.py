@@ -57,17 +57,7 @@ class Layout:
 
     def unpack(self, arrays: Arrays) -> Any:
         """The state of canonical arrays, sharded as the template."""
-        replicated = NamedSharding(self.mesh, P())
-        shardings = jax.tree.map(
-            lambda leaf: leaf.sharding if isinstance(leaf.sharding, NamedSharding) else replicated, self.template
-        )
-        structure = jax.tree.structure(self._canonical)
-
-        def from_canonical(arrays: Arrays) -> Any:
-            tree = jax.tree.unflatten(structure, [arrays[name] for name in self.canonical])
-            return jax.tree.map(lambda x: self.from_layers(x) if _is_layers(x) else x, tree, is_leaf=_is_layers)
-
-        return jax.jit(from_canonical, out_shardings=shardings)(arrays)
+        return self._unpack(arrays)
 
     def fingerprints(self, arrays: Arrays) -> dict[str, int]:
         """`fingerprint` of each array."""
@@ -77,10 +67,39 @@ class Layout:
     @functools.cached_property
     def canonical(self) -> dict[str, jax.ShapeDtypeStruct]:
         """Shape, dtype and sharding of each canonical array, by name."""
-        return {
-            _name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divided_evenly(leaf.shape, self.mesh))
-            for path, leaf in jax.tree_util.tree_leaves_with_path(self._canonical)
-        }
+
+        def placed(x: Any) -> Any:
+            if not _is_layers(x):
+                return self._divided(x, divided_evenly)
+            layers = jax.tree.map(functools.partial(self._divided, divide=divided_within), x["layers"])
+            return {**x, "layers": layers, "outer": jax.tree.map(placed, x["outer"])}
+
+        tree = jax.tree.map(placed, self._canonical, is_leaf=_is_layers)
+        return {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
+
+    def _divided(self, leaf: Any, divide: Callable[[Sequence[int], Mesh], NamedSharding]) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=divide(leaf.shape, self.mesh))
+
+    def _moved(self, state: Any, *, to_rows: bool) -> Any:
+        """The state with stages divided as the template is, or, to change their order, within rows and not among them.
+
+        Mesh axes move one at a time. XLA makes each move an all-to-all; several at once, or rows that change their
+        order while devices have some of them each, it may do with whole arrays on every device.
+        """
+
+        def move(leaf: jax.Array, like: Any) -> jax.Array:
+            if not isinstance(like.sharding, NamedSharding):
+                return leaf
+            within = divided_within(leaf.shape, self.mesh).spec
+            start, end = (within, like.sharding.spec) if to_rows else (like.sharding.spec, within)
+            for spec in (start, *moves(start, end, leaf.ndim, self.mesh)):
+                leaf = jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
+            return leaf
+
+        def of_params(x: Any, like: Any) -> Any:
+            return x._replace(stages=jax.tree.map(move, x.stages, like.stages)) if _is_params(x) else x
+
+        return jax.tree.map(of_params, state, self.template, is_leaf=_is_params)
 
     @functools.cached_property
     def _canonical(self) -> Any:
@@ -90,9 +109,25 @@ class Layout:
         return jax.tree.map(lambda x: self.to_layers(x) if _is_params(x) else x, state, is_leaf=_is_params)
 
     @functools.cached_property
+    def _unpack(self) -> Callable[[Arrays], Any]:
+        replicated = NamedSharding(self.mesh, P())
+        shardings = jax.tree.map(
+            lambda leaf: leaf.sharding if isinstance(leaf.sharding, NamedSharding) else replicated, self.template
+        )
+        structure = jax.tree.structure(self._canonical)
+
+        def from_canonical(arrays: Arrays) -> Any:
+            tree = jax.tree.unflatten(structure, [arrays[name] for name in self.canonical])
+            state = jax.tree.map(lambda x: self.from_layers(x) if _is_layers(x) else x, tree, is_leaf=_is_layers)
+            return self._moved(state, to_rows=True)
+
+        return jax.jit(from_canonical, out_shardings=shardings)
+
+    @functools.cached_property
     def _pack(self) -> Callable[[Any], tuple[Arrays, jax.Array]]:
         def pack(state: Any) -> tuple[Arrays, jax.Array]:
-            arrays = dict(zip(self.canonical, jax.tree.leaves(self._to_canonical(state)), strict=True))
+            tree = self._to_canonical(self._moved(state, to_rows=False))
+            arrays = dict(zip(self.canonical, jax.tree.leaves(tree), strict=True))
             return arrays, _fingerprints(arrays)
 
         shardings = {name: leaf.sharding for name, leaf in self.canonical.items()}
@@ -111,13 +146,50 @@ def divided_evenly(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     >>> tuple(divided_evenly((8, 3), mesh).spec), tuple(divided_evenly((), mesh).spec)
     ((('pp', 'ep'), None), ())
     """
+    return _divided_at(range(len(shape)), shape, mesh)
+
+
+def divided_within(shape: Sequence[int], mesh: Mesh) -> NamedSharding:
+    """The same, but for the first axis, which is whole on every device: its rows can then change their order.
+
+    >>> mesh = jax.make_mesh((1, 1), ("pp", "ep"), devices=jax.devices()[:1])
+    >>> tuple(divided_within((8, 4, 3), mesh).spec)
+    (None, None, ('pp', 'ep'))
+    """
+    return _divided_at(range(len(shape) - 1, 0, -1), shape, mesh)
+
+
+def _divided_at(places: Sequence[int], shape: Sequence[int], mesh: Mesh) -> NamedSharding:
     axes: list[tuple[str, ...]] = [() for _ in shape]
     for axis, size in mesh.shape.items():
-        for place, extent in enumerate(shape):
-            if extent % (size * math.prod(mesh.shape[name] for name in axes[place])) == 0:
+        for place in places:
+            if shape[place] % (size * math.prod(mesh.shape[name] for name in axes[place])) == 0:
                 axes[place] += (axis,)
                 break
     return NamedSharding(mesh, P(*(names or None for names in axes)))
+
+
+def moves(start: P, end: P, ndim: int, mesh: Mesh) -> list[P]:
+    """Specs from start, which is not among them, to end, of which each has one mesh axis elsewhere than the one before.
+
+    >>> mesh = jax.make_mesh((1, 1), ("pp", "ep"), devices=jax.devices()[:1])
+    >>> moves(P("pp", "ep"), P(None, None, ("pp", "ep")), 3, mesh)
+    [P(None, 'ep', 'pp'), P(None, None, ('pp', 'ep'))]
+    """
+    now, then = ([_names(entry) for entry in (*spec, *(None,) * (ndim - len(spec)))] for spec in (start, end))
+    found = []
+    for axis in mesh.axis_names:
+        before, place = (next((i for i, names in enumerate(spec) if axis in names), None) for spec in (now, then))
+        if before == place:
+            continue
+        now = [names - {axis} | ({axis} if i == place else set()) for i, names in enumerate(now)]
+        ordered = (tuple(name for name in mesh.axis_names if name in names) for names in now)
+        found.append(P(*(names[0] if len(names) == 1 else names or None for names in ordered)))
+    return found
+
+
+def _names(entry: Any) -> set[str]:
+    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
 
 
 def fingerprint(array: jax.Array) -> jax.Array:
