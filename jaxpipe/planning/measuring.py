@@ -98,6 +98,7 @@ class Stopwatch:
         self._specs = jax.tree.map(
             functools.partial(inputs.manual_part, axes.names), sharded.specs, is_leaf=inputs.is_spec
         )
+        self._stage_specs = sharded.specs.stages
         self._given = (
             jax.tree.map(_array, params, pipeline.shardings(params)),
             self._microbatch(batch, count),
@@ -203,6 +204,19 @@ class Stopwatch:
         p2p = seconds.get(("message", 0), 0.0)
         return StageCosts(tuple(kinds[kind] for kind in self.kind_of), p2p, **ends)
 
+    def _place(self, split: SplitStage, sums: Sequence[jax.Array]) -> tuple[jax.Array, ...]:
+        """Sums, those of a parameter's gradient sharded over the compiler's axes as the parameter is."""
+        compiler_axes = frozenset(self.mesh.axis_names) - self.axes.names
+        specs = jax.tree.leaves(partition(self._stage_specs, self._trainable.stages)[0], is_leaf=inputs.is_spec)
+
+        def place(total: jax.Array, number: int | None) -> jax.Array:
+            if number is None:
+                return total
+            spec = P(*inputs.manual_part(compiler_axes, specs[number])[1:])
+            return jax.device_put(total, NamedSharding(self.mesh, spec))
+
+        return tuple(map(place, sums, split.gradient_of))
+
     def _call(self, name: str, kind: int, program: Any, held: Any) -> Callable[[], Any]:
         """Runs an action; one that adds gradients up does so in place, in the sums that all of its kind share."""
         if name not in _SUMMING:
@@ -230,7 +244,7 @@ class Stopwatch:
             return program.result()(*self._given, held, ())
 
         prepared, outer, x, sums = self._program(self._begin, ()).compile()(*self._given, (), ())
-        self._sums = list(sums)
+        self._sums = list(map(self._place, self._splits, sums))
         bodies = [self._bodies(split) for split in self._splits]
         for kind, mine in enumerate(prepared):
             start("F", kind, bodies[kind]["F"], (mine, x))

@@ -137,6 +137,12 @@ class SplitStage:
         return _cotangents(found, graphs.params_like)
 
     @property
+    def gradient_of(self) -> tuple[int | None, ...]:
+        """Of each of the summands, which of the parameters with a gradient it is the gradient of; None: of none."""
+        places = {value: place for place, value in enumerate(self._graphs.params_ct)}
+        return tuple(places.get(value) for value in self._graphs.summands)
+
+    @property
     def collectives(self) -> Collectives:
         """The collectives in any of the parts, each with its mesh axis."""
         graphs = self._graphs
