@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax.plan.arguments import on_host
@@ -24,10 +25,11 @@ def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarra
       layers: of the arrays.
       *arrays: a multiple of the layers along their first axis.
     """
+    wide = jnp.result_type(float) == jnp.float64  # of the caller, whose setting a thread does not inherit
 
     def plan(first: int, count: int) -> Any:
         parts = (array[first * len(array) // layers : (first + count) * len(array) // layers] for array in arrays)
-        with on_host():
+        with jax.enable_x64(wide), on_host():
             return jax.tree.map(np.asarray, function(*parts))
 
     if layers < MANY:
