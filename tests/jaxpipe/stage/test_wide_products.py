@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AbstractMesh
+from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.stage import split_stage
@@ -85,7 +85,7 @@ def _y(params, x):
 def test_on_gpus_the_executor_asks_for_them(grad_dtype, count):
     """As many products in float32 as there are weights."""
     step = jaxpipe.value_and_grad(
-        dense_of_stage, jaxpipe.schedule.build("1f1b", 1, 1), AbstractMesh((1,), ("pp",)),
+        dense_of_stage, jaxpipe.schedule.build("1f1b", 1, 1), AbstractMesh((1,), ("pp",), axis_types=(AxisType.Auto,)),
         head=lambda outer, y, data, ctx: y.astype(jnp.float32).sum(), compute_dtype=NARROW, grad_dtype=grad_dtype,
     )  # fmt: skip
     params = jaxpipe.Params([jax.ShapeDtypeStruct((1, WIDTH, WIDTH), jnp.float32)] * 3)
