@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from jaxtyping import Num
 
+from eplb_jax.plan.arguments import in_callers_width
 from eplb_jax.plan.live import Decision
 from eplb_jax.plan.placement import Array, Placement
 
@@ -86,7 +87,7 @@ class PlanAhead:
                 importlib.import_module("scipy.optimize")
             self._decide(interval, loads, placement)
 
-        self._warming = self._threads.submit(rehearse)
+        self._warming = self._threads.submit(in_callers_width(rehearse))
 
     def begin(self, step: int, loads: Any, placement: Placement) -> bool:
         """Begins a plan, unless one is begun that was not yet used; returns whether it did.
@@ -98,7 +99,7 @@ class PlanAhead:
         """
         if self._begun is not None:
             return False
-        self._begun = step, loads, self._threads.submit(self._timed, step, loads, placement)
+        self._begun = step, loads, self._threads.submit(in_callers_width(self._timed), step, loads, placement)
         return True
 
     def take(self, step: int) -> Planned | None:

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, ParamSpec, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from eplb_jax._jax import Tracer
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 
 def check_loads(weight: Any, name: str = "weight") -> Any:
@@ -66,6 +69,17 @@ def to_float32(weight: Any) -> Any:
     if isinstance(extreme, np.ndarray) and not extreme.any():
         return weight.astype(np.float32)
     return xp.ldexp(weight, xp.where(extreme, -exponent, 0)).astype(np.float32)
+
+
+def in_callers_width(function: Callable[P, T]) -> Callable[P, T]:
+    """The function with `jax.enable_x64` as it is here, for a thread, which does not inherit it."""
+    wide = jnp.result_type(float) == jnp.float64
+
+    def run(*args: P.args, **kwargs: P.kwargs) -> T:
+        with jax.enable_x64(wide):
+            return function(*args, **kwargs)
+
+    return run
 
 
 @contextlib.contextmanager

@@ -7,10 +7,9 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from eplb_jax.plan.arguments import on_host
+from eplb_jax.plan.arguments import in_callers_width, on_host
 
 MANY = 16
 """Layers from which on two halves are worth a thread."""
@@ -25,18 +24,17 @@ def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarra
       layers: of the arrays.
       *arrays: a multiple of the layers along their first axis.
     """
-    wide = jnp.result_type(float) == jnp.float64  # of the caller, whose setting a thread does not inherit
 
     def plan(first: int, count: int) -> Any:
         parts = (array[first * len(array) // layers : (first + count) * len(array) // layers] for array in arrays)
-        with jax.enable_x64(wide), on_host():
+        with on_host():
             return jax.tree.map(np.asarray, function(*parts))
 
     if layers < MANY:
         return plan(0, layers)
     half = (layers + 1) // 2
     with ThreadPoolExecutor(1) as pool:
-        second = pool.submit(plan, layers - half, half)
+        second = pool.submit(in_callers_width(plan), layers - half, half)
         one, other = plan(0, half), second.result()
     again = 2 * half - layers  # layers that both halves have
     return jax.tree.map(lambda a, b: np.concatenate([a, b[again * len(b) // half :]]), one, other)

@@ -166,3 +166,18 @@ def test_an_average_on_the_host_is_that_on_a_device():
         assert type(host.average) is np.ndarray and host.average.dtype == np.float32
         np.testing.assert_allclose(host.loads(), device.loads(), rtol=1e-6)
     assert int(host.steps) == int(device.steps) == 5
+
+
+@pytest.mark.parametrize("wide", [False, True])
+def test_a_plan_computes_in_the_width_of_who_begins_it(wide):
+    """`jax.enable_x64` is a thread's own; the planning thread has that of the caller."""
+    seen = []
+
+    def plan(step, loads, placement):
+        seen.append(jnp.result_type(float) == jnp.float64)
+
+    ahead = PlanAhead(plan, lag=0)
+    with jax.enable_x64(wide):
+        ahead.begin(1, np.ones((1, 4)), None)
+    assert ahead.take(1) is None
+    assert seen == [wide]
