@@ -15,6 +15,7 @@ from jax.sharding import Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.arguments import entry_axes
 
 LAYERS = frozenset({"layers", "outer"})
 """Keys of parameters, or of moments, in the order of layers."""
@@ -176,7 +177,7 @@ def moves(start: P, end: P, ndim: int, mesh: Mesh) -> list[P]:
     >>> moves(P("pp", "ep"), P(None, None, ("pp", "ep")), 3, mesh)
     [P(None, 'ep', 'pp'), P(None, None, ('pp', 'ep'))]
     """
-    now, then = ([_names(entry) for entry in (*spec, *(None,) * (ndim - len(spec)))] for spec in (start, end))
+    now, then = ([set(entry_axes(entry)) for entry in (*spec, *(None,) * (ndim - len(spec)))] for spec in (start, end))
     found = []
     for axis in mesh.axis_names:
         before, place = (next((i for i, names in enumerate(spec) if axis in names), None) for spec in (now, then))
@@ -186,10 +187,6 @@ def moves(start: P, end: P, ndim: int, mesh: Mesh) -> list[P]:
         ordered = (tuple(name for name in mesh.axis_names if name in names) for names in now)
         found.append(P(*(names[0] if len(names) == 1 else names or None for names in ordered)))
     return found
-
-
-def _names(entry: Any) -> set[str]:
-    return set() if entry is None else {entry} if isinstance(entry, str) else set(entry)
 
 
 def fingerprint(array: jax.Array) -> jax.Array:
