@@ -130,15 +130,19 @@ def test_two_mirrored_ranks_equal_the_plain_program(x64, microbatches, order):
             order=order, dispatch="unrolled", **TOKENS)  # fmt: skip
 
 
-def test_a_mirrored_stage_sends_its_gradients_while_others_are_computed():
-    """The permutes of the chunk that is done first, pairs of one, are before the last products; the other's after."""
-    schedule = jaxpipe.schedule.build("dualpipe", 2, 4)
+def jaxpr_of_mirrored_ranks(microbatches):
+    """A step of DualPipe on two ranks: stages of one product, microbatches of one example."""
+    schedule = jaxpipe.schedule.build("dualpipe", 2, microbatches)
     step = jaxpipe.value_and_grad(
         lambda params, x, ctx: jnp.tanh(x @ params), schedule, jaxpipe.make_mesh(pp=2), head=lambda o, y, d, c: y.sum(),
         dispatch="unrolled",
     )  # fmt: skip
-    jaxpr = jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((4, 8)))
-    (mapped,) = (eqn for eqn in jaxpr.eqns if eqn.primitive.name == "shard_map")
+    return jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((microbatches, 8)))
+
+
+def test_a_mirrored_stage_sends_its_gradients_while_others_are_computed():
+    """The permutes of the chunk that is done first, pairs of one, are before the last products; the other's after."""
+    (mapped,) = (eqn for eqn in jaxpr_of_mirrored_ranks(4).eqns if eqn.primitive.name == "shard_map")
     order = [
         eqn.primitive.name if eqn.primitive.name == "dot_general" else eqn.params["perm"]
         for eqn in mapped.params["jaxpr"].eqns
@@ -183,12 +187,7 @@ def test_without_embed_and_head(x64):
 
 
 def test_messages_and_residuals_of_two_ranks_are_not_copied_into_slots():
-    schedule = jaxpipe.schedule.build("dualpipe", 2, 20)
-    step = jaxpipe.value_and_grad(
-        lambda params, x, ctx: jnp.tanh(x @ params), schedule, jaxpipe.make_mesh(pp=2), head=lambda o, y, d, c: y.sum(),
-        dispatch="unrolled",
-    )  # fmt: skip
-    text = str(jax.make_jaxpr(step)(jaxpipe.Params(jnp.ones((2, 8, 8))), jnp.ones((40, 8))))
+    text = str(jaxpr_of_mirrored_ranks(20))
     assert "scan[" in text and "ppermute" in text and "dynamic_update_slice" not in text
 
 
