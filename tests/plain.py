@@ -1,5 +1,7 @@
 """The plain program that every pipeline is compared with: a loop over microbatches and one over stages."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -58,6 +60,13 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None,
         return jax.value_and_grad(objective, has_aux=True, allow_int=True)(params, batch, rng)
 
     return value_and_grad
+
+
+@functools.cache
+def compiled_plain(stage, num_stages, num_microbatches, **functions):
+    """The same, jitted: one program for all schedules of so many stages and microbatches."""
+    schedule = jaxpipe.schedule.build("gpipe", num_stages, num_microbatches)
+    return jax.jit(plain_value_and_grad(stage, schedule, **functions))
 
 
 def split_batch(batch, count):
