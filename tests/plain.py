@@ -1,5 +1,7 @@
 """The plain program that every pipeline is compared with: a loop over microbatches and one over stages."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,7 +10,7 @@ import jaxpipe
 
 
 def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None, rows=None):
-    """The same signature and result as `jaxpipe.value_and_grad`'s, without a mesh or a pipeline.
+    """The same signature and result as `jaxpipe.value_and_grad`'s, without a mesh or a pipeline; jitted.
 
     ``rows[s]`` is the row of stage s in the stacked parameters; by default s.
     """
@@ -57,7 +59,14 @@ def plain_value_and_grad(stage, schedule, *, embed=None, head=None, weight=None,
     def value_and_grad(params, batch, rng=None):
         return jax.value_and_grad(objective, has_aux=True, allow_int=True)(params, batch, rng)
 
-    return value_and_grad
+    return jax.jit(value_and_grad)
+
+
+@functools.cache
+def compiled_plain(stage, num_stages, num_microbatches, **functions):
+    """The same: one program for all schedules of so many stages and microbatches."""
+    schedule = jaxpipe.schedule.build("gpipe", num_stages, num_microbatches)
+    return plain_value_and_grad(stage, schedule, **functions)
 
 
 def split_batch(batch, count):

@@ -1,6 +1,7 @@
 """Documents of a sequence that do not see each other: batches, and losses equal to those of separate sequences."""
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -50,39 +51,37 @@ def test_losses_and_gradients_are_those_of_separate_sequences(x64):
     params = wide(model.params)
     pipeline = jax.jit(trainer.pipelined(model, schedule, jaxpipe.make_mesh(pp=1)))
     (whole, _), grads = pipeline(params, wide(packed(DOCUMENTS)))
-    # Each loss is a mean, so of separate sequences sums are added, by which means are weighted.
+    # Each loss is a mean, so of separate sequences sums are added, by which means are weighted: targets, and those of
+    # the targets after them.
     plain = build_model(dataclasses.replace(CONFIG, mtp_weight=1.0), schedule, 0, dtype=jnp.float64, abstract=True)
 
-    def summed(params, document, after):
-        tokens = np.array([document], np.int32)
-        targets = np.append(tokens[:, 1:], [[after]], 1).astype(np.int32)
-        mask = (targets != 0).astype(np.float64)
+    @functools.partial(jax.value_and_grad, allow_int=True)
+    def part(params, tokens):
+        targets = jnp.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+        mask = (targets != 0).astype(jnp.float64)
         ctx = jaxpipe.Context.make(0, jnp.int32(0), None, {}, num_stages=1)
         batch = {"tokens": tokens, "targets": targets, "mask": mask}
         own = jax.tree.map(lambda leaf: leaf[0], params.stages)
         y = plain.stage(own, plain.embed(params.outer, batch, ctx), ctx).value
         told = plain.head(params.outer, y, batch, ctx)
-        later = max((mask[:, 1:] * mask[:, :-1]).sum(), 1)
-        return told.value * mask.sum(), told.aux_loss * later
+        later = jnp.maximum((mask[:, 1:] * mask[:, :-1]).sum(), 1)
+        return told.value * mask.sum() / 9 + CONFIG.mtp_weight * told.aux_loss * later / 6
 
-    def expected(params):
-        every = [summed(params, one, 0) for one in DOCUMENTS[:-1]]
-        first, second = (sum(parts) for parts in zip(*every, strict=True))
-        return first / 9 + CONFIG.mtp_weight * second / 6  # targets, and those of the targets after them
-
-    wanted, by_hand = jax.jit(jax.value_and_grad(expected, allow_int=True))(params)
-    assert float(whole) == pytest.approx(float(wanted), rel=1e-10)
-    for ours, theirs in zip(*map(jax.tree.leaves, (grads, by_hand)), strict=True):
+    each = jax.jit(part)  # compiled for each length
+    parts = [each(params, np.array([document], np.int32)) for document in DOCUMENTS[:-1]]
+    assert float(whole) == pytest.approx(sum(float(loss) for loss, _ in parts), rel=1e-10)
+    for ours, *theirs in zip(*map(jax.tree.leaves, (grads, *(grads for _, grads in parts))), strict=True):
         if ours.dtype != jax.dtypes.float0:
-            np.testing.assert_allclose(ours, theirs, rtol=1e-8, atol=1e-10)
-    # The plain form of attention would see the documents before.
-    seen = {name: array for name, array in wide(packed(DOCUMENTS)).items() if name != "segments"}
-    assert abs(float(pipeline(params, seen)[0][0]) - float(whole)) > 1e-4
+            np.testing.assert_allclose(ours, sum(map(np.asarray, theirs)), rtol=1e-8, atol=1e-10)
+    # As one document each would see those before.
+    batch = wide(packed(DOCUMENTS))
+    batch["segments"] = np.ones_like(batch["segments"])
+    assert abs(float(pipeline(params, batch)[0][0]) - float(whole)) > 1e-4
 
 
 def test_a_pipeline_keeps_documents_apart():
     """Divided backward passes, and two layers' recomputation, against the plain program of the same batch."""
-    config = dataclasses.replace(CONFIG, mtp=False, remat="layer")
+    config = dataclasses.replace(CONFIG, mtp=False, dense_layers=0, remat="layer")
     schedule, mesh = jaxpipe.schedule.build("zb1p", 2, 2), jaxpipe.make_mesh(pp=2)
     model = build_model(config, schedule, 0)
     batch = packed(DOCUMENTS)
@@ -103,12 +102,10 @@ def test_an_evaluation_keeps_documents_apart():
     server = Server(config, serve(config, model.to_layers(model.params), dtype=jnp.float32))
     batch = packed(DOCUMENTS)
     found = server.score(*(batch[name] for name in ("tokens", "targets", "mask", "segments")))
-    alone = 0.0
-    for document in DOCUMENTS[:-1]:
-        tokens = np.array([document], np.int32)
-        targets = np.append(tokens[:, 1:], [[0]], 1)
-        alone += server.score(tokens, targets, targets != 0).losses[0]
-    assert found.losses[0] == pytest.approx(alone, rel=1e-5)
+    tokens = np.array([[*document, 0, 0, 0][:5] for document in DOCUMENTS[:-1]], np.int32)  # zeros are no targets
+    targets = np.pad(tokens[:, 1:], ((0, 0), (0, 1)))
+    alone = server.score(tokens, targets, targets != 0)
+    assert found.losses[0] == pytest.approx(alone.losses.sum(), rel=1e-5)
     with pytest.raises(ValueError, match=r"segments \(1, 3\): one shape for all"):
         server.score(batch["tokens"], batch["targets"], batch["mask"], np.zeros((1, 3), np.int32))
 

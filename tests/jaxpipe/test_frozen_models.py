@@ -53,7 +53,7 @@ def test_adapters_alone_are_trained(x64):
     (value, _), grads = jax.jit(pipe)(pipe.params, batch)
     model = pipe.merge(pipe.params)
     mean = plain(loss, batch, 4)
-    expected, of_adapters = nnx.value_and_grad(mean, argnums=nnx.DiffState(0, nnx.LoRAParam))(model)
+    expected, of_adapters = nnx.jit(nnx.value_and_grad(mean, argnums=nnx.DiffState(0, nnx.LoRAParam)))(model)
     assert float(value) == pytest.approx(float(expected), rel=1e-12)
     merged = pipe.merge(grads)
     assert_trees_close(nnx.to_pure_dict(nnx.state(merged, nnx.LoRAParam)), nnx.to_pure_dict(of_adapters), rtol=1e-10)
@@ -101,7 +101,7 @@ def test_linen_masks_and_paths(x64, call, given):
         logits = model.apply({"params": params}, batch["tokens"])
         return optax.softmax_cross_entropy_with_integer_labels(logits, batch["targets"]).mean()
 
-    params = model.init(jax.random.key(0), batch["tokens"])["params"]
+    params = jax.jit(model.init)(jax.random.key(0), batch["tokens"])["params"]
     schedule, mesh = jaxpipe.schedule.build("zb1p", 2, 4), jaxpipe.make_mesh(pp=2)
     trainable = {
         "paths": lambda path, leaf: path.endswith("['bias']"),
@@ -111,6 +111,6 @@ def test_linen_masks_and_paths(x64, call, given):
     found = pipe.merge(jax.jit(pipe)(pipe.params, batch)[1])
     expected = jax.tree_util.tree_map_with_path(
         lambda path, leaf: leaf if path[-1].key == "bias" else np.zeros(leaf.shape, jax.dtypes.float0),
-        jax.grad(loss)(params, batch),
+        jax.jit(jax.grad(loss))(params, batch),
     )
     assert_trees_close(found, expected, rtol=1e-10)

@@ -122,15 +122,17 @@ def test_multi_token_prediction_is_that_of_published_files(tmp_path):
     data = {name: jnp.asarray(array) for name, array in make_batch(0, 2, config).items()}
     model, params, own = of_files(config)
     found = jax.jit(
-        lambda: model.head(params.outer, model.stage(own, model.embed(params.outer, data, ctx), ctx).value, data, ctx)
-    )()
+        lambda own, outer: model.head(outer, model.stage(own, model.embed(outer, data, ctx), ctx).value, data, ctx)
+    )(own, params.outer)
 
     def normal(x, name):
         return x / np.sqrt((x**2).mean(-1, keepdims=True) + config.norm_eps) * arrays[name]
 
     with pytest.warns(UserWarning, match="that the model does not have"):
         main, params, own = of_files(dataclasses.replace(config, mtp=False))
-    y = np.asarray(main.stage(own, main.embed(params.outer, data, ctx), ctx).value)
+    y = np.asarray(
+        jax.jit(lambda own, outer: main.stage(own, main.embed(outer, data, ctx), ctx).value)(own, params.outer)
+    )
     y = normal(y, "model.norm.weight")
     known = arrays["model.embed_tokens.weight"][data["targets"]]
     both = [normal(known, "model.layers.2.enorm.weight"), normal(y, "model.layers.2.hnorm.weight")]
@@ -144,8 +146,8 @@ def test_multi_token_prediction_is_that_of_published_files(tmp_path):
         encode_header(shapes) + b"".join(array.tobytes() for array in kept.values())
     )
     block, params, own = of_files(one)
-    features = normal(np.asarray(block.stage(own, jnp.asarray(x, jnp.float32), ctx).value),
-                      "model.layers.2.shared_head.norm.weight")  # fmt: skip
+    features = jax.jit(lambda own, x: block.stage(own, x, ctx).value)(own, jnp.asarray(x, jnp.float32))
+    features = normal(np.asarray(features), "model.layers.2.shared_head.norm.weight")
 
     def loss(features, targets, mask):
         logits = features @ arrays["lm_head.weight"].T

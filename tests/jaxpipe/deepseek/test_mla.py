@@ -15,13 +15,14 @@ from jaxpipe.deepseek import (
     LayerConfig,
     Rope,
     Yarn,
-    attend,
     attend_cached,
     causal_attention,
     init_mla,
     rotate,
 )
+from jaxpipe.deepseek import attend as attend_by_operations
 from jaxpipe.deepseek.stand_in import attention as stand_in
+from tests.cases import cases
 from tests.jaxpipe.deepseek.models import SMALL, small
 
 
@@ -36,6 +37,7 @@ def layer(request, x64):
     return config, params._replace(**scales), x
 
 
+attend = jax.jit(attend_by_operations, static_argnames=("config", "core"))
 # The softmax of jax.nn's attention is of float32.
 CLOSE = dict(rtol=1e-5, atol=1e-6)
 
@@ -67,6 +69,7 @@ def test_later_tokens_attend_to_those_before(layer):
         np.testing.assert_allclose(jnp.concatenate([part, later], 1), whole, rtol=1e-12, atol=1e-12)
 
 
+@cases("layer", [8, None], quick=[8], ids=["low rank", "full rank"], indirect=True)
 def test_documents_kept_apart_are_sequences_of_their_own(layer):
     """Results and gradients in float64, with stretched rotations; positions count through all documents."""
     config, params, x = layer
@@ -133,7 +136,9 @@ def test_it_is_attention_over_the_keys_and_values_that_it_stands_for(layer):
 def test_the_module_is_the_function_of_its_parameters():
     module = MLA(SMALL, nnx.Rngs(0))
     x = jax.random.normal(jax.random.key(1), (2, 8, SMALL.width))
-    np.testing.assert_array_equal(module(x), attend(module.params, x, SMALL)[0])
+    np.testing.assert_allclose(
+        nnx.jit(MLA.__call__)(module, x), attend(module.params, x, SMALL)[0], rtol=1e-6, atol=1e-7
+    )
     jax.tree.map(np.testing.assert_array_equal, module.params, init_mla(nnx.Rngs(0), SMALL))
     # The paths of parameters in checkpoints.
     paths = {".".join(map(str, path)) for path, _ in nnx.to_flat_state(nnx.state(module))}

@@ -99,7 +99,7 @@ def test_each_effect_runs_once_for_a_microbatch(place):
     ((loss, _), grads), seen = counted(step, params, batch)
     assert [item[:3] for item in seen] == [item[:3] for item in expected]
     np.testing.assert_allclose([item[3] for item in seen], [item[3] for item in expected], rtol=1e-4, atol=1e-5)
-    (plain_loss, _), plain_grads = jax.jit(plain_value_and_grad(stage, schedule, embed=embed, head=head))(params, batch)
+    (plain_loss, _), plain_grads = plain_value_and_grad(stage, schedule, embed=embed, head=head)(params, batch)
     assert_trees_close((loss, grads), (plain_loss, plain_grads), rtol=1e-5)
 
 
@@ -192,7 +192,7 @@ def test_refs_everywhere(ranks, dispatch):
 
     step = jaxpipe.value_and_grad(stage, schedule, mesh, embed=embed, head=head, dispatch=dispatch)
     (loss, _), grads = jax.jit(step)(params, batch)
-    (plain_loss, _), plain_grads = jax.jit(plain_value_and_grad(stage, schedule, embed=embed, head=head))(params, batch)
+    (plain_loss, _), plain_grads = plain_value_and_grad(stage, schedule, embed=embed, head=head)(params, batch)
     assert_trees_close((loss, grads), (plain_loss, plain_grads), rtol=1e-5)
     outputs, _ = jax.jit(jaxpipe.forward(stage, schedule, mesh, embed=embed))(params, batch)
     expected = embed(params.outer, batch, None)

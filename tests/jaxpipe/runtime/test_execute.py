@@ -10,7 +10,7 @@ import pytest
 import jaxpipe
 from tests.cases import cases
 from tests.jaxpipe.runtime import models
-from tests.plain import assert_trees_close, cosine_difference, plain_value_and_grad, split_batch
+from tests.plain import assert_trees_close, compiled_plain, cosine_difference, plain_value_and_grad, split_batch
 
 GRID = [
     ("gpipe", 1, 3),
@@ -50,11 +50,10 @@ REDUCED = [case if case in QUICK else pytest.param(*case, marks=pytest.mark.slow
 def compare(schedule, params, batch, rng=None, *, rtol=1e-10, mesh=None, **functions):
     """Runs pipeline and plain program; asserts equality of everything; returns the pipeline's gradients."""
     mesh = mesh or jaxpipe.make_mesh(pp=schedule.num_ranks)
-    plain = {name: functions.get(name) for name in ("stage", "embed", "head", "weight")}
+    plain = {name: functions.get(name) for name in ("embed", "head", "weight")}
     (loss, aux), grads = jax.jit(jaxpipe.value_and_grad(schedule=schedule, mesh=mesh, **functions))(params, batch, rng)
-    (expected_loss, expected_aux), expected = jax.jit(plain_value_and_grad(schedule=schedule, **plain))(
-        params, batch, rng
-    )
+    reference = compiled_plain(functions["stage"], schedule.num_stages, schedule.num_microbatches, **plain)
+    (expected_loss, expected_aux), expected = reference(params, batch, rng)
     assert float(loss) == pytest.approx(float(expected_loss), rel=rtol)
     for name, value in aux.items():
         np.testing.assert_allclose(value, expected_aux[name], rtol=rtol, err_msg=name)
@@ -223,7 +222,7 @@ def test_bfloat16_compute_is_as_close_as_bfloat16_allows(x64):
         return function(cast, batch)
 
     plain = functools.partial(plain_value_and_grad, models.deepseek_stage, schedule, embed=models.deepseek_embed)
-    _, exact = jax.jit(plain(head=head))(params64, batch64)
+    _, exact = plain(head=head)(params64, batch64)
     _, rounded = jax.jit(plain_bfloat16)(params, batch)
     step = jaxpipe.value_and_grad(
         models.deepseek_stage,
@@ -269,5 +268,5 @@ def test_microbatches_are_contiguous_parts_of_the_batch(x64):
 
     batch = jnp.arange(8.0)[:, None] * jnp.ones((8, 8))
     step = jaxpipe.value_and_grad(models.deepseek_stage, schedule, jaxpipe.make_mesh(pp=2), head=head)
-    (_, aux), _ = step(models.deepseek_params(schedule, 8, 16), batch)
+    (_, aux), _ = jax.jit(step)(models.deepseek_params(schedule, 8, 16), batch)
     np.testing.assert_allclose(aux["sums"], [part.sum() for part in split_batch(batch, 4)])

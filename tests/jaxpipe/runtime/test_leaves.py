@@ -75,9 +75,7 @@ def test_equal_the_plain_program(x64, name, ranks, dispatch):
         stage, schedule, jaxpipe.make_mesh(pp=ranks), embed=embed, head=head, dispatch=dispatch
     )
     (loss, _), grads = jax.jit(step)(params, batch)
-    (expected, _), expected_grads = jax.jit(plain_value_and_grad(stage, schedule, embed=embed, head=head))(
-        params, batch
-    )
+    (expected, _), expected_grads = plain_value_and_grad(stage, schedule, embed=embed, head=head)(params, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     assert_trees_close(grads, expected_grads, rtol=1e-10)
 
@@ -98,7 +96,7 @@ def test_beside_data_parallelism_and_shared_ends(x64):
     )
     (loss, _), grads = jax.jit(step)(params, batch)
     plain = plain_value_and_grad(stage, schedule, embed=embed, head=lambda *args: 28 * head(*args))
-    (expected, _), expected_grads = jax.jit(plain)(params, batch)
+    (expected, _), expected_grads = plain(params, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     assert_trees_close(grads, expected_grads, rtol=1e-10)
 

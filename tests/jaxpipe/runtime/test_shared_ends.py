@@ -14,7 +14,7 @@ import jaxpipe
 from jaxpipe import vocabulary
 from tests.cases import cases
 from tests.jaxpipe.runtime import models
-from tests.plain import assert_trees_close, plain_value_and_grad
+from tests.plain import assert_trees_close, compiled_plain
 
 SHARDED = jaxpipe.Params(P("pp"), {"embedding": P("pp"), "scale": P()})
 GRID = [
@@ -73,11 +73,6 @@ def padded_params(schedule):
     return params._replace(outer={**params.outer, "embedding": table})
 
 
-@functools.cache
-def compiled_plain(stage, schedule, **functions):
-    return jax.jit(plain_value_and_grad(stage, schedule, **functions))
-
-
 def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, embed=sharded_embed,
             head=sharded_head, plain=(models.token_embed, plain_head), rng=None, **options):  # fmt: skip
     """Runs pipeline and plain program; asserts equality of everything; returns the pipeline's gradients."""
@@ -85,7 +80,14 @@ def compare(schedule, params, batch, mesh, *, specs, stage=models.token_stage, e
         stage, schedule, mesh, embed=embed, head=head, specs=specs, shared_ends=True, **options
     )
     (loss, aux), grads = jax.jit(step)(params, batch, rng)
-    expected = compiled_plain(stage, schedule, embed=plain[0], head=plain[1], weight=options.get("weight"))
+    expected = compiled_plain(
+        stage,
+        schedule.num_stages,
+        schedule.num_microbatches,
+        embed=plain[0],
+        head=plain[1],
+        weight=options.get("weight"),
+    )
     (expected_loss, expected_aux), expected_grads = expected(params, batch, rng)
     assert float(loss) == pytest.approx(float(expected_loss), rel=1e-10)
     for name, value in aux.items():
