@@ -109,7 +109,7 @@ def exchange(
     def unfinished(state: _TabuSearch) -> jax.Array:
         return (state.best.max(0) > target).any() & (state.step < steps)
 
-    step = functools.partial(_take_step, target, num_gpus, duplicates)
+    step = functools.partial(_take_step, target, num_gpus, experts, duplicates)
     kept = jax.lax.while_loop(unfinished, step, state).kept
     return jnp.moveaxis(kept.slots, -1, 0).reshape(slots.shape)
 
@@ -120,7 +120,7 @@ def _totals(plan: _HeldExperts, num_gpus: int) -> jax.Array:
     return loads.reshape(*loads.shape[:-2], num_gpus, -1, loads.shape[-1]).sum(-2)
 
 
-def _take_step(target: jax.Array, num_gpus: int, duplicates: bool, state: _TabuSearch) -> _TabuSearch:
+def _take_step(target: jax.Array, num_gpus: int, experts: int, duplicates: bool, state: _TabuSearch) -> _TabuSearch:
     nodes, replicas, _ = state.resting.shape
     on = jnp.arange(nodes, dtype=jnp.int32)[:, None] == jnp.argmax(state.best, axis=0).astype(jnp.int32)
     best = state.best.max(0)
@@ -131,7 +131,7 @@ def _take_step(target: jax.Array, num_gpus: int, duplicates: bool, state: _TabuS
     plan, rested = _HeldExperts(*map(pick, state.plan)), pick(state.resting) <= state.step
     totals = _totals(plan, num_gpus)
     heaviest = jnp.argmax(totals, axis=0).astype(jnp.int32)
-    found, mine_rested = _all_steps(plan, totals, heaviest, rested, duplicates)
+    found, mine_rested = _all_steps(plan, totals, heaviest, rested, experts, duplicates)
     record = best * (1 - GAIN)  # what would be the lightest yet may be done to slots that rest, too
     swaps = jnp.where((rested & mine_rested[:, None]) | (found.swaps < record), found.swaps, jnp.inf)
     moves = jnp.where(rested | (found.moves < record), found.moves, jnp.inf)
@@ -176,12 +176,12 @@ def _take_step(target: jax.Array, num_gpus: int, duplicates: bool, state: _TabuS
 
 
 def _all_steps(
-    plan: _HeldExperts, totals: jax.Array, heaviest: jax.Array, rested: jax.Array, duplicates: bool
+    plan: _HeldExperts, totals: jax.Array, heaviest: jax.Array, rested: jax.Array, experts: int, duplicates: bool
 ) -> tuple[_Steps, jax.Array]:
     """All steps, and whether the slots of the heaviest GPU have rested.
 
-    What a move does to other GPUs is not exact: those that hold replicas of the expert that loses one are taken for
-    average, and each for holding one. It decides only which step is taken.
+    What a move does to GPUs that hold several replicas of the two experts is not exact: it decides only which step is
+    taken.
     """
     num_gpus, layers = totals.shape
     hot = (jnp.arange(num_gpus, dtype=jnp.int32)[:, None] == heaviest)[:, None]
@@ -204,7 +204,9 @@ def _all_steps(
 
     more = divide(mine.weight, mine.counts + 1)
     growth = divide(plan.weight, jnp.maximum(plan.counts - 1, 1)) - loads
-    others = totals.mean(0) + growth
+    lane = jnp.arange(layers, dtype=jnp.int32)
+    holders = jnp.zeros((experts, layers), jnp.float32).at[plan.slots, lane].max(total)
+    others = holders.at[plan.slots, lane].get(mode="promise_in_bounds") + growth
     lighter = most - (mine_loads - more)
     there = jnp.where(own, lighter[:, None] + more[:, None] - loads, total + more[:, None] - loads)
     moves = jnp.maximum(jnp.maximum(lighter[:, None], there), others)

@@ -15,10 +15,6 @@ MANY = 16
 """Layers from which on two halves are worth a thread."""
 
 
-LANES = 8
-"""Halves are of a multiple of so many layers, float32 of a vector register, and have some layers in common."""
-
-
 def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarray) -> Any:
     """A jitted function's results, NumPy, as it would give them for all layers at once; on the CPU.
 
@@ -36,7 +32,7 @@ def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarra
 
     if layers < MANY:
         return plan(0, layers)
-    half = min(-(-layers // (2 * LANES)) * LANES, layers)
+    half = (layers + 1) // 2
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(in_callers_width(plan), layers - half, half)
         one, other = plan(0, half), second.result()
