@@ -87,13 +87,13 @@ def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 
 
 def common_experts(old: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """How many experts each old GPU [G, K] and each new one have in common [G, G]."""
+    """How many experts each old GPU [..., G, K] and each new one have in common [..., G, G]; slots may hold -1."""
     experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    (gpu, held), (other, theirs) = (np.nonzero(held_by_gpus(slots[None], experts)[0]) for slots in (old, new))
-    # Each holds few of all experts: pairs are found sooner than BLAS wakes its threads to multiply.
-    here, there = np.nonzero(held[:, None] == theirs)
-    pairs = gpu[here] * len(new) + other[there]
-    return np.bincount(pairs, minlength=len(old) * len(new)).reshape(len(old), len(new))
+    holders = held_by_gpus(new, experts).swapaxes(-1, -2)
+    first = (old >= 0) & ~((old[..., None] == old[..., None, :]) & np.tri(old.shape[-1], k=-1, dtype=bool)).any(-1)
+    rows = np.maximum(old, 0).reshape(*old.shape[:-2], old.shape[-2] * old.shape[-1], 1)
+    found = np.take_along_axis(holders, rows, axis=-2).reshape(*old.shape, new.shape[-2])
+    return (found & first[..., None]).sum(-2)
 
 
 def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
@@ -106,7 +106,7 @@ def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
 def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
     """Experts of all GPUs that a GPU did not hold before, of each row; slots [rows, R] both."""
     experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    before, after = (held_by_gpus(slots.reshape(len(slots), num_gpus, -1), experts) for slots in (old, new))
+    before, after = (held_by_gpus(slots.reshape(len(slots), num_gpus, slots.shape[1] // num_gpus), experts) for slots in (old, new))
     return (after & ~before).sum((1, 2))
 
 

@@ -99,10 +99,10 @@ def sticky(
         phy2log[stay & ended] = found[stay & ended]
         change &= ~(stay & ended)
     moves = replicas_moved(old, phy2log, num_gpus)
-    for layer in np.nonzero(change | (moves > MANY_MOVED * previous.num_replicas))[0]:
-        renumbered = _renumber(old[layer], new[layer], cluster)
-        if change[layer] or replicas_moved(old[layer][None], renumbered[None], num_gpus)[0] < moves[layer]:
-            phy2log[layer] = renumbered
+    many = np.nonzero(change | (moves > MANY_MOVED * previous.num_replicas))[0]
+    renumbered = _renumber(old[many], new[many], cluster)
+    better = change[many] | (replicas_moved(old[many], renumbered, num_gpus) < moves[many])
+    phy2log[many[better]] = renumbered[better]
     was, now = (slots.reshape(-1, cluster.replicas_per_gpu) for slots in (old, phy2log))
     other = (now != was).any(1)
     now[other] = keep_slots(was[other], now[other])
@@ -201,16 +201,18 @@ def _groups_are_whole(slots: np.ndarray, cluster: Cluster, num_experts: int) -> 
 
 
 def _renumber(old: np.ndarray, new: np.ndarray, cluster: Cluster) -> np.ndarray:
-    """The new slots with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
+    """New slots [layers, R] with nodes, and GPUs within them, numbered so that most replicas stay on their GPU."""
     from scipy.optimize import linear_sum_assignment  # noqa: PLC0415 - plans by other policies need no SciPy
 
-    num_nodes, num_gpus, gpus_per_node = cluster.num_nodes, cluster.num_gpus, cluster.gpus_per_node
-    common = common_experts(old.reshape(num_gpus, -1), new.reshape(num_gpus, -1))
-    common = common.reshape(num_nodes, gpus_per_node, num_nodes, -1).swapaxes(1, 2)
-    stays = [[linear_sum_assignment(block, maximize=True) for block in row] for row in common]
-    gains = [[block[pairs].sum() for block, pairs in zip(*row, strict=True)] for row in zip(common, stays, strict=True)]
-    new = new.reshape(num_nodes, gpus_per_node, -1)
-    out = np.empty_like(new)
-    for node, source in zip(*linear_sum_assignment(np.array(gains), maximize=True), strict=True):
-        out[node] = new[source, stays[node][source][1]]
-    return out.reshape(-1)
+    num_nodes, gpus_per_node = cluster.num_nodes, cluster.gpus_per_node
+    by_gpu = len(old), cluster.num_gpus, cluster.replicas_per_gpu
+    common = common_experts(old.reshape(by_gpu), new.reshape(by_gpu))
+    common = common.reshape(len(old), num_nodes, gpus_per_node, num_nodes, gpus_per_node).swapaxes(2, 3)
+    places = new.reshape(len(old), num_nodes, gpus_per_node, cluster.replicas_per_gpu)
+    out = np.empty_like(places)
+    for layer, blocks in enumerate(common):
+        stays = [[linear_sum_assignment(block, maximize=True) for block in row] for row in blocks]
+        gains = [[b[pairs].sum() for b, pairs in zip(*row, strict=True)] for row in zip(blocks, stays, strict=True)]
+        for node, source in zip(*linear_sum_assignment(np.array(gains), maximize=True), strict=True):
+            out[layer, node] = places[layer, source, stays[node][source][1]]
+    return out.reshape(new.shape)
