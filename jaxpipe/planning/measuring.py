@@ -186,7 +186,9 @@ class Stopwatch:
                 for kind in range(len(self._model.stages))
             ]
             recompute, stash = self.pipeline.dispatch != "unrolled", self.pipeline.options.stash
-            self._splits = divide_stages(kinds, self.pipeline.program, stash, recompute=recompute)
+            self._splits = divide_stages(
+                kinds, self.pipeline.program, stash, recompute=recompute, flat=self.pipeline.options.axes.complete
+            )
         return self._splits[kind]
 
     def measure(self, repeats: int) -> StageCosts:

@@ -95,7 +95,7 @@ def train(
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
-    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses)
+    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses, flat=options.axes.complete)
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -202,7 +202,7 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
         )
         for kind in range(len(local.model.stages))
     ]
-    splits = divide_stages(kinds, program, options.stash, recompute=recompute)
+    splits = divide_stages(kinds, program, options.stash, recompute=recompute, flat=options.axes.complete)
     for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])

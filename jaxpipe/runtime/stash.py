@@ -32,9 +32,10 @@ def slots_of(program: Program) -> Slots:
 
 
 def divide_stages(
-    kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool
+    kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool, flat: bool
 ) -> tuple[SplitStage, ...]:
-    """Each kind of stage in its parts; ``recompute`` as of `jaxpipe.stage.split_stage`, for no budget.
+    """Each kind of stage in its parts; ``recompute`` as of `jaxpipe.stage.split_stage`, for no budget, ``flat`` as of
+    `jaxpipe.runtime.operations.Pools`.
 
     Raises:
       ValueError: ``stash`` bytes of a microbatch and stage are too few.
@@ -46,7 +47,7 @@ def divide_stages(
     def divide_at(price: float) -> Division:
         found = [kind.priced(price, slots) for kind in kinds]
         splits = tuple(split for split, _ in found)
-        pools = Pools.of(splits)
+        pools = Pools.of(splits, flat=flat)
         nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
         return Division(splits, nbytes, sum(seconds for _, seconds in found))
 
