@@ -26,6 +26,7 @@ _CALLS = {
     "embed": ("outer", "data", "ctx"),
     "head": ("outer", "y", "data", "ctx"),
     "weight": ("data",),
+    "prepare": ("outer",),
 }
 
 

@@ -9,8 +9,8 @@ of its stage costs what the second one adds.
 from __future__ import annotations
 
 import collections
-import itertools
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple

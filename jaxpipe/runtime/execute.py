@@ -42,6 +42,7 @@ from jaxpipe.runtime.operations import (
 )
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
+from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
@@ -59,7 +60,8 @@ class _Local(NamedTuple):
     Attributes:
       model: the user's functions as this rank calls them.
       chunks: the parameters of every local chunk, in compute dtype.
-      outer: the outer parameters, in compute dtype.
+      given: the outer parameters, in compute dtype.
+      outer: what embed and head get of them.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       rng: a key that differs between data-parallel devices, or None.
       ctx: a context, for the shapes of what takes one.
@@ -68,6 +70,7 @@ class _Local(NamedTuple):
 
     model: Model
     chunks: tuple[Any, ...]
+    given: Any
     outer: Any
     batch: Any
     rng: jax.Array | None
@@ -148,6 +151,7 @@ def train(
         buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         sums, outer_grads = _scale(shares, (buffers.grads, buffers.outer_grads))
+        outer_grads = pull_back_prepare(local.model, local.given, trainable.outer, outer_grads)
         rest = {chunk: grads_of(chunk, each) for chunk, each in enumerate(sums) if chunk not in done}
         returned = [*returned, *return_grads(rest, *where)]
         done |= rest
@@ -174,11 +178,12 @@ def _start(
     rng = _fold_axes(rng, axes)
     with jax.named_scope("prepare"):
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
-        outer = cast(params.outer, options.compute_dtype)
+        given = cast(params.outer, options.compute_dtype)
+        outer = run_prepare(model, given)
     model = _prepare_model(program, model, options, outputs=outputs)
     ctx = make_context(batch, rng, step_inputs, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    return _Local(model, chunks, outer, batch, rng, ctx, x)
+    return _Local(model, chunks, given, outer, batch, rng, ctx, x)
 
 
 def _split_stages(program: Program, options: Options, local: _Local, trainable: Any) -> tuple[SplitStage, ...]:

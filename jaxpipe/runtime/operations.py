@@ -53,8 +53,9 @@ class Pools(NamedTuple):
     ) -> Pools:
         """The pools of the divided stages; without ``crosses`` no half hands anything to another.
 
-        With ``flat`` slots of arrays of several shapes share memory; arrays that a compiler divides over its mesh axes
-        would have to be whole for that. A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts`` are (chunk, kind) pairs.
+        With ``flat`` slots of arrays of several shapes share memory; what a compiler divides over its mesh axes would
+        have to be whole for that. A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts``
+        are (chunk, kind) pairs.
         """
         crossing = [s.crossing if crosses else () for s in splits]
         kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)

@@ -34,8 +34,9 @@ def slots_of(program: Program) -> Slots:
 def divide_stages(
     kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool, flat: bool
 ) -> tuple[SplitStage, ...]:
-    """Each kind of stage in its parts; ``recompute`` as of `jaxpipe.stage.split_stage`, for no budget, ``flat`` as of
-    `jaxpipe.runtime.operations.Pools`.
+    """Each kind of stage in its parts.
+
+    ``recompute`` is as of `jaxpipe.stage.split_stage`, for no budget; ``flat`` as of `Pools`.
 
     Raises:
       ValueError: ``stash`` bytes of a microbatch and stage are too few.

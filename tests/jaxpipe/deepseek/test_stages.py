@@ -70,6 +70,7 @@ def pipeline(model, schedule, pp, ep, **options):
         embed=model.embed,
         head=model.head,
         weight=model.weight,
+        prepare=model.prepare,
         data_axes=("ep",) if model.axis else (),
         specs=model.specs,
         shared_ends=model.shared_ends,
@@ -99,6 +100,9 @@ SLOW = pytest.mark.slow
         pytest.param("dualpipev", 2, 2, {"shared_ends": True}, marks=SLOW),
         pytest.param("1f1b", 4, 2, {"shared_ends": True, "remat": "layer"}, marks=SLOW),
         pytest.param("zb1p", 4, 2, {"shared_ends": False, "shard_outer": True}, marks=SLOW),
+        pytest.param(
+            "dualpipev", 2, 2, {"shared_ends": False, "shard_outer": True, "gather_head": "step"}, marks=SLOW
+        ),
         pytest.param("dualpipev", 2, 2, {"shared_ends": False, "remat": "attention"}, marks=SLOW),
         pytest.param("dualpipe", 4, 2, {"shared_ends": True, "mtp": False, "remat": "layer"}, marks=SLOW),
         pytest.param("dualpipev", 2, 2, {"dense_layers": 0, "redundant": 0}, marks=SLOW),
