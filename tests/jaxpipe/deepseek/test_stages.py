@@ -100,9 +100,7 @@ SLOW = pytest.mark.slow
         pytest.param("dualpipev", 2, 2, {"shared_ends": True}, marks=SLOW),
         pytest.param("1f1b", 4, 2, {"shared_ends": True, "remat": "layer"}, marks=SLOW),
         pytest.param("zb1p", 4, 2, {"shared_ends": False, "shard_outer": True}, marks=SLOW),
-        pytest.param(
-            "dualpipev", 2, 2, {"shared_ends": False, "shard_outer": True, "gather_head": "step"}, marks=SLOW
-        ),
+        pytest.param("dualpipev", 2, 2, {"shared_ends": False, "shard_outer": True, "gather_head": "step"}, marks=SLOW),
         pytest.param("dualpipev", 2, 2, {"shared_ends": False, "remat": "attention"}, marks=SLOW),
         pytest.param("dualpipe", 4, 2, {"shared_ends": True, "mtp": False, "remat": "layer"}, marks=SLOW),
         pytest.param("dualpipev", 2, 2, {"dense_layers": 0, "redundant": 0}, marks=SLOW),
