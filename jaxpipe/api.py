@@ -403,7 +403,7 @@ def value_and_grad(
         the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
       stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
-        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` and one,
+        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots``,
         and what input gradients hand to weight gradients that run later counts with the slots that it has. Within that
         the backward pass computes again what takes least time for its bytes: casts and norms first, then products,
         attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a

@@ -248,8 +248,6 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
-    # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
-    crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
@@ -263,9 +261,10 @@ def _train_buffers(
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
-        stash=pool(pools.stash.avals, program.num_stash_slots + 1),
-        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
-        cross=pool(pools.cross.avals, crossing),
+        # No operation of these writes into a dummy slot, which is large: only values apart have one.
+        stash=pool(pools.stash.avals, program.num_stash_slots + apart),
+        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + apart),
+        cross=pool(pools.cross.avals, program.num_cross_slots + apart),
         grads=grads,
         outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),
