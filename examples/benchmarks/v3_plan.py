@@ -2,11 +2,11 @@
 
 DualPipeV of 16 ranks, 64 devices of experts, 128 microbatches of a sequence, rooms of 1.1, exchange by nodes, ZeRO-1, a
 stash of as many bytes as fit, embedding and head on the ranks of the first and the last stage, the head's matrix
-gathered once a step: the plan of `python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64 --chip H800
---microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart --gather-head step --deferred 1
---schedules dualpipev`, and its likes; H200s have room for all weight gradients that the schedule puts off. "bf16" is
-the precision of the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank that has
-most, over the mean of all.
+gathered once a step: the plan of `python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64
+--chip H800 --microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart --gather-head step
+--deferred 1 --schedules dualpipev`, and its likes; H200s have room for all weight gradients that the schedule puts off.
+"bf16" is the precision of the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank
+that has most, over the mean of all.
 
     python examples/benchmarks/v3_plan.py [--gpus "2,048 H800" "1,024 H200"] [--precision bf16 fp8]
         [--ends apart together] [--tiny] [--record-as "plan dsv3"]
