@@ -107,11 +107,14 @@ def train(
     with jax.named_scope("prepare"):
         # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         # Each leaf is behind its own, so that a step may begin before all copies have arrived.
+        # What several kinds make of a chunk is there once.
         prepared: Any = []
+        made: dict[Any, Any] = {}
         for number, (chunk, kind) in enumerate(program.parts):
             with jax.named_scope(f"part_{number}"):
-                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs)))
-        prepared = tuple(jax.tree.map(lax.optimization_barrier, prepared))
+                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs), made))
+        barriers = {id(leaf): lax.optimization_barrier(leaf) for leaf in jax.tree.leaves(prepared)}
+        prepared = tuple(jax.tree.map(lambda leaf: barriers[id(leaf)], prepared))
     step = TrainStep(
         model=local.model,
         splits=splits,

@@ -210,3 +210,22 @@ def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
     alone = pipeline([hidden("wide")], [0, 0])
     stash = [jaxpipe.plan(step, params, batch, "H100").memory.stash for step in (both, alone)]
     assert stash[0] == stash[1]
+
+
+def test_what_two_kinds_make_of_the_same_parameters_is_there_once():
+    """Both cast a matrix of a row, and one of them another one."""
+
+    def first(params, x, ctx):
+        return x + jnp.tanh(x @ params["w"].astype(jnp.bfloat16))
+
+    def second(params, x, ctx):
+        return first(params, x, ctx) + x @ params["v"].astype(jnp.bfloat16)
+
+    rng = np.random.default_rng(0)
+    params = jaxpipe.Params({name: jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32) for name in ("w", "v")})
+    batch = jnp.asarray(rng.normal(size=(16, 32)), jnp.bfloat16)
+    pipeline = jaxpipe.value_and_grad(
+        jaxpipe.StageKinds([first, second], [0, 1]), jaxpipe.schedule.build("zb1p", 2, MICROBATCHES),
+        jaxpipe.make_mesh(pp=2), head=lambda outer, y, data, ctx: jnp.mean(y**2),
+    )  # fmt: skip
+    assert jaxpipe.plan(pipeline, params, batch, "H100").memory.working == 2 * 32 * 32 * 2
