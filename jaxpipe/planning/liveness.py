@@ -331,9 +331,10 @@ def name_of(eqn: JaxprEqn) -> str:
     ('broadcast_in_dim', 'reshape')
     """
     name = eqn.primitive.name
-    if name == "broadcast_in_dim" and not isinstance(eqn.invars[0], Literal):
-        return "reshape" if eqn.invars[0].aval.size == eqn.outvars[0].aval.size else name
-    return name
+    if name != "broadcast_in_dim" or isinstance(eqn.invars[0], Literal):
+        return name
+    given, made = (math.prod(getattr(atom.aval, "shape", ())) for atom in (eqn.invars[0], eqn.outvars[0]))
+    return "reshape" if given == made else name
 
 
 def inline(
