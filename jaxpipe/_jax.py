@@ -40,7 +40,7 @@ CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call
 """Primitives whose derivative rules are new functions in each trace; a jaxpr that has been differentiated ran them."""
 
 ELEMENTWISE = frozenset({
-    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "cbrt", "ceil", "clamp",
+    "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp",
     "convert_element_type", "copy", "cos", "cosh", "div", "eq", "erf", "erfc", "exp", "exp2", "expm1", "floor",
     "ge", "gt", "integer_pow", "is_finite", "le", "log", "log1p", "log2", "logistic", "lt", "max", "min", "mul",
     "ne", "neg", "nextafter", "not", "one_minus_square", "or", "pow", "reduce_precision", "rem", "round", "rsqrt",
@@ -57,7 +57,7 @@ LIGHT = ELEMENTWISE | MOVING | REDUCING
 
 CHEAP = frozenset({
     "acosh", "all_gather", "all_gather_invariant", "all_gather_reduced", "all_to_all", "approx_top_k", "argmax",
-    "argmin", "asinh", "atanh", "axis_index", "bessel_i0e", "bessel_i1e", "bitcast_convert_type", "broadcast_to",
+    "argmin", "asinh", "atanh", "axis_index", "bessel_i0e", "bessel_i1e", "broadcast_to",
     "clz", "complex", "conj", "cumlogsumexp", "cummax", "cummin", "cumprod", "cumsum", "device_put",
     "digamma", "dynamic_slice", "dynamic_update_slice", "empty", "empty2", "eq_to", "erf_inv", "from_edtype",
     "gather", "igamma", "igamma_grad_a", "igammac", "imag", "iota_2x32_shape", "layout_constraint", "le_to", "lgamma",

@@ -299,6 +299,7 @@ def value_and_grad(
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
     weight: Callable[..., Any] | None = None,
+    prepare: Callable[..., Any] | None = None,
     axis: str = "pp",
     data_axes: Sequence[str] = (),
     replicated_axes: Sequence[str] = (),
@@ -357,6 +358,10 @@ def value_and_grad(
       weight: weight of a microbatch in the mean, a number of at least 0; None: all are equal. A microbatch of weight 0
         counts in metrics alone. Its loss and gradients may be NaN, as a mean over no tokens is, but the activations
         that stages exchange over ``data_axes`` may not. Where all weights are 0, loss and gradients are 0.
+      prepare: ``prepare(outer)`` makes what embed and head get in place of the outer parameters, a tree of the same
+        structure, once a step: an output matrix gathered of devices' parts, say, which a head would otherwise gather
+        for each microbatch. Gradients are summed in its shapes, and return to the parameters once. Every rank keeps
+        both all step long. It may use collectives over any manual axis. None: they get the parameters themselves.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.
@@ -398,7 +403,7 @@ def value_and_grad(
         the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
       stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
-        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` and one,
+        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots``,
         and what input gradients hand to weight gradients that run later counts with the slots that it has. Within that
         the backward pass computes again what takes least time for its bytes: casts and norms first, then products,
         attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a
@@ -455,7 +460,7 @@ def value_and_grad(
     if weight is None and example_mask is not None:
         weight = functools.partial(_number_of_examples, example_mask)
     return _pipeline(
-        Model(stage, embed, head, weight), schedule, mesh, forward_only=False,
+        Model(stage, embed, head, weight, prepare), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
@@ -470,6 +475,7 @@ def forward(
     *,
     embed: Callable[..., Any] | None = None,
     head: Callable[..., Any] | None = None,
+    prepare: Callable[..., Any] | None = None,
     axis: str = "pp",
     data_axes: Sequence[str] = (),
     replicated_axes: Sequence[str] = (),
@@ -498,7 +504,7 @@ def forward(
         padding: `jaxpipe.pad_batch` says which examples are real, so that stages can mask it.
     """
     return _pipeline(
-        Model(stage, embed, head), schedule, mesh, forward_only=True,
+        Model(stage, embed, head, prepare=prepare), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=None, min_shard_size=min_shard_size,
@@ -537,6 +543,11 @@ def _pipeline(
     check(schedule)
     check_model(model, schedule)
     options = check_options(schedule, mesh, **given)
+    if model.prepare is not None and options.fsdp_axes:
+        raise ValueError(
+            f"prepare is given with fsdp_axis={options.fsdp_axes}, of whose shards embed and head gather parameters "
+            "themselves, for each microbatch: leave one of both out"
+        )
     program = lower(
         schedule,
         options.costs,

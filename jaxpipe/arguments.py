@@ -26,6 +26,7 @@ _CALLS = {
     "embed": ("outer", "data", "ctx"),
     "head": ("outer", "y", "data", "ctx"),
     "weight": ("data",),
+    "prepare": ("outer",),
 }
 
 
@@ -231,7 +232,8 @@ def check_mesh(schedule: Schedule, mesh: Any, axis: Any, data_axes: Any, replica
             f"mesh axes {not_auto} are not Auto: make the mesh with axis_types=(AxisType.Auto,) * {len(sizes)}, "
             "or with jaxpipe.make_mesh"
         )
-    return Axes(axis, data, replicated, {name: sizes[name] for name in manual})
+    complete = all(size == 1 for name, size in sizes.items() if name not in manual)
+    return Axes(axis, data, replicated, {name: sizes[name] for name in manual}, complete)
 
 
 def _names(argument: str, axes: Any) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""Rows in 8 bits on their way through the layer: quantised once in each direction, then moved as bytes.
+"""Rows in 8 bits on their way through the layer: quantised once in each direction, then moved as they are.
 
 A cotangent has the dtype of what it belongs to, so numbers of 8 bits cannot have the gradient in 16 bits that is
 theirs, nor a result in 16 bits one in 8. So what passes through the layer is `Carried`: rows, and beside them zeros of
@@ -156,10 +156,10 @@ _combine_results.defvjp(
 
 
 def _send_scaled(rows: ScaledRows, counts: jax.Array, route: Route) -> ScaledRows:
-    """Numbers travel as plain bytes, which every communication library knows."""
-    numbers = jax.lax.bitcast_convert_type(rows.numbers, jnp.uint8)
-    numbers, scales = (_send_plain(route.dispatcher.dispatch, part, counts, route) for part in (numbers, rows.scales.T))
-    return ScaledRows(jax.lax.bitcast_convert_type(numbers, rows.numbers.dtype), scales.T)
+    """Numbers of 8 bits travel as they are: as other bytes they would be copied before and after."""
+    parts = (rows.numbers, rows.scales.T)
+    numbers, scales = (_send_plain(route.dispatcher.dispatch, part, counts, route) for part in parts)
+    return ScaledRows(numbers, scales.T)
 
 
 def _send_plain(send: Callable[..., jax.Array], rows: jax.Array, counts: jax.Array, route: Route) -> jax.Array:

@@ -82,7 +82,7 @@ def all_to_all_encoded(
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2, 3))
 def _all_to_all_encoded(x: jax.Array, axis: str, encoding: Encoding, groups: Groups | None) -> jax.Array:
-    return encoding.decode(tuple(_all_to_all_bytes(part, axis, groups) for part in encoding.encode(x)), x.dtype)
+    return encoding.decode(tuple(all_to_all(part, axis, groups) for part in encoding.encode(x)), x.dtype)
 
 
 _all_to_all_encoded.defvjp(
@@ -108,13 +108,6 @@ _all_to_all_encoded_back.defvjp(
     lambda x, axis, encoding, groups: (all_to_all(x, axis, groups), None),
     lambda axis, encoding, groups, _, ct: (_all_to_all_encoded(ct, axis, encoding, groups),),
 )
-
-
-def _all_to_all_bytes(x: jax.Array, axis: str, groups: Groups | None) -> jax.Array:
-    """`all_to_all`; 8-bit numbers travel as plain bytes, which every communication library knows."""
-    if x.dtype.itemsize > 1:
-        return all_to_all(x, axis, groups)
-    return jax.lax.bitcast_convert_type(all_to_all(jax.lax.bitcast_convert_type(x, jnp.uint8), axis, groups), x.dtype)
 
 
 def _vary_over(axis: str, *arrays: jax.Array) -> tuple[jax.Array, ...]:

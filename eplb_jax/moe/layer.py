@@ -337,8 +337,10 @@ def working_copies_for(
     """
     products = _products(config)
     if products is None or not config.recipe.gather:
-        return working_copies(masters, phy2log, axis, fetched=config.fetched)
-    return scaled_working_copies(masters, phy2log, products, axis, fetched=config.fetched)
+        with jax.named_scope("copies"):
+            return working_copies(masters, phy2log, axis, fetched=config.fetched)
+    with jax.named_scope("copies"):
+        return scaled_working_copies(masters, phy2log, products, axis, fetched=config.fetched)
 
 
 def local_experts(

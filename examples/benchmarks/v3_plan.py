@@ -1,11 +1,12 @@
 """Plans of DeepSeek-V3 on the GPUs that it was trained on: memory and speed of a step, nothing runs.
 
 DualPipeV of 16 ranks, 64 devices of experts, 128 microbatches of a sequence, rooms of 1.1, exchange by nodes, ZeRO-1, a
-stash of as many bytes as fit, and embedding and head on the ranks of the first and the last stage: the plan of
-`python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64 --chip H800 --microbatches 128 --capacity
-1.1 --exchange nodes --zero1 --stash auto --ends apart --schedules dualpipev`, and its likes. "bf16" is the precision of
-the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank that has most, over the
-mean of all.
+stash of as many bytes as fit, embedding and head on the ranks of the first and the last stage, the head's matrix
+gathered once a step: the plan of `python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64
+--chip H800 --microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart --gather-head step
+--deferred 1 --schedules dualpipev`, and its likes; H200s have room for all weight gradients that the schedule puts off.
+"bf16" is the precision of the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank
+that has most, over the mean of all.
 
     python examples/benchmarks/v3_plan.py [--gpus "2,048 H800" "1,024 H200"] [--precision bf16 fp8]
         [--ends apart together] [--tiny] [--record-as "plan dsv3"]
@@ -33,6 +34,8 @@ from jaxpipe.planning.parts import imbalance
 GIGA = 1e9
 MESHES = {"2,048 H800": "pp=16,dp=2,ep=64", "1,024 H200": "pp=16,ep=64"}
 PRECISIONS = ("bf16", "fp8")
+DEFERRED = {"2,048 H800": ["--deferred", "1"], "1,024 H200": []}
+"""Where memory is short, weight gradients are not put off."""
 
 
 def options(gpus: str, precision: str, ends: str, *, tiny: bool) -> argparse.Namespace:
@@ -43,8 +46,8 @@ def options(gpus: str, precision: str, ends: str, *, tiny: bool) -> argparse.Nam
     size += ["--precision", "fp8"] if precision == "fp8" else []
     if tiny:
         size = ["--config", "tiny", "--microbatches", "8", "--mesh", "pp=2,ep=2"]
-    rest = "--capacity 1.1 --exchange nodes --zero1 --stash auto --schedules dualpipev"
-    return parser.parse_args([*size, "--chip", gpus.split()[-1], "--ends", ends, *rest.split()])
+    rest = "--capacity 1.1 --exchange nodes --zero1 --stash auto --schedules dualpipev --gather-head step"
+    return parser.parse_args([*size, "--chip", gpus.split()[-1], "--ends", ends, *DEFERRED[gpus], *rest.split()])
 
 
 def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> dict[str, Any]:
@@ -56,6 +59,7 @@ def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> dict[str, Any]:
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
+        deferred=args.deferred,
         chip=chip(args.chip),
         stash=args.stash,
     )

@@ -147,6 +147,10 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "part of the vocabulary, or apart: the ranks with the first and the last stage; default: what leaves the "
         "busiest rank fewer operations"
     )  # fmt: skip
+    parser.add_argument(
+        "--gather-head", choices=["microbatch", "step"], help="how often an output matrix in parts is gathered, with "
+        "--ends apart; once a step it stays whole on all devices; default: the configuration's, microbatch"
+    )  # fmt: skip
     parser.add_argument("--slots", type=int, help="of a layer's experts and copies of them; default: the model's")
     parser.add_argument(
         "--capacity", type=capacity, help="rows for tokens, as a factor of what evenly spread choices need, such as "
@@ -165,7 +169,7 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
     Raises:
       ValueError: no such configuration, or sizes that do not fit each other.
     """
-    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments")}
+    given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments", "gather_head")}
     given["zero1"] = args.zero1 or None
     given["shared_ends"] = None if args.ends is None else ENDS[args.ends]
     if getattr(args, "stash", None) is not None:

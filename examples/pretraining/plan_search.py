@@ -455,10 +455,10 @@ def _peaks(schedule: Schedule) -> tuple[int, int, int]:
 
 
 def _stash(found: Probe, rows: Sequence[tuple[str, ...]], peaks: tuple[int, int, int]) -> float:
-    """Bytes of all slots, of each pool one more than is ever used."""
+    """Bytes of all slots."""
     kept = [found.kept(row) for row in dict.fromkeys(rows)]
     pools = (slot_bytes(arrays) for arrays in zip(*kept, strict=True))
-    return sum((count + 1) * size for count, size in zip(peaks, pools, strict=True) if count)
+    return sum(count * size for count, size in zip(peaks, pools, strict=True))
 
 
 def _counted(groups: Sequence[Group]) -> list[tuple[Group, int]]:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
@@ -203,12 +204,16 @@ def local_bytes(leaf: Any, spec: Any, sizes: Mapping[str, int]) -> int:
 
 
 def slot_bytes(several: Iterable[Arrays]) -> int:
-    """Bytes of a slot that can hold what any of several kinds of stages keeps: of each shape, as many as one needs."""
-    most: dict[Any, tuple[int, int]] = {}
+    """Bytes of a slot that can hold what any of several kinds of stages keeps: arrays of one dtype share places."""
+    most: dict[str, list[int]] = {}
     for arrays in several:
-        for key, (count, nbytes) in arrays.items():
-            most[key] = max(most.get(key, (0, nbytes)), (count, nbytes))
-    return sum(count * nbytes for count, nbytes in most.values())
+        mine: dict[str, list[int]] = collections.defaultdict(list)
+        for (_, dtype), (count, nbytes) in arrays.items():
+            mine[dtype] += [nbytes] * count
+        for dtype, sizes in mine.items():
+            pairs = itertools.zip_longest(most.get(dtype, ()), sorted(sizes, reverse=True), fillvalue=0)
+            most[dtype] = [max(pair) for pair in pairs]
+    return sum(map(sum, most.values()))
 
 
 def _adds(kernel: Kernel) -> bool:

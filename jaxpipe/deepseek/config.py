@@ -164,6 +164,9 @@ class ModelConfig(LayerConfig):
       shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
         kept in parts over the experts' axis: the output matrix gathered for use, the embedding looked up by all
         devices, each of which has some columns.
+      gather_head: how often such an output matrix is gathered: for each "microbatch", or once a "step", which takes the
+        network less and keeps the matrix and the sum of its gradient whole on all devices. One that is the embedding
+        too is gathered for each microbatch.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
       zero1: whether devices that have the same parameters keep a part of their moments each (ZeRO-1).
 
@@ -184,6 +187,7 @@ class ModelConfig(LayerConfig):
     remat: str = "none"
     shared_ends: bool | None = None
     shard_outer: bool = False
+    gather_head: str = "microbatch"
     moments: str = "float32"
     zero1: bool = False
     tied: bool = False
@@ -204,6 +208,8 @@ class ModelConfig(LayerConfig):
             raise ValueError(f"redundant={self.redundant}: the number of further slots is at least 0")
         if self.remat not in REMATS or self.moments not in ("float32", "bfloat16"):
             raise ValueError(f"remat={self.remat!r} is one of {REMATS}, moments={self.moments!r} float32 or bfloat16")
+        if self.gather_head not in ("microbatch", "step"):
+            raise ValueError(f"gather_head={self.gather_head!r} is one of microbatch, step")
         if not self.selection_bias and self.bias_update_speed:
             raise ValueError(
                 f"bias_update_speed={self.bias_update_speed} of a model with selection_bias=False: take "

@@ -129,6 +129,12 @@ class DeepSeekModel:
         y = y[0] if self.config.mtp else y
         return self._embedding_and_head.merge(self._gather(outer)).losses(y, data["targets"], data["mask"])
 
+    @property
+    def prepare(self) -> Callable[..., Any] | None:
+        """Makes what embedding and head get once a step, the output matrix whole; None where that is not to be."""
+        gathers = bool(self.axis) and self.config.shard_outer and not self.shared_ends and not self.config.tied
+        return self._gather if gathers and self.config.gather_head == "step" else None
+
     @staticmethod
     def weight(data: Any) -> jax.Array:
         """Targets of a microbatch that count."""
@@ -361,11 +367,12 @@ class DeepSeekModel:
         return name == EMBEDDING and bool(self.axis) and self.config.shard_outer and not self.shared_ends
 
     def _gather(self, outer: Any) -> Any:
-        """Outer parameters of the head whole, gathered in the compute dtype where each device has a part."""
+        """Outer parameters of the head whole, gathered in the compute dtype where each device has a part of them."""
 
         def gather(path: Any, leaf: jax.Array) -> jax.Array:
             used = self.config.tied or names(path) != EMBEDDING
-            if not self._in_parts(path, leaf) or not used:
+            whole = leaf.shape == (self.config.vocab, self.config.width)
+            if not self._in_parts(path, leaf) or not used or whole:
                 return leaf
             columns = self._by_columns(names(path))
             return jax.lax.all_gather(leaf.astype(self.dtype), self.axis, axis=int(columns), tiled=True)

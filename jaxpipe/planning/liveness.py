@@ -60,7 +60,7 @@ class _Graph:
 
     def append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
         """Takes the next equation."""
-        name, known = eqn.primitive.name, tuple(value for value in ins if value is not None)
+        name, known = name_of(eqn), tuple(value for value in ins if value is not None)
         inner, aliases = 0, ()
         if name in ("scan", "while"):
             inner, aliases = self._loop(eqn, ins)
@@ -320,6 +320,21 @@ def _allocated(graph: _Graph, inputs: set[int]) -> set[int]:
 def _is_elementwise(op: _InlinedOp) -> bool:
     """Whether an operation is computed element by element, and is one: no view, nothing written into a part."""
     return op.name not in READS_WHOLE | REDUCTIONS | VIEWS | WRITES_IN_PLACE | {"optimization_barrier"}
+
+
+def name_of(eqn: JaxprEqn) -> str:
+    """The name of an equation's primitive; of a broadcast that makes no more numbers that of what it is.
+
+    >>> import jax
+    >>> (eqn,) = jax.make_jaxpr(lambda x: x[None])(jax.numpy.ones(3)).eqns
+    >>> eqn.primitive.name, name_of(eqn)
+    ('broadcast_in_dim', 'reshape')
+    """
+    name = eqn.primitive.name
+    if name != "broadcast_in_dim" or isinstance(eqn.invars[0], Literal):
+        return name
+    given, made = (math.prod(getattr(atom.aval, "shape", ())) for atom in (eqn.invars[0], eqn.outvars[0]))
+    return "reshape" if given == made else name
 
 
 def inline(

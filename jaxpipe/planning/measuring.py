@@ -27,6 +27,7 @@ from jaxpipe.runtime.buffers import accumulator, add
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
+from jaxpipe.runtime.prepared_outer import run_prepare
 from jaxpipe.runtime.row_grads import pull_back_rows
 from jaxpipe.runtime.shared_ends import share_ends
 from jaxpipe.runtime.stash import divide_stages
@@ -162,7 +163,7 @@ class Stopwatch:
         """(parameters of a stage, those of the ends, a context) of a device."""
         dtype = self.pipeline.compute_dtype
         chunk = cast(jax.tree.map(lambda leaf: leaf[0], params.stages), dtype)
-        return chunk, cast(params.outer, dtype), make_context(batch, rng, step_inputs, 0, 0)
+        return chunk, run_prepare(self._model, cast(params.outer, dtype)), make_context(batch, rng, step_inputs, 0, 0)
 
     def _split(self, kind: int, chunk: Any, x: Any, ctx: Context) -> SplitStage:
         """A kind of stage; all are divided when the first is asked for."""
@@ -186,7 +187,9 @@ class Stopwatch:
                 for kind in range(len(self._model.stages))
             ]
             recompute, stash = self.pipeline.dispatch != "unrolled", self.pipeline.options.stash
-            self._splits = divide_stages(kinds, self.pipeline.program, stash, recompute=recompute)
+            self._splits = divide_stages(
+                kinds, self.pipeline.program, stash, recompute=recompute, flat=self.pipeline.options.axes.complete
+            )
         return self._splits[kind]
 
     def measure(self, repeats: int) -> StageCosts:

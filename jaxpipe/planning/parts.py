@@ -21,6 +21,7 @@ SCOPES: Mapping[str, str] = MappingProxyType(
         "attention": "attention's projections",
         "shared_expert": "shared expert",
         "experts": "experts",
+        "copies": "copies of experts",
         "router": "router",
         "permute": "rows moved",
         "unpermute": "rows moved",

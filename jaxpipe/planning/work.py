@@ -29,7 +29,7 @@ from jaxpipe._jax import (
 )
 from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
-from jaxpipe.planning.liveness import for_gpus, inline
+from jaxpipe.planning.liveness import for_gpus, inline, name_of
 from jaxpipe.planning.memory import prepared_bytes
 from jaxpipe.planning.mesh import Network
 from jaxpipe.runtime.program import Program
@@ -274,7 +274,7 @@ class _Flat:
     def _append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int], path: str) -> None:
         match = None if self._label else _ACTION.search(path)
         label = match[1] if match else self._label
-        self.ops.append(_ScopedOp(eqn, eqn.primitive.name, tuple(ins), tuple(outs), path, label))
+        self.ops.append(_ScopedOp(eqn, name_of(eqn), tuple(ins), tuple(outs), path, label))
 
 
 class _Collector:

@@ -42,6 +42,7 @@ from jaxpipe.runtime.operations import (
 )
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
+from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
@@ -59,7 +60,8 @@ class _Local(NamedTuple):
     Attributes:
       model: the user's functions as this rank calls them.
       chunks: the parameters of every local chunk, in compute dtype.
-      outer: the outer parameters, in compute dtype.
+      given: the outer parameters, in compute dtype.
+      outer: what embed and head get of them.
       batch: leaves ``[num_microbatches, microbatch, ...]``.
       rng: a key that differs between data-parallel devices, or None.
       ctx: a context, for the shapes of what takes one.
@@ -68,6 +70,7 @@ class _Local(NamedTuple):
 
     model: Model
     chunks: tuple[Any, ...]
+    given: Any
     outer: Any
     batch: Any
     rng: jax.Array | None
@@ -95,7 +98,7 @@ def train(
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
-    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses)
+    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses, flat=options.axes.complete)
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -104,11 +107,14 @@ def train(
     with jax.named_scope("prepare"):
         # Behind barriers, or kernels outside of loops would read rows of whole leaves and those inside their copies.
         # Each leaf is behind its own, so that a step may begin before all copies have arrived.
+        # What several kinds make of a chunk is there once.
         prepared: Any = []
+        made: dict[Any, Any] = {}
         for number, (chunk, kind) in enumerate(program.parts):
             with jax.named_scope(f"part_{number}"):
-                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs)))
-        prepared = tuple(jax.tree.map(lax.optimization_barrier, prepared))
+                prepared.append(splits[kind].prepare((local.chunks[chunk], step_inputs), made))
+        barriers = {id(leaf): lax.optimization_barrier(leaf) for leaf in jax.tree.leaves(prepared)}
+        prepared = tuple(jax.tree.map(lambda leaf: barriers[id(leaf)], prepared))
     step = TrainStep(
         model=local.model,
         splits=splits,
@@ -148,6 +154,7 @@ def train(
         buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         sums, outer_grads = _scale(shares, (buffers.grads, buffers.outer_grads))
+        outer_grads = pull_back_prepare(local.model, local.given, trainable.outer, outer_grads)
         rest = {chunk: grads_of(chunk, each) for chunk, each in enumerate(sums) if chunk not in done}
         returned = [*returned, *return_grads(rest, *where)]
         done |= rest
@@ -174,11 +181,12 @@ def _start(
     rng = _fold_axes(rng, axes)
     with jax.named_scope("prepare"):
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
-        outer = cast(params.outer, options.compute_dtype)
+        given = cast(params.outer, options.compute_dtype)
+        outer = run_prepare(model, given)
     model = _prepare_model(program, model, options, outputs=outputs)
     ctx = make_context(batch, rng, step_inputs, 0, 0)
     x = shape_of_end(program, axes.pipeline, "embed", model.run_embed, outer, ctx)
-    return _Local(model, chunks, outer, batch, rng, ctx, x)
+    return _Local(model, chunks, given, outer, batch, rng, ctx, x)
 
 
 def _split_stages(program: Program, options: Options, local: _Local, trainable: Any) -> tuple[SplitStage, ...]:
@@ -202,7 +210,7 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
         )
         for kind in range(len(local.model.stages))
     ]
-    splits = divide_stages(kinds, program, options.stash, recompute=recompute)
+    splits = divide_stages(kinds, program, options.stash, recompute=recompute, flat=options.axes.complete)
     for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])
@@ -243,8 +251,6 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
-    # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
-    crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
@@ -258,9 +264,10 @@ def _train_buffers(
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
-        stash=pool(pools.stash.avals, program.num_stash_slots + 1),
-        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
-        cross=pool(pools.cross.avals, crossing),
+        # No operation of these writes into a dummy slot, which is large: only values apart have one.
+        stash=pool(pools.stash.avals, program.num_stash_slots + apart),
+        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + apart),
+        cross=pool(pools.cross.avals, program.num_cross_slots + apart),
         grads=grads,
         outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),

@@ -118,12 +118,15 @@ class Model:
       head: ``head(outer, y, data, ctx) -> loss or Output``, or None. In a forward-only program it may
         return any pytree of per-example outputs.
       weight: ``weight(data) -> real scalar``, the weight of a microbatch in the mean loss, or None: all equal.
+      prepare: ``prepare(outer) -> outer``, a tree like the one it is given: what embed and head get of the outer
+        parameters, made once a step, or None: these as they are.
     """
 
     stage: Callable[..., Any]
     embed: Callable[..., Any] | None = None
     head: Callable[..., Any] | None = None
     weight: Callable[..., Any] | None = None
+    prepare: Callable[..., Any] | None = None
 
     def run_embed(self, outer: Any, ctx: Context) -> Any:
         """The first stage's input for a microbatch."""

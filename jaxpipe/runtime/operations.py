@@ -43,16 +43,25 @@ class Pools(NamedTuple):
     sums: tuple[SharedPool, ...] = ()
 
     @classmethod
-    def of(cls, splits: Sequence[SplitStage], parts: Sequence[tuple[int, int]] = (), *, crosses: bool = True) -> Pools:
+    def of(
+        cls,
+        splits: Sequence[SplitStage],
+        parts: Sequence[tuple[int, int]] = (),
+        *,
+        crosses: bool = True,
+        flat: bool = False,
+    ) -> Pools:
         """The pools of the divided stages; without ``crosses`` no half hands anything to another.
 
-        A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts`` are (chunk, kind) pairs.
+        With ``flat`` slots of arrays of several shapes share memory; what a compiler divides over its mesh axes would
+        have to be whole for that. A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts``
+        are (chunk, kind) pairs.
         """
         crossing = [s.crossing if crosses else () for s in splits]
         kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)
         chunks = range(max((chunk + 1 for chunk, _ in parts), default=0))
         summed = ([s.summands if (chunk, k) in parts else () for k, s in enumerate(splits)] for chunk in chunks)
-        stash, weight_stash, cross = map(SharedPool.of, kept)
+        stash, weight_stash, cross = (SharedPool.of(kinds, flat=flat) for kinds in kept)
         return cls(stash, weight_stash, cross, tuple(map(SharedPool.of, summed)))
 
 

@@ -28,12 +28,14 @@ class Axes:
       data: axes that split the batch: the loss is a mean over them, gradients are summed over them.
       replicated: further axes that a stage communicates on by hand while the batch is the same on them.
       sizes: the size of every axis above.
+      complete: whether the mesh has no further axis, or of size 1 alone: then nothing is the compiler's to divide.
     """
 
     pipeline: str
     data: tuple[str, ...]
     replicated: tuple[str, ...]
     sizes: dict[str, int]
+    complete: bool
 
     @property
     def names(self) -> frozenset[str]:

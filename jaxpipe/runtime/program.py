@@ -29,8 +29,8 @@ class Op(enum.Enum):
 class Field(enum.IntEnum):
     """The columns of ``Program.operands``.
 
-    Each pool of slots has one extra dummy slot, whose index is the pool's ``num_*_slots``. It is named
-    wherever a column does not apply to the operation.
+    The pool of messages has one extra dummy slot. Its index, and that of other pools' slot behind their last, is
+    the pool's ``num_*_slots``, and named wherever a column does not apply to the operation.
 
     ==============  ===================================================================================
     MICROBATCH      the microbatch worked on; 0 for an idle rank

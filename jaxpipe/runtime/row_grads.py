@@ -49,8 +49,16 @@ class Rows:
         return into if total.dtype == wide else total + into.astype(total.dtype)
 
 
+@jax.tree_util.register_static
+@dataclasses.dataclass(frozen=True)
+class Nothing:
+    """Stands for zeros, as a gradient of what is not read."""
+
+
 def pull_back_rows(pull_back: Callable[[Any], Any], ct: Any) -> Any:
     """``pull_back(ct)`` with `Rows` in place of every array that is nothing but rows added to zeros.
+
+    `Nothing` is in place of zeros.
 
     >>> _, pull_back = jax.vjp(lambda table: table[jnp.array([2, 0, 2])], jnp.ones((4, 1)))
     >>> (rows,) = pull_back_rows(pull_back, jnp.ones((3, 1)))
@@ -61,26 +69,30 @@ def pull_back_rows(pull_back: Callable[[Any], Any], ct: Any) -> Any:
     graph = make_graph(closed)
     made = producers(graph.nodes)
     scatters = [_scatter_of(value, made) for value in graph.outputs]
-    if not any(scatters):
+    zeros = {value for value in graph.outputs if is_zero(value, made)}
+    if not any(scatters) and not zeros:
         return pull_back(ct)
     wanted = [
         value
         for output, scatter in zip(graph.outputs, scatters, strict=True)
         for value in ((output,) if scatter is None else scatter.ins[1:])
+        if value not in zeros
     ]
     env = dict(zip(graph.inputs, jax.tree.leaves(ct), strict=True))
     evaluate(divide(graph.nodes, (*wanted, *effects_of(graph.nodes)), ()).first, env)
     leaves = [
-        read(env, output) if scatter is None else _rows(scatter, env)
+        Nothing() if output in zeros else read(env, output) if scatter is None else _rows(scatter, env)
         for output, scatter in zip(graph.outputs, scatters, strict=True)
     ]
     return jax.tree.unflatten(jax.tree.structure(shapes), leaves)
 
 
 def add_with_rows(total: Any, value: Any, counts: jax.Array | None = None) -> Any:
-    """`jaxpipe.runtime.buffers.add` of values of which some are `Rows`."""
+    """`jaxpipe.runtime.buffers.add` of values of which some are `Rows` or `Nothing`."""
 
     def one(total: jax.Array, value: Any) -> jax.Array:
+        if isinstance(value, Nothing):
+            return total
         if isinstance(value, Rows):
             return dataclasses.replace(value, updates=select(value.updates, counts)).added_to(total)
         return add(total, value, counts)

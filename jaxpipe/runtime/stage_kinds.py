@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 
 from jaxpipe.runtime.buffers import Apart, put, take
 
@@ -69,18 +70,26 @@ class SharedPool(NamedTuple):
     Attributes:
       avals: shapes and dtypes of a slot's places.
       places: for each kind, the place of each of its arrays.
+      kinds: for each kind, shapes and dtypes of its arrays. In a place of another shape, which is a row of numbers,
+        an array is the first of them.
     """
 
     avals: tuple[Any, ...]
     places: tuple[tuple[int, ...], ...]
+    kinds: tuple[tuple[Any, ...], ...]
 
     @classmethod
-    def of(cls, kinds: Sequence[Sequence[Any]]) -> SharedPool:
+    def of(cls, kinds: Sequence[Sequence[Any]], *, flat: bool = False) -> SharedPool:
         """The pool for what each kind keeps, given as shapes and dtypes.
 
-        >>> small, large = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((9,), jnp.float32)
+        With ``flat``, arrays of one dtype and several shapes have a place together where no kind keeps two of them.
+
+        >>> small, large = jax.ShapeDtypeStruct((2,), jnp.float32), jax.ShapeDtypeStruct((3, 3), jnp.float32)
         >>> SharedPool.of([[small, large], [large, large]]).places
         ((0, 1), (1, 2))
+        >>> pool = SharedPool.of([[small, large], [large, large]], flat=True)
+        >>> pool.places, [aval.shape for aval in pool.avals]
+        (((0, 1), (1, 0)), [(9,), (3, 3)])
         """
         avals: list[Any] = []
         places = []
@@ -97,7 +106,28 @@ class SharedPool(NamedTuple):
                     avals.append(aval)
                 mine.append(place)
             places.append(tuple(mine))
-        return cls(tuple(avals), tuple(places))
+        found = cls(tuple(avals), tuple(places), tuple(map(tuple, kinds)))
+        return found._flattened() if flat else found
+
+    def _flattened(self) -> SharedPool:
+        """The pool with places put together, the largest first, each with the smallest that can hold it."""
+        users = [{kind for kind, mine in enumerate(self.places) if place in mine} for place in range(len(self.avals))]
+        together: list[list[int]] = []
+        for place in sorted(range(len(self.avals)), key=lambda place: -self.avals[place].size):
+            free = (
+                group
+                for group in reversed(together)
+                if self.avals[group[0]].dtype == self.avals[place].dtype
+                and all(users[place].isdisjoint(users[other]) for other in group)
+            )
+            group = next(free, None)
+            if group is None:
+                together.append(group := [])
+            group.append(place)
+        together.sort(key=min)
+        avals = [self.avals[first] if not rest else _row(self.avals[first]) for first, *rest in together]
+        new = {place: index for index, group in enumerate(together) for place in group}
+        return SharedPool(tuple(avals), tuple(tuple(new[place] for place in mine) for mine in self.places), self.kinds)
 
     def of_kind(self, pool: Sequence[Any], kind: int) -> tuple[Any, ...]:
         """What of a pool's arrays is a kind's."""
@@ -112,10 +142,33 @@ class SharedPool(NamedTuple):
 
     def take(self, pool: Any, slot: Any, kind: int) -> tuple[Any, ...]:
         """What is kept in a slot, of a kind."""
-        return take(pool if isinstance(pool, Apart) else self.of_kind(pool, kind), slot)
+        if isinstance(pool, Apart):
+            return take(pool, slot)
+        leaves = zip(self.of_kind(pool, kind), self.kinds[kind], strict=True)
+        return tuple(_take(leaf, slot, aval) for leaf, aval in leaves)
 
     def put(self, pool: Any, slot: Any, kind: int, values: tuple[Any, ...]) -> Any:
         """The pool with a slot's places for a kind replaced."""
         if isinstance(pool, Apart):
             return put(pool, slot, values)
-        return self.with_kind(pool, kind, put(self.of_kind(pool, kind), slot, values))
+        leaves = zip(self.of_kind(pool, kind), values, strict=True)
+        return self.with_kind(pool, kind, [_put(leaf, slot, value) for leaf, value in leaves])
+
+
+def _row(aval: Any) -> jax.ShapeDtypeStruct:
+    """The numbers of an array in a row."""
+    return jax.ShapeDtypeStruct((aval.size,), aval.dtype)
+
+
+def _take(leaf: jax.Array, slot: Any, aval: Any) -> jax.Array:
+    """An array of a slot, of a place that may be larger."""
+    if leaf.shape[1:] == aval.shape:
+        return take(leaf, slot)
+    return lax.dynamic_slice(leaf, (slot, jnp.zeros_like(slot)), (1, aval.size)).reshape(aval.shape)
+
+
+def _put(leaf: jax.Array, slot: Any, value: jax.Array) -> jax.Array:
+    """A place of all slots with an array in one of them."""
+    if leaf.shape[1:] == value.shape:
+        return put(leaf, slot, value)
+    return lax.dynamic_update_slice(leaf, value.reshape(1, -1), (slot, jnp.zeros_like(slot)))

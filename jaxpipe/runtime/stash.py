@@ -11,30 +11,34 @@ from jaxpipe.stage.split import Divisible
 from jaxpipe.stage.stage import SplitStage
 from jaxpipe.stage.stash import Division, Slots, fit
 
+_SHARES = (0.0, 0.1, 0.4, 0.7)
+"""Of the price of all kinds of stages, prices of one."""
+
 
 def slots_of(program: Program) -> Slots:
-    """The slots that a rank allocates, one of each sort for what nobody reads.
+    """The slots that a rank allocates.
 
     >>> import jaxpipe
     >>> from jaxpipe.runtime.lower import lower
     >>> slots_of(lower(jaxpipe.schedule.build("zb1p", 2, 4))), slots_of(lower(jaxpipe.schedule.build("1f1b", 2, 4)))
-    (Slots(stash=3, weight=3, cross=3, apart=1.0), Slots(stash=3, weight=3, cross=0, apart=0.0))
+    (Slots(stash=2, weight=2, cross=2, apart=1.0), Slots(stash=2, weight=2, cross=0, apart=0.0))
     """
     actions = [action.kind for rank in program.schedule.ranks for group in rank for action in group]
     apart, runs = (actions.count(kind) for kind in (Kind.W, Kind.F))
-    cross = program.num_cross_slots
     return Slots(
-        stash=program.num_stash_slots + 1,
-        weight=program.num_weight_stash_slots + 1,
-        cross=cross + 1 if cross else 0,
+        stash=program.num_stash_slots,
+        weight=program.num_weight_stash_slots,
+        cross=program.num_cross_slots,
         apart=apart / runs if runs else 0.0,
     )
 
 
 def divide_stages(
-    kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool
+    kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool, flat: bool
 ) -> tuple[SplitStage, ...]:
-    """Each kind of stage in its parts; ``recompute`` as of `jaxpipe.stage.split_stage`, for no budget.
+    """Each kind of stage in its parts.
+
+    ``recompute`` is as of `jaxpipe.stage.split_stage`, for no budget; ``flat`` as of `Pools`.
 
     Raises:
       ValueError: ``stash`` bytes of a microbatch and stage are too few.
@@ -43,11 +47,23 @@ def divide_stages(
         return tuple(kind.split(recompute=recompute) for kind in kinds)
     slots = slots_of(program)
 
-    def divide_at(price: float) -> Division:
-        found = [kind.priced(price, slots) for kind in kinds]
+    def divided(found: Sequence[tuple[SplitStage, float]], price: float) -> Division:
         splits = tuple(split for split, _ in found)
-        pools = Pools.of(splits)
+        pools = Pools.of(splits, flat=flat)
         nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
-        return Division(splits, nbytes, sum(seconds for _, seconds in found))
+        return Division(splits, nbytes, sum(seconds for _, seconds in found), price)
 
-    return fit(stash, slots, divide_at).splits
+    found = fit(stash, slots, lambda price: divided([kind.priced(price, slots) for kind in kinds], price))
+    if len(kinds) == 1 or not found.price:
+        return found.splits
+    # Kinds share slots: at the price of all, those that keep little leave room that costs nothing. The largest first.
+    chosen = [kind.priced(found.price, slots) for kind in kinds]
+    sizes = [slots.nbytes(*split.residuals, split.crossing) for split, _ in chosen]
+    for place in sorted(range(len(kinds)), key=lambda place: -sizes[place]):
+        for share in _SHARES:
+            mine = kinds[place].priced(found.price * share, slots)
+            changed = divided([*chosen[:place], mine, *chosen[place + 1 :]], found.price)
+            if changed.nbytes <= stash * slots.microbatches and changed.seconds <= found.seconds:
+                found, chosen[place] = changed, mine
+                break
+    return found.splits

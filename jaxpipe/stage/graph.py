@@ -254,6 +254,25 @@ def evaluate(nodes: Iterable[Node], env: dict[Value, Any]) -> None:
         env.update(zip(node.outs, node.run(*(read(env, value) for value in node.ins)), strict=True))
 
 
+def evaluate_shared(nodes: Iterable[Node], env: dict[Value, Any], made: dict[Any, Any]) -> None:
+    """`evaluate`; what was made of the same arrays before is taken from ``made``, by what made it and of what.
+
+    ``made`` keeps the arrays, so that no other has the identity of one.
+    """
+    for node in nodes:
+        arrays = [read(env, value) for value in node.ins]
+        alone = node.eqn is None or node.scan is not None or node.cond is not None or has_effect(node)
+        params = "" if alone or node.eqn is None else repr(sorted(node.eqn.params.items()))
+        if alone or "..." in params:  # as large arrays are shortened
+            outs = node.run(*arrays)
+        else:
+            key = node.name, node.row, params, tuple(map(id, arrays))
+            if key not in made:
+                made[key] = node.run(*arrays), arrays
+            outs = made[key][0]
+        env.update(zip(node.outs, outs, strict=True))
+
+
 def read(env: dict[Value, Any], value: Value) -> Any:
     """A value's array."""
     return env[value] if value.const is None else value.const

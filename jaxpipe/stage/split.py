@@ -146,7 +146,7 @@ class Divisible:
 
         def divide_at(price: float) -> Division:
             split, seconds = self.priced(price, slots)
-            return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds)
+            return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds, price)
 
         return fit(stash, slots, divide_at).splits[0]
 

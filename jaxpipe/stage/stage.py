@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from jaxpipe.stage.axes import Collectives, collectives_of_nodes
-from jaxpipe.stage.graph import Node, Value, evaluate, read
+from jaxpipe.stage.graph import Node, Value, evaluate, evaluate_shared, read
 from jaxpipe.stage.rewrite import widen_products
 from jaxpipe.stage.trace import inexact
 from jaxpipe.stage.wide import evaluate_wide
@@ -52,10 +52,14 @@ class SplitStage:
     opaque: tuple[str, ...]
     _graphs: Graphs
 
-    def prepare(self, params: Any) -> tuple[jax.Array, ...]:
-        """What the other functions need of the parameters, computed once a step."""
+    def prepare(self, params: Any, made: dict[Any, Any] | None = None) -> tuple[jax.Array, ...]:
+        """What the other functions need of the parameters, computed once a step.
+
+        What ``made`` has of the same arrays is taken from there, and what is computed is put there: a dict that stages
+        of several kinds share while one program is traced.
+        """
         env = dict(zip(self._graphs.params, jax.tree.leaves(params), strict=True))
-        evaluate(self._graphs.once, env)
+        evaluate_shared(self._graphs.once, env, {} if made is None else made)
         return tuple(env[value] for value in self._graphs.prepared)
 
     def forward(self, prepared: Sequence[jax.Array], x: Any, *args: Any) -> tuple[Any, ...]:

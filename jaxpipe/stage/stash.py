@@ -59,11 +59,13 @@ class Division(NamedTuple):
       splits: the stages.
       nbytes: of all slots.
       seconds: to compute again, and to copy into slots and out of them, for a microbatch of each stage.
+      price: seconds of a byte of a slot.
     """
 
     splits: tuple[SplitStage, ...]
     nbytes: int
     seconds: float
+    price: float
 
 
 def fit(budget: int, slots: Slots, divide_at: Callable[[float], Division]) -> Division:

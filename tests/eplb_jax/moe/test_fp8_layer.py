@@ -260,12 +260,12 @@ def test_every_operation_has_its_kernel(monkeypatch):
     assert kernels(split.backward_weight, prepared, residuals.weight, crossing) == 4 + 5 + 2  # columns in between
 
 
-def test_rows_travel_as_bytes_with_scales():
+def test_rows_travel_in_8_bits_with_scales():
     """Forward and backward; results, and gradients of tokens, as they are."""
     params, x, ct = make("bfloat16")
     jaxpr = str(jax.make_jaxpr(lambda *arrays: run(CONFIG, 4, *arrays))(params, x, ct))
     kinds = re.findall(r":(\w+)\[[\d,]*\](?:\{[^}]*\})? = all_to_all", jaxpr)
-    assert sorted(kinds) == ["bf16", "bf16", "f32", "f32", "f32", "i32", "u8", "u8"]
+    assert sorted(kinds) == ["bf16", "bf16", "f32", "f32", "f32", "f8_e4m3fn", "f8_e4m3fn", "i32"]
 
 
 class PerTensor(Blockwise):

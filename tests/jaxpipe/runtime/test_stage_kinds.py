@@ -171,3 +171,61 @@ def test_what_does_not_fit_is_refused(make_stage, message):
     with pytest.raises(ValueError, match=message):
         pipeline = jaxpipe.value_and_grad(make_stage(), schedule, jaxpipe.make_mesh(pp=4), **ENDS)
         jax.eval_shape(pipeline, params, batch, jax.random.key(0))
+
+
+def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
+    """What each keeps has a width of its own; a slot takes what the larger one does."""
+    sizes = {"narrow": 24, "wide": 36}
+
+    def hidden(name):
+        def stage(params, x, ctx):
+            return x + jnp.sin(jnp.exp(x @ params[name])).T @ jnp.ones(x.shape[:1], x.dtype) @ params[name].T
+
+        return stage
+
+    schedule = jaxpipe.schedule.build("zb1p", 2, MICROBATCHES)
+    rng = np.random.default_rng(0)
+    stages = {name: jnp.asarray(rng.normal(size=(2, WIDTH, size)) / 4) for name, size in sizes.items()}
+    params, batch = jaxpipe.Params(stages), jnp.asarray(rng.normal(size=(64 * MICROBATCHES, WIDTH)))
+    head = lambda outer, y, data, ctx: jnp.mean(y**2)  # noqa: E731
+
+    def pipeline(functions, kind_of):
+        mesh = jaxpipe.make_mesh(pp=2)
+        return jaxpipe.value_and_grad(jaxpipe.StageKinds(functions, kind_of), schedule, mesh, head=head, stash=10**6)
+
+    both = pipeline([hidden("narrow"), hidden("wide")], [0, 1])
+    (loss, _), grads = jax.jit(both)(params, batch)
+
+    def plain(params):
+        def of(data):
+            for stage, name in enumerate(sizes):
+                data = hidden(name)(jax.tree.map(lambda leaf, s=stage: leaf[s], params.stages), data, None)
+            return jnp.mean(data**2)
+
+        return sum(map(of, jnp.split(batch, MICROBATCHES))) / MICROBATCHES
+
+    expected, expected_grads = jax.jit(jax.value_and_grad(plain))(params)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert_trees_close(grads, expected_grads, rtol=1e-10)
+    alone = pipeline([hidden("wide")], [0, 0])
+    stash = [jaxpipe.plan(step, params, batch, "H100").memory.stash for step in (both, alone)]
+    assert stash[0] == stash[1]
+
+
+def test_what_two_kinds_make_of_the_same_parameters_is_there_once():
+    """Both cast a matrix of a row, and one of them another one."""
+
+    def first(params, x, ctx):
+        return x + jnp.tanh(x @ params["w"].astype(jnp.bfloat16))
+
+    def second(params, x, ctx):
+        return first(params, x, ctx) + x @ params["v"].astype(jnp.bfloat16)
+
+    rng = np.random.default_rng(0)
+    params = jaxpipe.Params({name: jnp.asarray(rng.normal(size=(2, 32, 32)), jnp.float32) for name in ("w", "v")})
+    batch = jnp.asarray(rng.normal(size=(16, 32)), jnp.bfloat16)
+    pipeline = jaxpipe.value_and_grad(
+        jaxpipe.StageKinds([first, second], [0, 1]), jaxpipe.schedule.build("zb1p", 2, MICROBATCHES),
+        jaxpipe.make_mesh(pp=2), head=lambda outer, y, data, ctx: jnp.mean(y**2),
+    )  # fmt: skip
+    assert jaxpipe.plan(pipeline, params, batch, "H100").memory.working == 2 * 32 * 32 * 2
