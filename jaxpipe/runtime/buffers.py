@@ -1,8 +1,10 @@
-"""Slot pools: pytrees of ``[slots, ...]`` arrays, or slots apart; read and written one slot at a time."""
+"""Slot pools: pytrees of ``[slots, ...]`` arrays, slots apart, or slots by name; read and written one at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+import itertools
+from collections.abc import Collection, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -59,6 +61,33 @@ class Apart(NamedTuple):
     slots: tuple[Any, ...]
 
 
+class Named(NamedTuple):
+    """A pool whose slots are arrays of their own, which loops carry and write in place; slots are known when traced.
+
+    Attributes:
+      slots: in each the arrays of all places of a slot, or None in code that does not use it; no dummy slot.
+    """
+
+    slots: tuple[tuple[jax.Array, ...] | None, ...]
+
+    def only(self, slots: Collection[int]) -> Named:
+        """The pool with None for all others."""
+        return Named(tuple(arrays if i in slots else None for i, arrays in enumerate(self.slots)))
+
+    def updated(self, part: Named) -> Named:
+        """The pool with what a part of it has."""
+        return Named(tuple(old if new is None else new for old, new in zip(self.slots, part.slots, strict=True)))
+
+
+def allocate_named(avals: Sequence[Any], slots: int) -> Named:
+    """Slots for values of the given shapes and dtypes.
+
+    What is in them is never read. It differs from array to array, or XLA would make one array, and copies of it.
+    """
+    fills = itertools.count()
+    return Named(tuple(tuple(jnp.full(a.shape, next(fills) % 64, a.dtype) for a in avals) for _ in range(slots)))
+
+
 class Taken(NamedTuple):
     """Stands for a pool where the one value that is read of it is there already."""
 
@@ -69,15 +98,15 @@ def take(pool: Any, slot: Any) -> Any:
     """The value in a slot."""
     if isinstance(pool, Taken):
         return pool.value
-    if isinstance(pool, Apart):
+    if isinstance(pool, (Apart, Named)):
         return pool.slots[slot]
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), pool)
 
 
 def put(pool: Any, slot: Any, value: Any) -> Any:
     """The pool with a slot replaced."""
-    if isinstance(pool, Apart):
-        return Apart((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
+    if isinstance(pool, (Apart, Named)):
+        return type(pool)((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
 
 

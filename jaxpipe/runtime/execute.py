@@ -20,10 +20,12 @@ from jaxpipe.runtime.buffers import (
     accumulation_dtype,
     accumulator,
     allocate,
+    allocate_named,
     put,
     sum_dtype,
     take,
 )
+from jaxpipe.runtime.by_rank import code_in_stretches, divide_by_rank
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -46,7 +48,6 @@ from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.stash import divide_stages
-from jaxpipe.runtime.stretches import make_stretches
 from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -243,8 +244,15 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
-    # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
-    crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
+    kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
+    if options.dispatch == "by_rank":
+        named = divide_by_rank(program).program
+        counts = (named.num_stash_slots, named.num_weight_stash_slots, named.num_cross_slots)
+        residuals = tuple(map(allocate_named, kept, counts))
+    else:
+        # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
+        crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
+        residuals = tuple(map(pool, kept, (program.num_stash_slots + 1, program.num_weight_stash_slots + 1, crossing)))
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
@@ -258,9 +266,9 @@ def _train_buffers(
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=pool(local.x, program.num_message_slots + 1),
-        stash=pool(pools.stash.avals, program.num_stash_slots + 1),
-        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + 1),
-        cross=pool(pools.cross.avals, crossing),
+        stash=residuals[0],
+        weight_stash=residuals[1],
+        cross=residuals[2],
         grads=grads,
         outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),
@@ -443,8 +451,8 @@ def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
     """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
     if dispatch == "unrolled":
         return unrolled_table(program), ()
-    if dispatch == "stretches":
-        return [body.table for body in make_bodies(program, make_stretches(program))], ()
+    if dispatch in ("stretches", "by_rank"):
+        return [body.table for body in make_bodies(*code_in_stretches(program, dispatch))], ()
     _, patterns = _patterns(program)
     per_rank = {
         "branch": program.branch,
@@ -466,9 +474,9 @@ def run_steps(
     """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
         return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])[0]
-    if dispatch == "stretches":
-        mine = [table[:, 0] for table in tables[0]]
-        return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)
+    if dispatch in ("stretches", "by_rank"):
+        mine, code = [table[:, 0] for table in tables[0]], code_in_stretches(program, dispatch)
+        return run_stretches(*code, operation, axis, buffers, mine, by_rank=dispatch == "by_rank")
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
     if dispatch == "sequential":

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jaxpipe.runtime.buffers import Apart, put, take
+from jaxpipe.runtime.buffers import Apart, Named, put, take
 
 
 class StageKinds:
@@ -112,10 +112,14 @@ class SharedPool(NamedTuple):
 
     def take(self, pool: Any, slot: Any, kind: int) -> tuple[Any, ...]:
         """What is kept in a slot, of a kind."""
+        if isinstance(pool, Named):
+            return self.of_kind(take(pool, slot), kind)
         return take(pool if isinstance(pool, Apart) else self.of_kind(pool, kind), slot)
 
     def put(self, pool: Any, slot: Any, kind: int, values: tuple[Any, ...]) -> Any:
         """The pool with a slot's places for a kind replaced."""
         if isinstance(pool, Apart):
             return put(pool, slot, values)
+        if isinstance(pool, Named):
+            return put(pool, slot, self.with_kind(take(pool, slot), kind, values))
         return self.with_kind(pool, kind, put(self.of_kind(pool, kind), slot, values))

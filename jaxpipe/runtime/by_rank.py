@@ -1,0 +1,229 @@
+"""Code of its own for each rank of a Program, in which every slot of a residual is a name: nothing is copied.
+
+Ranks hold residuals for different times, so in the same tick they read different slots. A slot that comes from a table
+is copied out of its pool before a library's kernel can read it, and into it after one has made it. Here each rank has
+code of its own for each tick, one loop of no or one trip, in which its slots are constants. Ticks that come again with
+other microbatches and the same slots are one loop; slots are numbered so that few ticks do not come again. That is code
+for each rank and each tick of a round, so it is for few ranks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+
+from jaxpipe.runtime.program import Field, Op, Program
+from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch, Tick, TickTable, make_stretches, size_of_code
+
+MOST_CODE = 224
+"""The most code, in halves of a forward's; a longer program takes too long to compile."""
+
+LONGEST_ROUND = 12
+"""The most microbatches after which slots come again, in the numberings that are tried."""
+
+
+class _Pool(NamedTuple):
+    """A pool: its column, how many slots it has, what writes a slot, and what reads it."""
+
+    field: Field
+    count: int
+    writer: Op
+    readers: tuple[Op, ...]
+
+
+class ByRank(NamedTuple):
+    """A program as code of its own for each rank.
+
+    Attributes:
+      program: the same with other slots: at most one more in each pool, where a pool of arrays has a dummy slot.
+      stretches: the code; each of its pieces is one rank's.
+      size: of the code, in halves of a forward's.
+    """
+
+    program: Program
+    stretches: tuple[Stretch, ...]
+    size: int
+
+
+class _Round(NamedTuple):
+    """Ticks ``start`` to ``start + period * times`` are ``times`` times the same, but for the microbatches."""
+
+    start: int
+    period: int
+    times: int
+
+
+@functools.lru_cache(16)
+def divide_by_rank(program: Program) -> ByRank:
+    """The code of a program whose ends are not shared, with slots numbered so that there is little of it.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> [stretch.times for stretch in divide_by_rank(lower(build("1f1b", 2, 32))).stretches]
+    [1, 14, 1]
+    """
+    table = TickTable(program)
+    found = [(*_find_round(table, named), named) for named in _numberings(program)]
+    size, repeat, named = min(found, key=lambda each: each[0])
+    return ByRank(named, _stretches(table, named, repeat), size)
+
+
+def code_in_stretches(program: Program, dispatch: str) -> tuple[Program, tuple[Stretch, ...]]:
+    """(the program with the slots of its code, the code) for dispatch "stretches" or "by_rank"."""
+    if dispatch == "by_rank":
+        return divide_by_rank(program)[:2]
+    return program, make_stretches(program)
+
+
+def is_short_by_rank(program: Program) -> bool:
+    """Whether ranks that differ, and share no ends, have little code if each has its own.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> [is_short_by_rank(lower(build("dualpipev", ranks, 32))) for ranks in (2, 4)]
+    [True, False]
+    """
+    if program.shared_ends or program.num_ranks == 1:
+        return False
+    table = TickTable(program)
+    once = {(rank, mine) for sequences in table.sequences for rank, mine in enumerate(sequences)}
+    if sum(size_of_code(program, mine) for _, mine in once) > MOST_CODE:
+        return False
+    return divide_by_rank(program).size <= MOST_CODE
+
+
+def _numberings(program: Program) -> Iterator[Program]:
+    """The program, and the same with slots that come again after some number of microbatches."""
+    pools = [
+        _Pool(Field.STASH, program.num_stash_slots, Op.F, (Op.B, Op.I)),
+        _Pool(Field.WEIGHT_STASH, program.num_weight_stash_slots, Op.F, (Op.B, Op.I, Op.W)),
+        _Pool(Field.CROSS, program.num_cross_slots, Op.I, (Op.W,)),
+    ]
+    lives = [(pool, rank, _lives(program, pool, rank)) for pool in pools for rank in range(program.num_ranks)]
+    yield program
+    for microbatches in range(1, LONGEST_ROUND + 1):
+        operands, counts = program.operands.copy(), {pool.field: pool.count for pool in pools}
+        for pool, rank, mine in lives:
+            slots, count = _number(mine, pool.count + 1, microbatches)
+            if slots is not None:
+                operands[mine.step, rank, mine.place, pool.field] = slots[mine.value]
+                counts[pool.field] = max(counts[pool.field], count)
+        yield dataclasses.replace(
+            program,
+            operands=operands,
+            num_stash_slots=counts[Field.STASH],
+            num_weight_stash_slots=counts[Field.WEIGHT_STASH],
+            num_cross_slots=counts[Field.CROSS],
+        )
+
+
+class _Lives(NamedTuple):
+    """The values of a pool on a rank, as columns ``int[values]``, and what uses them, as columns ``int[uses]``.
+
+    Attributes:
+      part: whose a value is.
+      begin, end: the steps that write it and read it last.
+      value: which value is used,
+      step, place: and by which operation.
+    """
+
+    part: np.ndarray
+    begin: np.ndarray
+    end: np.ndarray
+    value: np.ndarray
+    step: np.ndarray
+    place: np.ndarray
+
+
+def _lives(program: Program, pool: _Pool, rank: int) -> _Lives:
+    values: list[list[int]] = []
+    uses: list[tuple[int, int, int]] = []
+    held: dict[int, int] = {}
+    for step, index in enumerate(program.branch[:, rank].tolist()):
+        for place, (op, part) in enumerate(program.branches[index]):
+            slot = int(program.operands[step, rank, place, pool.field])
+            if slot == pool.count or op not in (pool.writer, *pool.readers):
+                continue
+            if op is pool.writer:
+                held[slot] = len(values)
+                values.append([part, step, step])
+            values[held[slot]][2] = step
+            uses.append((held[slot], step, place))
+    return _Lives(*np.array(values, np.int64).reshape(-1, 3).T, *np.array(uses, np.int64).reshape(-1, 3).T)
+
+
+def _number(lives: _Lives, most: int, microbatches: int) -> tuple[np.ndarray | None, int]:
+    """Slots that each part has for itself and takes in turn, again after so many microbatches; how many there are.
+
+    None where that takes more than ``most``.
+    """
+    slots, base = np.zeros_like(lives.part), 0
+    for part in np.unique(lives.part):
+        (mine,) = np.nonzero(lives.part == part)
+        begin, end = lives.begin[mine], lives.end[mine]
+        sizes = (n for n in range(1, microbatches + 1) if microbatches % n == 0)
+        size = next((n for n in sizes if (end[:-n] < begin[n:]).all()), None)
+        if size is None or base + size > most:
+            return None, most
+        slots[mine] = base + np.arange(len(mine)) % size
+        base += size
+    return slots, base
+
+
+def _find_round(table: TickTable, program: Program) -> tuple[int, _Round]:
+    """(size of the code, the repetition that leaves the least of it)."""
+    steps = program.num_steps
+    fixed = program.operands[..., Field.STASH :].reshape(steps, -1)
+    _, kinds = np.unique(np.column_stack([program.branch, fixed]), axis=0, return_inverse=True)
+    numbers: dict[tuple[object, ...], int] = {}
+    begins = table.begins
+    keys = ((tuple(kinds[i:j].tolist()), moved) for i, j, moved in zip(begins[:-1], begins[1:], table.moves, strict=True))
+    ticks = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
+    sizes = np.array([sum(size_of_code(program, mine) for mine in each) for each in table.sequences])
+    before = np.concatenate([[0], np.cumsum(sizes)])
+    total = len(ticks)
+    best, saved = _Round(0, total, 1), 0
+    for period in range(1, total // 2 + 1):
+        (others,) = np.nonzero(ticks[:-period] != ticks[period:])
+        breaks = np.array([-1, *others, total - period])
+        widest = np.diff(breaks).argmax()
+        start, length = int(breaks[widest]) + 1, int(breaks[widest + 1] - breaks[widest]) - 1
+        found = _Round(start, period, length // period + 1)
+        less = int(before[start + period * found.times] - before[start + period])
+        if less > saved:
+            best, saved = found, less
+    return int(before[-1]) - saved, best
+
+
+def _stretches(table: TickTable, program: Program, repeat: _Round) -> tuple[Stretch, ...]:
+    stop = repeat.start + repeat.period * repeat.times
+    parts = [(0, repeat.start, 1), (repeat.start, repeat.period, repeat.times), (stop, len(table.moves) - stop, 1)]
+    return tuple(
+        Stretch(times, tuple(_tick(table, program, first + i + period * np.arange(times)) for i in range(period)))
+        for first, period, times in parts
+        if period
+    )
+
+
+def _tick(table: TickTable, program: Program, ticks: np.ndarray) -> Tick:
+    """The code of ticks that are the same but for the microbatches."""
+    first, shape = int(ticks[0]), (len(ticks), program.num_ranks)
+    begins = np.array(table.begins)[ticks]
+    nodes = []
+    for rank in range(program.num_ranks):
+        chosen = np.zeros(shape, bool)
+        chosen[:, rank] = True
+        (mine,) = np.nonzero(program.branch[begins[0] : table.begins[first + 1], rank])
+        pieces = [
+            Piece(int(program.branch[begins[0] + step, rank]), np.where(chosen, begins[:, None] + step, -1))
+            for step in mine
+        ]
+        if pieces:
+            nodes.append(Guarded(tuple(pieces), chosen))
+    last = np.array(table.begins)[ticks + 1] - 1
+    exchanges = (Sending(table.moves[first], last),) if table.moves[first] else ()
+    return Tick(tuple(nodes), exchanges)
