@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Any, NamedTuple
 
 import jax
@@ -68,7 +68,7 @@ class Named(NamedTuple):
       slots: in each the arrays of all places of a slot, or None in code that does not use it; no dummy slot.
     """
 
-    slots: tuple[tuple[jax.Array, ...] | None, ...]
+    slots: tuple[Any, ...]
 
     def only(self, slots: Collection[int]) -> Named:
         """The pool with None for all others."""
@@ -79,13 +79,17 @@ class Named(NamedTuple):
         return Named(tuple(old if new is None else new for old, new in zip(self.slots, part.slots, strict=True)))
 
 
-def allocate_named(avals: Sequence[Any], slots: int) -> Named:
+def allocate_named(avals: Any, slots: int) -> Named:
     """Slots for values of the given shapes and dtypes.
 
     What is in them is never read. It differs from array to array, or XLA would make one array, and copies of it.
     """
     fills = itertools.count()
-    return Named(tuple(tuple(jnp.full(a.shape, next(fills) % 64, a.dtype) for a in avals) for _ in range(slots)))
+
+    def fill(aval: Any) -> jax.Array:
+        return jnp.full(aval.shape, next(fills) % 64, aval.dtype)
+
+    return Named(tuple(jax.tree.map(fill, avals) for _ in range(slots)))
 
 
 class Taken(NamedTuple):

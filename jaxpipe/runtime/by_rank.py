@@ -67,7 +67,7 @@ def divide_by_rank(program: Program) -> ByRank:
     [1, 14, 1]
     """
     table = TickTable(program)
-    found = [(*_find_round(table, named), named) for named in _numberings(program)]
+    found = [(*_find_round(table, named), named) for named in _numberings(_with_ports(program))]
     size, repeat, named = min(found, key=lambda each: each[0])
     return ByRank(named, _stretches(table, named, repeat), size)
 
@@ -119,6 +119,82 @@ def _numberings(program: Program) -> Iterator[Program]:
             num_weight_stash_slots=counts[Field.WEIGHT_STASH],
             num_cross_slots=counts[Field.CROSS],
         )
+
+
+class _Message(NamedTuple):
+    """A message on one rank, or what two ranks hold of it.
+
+    Attributes:
+      key: the same for those that are in one slot on all ranks: what moves after a step on a channel.
+      rank: which rank holds it.
+      begin, end: from when to when, twice the tick, and one more for what is between it and the next.
+      uses: (step, place, field) of what writes it and reads it.
+    """
+
+    key: tuple[int, ...]
+    rank: int
+    begin: int
+    end: int
+    uses: list[tuple[int, int, Field]]
+
+
+def _with_ports(program: Program) -> Program:
+    """The program with slots of messages such that what moves at once on a channel is in the same slot on all ranks.
+
+    A message has its slot until the end of the tick that reads it, so that a tick reads no slot that it writes.
+    """
+    groups: dict[tuple[int, ...], list[_Message]] = {}
+    for message in _messages(program):
+        groups.setdefault(message.key, []).append(message)
+    held: list[list[list[tuple[int, int]]]] = []  # of each slot and rank
+
+    def fits(slot: list[list[tuple[int, int]]], group: list[_Message]) -> bool:
+        return all(end < m.begin or m.end < begin for m in group for begin, end in slot[m.rank])
+
+    operands, send, receive = program.operands.copy(), program.send.copy(), program.receive.copy()
+    slots: dict[tuple[int, ...], int] = {}
+    for key, group in sorted(groups.items(), key=lambda item: (min(m.begin for m in item[1]), item[0])):
+        number = next((i for i, slot in enumerate(held) if fits(slot, group)), len(held))
+        if number == len(held):
+            held.append([[] for _ in range(program.num_ranks)])
+        for message in group:
+            held[number][message.rank].append((message.begin, message.end))
+        slots[key] = number
+    ends = operands[..., Field.SOURCE : Field.TARGET + 1]
+    ends[ends == program.num_message_slots] = len(held)
+    for key, group in groups.items():
+        for message in group:
+            for step, place, field in message.uses:
+                operands[step, message.rank, place, field] = slots[key]
+        if len(key) == 3:
+            (send, receive)[key[2]][key[0], :, key[1]] = slots[key]
+    return dataclasses.replace(program, operands=operands, send=send, receive=receive, num_message_slots=len(held))
+
+
+def _messages(program: Program) -> Iterator[_Message]:
+    """All messages on all ranks; also what arrives on a rank that gets nothing."""
+    dummy, ticks = program.num_message_slots, program.ticks.tolist()
+    for rank in range(program.num_ranks):
+        held: dict[int, _Message] = {}
+        for step, index in enumerate(program.branch[:, rank].tolist()):
+            now = 2 * ticks[step]
+            for place, (op, _) in enumerate(program.branches[index]):
+                source, target = program.operands[step, rank, place, Field.SOURCE : Field.TARGET + 1].tolist()
+                if source != dummy and op not in (Op.EMBED, Op.W):
+                    message = held.pop(source)
+                    yield message._replace(end=now, uses=[*message.uses, (step, place, Field.SOURCE)])
+                if target != dummy and op not in (Op.EMBED_GRAD, Op.W):
+                    held[target] = _Message((step, place, rank, 0), rank, now, now, [(step, place, Field.TARGET)])
+            channels = np.flatnonzero(program.communicate[step]).tolist()
+            for channel in channels:
+                if (slot := int(program.send[step, rank, channel])) != dummy:
+                    yield held.pop(slot)._replace(key=(step, channel, 0), end=now + 1)
+            for channel in channels:
+                arrived = _Message((step, channel, 1), rank, now + 1, now + 1, [])
+                if (slot := int(program.receive[step, rank, channel])) != dummy:
+                    held[slot] = arrived
+                else:
+                    yield arrived
 
 
 class _Lives(NamedTuple):
@@ -177,8 +253,9 @@ def _number(lives: _Lives, most: int, microbatches: int) -> tuple[np.ndarray | N
 def _find_round(table: TickTable, program: Program) -> tuple[int, _Round]:
     """(size of the code, the repetition that leaves the least of it)."""
     steps = program.num_steps
-    fixed = program.operands[..., Field.STASH :].reshape(steps, -1)
-    _, kinds = np.unique(np.column_stack([program.branch, fixed]), axis=0, return_inverse=True)
+    tables = (program.branch, program.operands[..., Field.SOURCE :], program.send, program.receive)
+    rows = np.concatenate([each.reshape(steps, -1) for each in tables], axis=1)
+    _, kinds = np.unique(rows, axis=0, return_inverse=True)
     numbers: dict[tuple[object, ...], int] = {}
     begins = table.begins
     keys = ((tuple(kinds[i:j].tolist()), moved) for i, j, moved in zip(begins[:-1], begins[1:], table.moves, strict=True))
@@ -209,6 +286,26 @@ def _stretches(table: TickTable, program: Program, repeat: _Round) -> tuple[Stre
     )
 
 
+def _in_place(program: Program, pieces: list[Piece], rank: int) -> list[list[Piece]]:
+    """A rank's pieces in as few loops as write no slot of residuals that they have read.
+
+    Within a loop nothing keeps the compiler from the reading after it writes, but a copy.
+    """
+    groups: list[list[Piece]] = []
+    read: set[tuple[Field, int]] = set()
+    for piece in pieces:
+        used: dict[bool, set[tuple[Field, int]]] = {False: set(), True: set()}
+        for (op, _), row in zip(program.branches[piece.branch], program.operands[piece.steps[0, rank], rank], strict=False):
+            for field, writer in ((Field.STASH, Op.F), (Field.WEIGHT_STASH, Op.F), (Field.CROSS, Op.I)):
+                used[op is writer].add((field, int(row[field])))
+        if not groups or used[True] & read:
+            groups.append([])
+            read = set()
+        groups[-1].append(piece)
+        read |= used[False]
+    return groups
+
+
 def _tick(table: TickTable, program: Program, ticks: np.ndarray) -> Tick:
     """The code of ticks that are the same but for the microbatches."""
     first, shape = int(ticks[0]), (len(ticks), program.num_ranks)
@@ -222,8 +319,7 @@ def _tick(table: TickTable, program: Program, ticks: np.ndarray) -> Tick:
             Piece(int(program.branch[begins[0] + step, rank]), np.where(chosen, begins[:, None] + step, -1))
             for step in mine
         ]
-        if pieces:
-            nodes.append(Guarded(tuple(pieces), chosen))
+        nodes += [Guarded(tuple(group), chosen) for group in _in_place(program, pieces, rank)]
     last = np.array(table.begins)[ticks + 1] - 1
     exchanges = (Sending(table.moves[first], last),) if table.moves[first] else ()
     return Tick(tuple(nodes), exchanges)

@@ -249,9 +249,11 @@ def _train_buffers(
         named = divide_by_rank(program).program
         counts = (named.num_stash_slots, named.num_weight_stash_slots, named.num_cross_slots)
         residuals = tuple(map(allocate_named, kept, counts))
+        in_flight = allocate_named(local.x, named.num_message_slots)
     else:
         # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
         crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
+        in_flight = pool(local.x, program.num_message_slots + 1)
         residuals = tuple(map(pool, kept, (program.num_stash_slots + 1, program.num_weight_stash_slots + 1, crossing)))
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
@@ -265,7 +267,7 @@ def _train_buffers(
         grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
-        in_flight=pool(local.x, program.num_message_slots + 1),
+        in_flight=in_flight,
         stash=residuals[0],
         weight_stash=residuals[1],
         cross=residuals[2],

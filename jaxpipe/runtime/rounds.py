@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Buffers, Named, put, take
+from jaxpipe.runtime.buffers import Buffers, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
@@ -162,7 +162,7 @@ def run_stretches(
         ]
         scope = f"branch_{node.branch}{'/together' * program.together(branch)}"
         with jax.named_scope(scope), jax.named_scope(node.scope):
-            return run_branch(branch, operation, in_order=True)(buffers, operands)
+            return run_branch(branch, operation, apart=by_rank, in_order=not by_rank)(buffers, operands)
 
     def run_loop(node: _Loop, buffers: Buffers, row: Any) -> Buffers:
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:
@@ -206,35 +206,31 @@ def run_stretches(
     return buffers
 
 
-_USED: dict[Field, str] = {Field.STASH: "stash", Field.WEIGHT_STASH: "weight_stash", Field.CROSS: "cross"}
+_USED: dict[str, tuple[Field, ...]] = {
+    "in_flight": (Field.SOURCE, Field.TARGET),
+    "stash": (Field.STASH,),
+    "weight_stash": (Field.WEIGHT_STASH,),
+    "cross": (Field.CROSS,),
+}
+"""The columns of the slots of each pool."""
 
 
 def _part(program: Program, buffers: Buffers, loop: _Loop) -> Buffers:
     """What a loop uses of buffers with slots by name."""
     pieces = list(_codes(loop.nodes))
-    uses = [
-        (program.parts[part][0], op, dict(zip(Field, entries, strict=True)))
-        for piece in pieces
-        for (op, part), entries in zip(program.branches[piece.branch], piece.operands, strict=True)
-        if op in (Op.F, Op.B, Op.I, Op.W)
-    ]
     pools = {
-        name: pool.only({entries[field] for _, _, entries in uses})
-        for field, name in _USED.items()
-        if isinstance(pool := getattr(buffers, name), Named)
+        name: getattr(buffers, name).only({entries[f] for piece in pieces for entries in piece.operands for f in fields})
+        for name, fields in _USED.items()
     }
-    summed = {chunk for chunk, op, _ in uses if op in (Op.B, Op.W)}
+    operations = [operation for piece in pieces for operation in program.branches[piece.branch]]
+    summed = {program.parts[part][0] for op, part in operations if op in (Op.B, Op.W)}
     grads = tuple(sums if chunk in summed else None for chunk, sums in enumerate(buffers.grads))
     return buffers._replace(**pools, grads=grads)
 
 
 def _with_part(buffers: Buffers, part: Buffers) -> Buffers:
     """The buffers with what a loop has made of a part of them."""
-    pools = {
-        name: getattr(buffers, name).updated(pool)
-        for name in _USED.values()
-        if isinstance(pool := getattr(part, name), Named)
-    }
+    pools = {name: getattr(buffers, name).updated(getattr(part, name)) for name in _USED}
     grads = tuple(old if new is None else new for old, new in zip(buffers.grads, part.grads, strict=True))
     return part._replace(**pools, grads=grads)
 
