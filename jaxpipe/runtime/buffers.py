@@ -70,7 +70,7 @@ class Named(NamedTuple):
 
     slots: tuple[Any, ...]
 
-    def only(self, slots: Collection[int]) -> Named:
+    def only(self, slots: Collection[Any]) -> Named:
         """The pool with None for all others."""
         return Named(tuple(arrays if i in slots else None for i, arrays in enumerate(self.slots)))
 
@@ -109,6 +109,8 @@ def take(pool: Any, slot: Any) -> Any:
 
 def put(pool: Any, slot: Any, value: Any) -> Any:
     """The pool with a slot replaced."""
+    if isinstance(pool, Named) and slot == len(pool.slots):
+        return pool  # nobody reads the value
     if isinstance(pool, (Apart, Named)):
         return type(pool)((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)

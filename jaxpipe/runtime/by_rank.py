@@ -27,12 +27,19 @@ LONGEST_ROUND = 12
 
 
 class _Pool(NamedTuple):
-    """A pool: its column, how many slots it has, what writes a slot, and what reads it."""
+    """A pool of residuals: its column, the name of its size in a `Program`, what writes a slot, and what reads it."""
 
     field: Field
-    count: int
+    size: str
     writer: Op
     readers: tuple[Op, ...]
+
+
+_POOLS = (
+    _Pool(Field.STASH, "num_stash_slots", Op.F, (Op.B, Op.I)),
+    _Pool(Field.WEIGHT_STASH, "num_weight_stash_slots", Op.F, (Op.B, Op.I, Op.W)),
+    _Pool(Field.CROSS, "num_cross_slots", Op.I, (Op.W,)),
+)
 
 
 class ByRank(NamedTuple):
@@ -98,31 +105,20 @@ def is_short_by_rank(program: Program) -> bool:
 
 def _numberings(program: Program) -> Iterator[Program]:
     """The program, and the same with slots that come again after some number of microbatches."""
-    pools = [
-        _Pool(Field.STASH, program.num_stash_slots, Op.F, (Op.B, Op.I)),
-        _Pool(Field.WEIGHT_STASH, program.num_weight_stash_slots, Op.F, (Op.B, Op.I, Op.W)),
-        _Pool(Field.CROSS, program.num_cross_slots, Op.I, (Op.W,)),
-    ]
-    lives = [(pool, rank, _lives(program, pool, rank)) for pool in pools for rank in range(program.num_ranks)]
+    lives = [(pool, rank, _lives(program, pool, rank)) for pool in _POOLS for rank in range(program.num_ranks)]
     yield program
     for microbatches in range(1, LONGEST_ROUND + 1):
-        operands, counts = program.operands.copy(), {pool.field: pool.count for pool in pools}
+        operands, counts = program.operands.copy(), {pool.size: getattr(program, pool.size) for pool in _POOLS}
         for pool, rank, mine in lives:
-            slots, count = _number(mine, pool.count + 1, microbatches)
+            slots, count = _number(mine, getattr(program, pool.size) + 1, microbatches)
             if slots is not None:
                 operands[mine.step, rank, mine.place, pool.field] = slots[mine.value]
-                counts[pool.field] = max(counts[pool.field], count)
-        yield dataclasses.replace(
-            program,
-            operands=operands,
-            num_stash_slots=counts[Field.STASH],
-            num_weight_stash_slots=counts[Field.WEIGHT_STASH],
-            num_cross_slots=counts[Field.CROSS],
-        )
+                counts[pool.size] = max(counts[pool.size], count)
+        yield dataclasses.replace(program, operands=operands, **counts)
 
 
 class _Message(NamedTuple):
-    """A message on one rank, or what two ranks hold of it.
+    """What one rank holds of a message.
 
     Attributes:
       key: the same for those that are in one slot on all ranks: what moves after a step on a channel.
@@ -222,7 +218,7 @@ def _lives(program: Program, pool: _Pool, rank: int) -> _Lives:
     for step, index in enumerate(program.branch[:, rank].tolist()):
         for place, (op, part) in enumerate(program.branches[index]):
             slot = int(program.operands[step, rank, place, pool.field])
-            if slot == pool.count or op not in (pool.writer, *pool.readers):
+            if slot == getattr(program, pool.size) or op not in (pool.writer, *pool.readers):
                 continue
             if op is pool.writer:
                 held[slot] = len(values)
@@ -257,8 +253,8 @@ def _find_round(table: TickTable, program: Program) -> tuple[int, _Round]:
     rows = np.concatenate([each.reshape(steps, -1) for each in tables], axis=1)
     _, kinds = np.unique(rows, axis=0, return_inverse=True)
     numbers: dict[tuple[object, ...], int] = {}
-    begins = table.begins
-    keys = ((tuple(kinds[i:j].tolist()), moved) for i, j, moved in zip(begins[:-1], begins[1:], table.moves, strict=True))
+    begins = zip(table.begins[:-1], table.begins[1:], strict=True)
+    keys = ((tuple(kinds[i:j].tolist()), moved) for (i, j), moved in zip(begins, table.moves, strict=True))
     ticks = np.array([numbers.setdefault(key, len(numbers)) for key in keys])
     sizes = np.array([sum(size_of_code(program, mine) for mine in each) for each in table.sequences])
     before = np.concatenate([[0], np.cumsum(sizes)])
@@ -294,15 +290,17 @@ def _in_place(program: Program, pieces: list[Piece], rank: int) -> list[list[Pie
     groups: list[list[Piece]] = []
     read: set[tuple[Field, int]] = set()
     for piece in pieces:
-        used: dict[bool, set[tuple[Field, int]]] = {False: set(), True: set()}
-        for (op, _), row in zip(program.branches[piece.branch], program.operands[piece.steps[0, rank], rank], strict=False):
-            for field, writer in ((Field.STASH, Op.F), (Field.WEIGHT_STASH, Op.F), (Field.CROSS, Op.I)):
-                used[op is writer].add((field, int(row[field])))
-        if not groups or used[True] & read:
+        operands = program.operands[piece.steps[0, rank], rank]
+        uses = [
+            (op, pool, (pool.field, int(operands[place, pool.field])))
+            for place, (op, _) in enumerate(program.branches[piece.branch])
+            for pool in _POOLS
+        ]
+        if not groups or read & {slot for op, pool, slot in uses if op is pool.writer}:
             groups.append([])
             read = set()
         groups[-1].append(piece)
-        read |= used[False]
+        read |= {slot for op, pool, slot in uses if op in pool.readers}
     return groups
 
 

@@ -249,11 +249,9 @@ def _train_buffers(
         named = divide_by_rank(program).program
         counts = (named.num_stash_slots, named.num_weight_stash_slots, named.num_cross_slots)
         residuals = tuple(map(allocate_named, kept, counts))
-        in_flight = allocate_named(local.x, named.num_message_slots)
     else:
         # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
         crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
-        in_flight = pool(local.x, program.num_message_slots + 1)
         residuals = tuple(map(pool, kept, (program.num_stash_slots + 1, program.num_weight_stash_slots + 1, crossing)))
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
@@ -267,7 +265,7 @@ def _train_buffers(
         grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
-        in_flight=in_flight,
+        in_flight=_messages(program, options, local.x),
         stash=residuals[0],
         weight_stash=residuals[1],
         cross=residuals[2],
@@ -278,6 +276,13 @@ def _train_buffers(
         stage_metrics=jax.tree.map(accumulator, split.aux),
         head_metrics=jax.tree.map(accumulator, head_metrics),
     )
+
+
+def _messages(program: Program, options: Options, aval: Any) -> Any:
+    """Empty slots for messages."""
+    if options.dispatch == "by_rank":
+        return allocate_named(aval, divide_by_rank(program).program.num_message_slots)
+    return allocate(aval, program.num_message_slots + 1, apart=options.dispatch == "unrolled")
 
 
 def _scale(shares: Shares, sums: Any) -> Any:
@@ -360,7 +365,7 @@ def infer(
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
     buffers = Buffers(
-        in_flight=allocate(local.x, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        in_flight=_messages(program, options, local.x),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -388,7 +393,7 @@ def evaluate(
     loss, head_metrics = _head_shapes(program, options, aux_loss, local)
     shares = _shares(options, local, (loss, aux_loss))
     buffers = Buffers(
-        in_flight=allocate(y, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        in_flight=_messages(program, options, y),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, aux_loss),
         stage_metrics=jax.tree.map(accumulator, metrics),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Buffers, put, take
+from jaxpipe.runtime.buffers import Buffers, Named, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
@@ -149,7 +149,8 @@ def run_stretches(
 
     def run_nodes(nodes: Sequence[_Code | _Loop], buffers: Buffers, row: Any, zero: Any) -> Buffers:
         for i, node in enumerate(nodes):
-            if i and not (by_rank and isinstance(node, _Loop)):  # so that all slots are read before another piece writes, and no pool is copied
+            if i and not (by_rank and isinstance(node, _Loop)):
+                # so that all slots are read before another piece writes, and no pool is copied
                 buffers = lax.optimization_barrier(buffers)
             buffers = run_piece(node, buffers, row, zero) if isinstance(node, _Code) else run_loop(node, buffers, row)
         return buffers
@@ -219,8 +220,9 @@ def _part(program: Program, buffers: Buffers, loop: _Loop) -> Buffers:
     """What a loop uses of buffers with slots by name."""
     pieces = list(_codes(loop.nodes))
     pools = {
-        name: getattr(buffers, name).only({entries[f] for piece in pieces for entries in piece.operands for f in fields})
+        name: pool.only({entries[field] for piece in pieces for entries in piece.operands for field in fields})
         for name, fields in _USED.items()
+        if isinstance(pool := getattr(buffers, name), Named)  # or () where there is none
     }
     operations = [operation for piece in pieces for operation in program.branches[piece.branch]]
     summed = {program.parts[part][0] for op, part in operations if op in (Op.B, Op.W)}
@@ -230,7 +232,9 @@ def _part(program: Program, buffers: Buffers, loop: _Loop) -> Buffers:
 
 def _with_part(buffers: Buffers, part: Buffers) -> Buffers:
     """The buffers with what a loop has made of a part of them."""
-    pools = {name: getattr(buffers, name).updated(getattr(part, name)) for name in _USED}
+    pools = {
+        name: pool.updated(getattr(part, name)) for name in _USED if isinstance(pool := getattr(buffers, name), Named)
+    }
     grads = tuple(old if new is None else new for old, new in zip(buffers.grads, part.grads, strict=True))
     return part._replace(**pools, grads=grads)
 
