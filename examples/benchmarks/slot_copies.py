@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -65,9 +65,9 @@ def compiled_step(name: str, ranks: int, microbatches: int, dispatch: str) -> tu
     return step, jax.jit(step).lower(params, jnp.ones((microbatches, 1))).compile().as_text() or ""
 
 
-def count_moves(module: Module, trips: Sequence[tuple[str, float]]) -> Counter[str]:
+def count_moves(module: Module, trips: Sequence[tuple[str, float]]) -> dict[str, float]:
     """Reads, writes and copies of activations, and their bytes; ``trips`` as of `profiling.overlap`."""
-    found: Counter[str] = Counter()
+    found: dict[str, float] = defaultdict(float)
 
     def times(loop: Instruction) -> float:
         if loop.trip_count is not None:

@@ -18,6 +18,7 @@ import numpy as np
 
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch, Tick, TickTable, make_stretches, size_of_code
+from jaxpipe.runtime.unrolled import Repeat
 
 MOST_CODE = 224
 """The most code, in halves of a forward's; a longer program takes too long to compile."""
@@ -26,7 +27,11 @@ LONGEST_ROUND = 12
 """The most microbatches after which slots come again, in the numberings that are tried."""
 
 
-class _Pool(NamedTuple):
+_LONGEST = 64
+"""The longest round, in ticks."""
+
+
+class _Residuals(NamedTuple):
     """A pool of residuals: its column, the name of its size in a `Program`, what writes a slot, and what reads it."""
 
     field: Field
@@ -36,9 +41,9 @@ class _Pool(NamedTuple):
 
 
 _POOLS = (
-    _Pool(Field.STASH, "num_stash_slots", Op.F, (Op.B, Op.I)),
-    _Pool(Field.WEIGHT_STASH, "num_weight_stash_slots", Op.F, (Op.B, Op.I, Op.W)),
-    _Pool(Field.CROSS, "num_cross_slots", Op.I, (Op.W,)),
+    _Residuals(Field.STASH, "num_stash_slots", Op.F, (Op.B, Op.I)),
+    _Residuals(Field.WEIGHT_STASH, "num_weight_stash_slots", Op.F, (Op.B, Op.I, Op.W)),
+    _Residuals(Field.CROSS, "num_cross_slots", Op.I, (Op.W,)),
 )
 
 
@@ -54,14 +59,6 @@ class ByRank(NamedTuple):
     program: Program
     stretches: tuple[Stretch, ...]
     size: int
-
-
-class _Round(NamedTuple):
-    """Ticks ``start`` to ``start + period * times`` are ``times`` times the same, but for the microbatches."""
-
-    start: int
-    period: int
-    times: int
 
 
 @functools.lru_cache(16)
@@ -211,7 +208,7 @@ class _Lives(NamedTuple):
     place: np.ndarray
 
 
-def _lives(program: Program, pool: _Pool, rank: int) -> _Lives:
+def _lives(program: Program, pool: _Residuals, rank: int) -> _Lives:
     values: list[list[int]] = []
     uses: list[tuple[int, int, int]] = []
     held: dict[int, int] = {}
@@ -246,8 +243,8 @@ def _number(lives: _Lives, most: int, microbatches: int) -> tuple[np.ndarray | N
     return slots, base
 
 
-def _find_round(table: TickTable, program: Program) -> tuple[int, _Round]:
-    """(size of the code, the repetition that leaves the least of it)."""
+def _find_round(table: TickTable, program: Program) -> tuple[int, Repeat]:
+    """(size of the code, the repetition of ticks that leaves the least of it)."""
     steps = program.num_steps
     tables = (program.branch, program.operands[..., Field.SOURCE :], program.send, program.receive)
     rows = np.concatenate([each.reshape(steps, -1) for each in tables], axis=1)
@@ -259,20 +256,20 @@ def _find_round(table: TickTable, program: Program) -> tuple[int, _Round]:
     sizes = np.array([sum(size_of_code(program, mine) for mine in each) for each in table.sequences])
     before = np.concatenate([[0], np.cumsum(sizes)])
     total = len(ticks)
-    best, saved = _Round(0, total, 1), 0
-    for period in range(1, total // 2 + 1):
+    best, saved = Repeat(0, total, 1), 0
+    for period in range(1, min(total // 2, _LONGEST) + 1):
         (others,) = np.nonzero(ticks[:-period] != ticks[period:])
         breaks = np.array([-1, *others, total - period])
         widest = np.diff(breaks).argmax()
         start, length = int(breaks[widest]) + 1, int(breaks[widest + 1] - breaks[widest]) - 1
-        found = _Round(start, period, length // period + 1)
+        found = Repeat(start, period, length // period + 1)
         less = int(before[start + period * found.times] - before[start + period])
         if less > saved:
             best, saved = found, less
     return int(before[-1]) - saved, best
 
 
-def _stretches(table: TickTable, program: Program, repeat: _Round) -> tuple[Stretch, ...]:
+def _stretches(table: TickTable, program: Program, repeat: Repeat) -> tuple[Stretch, ...]:
     stop = repeat.start + repeat.period * repeat.times
     parts = [(0, repeat.start, 1), (repeat.start, repeat.period, repeat.times), (stop, len(table.moves) - stop, 1)]
     return tuple(
