@@ -20,8 +20,11 @@ from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch, Tick, TickTable, make_stretches, size_of_code
 from jaxpipe.runtime.unrolled import Repeat
 
-MOST_CODE = 224
+MOST_CODE = 320
 """The most code, in halves of a forward's; a longer program takes too long to compile."""
+
+MOST_TIMES = 14
+"""The most code, in units of each branch's once, than which stretches have less than two."""
 
 LONGEST_ROUND = 12
 """The most microbatches after which slots come again, in the numberings that are tried."""
@@ -84,7 +87,7 @@ def code_in_stretches(program: Program, dispatch: str) -> tuple[Program, tuple[S
 
 
 def is_short_by_rank(program: Program) -> bool:
-    """Whether ranks that differ, and share no ends, have little code if each has its own.
+    """Whether ranks that share no ends have little code if each has its own.
 
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
@@ -93,11 +96,12 @@ def is_short_by_rank(program: Program) -> bool:
     """
     if program.shared_ends or program.num_ranks == 1:
         return False
+    most = min(MOST_CODE, MOST_TIMES * size_of_code(program, range(len(program.branches))))
     table = TickTable(program)
     once = {(rank, mine) for sequences in table.sequences for rank, mine in enumerate(sequences)}
-    if sum(size_of_code(program, mine) for _, mine in once) > MOST_CODE:
+    if sum(size_of_code(program, mine) for _, mine in once) > most:
         return False
-    return divide_by_rank(program).size <= MOST_CODE
+    return divide_by_rank(program).size <= most
 
 
 def _numberings(program: Program) -> Iterator[Program]:
