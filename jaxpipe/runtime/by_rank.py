@@ -71,7 +71,7 @@ def divide_by_rank(program: Program) -> ByRank:
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
     >>> [stretch.times for stretch in divide_by_rank(lower(build("1f1b", 2, 32))).stretches]
-    [1, 14, 1]
+    [1, 15, 1]
     """
     table = TickTable(program)
     found = [(*_find_round(table, named), named) for named in _numberings(_with_ports(program))]

@@ -180,7 +180,5 @@ def test_default_where_there_is_little_code():
     assert made("dualpipe").dispatch == "unrolled" and made("gpipe").dispatch == "stretches"
     assert made("dualpipev", shared_ends=True).dispatch == "stretches"
     assert not is_short_by_rank(lower(build("dualpipev", 4, 16)))
-    with pytest.raises(
-        ValueError, match="by_rank' gives each rank code of its own, and with shared_ends all run"
-    ):
+    with pytest.raises(ValueError, match="by_rank' gives each rank code of its own, and with shared_ends all run"):
         made("dualpipev", shared_ends=True, dispatch="by_rank")
