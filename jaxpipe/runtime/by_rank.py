@@ -17,14 +17,24 @@ from typing import NamedTuple
 import numpy as np
 
 from jaxpipe.runtime.program import Field, Op, Program
-from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch, Tick, TickTable, make_stretches, size_of_code
+from jaxpipe.runtime.stretches import (
+    Guarded,
+    Piece,
+    Sending,
+    Stretch,
+    Tick,
+    TickTable,
+    make_stretches,
+    pieces,
+    size_of_code,
+)
 from jaxpipe.runtime.unrolled import Repeat
 
 MOST_CODE = 320
 """The most code, in halves of a forward's; a longer program takes too long to compile."""
 
-MOST_TIMES = 14
-"""The most code, in units of each branch's once, than which stretches have less than two."""
+MOST_TIMES = 16
+"""The most code of stages, in units of each branch's once, of which stretches have less than two."""
 
 LONGEST_ROUND = 12
 """The most microbatches after which slots come again, in the numberings that are tried."""
@@ -96,12 +106,17 @@ def is_short_by_rank(program: Program) -> bool:
     """
     if program.shared_ends or program.num_ranks == 1:
         return False
-    most = min(MOST_CODE, MOST_TIMES * size_of_code(program, range(len(program.branches))))
     table = TickTable(program)
     once = {(rank, mine) for sequences in table.sequences for rank, mine in enumerate(sequences)}
-    if sum(size_of_code(program, mine) for _, mine in once) > most:
+    if sum(size_of_code(program, mine) for _, mine in once) > MOST_CODE:
         return False
-    return divide_by_rank(program).size <= most
+    found = divide_by_rank(program)
+    of_stages = {
+        i for i, branch in enumerate(program.branches) if any(op in (Op.F, Op.B, Op.I, Op.W) for op, _ in branch)
+    }
+    code = [piece.branch for piece in pieces(found.stretches) if piece.branch in of_stages]
+    most = MOST_TIMES * size_of_code(program, of_stages)
+    return found.size <= MOST_CODE and size_of_code(program, code) <= most
 
 
 def _numberings(program: Program) -> Iterator[Program]:
@@ -283,14 +298,14 @@ def _stretches(table: TickTable, program: Program, repeat: Repeat) -> tuple[Stre
     )
 
 
-def _in_place(program: Program, pieces: list[Piece], rank: int) -> list[list[Piece]]:
+def _in_place(program: Program, code: list[Piece], rank: int) -> list[list[Piece]]:
     """A rank's pieces in as few loops as write no slot of residuals that they have read.
 
     Within a loop nothing keeps the compiler from the reading after it writes, but a copy.
     """
     groups: list[list[Piece]] = []
     read: set[tuple[Field, int]] = set()
-    for piece in pieces:
+    for piece in code:
         operands = program.operands[piece.steps[0, rank], rank]
         uses = [
             (op, pool, (pool.field, int(operands[place, pool.field])))
@@ -314,11 +329,11 @@ def _tick(table: TickTable, program: Program, ticks: np.ndarray) -> Tick:
         chosen = np.zeros(shape, bool)
         chosen[:, rank] = True
         (mine,) = np.nonzero(program.branch[begins[0] : table.begins[first + 1], rank])
-        pieces = [
+        code = [
             Piece(int(program.branch[begins[0] + step, rank]), np.where(chosen, begins[:, None] + step, -1))
             for step in mine
         ]
-        nodes += [Guarded(tuple(group), chosen) for group in _in_place(program, pieces, rank)]
+        nodes += [Guarded(tuple(group), chosen) for group in _in_place(program, code, rank)]
     last = np.array(table.begins)[ticks + 1] - 1
     exchanges = (Sending(table.moves[first], last),) if table.moves[first] else ()
     return Tick(tuple(nodes), exchanges)
