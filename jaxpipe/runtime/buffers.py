@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
-import itertools
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 SUMS = "sums"
@@ -79,15 +79,20 @@ class Named(NamedTuple):
         return Named(tuple(old if new is None else new for old, new in zip(self.slots, part.slots, strict=True)))
 
 
-def allocate_named(avals: Any, slots: int) -> Named:
+def allocate_named(avals: Any, slots: int, fills: Iterator[int]) -> Named:
     """Slots for values of the given shapes and dtypes.
 
-    What is in them is never read. It differs from array to array, or XLA would make one array, and copies of it.
+    What is in them is never read. It is another of ``fills`` in each array, or XLA would make one and copies of it.
     """
-    fills = itertools.count()
 
     def fill(aval: Any) -> jax.Array:
-        return jnp.full(aval.shape, next(fills) % 64, aval.dtype)
+        if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
+            return jnp.zeros(aval.shape, aval.dtype)
+        dtype, number = np.dtype(aval.dtype), next(fills)
+        if dtype.itemsize == 1:  # some have fewer than eight bits
+            return jnp.full(aval.shape, number % (2 if dtype == np.bool_ else 8), dtype)
+        bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
+        return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
 
     return Named(tuple(jax.tree.map(fill, avals) for _ in range(slots)))
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -244,11 +245,12 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
+    fills = itertools.count()
     kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
     if options.dispatch == "by_rank":
         named = divide_by_rank(program).program
         counts = (named.num_stash_slots, named.num_weight_stash_slots, named.num_cross_slots)
-        residuals = tuple(map(allocate_named, kept, counts))
+        residuals = tuple(allocate_named(avals, count, fills) for avals, count in zip(kept, counts, strict=True))
     else:
         # Where no backward is divided nothing crosses, and a pool has not even a dummy slot, which is large.
         crossing = program.num_cross_slots + 1 if program.num_cross_slots or apart else 0
@@ -265,7 +267,7 @@ def _train_buffers(
         grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
-        in_flight=_messages(program, options, local.x),
+        in_flight=_messages(program, options, local.x, fills),
         stash=residuals[0],
         weight_stash=residuals[1],
         cross=residuals[2],
@@ -278,10 +280,10 @@ def _train_buffers(
     )
 
 
-def _messages(program: Program, options: Options, aval: Any) -> Any:
-    """Empty slots for messages."""
+def _messages(program: Program, options: Options, aval: Any, fills: Iterator[int]) -> Any:
+    """Empty slots for messages; ``fills`` as of `allocate_named`."""
     if options.dispatch == "by_rank":
-        return allocate_named(aval, divide_by_rank(program).program.num_message_slots)
+        return allocate_named(aval, divide_by_rank(program).program.num_message_slots, fills)
     return allocate(aval, program.num_message_slots + 1, apart=options.dispatch == "unrolled")
 
 
@@ -365,7 +367,7 @@ def infer(
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
     buffers = Buffers(
-        in_flight=_messages(program, options, local.x),
+        in_flight=_messages(program, options, local.x, itertools.count()),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -393,7 +395,7 @@ def evaluate(
     loss, head_metrics = _head_shapes(program, options, aux_loss, local)
     shares = _shares(options, local, (loss, aux_loss))
     buffers = Buffers(
-        in_flight=_messages(program, options, y),
+        in_flight=_messages(program, options, y, itertools.count()),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, aux_loss),
         stage_metrics=jax.tree.map(accumulator, metrics),
