@@ -19,6 +19,7 @@ from jaxpipe.batches import lengthen, with_mask, without_padding
 from jaxpipe.not_differentiable import not_transposed
 from jaxpipe.params import Params
 from jaxpipe.runtime import execute, fsdp
+from jaxpipe.runtime.by_rank import is_short_by_rank
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options, sums_are_wide
@@ -383,8 +384,13 @@ def value_and_grad(
         ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes loops parts of CUDA graphs, which need no host.
         "unrolled" is for one rank, and for ranks that all run the same at once, as DualPipe's two do: code that needs
         no choice and copies nothing into slots. It is two to three times as much code, and it stashes even what is
-        named "recompute". The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs,
-        there is one rank; otherwise "sequential" on CPUs, which overlap nothing, and "stretches" elsewhere.
+        named "recompute". "by_rank" is for a few ranks that differ, which share no ends: each has code of its own for
+        each tick, one loop of no or one trip, in which slots are arrays of their own: nothing is copied into slots or
+        out of them, and there are two to five times fewer loops than "stretches" has. It is up to nine times as much
+        code as each branch once.
+        The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs, there is one rank;
+        otherwise "sequential" on CPUs, which overlap nothing; elsewhere "by_rank" for training if there is little code,
+        as there is for two ranks, and "stretches" if not.
       shared_ends: all pipeline ranks run embed and head together; see above.
       order: which stage row i of a stage parameter belongs to: "model", stage i; "storage", stage
         ``schedule.storage_order[i]``. A rank owns an even share of the rows. In storage order these are the stages that
@@ -563,6 +569,11 @@ def _pipeline(
             f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r}"
             f"{' with shared_ends' if options.shared_ends else ''} do not: choose of {DISPATCHERS[1:]}"
         )
+    if options.dispatch == "by_rank" and options.shared_ends:
+        raise ValueError(
+            "dispatch='by_rank' gives each rank code of its own, and with shared_ends all run embed and head at once: "
+            f"choose of {DISPATCHERS[2:]}"
+        )
     # XLA has no product of bfloat16 in float32 on CPUs, or one that takes operands in some layouts only.
     options = dataclasses.replace(options, wide_products=not _on_cpu(mesh) and sums_are_wide(options.grad_dtype))
     return Pipeline(program, model, mesh, options)
@@ -573,7 +584,9 @@ def default_dispatch(program: Program, mesh: Mesh | AbstractMesh) -> str:
     on_cpu = _on_cpu(mesh)  # which would run an overlapped pair of several ranks one after the other
     if is_short(program) and (program.num_ranks == 1 or not on_cpu):
         return "unrolled"
-    return "sequential" if on_cpu else "stretches"
+    if on_cpu:
+        return "sequential"
+    return "by_rank" if not program.forward_only and is_short_by_rank(program) else "stretches"
 
 
 def _on_cpu(mesh: Mesh | AbstractMesh) -> bool:

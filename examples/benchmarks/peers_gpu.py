@@ -291,7 +291,9 @@ def parse() -> argparse.Namespace:
         "--dualpipe", default="", metavar="FOLDER", help="a checkout of github.com/deepseek-ai/DualPipe"
     )
     parser.add_argument(
-        "--dispatch", choices=["loops", "stretches", "sequential", "switch"], help="ours; default: stretches"
+        "--dispatch",
+        choices=["by_rank", "loops", "stretches", "sequential", "switch"],
+        help="ours; default: unrolled for DualPipe, by_rank for others",
     )
     parser.add_argument(
         "--grad-dtype", choices=["float32", "bfloat16"], default="float32", help="of sums, on all sides"

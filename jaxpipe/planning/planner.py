@@ -282,7 +282,8 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
     CPUs run the halves of a pair one after the other.
     """
     on_cpu = isinstance(pipeline.mesh, Mesh) and pipeline.mesh.devices.flat[0].platform == "cpu"
-    if pipeline.dispatch in ("loops", "stretches") or (pipeline.dispatch == "sequential" and on_cpu and not cpu):
+    in_loops = pipeline.dispatch in ("loops", "stretches", "by_rank")
+    if in_loops or (pipeline.dispatch == "sequential" and on_cpu and not cpu):
         dispatch = "sequential" if cpu else "loops"
     else:
         return pipeline

@@ -1,12 +1,14 @@
-"""Slot pools: pytrees of ``[slots, ...]`` arrays, or slots apart; read and written one slot at a time."""
+"""Slot pools: pytrees of ``[slots, ...]`` arrays, slots apart, or slots by name; read and written one at a time."""
 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Collection, Iterator
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 SUMS = "sums"
@@ -59,6 +61,42 @@ class Apart(NamedTuple):
     slots: tuple[Any, ...]
 
 
+class Named(NamedTuple):
+    """A pool whose slots are arrays of their own, which loops carry and write in place; slots are known when traced.
+
+    Attributes:
+      slots: in each the arrays of all places of a slot, or None in code that does not use it; no dummy slot.
+    """
+
+    slots: tuple[Any, ...]
+
+    def only(self, slots: Collection[Any]) -> Named:
+        """The pool with None for all others."""
+        return Named(tuple(arrays if i in slots else None for i, arrays in enumerate(self.slots)))
+
+    def updated(self, part: Named) -> Named:
+        """The pool with what a part of it has."""
+        return Named(tuple(old if new is None else new for old, new in zip(self.slots, part.slots, strict=True)))
+
+
+def allocate_named(avals: Any, slots: int, fills: Iterator[int]) -> Named:
+    """Slots for values of the given shapes and dtypes.
+
+    What is in them is never read. It is another of ``fills`` in each array, or XLA would make one and copies of it.
+    """
+
+    def fill(aval: Any) -> jax.Array:
+        if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
+            return jnp.zeros(aval.shape, aval.dtype)
+        dtype, number = np.dtype(aval.dtype), next(fills)
+        if dtype.itemsize == 1:  # some have fewer than eight bits
+            return jnp.full(aval.shape, number % (2 if dtype == np.bool_ else 8), dtype)
+        bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
+        return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
+
+    return Named(tuple(jax.tree.map(fill, avals) for _ in range(slots)))
+
+
 class Taken(NamedTuple):
     """Stands for a pool where the one value that is read of it is there already."""
 
@@ -69,15 +107,17 @@ def take(pool: Any, slot: Any) -> Any:
     """The value in a slot."""
     if isinstance(pool, Taken):
         return pool.value
-    if isinstance(pool, Apart):
+    if isinstance(pool, (Apart, Named)):
         return pool.slots[slot]
     return jax.tree.map(lambda leaf: lax.dynamic_index_in_dim(leaf, slot, keepdims=False), pool)
 
 
 def put(pool: Any, slot: Any, value: Any) -> Any:
     """The pool with a slot replaced."""
-    if isinstance(pool, Apart):
-        return Apart((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
+    if isinstance(pool, Named) and slot == len(pool.slots):
+        return pool  # nobody reads the value
+    if isinstance(pool, (Apart, Named)):
+        return type(pool)((*pool.slots[:slot], value, *pool.slots[slot + 1 :]))
     return jax.tree.map(lambda leaf, new: lax.dynamic_update_index_in_dim(leaf, new, slot, 0), pool, value)
 
 

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -20,10 +21,12 @@ from jaxpipe.runtime.buffers import (
     accumulation_dtype,
     accumulator,
     allocate,
+    allocate_named,
     put,
     sum_dtype,
     take,
 )
+from jaxpipe.runtime.by_rank import code_in_stretches, divide_by_rank
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -47,7 +50,6 @@ from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
 from jaxpipe.runtime.stash import divide_stages
-from jaxpipe.runtime.stretches import make_stretches
 from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -251,6 +253,15 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
+    fills = itertools.count()
+    kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
+    sized = divide_by_rank(program).program if options.dispatch == "by_rank" else program
+    counts = (sized.num_stash_slots, sized.num_weight_stash_slots, sized.num_cross_slots)
+    if options.dispatch == "by_rank":
+        residuals = [allocate_named(avals, count, fills) for avals, count in zip(kept, counts, strict=True)]
+    else:
+        # No operation of these writes into a dummy slot, which is large: only values apart have one.
+        residuals = [pool(avals, count + apart) for avals, count in zip(kept, counts, strict=True)]
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
@@ -263,11 +274,10 @@ def _train_buffers(
         grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
-        in_flight=pool(local.x, program.num_message_slots + 1),
-        # No operation of these writes into a dummy slot, which is large: only values apart have one.
-        stash=pool(pools.stash.avals, program.num_stash_slots + apart),
-        weight_stash=pool(pools.weight_stash.avals, program.num_weight_stash_slots + apart),
-        cross=pool(pools.cross.avals, program.num_cross_slots + apart),
+        in_flight=_messages(program, options, local.x, fills),
+        stash=residuals[0],
+        weight_stash=residuals[1],
+        cross=residuals[2],
         grads=grads,
         outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),
@@ -275,6 +285,13 @@ def _train_buffers(
         stage_metrics=jax.tree.map(accumulator, split.aux),
         head_metrics=jax.tree.map(accumulator, head_metrics),
     )
+
+
+def _messages(program: Program, options: Options, aval: Any, fills: Iterator[int]) -> Any:
+    """Empty slots for messages; ``fills`` as of `allocate_named`."""
+    if options.dispatch == "by_rank":
+        return allocate_named(aval, divide_by_rank(program).program.num_message_slots, fills)
+    return allocate(aval, program.num_message_slots + 1, apart=options.dispatch == "unrolled")
 
 
 def _scale(shares: Shares, sums: Any) -> Any:
@@ -357,7 +374,7 @@ def infer(
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
     buffers = Buffers(
-        in_flight=allocate(local.x, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        in_flight=_messages(program, options, local.x, itertools.count()),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -385,7 +402,7 @@ def evaluate(
     loss, head_metrics = _head_shapes(program, options, aux_loss, local)
     shares = _shares(options, local, (loss, aux_loss))
     buffers = Buffers(
-        in_flight=allocate(y, program.num_message_slots + 1, apart=options.dispatch == "unrolled"),
+        in_flight=_messages(program, options, y, itertools.count()),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, aux_loss),
         stage_metrics=jax.tree.map(accumulator, metrics),
@@ -450,8 +467,8 @@ def make_tables(program: Program, dispatch: str) -> tuple[Any, Any]:
     """(tables of each rank ``[steps or rounds, ranks, ...]``, tables common to all ranks ``[steps]``)."""
     if dispatch == "unrolled":
         return unrolled_table(program), ()
-    if dispatch == "stretches":
-        return [body.table for body in make_bodies(program, make_stretches(program))], ()
+    if dispatch in ("stretches", "by_rank"):
+        return [body.table for body in make_bodies(*code_in_stretches(program, dispatch))], ()
     _, patterns = _patterns(program)
     per_rank = {
         "branch": program.branch,
@@ -473,9 +490,9 @@ def run_steps(
     """All steps. A scan over them runs a branch, then moves messages where the step says so."""
     if dispatch == "unrolled":
         return run_unrolled(program, operation, axis, buffers, tables[0][:, 0])[0]
-    if dispatch == "stretches":
-        mine = [table[:, 0] for table in tables[0]]
-        return run_stretches(program, make_stretches(program), operation, axis, buffers, mine)
+    if dispatch in ("stretches", "by_rank"):
+        mine, code = [table[:, 0] for table in tables[0]], code_in_stretches(program, dispatch)
+        return run_stretches(*code, operation, axis, buffers, mine, by_rank=dispatch == "by_rank")
     per_rank, patterns = tables
     per_rank = {name: table[:, 0] for name, table in per_rank.items()}
     if dispatch == "sequential":

@@ -12,7 +12,7 @@ from jaxpipe.params import Params
 from jaxpipe.schedule.simulator import Costs
 from jaxpipe.stage.exchanged import MAX_GROWTH
 
-DISPATCHERS = ("unrolled", "switch", "loops", "stretches", "sequential")
+DISPATCHERS = ("unrolled", "by_rank", "switch", "loops", "stretches", "sequential")
 """How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
 
 AUTOMATIC = "automatic"

@@ -7,14 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Buffers, put, take
+from jaxpipe.runtime.buffers import Buffers, Named, put, take
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
@@ -50,11 +50,11 @@ class _Columns:
 
 
 class _Code(NamedTuple):
-    """A piece, with its entries ``[operations of its branch][fields]``, and its number among the program's pieces."""
+    """A piece, with its entries ``[operations of its branch][fields]``, and a scope that says which it is."""
 
     branch: int
     operands: tuple[tuple[_Entry, ...], ...]
-    number: int
+    scope: str
 
 
 class _Loop(NamedTuple):
@@ -80,15 +80,20 @@ class _Body(NamedTuple):
     table: np.ndarray
 
 
-def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
-    """The code of each stretch, and its table."""
+def make_bodies(program: Program, stretches: Sequence[Stretch], *, by_rank: bool = False) -> list[_Body]:
+    """The code of each stretch, and its table.
+
+    The scope ``piece_NUMBER`` tells a profile's reader which piece an operation is of; ``by_rank``, where each is of
+    one rank, ``steps_FIRST_PERIOD_TIMES`` tells the steps.
+    """
     bodies, of_pieces, of_loops = [], itertools.count(), itertools.count()
     for stretch in stretches:
         columns = _Columns()
 
         def node(each: Piece | Guarded, columns: _Columns = columns) -> _Code | _Loop:
             if isinstance(each, Piece):
-                return _Code(each.branch, _operands(program, each, columns), next(of_pieces))
+                scope = _scope_of_steps(each) if by_rank else f"piece_{next(of_pieces)}"
+                return _Code(each.branch, _operands(program, each, columns), scope)
             number, trips = next(of_loops), columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen))
             return _Loop(tuple(map(node, each.nodes)), trips, number)
 
@@ -100,6 +105,11 @@ def make_bodies(program: Program, stretches: Sequence[Stretch]) -> list[_Body]:
         table = np.stack(columns.columns, -1) if columns.columns else np.zeros((*shape, 0), np.int32)
         bodies.append(_Body(ticks, table))
     return bodies
+
+
+def _scope_of_steps(piece: Piece) -> str:
+    steps = piece.steps.max(1)
+    return f"steps_{steps[0]}_{steps[1] - steps[0] if len(steps) > 1 else 1}_{len(steps)}"
 
 
 def _operands(program: Program, piece: Piece, columns: _Columns) -> tuple[tuple[_Entry, ...], ...]:
@@ -129,12 +139,18 @@ def run_stretches(
     axis: str,
     buffers: Buffers,
     tables: Sequence[jax.Array],
+    *,
+    by_rank: bool = False,
 ) -> Buffers:
-    """All steps; ``tables`` are this rank's, ``[rounds, columns]`` for each stretch."""
+    """All steps; ``tables`` are this rank's, ``[rounds, columns]`` for each stretch.
+
+    ``by_rank``: pools of residuals are `Named`, and each piece is one rank's.
+    """
 
     def run_nodes(nodes: Sequence[_Code | _Loop], buffers: Buffers, row: Any, zero: Any) -> Buffers:
         for i, node in enumerate(nodes):
-            if i:  # so that all slots are read before another piece writes, and no pool is copied
+            if i and not (by_rank and isinstance(node, _Loop)):
+                # so that all slots are read before another piece writes, and no pool is copied
                 buffers = lax.optimization_barrier(buffers)
             buffers = run_piece(node, buffers, row, zero) if isinstance(node, _Code) else run_loop(node, buffers, row)
         return buffers
@@ -146,8 +162,8 @@ def run_stretches(
             for fields in (zip(Field, entries, strict=True) for entries in node.operands)
         ]
         scope = f"branch_{node.branch}{'/together' * program.together(branch)}"
-        with jax.named_scope(scope), jax.named_scope(f"piece_{node.number}"):
-            return run_branch(branch, operation, in_order=True)(buffers, operands)
+        with jax.named_scope(scope), jax.named_scope(node.scope):
+            return run_branch(branch, operation, apart=by_rank, in_order=not by_rank)(buffers, operands)
 
     def run_loop(node: _Loop, buffers: Buffers, row: Any) -> Buffers:
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:
@@ -157,7 +173,10 @@ def run_stretches(
                 buffers, inside, zero = lax.optimization_barrier((buffers, row, index))
                 return run_nodes(node.nodes, buffers, inside, zero)
 
-        return lax.fori_loop(0, _value(node.trips, row), trip, buffers)
+        if not by_rank:
+            return lax.fori_loop(0, _value(node.trips, row), trip, buffers)
+        inside = lax.fori_loop(0, _value(node.trips, row), trip, _part(program, buffers, node))
+        return _with_part(buffers, inside)
 
     def exchange(given: _Exchange, in_flight: Any, row: Any) -> Any:
         def move(_: Any, in_flight: Any) -> Any:
@@ -170,21 +189,62 @@ def run_stretches(
 
     def run_round(body: _Body, buffers: Buffers, row: Any) -> Buffers:
         for i, (nodes, exchanges) in enumerate(body.ticks):
-            if i:
+            if i and not by_rank:  # what slots by name hold stays; loops are in order, for all of them carry messages
                 buffers = lax.optimization_barrier(buffers)
             buffers = run_nodes(nodes, buffers, row, None)
             for each in exchanges:
                 buffers = buffers._replace(in_flight=exchange(each, buffers.in_flight, row))
         return buffers
 
-    for i, (body, table) in enumerate(zip(make_bodies(program, stretches), tables, strict=True)):
-        if i:
+    bodies = make_bodies(program, stretches, by_rank=by_rank)
+    for i, (body, table) in enumerate(zip(bodies, tables, strict=True)):
+        if i and not by_rank:
             buffers = lax.optimization_barrier(buffers)
         if len(table) == 1:
             buffers = run_round(body, buffers, table[0])
         else:
             buffers, _ = lax.scan(lambda carry, row, body=body: (run_round(body, carry, row), None), buffers, table)
     return buffers
+
+
+_USED: dict[str, tuple[Field, ...]] = {
+    "in_flight": (Field.SOURCE, Field.TARGET),
+    "stash": (Field.STASH,),
+    "weight_stash": (Field.WEIGHT_STASH,),
+    "cross": (Field.CROSS,),
+}
+"""The columns of the slots of each pool."""
+
+
+def _part(program: Program, buffers: Buffers, loop: _Loop) -> Buffers:
+    """What a loop uses of buffers with slots by name."""
+    pieces = list(_codes(loop.nodes))
+    pools = {
+        name: pool.only({entries[field] for piece in pieces for entries in piece.operands for field in fields})
+        for name, fields in _USED.items()
+        if isinstance(pool := getattr(buffers, name), Named)  # or () where there is none
+    }
+    operations = [operation for piece in pieces for operation in program.branches[piece.branch]]
+    summed = {program.parts[part][0] for op, part in operations if op in (Op.B, Op.W)}
+    grads = tuple(sums if chunk in summed else None for chunk, sums in enumerate(buffers.grads))
+    return buffers._replace(**pools, grads=grads)
+
+
+def _with_part(buffers: Buffers, part: Buffers) -> Buffers:
+    """The buffers with what a loop has made of a part of them."""
+    pools = {
+        name: pool.updated(getattr(part, name)) for name in _USED if isinstance(pool := getattr(buffers, name), Named)
+    }
+    grads = tuple(old if new is None else new for old, new in zip(buffers.grads, part.grads, strict=True))
+    return part._replace(**pools, grads=grads)
+
+
+def _codes(nodes: Sequence[_Code | _Loop]) -> Iterator[_Code]:
+    for node in nodes:
+        if isinstance(node, _Code):
+            yield node
+        else:
+            yield from _codes(node.nodes)
 
 
 def _value(entry: _Entry, row: Any, zero: Any = None) -> Any:

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.runtime.buffers import Apart, put, take
+from jaxpipe.runtime.buffers import Apart, Named, put, take
 
 
 class StageKinds:
@@ -144,6 +144,9 @@ class SharedPool(NamedTuple):
         """What is kept in a slot, of a kind."""
         if isinstance(pool, Apart):
             return take(pool, slot)
+        if isinstance(pool, Named):
+            whole = zip(self.of_kind(take(pool, slot), kind), self.kinds[kind], strict=True)
+            return tuple(_first(place, aval) for place, aval in whole)
         leaves = zip(self.of_kind(pool, kind), self.kinds[kind], strict=True)
         return tuple(_take(leaf, slot, aval) for leaf, aval in leaves)
 
@@ -151,6 +154,10 @@ class SharedPool(NamedTuple):
         """The pool with a slot's places for a kind replaced."""
         if isinstance(pool, Apart):
             return put(pool, slot, values)
+        if isinstance(pool, Named):
+            places = take(pool, slot)
+            found = zip(self.of_kind(places, kind), values, strict=True)
+            return put(pool, slot, self.with_kind(places, kind, [_with_first(place, value) for place, value in found]))
         leaves = zip(self.of_kind(pool, kind), values, strict=True)
         return self.with_kind(pool, kind, [_put(leaf, slot, value) for leaf, value in leaves])
 
@@ -158,6 +165,18 @@ class SharedPool(NamedTuple):
 def _row(aval: Any) -> jax.ShapeDtypeStruct:
     """The numbers of an array in a row."""
     return jax.ShapeDtypeStruct((aval.size,), aval.dtype)
+
+
+def _first(place: jax.Array, aval: Any) -> jax.Array:
+    """An array of a place that may be larger."""
+    return place if place.shape == aval.shape else lax.slice(place, (0,), (aval.size,)).reshape(aval.shape)
+
+
+def _with_first(place: jax.Array, value: jax.Array) -> jax.Array:
+    """A place with an array in it."""
+    if place.shape == value.shape:
+        return value
+    return lax.dynamic_update_slice(place, value.reshape(-1), (jnp.int32(0),))
 
 
 def _take(leaf: jax.Array, slot: Any, aval: Any) -> jax.Array:

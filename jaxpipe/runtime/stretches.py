@@ -112,7 +112,7 @@ def make_stretches(program: Program) -> tuple[Stretch, ...]:
     >>> [stretch.times for stretch in make_stretches(lower(build("dualpipe", 2, 32)))]
     [1, 1, 14, 1, 1]
     """
-    table = _TickTable(program)
+    table = TickTable(program)
     return tuple(table.stretch(shape) for shape in _choose(table))
 
 
@@ -195,7 +195,7 @@ class _Embedded(NamedTuple):
     places: tuple[tuple[int, int], ...]
 
 
-class _TickTable:
+class TickTable:
     """The ticks of a program."""
 
     def __init__(self, program: Program) -> None:
@@ -501,7 +501,7 @@ def _shorten(kinds: np.ndarray) -> _Shortened:
     return _Shortened(kept, weights, first, first + length - cut, period, middle, cut)
 
 
-def _choose(table: _TickTable) -> list[_Shape]:
+def _choose(table: TickTable) -> list[_Shape]:
     """The stretches with the fewest reads for so much code, by dynamic programming over the ticks where they may begin.
 
     A part of the program that repeats itself is seen shortened, each of its ticks counted for several.
@@ -542,7 +542,7 @@ def _choose(table: _TickTable) -> list[_Shape]:
     return [shape._replace(first=long(shape.first), stop=long(shape.stop)) for shape in shapes]
 
 
-def _improve(table: _TickTable, short: _Shortened, shapes: list[_Shape], limit: int) -> list[_Shape]:
+def _improve(table: TickTable, short: _Shortened, shapes: list[_Shape], limit: int) -> list[_Shape]:
     """The stretches with pieces moved, added and left out one at a time, as long as that saves reads."""
 
     def size(code: Iterable[int]) -> int:
@@ -595,7 +595,7 @@ def _begins(short: _Shortened) -> list[int]:
     return sorted(tick for tick in found if not (short.cut and short.first + 2 < tick < short.stop - 2))
 
 
-def _candidates(table: _TickTable, short: _Shortened, first: int, stop: int) -> Iterator[_Shape]:
+def _candidates(table: TickTable, short: _Shortened, first: int, stop: int) -> Iterator[_Shape]:
     """Stretches of the kept ticks from one to another."""
     ticks, spans = short.kept[first:stop], short.cut and first < short.middle < stop
     for code in _codes(table, ticks, short.weights[first:stop]):
@@ -606,7 +606,7 @@ def _candidates(table: _TickTable, short: _Shortened, first: int, stop: int) -> 
             yield _Shape(first, stop, period, codes)
 
 
-def _codes(table: _TickTable, ticks: list[int], weights: np.ndarray) -> Iterator[tuple[int, ...]]:
+def _codes(table: TickTable, ticks: list[int], weights: np.ndarray) -> Iterator[tuple[int, ...]]:
     """Codes for rounds of one tick: fit for the most frequent ticks, or for more of them; they have all branches."""
     counts: dict[tuple[int, ...], float] = {}
     for tick, weight in zip(ticks, weights, strict=True):
@@ -619,7 +619,7 @@ def _codes(table: _TickTable, ticks: list[int], weights: np.ndarray) -> Iterator
     yield tuple(needed)
 
 
-def _weigh(table: _TickTable, short: _Shortened, shape: _Shape) -> float:
+def _weigh(table: TickTable, short: _Shortened, shape: _Shape) -> float:
     """The reads of a stretch; permutes that carry nothing count as some."""
     ranks, reads = table.program.num_ranks, 0.0
     for offset, code in enumerate(shape.codes):

@@ -3,7 +3,7 @@
 A microbatch is a number that the compiled step reads from a table, so no operation is named after one. But the step
 runs its branches in the order of that table: the n-th run of an operation of a branch on a rank is the n-th entry of
 that branch in the rank's column. Unrolled code has operations of its own for each step, or for each step of its loop's
-body, and the stretches of a program of several ranks have some for each piece of their code; a scope says which.
+body, as each rank has in code of its own, and stretches have some for each piece of their code; a scope says which.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ from typing import NamedTuple
 import numpy as np
 from jax.sharding import Mesh
 
+from jaxpipe.runtime.by_rank import code_in_stretches
 from jaxpipe.runtime.program import Field, Program
 from jaxpipe.runtime.stretches import loops, make_stretches, pieces
 from jaxpipe.schedule.simulator import Costs
@@ -147,7 +148,7 @@ def loop_trips(program: Program, rank: int = 0, *, dispatch: str) -> list[tuple[
       program: of the pipeline.
       rank: which.
       dispatch: of the pipeline: "loops", which has a loop for each branch and each pattern of exchanges, "stretches",
-        or another, which has none.
+        "by_rank", or another, which has none.
 
     >>> from jaxpipe.runtime.lower import lower
     >>> from jaxpipe.schedule import Costs, build
@@ -165,9 +166,9 @@ def loop_trips(program: Program, rank: int = 0, *, dispatch: str) -> list[tuple[
         if not len(patterns):
             return trips
         return [*trips, ("/send/ppermute", float(program.communicate.any(1).mean()) / len(patterns))]
-    if dispatch != "stretches":
+    if dispatch not in ("stretches", "by_rank"):
         return []
-    found = loops(make_stretches(program))
+    found = loops(code_in_stretches(program, dispatch)[1])
     means = [float(loop.chosen[:, rank].sum() / max(loop.reached[:, rank].sum(), 1)) for loop in found]
     return [(f"choice_{i}/", means[i]) for i in reversed(range(len(means)))]  # what is within another comes before it
 

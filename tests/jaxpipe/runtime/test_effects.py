@@ -84,6 +84,7 @@ PLACES = {
     "1f1b, loops": ("1f1b", 2, "loops", layer),
     "zb1p, sequential": ("zb1p", 2, "sequential", in_loop),
     "dualpipev, stretches": ("dualpipev", 2, "stretches", layer),
+    "zbv, by rank": ("zbv", 2, "by_rank", layer),
     "one rank, unrolled": ("1f1b", 1, "unrolled", in_loop),
 }
 

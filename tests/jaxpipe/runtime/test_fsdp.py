@@ -59,6 +59,7 @@ def make(schedule, layered, count=1):
     [
         ("dualpipev", 2, "stretches", False),
         ("zb1p", 2, "switch", True),
+        ("zb1p", 2, "by_rank", True),
         ("1f1b", 1, "unrolled", True),
         *(
             pytest.param(*case, layered, marks=pytest.mark.slow)

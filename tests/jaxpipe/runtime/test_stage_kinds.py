@@ -66,6 +66,7 @@ CASES = [
             ("dualpipe", 4, [0, 1, 1, 1], None),
             ("dualpipev", 4, [0, 0, 0, 1, 1, 1, 0, 1], None),
             ("dualpipev", 2, [0, 1, 1, 1], "switch"),
+            ("zbv", 2, [0, 1, 1, 1], "by_rank"),
         ]
     ),
 ]

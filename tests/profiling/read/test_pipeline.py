@@ -94,8 +94,9 @@ def test_two_mirrored_ranks_run_unrolled_code(tmp_path):
     check_microbatches(*capture_steps(tmp_path, 2, 1, "dualpipe", dispatch="unrolled"))
 
 
-def test_stretches_have_operations_of_their_own(tmp_path):
-    check_microbatches(*capture_steps(tmp_path, 2, 1, dispatch="stretches"))
+@pytest.mark.parametrize("dispatch", ["stretches", "by_rank"])
+def test_pieces_of_code_have_operations_of_their_own(tmp_path, dispatch):
+    check_microbatches(*capture_steps(tmp_path, 2, 1, dispatch=dispatch))
 
 
 def check_microbatches(trace, program, schedule, ranks):
