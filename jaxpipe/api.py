@@ -409,12 +409,13 @@ def value_and_grad(
         the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
       stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
-        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots``,
-        and what input gradients hand to weight gradients that run later counts with the slots that it has. Within that
-        the backward pass computes again what takes least time for its bytes: casts and norms first, then products,
-        attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a
-        device has for it. None: elementwise work and what is named "recompute" is computed again, nothing else. A stage
-        that also uses `jax.checkpoint` computes again what that says, whatever the budget.
+        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` (and
+        for one more with some schedules' "by_rank"), and what input gradients hand to weight gradients that run later
+        counts with the slots that it has. Within that the backward pass computes again what takes least time for its
+        bytes: casts and norms first, then products, attention, and what collectives bring last; gradients are the same.
+        `jaxpipe.fit_stash` finds the bytes that a device has for it. None: elementwise work and what is named
+        "recompute" is computed again, nothing else. A stage that also uses `jax.checkpoint` computes again what that
+        says, whatever the budget.
       max_growth: how many times the bytes of a stage's parameters, in ``compute_dtype``, may be kept all step long of
         what collectives make of them alone. What is fewer bytes is made once a step and not for each microbatch, such
         as the working copies of experts with redundant ones; and where collectives make a parameter's gradient, what
