@@ -568,7 +568,8 @@ def _pipeline(
     if options.dispatch == "unrolled" and not keeps_step(program):
         raise ValueError(
             f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r}"
-            f"{' with shared_ends' if options.shared_ends else ''} do not: choose of {DISPATCHERS[1:]}"
+            f"{' with shared_ends' if options.shared_ends else ''} do not: "
+            f"choose of {DISPATCHERS[2 if options.shared_ends else 1 :]}"
         )
     if options.dispatch == "by_rank" and options.shared_ends:
         raise ValueError(

@@ -218,3 +218,5 @@ def test_default_where_there_is_little_code():
     assert not is_short_by_rank(lower(build("dualpipev", 4, 16)))
     with pytest.raises(ValueError, match="by_rank' gives each rank code of its own, and with shared_ends all run"):
         made("dualpipev", shared_ends=True, dispatch="by_rank")
+    with pytest.raises(ValueError, match=r"with shared_ends do not: choose of \('switch', "):
+        made("dualpipev", shared_ends=True, dispatch="unrolled")

@@ -178,7 +178,8 @@ def test_what_does_not_fit_is_refused(make_stage, message):
         jax.eval_shape(pipeline, params, batch, jax.random.key(0))
 
 
-def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
+@pytest.mark.parametrize("dispatch", ["sequential", "by_rank"])
+def test_kinds_whose_arrays_differ_in_shape_share_memory(x64, dispatch):
     """What each keeps has a width of its own; a slot takes what the larger one does."""
     sizes = {"narrow": 24, "wide": 36}
 
@@ -195,8 +196,8 @@ def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
     head = lambda outer, y, data, ctx: jnp.mean(y**2)  # noqa: E731
 
     def pipeline(functions, kind_of):
-        mesh = jaxpipe.make_mesh(pp=2)
-        return jaxpipe.value_and_grad(jaxpipe.StageKinds(functions, kind_of), schedule, mesh, head=head, stash=10**6)
+        stage, mesh = jaxpipe.StageKinds(functions, kind_of), jaxpipe.make_mesh(pp=2)
+        return jaxpipe.value_and_grad(stage, schedule, mesh, head=head, stash=10**6, dispatch=dispatch)
 
     both = pipeline([hidden("narrow"), hidden("wide")], [0, 1])
     (loss, _), grads = jax.jit(both)(params, batch)
