@@ -386,8 +386,8 @@ def value_and_grad(
         no choice and copies nothing into slots. It is two to three times as much code, and it stashes even what is
         named "recompute". "by_rank" is for a few ranks that differ, which share no ends: each has code of its own for
         each tick, one loop of no or one trip, in which slots are arrays of their own: nothing is copied into slots or
-        out of them, and there are two to five times fewer loops than "stretches" has. It is up to nine times as much
-        code as each branch once.
+        out of them, but what kinds of stages keep in arrays of one dtype and several shapes, which share memory. There
+        are two to five times fewer loops than "stretches" has. It is up to nine times as much code as each branch once.
         The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs, there is one rank;
         otherwise "sequential" on CPUs, which overlap nothing; elsewhere "by_rank" for training if there is little code,
         as there is for two ranks, and "stretches" if not.
