@@ -159,8 +159,8 @@ def lowered(name, dispatch, microbatches, width=8):
 def test_empty_slots_are_numbers():
     """Or a search for NaNs (`jax.debug_nans`) would end where nothing is wrong; MXFP8's scales have no zero."""
     dtypes = ("bool", "int4", "float4_e2m1fn", "float8_e4m3fn", "float8_e8m0fnu", "bfloat16", "complex64")
-    pool = allocate_named([jax.ShapeDtypeStruct((2,), dtype) for dtype in dtypes], 3, itertools.count())
-    assert [len(arrays) for arrays in pool.slots] == 3 * [len(dtypes)]
+    pool = allocate_named([jax.ShapeDtypeStruct((2,), dtype) for dtype in dtypes], 8, itertools.count())
+    assert [len(arrays) for arrays in pool.slots] == 8 * [len(dtypes)]
     for leaf, dtype in zip(itertools.chain(*pool.slots), itertools.cycle(dtypes)):
         assert leaf.shape == (2,) and leaf.dtype == dtype
         assert np.isfinite(np.asarray(leaf).astype(np.complex64)).all()
