@@ -386,8 +386,8 @@ def value_and_grad(
         no choice and copies nothing into slots. It is two to three times as much code, and it stashes even what is
         named "recompute". "by_rank" is for a few ranks that differ, which share no ends: each has code of its own for
         each tick, one loop of no or one trip, in which slots are arrays of their own: nothing is copied into slots or
-        out of them, and there are two to five times fewer loops than "stretches" has. It is up to nine times as much
-        code as each branch once.
+        out of them, but what kinds of stages keep in arrays of one dtype and several shapes, which share memory. There
+        are two to five times fewer loops than "stretches" has. It is up to nine times as much code as each branch once.
         The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs, there is one rank;
         otherwise "sequential" on CPUs, which overlap nothing; elsewhere "by_rank" for training if there is little code,
         as there is for two ranks, and "stretches" if not.
@@ -409,12 +409,13 @@ def value_and_grad(
         the optimizer's state so (ZeRO-1).
       min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
       stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
-        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots``,
-        and what input gradients hand to weight gradients that run later counts with the slots that it has. Within that
-        the backward pass computes again what takes least time for its bytes: casts and norms first, then products,
-        attention, and what collectives bring last; gradients are the same. `jaxpipe.fit_stash` finds the bytes that a
-        device has for it. None: elementwise work and what is named "recompute" is computed again, nothing else. A stage
-        that also uses `jax.checkpoint` computes again what that says, whatever the budget.
+        at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` (and
+        for one more with some schedules' "by_rank"), and what input gradients hand to weight gradients that run later
+        counts with the slots that it has. Within that the backward pass computes again what takes least time for its
+        bytes: casts and norms first, then products, attention, and what collectives bring last; gradients are the same.
+        `jaxpipe.fit_stash` finds the bytes that a device has for it. None: elementwise work and what is named
+        "recompute" is computed again, nothing else. A stage that also uses `jax.checkpoint` computes again what that
+        says, whatever the budget.
       max_growth: how many times the bytes of a stage's parameters, in ``compute_dtype``, may be kept all step long of
         what collectives make of them alone. What is fewer bytes is made once a step and not for each microbatch, such
         as the working copies of experts with redundant ones; and where collectives make a parameter's gradient, what
@@ -567,7 +568,8 @@ def _pipeline(
     if options.dispatch == "unrolled" and not keeps_step(program):
         raise ValueError(
             f"dispatch='unrolled' is for one rank, or ranks that all run the same at once; those of {schedule!r}"
-            f"{' with shared_ends' if options.shared_ends else ''} do not: choose of {DISPATCHERS[1:]}"
+            f"{' with shared_ends' if options.shared_ends else ''} do not: "
+            f"choose of {DISPATCHERS[2 if options.shared_ends else 1 :]}"
         )
     if options.dispatch == "by_rank" and options.shared_ends:
         raise ValueError(

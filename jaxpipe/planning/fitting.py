@@ -10,6 +10,7 @@ from jaxpipe.params import Params
 from jaxpipe.planning import chips
 from jaxpipe.planning.chips import Chip
 from jaxpipe.planning.planner import Plan, plan
+from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.runtime.stash import slots_of
 
 SHARE = 0.95
@@ -70,7 +71,7 @@ def fit_stash(
     if isinstance(chip, str):
         chip = chips.chip(chip)
     limit = SHARE * chip.memory if memory is None else memory
-    slots = slots_of(pipeline.program).microbatches
+    slots = slots_of(as_dispatched(pipeline.program, pipeline.dispatch)).microbatches
 
     def at(stash: int) -> FittedStash:
         changed = dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, stash=stash))

@@ -24,6 +24,7 @@ from jaxpipe.batches import with_mask
 from jaxpipe.params import Params, dtype_of
 from jaxpipe.runtime import fsdp
 from jaxpipe.runtime.buffers import accumulator, add
+from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
@@ -188,7 +189,11 @@ class Stopwatch:
             ]
             recompute, stash = self.pipeline.dispatch != "unrolled", self.pipeline.options.stash
             self._splits = divide_stages(
-                kinds, self.pipeline.program, stash, recompute=recompute, flat=self.pipeline.options.axes.complete
+                kinds,
+                as_dispatched(self.pipeline.program, self.pipeline.dispatch),
+                stash,
+                recompute=recompute,
+                flat=self.pipeline.options.axes.complete,
             )
         return self._splits[kind]
 

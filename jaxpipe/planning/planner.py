@@ -23,6 +23,7 @@ from jaxpipe.planning.memory import Memory, body_memory, count_sums
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.rates import PROGRAMS
 from jaxpipe.planning.work import Works, works
+from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.schedule.action import Kind
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline
 from jaxpipe.stage.kernel_flops import FlopsRule
@@ -277,7 +278,7 @@ def stages_text(stages: Sequence[int]) -> str:
 
 
 def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
-    """The pipeline as a mesh of chips, or of CPUs, has it, each branch once.
+    """The pipeline as a mesh of chips, or of CPUs, has it, each branch once, with the slots of its own dispatcher.
 
     CPUs run the halves of a pair one after the other.
     """
@@ -287,7 +288,10 @@ def _as_on(pipeline: Pipeline, *, cpu: bool) -> Pipeline:
         dispatch = "sequential" if cpu else "loops"
     else:
         return pipeline
-    return dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, dispatch=dispatch))
+    program = as_dispatched(pipeline.program, pipeline.dispatch)
+    return dataclasses.replace(
+        pipeline, program=program, options=dataclasses.replace(pipeline.options, dispatch=dispatch)
+    )
 
 
 def _shape(leaf: Any) -> Any:

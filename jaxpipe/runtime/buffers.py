@@ -89,8 +89,8 @@ def allocate_named(avals: Any, slots: int, fills: Iterator[int]) -> Named:
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
             return jnp.zeros(aval.shape, aval.dtype)
         dtype, number = np.dtype(aval.dtype), next(fills)
-        if dtype.itemsize == 1:  # some have fewer than eight bits
-            return jnp.full(aval.shape, number % (2 if dtype == np.bool_ else 8), dtype)
+        if dtype.itemsize == 1:  # some have fewer than eight bits, and one no zero
+            return jnp.full(aval.shape, number % 2 if dtype == np.bool_ else 1 + number % 7, dtype)
         bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
         return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
 

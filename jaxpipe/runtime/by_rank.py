@@ -89,6 +89,11 @@ def divide_by_rank(program: Program) -> ByRank:
     return ByRank(named, _stretches(table, named, repeat), size)
 
 
+def as_dispatched(program: Program, dispatch: str) -> Program:
+    """The program with the slots that a dispatcher's code has."""
+    return divide_by_rank(program).program if dispatch == "by_rank" else program
+
+
 def code_in_stretches(program: Program, dispatch: str) -> tuple[Program, tuple[Stretch, ...]]:
     """(the program with the slots of its code, the code) for dispatch "stretches" or "by_rank"."""
     if dispatch == "by_rank":

@@ -26,7 +26,7 @@ from jaxpipe.runtime.buffers import (
     sum_dtype,
     take,
 )
-from jaxpipe.runtime.by_rank import code_in_stretches, divide_by_rank
+from jaxpipe.runtime.by_rank import as_dispatched, code_in_stretches
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -212,7 +212,8 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
         )
         for kind in range(len(local.model.stages))
     ]
-    splits = divide_stages(kinds, program, options.stash, recompute=recompute, flat=options.axes.complete)
+    sized = as_dispatched(program, options.dispatch)
+    splits = divide_stages(kinds, sized, options.stash, recompute=recompute, flat=options.axes.complete)
     for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])
@@ -255,7 +256,7 @@ def _train_buffers(
     pool = functools.partial(allocate, apart=apart)
     fills = itertools.count()
     kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
-    sized = divide_by_rank(program).program if options.dispatch == "by_rank" else program
+    sized = as_dispatched(program, options.dispatch)
     counts = (sized.num_stash_slots, sized.num_weight_stash_slots, sized.num_cross_slots)
     if options.dispatch == "by_rank":
         residuals = [allocate_named(avals, count, fills) for avals, count in zip(kept, counts, strict=True)]
@@ -290,7 +291,7 @@ def _train_buffers(
 def _messages(program: Program, options: Options, aval: Any, fills: Iterator[int]) -> Any:
     """Empty slots for messages; ``fills`` as of `allocate_named`."""
     if options.dispatch == "by_rank":
-        return allocate_named(aval, divide_by_rank(program).program.num_message_slots, fills)
+        return allocate_named(aval, as_dispatched(program, options.dispatch).num_message_slots, fills)
     return allocate(aval, program.num_message_slots + 1, apart=options.dispatch == "unrolled")
 
 

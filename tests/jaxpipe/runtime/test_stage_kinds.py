@@ -1,12 +1,16 @@
 """Stages of several kinds: the plain program's numbers, a branch for each operation and kind, slots that are shared."""
 
+import itertools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import jaxpipe
+from jaxpipe.runtime.buffers import allocate, allocate_named
 from jaxpipe.runtime.program import Op
+from jaxpipe.runtime.stage_kinds import SharedPool
 from tests.plain import assert_trees_close
 
 WIDTH, HIDDEN, BATCH, MICROBATCHES = 8, 24, 16, 8
@@ -174,7 +178,8 @@ def test_what_does_not_fit_is_refused(make_stage, message):
         jax.eval_shape(pipeline, params, batch, jax.random.key(0))
 
 
-def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
+@pytest.mark.parametrize("dispatch", ["sequential", "by_rank"])
+def test_kinds_whose_arrays_differ_in_shape_share_memory(x64, dispatch):
     """What each keeps has a width of its own; a slot takes what the larger one does."""
     sizes = {"narrow": 24, "wide": 36}
 
@@ -191,8 +196,8 @@ def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
     head = lambda outer, y, data, ctx: jnp.mean(y**2)  # noqa: E731
 
     def pipeline(functions, kind_of):
-        mesh = jaxpipe.make_mesh(pp=2)
-        return jaxpipe.value_and_grad(jaxpipe.StageKinds(functions, kind_of), schedule, mesh, head=head, stash=10**6)
+        stage, mesh = jaxpipe.StageKinds(functions, kind_of), jaxpipe.make_mesh(pp=2)
+        return jaxpipe.value_and_grad(stage, schedule, mesh, head=head, stash=10**6, dispatch=dispatch)
 
     both = pipeline([hidden("narrow"), hidden("wide")], [0, 1])
     (loss, _), grads = jax.jit(both)(params, batch)
@@ -211,6 +216,42 @@ def test_kinds_whose_arrays_differ_in_shape_share_memory(x64):
     alone = pipeline([hidden("wide")], [0, 0])
     stash = [jaxpipe.plan(step, params, batch, "H100").memory.stash for step in (both, alone)]
     assert stash[0] == stash[1]
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_slots_of_arrays_of_several_shapes_hold_what_was_put_there(named):
+    """Slots whose last value was of another kind: places of all dtypes, some larger than what is in them."""
+
+    def numbers(dtype, *shape):
+        return jnp.asarray(np.random.default_rng(len(shape)).integers(0, 2, shape)).astype(dtype)
+
+    def keys(*shape):
+        return jax.random.split(jax.random.key(sum(shape)), shape)
+
+    dtypes = (jnp.float32, jnp.bfloat16, jnp.float8_e4m3fn, jnp.int32, jnp.bool_)
+    kinds = (
+        (*(numbers(dtype, 3, 5) for dtype in dtypes), keys(7)),
+        (*(numbers(dtype, 2, 3, 2) for dtype in dtypes), keys(2, 3)),
+        (*(numbers(dtype) for dtype in dtypes), numbers(jnp.float32, 0, 4), jax.random.key(5)),
+    )
+    shared = SharedPool.of(jax.tree.map(jax.typeof, kinds), flat=True)
+    assert [aval.shape for aval in shared.avals] == [(15,)] * len(dtypes) + [(7,), (0, 4)]
+
+    def value(kind, slot):  # each slot's numbers are its own
+        return tuple(leaf[::-1] if slot and leaf.ndim else leaf for leaf in kinds[kind])
+
+    slots = 2
+    pool = allocate_named(shared.avals, slots, itertools.count()) if named else allocate(shared.avals, slots)
+    held = {}
+    for kind, slot in [(0, 0), (1, 1), (1, 0), (2, 1), (0, 1), (2, 0), (0, 0)]:
+        place = slot if named else jnp.int32(slot)
+        pool = shared.put(pool, place, kind, value(kind, slot))
+        held[slot] = kind
+        for slot, kind in held.items():
+            found = shared.take(pool, slot if named else jnp.int32(slot), kind)
+            for leaf, expected in zip(found, value(kind, slot), strict=True):
+                assert leaf.shape == expected.shape and leaf.dtype == expected.dtype
+                assert (leaf == expected).all()
 
 
 def test_what_two_kinds_make_of_the_same_parameters_is_there_once():
