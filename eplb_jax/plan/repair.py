@@ -106,7 +106,9 @@ def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
 def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
     """Experts of all GPUs that a GPU did not hold before, of each row; slots [rows, R] both."""
     experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    before, after = (held_by_gpus(slots.reshape(len(slots), num_gpus, slots.shape[1] // num_gpus), experts) for slots in (old, new))
+    before, after = (
+        held_by_gpus(slots.reshape(len(slots), num_gpus, slots.shape[1] // num_gpus), experts) for slots in (old, new)
+    )
     return (after & ~before).sum((1, 2))
 
 
