@@ -362,7 +362,8 @@ def value_and_grad(
       prepare: ``prepare(outer)`` makes what embed and head get in place of the outer parameters, a tree of the same
         structure, once a step: an output matrix gathered of devices' parts, say, which a head would otherwise gather
         for each microbatch. Gradients are summed in its shapes, and return to the parameters once. Every rank keeps
-        both all step long. It may use collectives over any manual axis. None: they get the parameters themselves.
+        both all step long. It may use collectives over any manual axis. What it makes of trained parameters has a
+        gradient, also in the place of a frozen one. None: they get the parameters themselves.
       axis: the mesh axis of the pipeline ranks.
       data_axes: mesh axes over which the batch is split by hand; gradients are summed over them once, after the loop.
       replicated_axes: mesh axes on which stages communicate by hand while the batch is the same on them.

@@ -160,8 +160,9 @@ class PipelinedModel:
             return self.pipeline.evaluation
         variant, shapes = self._model.variant(model, loss), jax.tree.map(_shape, self.params)
         local = lambda: _local_shapes(variant, self._storage, self.pipeline, shapes)  # noqa: E731
-        parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, local)
-        functions = Model(parts.stages, parts.embed, parts.head, self.pipeline.model.weight)
+        weight, prepare = self.pipeline.model.weight, self.pipeline.model.prepare
+        parts = _Parts(variant, self._storage, self.pipeline.compute_dtype, prepare, local)
+        functions = Model(parts.stages, parts.embed, parts.head, weight, prepare)
         return dataclasses.replace(self.pipeline, model=functions).evaluation
 
     def merge(self, params: Params) -> Any:
@@ -238,7 +239,7 @@ def pipelined(
     local = lambda: _local_shapes(model, storage, pipeline, shapes)  # noqa: E731
     axis = options.get("axis", "pp")
     specs = _annotated_specs(model, storage, options, axis) if specs is None else check_specs_given(specs, axis)
-    parts = _Parts(model, storage, options.get("compute_dtype"), local)
+    parts = _Parts(model, storage, options.get("compute_dtype"), options.get("prepare"), local)
     if trainable is not None and not isinstance(trainable, Params):
         outer, blocks = trainable
         trainable = Params(blocks if model.stacked else _common(blocks, storage, model.names, _refuse_mask), outer)
@@ -333,12 +334,14 @@ class _Parts:
       model: cut.
       storage: of its blocks' parameters.
       dtype: of the working copies, or None.
+      prepare: of `jaxpipe.value_and_grad`, or None.
       shapes: gives (outer, blocks) of a device's parameters.
     """
 
     model: CutModel
     storage: LayerStorage
     dtype: Any
+    prepare: Callable[..., Any] | None
     shapes: Callable[[], tuple[Any, Any]]
 
     def embed(self, outer: Any, data: Any, ctx: Context) -> Any:
@@ -416,6 +419,7 @@ class _Parts:
         def cut(structure: Any, shapes: tuple[tuple[Any, Any], ...]) -> Cut:
             key, data = jax.tree.unflatten(structure, [jax.ShapeDtypeStruct(*shape) for shape in shapes])
             outer, blocks = jax.eval_shape(functools.partial(cast, dtype=self.dtype), self.shapes())
+            outer = outer if self.prepare is None else jax.eval_shape(self.prepare, outer)
             cut = Cut(loss, outer, blocks, key, data, self.model.names, stacked=self.model.stacked)
             _warn_of_wider_products(cut, self.dtype, self.model.names[0])
             return cut

@@ -187,6 +187,12 @@ def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
             config = config.in_precision(args.precision)
         except ValueError as error:
             raise ValueError(f"--config {args.config or DEFAULT} --precision {args.precision}: {error}") from None
+    if args.gather_head == "step" and (not config.shard_outer or config.tied or config.shared_ends):
+        raise ValueError(
+            f"--gather-head step of a model with shard_outer={config.shard_outer}, tied={config.tied}, "
+            f"shared_ends={config.shared_ends}, which keeps no output matrix in parts over the experts' axis: leave it "
+            "out, or take a configuration with shard_outer=True that is not tied, and --ends apart"
+        )
     return with_exchange(config, args).over_devices(devices, args.slots)
 
 

@@ -28,7 +28,7 @@ from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
-from jaxpipe.runtime.prepared_outer import run_prepare
+from jaxpipe.runtime.prepared_outer import run_prepare, trainable_of_prepared
 from jaxpipe.runtime.row_grads import pull_back_rows
 from jaxpipe.runtime.shared_ends import share_ends
 from jaxpipe.runtime.stash import divide_stages
@@ -330,7 +330,7 @@ class Stopwatch:
     def _embed_grad(self, params: Params, batch: Any, rng: Any, step_inputs: Any, held: Any, none: Any) -> Any:
         outer, dx = held
         ctx = self._start(params, batch, rng, step_inputs)[2]
-        diff, rest = partition(outer, self._trainable.outer)
+        diff, rest = partition(outer, self._trainable_ends(params))
 
         def floating(diff: Any) -> Any:
             return partition(self._model.run_embed(merge(diff, rest), ctx))[0]
@@ -342,7 +342,7 @@ class Stopwatch:
         outer, y = held
         num_stages = self.pipeline.program.schedule.num_stages
         ctx = make_context(batch, rng, step_inputs, num_stages, 0, num_stages)
-        diff, rest = partition(outer, self._trainable.outer)
+        diff, rest = partition(outer, self._trainable_ends(params))
         y_diff, y_rest = partition(y)
 
         def loss_of(diff: Any, y_diff: Any) -> Any:
@@ -350,6 +350,11 @@ class Stopwatch:
 
         loss, vjp, metrics = vjp_once(loss_of, diff, y_diff, has_aux=True)
         return loss, vjp(jnp.ones(loss.shape, loss.dtype)), metrics
+
+    def _trainable_ends(self, params: Params) -> Any:
+        """Which leaves of what embed and head get have a gradient."""
+        outer = cast(params.outer, self.pipeline.compute_dtype)
+        return trainable_of_prepared(self._model, outer, self._trainable.outer)
 
     def _message(self, params: Params, batch: Any, rng: Any, step_inputs: Any, x: Any, none: Any) -> Any:
         axis, size = self.axes.pipeline, self.axes.sizes[self.axes.pipeline]

@@ -45,7 +45,7 @@ from jaxpipe.runtime.operations import (
 )
 from jaxpipe.runtime.options import Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
-from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare
+from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare, trainable_of_prepared
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
@@ -98,6 +98,8 @@ def train(
     has one. Gradients are None for the others: nothing is computed, summed or moved for those.
     """
     local = _start(program, model, options, params, batch, rng, step_inputs, outputs=False)
+    given = trainable.outer
+    trainable = trainable._replace(outer=trainable_of_prepared(local.model, local.given, given))
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
     split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses, flat=options.axes.complete)
@@ -156,7 +158,7 @@ def train(
         buffers = run_steps(program, step.operation, axis, options.dispatch, buffers, tables)
     with jax.named_scope("reduce"):
         sums, outer_grads = _scale(shares, (buffers.grads, buffers.outer_grads))
-        outer_grads = pull_back_prepare(local.model, local.given, trainable.outer, outer_grads)
+        outer_grads = pull_back_prepare(local.model, local.given, given, trainable.outer, outer_grads)
         rest = {chunk: grads_of(chunk, each) for chunk, each in enumerate(sums) if chunk not in done}
         returned = [*returned, *return_grads(rest, *where)]
         done |= rest

@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jax import lax
 
 from jaxpipe.runtime.model import Model
 from jaxpipe.runtime.operations import merge, partition
+from jaxpipe.stage.effects import dependents
 from jaxpipe.stage.graph import make_graph, read
 from jaxpipe.stage.trace import inexact
 from jaxpipe.stage.wide import evaluate_wide
@@ -23,7 +25,7 @@ def run_prepare(model: Model, outer: Any) -> Any:
     """
     if model.prepare is None:
         return outer
-    made = model.prepare(outer)
+    made = jax.tree.map(lambda leaf: leaf if hasattr(leaf, "dtype") else jnp.asarray(leaf), model.prepare(outer))
     given, returned = jax.tree.structure(outer), jax.tree.structure(made)
     if given != returned:
         raise ValueError(
@@ -41,18 +43,35 @@ def run_prepare(model: Model, outer: Any) -> Any:
     )
 
 
-def pull_back_prepare(model: Model, outer: Any, trainable: Any, sums: Any) -> Any:
+def trainable_of_prepared(model: Model, outer: Any, trainable: Any) -> Any:
+    """Which leaves of what `run_prepare` makes have a gradient, a tree of bools: those made of parameters that have.
+
+    A frozen matrix to which ``prepare`` adds trained adapters has one; what it makes of frozen parameters alone, or
+    of none, has not.
+    """
+    if model.prepare is None:
+        return trainable
+    diff, rest = partition(outer, trainable)
+    closed, shapes = jax.make_jaxpr(lambda diff: run_prepare(model, merge(diff, rest)), return_shape=True)(diff)
+    graph = make_graph(closed)
+    made = dependents(graph.nodes, set(graph.inputs))
+    leaves, structure = jax.tree.flatten(shapes)
+    pairs = zip(leaves, graph.outputs, strict=True)
+    return jax.tree.unflatten(structure, [inexact(leaf) and value in made for leaf, value in pairs])
+
+
+def pull_back_prepare(model: Model, outer: Any, trainable: Any, summed: Any, sums: Any) -> Any:
     """Gradients of the outer parameters, of the sums of those of what `run_prepare` made, None for frozen ones.
 
-    They are in the dtypes of the sums or in wider ones: casts to narrower dtypes in ``prepare`` have none on the way
-    back.
+    ``summed`` are those of its leaves that have one, as `trainable_of_prepared` finds them. Gradients are in the dtypes
+    of the sums or in wider ones: casts to narrower dtypes in ``prepare`` have none on the way back.
     """
     if model.prepare is None:
         return sums
     prepare, (diff, rest) = model.prepare, partition(outer, trainable)
 
     def floating(diff: Any) -> Any:
-        return partition(prepare(merge(diff, rest)), trainable)[0]
+        return partition(prepare(merge(diff, rest)), summed)[0]
 
     shapes = jax.eval_shape(floating, diff)
     closed, shape = jax.make_jaxpr(lambda diff, cts: jax.vjp(floating, diff)[1](cts)[0], return_shape=True)(

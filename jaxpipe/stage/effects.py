@@ -71,7 +71,7 @@ def without_repeated(
     effects of a custom derivative itself stay.
     """
     known = frozenset().union(*(_kinds(node.eqn) for node in flat(forward)))
-    depends = _dependents(backward, set(cotangents))
+    depends = dependents(backward, set(cotangents))
 
     def is_repeated(node: Node) -> bool:
         return node.recomputed and _kinds(node.eqn) <= known and depends.isdisjoint(node.ins)
@@ -158,7 +158,7 @@ def flat(nodes: Iterable[Node]) -> Iterable[Node]:
             yield from flat(body)
 
 
-def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
+def dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
     """Values, and all that depend on them, in bodies and branches, too."""
     found = set(values)
     for node in nodes:
@@ -173,7 +173,7 @@ def _dependents(nodes: Sequence[Node], values: set[Value]) -> set[Value]:
         found.update(inner for outer, inner in (*scan.consts, *scan.xs) if outer in found)
         found.update(carry.entering for carry in scan.carries if carry.initial in found)
         while True:
-            found |= _dependents(scan.nodes, found)
+            found |= dependents(scan.nodes, found)
             grown = {carry.entering for carry in scan.carries if carry.leaving in found} - found
             if not grown:
                 break
@@ -190,6 +190,6 @@ def _spread(cond: Cond, found: set[Value]) -> None:
         found.update(value for operand, value in pairs if value is not None and operand in found)
         if cond.index in found:
             found.update(value for node in branch.nodes for value in (*node.ins, *node.outs))
-        found |= _dependents(branch.nodes, found)
+        found |= dependents(branch.nodes, found)
         pairs = zip(cond.results, branch.outputs, strict=True)
         found.update(result for result, value in pairs if value in found or cond.index in found)

@@ -264,6 +264,15 @@ def test_flags_of_precision_and_moments():
         flags.sized_config(parse(["--precision", "fp8"]), 2)
 
 
+def test_a_head_is_gathered_once_a_step_only_where_it_is_in_parts():
+    parse = flags.train_parser().parse_args
+    apart = ["--ends", "apart", "--gather-head", "step"]
+    assert flags.sized_config(parse(["--config", "dsv3-671b", *apart]), 8).gather_head == "step"
+    for arguments in (apart, ["--config", "dsv3-671b", "--ends", "together", *apart[2:]]):
+        with pytest.raises(ValueError, match=r"--gather-head step of a model with shard_outer=.*leave it out"):
+            flags.sized_config(parse(arguments), 8)
+
+
 def test_a_stash_takes_the_place_of_remat():
     parse = flags.train_parser().parse_args
     given = parse(["--config", "dsv3-671b", "--stash", "1.5e9"])

@@ -4,9 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
+from jaxpipe.flax import from_nnx
 from tests.jaxprs import primitives
 from tests.plain import assert_trees_close
 
@@ -40,7 +42,7 @@ def make(name, dtype=jnp.float64, head=head, **options):
     )  # fmt: skip
     pipeline = jaxpipe.value_and_grad(
         stage, schedule, jaxpipe.make_mesh(pp=PP, ep=EP), embed=embed, head=head, data_axes=("ep",),
-        specs=jaxpipe.Params(P("pp"), {"in": P(), "output": P("ep")}), **{"prepare": gathered, **options},
+        **{"prepare": gathered, "specs": jaxpipe.Params(P("pp"), {"in": P(), "output": P("ep")}), **options},
     )  # fmt: skip
     return pipeline, params, jnp.asarray(rng.normal(size=(16, WIDTH)), dtype)
 
@@ -60,6 +62,73 @@ def test_equals_the_plain_program(x64, name):
     np.testing.assert_allclose(loss, expected, rtol=1e-12)
     assert_trees_close(grads, expected_grads, rtol=1e-10)
     assert grads.outer["output"].sharding.spec[0] == "ep"
+
+
+def test_a_frozen_matrix_with_trained_adapters(x64):
+    """`prepare` adds them: gradients of the sum are theirs, and the matrix has none."""
+
+    def adapted(outer):
+        return {**outer, "output": outer["output"] + outer["a"] @ outer["b"], "scale": 2.0}
+
+    def scaled(outer, y, data, ctx):
+        return head(outer, y, data, ctx) * outer["scale"]
+
+    frozen = {"in": False, "output": False, "scale": False, "a": True, "b": True}
+    trainable = jaxpipe.Params(True, frozen)
+    pipeline, params, x = make("1f1b", head=scaled, prepare=adapted, specs=None, trainable=trainable)
+    rng = np.random.default_rng(1)
+    adapters = {"a": jnp.asarray(rng.normal(size=(WIDTH, 2))), "b": jnp.asarray(rng.normal(size=(2, 6)))}
+    params = params._replace(outer={**params.outer, **adapters, "scale": jnp.ones(())})
+    (loss, _), grads = jax.jit(pipeline)(params, x)
+
+    def of(adapters):
+        outer = adapted({**params.outer, **adapters})
+        return 2 * plain(params._replace(outer=outer), x)
+
+    expected, expected_grads = jax.value_and_grad(of)(adapters)
+    np.testing.assert_allclose(loss, expected, rtol=1e-12)
+    assert_trees_close({name: grads.outer[name] for name in adapters}, expected_grads, rtol=1e-10)
+
+
+class Tower(nnx.Module):
+    def __init__(self):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(WIDTH, WIDTH, rngs=rngs) for _ in range(2)])
+        self.output = nnx.Linear(WIDTH, 6, use_bias=False, rngs=rngs)
+
+    def __call__(self, x):
+        for layer in self.layers:
+            x = layer(x)
+        return self.output(x)
+
+
+def test_a_module_gets_what_is_prepared():
+    """In training and in evaluation, of the trained model and of another."""
+
+    def doubled(outer):
+        return jax.tree.map(lambda shard: 2 * jax.lax.all_gather(shard, "ep", tiled=True), outer)
+
+    def loss(model, x):
+        return jnp.mean(jnp.sin(model(x)))
+
+    model, x = Tower(), jnp.asarray(np.random.default_rng(0).normal(size=(8, WIDTH)), jnp.float32)
+    pipe = from_nnx(
+        model, jaxpipe.schedule.build("1f1b", PP, 2), jaxpipe.make_mesh(pp=PP, ep=EP), blocks="layers", loss=loss,
+        data_axes=("ep",), specs=jaxpipe.Params(P("pp"), P("ep")), prepare=doubled,
+    )  # fmt: skip
+    (found, _), grads = jax.jit(pipe)(pipe.params, x)
+    evaluated = [jax.jit(step)(pipe.params, x)[0] for step in (pipe.evaluate, pipe.evaluation(model))]
+
+    def of(kernel):
+        y = x
+        for layer in model.layers:
+            y = layer(y)
+        return jnp.mean(jnp.sin(y @ (2 * kernel)))
+
+    expected, expected_grad = jax.value_and_grad(of)(model.output.kernel[...])
+    np.testing.assert_allclose([found, *evaluated], [expected] * 3, rtol=1e-6)
+    (grad,) = jax.tree.leaves(grads.outer)
+    np.testing.assert_allclose(grad, expected_grad, rtol=1e-5, atol=1e-7)
 
 
 def test_gathers_once_a_step(x64):
