@@ -43,6 +43,20 @@ DEEPSEEK: tuple[Rule, ...] = (
 _MOVES = r"(copy|transpose|bitcast|slice|dynamic-slice|dynamic-update-slice|concatenate|pad|reshape|iota|broadcast)"
 _PART = r"(-start|\.|-|_|$)"
 
+_ELEMENTWISE = (
+    # What both call so, then JAX's primitives, then XLA's opcodes.
+    r"and|or|not|xor|abs|sqrt|rsqrt|cbrt|sign|floor|ceil|map|tan|tanh|sinh|cosh|atan2|logistic|clamp|real|imag|complex"
+    r"|erf|constant"
+    r"|add|add_any|sub|mul|div|rem|neg|exp|exp2|expm1|log|log1p|sin|cos|asin|acos|atan|asinh|acosh|atanh|pow|integer_pow"
+    r"|square|max|min|lt|le|gt|ge|eq|ne|lt_to|le_to|eq_to|select_n|convert_element_type|round|is_finite|nextafter|erfc"
+    r"|erf_inv|lgamma|digamma|igamma|igammac|polygamma|regularized_incomplete_beta|bessel_i[01]e|population_count|clz|conj"
+    r"|shift_left|shift_right_logical|shift_right_arithmetic"
+    r"|subtract|multiply|divide|remainder|negate|exponential(-minus-one)?|log-plus-one|sine|cosine|power|maximum|minimum"
+    r"|compare|select|convert|round-nearest-(even|afz)|is-finite|popcnt|count-leading-zeros"
+    r"|shift-(left|right-(logical|arithmetic))"
+)
+"""Instructions that compute each number of others at its place."""
+
 XLA: tuple[Rule, ...] = (
     Rule(r"^(all|reduce|ragged|collective|async|send|recv)[a-z-]*-done(\.|$)", "collective done", "wait", "hlo_op"),
     # JAX names an instruction after its own primitive where it can, and XLA after its opcode where it cannot.
@@ -79,17 +93,11 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^copy-(start|done)", "copy", "compute", "hlo_op"),
     # XLA's CPU backend hands matrix products, and what it fuses with them, to a library.
     Rule(r"^(ynn|xnn|onednn)_fusion", "library fusion", "compute", "hlo_op"),
+    Rule(rf"^reduce[-_]precision{_PART}", "elementwise", "compute", "hlo_op"),
     Rule(r"reduce|reduction|cumsum|cumlogsumexp|argm(ax|in)", "reduction", "compute", "hlo_op"),
     Rule(r"fusion|^wrapped_", "fusion", "compute", "hlo_op"),
     Rule(r"^rng|^partition-id|^replica-id|random|threefry", "random numbers and ids", "compute", "hlo_op"),
-    Rule(
-        rf"^(add|subtract|sub|multiply|mul|divide|div|negate|neg|exponential|exp|log|tanh|logistic|sine|cosine|power"
-        rf"|maximum|minimum|max|min|compare|select|select_n|convert|convert_element_type|clamp|and|or|not|xor|abs|sqrt"
-        rf"|rsqrt|sign|floor|ceil|constant|map){_PART}",
-        "elementwise",
-        "compute",
-        "hlo_op",
-    ),
+    Rule(rf"^({_ELEMENTWISE}){_PART}", "elementwise", "compute", "hlo_op"),
     *COMPUTE,
     # Calls that a library registered are instructions with names of their own.
     *(dataclasses.replace(rule, field="hlo_op") for rule in COMPUTE),

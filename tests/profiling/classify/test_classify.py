@@ -143,6 +143,33 @@ def instructions(text):
     return [name for name, opcode in found if opcode not in without_work]
 
 
+FLOATS = """abs acos acosh asin asinh atan atanh cbrt ceil cos cosh digamma erf erfc erf_inv exp exp2 expm1 floor
+    is_finite lgamma log log1p logistic neg round rsqrt sign sin sinh sqrt square tan tanh add atan2 div eq ge gt le lt
+    max min mul ne nextafter pow rem sub igamma clamp complex"""
+INTEGERS = """bitwise_and bitwise_or bitwise_xor bitwise_not shift_left shift_right_logical shift_right_arithmetic
+    population_count clz"""
+COMPLEX = "real imag conj"
+
+
+@pytest.mark.parametrize(
+    "names", [(FLOATS, "float32"), (INTEGERS, "int32"), (COMPLEX, "complex64")], ids=lambda n: n[1]
+)
+def test_functions_of_single_numbers_are_elementwise(names):
+    """XLA leaves an instruction by itself under the name of JAX's primitive."""
+    x = jnp.ones(3, names[1])
+    for name in names[0].split():
+        traced = None
+        for count in (1, 2, 3):
+            try:
+                traced = jax.make_jaxpr(getattr(jax.lax, name))(*[x] * count)
+            except TypeError:  # it takes more
+                continue
+            break
+        assert traced is not None, name
+        instruction = f"{traced.eqns[-1].primitive.name}.7"
+        assert kind(XLA, instruction, instruction) == ("elementwise", "compute"), name
+
+
 def test_every_instruction_of_a_compiled_step_is_known():
     """Names are the compiler's, so they are taken from it: what runs on this CPU has no unclassified instruction."""
     mesh = jax.make_mesh((2, 4), ("pp", "ep"), axis_types=(AxisType.Auto,) * 2)
