@@ -123,11 +123,12 @@ def rows(args: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, A
             lines = rounds.run(folder / f"{turn}-{interval}", interval)
             losses = np.array([line["loss"] for line in lines])
             expected = losses if expected is None else expected
-            yield {"rebalancing": name, "round": str(turn + 1), **summary(lines)}
-            check(name, losses, expected, int(sum(line["dropped"] for line in lines)))
+            figures = summary(lines)
+            yield {"rebalancing": name, "round": str(turn + 1), **figures}
+            check(name, losses, expected, figures["dropped"])
 
 
-def check(name: str, losses: Any, expected: Any, dropped: int) -> None:
+def check(name: str, losses: Any, expected: Any, dropped: float) -> None:
     """Raises AssertionError where losses are not those of the first round, or where tokens were dropped."""
     import numpy as np  # noqa: PLC0415
 
