@@ -24,7 +24,7 @@ from chunks import dense_chunk
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from record import Recorder, machine, make_parser, medians_ms
-from schedules import HALVED, Layers, make_step, masters
+from schedules import CUBLAS, HALVED, Layers, make_step, masters
 
 import jaxpipe
 import profiling
@@ -98,7 +98,7 @@ def main() -> None:
     schedule = build(args.schedule, args.ranks, args.microbatches)
     options = {"dispatch": args.dispatch} if args.dispatch else {}
     step, lowered = make_step(model, schedule, layers, costs_of(layers), **options)
-    compiled = lowered.compile()
+    compiled = lowered.compile(CUBLAS)
     if args.hlo:
         with open(args.hlo, "w", encoding="utf-8") as file:
             file.write(compiled.as_text() or "")
