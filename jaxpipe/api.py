@@ -384,11 +384,12 @@ def value_and_grad(
         with the branches that occur in them, which is up to twice as much code.
         ``XLA_FLAGS=--xla_gpu_enable_command_buffer=+WHILE`` makes loops parts of CUDA graphs, which need no host.
         "unrolled" is for one rank, and for ranks that all run the same at once, as DualPipe's two do: code that needs
-        no choice and copies nothing into slots. It is two to three times as much code, and it stashes even what is
-        named "recompute". "by_rank" is for a few ranks that differ, which share no ends: each has code of its own for
-        each tick, one loop of no or one trip, in which slots are arrays of their own: nothing is copied into slots or
-        out of them, but what kinds of stages keep in arrays of one dtype and several shapes, which share memory. There
-        are two to five times fewer loops than "stretches" has. It is up to nine times as much code as each branch once.
+        no choice and copies nothing into slots. It is two to three times as much code. "by_rank" is for a few ranks
+        that differ, which share no ends: each has code of its own for each tick, one loop of no or one trip, in which
+        slots are arrays of their own: nothing is copied into slots or out of them, but what kinds of stages keep in
+        arrays of one dtype and several shapes, which share memory. There are two to five times fewer loops than
+        "stretches" has. It is up to nine times as much code as each branch once. Both stash even what is named
+        "recompute": what is not copied is cheaper kept than made again.
         The default is "unrolled" where it can be, a few rounds of the schedule repeat, and, on CPUs, there is one rank;
         otherwise "sequential" on CPUs, which overlap nothing; elsewhere "by_rank" for training if there is little code,
         as there is for two ranks, and "stretches" if not.
@@ -414,9 +415,9 @@ def value_and_grad(
         for one more with some schedules' "by_rank"), and what input gradients hand to weight gradients that run later
         counts with the slots that it has. Within that the backward pass computes again what takes least time for its
         bytes: casts and norms first, then products, attention, and what collectives bring last; gradients are the same.
-        `jaxpipe.fit_stash` finds the bytes that a device has for it. None: elementwise work and what is named
-        "recompute" is computed again, nothing else. A stage that also uses `jax.checkpoint` computes again what that
-        says, whatever the budget.
+        `jaxpipe.fit_stash` finds the bytes that a device has for it. None: elementwise work and, where slots are
+        copied, what is named "recompute" is computed again, nothing else. A stage that also uses `jax.checkpoint`
+        computes again what that says, whatever the budget.
       max_growth: how many times the bytes of a stage's parameters, in ``compute_dtype``, may be kept all step long of
         what collectives make of them alone. What is fewer bytes is made once a step and not for each microbatch, such
         as the working copies of experts with redundant ones; and where collectives make a parameter's gradient, what
@@ -578,7 +579,8 @@ def _pipeline(
             f"choose of {DISPATCHERS[2:]}"
         )
     # XLA has no product of bfloat16 in float32 on CPUs, or one that takes operands in some layouts only.
-    options = dataclasses.replace(options, wide_products=not _on_cpu(mesh) and sums_are_wide(options.grad_dtype))
+    wide_products = not _on_cpu(mesh) and sums_are_wide(options.grad_dtype)
+    options = dataclasses.replace(options, wide_products=wide_products, uninitialised=not _on_cpu(mesh))
     return Pipeline(program, model, mesh, options)
 
 

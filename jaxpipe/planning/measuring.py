@@ -28,6 +28,7 @@ from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.runtime.copies import cast
 from jaxpipe.runtime.model import Context, Model
 from jaxpipe.runtime.operations import make_context, merge, partition
+from jaxpipe.runtime.options import COPY_NOTHING
 from jaxpipe.runtime.prepared_outer import run_prepare, trainable_of_prepared
 from jaxpipe.runtime.row_grads import pull_back_rows
 from jaxpipe.runtime.shared_ends import share_ends
@@ -187,12 +188,11 @@ class Stopwatch:
                 )
                 for kind in range(len(self._model.stages))
             ]
-            recompute, stash = self.pipeline.dispatch != "unrolled", self.pipeline.options.stash
             self._splits = divide_stages(
                 kinds,
                 as_dispatched(self.pipeline.program, self.pipeline.dispatch),
-                stash,
-                recompute=recompute,
+                self.pipeline.options.stash,
+                copied=self.pipeline.dispatch not in COPY_NOTHING,
                 flat=self.pipeline.options.axes.complete,
             )
         return self._splits[kind]

@@ -79,13 +79,23 @@ class Named(NamedTuple):
         return Named(tuple(old if new is None else new for old, new in zip(self.slots, part.slots, strict=True)))
 
 
-def allocate_named(avals: Any, slots: int, fills: Iterator[int]) -> Named:
-    """Slots for values of the given shapes and dtypes.
+def uninitialised_array(aval: Any) -> jax.Array:
+    """An array whose numbers are never read: whatever is in memory, but zeros where somebody searches for NaNs."""
+    if jax.config.read("jax_debug_nans"):
+        return jnp.zeros(aval.shape, aval.dtype)
+    return lax.empty(aval.shape, aval.dtype)
 
-    What is in them is never read. It is another of ``fills`` in each array, or XLA would make one and copies of it.
+
+def allocate_named(avals: Any, slots: int, fills: Iterator[int] | None) -> Named:
+    """Slots for values of the given shapes and dtypes, whose first contents are never read.
+
+    They are what `jax.lax.empty` leaves there, or, where that would be zeros, another of ``fills`` in each array: else
+    XLA would make one and copies of it.
     """
 
     def fill(aval: Any) -> jax.Array:
+        if fills is None:
+            return uninitialised_array(aval)
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
             return jnp.zeros(aval.shape, aval.dtype)
         dtype, number = np.dtype(aval.dtype), next(fills)
@@ -127,10 +137,20 @@ class Zeros:
     """Stands for a sum to which nothing has been added yet; barriers see no array, so none is made.
 
     Attributes:
-      array: the zeros.
+      array: the zeros, or one whose numbers nobody reads where something is sure to be added.
     """
 
     array: jax.Array
+
+
+def with_arrays(buffers: Buffers) -> Buffers:
+    """The buffers with arrays in place of `Zeros`."""
+    made = jax.tree.map(
+        lambda each: each.array if isinstance(each, Zeros) else each,
+        buffers.grads,
+        is_leaf=lambda node: isinstance(node, Zeros),
+    )
+    return buffers._replace(grads=made)
 
 
 def accumulator(aval: Any, dtype: Any = None) -> jax.Array:

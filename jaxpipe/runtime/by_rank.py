@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -99,6 +99,40 @@ def code_in_stretches(program: Program, dispatch: str) -> tuple[Program, tuple[S
     if dispatch == "by_rank":
         return divide_by_rank(program)[:2]
     return program, make_stretches(program)
+
+
+def first_additions(program: Program, stretches: Sequence[Stretch]) -> dict[tuple[int, int], frozenset[int]]:
+    """The chunks whose sums of gradients a (rank, step) of the code begins.
+
+    These are chunks whose first gradient comes, on each rank, in code that runs once: it is then written to the sum and
+    not added, and nothing is read of the sum before.
+    """
+    once = {
+        (rank, int(step))
+        for stretch in stretches
+        if stretch.times == 1
+        for piece in pieces([stretch])
+        for rank, step in enumerate(piece.steps[0])
+        if step >= 0
+    }
+    first: dict[tuple[int, int], int] = {}
+    for step, row in enumerate(program.branch.tolist()):
+        for rank, index in enumerate(row):
+            for op, part in program.branches[index]:
+                if op in (Op.B, Op.W):
+                    first.setdefault((program.parts[part][0], rank), step)
+    chunks = {chunk for chunk, _ in program.parts}
+    begun = {c for c in chunks if all((rank, first.get((c, rank))) in once for rank in range(program.num_ranks))}
+    found: dict[tuple[int, int], frozenset[int]] = {}
+    for (chunk, rank), step in first.items():
+        if chunk in begun:
+            found[rank, step] = found.get((rank, step), frozenset()) | {chunk}
+    return found
+
+
+def begun_chunks(program: Program) -> frozenset[int]:
+    """The chunks of all `first_additions` of a program with the slots that its code by rank has."""
+    return frozenset().union(*first_additions(*divide_by_rank(program)[:2]).values())
 
 
 def is_short_by_rank(program: Program) -> bool:

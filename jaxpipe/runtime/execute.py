@@ -25,8 +25,9 @@ from jaxpipe.runtime.buffers import (
     put,
     sum_dtype,
     take,
+    uninitialised_array,
 )
-from jaxpipe.runtime.by_rank import as_dispatched, code_in_stretches
+from jaxpipe.runtime.by_rank import as_dispatched, begun_chunks, code_in_stretches
 from jaxpipe.runtime.collective_checks import check_alone, check_gradients_of_ends, check_weight
 from jaxpipe.runtime.copies import Returned, cast, gather_grads, return_grads, working_copies
 from jaxpipe.runtime.evaluate import EvaluationStep
@@ -43,7 +44,7 @@ from jaxpipe.runtime.operations import (
     run_branch,
     run_sequential,
 )
-from jaxpipe.runtime.options import Axes, Options
+from jaxpipe.runtime.options import COPY_NOTHING, Axes, Options
 from jaxpipe.runtime.outputs import shape_texts
 from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare, trainable_of_prepared
 from jaxpipe.runtime.program import Op, Program
@@ -195,7 +196,6 @@ def _start(
 
 def _split_stages(program: Program, options: Options, local: _Local, trainable: Any) -> tuple[SplitStage, ...]:
     """Each kind of stage in its parts, after checks."""
-    recompute = options.dispatch != "unrolled"  # where what is stashed is not copied, computing costs more
     step_inputs = local.ctx.step_inputs
 
     def stage(kind: int, given: Any, x: Any, ctx: Context) -> Any:
@@ -215,7 +215,8 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
         for kind in range(len(local.model.stages))
     ]
     sized = as_dispatched(program, options.dispatch)
-    splits = divide_stages(kinds, sized, options.stash, recompute=recompute, flat=options.axes.complete)
+    copied, flat = options.dispatch not in COPY_NOTHING, options.axes.complete
+    splits = divide_stages(kinds, sized, options.stash, copied=copied, flat=flat)
     for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])
@@ -256,7 +257,7 @@ def _train_buffers(
     """Empty slots, and sums of zero."""
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
-    fills = itertools.count()
+    fills = _fills(options)
     kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
     sized = as_dispatched(program, options.dispatch)
     counts = (sized.num_stash_slots, sized.num_weight_stash_slots, sized.num_cross_slots)
@@ -268,13 +269,19 @@ def _train_buffers(
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
-    def begin(aval: Any) -> Any:
-        """Where code is unrolled the first gradients are the sums."""
+    written = begun_chunks(program) if options.dispatch == "by_rank" and options.uninitialised else frozenset[int]()
+
+    def begin(chunk: int, aval: Any) -> Any:
+        """Where code is unrolled, and in code by rank, the first gradients are the sums."""
+        if chunk in written:
+            return uninitialised_array(jax.eval_shape(grad, aval))
         zeros = grad(aval)
         return Zeros(zeros) if apart else zeros
 
     with jax.named_scope(SUMS):
-        grads = tuple(jax.tree.map(begin, pool.avals) for pool in pools.sums)
+        grads = tuple(
+            jax.tree.map(functools.partial(begin, chunk), pool.avals) for chunk, pool in enumerate(pools.sums)
+        )
         outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
     return Buffers(
         in_flight=_messages(program, options, local.x, fills),
@@ -290,7 +297,12 @@ def _train_buffers(
     )
 
 
-def _messages(program: Program, options: Options, aval: Any, fills: Iterator[int]) -> Any:
+def _fills(options: Options) -> Iterator[int] | None:
+    """The fills of `allocate_named`."""
+    return None if options.uninitialised else itertools.count()
+
+
+def _messages(program: Program, options: Options, aval: Any, fills: Iterator[int] | None) -> Any:
     """Empty slots for messages; ``fills`` as of `allocate_named`."""
     if options.dispatch == "by_rank":
         return allocate_named(aval, as_dispatched(program, options.dispatch).num_message_slots, fills)
@@ -377,7 +389,7 @@ def infer(
     outputs = shape_of_end(program, axes.pipeline, "head", run_head, local.outer, y, ctx)
     _check_outputs(outputs, jax.tree.leaves(batch)[0].shape[1])
     buffers = Buffers(
-        in_flight=_messages(program, options, local.x, itertools.count()),
+        in_flight=_messages(program, options, local.x, _fills(options)),
         stage_metrics=jax.tree.map(accumulator, metrics),
         outputs=allocate(outputs, program.schedule.num_microbatches),
     )
@@ -405,7 +417,7 @@ def evaluate(
     loss, head_metrics = _head_shapes(program, options, aux_loss, local)
     shares = _shares(options, local, (loss, aux_loss))
     buffers = Buffers(
-        in_flight=_messages(program, options, y, itertools.count()),
+        in_flight=_messages(program, options, y, _fills(options)),
         loss=jax.tree.map(accumulator, loss),
         aux_loss=jax.tree.map(accumulator, aux_loss),
         stage_metrics=jax.tree.map(accumulator, metrics),

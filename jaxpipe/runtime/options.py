@@ -15,6 +15,9 @@ from jaxpipe.stage.exchanged import MAX_GROWTH
 DISPATCHERS = ("unrolled", "by_rank", "switch", "loops", "stretches", "sequential")
 """How a rank can run the branch of a step; see `jaxpipe.value_and_grad`."""
 
+COPY_NOTHING = frozenset({"unrolled", "by_rank"})
+"""Those whose slots are values of their own: what is kept stays where it was made."""
+
 AUTOMATIC = "automatic"
 """Stands for one of `DISPATCHERS` until the program is there that it is chosen for."""
 
@@ -63,6 +66,7 @@ class Options:
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
       wide_products: whether products that are gradients of stages come in float32, to be added to sums that are wide.
+      uninitialised: whether `jax.lax.empty` leaves memory as it is, as on GPUs; on CPUs it is zeros.
       min_shard_size: elements of the smallest parameter that either is done to.
       max_growth: how many times the bytes of parameters what collectives make of them may take all step long.
     """
@@ -83,6 +87,7 @@ class Options:
     min_shard_size: int = 0
     stash: int | None = None
     wide_products: bool = False
+    uninitialised: bool = False
     max_growth: float = MAX_GROWTH
 
 

@@ -14,7 +14,8 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Buffers, Named, put, take
+from jaxpipe.runtime.buffers import Buffers, Named, Zeros, put, take, with_arrays
+from jaxpipe.runtime.by_rank import first_additions
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Field, Op, Program
 from jaxpipe.runtime.stretches import Guarded, Piece, Sending, Stretch
@@ -50,11 +51,15 @@ class _Columns:
 
 
 class _Code(NamedTuple):
-    """A piece, with its entries ``[operations of its branch][fields]``, and a scope that says which it is."""
+    """A piece, with its entries ``[operations of its branch][fields]``, and a scope that says which it is.
+
+    ``begins`` are the chunks to whose sums nobody has added before.
+    """
 
     branch: int
     operands: tuple[tuple[_Entry, ...], ...]
     scope: str
+    begins: frozenset[int] = frozenset()
 
 
 class _Loop(NamedTuple):
@@ -87,13 +92,16 @@ def make_bodies(program: Program, stretches: Sequence[Stretch], *, by_rank: bool
     one rank, ``steps_FIRST_PERIOD_TIMES`` tells the steps.
     """
     bodies, of_pieces, of_loops = [], itertools.count(), itertools.count()
+    first = first_additions(program, stretches) if by_rank else {}
     for stretch in stretches:
         columns = _Columns()
 
         def node(each: Piece | Guarded, columns: _Columns = columns) -> _Code | _Loop:
             if isinstance(each, Piece):
                 scope = _scope_of_steps(each) if by_rank else f"piece_{next(of_pieces)}"
-                return _Code(each.branch, _operands(program, each, columns), scope)
+                rank = int(each.steps[0].argmax())
+                begins = first.get((rank, int(each.steps[0, rank])), frozenset())
+                return _Code(each.branch, _operands(program, each, columns), scope, begins)
             number, trips = next(of_loops), columns.entry(each.chosen.astype(np.int32), np.ones_like(each.chosen))
             return _Loop(tuple(map(node, each.nodes)), trips, number)
 
@@ -162,8 +170,12 @@ def run_stretches(
             for fields in (zip(Field, entries, strict=True) for entries in node.operands)
         ]
         scope = f"branch_{node.branch}{'/together' * program.together(branch)}"
+        grads = tuple(
+            jax.tree.map(Zeros, sums) if chunk in node.begins else sums for chunk, sums in enumerate(buffers.grads)
+        )
         with jax.named_scope(scope), jax.named_scope(node.scope):
-            return run_branch(branch, operation, apart=by_rank, in_order=not by_rank)(buffers, operands)
+            run = run_branch(branch, operation, apart=by_rank, in_order=not by_rank)
+            return with_arrays(run(buffers._replace(grads=grads), operands))
 
     def run_loop(node: _Loop, buffers: Buffers, row: Any) -> Buffers:
         def trip(index: jax.Array, buffers: Buffers) -> Buffers:

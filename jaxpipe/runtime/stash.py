@@ -34,18 +34,19 @@ def slots_of(program: Program) -> Slots:
 
 
 def divide_stages(
-    kinds: Sequence[Divisible], program: Program, stash: int | None, *, recompute: bool, flat: bool
+    kinds: Sequence[Divisible], program: Program, stash: int | None, *, copied: bool, flat: bool
 ) -> tuple[SplitStage, ...]:
     """Each kind of stage in its parts.
 
-    ``recompute`` is as of `jaxpipe.stage.split_stage`, for no budget; ``flat`` as of `Pools`.
+    ``copied`` tells whether what is kept is copied into slots: where it is not, computing it again costs more than
+    keeping it, so that without a budget what is named "recompute" is kept. ``flat`` is as of `Pools`.
 
     Raises:
       ValueError: ``stash`` bytes of a microbatch and stage are too few.
     """
     if stash is None:
-        return tuple(kind.split(recompute=recompute) for kind in kinds)
-    slots = slots_of(program)
+        return tuple(kind.split(recompute=copied) for kind in kinds)
+    slots = slots_of(program)._replace(copied=copied)
 
     def divided(found: Sequence[tuple[SplitStage, float]], price: float) -> Division:
         splits = tuple(split for split, _ in found)

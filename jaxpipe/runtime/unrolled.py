@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax import lax
 
-from jaxpipe.runtime.buffers import Apart, Buffers, Zeros, put, take
+from jaxpipe.runtime.buffers import Apart, Buffers, put, take, with_arrays
 from jaxpipe.runtime.operations import Operation, run_branch
 from jaxpipe.runtime.program import Branch, Field, Op, Program
 
@@ -148,7 +148,7 @@ def run_unrolled(
         with jax.named_scope(f"branch_{index}"), jax.named_scope(scope):
             buffers = run_branch(branch, operation, apart=True)(buffers, operands)
         if step == first_step and step not in looped:
-            finished.append(finish(first_chunks, _with_sums(buffers)))
+            finished.append(finish(first_chunks, with_arrays(buffers)))
         buffers = _free(buffers, branch, slots)
         if step == program.num_steps - 1:
             return buffers
@@ -171,18 +171,12 @@ def run_unrolled(
     for step in range(repeat.start):
         buffers = once(buffers, step)
     rounds = table[repeat.start : stop].reshape(repeat.times, repeat.period, *table.shape[1:])
-    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, _with_sums(buffers), rounds)[0]
+    buffers = body(buffers, rounds[0])[0] if repeat.times == 1 else lax.scan(body, with_arrays(buffers), rounds)[0]
     if first_step in looped:
         finished.append(finish(first_chunks, buffers))
     for step in range(stop, program.num_steps):
         buffers = once(buffers, step)
-    return _with_sums(buffers), finished[0] if finished else []
-
-
-def _with_sums(buffers: Buffers) -> Buffers:
-    """The buffers with arrays in place of `Zeros`."""
-    made = tuple(tuple(each.array if isinstance(each, Zeros) else each for each in chunk) for chunk in buffers.grads)
-    return buffers._replace(grads=made)
+    return with_arrays(buffers), finished[0] if finished else []
 
 
 def _first_complete(program: Program) -> tuple[int | None, list[int]]:

@@ -9,9 +9,11 @@ from typing import Any, NamedTuple
 
 import jax
 
-from jaxpipe.stage.again import COPY, RECOMPUTED, seconds_again
+from jaxpipe._jax import LIGHT
+from jaxpipe.stage.again import COPY, MEMORY, RECOMPUTED, seconds_again
 from jaxpipe.stage.divide import closure, is_light, light_results
 from jaxpipe.stage.graph import Node, Value
+from jaxpipe.stage.in_memory import held_in_memory, read_by_kernels
 from jaxpipe.stage.residuals import cheapest_cut
 from jaxpipe.stage.stage import packed_shape
 from jaxpipe.stage.stash import Slots
@@ -53,7 +55,7 @@ class Chooser:
     Args:
       forward: nodes that run for each microbatch.
       arguments: that the forward is given.
-      first: nodes of the input's half.
+      first, second: nodes of the halves.
       cotangents: that the input's half is given.
       reads_first: values of the forward that the input's half reads.
       reads_second: values that the weights' half reads, whoever makes them.
@@ -65,6 +67,7 @@ class Chooser:
         forward: Sequence[Node],
         arguments: Sequence[Value],
         first: Sequence[Node],
+        second: Sequence[Node],
         cotangents: Sequence[Value],
         reads_first: Sequence[Value],
         reads_second: Sequence[Value],
@@ -80,6 +83,8 @@ class Chooser:
         self._free = light_results(self._forward, self._known)
         self._free_second = light_results((*self._forward, *self._first), self._known)
         self._seconds, self._nbytes = functools.cache(seconds_again), functools.cache(_nbytes)
+        self._held = held_in_memory((*self._forward, *self._first), (*arguments, *cotangents))
+        self._read_whole = read_by_kernels((*first, *second))
 
     def at(self, price: float, slots: Slots) -> Chosen:
         """The choice where a byte of a slot is worth ``price`` seconds."""
@@ -99,8 +104,8 @@ class Chooser:
         seconds = (
             (1 - apart) * self._time(again)
             + apart * (self._time(again_first) + self._time(again_second))
-            + COPY * sum(self._nbytes(value) for value in kept)
-            + COPY * apart * sum(self._nbytes(value) for value in crossing)
+            + sum(self._copying(value, slots) for value in kept)
+            + apart * sum(self._copying(value, slots) for value in crossing)
         )
         one, two, both = (tuple(map(_named, nodes)) for nodes in (again_first, again_second, again))
         return Chosen(ordered, crossing, one, two, both, seconds)
@@ -111,15 +116,16 @@ class Chooser:
 
         def keep(value: Value) -> int:
             tilted = price * slots.weight * (1 + _TILT * self._place[value])
-            return round(self._nbytes(value) * (COPY + tilted) / _UNIT)
+            return round((self._copying(value, slots) + self._nbytes(value) * tilted) / _UNIT)
 
         def twice(value: Value) -> int:
-            if value not in for_second or not slots.cross:
-                return 0
             node = made[value]
+            written = self._writing(node, slots) if value in self._read_whole else 0.0
+            if value not in for_second or not slots.cross:
+                return round(written / _UNIT)
             again = self._seconds(node)
-            handed = self._nbytes(value) * (COPY * apart + price * slots.cross)
-            return round((handed if again is None else min(handed, again * apart)) / _UNIT)
+            handed = self._copying(value, slots) * apart + self._nbytes(value) * price * slots.cross
+            return round((written + (handed if again is None else min(handed, again * apart))) / _UNIT)
 
         made = {value: node for node in self._forward for value in node.outs}
         needed = dict.fromkeys((*self._reads_first, *self._of_forward))
@@ -135,9 +141,11 @@ class Chooser:
 
         def keep(value: Value) -> int | None:
             if value in kept:
-                return round(self._nbytes(value) * (COPY / 2 * apart + price * longer) / _UNIT)
+                read = COPY / 2 if slots.copied else 0.0
+                return round(self._nbytes(value) * (read * apart + price * longer) / _UNIT)
             if value in at_hand and not value.effect:
-                return round(self._nbytes(value) * (COPY * apart + price * slots.cross) / _UNIT)
+                handed = self._copying(value, slots) * apart + self._nbytes(value) * price * slots.cross
+                return round(handed / _UNIT)
             return None
 
         def again(node: Node) -> int | None:
@@ -146,6 +154,18 @@ class Chooser:
 
         nodes = (*self._forward, *self._first)
         return cheapest_cut(self._reads_second, nodes, self._free_second, keep, again, lambda value: 0)
+
+    def _copying(self, value: Value, slots: Slots) -> float:
+        """Seconds to keep a value: to copy it, or to write what would not be in memory."""
+        if slots.copied:
+            return self._nbytes(value) * COPY
+        return 0.0 if value in self._held else self._nbytes(value) / MEMORY
+
+    def _writing(self, node: Node, slots: Slots) -> float:
+        """Seconds to make again, in memory, what would else be fused into what reads it; copies take as long."""
+        if slots.copied or node.name not in LIGHT:
+            return 0.0
+        return sum(self._nbytes(value) for value in (*node.ins, *node.outs)) / MEMORY
 
     def _price(self, node: Node) -> int | None:
         seconds = self._seconds(node)

@@ -179,6 +179,7 @@ class Divisible:
             forward=forward.rest,
             arguments=forward.arguments,
             first=divided.first,
+            second=divided.second,
             cotangents=backward.cotangents,
             reads_first=_shared(forward, first.reads()),
             reads_second=[value for value in dict.fromkeys(order) if value in reads],

@@ -28,12 +28,14 @@ class Slots(NamedTuple):
       weight: of what the weight gradient needs.
       cross: of what the input's half hands to the weights' half; 0 where no weight gradient is apart.
       apart: share of the microbatches whose weight gradient runs apart from the input gradient.
+      copied: whether a value is copied into its slot and out of it; else it is kept where it was made.
     """
 
     stash: int = 1
     weight: int = 1
     cross: int = 1
     apart: float = 1.0
+    copied: bool = True
 
     @property
     def microbatches(self) -> int:

@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from jaxpipe.runtime import buffers, execute
 from jaxpipe.runtime.buffers import allocate_named
-from jaxpipe.runtime.by_rank import MOST_CODE, divide_by_rank, is_short_by_rank
+from jaxpipe.runtime.by_rank import MOST_CODE, begun_chunks, divide_by_rank, is_short_by_rank
 from jaxpipe.runtime.lower import lower
 from jaxpipe.runtime.program import Field, Op
 from jaxpipe.runtime.rounds import make_bodies
@@ -129,9 +130,40 @@ def test_fewer_reads_than_stretches(name, microbatches):
 )  # fmt: skip
 def test_equals_the_plain_program(x64, name, ranks, microbatches):
     """Tied embedding, dropout, auxiliary losses, metrics, masks and integer activations, with and without rounds."""
+    check_plain(name, ranks, microbatches)
+
+
+def check_plain(name, ranks, microbatches):
     schedule = build(name, ranks, microbatches)
     batch, params = models.token_batch(2 * microbatches), models.token_params(schedule)
     compare(schedule, params, batch, jax.random.key(3), weight=models.token_weight, dispatch="by_rank", **TOKENS)
+
+
+def garbage(aval):
+    """What may be in memory."""
+    most = (
+        True
+        if aval.dtype == bool
+        else jnp.iinfo(aval.dtype).max
+        if jnp.issubdtype(aval.dtype, jnp.integer)
+        else jnp.nan
+    )
+    return jnp.full(aval.shape, most, aval.dtype)
+
+
+@cases(
+    "name, ranks, microbatches",
+    [("1f1b", 2, 9), ("zb1p", 2, 8), ("zbv", 2, 16), ("interleaved", 2, 16), ("dualpipev", 2, 4), ("dualpipev", 2, 16),
+     ("dualpipev", 3, 6), ("dualpipe", 2, 6), ("gpipe", 2, 3), ("1f1b", 2, 1)],
+    quick=[("zbv", 2, 16), ("dualpipev", 2, 4)],
+)  # fmt: skip
+def test_what_was_in_memory_before_is_never_read(x64, monkeypatch, name, ranks, microbatches):
+    """On GPUs slots and sums begin as what is there. The first gradient is the sum, also that of an example masked."""
+    for module in (buffers, execute):
+        monkeypatch.setattr(module, "uninitialised_array", garbage)
+    monkeypatch.setattr(jaxpipe.api, "_on_cpu", lambda mesh: False)
+    assert name in ("1f1b", "zb1p") or begun_chunks(lower(build(name, ranks, microbatches)))  # or less is shown
+    check_plain(name, ranks, microbatches)
 
 
 def test_forward_only(x64):
