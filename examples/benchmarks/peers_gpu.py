@@ -13,8 +13,8 @@ ours also makes bfloat16 copies of float32 masters, which PyTorch's side is spar
 as the packages provide (`dw_builder`, `WeightGradStore`), and one product adds each to its sum, or, where PyTorch has
 no such product, a product in bfloat16 and an addition: "how" says which, "fused" or "added", and of ours the dispatch.
 Where a stage has two copies, as in DualPipe, a step takes weights from their owner to the copy and the copy's gradients
-to the owner, on both sides; "ends" is what this takes by itself on DeepSeek's. "memory" is the largest of a GPU, the
-batch included.
+to the owner, on both sides; "ends" is what this takes by itself on DeepSeek's. PyTorch's sides keep all that their
+backward reads; ours keeps what saves time (``--stash``). "memory" is the largest of a GPU, the batch included.
 
 The ratios below the table are of tokens/s: above 1 ours is faster. "best" is the best schedule of each.
 """
@@ -51,6 +51,8 @@ TORCH = (
 )  # fmt: skip
 DEEPSEEK = ("DualPipe", "DualPipeV")
 SIDES = {"ours": "{}", "torch": "torch {}", "deepseek": "DeepSeek's {}"}
+EVERYTHING = 10**12
+"""More bytes than a stage can keep of a microbatch."""
 Job = tuple[str, str, int]
 """Side, schedule, microbatches."""
 
@@ -70,6 +72,7 @@ def ours(args: argparse.Namespace, jobs: Sequence[Job]) -> Iterator[dict[str, An
     mesh = jaxpipe.make_mesh(pp=args.ranks, ep=1)
     model = schedules.Layers(dense_chunk(1, args.width, args.tokens), mesh)
     options = {name: value for name in ("dispatch", "grad_dtype") if (value := getattr(args, name)) != "float32"}
+    options["stash"] = None if args.stash == "least" else EVERYTHING
     sharding = functools.partial(NamedSharding, mesh)
 
     def numbers_of(size: int, seed: Any, scale: float) -> jax.Array:
@@ -298,6 +301,10 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--grad-dtype", choices=["float32", "bfloat16"], default="float32", help="of sums, on all sides"
     )
+    parser.add_argument(
+        "--stash", choices=["time", "least"], default="time",
+        help="what ours keeps for the backward: whatever saves time, as PyTorch's keeps all, or the fewest bytes",
+    )  # fmt: skip
     parser.add_argument("--sums", choices=["best", "fused", "added"], default="best", help="how PyTorch's side adds up")
     parser.add_argument("--layers", type=int, default=4, help="of a rank's share; even, as two stages halve it")
     parser.add_argument("--width", type=int, default=4096, help="of the activations")
