@@ -14,6 +14,9 @@ one number of microbatches after the other.
 * "idlest rank": what it waits, simulated; "form": DeepSeek's form of that, if any. Shares of simulated.
 * "in flight": microbatches stashed on a rank, simulated. "slots": all slots, float32 sums and working copies of a GPU,
   as the schedule says; "temporaries" and "arguments": as the compiler says.
+
+With --choose `jaxpipe.choose` then chooses among them, by what it measures itself, and the time of its choice is
+compared with the fastest's.
 """
 
 from __future__ import annotations
@@ -167,17 +170,42 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     return costs, nbytes(totals) // 4, slots
 
 
-def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs, **options: Any) -> tuple[Any, Any]:
-    """A schedule's step, and the same lowered; options are further ones of `jaxpipe.value_and_grad`."""
-    specs, sequences = model.specs(layers), schedule.num_microbatches * model.mesh.shape["ep"]
+def make_pipeline(model: Layers, schedule: Schedule, layers: int, **options: Any) -> tuple[Any, Any, Any]:
+    """A schedule's step, the shapes of its parameters, and of its batch; options are of `jaxpipe.value_and_grad`."""
+    specs, sequences = jaxpipe.Params(model.specs(layers), P()), schedule.num_microbatches * model.mesh.shape["ep"]
     step = jaxpipe.value_and_grad(
         model.stage, schedule, model.mesh, embed=embed, head=head, data_axes=("ep",),
-        specs=jaxpipe.Params(specs, P()), compute_dtype=jnp.bfloat16, costs=costs, order="storage", **options,
+        specs=specs, compute_dtype=jnp.bfloat16, order="storage", **options,
     )  # fmt: skip
     batch = jax.ShapeDtypeStruct((sequences, model.chunk.tokens, model.chunk.width), jnp.bfloat16)
     shapes = jax.eval_shape(masters(model, layers, schedule.storage_order, model.mesh))
-    shardings = jax.tree.map(functools.partial(NamedSharding, model.mesh), (jaxpipe.Params(specs), P("ep")))
-    return step, jax.jit(step, in_shardings=shardings).lower(jaxpipe.Params(shapes), batch)
+    return step, jaxpipe.Params(shapes), batch
+
+
+def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs, **options: Any) -> tuple[Any, Any]:
+    """A schedule's step, and the same lowered; options are further ones of `jaxpipe.value_and_grad`."""
+    step, params, batch = make_pipeline(model, schedule, layers, costs=costs, **options)
+    specs = (jaxpipe.Params(model.specs(layers)), P("ep"))
+    shardings = jax.tree.map(functools.partial(NamedSharding, model.mesh), specs)
+    return step, jax.jit(step, in_shardings=shardings).lower(params, batch)
+
+
+def choose(model: Layers, layers_of: dict[str, int], steps: dict[str, float], count: int, repeats: int) -> float:
+    """How long the schedule takes that `jaxpipe.choose` takes for these, over the fastest; steps are measured ms."""
+
+    def make(schedule: Schedule) -> tuple[Any, Any]:
+        return make_pipeline(model, schedule, layers_of[schedule.name])[:2]
+
+    batch = jax.ShapeDtypeStruct(
+        (count * model.mesh.shape["ep"], model.chunk.tokens, model.chunk.width), jnp.bfloat16
+    )  # fmt: skip
+    found = jaxpipe.choose_pipeline(
+        make, batch, model.mesh, schedules=list(steps), microbatches=count, repeats=repeats
+    )  # fmt: skip
+    print(f"\n{found}")
+    name, best = found.schedule.name, min(steps, key=lambda name: steps[name])
+    print(f"chosen of {count} microbatches: {name}, {steps[name]:.1f} ms; the fastest: {best}, {steps[best]:.1f} ms")
+    return steps[name] / steps[best]
 
 
 def measure(model: Layers, plan: Any, stage: Any, whole: Costs, repeats: int, losses: dict[int, float]) -> Any:
@@ -229,6 +257,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, help="of a microbatch on a device; default: 4096")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin nothing after so many")
+    parser.add_argument("--choose", action="store_true", help="have `jaxpipe.choose` choose among them, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     if args.layers < 2 or args.layers % 2:
@@ -276,17 +305,23 @@ def main() -> None:
                     plan = step, program.result(), layers
                     row |= measure(model, plan, stages[layers], stages[args.layers][0], args.repeats, losses)
                     ratios.append(row["step / simulated"])
+                    steps.setdefault(count, {})[name] = row["step ms"]
                 except Exception as error:
                     row["step ms"] = f"{type(error).__name__}: {error}".splitlines()[0]
                 yield row
 
     ratios: list[float] = []
+    steps: dict[int, dict[str, float]] = {}
     report.table(rows(), labels=2, formats={"in flight": "g"})
-    if ratios:
-        key = f"worst_step_over_simulated_{args.model}"
-        print(f"\n{key}: {max(ratios):.3f}")
-        if report.file and not args.tiny:
-            write_records(report.file, {key: (max(ratios), "")}, command=command_line(), machine=report.machine)
+    keys = {f"worst_step_over_simulated_{args.model}": max(ratios)} if ratios else {}
+    if args.choose and steps:
+        chosen = [choose(model, layers_of, found, count, args.repeats) for count, found in steps.items()]
+        keys[f"worst_choice_over_fastest_{args.model}"] = max(chosen)
+    for key, value in keys.items():
+        print(f"\n{key}: {value:.3f}")
+    if report.file and keys and not args.tiny:
+        found = {key: (value, "") for key, value in keys.items()}
+        write_records(report.file, found, command=command_line(), machine=report.machine)
 
 
 if __name__ == "__main__":
