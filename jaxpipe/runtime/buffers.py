@@ -81,7 +81,7 @@ class Named(NamedTuple):
 
 def uninitialised_array(aval: Any) -> jax.Array:
     """An array whose numbers are never read: whatever is in memory, but zeros where somebody searches for NaNs."""
-    if jax.config.read("jax_debug_nans"):
+    if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
         return jnp.zeros(aval.shape, aval.dtype)
     return lax.empty(aval.shape, aval.dtype)
 
