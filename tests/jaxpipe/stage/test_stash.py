@@ -111,6 +111,21 @@ def test_a_budget_too_small_tells_the_least(x64):
             split_stage(gated, params, x, stash=wrong)
 
 
+def test_what_is_in_memory_is_kept_where_nothing_is_copied(x64):
+    """A product's operands and results are arrays in any case: kept as they are, and no part of them made again."""
+    params, x = layers(1), zoo.normal(5, 8)
+    divisible, shapes = Divisible(gated, params, x), []
+    for copied in (True, False):
+        split, _ = divisible.priced(0.0, Slots(copied=copied))
+        shapes.append(sorted(leaf.shape for leaf in jax.tree.leaves(split.residuals)))
+        out_ct = jnp.cos(x)
+        found = jax.jit(functools.partial(gradients, split))(params, x, out_ct)
+        assert_trees_close(found, 2 * (jax.vjp(gated, params, x)[1](out_ct),), rtol=1e-12)
+    # Both operands of the two products, and the first one's result, of whose halves copies would be made.
+    assert all(shape in shapes[1] for shape in [(5, 8), (5, 16), (5, 32)])
+    assert (5, 32) not in shapes[0]
+
+
 def test_slots_weigh_what_is_kept(x64):
     """Where few slots are for what crosses more of it does, and the forward keeps less."""
     params, x, budgets = layers(), zoo.normal(5, 8), {}
