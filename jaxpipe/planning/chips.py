@@ -88,6 +88,7 @@ class Achieved:
       most_clock: of the clock in products without a pause, the most that the chip has.
       narrow: of the memory's bytes/s, where numbers have less than four bytes; None: as of others.
       step_us: microseconds of a step before its first kernel and after its last one, if the host waits for each.
+      read_us: microseconds that the chip waits while the host reads the condition of a loop.
       occupied: the share of a chip's multiprocessors that a collective takes from the kernels that run beside it.
       kernels: shares of single kernels, by name.
 
@@ -105,6 +106,7 @@ class Achieved:
     most_clock: float = 1.0
     narrow: float | None = None
     step_us: float = 0.0
+    read_us: float = 0.0
     occupied: float = 0.0
     kernels: Mapping[str, KernelShare] = dataclasses.field(default_factory=dict, hash=False)
 
@@ -121,10 +123,9 @@ class Achieved:
             raise ValueError(f"relief={self.relief} must be at least 0, most_clock={self.most_clock} at least 1")
         if not 0 <= self.occupied < 1:
             raise ValueError(f"occupied={self.occupied} must be a share of at least 0, below 1")
-        for name in ("kernel_us", "product_us", "step_us"):
+        for name in ("kernel_us", "product_us", "step_us", "read_us"):
             if getattr(self, name) < 0:
                 raise ValueError(f"{name}={getattr(self, name)} must not be negative")
-
 
     def clock(self, multiplying: float, others: float) -> float:
         """The clock over that of products without a pause, which products in a mix run at.

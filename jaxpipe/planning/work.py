@@ -571,7 +571,9 @@ def _added_by_products(ops: Sequence[_ScopedOp]) -> set[int]:
             views.update(op.outs)
         elif op.name in ("add", "add_any") and not op.path.endswith("/write"):
             (result,), shape = op.outs, op.eqn.outvars[0].aval
-            operands = [value for value, atom in zip(op.ins, op.eqn.invars, strict=True) if atom.aval.shape == shape.shape]
+            operands = [
+                value for value, atom in zip(op.ins, op.eqn.invars, strict=True) if atom.aval.shape == shape.shape
+            ]
             if len(operands) == 2 and not (products | views).isdisjoint(operands):
                 found.add(result)
     return found
