@@ -155,9 +155,9 @@ def assumptions(plan: Plan) -> list[str]:
     return [
         f"Assumed of {chip.name}: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16 and {chip.fp8 / 1e12:.0f} in FP8, of "
         f"which products reach {achieved.matmul:.0%} without a pause, up to {achieved.most_clock:g} times that where "
-        f"other work lets the clock rise; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}, and {narrow:.0%} of "
-        f"numbers of less than four bytes; {achieved.kernel_us:g} us a kernel, {achieved.product_us:g} more a product; "
-        f"{achieved.step_us / 1e3:g} ms a step for the host",
+        f"other work lets the clock rise; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}, {narrow:.0%} where "
+        f"numbers have less than four bytes; {achieved.kernel_us:g} us a kernel, {achieved.product_us:g} more of "
+        f"products; {achieved.step_us / 1e3:g} ms a step for the host",
         *([f"by kernel: {', '.join(own)}"] if own else []),
         f"network: nodes of {network.node} devices, numbered in the order of {axes}; "
         f"{network.within / GIGA:.3g} GB/s a device within a node and {network.between / GIGA:.3g} between nodes, each "

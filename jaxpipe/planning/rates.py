@@ -22,7 +22,7 @@ KERNELS: Mapping[str, KernelShare] = MappingProxyType(
         "dot_product_attention_fwd_wrapper": _ATTENTION["fwd"],
         "dot_product_attention_bwd_wrapper": _ATTENTION["bwd"],
         # The profile of a step of moe-1b on an H200, docs/measured/gpus.md, "Where the step's time goes".
-        "beside_attention": KernelShare(memory=0.45),
+        "beside_attention_backward": KernelShare(memory=0.45),
         "pad": KernelShare(memory=0.31),
         # Rows of 1,024 and 2,048 numbers there: a tile of the former takes as long as 190 more numbers would.
         "grouped_rows": KernelShare(fill=190),

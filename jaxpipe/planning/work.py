@@ -58,7 +58,7 @@ _SCALARS = 256
 _NEVER_FIXED = WITH_BODIES | frozenset(COLLECTIVES) | {"axis_index", "optimization_barrier"}
 """What is not computed once though no value goes in."""
 
-BESIDE_ATTENTION = "beside_attention"
+BESIDE_ATTENTION = "beside_attention_backward"
 """The name of what attention's backward pass does beside its products."""
 
 PADDED = "pad"
