@@ -396,9 +396,9 @@ def workspace(eqn: JaxprEqn, size: Size) -> int:
     """
     if not is_attention_backward(eqn):
         return 0
-    query = eqn.outvars[0]
-    numbers = size(query) // query.aval.dtype.itemsize
-    return 4 * (numbers + numbers // query.aval.shape[-1])
+    query: Any = eqn.outvars[0].aval
+    numbers = size(eqn.outvars[0]) // query.dtype.itemsize
+    return 4 * (numbers + numbers // query.shape[-1])
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:

