@@ -176,7 +176,7 @@ def loop_reads(program: Program) -> np.ndarray:
     >>> from jaxpipe.schedule import build
     >>> from jaxpipe.runtime.lower import lower
     >>> loop_reads(lower(build("1f1b", 2, 8))).tolist()  # in 34 steps
-    [241, 241]
+    [245, 237]
     """
     moves = program.communicate.any(1)
     patterns = len(np.unique(program.communicate[moves], axis=0))
