@@ -14,21 +14,11 @@ import itertools
 from collections.abc import Iterator
 from typing import Any
 
-import numpy as np
 from record import Recorder, make_parser, processor
 
 from jaxpipe.runtime.lower import lower
-from jaxpipe.runtime.program import Program
-from jaxpipe.runtime.stretches import host_reads, make_stretches, pieces, size_of_code
+from jaxpipe.runtime.stretches import host_reads, loop_reads, make_stretches, pieces, size_of_code
 from jaxpipe.schedule import BUILDERS, build
-
-
-def reads_of_loops(program: Program) -> float:
-    """Reads of a scan over all steps with a loop for each branch and each pattern of sends, on the average rank."""
-    moves = program.communicate.any(1)
-    patterns = len(np.unique(program.communicate[moves], axis=0))
-    loops = len(program.branches) - 1 + patterns
-    return loops * program.num_steps + float((program.branch > 0).sum(0).mean()) + int(moves.sum())
 
 
 def rows(ranks: list[int], microbatches: list[int], schedules: list[str]) -> Iterator[dict[str, Any]]:
@@ -49,7 +39,7 @@ def rows(ranks: list[int], microbatches: list[int], schedules: list[str]) -> Ite
             "ranks": count,
             "microbatches": number,
             "steps": steps,
-            "each branch a loop": reads_of_loops(program) / steps,
+            "each branch a loop": float(loop_reads(program).mean()) / steps,
             "reads": float(reads.mean()) / steps,
             "most reads": float(reads.max()) / steps,
             "code": code / size_of_code(program, range(len(program.branches))),

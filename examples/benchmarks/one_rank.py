@@ -249,8 +249,8 @@ def _tokens(alone: Alone) -> Callable[[Any], jax.Array]:
     return make
 
 
-def main() -> None:
-    """Measures."""
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    """The command's arguments; None: as this process was started."""
     parser = make_parser(__doc__)
     flags.add_sizes(parser, "dsv3-671b")
     parser.add_argument("--rank", default="0", help="which of the ranks runs; several as in 0,8,15")
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--own", action="store_true", help="leave out what only other ranks run")
     parser.add_argument("--dry", action="store_true", help="trace, plan and lower alone")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     if args.tiny:
         args.config, args.ranks, args.ep, args.dtype, args.layers = "tiny", 2, 2, "float32", 2
         args.schedule, args.rank = "1f1b", "0,1"
@@ -273,6 +273,12 @@ def main() -> None:
     wrong = [rank for rank in args.rank if not 0 <= rank < args.ranks]
     if wrong:
         parser.error(f"--rank {wrong[0]} of {args.ranks}: they are numbered from 0 to {args.ranks - 1}")
+    return args
+
+
+def main() -> None:
+    """Measures."""
+    args = parse()
     alone = set_up(args)
     sizes = f"{alone.device.pipeline.__name__} of {dict(alone.device.pipeline.mesh.shape)}"
     report = Recorder.begin(args, machine(), args.config, sizes)

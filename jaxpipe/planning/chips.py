@@ -54,15 +54,18 @@ class Chip:
 
 
 class KernelShare(NamedTuple):
-    """The shares of a chip's best that one kernel reaches; None: as all others.
+    """What one kernel reaches of a chip's best.
 
     Attributes:
-      matmul: of the FLOP/s.
-      memory: of the memory's bytes/s.
+      matmul: share of the FLOP/s; None: as all others.
+      memory: share of the memory's bytes/s; None: as all others.
+      fill: by how much the sum that each tile of results is made of is longer in time than it is, since nothing is
+        multiplied while a tile's operands arrive and its results leave. A kernel whose tiles overlap has 0.
     """
 
     matmul: float | None = None
     memory: float | None = None
+    fill: float = 0.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,11 +76,19 @@ class Achieved:
     an all-reduce over eight H100s 361 of 450 GB/s. A measured time always beats them (`times` of `hlo_overlap`).
 
     Attributes:
-      matmul: of the FLOP/s.
+      matmul: of the FLOP/s, where nothing but products runs.
       memory: of the memory's bytes/s.
       interconnect: of the bytes/s within a node, for collectives.
       internode: of the bytes/s between nodes.
-      kernel_us: microseconds between the end of one kernel and the start of the next.
+      kernel_us: microseconds that a kernel takes beside its products and bytes: the gap before it, its start and end.
+      product_us: microseconds that a kernel of products takes besides, until all multiprocessors multiply and while
+        the last ones do.
+      relief: by what share products are faster where they take half of the time: a chip that multiplies without a pause
+        lowers its clock to hold its power, and the less the more often it does something else; see `clock`.
+      most_clock: of the clock in products without a pause, the most that the chip has.
+      narrow: of the memory's bytes/s, where numbers have less than four bytes; None: as of others.
+      step_us: microseconds of a step before its first kernel and after its last one, if the host waits for each.
+      read_us: microseconds that the chip waits while the host reads the condition of a loop.
       occupied: the share of a chip's multiprocessors that a collective takes from the kernels that run beside it.
       kernels: shares of single kernels, by name.
 
@@ -90,20 +101,49 @@ class Achieved:
     interconnect: float = 0.8
     internode: float = 0.8
     kernel_us: float = 2.0
+    product_us: float = 0.0
+    relief: float = 0.0
+    most_clock: float = 1.0
+    narrow: float | None = None
+    step_us: float = 0.0
+    read_us: float = 0.0
     occupied: float = 0.0
     kernels: Mapping[str, KernelShare] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        shares = {name: getattr(self, name) for name in ("matmul", "memory", "interconnect", "internode")}
-        for kernel, (matmul, memory) in self.kernels.items():
+        shares = {name: getattr(self, name) for name in ("matmul", "memory", "narrow", "interconnect", "internode")}
+        for kernel, (matmul, memory, fill) in self.kernels.items():
             shares |= {f"matmul of kernel {kernel}": matmul, f"memory of kernel {kernel}": memory}
+            if fill < 0:
+                raise ValueError(f"fill of kernel {kernel} is {fill}: it must not be negative")
         for name, share in shares.items():
             if share is not None and not 0 < share <= 1:
                 raise ValueError(f"{name}={share} must be a share above 0, at most 1")
+        if self.relief < 0 or self.most_clock < 1:
+            raise ValueError(f"relief={self.relief} must be at least 0, most_clock={self.most_clock} at least 1")
         if not 0 <= self.occupied < 1:
             raise ValueError(f"occupied={self.occupied} must be a share of at least 0, below 1")
-        if self.kernel_us < 0:
-            raise ValueError(f"kernel_us={self.kernel_us} must not be negative")
+        for name in ("kernel_us", "product_us", "step_us", "read_us"):
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name}={getattr(self, name)} must not be negative")
+
+    def clock(self, multiplying: float, others: float) -> float:
+        """The clock over that of products without a pause, which products in a mix run at.
+
+        Linear in the share of the time that they take, up to the chip's highest.
+
+        Args:
+          multiplying: seconds of products, at the clock of products without a pause.
+          others: seconds of all else.
+
+        >>> Achieved(relief=0.3, most_clock=1.25).clock(1.0, 0.0)
+        1.0
+        """
+        clock = 1.0
+        for _ in range(20):  # a product that runs faster takes less of the time
+            share = multiplying / clock / (multiplying / clock + others) if multiplying else 0.0
+            clock = min(1 + 2 * self.relief * (1 - share), self.most_clock)
+        return clock
 
 
 # Dense figures are half of the data sheets' "with sparsity", NVLink's half of their sum of both directions.

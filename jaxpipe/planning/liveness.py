@@ -28,6 +28,7 @@ from jaxpipe._jax import (
     Literal,
 )
 from jaxpipe.stage.graph import scan_counts
+from jaxpipe.stage.kernel_flops import is_attention_backward
 
 Size = Callable[[Any], int]
 """Bytes of a variable of a jaxpr."""
@@ -72,6 +73,8 @@ class _Graph:
         elif name in ADDS_ROWS | WRITES_IN_PLACE and ins[0] in self.carried:
             aliases = (ins[0],)  # what is written is in the buffer from then on, and need not live on its own
             self.carried.add(outs[0])
+        elif not self.cpu:
+            inner = workspace(eqn, self.size)
         if name == "optimization_barrier":
             self.carried.update(out for value, out in zip(ins, outs, strict=True) if value in self.carried)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
@@ -384,6 +387,18 @@ def for_gpus(eqn: JaxprEqn) -> Sequence[ClosedJaxpr]:
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms") or ()
     found = [branch for branch, names in zip(branches, platforms, strict=False) if names and "cuda" in names]
     return found or branches
+
+
+def workspace(eqn: JaxprEqn, size: Size) -> int:
+    """Bytes that a kernel needs besides operands and results.
+
+    Attention's backward pass sums gradients of queries in float32, and has a number for each row of scores.
+    """
+    if not is_attention_backward(eqn):
+        return 0
+    query: Any = eqn.outvars[0].aval
+    numbers = size(eqn.outvars[0]) // query.dtype.itemsize
+    return 4 * (numbers + numbers // query.shape[-1])
 
 
 def called_jaxpr(eqn: JaxprEqn) -> Jaxpr | None:

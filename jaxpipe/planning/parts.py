@@ -107,8 +107,9 @@ def spent_by_part(work: DeviceWork, chip: Chip, achieved: Achieved, network: Net
         part, more = part_of(one), (compute, communicate, (compute + communicate) * one.recomputed)
         found[part] = Spent(*(a + b for a, b in zip(found.get(part, Spent()), more, strict=True)))
 
+    clock = work.clock(chip, achieved)
     for kernel in work.kernels:
-        add(kernel, kernel.times * kernel.seconds(chip, achieved), 0.0)
+        add(kernel, kernel.times * kernel.seconds(chip, achieved, clock), 0.0)
     for message in work.messages:
         add(message, 0.0, message.times * message.seconds(network))
     return dict(sorted(found.items(), key=lambda item: -item[1].total))
@@ -144,15 +145,19 @@ def assumptions(plan: Plan) -> list[str]:
     chip, achieved, network = plan.chip, plan.achieved, plan.network
     own = [
         f"{name} {share:.0%} of {what}"
+        + (f", {shares.fill:g} more of a sum" if shares.fill and what == "FLOP/s" else "")
         for name, shares in achieved.kernels.items()
-        for what, share in zip(("FLOP/s", "bytes/s"), shares, strict=True)
+        for what, share in (("FLOP/s", shares.matmul), ("bytes/s", shares.memory))
         if share is not None
     ]
+    narrow = achieved.memory if achieved.narrow is None else achieved.narrow
     axes = ", ".join(name for name, _ in network.axes)
     return [
         f"Assumed of {chip.name}: {chip.bf16 / 1e12:.0f} TFLOP/s in bfloat16 and {chip.fp8 / 1e12:.0f} in FP8, of "
-        f"which products reach {achieved.matmul:.0%}; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}; "
-        f"{achieved.kernel_us:g} us between kernels",
+        f"which products reach {achieved.matmul:.0%} without a pause, up to {achieved.most_clock:g} times that where "
+        f"other work lets the clock rise; memory {chip.hbm / 1e12:.3g} TB/s, {achieved.memory:.0%}, {narrow:.0%} where "
+        f"numbers have less than four bytes; {achieved.kernel_us:g} us a kernel, {achieved.product_us:g} more of "
+        f"products; {achieved.step_us / 1e3:g} ms a step for the host",
         *([f"by kernel: {', '.join(own)}"] if own else []),
         f"network: nodes of {network.node} devices, numbered in the order of {axes}; "
         f"{network.within / GIGA:.3g} GB/s a device within a node and {network.between / GIGA:.3g} between nodes, each "

@@ -231,7 +231,7 @@ def _plan(
     once = found.once.compute(chip, achieved) + found.once.communicate(network) + updates
     timeline = timing.timeline(pipeline, costs)
     runs = timing.count_runs(pipeline, found, timeline)
-    total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once
+    total = timeline.makespan + timing.seconds_of_shared_ends(pipeline, costs) + once + achieved.step_us / 1e6
     others = network.size([name for name, _ in network.axes if name != pipeline.axes.pipeline])
     flops, executed = timing.step_flops(pipeline, found, runs, others, frozen=frozen)
     return Plan(

@@ -7,6 +7,7 @@ from jaxpipe.planning import timing
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.planner import PROGRAMS, Plan
 from jaxpipe.planning.work import DeviceWork
+from jaxpipe.runtime.stretches import loop_reads
 
 _PASSES = {"all-to-all": 2.0, "all-gather": 1.0}
 """How often a collective that stays on the device moves its whole array: read and written, or written alone."""
@@ -15,7 +16,8 @@ _PASSES = {"all-to-all": 2.0, "all-gather": 1.0}
 def rank_seconds(pipeline: Pipeline, plan: Plan, rank: int, *, achieved: Achieved = PROGRAMS) -> float:
     """Seconds that a rank's kernels take in a step, optimizer included, with collectives as passes over memory.
 
-    It is what a plan says of the program that `jaxpipe.planning.one_device` makes, which waits for nobody.
+    It is what a plan says of the program that `jaxpipe.planning.one_device` makes, which waits for nobody: each branch
+    of it is a loop of no or one trip, whose condition the host reads.
 
     Args:
       pipeline: that was planned.
@@ -33,7 +35,8 @@ def rank_seconds(pipeline: Pipeline, plan: Plan, rank: int, *, achieved: Achieve
     actions = sum(
         count * _seconds(plan.work.of(letter, kind), plan.chip, achieved) for (letter, kind), count in runs.items()
     )
-    return actions + _seconds(plan.work.once, plan.chip, achieved) + plan.update
+    reads = int(loop_reads(pipeline.program)[rank]) * achieved.read_us / 1e6
+    return actions + _seconds(plan.work.once, plan.chip, achieved) + plan.update + reads
 
 
 def _seconds(work: DeviceWork, chip: Chip, achieved: Achieved) -> float:

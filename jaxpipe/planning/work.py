@@ -9,18 +9,20 @@ from __future__ import annotations
 import collections
 import dataclasses
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
+
+import numpy as np
 
 from jaxpipe._jax import (
     COLLECTIVES,
-    COMPUTED_ONCE,
     ELEMENTWISE,
     HEAVY,
     MOVING,
     PRODUCTS,
     READS_PART,
     REDUCTIONS,
+    VIEWS,
     WITH_BODIES,
     WITHOUT_KERNEL,
     WRITES_IN_PLACE,
@@ -37,7 +39,14 @@ from jaxpipe.schedule.action import Kind
 from jaxpipe.stage.again import RECOMPUTED
 from jaxpipe.stage.flops import eqn_flops
 from jaxpipe.stage.graph import has_side_effects
-from jaxpipe.stage.kernel_flops import FlopsRule, kernel_flops, kernel_name, multiplying_unit
+from jaxpipe.stage.kernel_flops import (
+    FlopsRule,
+    is_attention_backward,
+    kernel_depth,
+    kernel_flops,
+    kernel_name,
+    multiplying_unit,
+)
 
 _FUSED = ELEMENTWISE | MOVING
 _ENDS = frozenset({"prepare", "reduce"})
@@ -45,6 +54,15 @@ _ENDS = frozenset({"prepare", "reduce"})
 
 _SCALARS = 256
 """Bytes up to which something is no kernel of its own: places of slots and the like are computed beside others."""
+
+_NEVER_FIXED = WITH_BODIES | frozenset(COLLECTIVES) | {"axis_index", "optimization_barrier"}
+"""What is not computed once though no value goes in."""
+
+BESIDE_ATTENTION = "beside_attention_backward"
+"""The name of what attention's backward pass does beside its products."""
+
+PADDED = "pad"
+"""The name of a kernel that writes numbers together which lie apart: for each it compares places."""
 
 _ACTION = re.compile(r"(?:^|/)(branch_(\d+)(?:/together)?(?:/(?:steps|piece)_\w+)?/([FBIWEHG]))(?:/|$)")
 
@@ -65,6 +83,8 @@ class Kernel(NamedTuple):
       recomputed: whether a backward pass runs it again.
       parted: whether the pipeline's ranks have a part of its operands each.
       scope: that it stands in, within its action: "jvp(layer_0)/attention/core".
+      narrow: those of ``nbytes`` that numbers of less than four bytes have.
+      depth: numbers that each result of its products is a sum of; 0 where that is not known.
     """
 
     name: str
@@ -75,13 +95,34 @@ class Kernel(NamedTuple):
     recomputed: bool = False
     parted: bool = False
     scope: str = ""
+    narrow: float = 0.0
+    depth: float = 0.0
 
-    def seconds(self, chip: Chip, achieved: Achieved) -> float:
-        """How long one run takes: its products or its bytes, whichever takes longer, and the gap before the next."""
+    def seconds(self, chip: Chip, achieved: Achieved, clock: float = 1.0) -> float:
+        """How long one run takes: its products or its bytes, whichever takes longer, and what any kernel takes.
+
+        Args:
+          chip, achieved: what it runs on.
+          clock: as `Achieved.clock` has it.
+        """
+        own, us = achieved.kernels.get(self.name, KernelShare()), achieved.kernel_us
+        if self.unit:
+            us += achieved.product_us
+        return max(self.multiplied(chip, achieved) / clock, self._moved(chip, achieved, own)) + us / 1e6
+
+    def multiplied(self, chip: Chip, achieved: Achieved) -> float:
+        """Seconds of its products, where nothing else runs."""
+        if not self.unit:
+            return 0.0
         own = achieved.kernels.get(self.name, KernelShare())
-        moved = self.nbytes / (chip.hbm * (own.memory or achieved.memory))
-        multiplied = self.flops / (chip.flops(self.unit) * (own.matmul or achieved.matmul)) if self.unit else 0.0
-        return max(multiplied, moved) + achieved.kernel_us / 1e6
+        filled = 1 + own.fill / self.depth if self.depth else 1.0
+        return self.flops * filled / (chip.flops(self.unit) * (own.matmul or achieved.matmul))
+
+    def _moved(self, chip: Chip, achieved: Achieved, own: KernelShare) -> float:
+        """Seconds of its bytes."""
+        wide = own.memory or achieved.memory
+        narrow = own.memory or achieved.narrow or achieved.memory
+        return ((self.nbytes - self.narrow) / wide + self.narrow / narrow) / chip.hbm
 
 
 class Message(NamedTuple):
@@ -152,7 +193,14 @@ class DeviceWork:
 
     def compute(self, chip: Chip, achieved: Achieved) -> float:
         """Seconds of all kernels: of each its products or its bytes, whichever takes longer."""
-        return sum(kernel.times * kernel.seconds(chip, achieved) for kernel in self.kernels)
+        clock = self.clock(chip, achieved)
+        return sum(kernel.times * kernel.seconds(chip, achieved, clock) for kernel in self.kernels)
+
+    def clock(self, chip: Chip, achieved: Achieved) -> float:
+        """The clock of its products, as `Achieved.clock` has it."""
+        multiplying = sum(kernel.times * kernel.multiplied(chip, achieved) for kernel in self.kernels)
+        others = sum(kernel.times * kernel.seconds(chip, achieved) for kernel in self.kernels if not kernel.unit)
+        return achieved.clock(multiplying, others)
 
     def communicate(self, network: Network) -> float:
         """Seconds of all collectives."""
@@ -310,12 +358,20 @@ class _Collector:
         flat = _Flat(jaxpr, path, label)
         ops = _needed(flat.ops, flat.outputs)
         self.labels.update((op.label, None) for op in ops)
-        kept = _materialized(ops, flat.outputs)
+        added = _added_by_products(ops)
+        kept = _materialized(ops, flat.outputs) | added
         roots: list[frozenset[int]] = [frozenset()] * len(flat.atoms)
+        padded, fixed = set[int](), set[int]()
+        found: list[_Pass] = []
         for value in flat.inputs:
             roots[value] = frozenset({value})
         for op in ops:
             sources = frozenset[int]().union(*(roots[value] for value in op.ins if value is not None))
+            if op.name == "pad" or (op.name in _FUSED and not padded.isdisjoint(op.ins)):
+                padded.update(op.outs)
+            if op.name not in _NEVER_FIXED and all(value is None or value in fixed for value in op.ins):
+                fixed.update(op.outs)  # made when the program is compiled, or once
+                continue
             own = op.name in READS_PART or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES
             for value in op.outs:
                 roots[value] = frozenset({value}) if own or value in kept else sources
@@ -332,8 +388,18 @@ class _Collector:
                     self.loaded[op.label].append(held)
                 elif op.name == "dynamic_update_slice" and op.path.endswith(f"{op.label}/write"):
                     self.stored[op.label].append(self._held(op.eqn.invars[1]))
-                read = sum(self.divided.nbytes(flat.atoms[value]) for value in sources)
-                self._kernel(op, read, any(value in kept for value in op.outs), roots, flat, times)
+                made = not added.issuperset(op.outs) and any(value in kept for value in op.outs)
+                kernel = self._kernel(op, sources, made, roots, flat, times)
+                if kernel is not None and not padded.isdisjoint(op.outs):
+                    kernel = kernel._replace(name=PADDED)
+                if kernel is not None:
+                    found.append(_Pass(op, kernel, sources))
+                if kernel is not None and is_attention_backward(op.eqn):
+                    found.append(_Pass(op, self._beside_attention(op, kernel, flat), frozenset()))
+            for value in padded.intersection(op.outs) & kept:
+                padded.discard(value)
+        for one in _together(found):
+            self.kernels[one.op.label].append(one.kernel)
 
     def _inside(self, op: _ScopedOp, times: float) -> None:
         """The bodies of loops, conditionals and nested shard_maps."""
@@ -390,13 +456,27 @@ class _Collector:
         again, scope = RECOMPUTED in op.path.split("/"), _within(op)
         self.messages[op.label].append(Message(kind, axes, nbytes, times, again, scope, groups))
 
+    def _moved(self, flat: _Flat, values: Iterable[int], times: float = 1.0) -> np.ndarray:
+        """(bytes that a device has of some values, those of them in numbers of less than four bytes), so many times."""
+        found = np.zeros(2)
+        for value in values:
+            nbytes = self.divided.nbytes(flat.atoms[value])
+            found += nbytes, nbytes * is_narrow(flat.atoms[value])
+        return times * found
+
     def _kernel(
-        self, op: _ScopedOp, read: float, made: bool, roots: Sequence[frozenset[int]], flat: _Flat, times: float
-    ) -> None:
-        """Adds the kernel that an operation is, if it is one."""
-        written = sum(self.divided.nbytes(flat.atoms[value]) for value in op.outs)
+        self,
+        op: _ScopedOp,
+        sources: Iterable[int],
+        made: bool,
+        roots: Sequence[frozenset[int]],
+        flat: _Flat,
+        times: float,
+    ) -> Kernel | None:
+        """The kernel that an operation is, if it is one."""
         again = RECOMPUTED in op.path.split("/")
-        name, unit, flops, nbytes = op.name, "", 0.0, read + written
+        written = self._moved(flat, op.outs)
+        name, unit, flops, depth, moved = op.name, "", 0.0, 0.0, self._moved(flat, sources) + written
         if op.name in PRODUCTS:
             flops, unit = self._product(op, times), multiplying_unit(op.eqn)
         elif op.name in HEAVY or "kernel" in op.name or op.name == "core_map":
@@ -406,23 +486,38 @@ class _Collector:
             elif known:
                 axes = frozenset[str]().union(*(axes for var in op.eqn.outvars for axes in self.divided.dims(var)))
                 flops, unit = known / self.divided.share(axes), multiplying_unit(op.eqn)
+                depth = kernel_depth(op.eqn)
         elif op.name in WRITES_IN_PLACE or op.name.startswith("scatter"):
             place = 1 if op.name in WRITES_IN_PLACE else 2
-            value, atom = op.ins[place], op.eqn.invars[place]
-            sources = () if value is None else roots[value]
-            size = self.divided.nbytes(atom)
-            nbytes = size * place + sum(self.divided.nbytes(flat.atoms[v]) for v in sources)
+            value = op.ins[place]
+            size = self.divided.nbytes(op.eqn.invars[place])
+            moved = place * np.array([size, size * is_narrow(op.eqn.invars[place])])
+            moved = moved + self._moved(flat, () if value is None else roots[value])
         elif op.name == "gather":
-            nbytes = 2 * written
+            moved = 2 * written
         elif op.name in READS_PART:
             if not made:
-                return
-            nbytes = 2 * written
+                return None
+            moved = 2 * written
         elif not made:
-            return
-        if flops or nbytes > _SCALARS:
-            parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
-            self.kernels[op.label].append(Kernel(name, unit, flops, nbytes, times, again, parted, _within(op)))
+            return None
+        nbytes, narrow = map(float, moved)
+        if not flops and nbytes <= _SCALARS:
+            return None
+        parted = any(self.axis in axes for atom in op.eqn.invars for axes in self.divided.dims(atom))
+        return Kernel(name, unit, flops, nbytes, times, again, parted, _within(op), narrow, depth)
+
+    def _beside_attention(self, op: _ScopedOp, kernel: Kernel, flat: _Flat) -> Kernel:
+        """The passes that attention's backward makes beside its products.
+
+        Gradients of queries are summed in float32, in an array that is cleared before and cast after; each query's
+        gradient times its result is summed along the row.
+        """
+        query, value = (self.divided.nbytes(flat.atoms[number]) for number in op.outs[0:3:2])
+        aval: Any = op.eqn.outvars[0].aval
+        width = aval.dtype.itemsize
+        nbytes = query / width * (4 + 4 + width) + 2 * value
+        return kernel._replace(name=BESIDE_ATTENTION, unit="", flops=0.0, nbytes=nbytes, narrow=0.0, depth=0.0)
 
     def _product(self, op: _ScopedOp, times: float) -> float:
         """A device's FLOPs of a product; what the compiler has to gather or sum for it becomes messages."""
@@ -448,6 +543,67 @@ class _Collector:
         self.messages[op.label].append(Message(kind, tuple(sorted(axes)), nbytes, times, again, _within(op)))
 
 
+class _Pass(NamedTuple):
+    """A kernel on the way: its operation, and the values that it reads."""
+
+    op: _ScopedOp
+    kernel: Kernel
+    sources: frozenset[int]
+
+    @property
+    def sums(self) -> bool:
+        """Whether it makes nothing but sums, or the like, of what it reads."""
+        return self.op.name in REDUCTIONS
+
+    def sums_rows(self) -> bool:
+        """Whether it sums along the last dimension, so that who computes a row has its sum at hand."""
+        aval: Any = self.op.eqn.invars[0].aval
+        return self.sums and len(aval.shape) - 1 in self.op.eqn.params.get("axes", ())
+
+
+def _added_by_products(ops: Sequence[_ScopedOp]) -> set[int]:
+    """Sums of a product and something else, where nothing else reads the product: cuBLAS adds what it multiplies."""
+    readers = collections.Counter(value for op in ops for value in op.ins if value is not None)
+    products = {value for op in ops if op.name == "dot_general" for value in op.outs if readers[value] == 1}
+    views: set[int] = set()
+    found: set[int] = set()
+    for op in ops:
+        if op.name in VIEWS and len(op.ins) == 1 and op.ins[0] in products | views and readers[op.outs[0]] == 1:
+            views.update(op.outs)
+        elif op.name in ("add", "add_any") and not op.path.endswith("/write"):
+            shapes: list[Any] = [atom.aval for atom in (*op.eqn.outvars, *op.eqn.invars)]
+            if len({aval.shape for aval in shapes}) == 1 and not (products | views).isdisjoint(op.ins):
+                found.update(op.outs)
+    return found
+
+
+def _together(found: Sequence[_Pass]) -> Iterator[_Pass]:
+    """Passes over memory as a compiler fuses them.
+
+    Several sums of the same numbers are made in one pass. Sums along rows are made where they are read, if that is one
+    pass of elementwise work which reads the same rows.
+    """
+    seen: set[tuple[str, frozenset[int]]] = set()
+    readers: dict[int, list[_Pass]] = collections.defaultdict(list)
+    for one in found:
+        for value in one.sources:
+            readers[value].append(one)
+    for one in found:
+        if one.sums:
+            (result, *_) = one.op.outs
+            reading = readers[result]
+            alone = len(reading) == 1 and reading[0].op.name in _FUSED and one.sources < reading[0].sources
+            if (one.op.label, one.sources) in seen or (alone and one.sums_rows()):
+                continue
+            seen.add((one.op.label, one.sources))
+        yield one
+
+
+def is_narrow(atom: Any) -> bool:
+    """Whether a value's numbers have less than four bytes."""
+    return getattr(getattr(atom.aval, "dtype", None), "itemsize", 4) < 4
+
+
 def _within(op: _ScopedOp) -> str:
     """The scopes of an operation within its action."""
     return op.path.partition(f"{op.label}/")[2] if op.label else op.path
@@ -471,11 +627,10 @@ def _materialized(ops: Sequence[_ScopedOp], outputs: set[int]) -> set[int]:
     for op in reversed(ops):
         fused = op.name in _FUSED or op.name in WITHOUT_KERNEL or op.name in REDUCTIONS or op.name in READS_PART
         for value in op.outs:
-            several = len(readers[value]) > 1 and op.name in COMPUTED_ONCE
             outside = any(label != op.label for label in readers[value])
             if op.name in WITHOUT_KERNEL or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES:
                 continue
-            if value in needed or several or outside or not fused or op.name in REDUCTIONS:
+            if value in needed or outside or not fused or op.name in REDUCTIONS:
                 kept.add(value)
         for value in op.ins:
             if value is None:

@@ -170,6 +170,20 @@ def host_reads(stretches: Iterable[Stretch]) -> np.ndarray:
     return np.asarray(sum((loop.reached.sum(0) + loop.chosen.sum(0) for loop in loops(stretches)), np.int64(0)))
 
 
+def loop_reads(program: Program) -> np.ndarray:
+    """``int[ranks]``: the same of a scan over all steps with a loop for each branch and each pattern of sends.
+
+    >>> from jaxpipe.schedule import build
+    >>> from jaxpipe.runtime.lower import lower
+    >>> loop_reads(lower(build("1f1b", 2, 8))).tolist()  # in 34 steps
+    [245, 237]
+    """
+    moves = program.communicate.any(1)
+    patterns = len(np.unique(program.communicate[moves], axis=0))
+    loops = len(program.branches) - 1 + patterns
+    return loops * program.num_steps + (program.branch > 0).sum(0) + int(moves.sum())
+
+
 def size_of_code(program: Program, branches: Iterable[int]) -> int:
     """Of branches, in halves of a forward's."""
     return sum(_CODE[op] for branch in branches for op, _ in program.branches[branch])

@@ -83,6 +83,31 @@ def kernel_flops(eqn: JaxprEqn, rules: Mapping[str, FlopsRule]) -> float | None:
     return flops.grouped_flops(a.shape for a in (*operands, *results) if jnp.issubdtype(a.dtype, jnp.floating))
 
 
+def kernel_depth(eqn: JaxprEqn) -> float:
+    """How many numbers each result of a kernel's products is a sum of; 0 where its shapes do not say.
+
+    Of grouped products the width of the rows, of their weight gradients the rows of a group, on average; of attention
+    half of the keys, as half of the scores are masked.
+    """
+    operands: list[Any] = [atom.aval for atom in eqn.invars]
+    results: list[Any] = [var.aval for var in eqn.outvars]
+    name = kernel_name(eqn)
+    if name in ATTENTION_PRODUCTS or name.startswith("attention"):
+        return operands[1].shape[1] / 2
+    floats = [aval for aval in operands if jnp.issubdtype(aval.dtype, jnp.floating) and len(aval.shape) > 1]
+    matrices = [aval.shape for aval in results if len(aval.shape) == 3]
+    if name.endswith("_rows") and floats:
+        return float(floats[0].shape[-1])
+    if name.endswith("_outer") and floats and matrices:
+        return max(floats[0].shape) / matrices[0][0]
+    return 0.0
+
+
+def is_attention_backward(eqn: JaxprEqn) -> bool:
+    """Whether a kernel makes the gradients of attention's queries, keys and values."""
+    return kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
+
+
 def attention_flops(query: Any, key: Any, value: Any, *, products: int, causal: bool) -> float:
     """FLOPs of attention of queries ``[B, T, H, C]`` to keys ``[B, S, H, C]`` and values ``[B, S, H, V]``.
 

@@ -114,18 +114,3 @@ RECORDS = json.loads((pathlib.Path(__file__).parents[3] / "docs/measured.json").
 def test_rates_of_casts_are_those_measured(kernel, key):
     measured = RECORDS[f"fp8_quantise/{key}/kernel/GB/s"]["value"] * 1e9 / CHIPS["H200"].hbm
     assert rates.KERNELS[kernel].memory == pytest.approx(measured, abs=0.006)
-
-
-def test_rates_of_attention_and_products_in_fp8_are_those_measured():
-    """Attention of a layer with 4,096 tokens, two products and five; an MoE layer of 16,384 tokens."""
-    forward = 2 * 4096 * 4096 / 2 * 128 * (192 + 128)
-    for name, key, products in (("forward", "forward", 1), ("backward", "backward", 2.5)):
-        measured = products * forward / (RECORDS[f"pair/attention, {key} of a layer ms"]["value"] / 1e3)
-        assert rates.KERNELS[f"attention_{name}"].matmul == pytest.approx(measured / CHIPS["H100"].bf16, abs=0.01)
-    experts = 2 * 16384 * 9 * 3 * 7168 * 2048
-    for kernel, key, passes in (
-        ("scaled_rows", "forward and input gradient", 2),
-        ("scaled_outer", "weight gradient", 1),
-    ):
-        measured = passes * experts / (RECORDS[f"fp8_layers/profile/fp8/products, {key} ms"]["value"] / 1e3)
-        assert rates.KERNELS[kernel].matmul == pytest.approx(measured / CHIPS["H200"].fp8, abs=0.01)
