@@ -6,8 +6,8 @@ these weights by half of the latents' columns each, whose sums fill the register
 columns. Weights, and the factors by which earlier sums shrink when a larger score is found, go from the scorer to the
 mixers through shared memory. Scores of a tile are made while the latents of the one before are mixed.
 
-Where there are fewer requests than would fill the GPU, several blocks divide a request's keys. Each then gives its sums,
-normalised, and the logarithm of what it divided them by, in float32; XLA combines them.
+Where there are fewer requests than would fill the GPU, several blocks divide a request's keys. Each then gives its
+sums, normalised, and the logarithm of what it divided them by, in float32; XLA combines them.
 
 Source of the division of the columns: FlashMLA's description of its kernel for Hopper, DeepSeek, 2025-04-22.
 """
@@ -15,6 +15,7 @@ Source of the division of the columns: FlashMLA's description of its kernel for 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 from typing import Any
 
@@ -25,16 +26,22 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.grouped_gemm.ring import accumulator
 from eplb_jax.kernels.once import traced_once
 from eplb_jax.kernels.scaled_tiles import tiled
 
 HEADS = 64
 """Of a block: rows of a product of the tensor cores."""
-LINE = 8
-"""Rows of a part of a swizzled tile that lie together in shared memory, whatever its columns."""
 SCORER, MIXERS, LOADER = 0, 2, 3
 """Warpgroups: the first, how many follow it, the last."""
+CHUNK = 64
+"""Columns of a swizzled tile."""
+MOST_COLUMNS = 576
+"""Of which queries and two tiles of keys fit into shared memory."""
+FLOATS = ("bfloat16", "float16")
+EDGES, COMBINING, COMBINED = 3.0, 4.0, 0.05
+"""What begins and ends a block, combining parts, and each of them, in times of a tile: estimates for `plan_for`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,7 +69,7 @@ class _LatentBlock:
 
     Attributes:
       plan: the division of the work.
-      latent: columns of the latents.
+      widths: of the parts of a query and a tile: what each mixer has of the latents, and rotary keys.
       scale: of the scores.
       request, heads, split: whose heads and which part of the keys it has.
       first: key of the part.
@@ -73,7 +80,7 @@ class _LatentBlock:
     """
 
     plan: LatentPlan
-    latent: int
+    widths: tuple[int, int, int]
     scale: float
     request: jax.Array
     heads: Any
@@ -88,8 +95,64 @@ class _LatentBlock:
     refs: dict[str, Any]
 
 
-@traced_once("latent", "scale", "plan")
+def why_not(query: Any, cache: Any, latent: int) -> str | None:
+    """Why the kernel does not take operands of these shapes and dtypes; None if it does.
+
+    >>> operand = jax.ShapeDtypeStruct((4, 128, 576), "bfloat16")
+    >>> why_not(operand, jax.ShapeDtypeStruct((4, 100, 576), "bfloat16"), 512)
+    'caches of 100 keys; a multiple of 8 will do'
+    """
+    if query.dtype not in FLOATS:
+        return f"dtype {query.dtype} is none of {', '.join(FLOATS)}"
+    columns, keys = query.shape[2], cache.shape[1]
+    if latent % (MIXERS * CHUNK) or columns % CHUNK or latent >= columns or columns > MOST_COLUMNS:
+        return (
+            f"{latent} latent of {columns} columns; multiples of {MIXERS * CHUNK} of {CHUNK}, up to {MOST_COLUMNS}, "
+            "the others rotary keys, will do"
+        )
+    if not all((*query.shape, *cache.shape)):
+        return f"query {query.shape} and cache {cache.shape} leave nothing to do"
+    return f"caches of {keys} keys; a multiple of 8 will do" if keys % 8 else None
+
+
 def attend_latents(
+    query: Float[Array, "B H C"],
+    cache: Float[Array, "B S C"],
+    lengths: Int[Array, " B"],
+    *,
+    latent: int,
+    scale: float,
+    plan: LatentPlan | None = None,
+) -> Float[Array, "B H L"]:
+    """`eplb_jax.kernels.latent_attention.xla.attend_latents`.
+
+    Args:
+      query, cache, lengths, latent, scale: as there; operands for which `why_not` has no reason.
+      plan: how to divide the work; by default as `plan_for` says.
+    """
+    plan = plan or plan_for(*query.shape[:2], cache.shape[1], current_target().cores)
+    return attend_by_plan(query, cache, lengths, latent=latent, scale=scale, plan=plan)
+
+
+def plan_for(requests: int, heads: int, keys: int, cores: int) -> LatentPlan:
+    """The division of the work: requests' keys are divided as far as that ends sooner, with all keys in use.
+
+    >>> plan_for(64, 128, 4096, 132).splits, plan_for(8, 128, 4096, 132).splits
+    (1, 8)
+    """
+    plan, units = LatentPlan(), requests * pl.cdiv(heads, HEADS)
+    tiles = pl.cdiv(keys, plan.keys)
+
+    def end(splits: int) -> float:
+        """In times of a tile: turns of all blocks, each with what begins and ends it, and what is combined."""
+        turns = pl.cdiv(units * splits, cores)
+        return turns * (pl.cdiv(tiles, splits) + EDGES) + (splits > 1) * (COMBINING + COMBINED * units * splits)
+
+    return dataclasses.replace(plan, splits=min(range(1, min(tiles, cores) + 1), key=end))
+
+
+@traced_once("latent", "scale", "plan")
+def attend_by_plan(
     query: Float[Array, "B H C"],
     cache: Float[Array, "B S C"],
     lengths: Int[Array, " B"],
@@ -98,15 +161,11 @@ def attend_latents(
     scale: float,
     plan: LatentPlan,
 ) -> Float[Array, "B H L"]:
-    """`eplb_jax.kernels.latent_attention.xla.attend_latents` with a given division of the work.
-
-    Args:
-      query, cache, lengths, latent, scale: as there; operands for which `why_not` has no reason.
-      plan: how to divide the work.
-    """
+    """`attend_latents` with a given division of the work."""
     requests, heads, columns = query.shape
     groups = pl.cdiv(heads, HEADS)
     query = jnp.pad(query, ((0, 0), (0, groups * HEADS - heads), (0, 0)))
+    widths = latent // MIXERS, latent // MIXERS, columns - latent
     splits, split, pairs = plan.splits, plan.splits > 1, groups // plan.cluster
 
     def body(length_of, query_ref, cache_ref, *out_refs):
@@ -123,24 +182,30 @@ def attend_latents(
             mine = jnp.clip(tiles - begin, 0, share)
             place = request, heads_of, part, begin * plan.keys, mine, length
             block = _LatentBlock(
-                plan, latent, scale, *place, query_ref, cache_ref, out_refs[0], out_refs[-1] if split else None, refs
+                plan, widths, scale, *place, query_ref, cache_ref, out_refs[0], out_refs[-1] if split else None, refs
             )
             warpgroup = lax.axis_index("warpgroup")
             pl.when(warpgroup == SCORER)(lambda: _score(block))
-            pl.when((warpgroup > SCORER) & (warpgroup < LOADER))(lambda: _mix(block, warpgroup - 1))
+            for part in range(MIXERS):
+                pl.when(warpgroup == part + 1)(lambda part=part: _mix(block, part))
             pl.when(warpgroup == LOADER)(lambda: _load(block))
 
-        users = dict(num_arrivals=1 + MIXERS, num_barriers=plan.stages)
-        together = plan.cluster > 1
-        free = plgpu.ClusterBarrier(collective_axes=("pair",), **users) if together else plgpu.Barrier(**users)
+        slots = plan.stages * plan.keys
+
+        def users(count: int, barriers: int) -> Any:
+            shape = dict(num_arrivals=count, num_barriers=barriers)
+            if plan.cluster > 1:
+                return plgpu.ClusterBarrier(collective_axes=("pair",), **shape)
+            return plgpu.Barrier(**shape)
+
         scratch = dict(
-            query=tiled(HEADS, columns, dtype=query.dtype),
-            tiles=tiled(plan.stages * plan.keys, columns, dtype=query.dtype),
-            weights=tiled(plan.weights, HEADS, plan.keys, dtype=query.dtype, line=min(2 * plan.keys, 128)),
+            query=[tiled(HEADS, width, dtype=query.dtype) for width in widths],
+            tiles=[tiled(slots, width, dtype=query.dtype) for width in widths],
+            weights=tiled(plan.weights, HEADS, plan.keys, dtype=query.dtype),
             factors=plgpu.SMEM((plan.weights, HEADS), jnp.float32),
-            asked=plgpu.Barrier(),
-            filled=plgpu.Barrier(num_barriers=plan.stages),
-            free=free,
+            asked=plgpu.Barrier(num_arrivals=len(widths)),
+            filled=[plgpu.Barrier(num_barriers=plan.stages) for _ in widths],
+            free=[users(count, plan.stages) for count in (2, 2, 1)],  # the scorer, and a mixer of latents
             weighed=plgpu.Barrier(num_barriers=plan.weights),
             mixed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=plan.weights),
         )
@@ -149,7 +214,10 @@ def attend_latents(
     shape = requests, groups * HEADS, latent
     out: Any = jax.ShapeDtypeStruct(shape, query.dtype)
     if split:
-        out = jax.ShapeDtypeStruct((splits, *shape), jnp.float32), jax.ShapeDtypeStruct((splits, *shape[:2]), jnp.float32)
+        out = (
+            jax.ShapeDtypeStruct((splits, *shape), jnp.float32),
+            jax.ShapeDtypeStruct((splits, *shape[:2]), jnp.float32),
+        )
     found = plgpu.kernel(
         body,
         out_type=out,
@@ -182,31 +250,33 @@ def _load(block: _LatentBlock) -> None:
     """The loader: copies the query, and tiles into shared memory as soon as all warpgroups have left one."""
     plgpu.set_max_registers(32, action="decrease")
     plan, refs = block.plan, block.refs
-    plgpu.copy_gmem_to_smem(block.query.at[block.request, block.heads], refs["query"], refs["asked"])
+    columns = [pl.ds(sum(block.widths[:i]), width) for i, width in enumerate(block.widths)]
+    for wide, query in zip(columns, refs["query"], strict=True):
+        plgpu.copy_gmem_to_smem(block.query.at[block.request, block.heads, wide], query, refs["asked"])
 
     def load(tile, _):
         slot = lax.rem(tile, jnp.int32(plan.stages))
-
-        @pl.when(tile >= plan.stages)
-        def _():
-            plgpu.barrier_wait(refs["free"].at[slot])
-
         keys = pl.ds(pl.multiple_of(block.first + tile * plan.keys, plan.keys), plan.keys)
-        source, barrier = block.cache.at[block.request, keys], refs["filled"].at[slot]
-        common = "pair" if plan.cluster > 1 else None
-        plgpu.copy_gmem_to_smem(source, _tile(block, slot), barrier, collective_axes=common)
+        for i, wide in enumerate(columns):
+            pl.when(tile >= plan.stages)(lambda i=i: plgpu.barrier_wait(refs["free"][i].at[slot]))
+            source, barrier = block.cache.at[block.request, keys, wide], refs["filled"][i].at[slot]
+            common = "pair" if plan.cluster > 1 else None
+            plgpu.copy_gmem_to_smem(source, _part(block, i, slot), barrier, collective_axes=common)
 
     lax.fori_loop(jnp.int32(0), block.tiles, load, None)
     if plan.cluster > 1:  # a block must not end while its pair still reaches into it
 
         def wait(tile, _):
-            plgpu.barrier_wait(refs["free"].at[lax.rem(tile, jnp.int32(plan.stages))])
+            for free in refs["free"]:
+                plgpu.barrier_wait(free.at[lax.rem(tile, jnp.int32(plan.stages))])
 
         lax.fori_loop(jnp.maximum(block.tiles - plan.stages, 0), block.tiles, wait, None)
 
 
-def _tile(block: _LatentBlock, slot: jax.Array) -> Any:
-    return block.refs["tiles"].at[pl.ds(pl.multiple_of(slot * block.plan.keys, block.plan.keys), block.plan.keys)]
+def _part(block: _LatentBlock, part: int, slot: jax.Array) -> Any:
+    """Some columns of the tile in a slot."""
+    keys = block.plan.keys
+    return block.refs["tiles"][part].at[pl.ds(pl.multiple_of(slot * keys, keys), keys)]
 
 
 def _rows(vector: jax.Array) -> jax.Array:
@@ -224,22 +294,24 @@ def _score(block: _LatentBlock) -> None:
     factor = block.scale * math.log2(math.e)
     plgpu.barrier_wait(refs["asked"])
 
-    def score(tile, carry):
+    def score(tile, carry, *, last: bool):
         largest, total = carry
         slot, place = (lax.rem(tile, jnp.int32(count)) for count in (plan.stages, plan.weights))
-        plgpu.barrier_wait(refs["filled"].at[slot])
 
         def multiply(acc):
-            plgpu.wgmma(acc, refs["query"], _tile(block, slot).transpose((1, 0)))
+            for part, query in enumerate(refs["query"]):
+                plgpu.barrier_wait(refs["filled"][part].at[slot])
+                plgpu.wgmma(acc, query, _part(block, part, slot).transpose((1, 0)))
             return acc[...]
 
         scores = pl.run_scoped(multiply, accumulator(HEADS, plan.keys))
-        plgpu.barrier_arrive(refs["free"].at[slot])
-        key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-        left = block.length - (block.first + tile * plan.keys)
-        scores = jnp.where(key < left, scores * factor, -jnp.inf)
-        found = jnp.maximum(largest, scores.max(1))
-        weights = jnp.exp2(scores - _spread(found, plan.keys))
+        for free in refs["free"]:
+            plgpu.barrier_arrive(free.at[slot])
+        if last:
+            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            scores = jnp.where(key < block.length - (block.first + tile * plan.keys), scores, -jnp.inf)
+        found = jnp.maximum(largest, scores.max(1) * factor)
+        weights = jnp.exp2(scores * factor - _spread(found, plan.keys))
         shrink = jnp.exp2(largest - found)
         total = total * shrink + weights.sum(1)
 
@@ -254,7 +326,9 @@ def _score(block: _LatentBlock) -> None:
         return found, total
 
     first = _rows(jnp.full((HEADS,), -jnp.inf, jnp.float32)), _rows(jnp.zeros((HEADS,), jnp.float32))
-    largest, total = lax.fori_loop(jnp.int32(0), block.tiles, score, first)
+    whole = jnp.maximum(block.tiles - 1, 0)
+    carry = lax.fori_loop(jnp.int32(0), whole, functools.partial(score, last=False), first)
+    largest, total = lax.fori_loop(whole, block.tiles, functools.partial(score, last=True), carry)
     place = lax.rem(block.tiles, jnp.int32(plan.weights))
 
     @pl.when(block.tiles >= plan.weights)
@@ -272,23 +346,21 @@ def add_product(sums: jax.Array, weights: Any, tile: Any) -> jax.Array:
     return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, tile))(plgpu.ACC.init(sums))
 
 
-def _mix(block: _LatentBlock, mixer: jax.Array) -> None:
+def _mix(block: _LatentBlock, part: int) -> None:
     """A mixer: sums of latents by their weights, of half of the columns."""
     plgpu.set_max_registers(176, action="increase")
-    plan, refs = block.plan, block.refs
-    width = block.latent // MIXERS
-    columns = pl.ds(pl.multiple_of(mixer * width, width), width)
+    plan, refs, width = block.plan, block.refs, block.widths[part]
 
     def factors(place):
         return _spread(_rows(refs["factors"].at[place][...]), width)
 
     def mix(tile, sums):
         slot, place = (lax.rem(tile, jnp.int32(count)) for count in (plan.stages, plan.weights))
-        plgpu.barrier_wait(refs["filled"].at[slot])
+        plgpu.barrier_wait(refs["filled"][part].at[slot])
         plgpu.barrier_wait(refs["weighed"].at[place])
-        sums = add_product(sums * factors(place), refs["weights"].at[place], _tile(block, slot).at[:, columns])
+        sums = add_product(sums * factors(place), refs["weights"].at[place], _part(block, part, slot))
         plgpu.barrier_arrive(refs["mixed"].at[place])
-        plgpu.barrier_arrive(refs["free"].at[slot])
+        plgpu.barrier_arrive(refs["free"][part].at[slot])
         return sums
 
     zeros = plgpu.layout_cast(jnp.zeros((HEADS, width), jnp.float32), plgpu.Layout.WGMMA)
@@ -296,13 +368,12 @@ def _mix(block: _LatentBlock, mixer: jax.Array) -> None:
     place = lax.rem(block.tiles, jnp.int32(plan.weights))
     plgpu.barrier_wait(refs["weighed"].at[place])
     sums = sums * factors(place)
+    columns = pl.ds(part * width, width)
     if block.logs is not None:
         block.out.at[block.split, block.request, block.heads, columns][...] = sums
         return
-    piece = refs["tiles"].at[pl.ds(0, HEADS), columns]  # whose columns no other warpgroup reads any more
+    piece = refs["tiles"][part].at[pl.ds(0, HEADS)]  # which no other warpgroup reads any more
     piece[...] = sums.astype(block.out.dtype)
     plgpu.commit_smem()
-    for row in range(0, HEADS, LINE):  # which lie together
-        here = pl.ds(pl.multiple_of(block.heads.start + row, LINE), LINE)
-        plgpu.copy_smem_to_gmem(piece.at[pl.ds(row, LINE)], block.out.at[block.request, here, columns])
+    plgpu.copy_smem_to_gmem(piece, block.out.at[block.request, block.heads, columns])
     plgpu.wait_smem_to_gmem(0)
