@@ -1,10 +1,11 @@
 """Attention of one token of each request over its cache of latents on Hopper GPUs: our own kernel, in Pallas' Mosaic.
 
-A block has 64 heads of one request, and reads its part of the request's cache once, a tile of keys at a time. One
-warpgroup loads tiles; one, the scorer, makes scores and their softmax as far as it is known; two, the mixers, multiply
-these weights by half of the latents' columns each, whose sums fill the registers of one warpgroup for 64 heads and 256
-columns. Weights, and the factors by which earlier sums shrink when a larger score is found, go from the scorer to the
-mixers through shared memory. Scores of a tile are made while the latents of the one before are mixed.
+A block has 64 heads of one request, and reads its part of the request's cache once, a tile of 64 keys at a time. One
+warpgroup, the scorer, makes scores and their softmax as far as it is known; two, the mixers, multiply these weights by
+half of the latents' columns each, whose sums fill the registers of one warpgroup for 64 heads and 256 columns. Weights,
+and the factors by which earlier sums shrink when a larger score is found, go from the scorer to the mixers through
+shared memory. Scores of a tile are made while the latents of the one before are mixed. Each warpgroup loads the columns
+that it uses last: a mixer its latents, the scorer rotary keys.
 
 Where there are fewer requests than would fill the GPU, several blocks divide a request's keys. Each then gives its
 sums, normalised, and the logarithm of what it divided them by, in float32; XLA combines them.
@@ -33,34 +34,19 @@ from eplb_jax.kernels.scaled_tiles import tiled
 
 HEADS = 64
 """Of a block: rows of a product of the tensor cores."""
-SCORER, MIXERS, LOADER = 0, 2, 3
-"""Warpgroups: the first, how many follow it, the last."""
+KEYS = 64
+"""Of a tile."""
+STAGES = 2
+"""Tiles in shared memory."""
+MIXERS = 2
+"""Warpgroups before the last, which is the scorer."""
 CHUNK = 64
 """Columns of a swizzled tile."""
 MOST_COLUMNS = 576
 """Of which queries and two tiles of keys fit into shared memory."""
 FLOATS = ("bfloat16", "float16")
 EDGES, COMBINING, COMBINED = 3.0, 4.0, 0.05
-"""What begins and ends a block, combining parts, and each of them, in times of a tile: estimates for `plan_for`."""
-
-
-@dataclasses.dataclass(frozen=True)
-class LatentPlan:
-    """How the kernel divides its work.
-
-    Attributes:
-      keys: of a tile; a multiple of 16.
-      stages: tiles in shared memory.
-      weights: tiles' weights in shared memory.
-      splits: how many blocks divide a request's keys.
-      cluster: 2 lets the blocks of 128 heads load the keys that they share once.
-    """
-
-    keys: int = 64
-    stages: int = 2
-    weights: int = 1
-    splits: int = 1
-    cluster: int = 1
+"""What begins and ends a block, combining parts, and each of them, in times of a tile: estimates for `splits_for`."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,7 +54,6 @@ class _LatentBlock:
     """One block of the kernel: its part of the problem, and what its warpgroups share.
 
     Attributes:
-      plan: the division of the work.
       widths: of the parts of a query and a tile: what each mixer has of the latents, and rotary keys.
       scale: of the scores.
       request, heads, split: whose heads and which part of the keys it has.
@@ -79,7 +64,6 @@ class _LatentBlock:
       refs: shared memory and barriers.
     """
 
-    plan: LatentPlan
     widths: tuple[int, int, int]
     scale: float
     request: jax.Array
@@ -93,6 +77,36 @@ class _LatentBlock:
     out: Any
     logs: Any
     refs: dict[str, Any]
+
+    def columns(self, part: int) -> Any:
+        """Those of a part of a query or a tile, in memory."""
+        return pl.ds(sum(self.widths[:part]), self.widths[part])
+
+    def tile(self, part: int, slot: jax.Array) -> Any:
+        """Some columns of the tile in a slot."""
+        return self.refs["tiles"][part].at[pl.ds(pl.multiple_of(slot * KEYS, KEYS), KEYS)]
+
+    def load(self, part: int, tile: jax.Array) -> None:
+        """Copies some columns of a tile into its slot, if there is such a tile."""
+
+        @pl.when(tile < self.tiles)
+        def _():
+            slot = slot_of(tile)
+            keys = pl.ds(pl.multiple_of(self.first + tile * KEYS, KEYS), KEYS)
+            source, barrier = self.cache.at[self.request, keys, self.columns(part)], self.refs["filled"][part].at[slot]
+            plgpu.copy_gmem_to_smem(source, self.tile(part, slot), barrier)
+
+    def load_first(self, part: int) -> None:
+        """Copies the same columns of the query and of the first tiles."""
+        query = self.query.at[self.request, self.heads, self.columns(part)]
+        plgpu.copy_gmem_to_smem(query, self.refs["query"][part], self.refs["asked"])
+        for tile in range(STAGES):
+            self.load(part, jnp.int32(tile))
+
+
+def slot_of(tile: jax.Array) -> jax.Array:
+    """Where a tile is in shared memory."""
+    return lax.rem(tile, jnp.int32(STAGES))
 
 
 def why_not(query: Any, cache: Any, latent: int) -> str | None:
@@ -122,98 +136,77 @@ def attend_latents(
     *,
     latent: int,
     scale: float,
-    plan: LatentPlan | None = None,
 ) -> Float[Array, "B H L"]:
-    """`eplb_jax.kernels.latent_attention.xla.attend_latents`.
-
-    Args:
-      query, cache, lengths, latent, scale: as there; operands for which `why_not` has no reason.
-      plan: how to divide the work; by default as `plan_for` says.
-    """
-    plan = plan or plan_for(*query.shape[:2], cache.shape[1], current_target().cores)
-    return attend_by_plan(query, cache, lengths, latent=latent, scale=scale, plan=plan)
+    """`eplb_jax.kernels.latent_attention.xla.attend_latents`, of operands for which `why_not` has no reason."""
+    splits = splits_for(*query.shape[:2], cache.shape[1], current_target().cores)
+    return attend_in_parts(query, cache, lengths, latent=latent, scale=scale, splits=splits)
 
 
-def plan_for(requests: int, heads: int, keys: int, cores: int) -> LatentPlan:
-    """The division of the work: requests' keys are divided as far as that ends sooner, with all keys in use.
+def splits_for(requests: int, heads: int, keys: int, cores: int) -> int:
+    """How many blocks divide a request's keys: as many as end sooner, with all keys in use.
 
-    >>> plan_for(64, 128, 4096, 132).splits, plan_for(8, 128, 4096, 132).splits
+    >>> splits_for(64, 128, 4096, 132), splits_for(8, 128, 4096, 132)
     (1, 8)
     """
-    plan, units = LatentPlan(), requests * pl.cdiv(heads, HEADS)
-    tiles = pl.cdiv(keys, plan.keys)
+    units, tiles = requests * pl.cdiv(heads, HEADS), pl.cdiv(keys, KEYS)
 
     def end(splits: int) -> float:
         """In times of a tile: turns of all blocks, each with what begins and ends it, and what is combined."""
         turns = pl.cdiv(units * splits, cores)
         return turns * (pl.cdiv(tiles, splits) + EDGES) + (splits > 1) * (COMBINING + COMBINED * units * splits)
 
-    return dataclasses.replace(plan, splits=min(range(1, min(tiles, cores) + 1), key=end))
+    return min(range(1, min(tiles, cores) + 1), key=end)
 
 
-@traced_once("latent", "scale", "plan")
-def attend_by_plan(
+@traced_once("latent", "scale", "splits")
+def attend_in_parts(
     query: Float[Array, "B H C"],
     cache: Float[Array, "B S C"],
     lengths: Int[Array, " B"],
     *,
     latent: int,
     scale: float,
-    plan: LatentPlan,
+    splits: int,
 ) -> Float[Array, "B H L"]:
-    """`attend_latents` with a given division of the work."""
+    """`attend_latents` by this many blocks of a request's keys."""
     requests, heads, columns = query.shape
     groups = pl.cdiv(heads, HEADS)
     query = jnp.pad(query, ((0, 0), (0, groups * HEADS - heads), (0, 0)))
     widths = latent // MIXERS, latent // MIXERS, columns - latent
-    splits, split, pairs = plan.splits, plan.splits > 1, groups // plan.cluster
 
     def body(length_of, query_ref, cache_ref, *out_refs):
         def scoped(**refs):
             unit = lax.axis_index("unit")
-            rest, group = lax.div(unit, jnp.int32(pairs)), lax.rem(unit, jnp.int32(pairs))
-            group = group * plan.cluster + lax.axis_index("pair")
+            rest, group = lax.div(unit, jnp.int32(groups)), lax.rem(unit, jnp.int32(groups))
             request, part = lax.div(rest, jnp.int32(splits)), lax.rem(rest, jnp.int32(splits))
             length = length_of[request]
-            tiles = lax.div(length + (plan.keys - 1), jnp.int32(plan.keys))
+            tiles = lax.div(length + (KEYS - 1), jnp.int32(KEYS))
             share = lax.div(tiles + (splits - 1), jnp.int32(splits))
             begin = part * share
             heads_of = pl.ds(pl.multiple_of(group * HEADS, HEADS), HEADS)
-            mine = jnp.clip(tiles - begin, 0, share)
-            place = request, heads_of, part, begin * plan.keys, mine, length
-            block = _LatentBlock(
-                plan, widths, scale, *place, query_ref, cache_ref, out_refs[0], out_refs[-1] if split else None, refs
-            )
+            place = request, heads_of, part, begin * KEYS, jnp.clip(tiles - begin, 0, share), length
+            logs = out_refs[1] if splits > 1 else None
+            block = _LatentBlock(widths, scale, *place, query_ref, cache_ref, out_refs[0], logs, refs)
             warpgroup = lax.axis_index("warpgroup")
-            pl.when(warpgroup == SCORER)(lambda: _score(block))
             for part in range(MIXERS):
-                pl.when(warpgroup == part + 1)(lambda part=part: _mix(block, part))
-            pl.when(warpgroup == LOADER)(lambda: _load(block))
-
-        slots = plan.stages * plan.keys
-
-        def users(count: int, barriers: int) -> Any:
-            shape = dict(num_arrivals=count, num_barriers=barriers)
-            if plan.cluster > 1:
-                return plgpu.ClusterBarrier(collective_axes=("pair",), **shape)
-            return plgpu.Barrier(**shape)
+                pl.when(warpgroup == part)(lambda part=part: _mix(block, part))
+            pl.when(warpgroup == MIXERS)(lambda: _score(block))
 
         scratch = dict(
             query=[tiled(HEADS, width, dtype=query.dtype) for width in widths],
-            tiles=[tiled(slots, width, dtype=query.dtype) for width in widths],
-            weights=tiled(plan.weights, HEADS, plan.keys, dtype=query.dtype),
-            factors=plgpu.SMEM((plan.weights, HEADS), jnp.float32),
+            tiles=[tiled(STAGES * KEYS, width, dtype=query.dtype) for width in widths],
+            weights=tiled(HEADS, KEYS, dtype=query.dtype),
+            factors=plgpu.SMEM((HEADS,), jnp.float32),
             asked=plgpu.Barrier(num_arrivals=len(widths)),
-            filled=[plgpu.Barrier(num_barriers=plan.stages) for _ in widths],
-            free=[users(count, plan.stages) for count in (2, 2, 1)],  # the scorer, and a mixer of latents
-            weighed=plgpu.Barrier(num_barriers=plan.weights),
-            mixed=plgpu.Barrier(num_arrivals=MIXERS, num_barriers=plan.weights),
+            filled=[plgpu.Barrier(num_barriers=STAGES) for _ in widths],
+            weighed=plgpu.Barrier(),
+            mixed=plgpu.Barrier(num_arrivals=MIXERS),
         )
         pl.run_scoped(scoped, **scratch, collective_axes="warpgroup")
 
     shape = requests, groups * HEADS, latent
     out: Any = jax.ShapeDtypeStruct(shape, query.dtype)
-    if split:
+    if splits > 1:
         out = (
             jax.ShapeDtypeStruct((splits, *shape), jnp.float32),
             jax.ShapeDtypeStruct((splits, *shape[:2]), jnp.float32),
@@ -221,11 +214,9 @@ def attend_by_plan(
     found = plgpu.kernel(
         body,
         out_type=out,
-        grid=(requests * splits * pairs,),
+        grid=(requests * splits * groups,),
         grid_names=("unit",),
-        cluster=(plan.cluster,),
-        cluster_names=("pair",),
-        num_threads=LOADER + 1,
+        num_threads=MIXERS + 1,
         thread_name="warpgroup",
         kernel_name="latent_attention",
         compiler_params=plgpu.CompilerParams(
@@ -234,7 +225,7 @@ def attend_by_plan(
             reduction_scratch_bytes=1024,  # no row is divided between warps
         ),
     )(lengths, query, cache)
-    if not split:
+    if splits == 1:
         return found[:, :heads]
     sums, logs = (array[:, :, :heads] for array in found)
     return combine(sums, logs).astype(query.dtype)
@@ -244,39 +235,6 @@ def combine(sums: Float[Array, "P B H L"], logs: Float[Array, "P B H"]) -> Float
     """One attention of those over parts of the keys, and the binary logarithms of their normalisers."""
     shares = jnp.exp2(logs - logs.max(0))
     return (sums * (shares / shares.sum(0))[..., None]).sum(0)
-
-
-def _load(block: _LatentBlock) -> None:
-    """The loader: copies the query, and tiles into shared memory as soon as all warpgroups have left one."""
-    plgpu.set_max_registers(32, action="decrease")
-    plan, refs = block.plan, block.refs
-    columns = [pl.ds(sum(block.widths[:i]), width) for i, width in enumerate(block.widths)]
-    for wide, query in zip(columns, refs["query"], strict=True):
-        plgpu.copy_gmem_to_smem(block.query.at[block.request, block.heads, wide], query, refs["asked"])
-
-    def load(tile, _):
-        slot = lax.rem(tile, jnp.int32(plan.stages))
-        keys = pl.ds(pl.multiple_of(block.first + tile * plan.keys, plan.keys), plan.keys)
-        for i, wide in enumerate(columns):
-            pl.when(tile >= plan.stages)(lambda i=i: plgpu.barrier_wait(refs["free"][i].at[slot]))
-            source, barrier = block.cache.at[block.request, keys, wide], refs["filled"][i].at[slot]
-            common = "pair" if plan.cluster > 1 else None
-            plgpu.copy_gmem_to_smem(source, _part(block, i, slot), barrier, collective_axes=common)
-
-    lax.fori_loop(jnp.int32(0), block.tiles, load, None)
-    if plan.cluster > 1:  # a block must not end while its pair still reaches into it
-
-        def wait(tile, _):
-            for free in refs["free"]:
-                plgpu.barrier_wait(free.at[lax.rem(tile, jnp.int32(plan.stages))])
-
-        lax.fori_loop(jnp.maximum(block.tiles - plan.stages, 0), block.tiles, wait, None)
-
-
-def _part(block: _LatentBlock, part: int, slot: jax.Array) -> Any:
-    """Some columns of the tile in a slot."""
-    keys = block.plan.keys
-    return block.refs["tiles"][part].at[pl.ds(pl.multiple_of(slot * keys, keys), keys)]
 
 
 def _rows(vector: jax.Array) -> jax.Array:
@@ -290,53 +248,43 @@ def _spread(vector: jax.Array, columns: int) -> jax.Array:
 
 def _score(block: _LatentBlock) -> None:
     """The scorer: weights of a tile's keys, relative to the largest score so far."""
-    plan, refs = block.plan, block.refs
-    factor = block.scale * math.log2(math.e)
+    refs, factor = block.refs, block.scale * math.log2(math.e)
+    block.load_first(MIXERS)
     plgpu.barrier_wait(refs["asked"])
 
     def score(tile, carry, *, last: bool):
         largest, total = carry
-        slot, place = (lax.rem(tile, jnp.int32(count)) for count in (plan.stages, plan.weights))
+        slot = slot_of(tile)
 
         def multiply(acc):
             for part, query in enumerate(refs["query"]):
                 plgpu.barrier_wait(refs["filled"][part].at[slot])
-                plgpu.wgmma(acc, query, _part(block, part, slot).transpose((1, 0)))
+                plgpu.wgmma(acc, query, block.tile(part, slot).transpose((1, 0)))
             return acc[...]
 
-        scores = pl.run_scoped(multiply, accumulator(HEADS, plan.keys))
-        for free in refs["free"]:
-            plgpu.barrier_arrive(free.at[slot])
+        scores = pl.run_scoped(multiply, accumulator(HEADS, KEYS))
+        block.load(MIXERS, tile + STAGES)
         if last:
             key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
-            scores = jnp.where(key < block.length - (block.first + tile * plan.keys), scores, -jnp.inf)
+            scores = jnp.where(key < block.length - (block.first + tile * KEYS), scores, -jnp.inf)
         found = jnp.maximum(largest, scores.max(1) * factor)
-        weights = jnp.exp2(scores * factor - _spread(found, plan.keys))
+        weights = jnp.exp2(scores * factor - _spread(found, KEYS))
         shrink = jnp.exp2(largest - found)
         total = total * shrink + weights.sum(1)
-
-        @pl.when(tile >= plan.weights)
-        def _():
-            plgpu.barrier_wait(refs["mixed"].at[place])
-
-        refs["weights"].at[place][...] = weights.astype(refs["weights"].dtype)
-        refs["factors"].at[place][...] = shrink
+        pl.when(tile > 0)(lambda: plgpu.barrier_wait(refs["mixed"]))
+        refs["weights"][...] = weights.astype(refs["weights"].dtype)
+        refs["factors"][...] = shrink
         plgpu.commit_smem()
-        plgpu.barrier_arrive(refs["weighed"].at[place])
+        plgpu.barrier_arrive(refs["weighed"])
         return found, total
 
     first = _rows(jnp.full((HEADS,), -jnp.inf, jnp.float32)), _rows(jnp.zeros((HEADS,), jnp.float32))
     whole = jnp.maximum(block.tiles - 1, 0)
     carry = lax.fori_loop(jnp.int32(0), whole, functools.partial(score, last=False), first)
     largest, total = lax.fori_loop(whole, block.tiles, functools.partial(score, last=True), carry)
-    place = lax.rem(block.tiles, jnp.int32(plan.weights))
-
-    @pl.when(block.tiles >= plan.weights)
-    def _():
-        plgpu.barrier_wait(refs["mixed"].at[place])
-
-    refs["factors"].at[place][...] = jnp.where(total > 0, 1 / total, jnp.float32(0))
-    plgpu.barrier_arrive(refs["weighed"].at[place])
+    pl.when(block.tiles > 0)(lambda: plgpu.barrier_wait(refs["mixed"]))
+    refs["factors"][...] = jnp.where(total > 0, 1 / total, jnp.float32(0))
+    plgpu.barrier_arrive(refs["weighed"])
     if block.logs is not None:
         block.logs.at[block.split, block.request, block.heads][...] = largest + jnp.log2(total)
 
@@ -348,27 +296,26 @@ def add_product(sums: jax.Array, weights: Any, tile: Any) -> jax.Array:
 
 def _mix(block: _LatentBlock, part: int) -> None:
     """A mixer: sums of latents by their weights, of half of the columns."""
-    plgpu.set_max_registers(176, action="increase")
-    plan, refs, width = block.plan, block.refs, block.widths[part]
+    refs, width = block.refs, block.widths[part]
+    block.load_first(part)
 
-    def factors(place):
-        return _spread(_rows(refs["factors"].at[place][...]), width)
+    def factors():
+        return _spread(_rows(refs["factors"][...]), width)
 
     def mix(tile, sums):
-        slot, place = (lax.rem(tile, jnp.int32(count)) for count in (plan.stages, plan.weights))
+        slot = slot_of(tile)
         plgpu.barrier_wait(refs["filled"][part].at[slot])
-        plgpu.barrier_wait(refs["weighed"].at[place])
-        sums = add_product(sums * factors(place), refs["weights"].at[place], _part(block, part, slot))
-        plgpu.barrier_arrive(refs["mixed"].at[place])
-        plgpu.barrier_arrive(refs["free"][part].at[slot])
+        plgpu.barrier_wait(refs["weighed"])
+        sums = add_product(sums * factors(), refs["weights"], block.tile(part, slot))
+        plgpu.barrier_arrive(refs["mixed"])
+        block.load(part, tile + STAGES)
         return sums
 
     zeros = plgpu.layout_cast(jnp.zeros((HEADS, width), jnp.float32), plgpu.Layout.WGMMA)
     sums = lax.fori_loop(jnp.int32(0), block.tiles, mix, zeros)
-    place = lax.rem(block.tiles, jnp.int32(plan.weights))
-    plgpu.barrier_wait(refs["weighed"].at[place])
-    sums = sums * factors(place)
-    columns = pl.ds(part * width, width)
+    plgpu.barrier_wait(refs["weighed"])
+    sums = sums * factors()
+    columns = block.columns(part)
     if block.logs is not None:
         block.out.at[block.split, block.request, block.heads, columns][...] = sums
         return
