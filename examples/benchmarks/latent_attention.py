@@ -6,12 +6,11 @@ at 4.8 TB/s; TFLOP/s count scores and sums of the keys in use; the difference is
 largest value. "even" requests use all keys, "uneven" ones any number of them. Small caches stay in the L2 cache.
 
     python examples/benchmarks/latent_attention.py [--requests 1,16,64,128] [--keys 1024,4096,16384] [--heads 16,128]
-        [--uneven] [--plans] [--repeats 5] [--tiny]
+        [--uneven] [--splits 1,2] [--repeats 5] [--tiny]
 """
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Iterator
@@ -28,7 +27,7 @@ from eplb_jax.kernels.latent_attention import mosaic, xla
 LATENT, ROTARY = 512, 64
 PEAK = 4.8e12
 """Bytes a second of an H200's memory."""
-CALLS = 4
+CALLS = 8
 """Of a program."""
 
 
@@ -42,20 +41,8 @@ def program(attend: Callable[..., jax.Array], operands: tuple[Any, ...]) -> Call
     return functools.partial(several.lower(*operands).compile(), *operands)
 
 
-def plans(requests: int, heads: int, keys: int, several: bool) -> dict[str, mosaic.LatentPlan]:
-    """Name -> division of the kernel's work."""
-    chosen = mosaic.plan_for(requests, heads, keys, current_target().cores)
-    found = {f"kernel, {chosen.splits} splits": chosen}
-    if several:
-        if heads > mosaic.HEADS:
-            found[f"kernel, {chosen.splits} splits, shared loads"] = dataclasses.replace(chosen, cluster=2)
-        for splits in {max(chosen.splits // 2, 1), chosen.splits + 1, 2 * chosen.splits} - {chosen.splits}:
-            found[f"kernel, {splits} splits"] = dataclasses.replace(chosen, splits=splits)
-    return found
-
-
 def measure(
-    requests: int, keys: int, heads: int, lengths: str, several: bool, repeats: int
+    requests: int, keys: int, heads: int, lengths: str, splits: list[int], repeats: int
 ) -> Iterator[dict[str, Any]]:
     """The lines of a case."""
     widths = LATENT + ROTARY
@@ -69,9 +56,10 @@ def measure(
     static: dict[str, Any] = dict(latent=LATENT, scale=0.1)
     calls = {"XLA": program(functools.partial(xla.attend_latents, **static), (queries, cache, counts))}
     if current_target().hopper:
-        for name, plan in plans(requests, heads, keys, several).items():
-            attend = functools.partial(mosaic.attend_by_plan, **static, plan=plan)
-            calls[name] = program(attend, (queries, cache, counts))
+        chosen = mosaic.splits_for(requests, heads, keys, current_target().cores)
+        for count in dict.fromkeys((chosen, *splits)):
+            attend = functools.partial(mosaic.attend_in_parts, **static, splits=count)
+            calls[f"kernel, {count} splits"] = program(attend, (queries, cache, counts))
     want = calls["XLA"]()
     differences = [float(difference(call(), want)) for call in calls.values()]
     del want
@@ -98,19 +86,20 @@ def main() -> None:
     parser.add_argument("--keys", default="1024,4096,16384", help="that a cache holds, with commas")
     parser.add_argument("--heads", default="16,128", help="that share keys, with commas")
     parser.add_argument("--uneven", action="store_true", help="requests of different lengths, too")
-    parser.add_argument("--plans", action="store_true", help="other divisions of the kernel's work, too")
+    parser.add_argument("--splits", default="", help="other numbers of blocks that divide a request's keys, too")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     if args.tiny:
         args.requests, args.keys, args.heads = "2", "16", "2"
+    splits = [int(count) for count in args.splits.split(",") if count]
     sizes = ([int(size) for size in text.split(",")] for text in (args.requests, args.keys, args.heads))
     lengths = ("even", "uneven") if args.uneven else ("even",)
     table = (
         line
         for requests, keys, heads in itertools.product(*sizes)
         for kind in lengths
-        for line in measure(requests, keys, heads, kind, args.plans, args.repeats)
+        for line in measure(requests, keys, heads, kind, splits, args.repeats)
     )
     formats = {"difference": ".1e", "us": ".1f", "read us": ".1f", "TFLOP/s": ".0f"}
     Recorder.begin(args, machine()).table(table, labels=5, formats=formats)
