@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.latent_attention import xla
-from eplb_jax.kernels.registry import Backend
+from eplb_jax.kernels.registry import Backend, ChosenBackend
+
+AUTO: Backend = "xla"
+"""What is meant by the backend "auto": XLA's form, as long as the kernel's time has not been measured."""
 
 
 def attend_latents(
@@ -24,7 +29,7 @@ def attend_latents(
     """Attention of one token of each request: all its heads share the keys, whose first columns are the values.
 
     This is multi-head latent attention where the matrices that expand latents are applied to queries and results
-    instead. The backend "mosaic" reads each cache once and keeps no scores in memory; it has no gradient.
+    instead. The backend "mosaic" reads each cache once and keeps no scores in memory; gradients are XLA's.
 
     Args:
       query: of each head, [latent, rotary] columns as those of the cache.
@@ -33,8 +38,9 @@ def attend_latents(
       lengths: keys of each request, 1 or more; int32.
       latent: columns that are mixed: L.
       scale: of the scores; positive.
-      backend: "xla" runs everywhere. "mosaic" is for bfloat16 and float16 on Hopper GPUs. "auto" takes "mosaic" where
-        it can; see `eplb_jax.grouped_matmul`.
+      backend: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper GPUs; latents have
+        a multiple of 128 columns, all columns are a multiple of 64 up to 576, and caches have a multiple of 8 keys.
+        "auto" is `AUTO`.
 
     Returns:
       In the dtype of the query; softmax and sums are in float32, in float64 for float64.
@@ -49,9 +55,33 @@ def attend_latents(
     [[[3.0, 3.0], [3.0, 3.0]]]
     """
     check(query, cache, lengths, latent, scale)
-    chosen = registry.choose("attend_latents", backend, query, cache, latent)
+    chosen = registry.choose("attend_latents", AUTO if backend == "auto" else backend, query, cache, latent)
     operands = jnp.asarray(query), jnp.asarray(cache), jnp.asarray(lengths, jnp.int32)
-    return registry.dispatch(chosen, "attend_latents", xla.attend_latents, *operands, latent=latent, scale=scale)
+    if chosen == registry.XLA:
+        return xla.attend_latents(*operands, latent=latent, scale=scale)
+    return _attend(*operands, chosen, latent, scale)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
+def _attend(
+    query: jax.Array, cache: jax.Array, lengths: jax.Array, chosen: ChosenBackend, latent: int, scale: float
+) -> jax.Array:
+    by_xla, static = xla.attend_latents, dict(latent=latent, scale=scale)
+    return registry.dispatch(chosen, "attend_latents", by_xla, query, cache, lengths, **static)
+
+
+def _attend_fwd(*arguments: Any) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    return _attend(*arguments), arguments[:3]
+
+
+def _attend_bwd(_: ChosenBackend, latent: int, scale: float, operands: Any, ct: jax.Array) -> tuple[Any, ...]:
+    """What XLA's form has of gradients; nothing of the forward pass is kept but its operands."""
+    query, cache, lengths = operands
+    by_xla = functools.partial(xla.attend_latents, lengths=lengths, latent=latent, scale=scale)
+    return *jax.vjp(by_xla, query, cache)[1](ct), None
+
+
+_attend.defvjp(_attend_fwd, _attend_bwd)
 
 
 def check(query: Any, cache: Any, lengths: Any, latent: int, scale: float) -> None:

@@ -138,7 +138,8 @@ def attend_latents(
     scale: float,
 ) -> Float[Array, "B H L"]:
     """`eplb_jax.kernels.latent_attention.xla.attend_latents`, of operands for which `why_not` has no reason."""
-    splits = splits_for(*query.shape[:2], cache.shape[1], current_target().cores)
+    requests, heads, _ = query.shape
+    splits = splits_for(requests, heads, cache.shape[1], current_target().cores)
     return attend_in_parts(query, cache, lengths, latent=latent, scale=scale, splits=splits)
 
 
@@ -291,7 +292,8 @@ def _score(block: _LatentBlock) -> None:
 
 def add_product(sums: jax.Array, weights: Any, tile: Any) -> jax.Array:
     """``sums + weights @ tile``, in the registers of the sums."""
-    return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, tile))(plgpu.ACC.init(sums))
+    acc: Any = plgpu.ACC.init(sums)  # pyright: ignore[reportPrivateImportUsage]
+    return pl.run_state(lambda acc: plgpu.wgmma(acc, weights, tile))(acc)
 
 
 def _mix(block: _LatentBlock, part: int) -> None:
