@@ -238,12 +238,8 @@ def combine(sums: Float[Array, "P B H L"], logs: Float[Array, "P B H"]) -> Float
     return (sums * (shares / shares.sum(0))[..., None]).sum(0)
 
 
-def _rows(vector: jax.Array) -> jax.Array:
-    """A number for each head, where its scores are."""
-    return plgpu.layout_cast(vector, plgpu.Layout.WGMMA.reduce(1))
-
-
 def _spread(vector: jax.Array, columns: int) -> jax.Array:
+    """A number for each head, beside itself."""
     return lax.broadcast_in_dim(vector, (HEADS, columns), (0,))
 
 
@@ -266,7 +262,7 @@ def _score(block: _LatentBlock) -> None:
         scores = pl.run_scoped(multiply, accumulator(HEADS, KEYS))
         block.load(MIXERS, tile + STAGES)
         if last:
-            key = plgpu.broadcasted_iota(jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA)
+            key = lax.broadcasted_iota(jnp.int32, scores.shape, 1)
             scores = jnp.where(key < block.length - (block.first + tile * KEYS), scores, -jnp.inf)
         found = jnp.maximum(largest, scores.max(1) * factor)
         weights = jnp.exp2(scores * factor - _spread(found, KEYS))
@@ -279,7 +275,7 @@ def _score(block: _LatentBlock) -> None:
         plgpu.barrier_arrive(refs["weighed"])
         return found, total
 
-    first = _rows(jnp.full((HEADS,), -jnp.inf, jnp.float32)), _rows(jnp.zeros((HEADS,), jnp.float32))
+    first = jnp.full((HEADS,), -jnp.inf, jnp.float32), jnp.zeros((HEADS,), jnp.float32)
     whole = jnp.maximum(block.tiles - 1, 0)
     carry = lax.fori_loop(jnp.int32(0), whole, functools.partial(score, last=False), first)
     largest, total = lax.fori_loop(whole, block.tiles, functools.partial(score, last=True), carry)
@@ -302,7 +298,7 @@ def _mix(block: _LatentBlock, part: int) -> None:
     block.load_first(part)
 
     def factors():
-        return _spread(_rows(refs["factors"][...]), width)
+        return _spread(refs["factors"][...], width)
 
     def mix(tile, sums):
         slot = slot_of(tile)
@@ -313,7 +309,7 @@ def _mix(block: _LatentBlock, part: int) -> None:
         block.load(part, tile + STAGES)
         return sums
 
-    zeros = plgpu.layout_cast(jnp.zeros((HEADS, width), jnp.float32), plgpu.Layout.WGMMA)
+    zeros = jnp.zeros((HEADS, width), jnp.float32)
     sums = lax.fori_loop(jnp.int32(0), block.tiles, mix, zeros)
     plgpu.barrier_wait(refs["weighed"])
     sums = sums * factors()
