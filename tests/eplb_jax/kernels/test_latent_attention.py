@@ -1,4 +1,4 @@
-"""Attention over caches of latents equals the plain program in float64: by XLA, and by the kernel in the interpreter."""
+"""Attention over caches of latents equals the plain program in float64: XLA's, and the kernel in the interpreter."""
 
 import functools
 
@@ -124,7 +124,7 @@ def test_kernel_can_be_lowered_without_a_gpu(heads, requests, keys, latent, dtyp
 
 
 def test_parts_are_combined():
-    """Softmaxes over parts of the keys and the logarithms of their normalisers give that over all; a part may be none."""
+    """Softmaxes over parts of the keys and logarithms of their normalisers give that over all; a part may be empty."""
     rng = np.random.default_rng(0)
     scores, values = rng.standard_normal((2, 3, 40)) * 5, rng.standard_normal((2, 40, 4))
     shares = np.exp(scores) / np.exp(scores).sum(-1, keepdims=True)

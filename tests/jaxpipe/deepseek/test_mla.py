@@ -75,13 +75,9 @@ def test_who_attends_to_the_cache(monkeypatch, precision, experts, backend, kern
     config = small(latent=128, rotary=64, precision=precision)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=experts))
     params = init_mla(nnx.Rngs(0), config)
-    arrays = (
-        jnp.zeros((2, config.width), jnp.bfloat16),
-        jnp.zeros((2, STEP, 192), jnp.bfloat16),
-        jnp.zeros(2, jnp.int32),
-    )
+    x, cache = jnp.zeros((2, config.width), jnp.bfloat16), jnp.zeros((2, STEP, 192), jnp.bfloat16)
     traced = jax.jit(attend_cached, static_argnums=4, static_argnames="backend").trace(
-        params, *arrays, config, backend=backend
+        params, x, cache, jnp.zeros(2, jnp.int32), config, backend=backend
     )
     text = traced.lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == kernels
