@@ -35,7 +35,7 @@ def program(attend: Callable[..., jax.Array], operands: tuple[Any, ...]) -> Call
     """A program of several calls, compiled."""
 
     @jax.jit
-    def several(queries: jax.Array, cache: jax.Array, lengths: jax.Array) -> list[jax.Array]:
+    def several(queries: tuple[jax.Array, ...], cache: jax.Array, lengths: jax.Array) -> list[jax.Array]:
         return [attend(query, cache, lengths) for query in queries]
 
     return functools.partial(several.lower(*operands).compile(), *operands)
@@ -47,7 +47,7 @@ def measure(
     """The lines of a case."""
     widths = LATENT + ROTARY
     draws = jax.random.split(jax.random.key(keys), 3)
-    queries = jax.random.normal(draws[0], (CALLS, requests, heads, widths), jnp.bfloat16)
+    queries = tuple(jax.random.normal(draws[0], (CALLS, requests, heads, widths), jnp.bfloat16))  # parts would be copied
     cache = jax.random.normal(draws[1], (requests, keys, widths), jnp.bfloat16)
     counts = jnp.full(requests, keys, jnp.int32)
     if lengths == "uneven":
