@@ -47,7 +47,7 @@ def measure(
     """The lines of a case."""
     widths = LATENT + ROTARY
     draws = jax.random.split(jax.random.key(keys), 3)
-    queries = tuple(jax.random.normal(draws[0], (CALLS, requests, heads, widths), jnp.bfloat16))  # parts would be copied
+    queries = tuple(jax.random.normal(draws[0], (CALLS, requests, heads, widths), jnp.bfloat16))
     cache = jax.random.normal(draws[1], (requests, keys, widths), jnp.bfloat16)
     counts = jnp.full(requests, keys, jnp.int32)
     if lengths == "uneven":
