@@ -57,7 +57,8 @@ class KernelBackend(Protocol):
     XLA's form of each operation is what the kernels must agree with, for values and for gradients. The tasks and their
     operations: "grouped_matmul" with "matmul" and "outer"; "scaled_matmul" and "scaled_outer" with one each of the same
     name; "move_rows" with "copy_rows" and "add_rows"; "gate_gradient" with "gated_backward"; "quantise" with
-    "quantise_rows", "quantise", "columns_of" and "quantise_weights"; "scaled_gate" with "gate" and "gate_backward".
+    "quantise_rows", "quantise", "columns_of" and "quantise_weights"; "scaled_gate" with "gate" and "gate_backward";
+    "attend_latents" with one of the same name.
     """
 
     @property

@@ -9,6 +9,7 @@ from eplb_jax.kernels import gate_mosaic, permute, quantise_mosaic, swiglu
 from eplb_jax.kernels.backend import Target, current_target
 from eplb_jax.kernels.fp8_gemm import mosaic as fp8_mosaic
 from eplb_jax.kernels.grouped_gemm import mosaic
+from eplb_jax.kernels.latent_attention import mosaic as latent_mosaic
 
 
 class Hopper:
@@ -32,6 +33,7 @@ class Hopper:
             "gate_gradient": swiglu.why_not,
             "quantise": quantise_mosaic.why_not,
             "scaled_gate": quantise_mosaic.why_not,
+            "attend_latents": latent_mosaic.why_not,
         }
         return reasons[task](*operands)
 
@@ -42,6 +44,7 @@ class Hopper:
             "outer": mosaic.outer,
             "scaled_matmul": fp8_mosaic.matmul,
             "scaled_outer": fp8_mosaic.outer,
+            "attend_latents": latent_mosaic.attend_latents,
         }
         if name in products:
             return products[name]

@@ -45,6 +45,9 @@ TASKS = {
     "scaled_gate": KernelTask(
         "gate these rows in 8 bits", "rows of 8 bits are gated by XLA's fusions, not by our kernels"
     ),
+    "attend_latents": KernelTask(
+        "attend to these latents", "attention over caches of latents runs on XLA, which reads them twice"
+    ),
 }
 
 logger = logging.getLogger(__name__)

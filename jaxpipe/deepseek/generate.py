@@ -24,7 +24,8 @@ from jaxpipe.deepseek.mla import Core
 from jaxpipe.deepseek.serving import AXIS, ServedModel, decode, head_logits, prefill, served_specs, token_features
 
 STEP = 16
-"""Prompts and caches have a multiple of so many places, so that few sizes are compiled."""
+"""Prompts and caches have a multiple of so many places, so that few sizes are compiled. The kernel that attends to
+caches wants a multiple of 8."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -23,7 +23,8 @@ from flax import nnx
 from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
-from eplb_jax.kernels.dtypes import wide
+from eplb_jax.kernels.latent_attention.interface import attend_latents
+from eplb_jax.kernels.registry import Backend
 from eplb_jax.kernels.scaled import ScaledMatrices
 from jaxpipe.deepseek.config import LayerConfig
 from jaxpipe.deepseek.kernels import causal_attention, expand_latents
@@ -183,6 +184,8 @@ def attend_cached(
     cache: Float[Array, "B S C"],
     lengths: Int[Array, " B"],
     config: LayerConfig,
+    *,
+    backend: Backend | None = None,
 ) -> tuple[Float[Array, "B D"], Float[Array, "B S C"]]:
     """Attention of one new token of each request; key and value matrices are applied to query and result instead.
 
@@ -192,9 +195,16 @@ def attend_cached(
       cache: `Latents.rows` of all tokens before, and a place for the new one at ``lengths``.
       lengths: tokens cached of each request; int32.
       config: sizes.
+      backend: of attention itself: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper
+        GPUs, which reads the cache once; latents have a multiple of 128 columns, with the rotary ones a multiple of 64
+        up to 576, and S is a multiple of 8. "auto" is "xla" at present. None: "xla" where ``config.moe`` has it, or
+        else "auto".
 
     Returns:
       The output, and the cache with the new tokens in it.
+
+    Raises:
+      ValueError: "mosaic" for what it cannot do; an unknown backend.
     """
     dtype = x.dtype
     key_up, value_up, out = (_without_adapters(w) for w in (params.key_up, params.value_up, params.out))
@@ -209,12 +219,10 @@ def attend_cached(
         absorbed = jnp.einsum("bhn,lhn->bhl", content, key_up.astype(dtype))
         query = jnp.concatenate([absorbed, rotary], -1)
     with jax.named_scope("core"):
-        scores = jnp.einsum("bhc,bsc->bhs", query, cache, preferred_element_type=wide(dtype))
-        scores = scores * config.score_scale
-        seen = jnp.arange(cache.shape[1], dtype=jnp.int32) <= lengths[:, None, None]
-        weights = jax.nn.softmax(jnp.where(seen, scores, -jnp.inf)).astype(dtype)
-        # Rotary keys are mixed too and dropped: a slice of the cache would be a copy of it.
-        mixed = jnp.einsum("bhs,bsc->bhc", weights, cache)[..., : config.latent]
+        if backend is None:  # of experts, "mosaic" insists on their products alone
+            backend = "xla" if config.moe.backend == "xla" else "auto"
+        latent, scale = config.latent, config.score_scale
+        mixed = attend_latents(query, cache, lengths + 1, latent=latent, scale=scale, backend=backend)
         value = jnp.einsum("bhl,lhv->bhv", mixed, value_up.astype(dtype))
         if config.precision == "fp8":
             return _scaled_out(params, value, config), cache

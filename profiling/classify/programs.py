@@ -82,7 +82,7 @@ XLA: tuple[Rule, ...] = (
     Rule(r"^(quantise|columns_of)", "quantization", "compute", "kernel"),
     Rule(r"(copy|add)_rows", "permute", "compute", "kernel"),
     Rule(r"gated_backward|^scaled_gate", "SwiGLU", "compute", "kernel"),
-    Rule(r"flash|fmha|sdpa|cudnn::fusion", "attention", "compute", "kernel"),
+    Rule(r"^latent_attention|flash|fmha|sdpa|cudnn::fusion", "attention", "compute", "kernel"),
     Rule(r"gemm|nvjet|cublas|cutlass|wgmma|splitKreduce", "GEMM", "compute", "kernel"),
     Rule(r"gemm|^dot|_dot\b|dot_general|_dot_|matmul|cublas", "GEMM", "compute", "hlo_op"),
     Rule(r"radix_?sort|RadixSort|^sort_|stream_executor::cuda::Run<", "sort", "compute"),

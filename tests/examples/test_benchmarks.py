@@ -28,6 +28,7 @@ RECORDED = {
     "permute_rows": ("--tiny --repeats 1", 4),
     "fp8_gemm": ("--tiny --repeats 1", 24),
     "swiglu": ("--tiny --repeats 1", 3),
+    "latent_attention": ("--tiny --repeats 1 --uneven", 8),
     "embedding_grad": ("--tiny --repeats 1", 24),
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),

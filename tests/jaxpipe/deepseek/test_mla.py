@@ -10,6 +10,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
+from eplb_jax.kernels import registry
+from eplb_jax.kernels.backend import HOPPER_SMS, Target
+from eplb_jax.kernels.latent_attention import interface
 from jaxpipe.deepseek import (
     MLA,
     LayerConfig,
@@ -21,6 +24,7 @@ from jaxpipe.deepseek import (
     rotate,
 )
 from jaxpipe.deepseek import attend as attend_by_operations
+from jaxpipe.deepseek.generate import STEP
 from jaxpipe.deepseek.stand_in import attention as stand_in
 from tests.cases import cases
 from tests.jaxpipe.deepseek.models import SMALL, small
@@ -57,6 +61,26 @@ def test_decoding_step_by_step_is_the_causal_pass(layer):
         np.testing.assert_allclose(found, y[request, at], **CLOSE)
         np.testing.assert_allclose(cache[request, at], latents.rows()[request, at], rtol=1e-12, atol=1e-12)
     assert (cache[:, 8] == 9).all()
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+@pytest.mark.parametrize("experts, backend, kernels", [
+    ("auto", "mosaic", 1), ("auto", None, 1), ("mosaic", None, 1), ("xla", None, 0), ("auto", "xla", 0),
+])  # fmt: skip
+def test_who_attends_to_the_cache(monkeypatch, precision, experts, backend, kernels):
+    """Our kernel on Hopper GPUs, in caches as `Server` makes them, unless XLA is asked for."""
+    target = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
+    monkeypatch.setattr(registry, "current_target", lambda: target)
+    monkeypatch.setattr(interface, "AUTO", "auto")
+    config = small(latent=128, rotary=64, precision=precision)
+    config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=experts))
+    params = init_mla(nnx.Rngs(0), config)
+    x, cache = jnp.zeros((2, config.width), jnp.bfloat16), jnp.zeros((2, STEP, 192), jnp.bfloat16)
+    traced = jax.jit(attend_cached, static_argnums=4, static_argnames="backend").trace(
+        params, x, cache, jnp.zeros(2, jnp.int32), config, backend=backend
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == kernels
 
 
 def test_later_tokens_attend_to_those_before(layer):

@@ -107,6 +107,7 @@ def test_kernels_of_deepseek(name, expected):
         ("mpmd_map.7", "scaled_gate_backward_mosaic_gpu_kernel", ("SwiGLU", "compute")),
         ("mpmd_map.3", "add_rows_mosaic_gpu_kernel", ("permute", "compute")),
         ("mpmd_map.4", "gated_backward_mosaic_gpu_kernel", ("SwiGLU", "compute")),
+        ("mpmd_map.5", "latent_attention_mosaic_gpu_kernel", ("attention", "compute")),
         ("dot_product_attention_fwd.4", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop", ("attention", "compute")),
         ("custom-call.1", "void stream_executor::cuda::Run<8ul, float, unsigned int>(float*)", ("sort", "compute")),
         ("custom-call.3", "void cub::detail::radix_sort::DeviceRadixSortHistogramKernel", ("sort", "compute")),
