@@ -58,7 +58,6 @@ def outer(
     group_sizes: Integer[Array, " groups"],
     *,
     dtype: DTypeLike | None = None,
-    total: Float[Array, "groups k n"] | None = None,
     tile: Tile | None = None,
 ) -> Float[Array, "groups k n"]:
     """The product ``lhs[rows].T @ dout[rows]`` of each group's rows, as `eplb_jax.kernels.grouped_gemm.xla.outer`.
@@ -66,9 +65,20 @@ def outer(
     Args:
       lhs, dout, group_sizes: as there; operands that `matmul` takes and gives.
       dtype: of the result, float32 or None: that of lhs.
-      total: float32, to which the products are added in its place; None: they are the result.
       tile: how to divide the work; by default as measured.
     """
-    tile = tile or tile_for("outer" if total is None else "added outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
-    sizes = group_sizes.astype("int32")
-    return outer_products(lhs, dout, sizes, tile, current_target().cores, dtype=dtype, total=total)
+    tile = tile or tile_for("outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
+    return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores, dtype=dtype)
+
+
+def added_outer(
+    lhs: Float[Array, "rows k"],
+    dout: Float[Array, "rows n"],
+    group_sizes: Integer[Array, " groups"],
+    total: Float[Array, "groups k n"],
+    *,
+    tile: Tile | None = None,
+) -> Float[Array, "groups k n"]:
+    """`outer` in float32 added to a float32 total, in its place; what an empty group has of it stays."""
+    tile = tile or tile_for("added_outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
+    return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores, total=total)

@@ -15,7 +15,7 @@ TABLE = {
         2**31: Tile(128, 256, 64, 4, "n", 1, 8, 2),
     },
     "outer": {2**31: Tile(256, 128, 64, 4, "m", 2, 4)},
-    "added outer": {2**31: Tile(256, 128, 64, 4, "m", 2, 4)},
+    "added_outer": {2**31: Tile(256, 128, 64, 4, "m", 2, 4)},
 }
 """For each product: up to how many rows a group on average, the tile.
 
