@@ -19,6 +19,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jaxpipe._jax import ACCUMULABLE, VIEWS
 from jaxpipe.stage.graph import Node, Value, contexts, producers
@@ -49,7 +50,7 @@ class Addend:
         empty = isinstance(total, jax.ShapeDtypeStruct)
         before = jax.ShapeDtypeStruct(shape, total.dtype) if empty else total.reshape(shape)
         with contexts((*self.node.context, self.node.eqn)):
-            found = self.node.eqn.params[ACCUMULABLE].accumulate(before, counts, *self.operands)
+            found = self.node.eqn.params[ACCUMULABLE].accumulate(before, counts, *map(jnp.asarray, self.operands))
         return found.reshape(total.shape)
 
 
