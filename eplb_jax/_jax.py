@@ -41,7 +41,9 @@ def call_over_last(
         from jax._src import config  # noqa: PLC0415
         from jax._src.pallas.mpmd import _mpmd_map  # noqa: PLC0415
     except ImportError as error:
-        raise NotImplementedError(f"this JAX, {jax.__version__}, has no kernel that writes in place: {error}") from error
+        raise NotImplementedError(
+            f"this JAX, {jax.__version__}, has no kernel that writes in place: {error}"
+        ) from error
     total = operands[-1]
     out = jax.ShapeDtypeStruct(total.shape, total.dtype)
     with config._check_vma(False):  # as in plgpu.kernel

@@ -83,11 +83,11 @@ class OuterProduct:
         if counts is not None:
             *rows, sizes = operands
             operands = *rows, jnp.where(counts, sizes, jnp.zeros_like(sizes))
-        first, dtype = isinstance(total, jax.ShapeDtypeStruct), jnp.dtype(total.dtype)
+        dtype = jnp.dtype(total.dtype)
         if dtype != jnp.float32:
             made = self.product(*operands).astype(dtype)
-            return made if first else total + made
-        if first:
+            return made if isinstance(total, jax.ShapeDtypeStruct) else total + made
+        if isinstance(total, jax.ShapeDtypeStruct):
             return registry.dispatch(self.chosen, self.operation, self._wide_by_xla, *operands, dtype=dtype)
         return registry.dispatch(self.chosen, f"added_{self.operation}", self._added_by_xla, *operands, total)
 
@@ -116,8 +116,8 @@ def _batch(operands: Any, axes: Any, **params: Any) -> tuple[jax.Array, int]:
 
 def _differentiate(operands: Any, tangents: Any, **params: Any) -> tuple[jax.Array, jax.Array]:
     """Of XLA's form: kernels have no derivative."""
-    filled = [_tangent(operand, tangent) for operand, tangent in zip(operands, tangents, strict=True)]
-    return jax.jvp(lambda *operands: _run(*operands, **params), operands, filled)
+    filled = tuple(map(_tangent, operands, tangents))
+    return jax.jvp(lambda *operands: _run(*operands, **params), tuple(operands), filled)
 
 
 def _tangent(operand: jax.Array, tangent: Any) -> Any:

@@ -1,8 +1,8 @@
 """Products that are added to sums over microbatches by what makes them, in the sums' place.
 
-A kernel that makes a weight gradient may add it to a sum: neither is the gradient written, nor is there a pass that reads
-it and the sum. Such a product is an equation, of any primitive, with two parameters: ``jaxpr`` makes the product of the
-equation's operands, and ``accumulable`` is an object with a method
+A kernel that makes a weight gradient may add it to a sum: neither is the gradient written, nor is there a pass that
+reads it and the sum. Such a product is an equation, of any primitive, with two parameters: ``jaxpr`` makes the product
+of the equation's operands, and ``accumulable`` is an object with a method
 
     accumulate(total, counts, *operands) -> the sum of the total and the product, in the total's shape and dtype
 

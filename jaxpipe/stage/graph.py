@@ -19,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe._jax import ACCUMULABLE, CALLS, HARMLESS_EFFECTS, LIGHT, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, source_info_util
+from jaxpipe._jax import (
+    ACCUMULABLE,
+    CALLS,
+    HARMLESS_EFFECTS,
+    LIGHT,
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    source_info_util,
+)
 
 _DONE = np.zeros((), np.bool_)
 """Stands for a side effect. Not an array without elements: XLA 0.11 crashes where a loop on CPUs stacks these."""

@@ -200,11 +200,15 @@ def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
 
     def every(lhs, rhs, dout, sizes):
         out, dlhs = mosaic.matmul(lhs, rhs, sizes), mosaic.matmul(dout, rhs, sizes, transpose_rhs=True)
-        return out, dlhs, mosaic.outer(lhs, dout, sizes)
+        return out, dlhs, mosaic.outer(lhs, dout, sizes), mosaic.outer(lhs, dout, sizes, dtype=jnp.float32)
 
     text = jax.jit(every).trace(lhs, rhs, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 3
-    for kind, height, columns in (("matmul", rows, k), ("matmul", rows, n), ("outer", k, n)):
+    assert text.count("@mosaic_gpu_v2") == 4 and "output_operand_alias<" not in text
+    total = jax.ShapeDtypeStruct((groups, k, n), jnp.float32)
+    text = jax.jit(mosaic.added_outer).trace(lhs, dout, sizes, total).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == text.count("output_operand_alias<") == 1
+    kinds = ("matmul", rows, k), ("matmul", rows, n), ("outer", k, n), ("added_outer", k, n)
+    for kind, height, columns in kinds:
         tile = tile_for(kind, rows, groups, height, columns)
         assert tile.m <= height and tile.n * tile.cluster <= columns and min(tile.part) >= 64
 
@@ -292,6 +296,24 @@ def test_kernels_in_the_interpreter(tile):
     for got, want in zip((used(out, sizes), used(dlhs, sizes), drhs), expected, strict=True):
         if got is not None:
             assert_close(got, want, jnp.bfloat16)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operands")
+@pytest.mark.parametrize("k", [256, 320])
+@cases("tile", [
+    *TABLE["added_outer"].values(), Tile(128, 128, 64, 3, "tiles", 1, 1), Tile(128, 128, 64, 3, "n", 2, 2)
+], quick=[*TABLE["added_outer"].values()])  # fmt: skip
+def test_kernels_that_add_in_the_interpreter(tile, k):
+    """Results end within a tile or where it does; the total of a group without rows is bit for bit what it was."""
+    lhs, rhs, dout, sizes = make([3, 70, 0, 130], jnp.bfloat16, k=k)
+    total = jnp.asarray(np.random.default_rng(1).standard_normal(rhs.shape), jnp.float32)
+    with interpreted():
+        wide = outer_products(lhs, dout, sizes, tile, 4, dtype=jnp.float32)
+        added = outer_products(lhs, dout, sizes, tile, 4, total=total)
+    product = plain(lhs, rhs, dout, sizes)[2]
+    assert_close(wide, product, jnp.float32)
+    assert_close(added, product + np.asarray(total), jnp.float32)
+    np.testing.assert_array_equal(added[2], total[2])
 
 
 def test_sizes_of_any_integer_dtype():
