@@ -249,7 +249,7 @@ needs_casts = pytest.mark.skipif(
 )
 needs_hopper = pytest.mark.skipif(not current_target().hopper, reason="Mosaic kernels run on Hopper GPUs")
 TILES = [
-    *mosaic.TILES.items(),
+    *(item for item in mosaic.TILES.items() if not item[0].startswith("added")),
     ("scaled_matmul", ScaledTile(128, 128, 128, 5, cluster=2, width=1)),
     ("scaled_matmul", ScaledTile(128, 128, 128, 5, pieces=2, together=2)),
     ("scaled_matmul", ScaledTile(128, 128, 256, 3, pieces=0, splits=2)),
@@ -286,7 +286,7 @@ def test_kernels_in_the_interpreter(monkeypatch, name, tile, dtype):
 def test_a_kernel_that_adds_in_the_interpreter(monkeypatch, tile):
     """To a total that is as large as the product; that of a group without rows is bit for bit what it was."""
     monkeypatch.setattr(mosaic, "current_target", lambda: Target("gpu", "NVIDIA H200", 4, True))
-    _, _, columns, dout, sizes = make([3, 250, 0, 71], k=512, n=512)
+    _, _, columns, dout, sizes = make([3, 250, 0, 71], k=256, n=256)
     product = plain_outer(columns, dout, sizes)
     scale = np.abs(product).max()
     total = jnp.asarray(scale * np.random.default_rng(1).standard_normal(product.shape), jnp.float32)
