@@ -74,10 +74,24 @@ def find_addends(
             if not _is_same(node):
                 break
             source = node.ins[0]
-        if chain and chain[-1].eqn is not None and ACCUMULABLE in chain[-1].eqn.params:
+        if chain and is_product(chain[-1]):
             found[value] = chain[-1]
             left.update(chain)
     return found, tuple(node for node in nodes if node not in left)
+
+
+def products_of(nodes: Sequence[Node]) -> set[Value]:
+    """The values that are nothing but a product which can be added to a sum, in whatever shape."""
+    found: set[Value] = set()
+    for node in nodes:
+        if is_product(node) or (_is_same(node) and node.ins[0] in found):
+            found.update(node.outs)
+    return found
+
+
+def is_product(node: Node) -> bool:
+    """Whether a node makes a product that can be added to a sum in its place."""
+    return node.eqn is not None and ACCUMULABLE in node.eqn.params
 
 
 def _is_same(node: Node) -> bool:
