@@ -29,6 +29,7 @@ RECORDED = {
     "fp8_gemm": ("--tiny --repeats 1", 24),
     "swiglu": ("--tiny --repeats 1", 3),
     "embedding_grad": ("--tiny --repeats 1", 24),
+    "added_gradients": ("--tiny --repeats 1 --only uneven", 6),
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),
     "generate": ("--tiny --repeats 1 --batches 1,2", 10),

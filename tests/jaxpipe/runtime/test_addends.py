@@ -4,10 +4,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from eplb_jax import grouped_matmul
+from eplb_jax.kernels import registry
 from eplb_jax.kernels.accumulable import OuterProduct
+from eplb_jax.kernels.backend import HOPPER_SMS, Target
 from tests.cases import cases
 from tests.plain import assert_trees_close
 
@@ -107,3 +110,26 @@ def test_gradients_are_those_of_the_plain_program(x64, monkeypatch, name, ranks,
     expected, expected_grads = jax.value_and_grad(plain_loss)(stages, batch)
     assert float(loss) == pytest.approx(float(expected), rel=1e-12)
     assert_trees_close(grads.stages, jaxpipe.stack_stages(expected_grads, schedule), rtol=1e-10)
+
+
+@pytest.mark.parametrize("grad_dtype, in_place", [(None, 2), (jnp.bfloat16, 0)])
+def test_on_gpus_kernels_write_over_the_sums(monkeypatch, grad_dtype, in_place):
+    """Of as many weight gradients as a microbatch has, where sums are float32; lowered, no GPU needed."""
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    rows, width, hidden, sizes = 256, 128, 192, np.array([100, 50], np.int32)
+
+    def stage(params, x, ctx):
+        hidden = jnp.tanh(grouped_matmul(x, params["up"], sizes))
+        return grouped_matmul(hidden, params["down"], sizes, transpose_rhs=True)
+
+    step = jaxpipe.value_and_grad(
+        stage, jaxpipe.schedule.build("1f1b", 1, 4), AbstractMesh((1,), ("pp",), axis_types=(AxisType.Auto,)),
+        head=lambda outer, y, data, ctx: y.astype(jnp.float32).sum(), compute_dtype=jnp.bfloat16, grad_dtype=grad_dtype,
+    )  # fmt: skip
+    matrices = jax.ShapeDtypeStruct((1, 2, width, hidden), jnp.float32)
+    batch = jax.ShapeDtypeStruct((4 * rows, width), jnp.float32)
+    traced = jax.jit(step).trace(jaxpipe.Params({"up": matrices, "down": matrices}), batch)
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    # Two products forward, one for what was hidden backward, and two weight gradients.
+    assert text.count("output_operand_alias<") == in_place
+    assert text.count("@mosaic_gpu_v2") == 5
