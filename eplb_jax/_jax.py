@@ -16,7 +16,9 @@ from typing import Any
 
 import jax
 from jax.core import Tracer as Tracer
+from jax.extend.core import ClosedJaxpr as ClosedJaxpr
 from jax.extend.core import Primitive as Primitive
+from jax.extend.core import jaxpr_as_fun as jaxpr_as_fun
 from jax.interpreters import ad as ad
 from jax.interpreters import batching as batching
 from jax.interpreters import mlir as mlir

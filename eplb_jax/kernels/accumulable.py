@@ -18,11 +18,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.extend.core import ClosedJaxpr, jaxpr_as_fun
 from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float
 
-from eplb_jax._jax import Primitive, ad, batching, mlir
+from eplb_jax._jax import ClosedJaxpr, Primitive, ad, batching, jaxpr_as_fun, mlir
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.registry import ChosenBackend
 

@@ -60,7 +60,7 @@ TILES: dict[str, tuple[Any, ...]] = {
 }
 
 
-class Gradients:
+class AddedGradients:
     """A case's products in one precision, "bf16" or "fp8", and what adds them."""
 
     def __init__(self, work: ScaledWork, precision: str):
@@ -145,7 +145,7 @@ def rows(arguments: argparse.Namespace) -> Iterator[dict[str, Any]]:
             continue
         work = ScaledWork(case)
         for precision in ("bf16", "fp8") if case.groups > 1 else ("fp8",):
-            gradients = Gradients(work, precision)
+            gradients = AddedGradients(work, precision)
             yield from gradients.run(gradients.tiles() if arguments.sweep else gradients.forms(), arguments.repeats)
 
 
