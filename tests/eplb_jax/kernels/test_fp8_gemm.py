@@ -296,6 +296,21 @@ def test_a_kernel_that_adds_in_the_interpreter(monkeypatch, tile):
     np.testing.assert_array_equal(got[2], total[2])
 
 
+@needs_hopper
+@pytest.mark.parametrize("k, n", [(512, 512), (384, 640)])
+def test_a_kernel_adds_to_a_total(k, n):
+    """Twice, in its place."""
+    _, _, columns, dout, sizes = make([3, 250, 0, 71], k=k, n=n)
+    product = plain_outer(columns, dout, sizes)
+    scale = np.abs(product).max()
+    total = jnp.asarray(scale * np.random.default_rng(1).standard_normal(product.shape), jnp.float32)
+    want, before = 2 * product + np.asarray(total), np.asarray(total[2])
+    add = jax.jit(lambda total: mosaic.added_outer(*columns, *dout, sizes, total), donate_argnums=0)
+    got = add(add(total))
+    assert_close(got, want, "float32")
+    np.testing.assert_array_equal(got[2], before)
+
+
 @needs_casts
 @pytest.mark.parametrize("rows, k, cores, dtype", [
     (200, K, 4, "float32"), (200, K, 4, "bfloat16"), (24, K, 4, "bfloat16"), (24, 1024, 6, "bfloat16"),

@@ -1,6 +1,7 @@
 """Grouped GEMM: each backend equals a plain loop over the groups, whatever the rows of no group hold."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -314,6 +315,26 @@ def test_kernels_that_add_in_the_interpreter(tile, k):
     assert_close(wide, product, jnp.float32)
     assert_close(added, product + np.asarray(total), jnp.float32)
     np.testing.assert_array_equal(added[2], total[2])
+
+
+@needs_hopper
+@pytest.mark.parametrize("k, n", [(1024, 512), (320, 192)])
+def test_a_loop_adds_in_place(k, n):
+    """Three times to one total, of which no copy is made; that of a group without rows is bit for bit what it was."""
+    lhs, rhs, dout, sizes = make([300, 0, 1000, 71], jnp.bfloat16, rows=1408, k=k, n=n)
+    total = jnp.asarray(np.random.default_rng(1).standard_normal(rhs.shape), jnp.float32)
+    want = np.asarray(total) + 3 * plain(lhs, rhs, dout, sizes)[2]
+    before = np.asarray(total[1])
+
+    def steps(total):
+        return jax.lax.scan(lambda total, _: (mosaic.added_outer(lhs, dout, sizes, total), None), total, length=3)[0]
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(total).compile()
+    shape = ",".join(map(str, total.shape))
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
+    got = compiled(total)
+    assert_close(got, want, jnp.float32)
+    np.testing.assert_array_equal(got[1], before)
 
 
 def test_sizes_of_any_integer_dtype():
