@@ -33,8 +33,12 @@ CALLS = {
     "checkpoint": "jaxpr",
     "remat": "jaxpr",
     "remat2": "jaxpr",
+    "accumulable_product": "jaxpr",
 }
 """Primitives that are inlined, and the parameter that holds their jaxpr."""
+
+ACCUMULABLE = "accumulable"
+"""Parameter of a call that makes a product: an object that can add it to a sum in place; see `jaxpipe.stage.addend`."""
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 """Primitives whose derivative rules are new functions in each trace; a jaxpr that has been differentiated ran them."""
@@ -79,7 +83,7 @@ OPAQUE = frozenset({"cond", "while", "shard_map", "custom_call", "pure_callback"
 """Primitives with computations inside that are not divided; a cond is, unless its branches are for platforms."""
 
 HEAVY = frozenset({
-    "cholesky", "conv_general_dilated", "cudnn_fusion", "custom_linear_solve", "dot_general",
+    "accumulable_product", "cholesky", "conv_general_dilated", "cudnn_fusion", "custom_linear_solve", "dot_general",
     "dot_product_attention_bwd_wrapper", "dot_product_attention_fwd_wrapper", "eig", "eigh", "ffi_call", "fft",
     "geqrf", "householder_product", "lu", "mpmd_map", "qr", "ragged_dot", "ragged_dot_general", "scaled_dot",
     "scaled_matmul_wrapper", "scan", "svd", "triangular_solve", "tridiagonal_solve", *OPAQUE,

@@ -55,10 +55,10 @@ class KernelBackend(Protocol):
     """Kernels that do what XLA can do, faster, on one kind of device; a line of `eplb_jax.kernels.registry.BACKENDS`.
 
     XLA's form of each operation is what the kernels must agree with, for values and for gradients. The tasks and their
-    operations: "grouped_matmul" with "matmul" and "outer"; "scaled_matmul" and "scaled_outer" with one each of the same
-    name; "move_rows" with "copy_rows" and "add_rows"; "gate_gradient" with "gated_backward"; "quantise" with
-    "quantise_rows", "quantise", "columns_of" and "quantise_weights"; "scaled_gate" with "gate" and "gate_backward";
-    "attend_latents" with one of the same name.
+    operations: "grouped_matmul" with "matmul", "outer" and "added_outer"; "scaled_matmul" with one of the same name;
+    "scaled_outer" with that and "added_scaled_outer"; "move_rows" with "copy_rows" and "add_rows"; "gate_gradient" with
+    "gated_backward"; "quantise" with "quantise_rows", "quantise", "columns_of" and "quantise_weights"; "scaled_gate"
+    with "gate" and "gate_backward"; "attend_latents" with one of the same name. Those that add write over their last operand, a float32 total.
     """
 
     @property

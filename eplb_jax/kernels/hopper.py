@@ -42,9 +42,11 @@ class Hopper:
         products = {
             "matmul": mosaic.matmul,
             "outer": mosaic.outer,
+            "added_outer": mosaic.added_outer,
             "scaled_matmul": fp8_mosaic.matmul,
             "scaled_outer": fp8_mosaic.outer,
             "attend_latents": latent_mosaic.attend_latents,
+            "added_scaled_outer": fp8_mosaic.added_outer,
         }
         if name in products:
             return products[name]

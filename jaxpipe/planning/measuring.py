@@ -287,7 +287,7 @@ class Stopwatch:
 
     def _bodies(self, split: SplitStage) -> dict[str, Callable[..., Any]]:
         """A stage's actions, each of what a device is given, held values and sums."""
-        wide = self.pipeline.options.wide_products
+        summed = {"summands": True, "wide_products": self.pipeline.options.wide_products, "addends": True}
 
         def forward(given: Any, prepared: Any, x: Any) -> Any:
             *_, ctx = self._start(*given)
@@ -299,7 +299,7 @@ class Stopwatch:
 
         def backward(both: Any, sums: Any) -> Any:
             prepared, kept, dy = both
-            more, dx = split.backward(prepared, kept, cotangent(dy), summands=True, wide_products=wide)
+            more, dx = split.backward(prepared, kept, cotangent(dy), **summed)
             return dx, add(sums, more)
 
         def run_input(*args: Any) -> Any:
@@ -308,7 +308,7 @@ class Stopwatch:
 
         def run_weight(*args: Any) -> Any:
             *_, (prepared, kept, crossing), sums = args
-            more = split.backward_weight(prepared, kept, crossing, summands=True, wide_products=wide)
+            more = split.backward_weight(prepared, kept, crossing, **summed)
             return (), add(sums, more)
 
         def run_pair(*args: Any) -> Any:

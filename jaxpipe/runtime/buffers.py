@@ -11,6 +11,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from jaxpipe.stage.addend import Addend
+
 SUMS = "sums"
 """The scope in which sums of gradients begin, by which plans know them."""
 
@@ -179,9 +181,14 @@ def accumulation_dtype(dtype: Any) -> Any:
 
 
 def add(total: Any, value: Any, counts: jax.Array | None = None) -> Any:
-    """Total + value, leaf by leaf, in total's dtypes; total where ``counts`` is False, whatever the value."""
+    """Total + value, leaf by leaf, in total's dtypes; total where ``counts`` is False, whatever the value.
+
+    A value may be an `Addend`.
+    """
 
     def plus(t: Any, v: Any) -> jax.Array:
+        if isinstance(v, Addend):
+            return v.add_to(jax.ShapeDtypeStruct(t.array.shape, t.array.dtype) if isinstance(t, Zeros) else t, counts)
         dtype = t.array.dtype if isinstance(t, Zeros) else t.dtype
         v = select(jnp.asarray(v).astype(dtype), counts)
         return v if isinstance(t, Zeros) else t + v

@@ -148,7 +148,7 @@ class TrainStep:
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, (residuals, dy) = self._use(part, inputs)
             ct = self._cotangent(split, dy, operands)
-            grads, dx = split.backward(prepared, residuals, ct, summands=True, wide_products=self.wide_products)
+            grads, dx = split.backward(prepared, residuals, ct, **self._summed)
             return grads, select(dx, self._counts("stage", operands))
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
@@ -190,7 +190,7 @@ class TrainStep:
         def compute(inputs: Any, operands: jax.Array) -> Any:
             prepared, inputs = self._use(part, inputs)
             split = self.splits[kind]
-            return split.backward_weight(prepared, *inputs, summands=True, wide_products=self.wide_products)
+            return split.backward_weight(prepared, *inputs, **self._summed)
 
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, part, grads, operands)
@@ -258,6 +258,11 @@ class TrainStep:
             )
 
         return Operation(read, compute, write)
+
+    @property
+    def _summed(self) -> dict[str, bool]:
+        """How gradients come that are to be added to sums."""
+        return {"summands": True, "wide_products": self.wide_products, "addends": True}
 
     def _use(self, part: int, inputs: Any) -> tuple[Any, Any]:
         """(what is prepared of a part's parameters, inputs) for an operation."""

@@ -1,6 +1,7 @@
 """A jaxpr as a flat list of nodes that can be divided and evaluated in parts.
 
-Calls (jit, remat, custom derivative rules) are inlined, and so are the turns of a scan that is unrolled as a whole.
+Calls (jit, remat, custom derivative rules) are inlined, but for products that can be added to a sum in its place
+(`jaxpipe.stage.addend`), and so are the turns of a scan that is unrolled as a whole.
 Another scan is one node that holds the nodes of its body, and a conditional one that holds those of its branches, so
 that they can be divided too. Everything else stays the equation it was, and is bound again when its node runs.
 """
@@ -18,7 +19,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jaxpipe._jax import CALLS, HARMLESS_EFFECTS, LIGHT, ClosedJaxpr, Jaxpr, JaxprEqn, Literal, source_info_util
+from jaxpipe._jax import (
+    ACCUMULABLE,
+    CALLS,
+    HARMLESS_EFFECTS,
+    LIGHT,
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    source_info_util,
+)
 
 _DONE = np.zeros((), np.bool_)
 """Stands for a side effect. Not an array without elements: XLA 0.11 crashes where a loop on CPUs stacks these."""
@@ -324,7 +335,7 @@ def _emit(
     for eqn in jaxpr.eqns:
         ins = [lookup(atom) for atom in eqn.invars]
         name = eqn.primitive.name
-        if name in CALLS:
+        if name in CALLS and ACCUMULABLE not in eqn.params:
             inner, inner_consts = _open(eqn.params[CALLS[name]])
             if eqn.params.get("differentiated") and eqn.params.get("prevent_cse"):
                 ins = [_barrier(value, nodes) for value in ins]

@@ -12,7 +12,7 @@ from jaxpipe import flops
 from jaxpipe._jax import ATTENTION_PRODUCTS, PRODUCTS, JaxprEqn
 
 FlopsRule = Callable[[Sequence[Any], Sequence[Any]], float]
-"""FLOPs of a kernel, of the shapes of its operands and results."""
+"""FLOPs of a kernel, of the shapes of its operands and results; operands that it writes over are left out."""
 
 
 def scaled_rows_flops(operands: Sequence[Any], results: Sequence[Any]) -> float:
@@ -68,7 +68,7 @@ def kernel_flops(eqn: JaxprEqn, rules: Mapping[str, FlopsRule]) -> float | None:
     estimate, attention's and a grouped product's shapes.
     """
     name = kernel_name(eqn)
-    operands: list[Any] = [atom.aval for atom in eqn.invars]
+    operands = _read_only(eqn)
     results: list[Any] = [var.aval for var in eqn.outvars]
     if name in rules:
         return float(rules[name](operands, results))
@@ -108,6 +108,12 @@ def is_attention_backward(eqn: JaxprEqn) -> bool:
     return kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
 
 
+def _read_only(eqn: JaxprEqn) -> list[Any]:
+    """Shapes and dtypes of operands that are not written over, as sums are to which a kernel adds its products."""
+    written = dict(eqn.params.get("input_output_aliases") or ())
+    return [atom.aval for place, atom in enumerate(eqn.invars) if place not in written]
+
+
 def attention_flops(query: Any, key: Any, value: Any, *, products: int, causal: bool) -> float:
     """FLOPs of attention of queries ``[B, T, H, C]`` to keys ``[B, S, H, C]`` and values ``[B, S, H, V]``.
 
@@ -124,7 +130,7 @@ def attention_flops(query: Any, key: Any, value: Any, *, products: int, causal: 
 
 def multiplying_unit(eqn: JaxprEqn) -> str:
     """What multiplies the operands of a product or kernel, as `Chip.flops` names it: by default float32 as TF32."""
-    avals: list[Any] = [atom.aval for atom in eqn.invars]
+    avals = _read_only(eqn)
     floats = [aval.dtype.itemsize for aval in avals if jnp.issubdtype(aval.dtype, jnp.floating)]
     if eqn.primitive.name in PRODUCTS:
         width = max(floats[:2], default=1)  # integers multiply as 8-bit numbers do

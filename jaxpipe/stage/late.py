@@ -15,6 +15,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 
 from jaxpipe._jax import COLLECTIVES
+from jaxpipe.stage.addend import products_of
 from jaxpipe.stage.divide import closure, divide
 from jaxpipe.stage.exchanged import MAX_GROWTH, exchanges
 from jaxpipe.stage.graph import Cond, Node, Scan, Value, has_effect, is_zero, producers, stack_of
@@ -23,7 +24,7 @@ from jaxpipe.stage.residuals import cheapest_cut
 _OF_ALL = frozenset({
     "add", "add_any", "broadcast_in_dim", "concatenate", "convert_element_type", "copy", "cumsum", "expand_dims",
     "name", "neg", "optimization_barrier", "pbroadcast", "pcast", "pvary", "reduce_sum", "reshape", "rev",
-    "sharding_constraint", "slice", "squeeze", "sub", "transpose",
+    "sharding_constraint", "slice", "split", "squeeze", "sub", "transpose",
 })  # fmt: skip
 """Primitives that are linear in all their operands together."""
 
@@ -35,6 +36,14 @@ _OF_SOME = {
 
 _OF_EACH = {"dot_general": (0, 1), "mul": (0, 1), "div": (0,)}
 """Primitives that are linear in each of some operands while the others are fixed."""
+
+
+_OF_PRODUCTS = frozenset({"slice", "split", "transpose"})
+"""Primitives that wait for a step's end where they move what is a product that can be added to a sum in its place."""
+
+_MOST_PARTED = 1.25
+"""Of products that are moved and not exchanged, sums take fewer than so many times the bytes of their gradients:
+columns that were padded may be among them, and not those of another matrix that is frozen."""
 
 
 class Late(NamedTuple):
@@ -60,8 +69,9 @@ def put_off(
 ) -> tuple[tuple[Node, ...], Late]:
     """(the nodes that make summands, what makes the results of their sums).
 
-    What is put off are collectives and what follows from them, and what makes fewer bytes to sum before them. Summands
-    are fewer than ``max_growth`` times the bytes of the gradients in whose place they are summed.
+    What is put off are collectives and what follows from them, and what makes fewer bytes to sum before them; also what
+    parts or turns a product that can be added to its sum in place (`jaxpipe.stage.addend`), which is summed as it is
+    made. Summands are fewer than ``max_growth`` times the bytes of the gradients in whose place they are summed.
 
     Args:
       nodes: in an order in which they can run; side effects among them stay.
@@ -99,7 +109,7 @@ def put_off(
             staying.update(each.ins)
         kept += reversed(found)
     everything = [*reversed(kept), *reversed(linear)]
-    late, summed = _of_sums(linear[::-1], results, fixed, max_growth)
+    late, summed = _of_sums(linear[::-1], results, fixed, products_of(everything), max_growth)
     if not late:
         return tuple(nodes), Late(tuple(dict.fromkeys(results)), ())
     summands = tuple(dict.fromkeys((*(value for value in results if value not in late), *summed)))
@@ -124,14 +134,19 @@ def _same_always(nodes: Iterable[Node], known: Collection[Value]) -> set[Value]:
 
 
 def _of_sums(
-    linear: Sequence[Node], results: Sequence[Value], fixed: Collection[Value], max_growth: float
+    linear: Sequence[Node],
+    results: Sequence[Value],
+    fixed: Collection[Value],
+    products: Collection[Value],
+    max_growth: float,
 ) -> tuple[list[Value], list[Value]]:
     """(the results that are to be made of sums, what is summed for them)."""
     made = producers(linear)
-    waiting: dict[Node, None] = {}
+    waiting: dict[Node, bool] = {}  # whether it is or follows a collective
     for node in linear:
-        if exchanges((node,)) or any(made.get(value) in waiting for value in node.ins):
-            waiting[node] = None
+        before = [waiting[maker] for value in node.ins if (maker := made.get(value)) in waiting]
+        if before or exchanges((node,)) or (node.name in _OF_PRODUCTS and node.ins[0] in products):
+            waiting[node] = any(before) or exchanges((node,))
     needed = [
         value
         for node in waiting
@@ -153,7 +168,13 @@ def _of_sums(
             groups.remove(group)
             own, mine = {**group[0], **own}, mine | group[1]
         groups.append((own, mine))
-    small = [group for group in groups if _all_bytes(group[1]) < max_growth * _all_bytes(group[0])]
+
+    def fits(own: Collection[Value], mine: Collection[Value]) -> bool:
+        exchanged = any(waiting[made[value]] for value in own)
+        most = max_growth if exchanged else min(max_growth, _MOST_PARTED)
+        return _all_bytes(mine) < most * _all_bytes(own)
+
+    small = [group for group in groups if fits(*group)]
     chosen = frozenset[Value]().union(*(mine for _, mine in small))
     return [value for own, _ in small for value in own], [value for value in summed if value in chosen]
 

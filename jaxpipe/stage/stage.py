@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from jaxpipe.stage.addend import Addend, find_addends
 from jaxpipe.stage.axes import Collectives, collectives_of_nodes
 from jaxpipe.stage.graph import Node, Value, evaluate, evaluate_shared, read
 from jaxpipe.stage.rewrite import widen_products
@@ -93,19 +94,21 @@ class SplitStage:
         *,
         summands: bool = False,
         wide_products: bool = False,
+        addends: bool = False,
     ) -> Any:
         """The parameters' cotangent, None for frozen ones: the half that no other stage waits for.
 
         With ``summands``, what is to be summed over microbatches in its place, `SplitStage.summands`: `gradients` makes
         the cotangent of the sums. They are as they are before a last cast to a wider dtype; with ``wide_products`` as
         well, those that are products are float32, as matrix units sum them: for a caller with float32 sums nothing is
-        rounded on the way, and on GPUs XLA makes product and sum one kernel.
+        rounded on the way, and on GPUs XLA makes product and sum one kernel. With ``addends``, those that are products
+        which can be added in place come as `jaxpipe.stage.addend.Addend`, and are not made here.
         """
         graphs = self._graphs
         env = self._restore(prepared, (), weight_residuals)
         env.update(_unpack_all(graphs.crossing, crossing))
         if summands:
-            return self._summands(env, graphs.second, (), wide_products)
+            return self._summands(env, graphs.second, (), wide_products, addends)
         evaluate(graphs.second, env)
         return self._params_ct(env)
 
@@ -117,13 +120,14 @@ class SplitStage:
         *,
         summands: bool = False,
         wide_products: bool = False,
+        addends: bool = False,
     ) -> tuple[Any, Any]:
         """``(parameters' cotangent, x's cotangent)``, both halves at once; options as of `backward_weight`."""
         graphs = self._graphs
         env = self._restore(prepared, residuals.input, residuals.weight)
         self._seed(env, out_ct)
         if summands:
-            return self._summands(env, graphs.whole, graphs.x_ct, wide_products), self._x_ct(env)
+            return self._summands(env, graphs.whole, graphs.x_ct, wide_products, addends), self._x_ct(env)
         evaluate(graphs.whole, env)
         return self._params_ct(env), self._x_ct(env)
 
@@ -165,16 +169,22 @@ class SplitStage:
         env.update(zip(self._graphs.cotangents, cts, strict=True))
 
     def _summands(
-        self, env: dict[Value, Any], nodes: Sequence[Node], also: Sequence[Value], wide_products: bool
+        self, env: dict[Value, Any], nodes: Sequence[Node], also: Sequence[Value], wide_products: bool, addends: bool
     ) -> tuple[Any, ...]:
         """What is summed, which nodes make beside ``also``."""
         values = self._graphs.summands_narrow
         unread = set(self._graphs.summands).difference(values, also, *(node.ins for node in nodes))
         nodes = [node for node in nodes if unread.isdisjoint(node.outs)]
+        products, nodes = find_addends(values, nodes, also) if addends else ({}, nodes)
         if wide_products:
             values, nodes = widen_products(values, nodes, also)
         evaluate(nodes, env)
-        return tuple(read(env, value) for value in values)
+        return tuple(
+            Addend(node, tuple(read(env, operand) for operand in node.ins))
+            if (node := products.get(value))
+            else read(env, value)
+            for value in values
+        )
 
     def _params_ct(self, env: dict[Value, Any]) -> Any:
         graphs = self._graphs

@@ -30,6 +30,7 @@ RECORDED = {
     "swiglu": ("--tiny --repeats 1", 3),
     "latent_attention": ("--tiny --repeats 1 --uneven", 8),
     "embedding_grad": ("--tiny --repeats 1", 24),
+    "added_gradients": ("--tiny --repeats 1 --only uneven", 6),
     "fp8_quantise": ("--tiny --repeats 1 --only quantise,gate", 12),
     "shared_ends": ("--tiny --repeats 1", 6),
     "generate": ("--tiny --repeats 1 --batches 1,2", 10),

@@ -14,6 +14,7 @@ from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels import registry
+from eplb_jax.kernels.accumulable import OuterProduct
 from eplb_jax.kernels.fp8_gemm import xla
 from eplb_jax.kernels.grouped_gemm import interface
 from eplb_jax.kernels.grouped_gemm.layout import FP8_ALIGN
@@ -145,7 +146,9 @@ def scaled_dot_outer(
     256.0
     """
     check_outer(lhs, dout, dtype)
-    return _outer(lhs, dout, np.array([lhs.numbers.shape[1]]), backend, dtype)[0]
+    # A reshape and no row of it: what is nothing but a product can be added to a sum in its place.
+    found = _outer(lhs, dout, np.array([lhs.numbers.shape[1]]), backend, dtype)
+    return found.reshape(found.shape[1:])
 
 
 def check_matmul(lhs: ScaledRows, rhs: ScaledMatrices, dtype: DTypeLike) -> None:
@@ -234,4 +237,4 @@ def _matmul(lhs: ScaledRows, rhs: ScaledMatrices, group_sizes: Any, backend: str
 def _outer(lhs: ScaledRows, dout: ScaledRows, group_sizes: Any, backend: str, dtype: DTypeLike) -> jax.Array:
     chosen = registry.choose("scaled_outer", backend, lhs.numbers, dout.numbers)
     operands = same_axes(*map(jnp.asarray, (*lhs, *dout)), jnp.asarray(group_sizes, jnp.int32))
-    return registry.dispatch(chosen, "scaled_outer", xla.outer, *operands, dtype=jnp.dtype(dtype))
+    return OuterProduct(chosen, "scaled_outer", xla.outer, jnp.dtype(dtype))(*operands)

@@ -19,6 +19,7 @@ TILES = {
     "scaled_matmul": ScaledTile(BLOCK, BLOCK, 2 * BLOCK, 3),
     "scaled_outer": ScaledTile(2 * BLOCK, BLOCK, BLOCK, 4),
     "scaled_outer in float32": ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
+    "added_scaled_outer": ScaledTile(BLOCK, BLOCK, BLOCK, 6, pieces=0),
 }
 """The best on an H200 of those that ``examples/benchmarks/fp8_gemm.py --sweep`` tries, as far as they were measured.
 
@@ -83,12 +84,25 @@ def outer(
       tile: how to divide the work; by default as measured.
     """
     wide = jnp.dtype(dtype) == jnp.float32
-    tile = tile or TILES["scaled_outer in float32" if wide else "scaled_outer"]
-    if lhs.shape[0] % tile.m:
-        tile = dataclasses.replace(tile, m=BLOCK)
-    tile = _fitting(tile, dout.shape[0])
+    tile = _fitting_outer(tile or TILES["scaled_outer in float32" if wide else "scaled_outer"], lhs, dout)
     operands = lhs, lhs_scales, dout, dout_scales, group_sizes
     return scaled_outer_products(*operands, dtype, tile, current_target().cores)
+
+
+def added_outer(
+    lhs: Array,
+    lhs_scales: Float[Array, "row_blocks K"],
+    dout: Array,
+    dout_scales: Float[Array, "row_blocks N"],
+    group_sizes: Int32[Array, " groups"],
+    total: Float[Array, "groups K N"],
+    *,
+    tile: ScaledTile | None = None,
+) -> Float[Array, "groups K N"]:
+    """`outer` in float32 added to a float32 total, in its place; what an empty group has of it stays."""
+    tile = _fitting_outer(tile or TILES["added_scaled_outer"], lhs, dout)
+    operands = lhs, lhs_scales, dout, dout_scales, group_sizes
+    return scaled_outer_products(*operands, jnp.float32, tile, current_target().cores, total=total)
 
 
 def for_rows(rows: int, depth: int, groups: int, columns: int, cores: int) -> ScaledTile:
@@ -113,3 +127,10 @@ def for_rows(rows: int, depth: int, groups: int, columns: int, cores: int) -> Sc
 def _fitting(tile: ScaledTile, columns: int) -> ScaledTile:
     """The tile without its cluster where column tiles cannot be shared out evenly."""
     return tile if columns % (BLOCK * tile.cluster) == 0 else dataclasses.replace(tile, cluster=1)
+
+
+def _fitting_outer(tile: ScaledTile, lhs: Array, dout: Array) -> ScaledTile:
+    """A weight gradient's tile that is no higher than it, and fits as `_fitting` has it."""
+    if lhs.shape[0] % tile.m:
+        tile = dataclasses.replace(tile, m=BLOCK)
+    return _fitting(tile, dout.shape[0])

@@ -29,6 +29,7 @@ class _ScaledOuterBlock:
     Attributes:
       tile: the division of the work.
       lhs, lhs_scales, dout, dout_scales, out: the arrays in memory.
+      total: what the products are added to, the memory of ``out``; None: there is nothing.
       refs: what `slots.scratch` made.
       warpgroup: which of the block's warpgroups this is; the last one loads, the others multiply.
       for_each_tile: calls its argument for each of the block's output tiles with the steps before it, the number of
@@ -41,6 +42,7 @@ class _ScaledOuterBlock:
     dout: Any
     dout_scales: Any
     out: Any
+    total: Any
     refs: dict[str, Any]
     warpgroup: jax.Array
     for_each_tile: Callable[[Callable[..., jax.Array]], jax.Array]
@@ -66,11 +68,16 @@ def scaled_outer_products(
     dtype: DTypeLike,
     tile: ScaledTile,
     cores: int,
+    *,
+    total: jax.Array | None = None,
 ) -> jax.Array:
     """`eplb_jax.kernels.fp8_gemm.xla.outer` with a given division of the work: output tiles of 128 columns.
 
     The largest groups come first, so that the blocks end together. A slot holds one step: with a second one's scales of
     columns the registers would not do.
+
+    With a ``total`` in float32 the products are added to it in its place. The producer has its tile fetched into the L2
+    cache while the tile before is made.
     """
     height, columns = lhs.shape[0], dout.shape[0]
     groups = group_sizes.shape[0]
@@ -79,8 +86,10 @@ def scaled_outer_products(
     per_group = row_tiles * column_tiles
     workers = cores // tile.cluster
 
-    def body(group_of, start_of, steps_of, lhs_ref, lhs_scales_ref, dout_ref, dout_scales_ref, out_ref):
+    def body(group_of, start_of, steps_of, lhs_ref, lhs_scales_ref, dout_ref, dout_scales_ref, *results):
         def scoped(**refs):
+            *totals, out_ref = results
+            total_ref = totals[0] if totals else None
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
 
             def look_up(index):
@@ -96,8 +105,9 @@ def scaled_outer_products(
 
             warpgroup = lax.axis_index("warpgroup")
             block = _ScaledOuterBlock(
-                tile, lhs_ref, lhs_scales_ref, dout_ref, dout_scales_ref, out_ref, refs, warpgroup, for_each_tile
-            )
+                tile, lhs_ref, lhs_scales_ref, dout_ref, dout_scales_ref, out_ref, total_ref, refs, warpgroup,
+                for_each_tile,
+            )  # fmt: skip
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
@@ -107,7 +117,7 @@ def scaled_outer_products(
     starts, steps = group_starts(group_sizes, FP8_ALIGN) // BLOCK, round_up(group_sizes, FP8_ALIGN) // BLOCK
     out: Any = jax.ShapeDtypeStruct((groups, height, columns), dtype)
     tables = order, starts[order], steps[order]
-    return ring.launch(body, "scaled_outer", tile, cores, out, *tables, lhs, lhs_scales, dout, dout_scales)
+    return ring.launch(body, "scaled_outer", tile, cores, out, *tables, lhs, lhs_scales, dout, dout_scales, total=total)
 
 
 def _load(block: _ScaledOuterBlock) -> None:
@@ -119,6 +129,8 @@ def _load(block: _ScaledOuterBlock) -> None:
         output = _ScaledOuterOutput(*fields)
         high = pl.ds(pl.multiple_of(output.row, tile.m), tile.m)
         wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
+        if block.total is not None:
+            pl.when(output.steps > 0)(lambda: plgpu.async_prefetch(block.total.at[output.group, high, wide]))
 
         def load_step(k, _):
             rows = pl.ds(output.start + k, 1)
@@ -175,4 +187,11 @@ def _multiply_and_store(block: _ScaledOuterBlock, before: jax.Array, output: _Sc
     wide = pl.ds(pl.multiple_of(output.column, BLOCK), BLOCK)
     first = output.row + block.warpgroup * PART
     rows = [pl.ds(pl.multiple_of(first + part * BLOCK, PART), PART) for part in range(tile.parts)]
-    slots.store(totals, refs, block.warpgroup, [block.out.at[output.group, high, wide] for high in rows])
+    if block.total is None:
+        slots.store(totals, refs, block.warpgroup, [block.out.at[output.group, high, wide] for high in rows])
+        return
+
+    @pl.when(output.steps > 0)  # the total of a group without rows is there already
+    def _():
+        for high, value in zip(rows, totals, strict=True):
+            block.out.at[output.group, high, wide][...] = value + ring.load(block.total.at[output.group, high, wide])

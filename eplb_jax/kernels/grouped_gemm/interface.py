@@ -11,6 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels import registry
+from eplb_jax.kernels.accumulable import OuterProduct
 from eplb_jax.kernels.grouped_gemm import xla
 from eplb_jax.kernels.grouped_gemm.layout import ALIGN, round_up
 from eplb_jax.kernels.mesh_axis import same_axes
@@ -108,7 +109,7 @@ def _matmul(
 
 def outer(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, chosen: ChosenBackend) -> jax.Array:
     """The gradient of the right-hand side on the chosen backend."""
-    return registry.dispatch(chosen, "outer", xla.outer, lhs, dout, group_sizes)
+    return OuterProduct(chosen, "outer", xla.outer)(lhs, dout, group_sizes)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))

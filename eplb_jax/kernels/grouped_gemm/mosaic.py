@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from jax.typing import DTypeLike
 from jaxtyping import Array, Float, Integer
 
 from eplb_jax.kernels.backend import current_target
@@ -56,13 +57,28 @@ def outer(
     dout: Float[Array, "rows n"],
     group_sizes: Integer[Array, " groups"],
     *,
+    dtype: DTypeLike | None = None,
     tile: Tile | None = None,
 ) -> Float[Array, "groups k n"]:
     """The product ``lhs[rows].T @ dout[rows]`` of each group's rows, as `eplb_jax.kernels.grouped_gemm.xla.outer`.
 
     Args:
       lhs, dout, group_sizes: as there; operands that `matmul` takes and gives.
+      dtype: of the result, float32 or None: that of lhs.
       tile: how to divide the work; by default as measured.
     """
     tile = tile or tile_for("outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
-    return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores)
+    return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores, dtype=dtype)
+
+
+def added_outer(
+    lhs: Float[Array, "rows k"],
+    dout: Float[Array, "rows n"],
+    group_sizes: Integer[Array, " groups"],
+    total: Float[Array, "groups k n"],
+    *,
+    tile: Tile | None = None,
+) -> Float[Array, "groups k n"]:
+    """`outer` in float32 added to a float32 total, in its place; what an empty group has of it stays."""
+    tile = tile or tile_for("added_outer", lhs.shape[0], group_sizes.shape[0], lhs.shape[1], dout.shape[1])
+    return outer_products(lhs, dout, group_sizes.astype("int32"), tile, current_target().cores, total=total)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -12,6 +13,7 @@ import jax.experimental.pallas as pl
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from eplb_jax.kernels.grouped_gemm import ring
 from eplb_jax.kernels.grouped_gemm.layout import group_starts
@@ -26,6 +28,8 @@ class _OuterBlock:
     Attributes:
       tile: the division of the work; ``tile.k`` counts rows of a group.
       lhs, dout, out: the arrays in memory.
+      total: what the products are added to, the memory of ``out``; None: there is nothing.
+      exact: whether tiles end where the results end.
       refs: what `ring.scratch` made.
       masked: the barrier at which both consumers have set the rows of others to zero.
       warpgroup: which of the block's warpgroups this is; the last one loads, the others multiply.
@@ -37,6 +41,8 @@ class _OuterBlock:
     lhs: Any
     dout: Any
     out: Any
+    total: Any
+    exact: bool
     refs: dict[str, Any]
     masked: Any
     warpgroup: jax.Array
@@ -53,12 +59,24 @@ class _OuterOutput(NamedTuple):
     column: jax.Array
 
 
-@traced_once("tile", "cores")
-def outer_products(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, tile: Tile, cores: int) -> jax.Array:
+@traced_once("tile", "cores", "dtype")
+def outer_products(
+    lhs: jax.Array,
+    dout: jax.Array,
+    group_sizes: jax.Array,
+    tile: Tile,
+    cores: int,
+    *,
+    dtype: DTypeLike | None = None,
+    total: jax.Array | None = None,
+) -> jax.Array:
     """`eplb_jax.kernels.grouped_gemm.xla.outer` with a given division of the work; ``tile.k`` counts rows of the group.
 
     The largest groups come first, so that the blocks end together. A group's last rows may share their slot with rows
     of no group or of the next one, which are set to zero in both operands: zero times NaN would be NaN.
+
+    Results in float32, of ``dtype`` or where there is a ``total`` in float32 to which they are added in its place, go
+    to memory from registers. The producer has a total's tile fetched into the L2 cache while the tile before is made.
     """
     height, columns = lhs.shape[1], dout.shape[1]
     groups = group_sizes.shape[0]
@@ -66,8 +84,10 @@ def outer_products(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, tile
     column_tiles = pl.cdiv(columns, tile.n * tile.cluster)
     per_group = row_tiles * column_tiles
     workers = cores // tile.cluster
+    out: Any = jax.ShapeDtypeStruct((groups, height, columns), dtype or lhs.dtype) if total is None else total
+    exact = height % tile.m == 0 and columns % (tile.n * tile.cluster) == 0
 
-    def body(group_of, start_of, size_of, lhs_ref, dout_ref, out_ref):
+    def body(group_of, start_of, size_of, lhs_ref, dout_ref, *results):
         def scoped(*, masked, **refs):
             warpgroup = lax.axis_index("warpgroup")
             worker, pair = lax.axis_index("worker"), lax.axis_index("pair")
@@ -81,21 +101,24 @@ def outer_products(lhs: jax.Array, dout: jax.Array, group_sizes: jax.Array, tile
                 return _OuterOutput(group_of[rank], start_of[rank], size_of[rank], row_tile * tile.m, column)
 
             for_each_tile = functools.partial(ring.turns, jnp.int32(groups * per_group), worker, workers, look_up)
-            block = _OuterBlock(tile, lhs_ref, dout_ref, out_ref, refs, masked, warpgroup, for_each_tile)
+            *totals, out_ref = results
+            total_ref = totals[0] if totals else None
+            block = _OuterBlock(
+                tile, lhs_ref, dout_ref, out_ref, total_ref, exact, refs, masked, warpgroup, for_each_tile
+            )
             pl.when(warpgroup == CONSUMERS)(lambda: _load(block))
             pl.when(warpgroup < CONSUMERS)(lambda: _compute(block))
 
         pl.run_scoped(
             scoped,
             masked=plgpu.Barrier(num_arrivals=CONSUMERS),
-            **ring.scratch(tile, (tile.k, tile.m), (tile.k, tile.n), lhs.dtype),
+            **ring.scratch(tile, (tile.k, tile.m), (tile.k, tile.n), lhs.dtype, pieces=out.dtype == lhs.dtype),
             collective_axes="warpgroup",
         )
 
     order = jnp.argsort(-group_sizes).astype(jnp.int32)
-    out: Any = jax.ShapeDtypeStruct((groups, height, columns), lhs.dtype)
     tables = order, group_starts(group_sizes)[order], group_sizes[order]
-    return ring.launch(body, "grouped_outer", tile, cores, out, *tables, lhs, dout)
+    return ring.launch(body, "grouped_outer", tile, cores, out, *tables, lhs, dout, total=total)
 
 
 def _steps(size: jax.Array, tile: Tile) -> jax.Array:
@@ -119,6 +142,8 @@ def _load_tile(block: _OuterBlock, first: jax.Array, turn: jax.Array, output: _O
     steps = _steps(output.size, tile)
     high = pl.ds(pl.multiple_of(output.row, tile.m), tile.m)
     wide = pl.ds(pl.multiple_of(output.column, tile.n), tile.n)
+    if block.total is not None:
+        pl.when(steps > 0)(lambda: plgpu.async_prefetch(block.total.at[output.group, high, wide]))
 
     def load(k, _):
         deep = pl.ds(pl.multiple_of(output.start + k * tile.k, 8), tile.k)
@@ -172,14 +197,36 @@ def _multiply_and_store(
         pl.when(last > first)(lambda: ring.release(last - 1, tile, refs))
         return values.astype(block.out.dtype)
 
-    values = pl.run_scoped(accumulate, ring.accumulator(*tile.part))
-
-    def target(m, n, rows):
+    def place(ref, m, n, rows, columns=ring.CHUNK):
         high = pl.ds(pl.multiple_of(output.row + first_row + m, ring.CHUNK), rows)
-        wide = pl.ds(pl.multiple_of(output.column + first_column + n, ring.CHUNK), ring.CHUNK)
-        return block.out.at[output.group, high, wide]
+        wide = pl.ds(pl.multiple_of(output.column + first_column + n, ring.CHUNK), columns)
+        return ref.at[output.group, high, wide]
 
-    ring.store(values, None, tile, refs, block.warpgroup, target)
+    def make():
+        values = pl.run_scoped(accumulate, ring.accumulator(*tile.part))
+        if "out_pieces" in refs:
+            ring.store(values, None, tile, refs, block.warpgroup, functools.partial(place, block.out))
+            return
+        height, width = block.out.shape[1:]
+        across = tile.part[1] if block.exact else ring.CHUNK
+        for m, n in itertools.product(range(0, tile.part[0], ring.CHUNK), range(0, tile.part[1], across)):
+            value = values[m : m + ring.CHUNK, n : n + across]
+
+            def write(m=m, n=n, value=value):
+                if block.total is not None:
+                    value += ring.load(place(block.total, m, n, ring.CHUNK, across))
+                place(block.out, m, n, ring.CHUNK, across)[...] = value
+
+            if block.exact:
+                write()
+            else:  # sides are whole pieces, so each is inside or outside
+                row, column = output.row + first_row + m, output.column + first_column + n
+                pl.when((row < height) & (column < width))(write)
+
+    if block.total is None:
+        make()
+    else:
+        pl.when(last > first)(make)  # the total of a group without rows is there already
 
 
 def _mask(block: _OuterBlock, slot: jax.Array, valid: jax.Array) -> None:

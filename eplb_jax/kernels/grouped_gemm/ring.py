@@ -17,6 +17,8 @@ import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 from jax import lax
 
+from eplb_jax._jax import call_over_last
+
 CONSUMERS = 2
 CHUNK = 64
 """Rows and columns of the pieces in which results are stored, and a swizzled tile's columns of 2 bytes."""
@@ -76,26 +78,39 @@ def accumulator(rows: int, columns: int) -> Any:
     return plgpu.ACC((rows, columns), jnp.float32)  # pyright: ignore[reportPrivateImportUsage]
 
 
-def scratch(tile: Tile, a_shape: tuple[int, int], b_shape: tuple[int, int], dtype: Any) -> dict[str, Any]:
-    """The ring, the pieces on their way out, and the barriers of both directions."""
+def scratch(
+    tile: Tile, a_shape: tuple[int, int], b_shape: tuple[int, int], dtype: Any, *, pieces: bool = True
+) -> dict[str, Any]:
+    """The ring, the pieces on their way out, if there are to be any, and the barriers of both directions."""
     if tile.cluster > 1:
         free = plgpu.ClusterBarrier(collective_axes=("pair",), num_arrivals=tile.sharers, num_barriers=tile.stages)
     else:
         free = plgpu.Barrier(num_arrivals=tile.sharers, num_barriers=tile.stages)
-    return dict(
+    refs = dict(
         a_ring=swizzled(tile.stages, *a_shape, dtype=dtype),
         b_ring=swizzled(tile.stages, *b_shape, dtype=dtype),
-        out_pieces=swizzled(CONSUMERS, OUT_SLOTS, CHUNK, CHUNK, dtype=dtype),
         filled=plgpu.Barrier(num_arrivals=2, num_barriers=tile.stages * (CONSUMERS // tile.sharers)),
         free=free,
     )
+    if pieces:
+        refs["out_pieces"] = swizzled(CONSUMERS, OUT_SLOTS, CHUNK, CHUNK, dtype=dtype)
+    return refs
 
 
-def launch(body: Callable[..., None], name: str, tile: Tile, cores: int, out: Any, *operands: jax.Array) -> jax.Array:
-    """Runs a kernel with one block of three warpgroups per multiprocessor."""
-    return plgpu.kernel(
-        body,
-        out_type=out,
+def launch(
+    body: Callable[..., None],
+    name: str,
+    tile: Tile,
+    cores: int,
+    out: Any,
+    *operands: jax.Array,
+    total: jax.Array | None = None,
+) -> jax.Array:
+    """Runs a kernel with one block of three warpgroups per multiprocessor.
+
+    With a total of the result's shape and dtype, that is the last operand, and the result is written over it.
+    """
+    mesh: dict[str, Any] = dict(
         grid=(cores // tile.cluster,),
         grid_names=("worker",),
         cluster=(tile.cluster,),
@@ -103,8 +118,11 @@ def launch(body: Callable[..., None], name: str, tile: Tile, cores: int, out: An
         num_threads=CONSUMERS + 1,
         thread_name="warpgroup",
         kernel_name=name,
-        compiler_params=plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup),
-    )(*operands)
+    )
+    params = plgpu.CompilerParams(lowering_semantics=plgpu.LoweringSemantics.Warpgroup)
+    if total is None:
+        return plgpu.kernel(body, out_type=out, compiler_params=params, **mesh)(*operands)
+    return call_over_last(body, plgpu.Mesh(**mesh), name, params, *operands, total)
 
 
 def slot_of(step: jax.Array, tile: Tile) -> jax.Array:
@@ -221,6 +239,12 @@ def store(values: jax.Array, valid: jax.Array | None, tile: Tile, refs: Any, con
             write()
         else:
             pl.when(valid > m)(write)
+
+
+def load(source: Any) -> jax.Array:
+    """Numbers of the GPU's memory in registers, each where its sum is."""
+    index = ((),) if jax.__version_info__ < (0, 11) else ()  # which earlier JAX insists on
+    return plgpu.load(source, *index, layout=plgpu.Layout.WGMMA, optimized=False)
 
 
 def snake(index: jax.Array, num_rows: jax.Array | int, num_columns: int, width: int) -> tuple[jax.Array, jax.Array]:

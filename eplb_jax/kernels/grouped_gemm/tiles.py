@@ -15,11 +15,13 @@ TABLE = {
         2**31: Tile(128, 256, 64, 4, "n", 1, 8, 2),
     },
     "outer": {2**31: Tile(256, 128, 64, 4, "m", 2, 4)},
+    "added_outer": {2**31: Tile(128, 128, 64, 6, "tiles", 2, 8)},
 }
 """For each product: up to how many rows a group on average, the tile.
 
 Reading the matrices takes most of the time for groups of few rows, arithmetic for large ones. Low tiles waste least of
-uneven groups; wide ones read least from the L2 cache. Measured on H100s: up to 136 rows, 1024 and 4096.
+uneven groups; wide ones read least from the L2 cache. Measured on H100s: up to 136 rows, 1024 and 4096; "added_outer" on
+an H200, by examples/benchmarks/added_gradients.py.
 """
 
 

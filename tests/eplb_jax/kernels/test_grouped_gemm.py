@@ -1,6 +1,7 @@
 """Grouped GEMM: each backend equals a plain loop over the groups, whatever the rows of no group hold."""
 
 import functools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -200,11 +201,15 @@ def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
 
     def every(lhs, rhs, dout, sizes):
         out, dlhs = mosaic.matmul(lhs, rhs, sizes), mosaic.matmul(dout, rhs, sizes, transpose_rhs=True)
-        return out, dlhs, mosaic.outer(lhs, dout, sizes)
+        return out, dlhs, mosaic.outer(lhs, dout, sizes), mosaic.outer(lhs, dout, sizes, dtype=jnp.float32)
 
     text = jax.jit(every).trace(lhs, rhs, dout, sizes).lower(lowering_platforms=("cuda",)).as_text()
-    assert text.count("@mosaic_gpu_v2") == 3
-    for kind, height, columns in (("matmul", rows, k), ("matmul", rows, n), ("outer", k, n)):
+    assert text.count("@mosaic_gpu_v2") == 4 and "output_operand_alias<" not in text
+    total = jax.ShapeDtypeStruct((groups, k, n), jnp.float32)
+    text = jax.jit(mosaic.added_outer).trace(lhs, dout, sizes, total).lower(lowering_platforms=("cuda",)).as_text()
+    assert text.count("@mosaic_gpu_v2") == text.count("output_operand_alias<") == 1
+    kinds = ("matmul", rows, k), ("matmul", rows, n), ("outer", k, n), ("added_outer", k, n)
+    for kind, height, columns in kinds:
         tile = tile_for(kind, rows, groups, height, columns)
         assert tile.m <= height and tile.n * tile.cluster <= columns and min(tile.part) >= 64
 
@@ -292,6 +297,44 @@ def test_kernels_in_the_interpreter(tile):
     for got, want in zip((used(out, sizes), used(dlhs, sizes), drhs), expected, strict=True):
         if got is not None:
             assert_close(got, want, jnp.bfloat16)
+
+
+@pytest.mark.skipif(jax.__version_info__ < (0, 11), reason="the interpreter of jax 0.10 knows no transposed operands")
+@pytest.mark.parametrize("k", [256, 320])
+@cases("tile", [
+    *TABLE["added_outer"].values(), Tile(128, 128, 64, 3, "tiles", 1, 1), Tile(128, 128, 64, 3, "n", 2, 2)
+], quick=[*TABLE["added_outer"].values()])  # fmt: skip
+def test_kernels_that_add_in_the_interpreter(tile, k):
+    """Results end within a tile or where it does; the total of a group without rows is bit for bit what it was."""
+    lhs, rhs, dout, sizes = make([3, 70, 0, 130], jnp.bfloat16, k=k)
+    total = jnp.asarray(np.random.default_rng(1).standard_normal(rhs.shape), jnp.float32)
+    with interpreted():
+        wide = outer_products(lhs, dout, sizes, tile, 4, dtype=jnp.float32)
+        added = outer_products(lhs, dout, sizes, tile, 4, total=total)
+    product = plain(lhs, rhs, dout, sizes)[2]
+    assert_close(wide, product, jnp.float32)
+    assert_close(added, product + np.asarray(total), jnp.float32)
+    np.testing.assert_array_equal(added[2], total[2])
+
+
+@needs_hopper
+@pytest.mark.parametrize("k, n", [(1024, 512), (320, 192)])
+def test_a_loop_adds_in_place(k, n):
+    """Three times to one total, of which no copy is made; that of a group without rows is bit for bit what it was."""
+    lhs, rhs, dout, sizes = make([300, 0, 1000, 71], jnp.bfloat16, rows=1408, k=k, n=n)
+    total = jnp.asarray(np.random.default_rng(1).standard_normal(rhs.shape), jnp.float32)
+    want = np.asarray(total) + 3 * plain(lhs, rhs, dout, sizes)[2]
+    before = np.asarray(total[1])
+
+    def steps(total):
+        return jax.lax.scan(lambda total, _: (mosaic.added_outer(lhs, dout, sizes, total), None), total, length=3)[0]
+
+    compiled = jax.jit(steps, donate_argnums=0).lower(total).compile()
+    shape = ",".join(map(str, total.shape))
+    assert not re.findall(rf"f32\[{shape}\]\S* copy\(", compiled.as_text())
+    got = compiled(total)
+    assert_close(got, want, jnp.float32)
+    np.testing.assert_array_equal(got[1], before)
 
 
 def test_sizes_of_any_integer_dtype():

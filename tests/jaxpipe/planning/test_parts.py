@@ -10,10 +10,14 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
+from eplb_jax.kernels.fp8_gemm import mosaic as fp8_mosaic
+from eplb_jax.kernels.grouped_gemm import mosaic
 from jaxpipe.planning import parts, rates
 from jaxpipe.planning.chips import CHIPS, Achieved, KernelShare
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import DeviceWork, Kernel, Message
+from jaxpipe.stage.kernel_flops import kernel_flops, kernel_name, multiplying_unit
+from tests.jaxprs import equations
 
 WIDTH, MICROBATCHES = 256, 4
 NETWORK = Network((("pp", 2), ("ep", 8)), 4, 100.0, 10.0, 0.0)
@@ -114,3 +118,19 @@ RECORDS = json.loads((pathlib.Path(__file__).parents[3] / "docs/measured.json").
 def test_rates_of_casts_are_those_measured(kernel, key):
     measured = RECORDS[f"fp8_quantise/{key}/kernel/GB/s"]["value"] * 1e9 / CHIPS["H200"].hbm
     assert rates.KERNELS[kernel].memory == pytest.approx(measured, abs=0.006)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp8"])
+def test_a_kernel_that_adds_to_a_sum_counts_as_its_product(precision):
+    """The sum that it writes over is neither an operand of the product nor what says which unit multiplies."""
+    rows, k, n, shape = 512, 128, 256, jax.ShapeDtypeStruct
+    sizes, total = shape((4,), jnp.int32), shape((4, k, n), jnp.float32)
+    if precision == "bf16":
+        operands, function = [shape((rows, side), jnp.bfloat16) for side in (k, n)], mosaic.added_outer
+    else:
+        scaled = ((shape((side, rows), jnp.float8_e4m3fn), shape((rows // 128, side), jnp.float32)) for side in (k, n))
+        operands, function = [each for pair in scaled for each in pair], fp8_mosaic.added_outer
+    jaxpr = jax.make_jaxpr(function)(*operands, sizes, total).jaxpr
+    found = [eqn for eqn, _ in equations(jaxpr) if kernel_name(eqn) in ("grouped_outer", "scaled_outer")]
+    assert [kernel_flops(eqn, {}) for eqn in found] == [2 * rows * k * n]
+    assert [multiplying_unit(eqn) for eqn in found] == [precision]
