@@ -58,7 +58,8 @@ class KernelBackend(Protocol):
     operations: "grouped_matmul" with "matmul", "outer" and "added_outer"; "scaled_matmul" with one of the same name;
     "scaled_outer" with that and "added_scaled_outer"; "move_rows" with "copy_rows" and "add_rows"; "gate_gradient" with
     "gated_backward"; "quantise" with "quantise_rows", "quantise", "columns_of" and "quantise_weights"; "scaled_gate"
-    with "gate" and "gate_backward"; "attend_latents" with one of the same name. Those that add write over their last operand, a float32 total.
+    with "gate" and "gate_backward"; "attend_latents" with one of the same name. Those that add write over their last
+    operand, a float32 total.
     """
 
     @property

@@ -20,8 +20,8 @@ TABLE = {
 """For each product: up to how many rows a group on average, the tile.
 
 Reading the matrices takes most of the time for groups of few rows, arithmetic for large ones. Low tiles waste least of
-uneven groups; wide ones read least from the L2 cache. Measured on H100s: up to 136 rows, 1024 and 4096; "added_outer" on
-an H200, by examples/benchmarks/added_gradients.py.
+uneven groups; wide ones read least from the L2 cache. Measured on H100s: up to 136 rows, 1024 and 4096; "added_outer"
+on an H200, by examples/benchmarks/added_gradients.py.
 """
 
 

@@ -73,7 +73,7 @@ CASES = [
     ("zb1p", 2, None, False, {"dispatch": "sequential"}),
     ("dualpipev", 2, None, False, {"dispatch": "switch"}),
     ("dualpipev", 2, None, False, {"dispatch": "stretches"}),
-    ("dualpipev", 2, None, False, {"dispatch": "by_rank"}),
+    ("dualpipev", 2, None, True, {"dispatch": "by_rank"}),
     ("dualpipe", 2, None, True, {"dispatch": "unrolled"}),
     ("dualpipev", 1, 0, True, {}),
     ("zb1p", 2, 2, False, {}),
