@@ -13,10 +13,6 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.latent_attention import xla
 from eplb_jax.kernels.registry import Backend, ChosenBackend
 
-AUTO: Backend = "xla"
-"""What is meant by the backend "auto": XLA's form, as long as the kernel's time has not been measured."""
-
-
 def attend_latents(
     query: Float[Array, "B H C"],
     cache: Float[Array, "B S C"],
@@ -40,7 +36,7 @@ def attend_latents(
       scale: of the scores; positive.
       backend: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper GPUs; latents have
         a multiple of 128 columns, all columns are a multiple of 64 up to 576, and caches have a multiple of 8 keys.
-        "auto" is `AUTO`.
+        "auto" is "mosaic" where that can do it.
 
     Returns:
       In the dtype of the query; softmax and sums are in float32, in float64 for float64.
@@ -55,7 +51,7 @@ def attend_latents(
     [[[3.0, 3.0], [3.0, 3.0]]]
     """
     check(query, cache, lengths, latent, scale)
-    chosen = registry.choose("attend_latents", AUTO if backend == "auto" else backend, query, cache, latent)
+    chosen = registry.choose("attend_latents", backend, query, cache, latent)
     operands = jnp.asarray(query), jnp.asarray(cache), jnp.asarray(lengths, jnp.int32)
     if chosen == registry.XLA:
         return xla.attend_latents(*operands, latent=latent, scale=scale)

@@ -11,7 +11,7 @@ from jax.sharding import PartitionSpec as P
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target, current_target
 from eplb_jax.kernels.fallback import log_fallback
-from eplb_jax.kernels.latent_attention import interface, mosaic, xla
+from eplb_jax.kernels.latent_attention import mosaic, xla
 from eplb_jax.kernels.latent_attention.interface import attend_latents
 from eplb_jax.kernels.latent_attention.mosaic import attend_in_parts, combine, splits_for, why_not
 from tests.cases import cases
@@ -56,9 +56,8 @@ def check(found, operands, latent, scale):
     )
 
 
-def on_hopper(monkeypatch, auto="auto"):
+def on_hopper(monkeypatch):
     monkeypatch.setattr(registry, "current_target", lambda: HOPPER)
-    monkeypatch.setattr(interface, "AUTO", auto)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES)

@@ -12,7 +12,6 @@ from flax import nnx
 
 from eplb_jax.kernels import registry
 from eplb_jax.kernels.backend import HOPPER_SMS, Target
-from eplb_jax.kernels.latent_attention import interface
 from jaxpipe.deepseek import (
     MLA,
     LayerConfig,
@@ -71,7 +70,6 @@ def test_who_attends_to_the_cache(monkeypatch, precision, experts, backend, kern
     """Our kernel on Hopper GPUs, in caches as `Server` makes them, unless XLA is asked for."""
     target = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
     monkeypatch.setattr(registry, "current_target", lambda: target)
-    monkeypatch.setattr(interface, "AUTO", "auto")
     config = small(latent=128, rotary=64, precision=precision)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=experts))
     params = init_mla(nnx.Rngs(0), config)
