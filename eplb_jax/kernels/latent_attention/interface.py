@@ -13,6 +13,7 @@ from eplb_jax.kernels import registry
 from eplb_jax.kernels.latent_attention import xla
 from eplb_jax.kernels.registry import Backend, ChosenBackend
 
+
 def attend_latents(
     query: Float[Array, "B H C"],
     cache: Float[Array, "B S C"],
