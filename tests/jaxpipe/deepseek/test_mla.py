@@ -70,7 +70,7 @@ def test_who_attends_to_the_cache(monkeypatch, precision, experts, backend, kern
     """Our kernel on Hopper GPUs, in caches as `Server` makes them, unless XLA is asked for."""
     target = Target("gpu", "NVIDIA H200", HOPPER_SMS, True)
     monkeypatch.setattr(registry, "current_target", lambda: target)
-    config = small(latent=128, rotary=64, precision=precision)
+    config = small(heads=64, latent=128, rotary=64, precision=precision)
     config = dataclasses.replace(config, moe=dataclasses.replace(config.moe, backend=experts))
     params = init_mla(nnx.Rngs(0), config)
     x, cache = jnp.zeros((2, config.width), jnp.bfloat16), jnp.zeros((2, STEP, 192), jnp.bfloat16)
