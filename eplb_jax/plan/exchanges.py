@@ -5,8 +5,8 @@ experts a slot of an expert that has several. The best step is taken even where 
 that it touched then rest for some steps, so that the search leaves where it is and does not come back (a tabu search:
 Glover, ORSA Journal on Computing 1, 1989). The lightest plan seen is kept.
 
-L layers of n nodes, G GPUs of K slots, R = G K replicas of a node; within the loop the last axis is L. A step reads what
-all slots hold once or twice and keeps no table of the K R steps that it chooses from: XLA makes one loop of them.
+L layers of n nodes, G GPUs of K slots, R = G K replicas of a node; within the loop the last axis is L. A step
+reads what all slots hold once or twice and keeps no table of the K R steps that it chooses from: XLA makes one loop.
 """
 
 from __future__ import annotations
@@ -26,6 +26,10 @@ SHORTEST_REST, RESTS = 5, 13
 
 STEPS, WORK = 200, 2**17
 """Steps of a search at most, and pairs of slots that all its steps compare at most."""
+
+EXACT = 128
+"""Slots of a node up to which all moves are compared with what the others that hold the donor have after them; beyond,
+that takes as long as all else, and only the best move is."""
 
 PHASE = 8
 """Steps of each layer's heaviest node before the next is looked for."""
@@ -117,7 +121,7 @@ def exchange(
     best = jax.vmap(lambda plan: _totals(divide(plan.weight, plan.counts), num_gpus).max(0))(plan)
     state = _TabuSearch(plan, jnp.zeros_like(plan.slots), plan.slots, best, jnp.int32(0))
     target = target.reshape(layers, -1)[:, 0]
-    step = functools.partial(_take_step, num_gpus, duplicates)
+    step = functools.partial(_take_step, num_gpus, experts, duplicates)
     layer = jnp.arange(layers, dtype=jnp.int32)
     ids = jnp.arange(nodes, dtype=jnp.int32)[:, None]
 
@@ -173,13 +177,13 @@ def _first_least(values: jax.Array) -> tuple[jax.Array, jax.Array]:
     return least, jnp.where(values == least, index, jnp.float32(len(values) - 1)).min(0).astype(jnp.int32)
 
 
-def _take_step(num_gpus: int, duplicates: bool, goal: jax.Array, state: _TabuSearch) -> _TabuSearch:
+def _take_step(num_gpus: int, experts: int, duplicates: bool, goal: jax.Array, state: _TabuSearch) -> _TabuSearch:
     plan, resting, kept, best, number = state
     capacity = len(resting) // num_gpus
     totals = _totals(divide(plan.weight, plan.counts), num_gpus)
     heaviest = _first_least(-totals)[1]
     record = best * (1 - GAIN)  # what would be the lightest yet may be done to slots that rest, too
-    swap, move = _best_steps(plan, totals, heaviest, resting <= number, record, duplicates)
+    swap, move = _best_steps(plan, totals, heaviest, resting <= number, record, experts, duplicates)
     is_move = move.after < swap.after
     step = _Step(*(jnp.where(is_move, *pair) for pair in zip(move, swap, strict=True)))
     going = (best > goal) & jnp.isfinite(step.after)
@@ -217,12 +221,13 @@ def _best_steps(
     heaviest: jax.Array,
     rested: jax.Array,
     record: jax.Array,
+    experts: int,
     duplicates: bool,
 ) -> tuple[_Step, _Step]:
     """The best swap and the best move of each layer.
 
-    What a move does to GPUs that hold several replicas of the two experts is not exact, and of the other GPUs that hold
-    the expert that loses a replica only the best move's are looked at: this decides only which step is taken.
+    What a move does to GPUs that hold several replicas of the two experts is not exact: it decides only which step is
+    taken.
     """
     num_gpus, layers = totals.shape
     replicas = len(rested)
@@ -238,6 +243,11 @@ def _best_steps(
     most, total = totals.max(0), _spread(totals, capacity)
     own = jnp.arange(replicas, dtype=jnp.int32)[:, None] // capacity == heaviest
     growth = divide(plan.weight, jnp.maximum(plan.counts - 1, 1)) - loads
+    others_after = total + growth
+    if replicas <= EXACT:
+        layer = jnp.arange(layers, dtype=jnp.int32)
+        holders = jnp.zeros((experts, layers), jnp.float32).at[plan.slots, layer].max(total)
+        others_after = _at(holders, plan.slots) + growth
     same = [plan.slots == mine.slots[k] for k in range(capacity)]
     others, several = ~own, plan.counts > 1
     if not duplicates:
@@ -251,7 +261,7 @@ def _best_steps(
         swap = jnp.maximum(most - drop, total + drop)
         lighter = most - (mine_loads[k] - mine_more[k])
         there = jnp.where(own, lighter, total) + mine_more[k] - loads
-        move = jnp.maximum(jnp.maximum(lighter, there), total + growth)
+        move = jnp.maximum(jnp.maximum(lighter, there), others_after)
         possible_swap, possible_move = others & ~same[k], several & ~same[k]
         if not duplicates:
             by_gpu = same[k].reshape(num_gpus, capacity, layers)
@@ -266,6 +276,8 @@ def _best_steps(
     after, other = _first_least(swaps)
     best_swap = _Step(after, _at(swap_places, other), other)
     after, other = _first_least(moves)
-    holders = jnp.where(plan.slots == _at(plan.slots, other), total, 0).max(0)
-    after = jnp.maximum(after, holders + _at(growth, other))
+    if replicas > EXACT:
+        holder = jnp.where(plan.slots == _at(plan.slots, other), total, 0).max(0)
+        after = jnp.maximum(after, holder + _at(growth, other))
+        after = jnp.where(_at(rested, other) | (after < record), after, jnp.inf)
     return best_swap, _Step(after, _at(move_places, other), other)

@@ -15,7 +15,7 @@ MANY = 16
 """Layers from which on two halves are worth a thread."""
 
 LANES = 8
-"""Loads that a vector instruction takes. Halves are of a multiple: for the rest of a row XLA's loops take them singly."""
+"""Loads that a vector instruction takes. Halves are of a multiple: what is left of a row is taken one by one."""
 
 
 def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarray) -> Any:
