@@ -24,7 +24,7 @@ from eplb_jax.plan.swaps import GAIN
 SHORTEST_REST, RESTS = 5, 13
 """Slots that a step touched rest for 5 to 17 steps, in turn: no circle of steps has all of these lengths."""
 
-STEPS, WORK = 200, 2**17
+STEPS, WORK = 400, 2**17
 """Steps of a search at most, and pairs of slots that all its steps compare at most."""
 
 EXACT = 128
@@ -132,8 +132,10 @@ def exchange(
         node = jnp.argmax(state.best, axis=0).astype(jnp.int32)
         on = ids == node
         most = state.best.max(0)
-        # The node's search ends where another one is heavier; where all are light enough, it does not begin.
-        goal = jnp.where(most > target, jnp.maximum(target, jnp.where(on, 0, state.best).max(0)), jnp.inf)
+        # The node's search ends where another one is heavier, which at first may be as heavy; where all are light enough,
+        # it does not begin.
+        second = jnp.where(on, 0, state.best).max(0) * (1 - GAIN)
+        goal = jnp.where(most > target, jnp.maximum(target, second), jnp.inf)
         end = jnp.minimum(state.step + (PHASE if nodes > 1 else steps), steps)
 
         def pick(array: jax.Array) -> jax.Array:
