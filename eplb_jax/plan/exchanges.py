@@ -132,7 +132,7 @@ def exchange(
         node = jnp.argmax(state.best, axis=0).astype(jnp.int32)
         on = ids == node
         most = state.best.max(0)
-        # The node's search ends where another one is heavier; at first that may be as heavy. Where all are light enough,
+        # The node's search ends where another one is heavier; at first that may be as heavy. Where all are light,
         # it does not begin.
         second = jnp.where(on, 0, state.best).max(0) * (1 - GAIN)
         goal = jnp.where(most > target, jnp.maximum(target, second), jnp.inf)
