@@ -144,12 +144,14 @@ def exchange(
         def put(array: jax.Array, new: jax.Array) -> jax.Array:
             return jnp.where(on[:, None], new, array)
 
-        one = _TabuSearch(*jax.tree.map(pick, state[:3]), most, state.step)
+        plan, resting, kept = jax.tree.map(pick, state[:3])
+        one = _TabuSearch(plan, resting, kept, most, state.step)
         one = jax.lax.while_loop(
             lambda one: (one.best > goal).any() & (one.step < end), functools.partial(step, goal), one
         )
         # Steps that no layer needed count, too: else how many a layer has would depend on the others.
-        return _TabuSearch(*jax.tree.map(put, state[:3], one[:3]), jnp.where(on, one.best, state.best), end)
+        plan, resting, kept = jax.tree.map(put, state[:3], one[:3])
+        return _TabuSearch(plan, resting, kept, jnp.where(on, one.best, state.best), end)
 
     kept = jax.lax.while_loop(unfinished, search_node, state).kept
     return jnp.moveaxis(kept, -1, 0).reshape(slots.shape)
