@@ -14,6 +14,9 @@ from eplb_jax.plan.arguments import in_callers_width, on_host
 MANY = 16
 """Layers from which on two halves are worth a thread."""
 
+LANES = 8
+"""Loads that a vector instruction takes. Halves are of a multiple: what is left of a row is taken one by one."""
+
 
 def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarray) -> Any:
     """A jitted function's results, NumPy, as it would give them for all layers at once; on the CPU.
@@ -32,7 +35,7 @@ def plan_in_halves(function: Callable[..., Any], layers: int, *arrays: np.ndarra
 
     if layers < MANY:
         return plan(0, layers)
-    half = (layers + 1) // 2
+    half = -(-layers // (2 * LANES)) * LANES
     with ThreadPoolExecutor(1) as pool:
         second = pool.submit(in_callers_width(plan), layers - half, half)
         one, other = plan(0, half), second.result()

@@ -32,7 +32,7 @@ Pack = Callable[[jax.Array, jax.Array], jax.Array]
 
 def improve(
     nodes: Nodes,
-    replicas: jax.Array,
+    start: jax.Array,
     pack: Pack,
     *,
     layers: int,
@@ -48,8 +48,8 @@ def improve(
 
     Args:
       nodes: from `pack_nodes`.
-      replicas: the expert of each, int32 [N, R].
-      pack: how they get slots.
+      start: the expert of each slot, from `pack`, int32 [N, R].
+      pack: how replicas get slots.
       layers: L.
       num_gpus: of a node.
       tolerance: as a share of the target, where the search ends.
@@ -57,7 +57,6 @@ def improve(
       duplicates: whether a GPU may hold an expert twice.
     """
     swap = functools.partial(swap_pairs, num_gpus=num_gpus, duplicates=duplicates)
-    start = pack(nodes.weight, replicas)
     slots = swap(slot_loads(nodes.weight, start), start, nodes.target * (1 + tolerance))
     nodes, slots, start = lightest_packing(nodes, slots, layers, num_gpus, start)
     weight, target = nodes.weight, nodes.target * (1 + tolerance)

@@ -89,11 +89,17 @@ def assign_packs(old: np.ndarray, new: np.ndarray) -> np.ndarray:
 def common_experts(old: np.ndarray, new: np.ndarray) -> np.ndarray:
     """How many experts each old GPU [..., G, K] and each new one have in common [..., G, G]; slots may hold -1."""
     experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    holders = held_by_gpus(new, experts).swapaxes(-1, -2)
-    first = (old >= 0) & ~((old[..., None] == old[..., None, :]) & np.tri(old.shape[-1], k=-1, dtype=bool)).any(-1)
-    rows = np.maximum(old, 0).reshape(*old.shape[:-2], old.shape[-2] * old.shape[-1], 1)
-    found = np.take_along_axis(holders, rows, axis=-2).reshape(*old.shape, new.shape[-2])
-    return (found & first[..., None]).sum(-2)
+    gpus, capacity = new.shape[-2:]
+    before = old.reshape(-1, *old.shape[-2:])
+    row = np.arange(len(before))[:, None, None]
+    holders = np.zeros((len(before), experts + 1, gpus), np.int32)  # the last expert stands for none
+    holders[row, new.reshape(-1, gpus, capacity), np.arange(gpus)[:, None]] = 1
+    holders[:, -1] = 0
+    common = np.zeros((len(before), old.shape[-2], gpus), np.int32)
+    for slot in range(old.shape[-1]):
+        again = (before[..., :slot] == before[..., slot, None]).any(-1)
+        common += holders[row[..., 0], np.where(again, -1, before[..., slot])]
+    return common.reshape(*old.shape[:-1], gpus)
 
 
 def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
@@ -105,11 +111,13 @@ def held_by_gpus(slots: np.ndarray, num_experts: int) -> np.ndarray:
 
 def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarray:
     """Experts of all GPUs that a GPU did not hold before, of each row; slots [rows, R] both."""
-    experts = max(old.max(initial=0), new.max(initial=0)) + 1
-    before, after = (
-        held_by_gpus(slots.reshape(len(slots), num_gpus, slots.shape[1] // num_gpus), experts) for slots in (old, new)
-    )
-    return (after & ~before).sum((1, 2))
+    capacity = old.shape[1] // num_gpus
+    before, after = (slots.reshape(len(slots), num_gpus, capacity) for slots in (old, new))
+    counted = after >= 0
+    for slot in range(capacity):
+        counted &= after != before[..., slot, None]
+        counted[..., slot + 1 :] &= after[..., slot + 1 :] != after[..., slot, None]
+    return counted.sum((1, 2))
 
 
 def heaviest_gpu(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 GAIN = 1e-6
 """A step must lower a load by this share, so that rounding cannot make a circle of steps."""
 
-TOURNAMENTS = 4
+TOURNAMENTS = 2
 """Of as many rounds at most are the exchanges: more gain little."""
 
 

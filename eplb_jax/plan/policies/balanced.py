@@ -65,7 +65,7 @@ def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array
     limit = heaviest_of(nodes, start, gpus)[:layers]
 
     pack = functools.partial(pack_slots, num_gpus=gpus)
-    nodes, slots = improve(nodes, replicas, pack, layers=layers, num_gpus=gpus, tolerance=tolerance)
+    nodes, slots = improve(nodes, start, pack, layers=layers, num_gpus=gpus, tolerance=tolerance)
     ours = join_nodes(nodes, place_idle(nodes, slots, gpus))
 
     # DeepSeek's plan is left only for one that is lighter in exact arithmetic too: float32 rounds each load, each

@@ -65,8 +65,9 @@ def _plan(weight: jax.Array, *, cluster: Cluster, tolerance: float) -> jax.Array
     nodes = pack_nodes(weight, cluster)
     replicas = replicate(nodes.weight, cluster.replicas_per_node, most=gpus)[0]
     pack = functools.partial(_pack_apart, gpus)
+    start = pack(nodes.weight, replicas)
     nodes, slots = improve(
-        nodes, replicas, pack, layers=layers, num_gpus=gpus, tolerance=tolerance, most=gpus, duplicates=False
+        nodes, start, pack, layers=layers, num_gpus=gpus, tolerance=tolerance, most=gpus, duplicates=False
     )
     return join_nodes(nodes, place_idle(nodes, slots, gpus))
 

@@ -1,8 +1,11 @@
 """Policies that start from a placement: `sticky` moves little, `elastic` copes with GPUs that die and return."""
 
+import itertools
+
 import jax
 import numpy as np
 import pytest
+from scipy.optimize import linear_sum_assignment
 
 import eplb_jax
 from eplb_jax import (
@@ -16,6 +19,9 @@ from eplb_jax import (
     moved,
     sticky,
 )
+from eplb_jax.plan.cluster import Cluster
+from eplb_jax.plan.policies.sticky import _renumber
+from eplb_jax.plan.repair import common_experts, replicas_moved
 from tests.eplb_jax.plan.test_balance import heaviest, loads_of
 
 
@@ -165,3 +171,55 @@ def test_no_gpu_starts_with_an_expert_twice_while_others_are_free():
     """Three GPUs of two experts each, and as many spares as the others have experts."""
     found = initial_placement(1, 6, RebalanceConfig(18, 1, 1, 3)).phy2log.reshape(3, 6)
     np.testing.assert_array_equal(np.sort(found), np.tile(np.arange(6), (3, 1)))
+
+
+def stays(old, new):
+    """Experts of each new GPU that the old one of the same number holds, all together; [GPUs, slots] both."""
+    return sum(len(set(one.tolist()) & set(other.tolist())) for one, other in zip(old, new, strict=True))
+
+
+def renumbered_by_loops(old, new, nodes):
+    """One layer's new GPUs [nodes, GPUs, slots], numbered by the assignment of SciPy: of GPUs, then of nodes."""
+    gains, gpus = np.zeros((nodes, nodes), int), {}
+    for node in range(nodes):
+        for source in range(nodes):
+            common = np.array([[len(set(a.tolist()) & set(b.tolist())) for b in new[source]] for a in old[node]])
+            rows, columns = linear_sum_assignment(common, maximize=True)
+            gains[node, source], gpus[node, source] = common[rows, columns].sum(), columns
+    _, sources = linear_sum_assignment(gains, maximize=True)
+    return np.stack([new[source][gpus[node, source]] for node, source in enumerate(sources)])
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "capacity", "experts"), [(1, 5, 3, 9), (3, 2, 4, 12), (2, 3, 2, 40)])
+def test_gpus_of_a_fresh_plan_are_numbered_so_that_most_stays(nodes, gpus, capacity, experts):
+    """As the plain loop does, for random placements with duplicates; no other numbering keeps more."""
+    cluster = Cluster(nodes * gpus * capacity, nodes, nodes, nodes * gpus)
+    rng = np.random.default_rng(nodes)
+    old, new = rng.integers(0, experts, (2, 20, nodes * gpus * capacity), np.int32)
+    found = _renumber(old, new, cluster).reshape(20, nodes, gpus, capacity)
+    shape = nodes, gpus, capacity
+    for was, fresh, now in zip(old.reshape(20, *shape), new.reshape(20, *shape), found, strict=True):
+        np.testing.assert_array_equal(now, renumbered_by_loops(was, fresh, nodes))
+        best = max(
+            sum(
+                max(stays(was[i], fresh[source][list(order)]) for order in itertools.permutations(range(gpus)))
+                for i, source in enumerate(sources)
+            )
+            for sources in itertools.permutations(range(nodes))
+        )
+        assert sum(map(stays, was, now)) == best
+
+
+@pytest.mark.parametrize(("gpus", "capacity", "experts"), [(1, 4, 5), (4, 3, 6), (3, 5, 40)])
+def test_what_gpus_have_in_common_and_what_moves(gpus, capacity, experts):
+    """As sets of experts tell, with slots that hold none."""
+    rng = np.random.default_rng(gpus)
+    old, new = rng.integers(-1, experts, (2, 8, gpus * capacity), np.int32)
+    by_gpu = [[[set(gpu.tolist()) - {-1} for gpu in row.reshape(gpus, -1)] for row in x] for x in (old, new)]
+    common = [[[len(a & b) for b in after] for a in before] for before, after in zip(*by_gpu, strict=True)]
+    shape = 8, gpus, capacity
+    np.testing.assert_array_equal(common_experts(old.reshape(shape), new.reshape(shape)), common)
+    arrived = [
+        sum(len(b - a) for a, b in zip(before, after, strict=True)) for before, after in zip(*by_gpu, strict=True)
+    ]
+    np.testing.assert_array_equal(replicas_moved(old, new, gpus), arrived)

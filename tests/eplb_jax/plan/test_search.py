@@ -58,6 +58,14 @@ def test_exchanges_change_counts_of_the_heaviest_node():
     assert np.array_equal(alone, found[3:6])
 
 
+def test_exchanges_lighten_nodes_that_are_equally_heavy():
+    """None of three nodes is heavier than the others, and each has to get lighter."""
+    weight, slots = (np.repeat(x[::3], 3, axis=0) for x in nodes_of(4, 5))
+    found = np.asarray(exchange(weight, slots, np.zeros(NODES, np.float32), layers=4, num_gpus=4, steps=60))
+    before, after = (np.asarray(largest_loads(weight, x, 4)) for x in (slots, found))
+    assert (after < before * 0.9).all()
+
+
 def test_no_search_brings_replicas_together():
     weight, slots = nodes_of(5, 5)
     apart = np.stack([node.reshape(5, 5, order="F").reshape(-1) for node in np.sort(slots, 1)])  # neighbours are alike
