@@ -32,7 +32,7 @@ def attend_latents(
       query: of each head, [latent, rotary] columns as those of the cache.
       cache: normalised latents and rotary keys of all tokens, side by side; of the same dtype. What is behind a
         request's last key reaches no result, as long as it is finite.
-      lengths: keys of each request, 1 or more; int32.
+      lengths: keys of each request, 1 or more; int32. More than S are S.
       latent: columns that are mixed: L.
       scale: of the scores; positive.
       backend: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper GPUs; latents have
