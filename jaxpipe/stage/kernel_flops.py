@@ -105,8 +105,10 @@ def kernel_depth(eqn: JaxprEqn) -> float:
 
 
 def is_attention_backward(eqn: JaxprEqn) -> bool:
-    """Whether a kernel makes the gradients of attention's queries, keys and values."""
-    return kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
+    """Whether a kernel makes the gradients of attention's queries, keys and values; one of that name may do else."""
+    results: list[Any] = [var.aval for var in eqn.outvars[:3]]
+    known = kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
+    return known and [len(aval.shape) for aval in results] == [4, 4, 4]
 
 
 def _read_only(eqn: JaxprEqn) -> list[Any]:

@@ -177,7 +177,7 @@ def test_inside_shard_map(monkeypatch, backend):
 
 
 def test_explicit_axes_are_xlas(monkeypatch):
-    """Requests sharded over axes whose shardings are part of types, outside of shard_map: a kernel does not take them."""
+    """Requests sharded over axes whose shardings are part of types, outside of shard_map: no kernel takes them."""
     if jax.device_count() < 2:
         pytest.skip("needs 2 devices")
     on_hopper(monkeypatch)
@@ -187,7 +187,7 @@ def test_explicit_axes_are_xlas(monkeypatch):
     found = jax.jit(functools.partial(attend_latents, **STATIC))(*sharded)
     assert found.sharding.spec == P("data", None, None)
     check(found, operands, **STATIC)
-    with pytest.raises(ValueError, match=r"the operands are sharded over data, of type Explicit, outside of jax\.shard_"):
+    with pytest.raises(ValueError, match="the operands are sharded over data, of type Explicit, outside"):
         jax.jit(functools.partial(attend_latents, **STATIC, backend="mosaic"))(*sharded)
 
 
