@@ -37,7 +37,8 @@ def attend_latents(
       scale: of the scores; positive.
       backend: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper GPUs; latents have
         a multiple of 128 columns, all columns are a multiple of 64 up to 576, and caches have a multiple of 8 keys.
-        "auto" is "mosaic" where that can do it.
+        "auto" is "mosaic" where that can do it; operands sharded over a mesh's Explicit axes are XLA's. A compiler does
+        not divide a kernel: what is sharded over Auto axes outside of `jax.shard_map` it gathers first.
 
     Returns:
       In the dtype of the query; softmax and sums are in float32, in float64 for float64.
