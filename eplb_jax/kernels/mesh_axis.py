@@ -34,6 +34,20 @@ def is_bound(axis: str) -> bool:
     return True
 
 
+def explicit_axes(*operands: Any) -> tuple[str, ...]:
+    """The mesh axes of type Explicit that arrays among the operands are sharded over, in alphabetical order.
+
+    >>> explicit_axes(jnp.ones(2), 3)
+    ()
+    """
+    found: set[str] = set()
+    for operand in operands:
+        spec = jax.typeof(operand).sharding.spec if isinstance(operand, jax.Array) else ()
+        for names in spec:
+            found.update((names,) if isinstance(names, str) else names or ())
+    return tuple(sorted(found))
+
+
 def same_axes(*arrays: jax.Array) -> tuple[jax.Array, ...]:
     """Makes the arrays vary over the mesh axes of all of them.
 

@@ -12,7 +12,7 @@ import jax
 from eplb_jax.kernels.backend import KernelBackend, current_target
 from eplb_jax.kernels.fallback import log_fallback
 from eplb_jax.kernels.hopper import Hopper
-from eplb_jax.kernels.mesh_axis import varying
+from eplb_jax.kernels.mesh_axis import explicit_axes, varying
 
 Backend = str
 """What a user asks for: "auto", "xla" or a name of `BACKENDS`."""
@@ -87,9 +87,11 @@ def choose(task: str, backend: str, *operands: Any) -> ChosenBackend:
         raise ValueError(f"backend={backend!r}: it must be {', '.join(names)} or {last}")
     if backend == "xla":
         return XLA
-    device, reasons = current_target(), []
+    device, reasons, axes = current_target(), [], explicit_axes(*operands)
     for name in BACKENDS if backend == "auto" else (backend,):
         reason = BACKENDS[name].why_not(task, device, *operands)
+        if reason is None and axes:
+            reason = f"the operands are sharded over {', '.join(axes)}, of type Explicit, outside of jax.shard_map"
         if reason is None:
             return ChosenBackend(name, only=backend != "auto")
         reasons.append(reason)

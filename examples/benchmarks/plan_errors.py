@@ -27,8 +27,10 @@ from jaxpipe.planning.chips import chip
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.rank_time import rank_seconds
 
-RANK = "--rank 0,8,15 --own --deferred 4 --slots 256 --ends apart --precision bf16"
-"""Of one_rank.py, as it was measured."""
+RANK = "--rank 0,8,15 --own --deferred 4 --slots 256 --ends apart --precision"
+"""Of one_rank.py, as it was measured in each precision."""
+RANKS = {"bf16": "dsv3", "fp8": "dsv3 in FP8"}
+"""The name of the rows of each precision."""
 
 
 class Measured(NamedTuple):
@@ -96,13 +98,15 @@ def rows(only: list[str], records: Records, *, tiny: bool) -> Iterator[dict[str,
     for step in STEPS:
         if any(part in step.name for part in only) and not (tiny and step.precision == "fp8"):
             yield _row(step.name, records, step.key, step.before, step.unit, planned_seconds(step, tiny=tiny))
-    if not tiny and any(part in "dsv3" for part in only):
-        args = one_rank.parse(shlex.split(RANK))
+    for precision, name in RANKS.items():
+        if tiny or not any(part in name for part in only):
+            continue
+        args = one_rank.parse([*shlex.split(RANK), precision])
         alone = one_rank.set_up(args)
         for rank in args.rank:
-            key = f"one_rank/dualpipev_deferred4/bf16/{rank}/"
+            key = f"one_rank/dualpipev_deferred4/{precision}/{rank}/"
             seconds = rank_seconds(alone.device.pipeline, alone.plan, rank)
-            yield _row(f"dsv3, rank {rank} of 16", records, f"{key}step s", f"{key}planned s", 1.0, seconds)
+            yield _row(f"{name}, rank {rank} of 16", records, f"{key}step s", f"{key}planned s", 1.0, seconds)
 
 
 def _row(name: str, records: Records, key: str, before: str | None, unit: float, seconds: float) -> dict[str, Any]:

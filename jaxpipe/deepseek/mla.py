@@ -197,8 +197,10 @@ def attend_cached(
       config: sizes.
       backend: of attention itself: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper
         GPUs, which reads the cache once; latents have a multiple of 128 columns, with the rotary ones a multiple of 64
-        up to 576, and S is a multiple of 8. "auto" is "mosaic" where that can do it and there are
-        more than 32 heads, with fewer of which XLA is faster. None: "xla" where ``config.moe`` has it, or else "auto".
+        up to 576, and S is a multiple of 8. "auto" is "mosaic" where that can do it and there are more than 32 heads,
+        with fewer of which XLA is faster. None: "xla" where ``config.moe`` has it, or else "auto". Requests sharded
+        over Auto axes of a mesh want `jax.shard_map`, as `Server` has it, or "xla": a compiler gathers what a kernel
+        reads.
 
     Returns:
       The output, and the cache with the new tokens in it.

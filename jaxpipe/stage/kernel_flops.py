@@ -92,20 +92,23 @@ def kernel_depth(eqn: JaxprEqn) -> float:
     operands: list[Any] = [atom.aval for atom in eqn.invars]
     results: list[Any] = [var.aval for var in eqn.outvars]
     name = kernel_name(eqn)
-    if name in ATTENTION_PRODUCTS or name.startswith("attention"):
-        return operands[1].shape[1] / 2
+    if name in ATTENTION_PRODUCTS or name.startswith("attention"):  # somebody else's may have other operands
+        return operands[1].shape[1] / 2 if len(operands) > 1 and len(operands[1].shape) == 4 else 0.0
     floats = [aval for aval in operands if jnp.issubdtype(aval.dtype, jnp.floating) and len(aval.shape) > 1]
     matrices = [aval.shape for aval in results if len(aval.shape) == 3]
     if name.endswith("_rows") and floats:
         return float(floats[0].shape[-1])
     if name.endswith("_outer") and floats and matrices:
-        return max(floats[0].shape) / matrices[0][0]
+        groups, height, _ = matrices[0]
+        return math.prod(floats[0].shape) / max(height * groups, 1)
     return 0.0
 
 
 def is_attention_backward(eqn: JaxprEqn) -> bool:
-    """Whether a kernel makes the gradients of attention's queries, keys and values."""
-    return kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
+    """Whether a kernel makes the gradients of attention's queries, keys and values; one of that name may do else."""
+    results: list[Any] = [var.aval for var in eqn.outvars[:3]]
+    known = kernel_name(eqn) in ("attention_backward", "dot_product_attention_bwd_wrapper")
+    return known and [len(aval.shape) for aval in results] == [4, 4, 4]
 
 
 def _read_only(eqn: JaxprEqn) -> list[Any]:

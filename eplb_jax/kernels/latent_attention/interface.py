@@ -35,12 +35,14 @@ def attend_latents(
       query: of each head, [latent, rotary] columns as those of the cache.
       cache: normalised latents and rotary keys of all tokens, side by side; of the same dtype. What is behind a
         request's last key reaches no result, as long as it is finite.
-      lengths: keys of each request, 1 or more; int32.
+      lengths: keys of each request, 1 or more; int32. More than S are S.
       latent: columns that are mixed: L.
       scale: of the scores; positive.
       backend: "xla" runs everywhere. "mosaic" is our own kernel for bfloat16 and float16 on Hopper GPUs; latents have
         a multiple of 128 columns, all columns are a multiple of 64 up to 576, and caches have a multiple of 8 keys.
-        "auto" is "mosaic" where that can do it, and faster: with more than 32 heads.
+        "auto" is "mosaic" where that can do it, and faster: with more than 32 heads. Operands sharded over a mesh's
+        Explicit axes are XLA's. A compiler does not divide a kernel: what is sharded over Auto axes outside of
+        `jax.shard_map` it gathers first.
 
     Returns:
       In the dtype of the query; softmax and sums are in float32, in float64 for float64.

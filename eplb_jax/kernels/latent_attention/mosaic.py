@@ -118,6 +118,8 @@ def why_not(query: Any, cache: Any, latent: int) -> str | None:
     """
     if query.dtype not in FLOATS:
         return f"dtype {query.dtype} is none of {', '.join(FLOATS)}"
+    if not all(isinstance(size, int) for size in (*query.shape, *cache.shape)):
+        return f"query {query.shape} and cache {cache.shape} have symbolic sizes"
     columns, keys = query.shape[2], cache.shape[1]
     if latent % (MIXERS * CHUNK) or columns % CHUNK or latent >= columns or columns > MOST_COLUMNS:
         return (
@@ -180,7 +182,7 @@ def attend_in_parts(
             unit = lax.axis_index("unit")
             rest, group = lax.div(unit, jnp.int32(groups)), lax.rem(unit, jnp.int32(groups))
             request, part = lax.div(rest, jnp.int32(splits)), lax.rem(rest, jnp.int32(splits))
-            length = length_of[request]
+            length = jnp.minimum(length_of[request], cache.shape[1])
             tiles = lax.div(length + (KEYS - 1), jnp.int32(KEYS))
             share = lax.div(tiles + (splits - 1), jnp.int32(splits))
             begin = part * share

@@ -74,7 +74,11 @@ def test_xla_equals_the_plain_program(x64, dtype):
     (5, [64, 1], 72, 256, 3, "float16"),
     (64, [192], 192, 512, 1, "bfloat16"),
     (3, list(np.random.default_rng(2).integers(1, 201, 4)), 200, 128, 4, "bfloat16"),
-], quick=[(16, [1, 136, 65], 136, 128, 1, "bfloat16"), (80, [130, 63], 136, 128, 2, "bfloat16")])  # fmt: skip
+    (2, [500, 129, 7], 128, 128, 2, "bfloat16"),
+], quick=[
+    (16, [1, 136, 65], 136, 128, 1, "bfloat16"), (80, [130, 63], 136, 128, 2, "bfloat16"),
+    (2, [500, 129, 7], 128, 128, 2, "bfloat16"),
+])  # fmt: skip
 def test_kernel_in_the_interpreter(monkeypatch, heads, lengths, keys, latent, splits, dtype):
     """Simulated on the CPU: results and barriers. Its accumulators begin with zeros alone, so sums are added here."""
 
@@ -179,6 +183,30 @@ def test_inside_shard_map(monkeypatch, backend):
     mapped = jax.shard_map(body, mesh=mesh, in_specs=(P("data"),) * 3, out_specs=P("data"))
     text = jax.jit(mapped).trace(*large_operands(8)).lower(lowering_platforms=("cuda",)).as_text()
     assert text.count("@mosaic_gpu_v2") == 1
+
+
+def test_explicit_axes_are_xlas(monkeypatch):
+    """Requests sharded over axes whose shardings are part of types, outside of shard_map: no kernel takes them."""
+    if jax.device_count() < 2:
+        pytest.skip("needs 2 devices")
+    on_hopper(monkeypatch)
+    mesh = jax.make_mesh((2,), ("data",), axis_types=(jax.sharding.AxisType.Explicit,), devices=jax.devices()[:2])
+    operands = make(2, [3, 20, 24, 8], 24, "bfloat16")
+    sharded = jax.device_put(operands, jax.NamedSharding(mesh, P("data")))
+    found = jax.jit(functools.partial(attend_latents, **STATIC))(*sharded)
+    assert found.sharding.spec == P("data", None, None)
+    check(found, operands, **STATIC)
+    with pytest.raises(ValueError, match="the operands are sharded over data, of type Explicit, outside"):
+        jax.jit(functools.partial(attend_latents, **STATIC, backend="mosaic"))(*sharded)
+
+
+def test_a_number_of_requests_that_is_no_number_is_xlas(monkeypatch):
+    """`jax.export` with symbolic sizes."""
+    on_hopper(monkeypatch)
+    operands = large_operands(*jax.export.symbolic_shape("requests"))
+    exported = jax.export.export(jax.jit(functools.partial(attend_latents, **STATIC)), platforms=["cpu"])(*operands)
+    operands = make(16, [3, 128], 128, "bfloat16")
+    check(exported.call(*operands), operands, **STATIC)
 
 
 def test_gradients_are_those_of_xla(monkeypatch):
