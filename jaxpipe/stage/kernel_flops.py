@@ -99,7 +99,8 @@ def kernel_depth(eqn: JaxprEqn) -> float:
     if name.endswith("_rows") and floats:
         return float(floats[0].shape[-1])
     if name.endswith("_outer") and floats and matrices:
-        return max(floats[0].shape) / matrices[0][0]
+        groups, height, _ = matrices[0]
+        return math.prod(floats[0].shape) / height / groups  # which are columns in FP8
     return 0.0
 
 

@@ -8,9 +8,16 @@ import jax.numpy as jnp
 import pytest
 
 import jaxpipe
+from eplb_jax.kernels import registry
+from eplb_jax.kernels.accumulable import OuterProduct
+from eplb_jax.kernels.backend import HOPPER_SMS, Target
+from eplb_jax.kernels.fp8_gemm import xla as fp8_xla
+from eplb_jax.kernels.grouped_gemm import xla
 from jaxpipe.planning import rates
 from jaxpipe.planning.chips import CHIPS, Achieved, KernelShare
 from jaxpipe.planning.work import DeviceWork, Kernel
+from jaxpipe.stage.kernel_flops import kernel_depth, kernel_name
+from tests.jaxprs import equations
 
 RECORDS = json.loads((pathlib.Path(__file__).parents[3] / "docs/measured.json").read_text(encoding="utf-8"))
 H200, RATES = CHIPS["H200"], rates.PROGRAMS
@@ -182,3 +189,28 @@ def test_every_plan_is_within_five_percent_of_its_measured_step():
     ratios = recorded("plan_errors", "measured / planned")
     assert len(ratios) == 9
     assert {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.05} == {}
+
+
+@pytest.mark.parametrize("rows, width", [(512, 128), (128, 512)])
+@pytest.mark.parametrize("added", [False, True])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_a_weight_gradient_sums_the_rows_of_a_group(monkeypatch, rows, width, added, fp8):
+    """However wide they are, and though in FP8 they are the columns of the operands."""
+    monkeypatch.setattr(registry, "current_target", lambda: Target("gpu", "NVIDIA H200", HOPPER_SMS, True))
+    shape, groups, columns = jax.ShapeDtypeStruct, 2, 256
+    if fp8:
+        numbers = [shape((side, rows), jnp.float8_e4m3fn) for side in (width, columns)]
+        scales = [shape((rows // 128, side), jnp.float32) for side in (width, columns)]
+        operands = [numbers[0], scales[0], numbers[1], scales[1]]
+        chosen = registry.choose("scaled_outer", "mosaic", *numbers)
+        product = OuterProduct(chosen, "scaled_outer", fp8_xla.outer, jnp.dtype(jnp.float32))
+    else:
+        operands = [shape((rows, side), jnp.bfloat16) for side in (width, columns)]
+        product = OuterProduct(registry.choose("grouped_matmul", "mosaic", *operands), "outer", xla.outer)
+    total = shape((groups, width, columns), jnp.float32)
+    run = (lambda total, *operands: product.accumulate(total, None, *operands)) if added else (
+        lambda total, *operands: product.product(*operands)
+    )  # fmt: skip
+    found = jax.make_jaxpr(run)(total, *operands, shape((groups,), jnp.int32))
+    kernels = [eqn for eqn, _ in equations(found) if kernel_name(eqn) in ("grouped_outer", "scaled_outer")]
+    assert [kernel_depth(eqn) for eqn in kernels] == [rows / groups]

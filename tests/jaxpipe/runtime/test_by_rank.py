@@ -196,11 +196,17 @@ def test_empty_slots_are_numbers():
     for leaf, dtype in zip(itertools.chain(*pool.slots), itertools.cycle(dtypes)):
         assert leaf.shape == (2,) and leaf.dtype == dtype
         assert np.isfinite(np.asarray(leaf).astype(np.complex64)).all()
-    with jax.debug_nans(True):
-        (found,) = allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 1, None).slots[0]
-    assert (np.asarray(found) == 0).all()
-    lowered = jax.jit(lambda: allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 3, None).slots)
-    assert lowered.trace().lower(lowering_platforms=("cuda",)).as_text().count("AllocateBuffer") == 3
+
+    def uninitialised():
+        made = jax.jit(lambda: allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 3, None).slots)
+        return made.trace().lower(lowering_platforms=("cuda",)).as_text().count("AllocateBuffer")
+
+    assert uninitialised() == 3
+    for search in (jax.debug_nans, jax.debug_infs):
+        with search(True):
+            assert uninitialised() == 0
+            (found,) = allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 1, None).slots[0]
+        assert (np.asarray(found) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipev"])
