@@ -82,8 +82,8 @@ class Named(NamedTuple):
 
 
 def uninitialised_array(aval: Any) -> jax.Array:
-    """An array whose numbers are never read: whatever is in memory, but zeros where somebody searches for NaNs."""
-    if jax.config.jax_debug_nans:  # pyright: ignore[reportAttributeAccessIssue]
+    """An array whose numbers are never read: whatever is in memory, but zeros where one searches for NaNs or infs."""
+    if jax.config.jax_debug_nans or jax.config.jax_debug_infs:  # pyright: ignore[reportAttributeAccessIssue]
         return jnp.zeros(aval.shape, aval.dtype)
     return lax.empty(aval.shape, aval.dtype)
 

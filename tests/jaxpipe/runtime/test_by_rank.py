@@ -19,6 +19,7 @@ from jaxpipe.schedule import BUILDERS, build
 from tests.cases import cases
 from tests.jaxpipe.runtime import models
 from tests.jaxpipe.runtime.test_execute import compare
+from tests.plain import assert_trees_close, plain_value_and_grad
 
 GRIDS = [
     *itertools.product(["gpipe", "1f1b", "zb1p"], [2, 3], [3, 8, 24]),
@@ -166,6 +167,34 @@ def test_what_was_in_memory_before_is_never_read(x64, monkeypatch, name, ranks, 
     check_plain(name, ranks, microbatches)
 
 
+@pytest.mark.slow
+def test_what_was_in_memory_is_not_read_of_another_kind(x64, monkeypatch):
+    """Sums of a chunk that only the other rank's kind of stage adds to; shards of parameters, sums of shards."""
+    for module in (buffers, execute):
+        monkeypatch.setattr(module, "uninitialised_array", garbage)
+    monkeypatch.setattr(jaxpipe.api, "_on_cpu", lambda mesh: False)
+
+    def first(params, x, ctx):
+        return jaxpipe.Output(x + jnp.tanh(x @ params["a"]) @ params["b"], (x**2).mean())
+
+    def second(params, x, ctx):
+        return jaxpipe.Output(x + jnp.sin(x @ params["c"]), (x**4).mean())
+
+    schedule, rng = build("zbv", 2, 4), np.random.default_rng(0)
+    shapes = {"a": (4, 6), "b": (6, 4), "c": (4, 4)}
+    stages = {name: jnp.asarray(rng.normal(size=(4, *shape)) / 2) for name, shape in shapes.items()}
+    params, batch = jaxpipe.Params(stages), jnp.asarray(rng.normal(size=(16, 4)))
+    functions = dict(stage=jaxpipe.StageKinds([first, second], [0, 1, 0, 1]), head=lambda o, y, d, c: (y**2).mean())
+    mesh, options = jaxpipe.make_mesh(pp=2, dp=2), dict(data_axes=("dp",), fsdp_axis="dp", min_shard_size=8)
+    step = jaxpipe.value_and_grad(schedule=schedule, mesh=mesh, dispatch="by_rank", **functions, **options)
+    assert begun_chunks(step.program)  # or this shows nothing
+    (loss, _), grads = jax.jit(step)(jax.device_put(params, step.shardings(params)), batch)
+    stage, head = functions.values()
+    (expected, _), expected_grads = plain_value_and_grad(stage, schedule, head=head)(params, batch)
+    assert float(loss) == pytest.approx(float(expected), rel=1e-12)
+    assert_trees_close(grads, expected_grads, rtol=1e-10)
+
+
 def test_forward_only(x64):
     schedule, mesh = build("dualpipev", 2, 4), jaxpipe.make_mesh(pp=2)
     params, batch = models.deepseek_params(schedule, 8, 16), models.deepseek_batch(schedule, 8, sequence=4)
@@ -196,11 +225,17 @@ def test_empty_slots_are_numbers():
     for leaf, dtype in zip(itertools.chain(*pool.slots), itertools.cycle(dtypes)):
         assert leaf.shape == (2,) and leaf.dtype == dtype
         assert np.isfinite(np.asarray(leaf).astype(np.complex64)).all()
-    with jax.debug_nans(True):
-        (found,) = allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 1, None).slots[0]
-    assert (np.asarray(found) == 0).all()
-    lowered = jax.jit(lambda: allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 3, None).slots)
-    assert lowered.trace().lower(lowering_platforms=("cuda",)).as_text().count("AllocateBuffer") == 3
+
+    def uninitialised():
+        made = jax.jit(lambda: allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 3, None).slots)
+        return made.trace().lower(lowering_platforms=("cuda",)).as_text().count("AllocateBuffer")
+
+    assert uninitialised() == 3
+    for search in (jax.debug_nans, jax.debug_infs):
+        with search(True):
+            assert uninitialised() == 0
+            (found,) = allocate_named([jax.ShapeDtypeStruct((2,), "float32")], 1, None).slots[0]
+        assert (np.asarray(found) == 0).all()
 
 
 @pytest.mark.parametrize("name", ["1f1b", "zbv", "dualpipev"])
