@@ -72,7 +72,7 @@ class _TabuSearch(NamedTuple):
     step: jax.Array
 
 
-class _Step(NamedTuple):
+class _ExchangeStep(NamedTuple):
     """What may be the next step of each layer; all [L].
 
     Attributes:
@@ -189,7 +189,7 @@ def _take_step(num_gpus: int, experts: int, duplicates: bool, goal: jax.Array, s
     record = best * (1 - GAIN)  # what would be the lightest yet may be done to slots that rest, too
     swap, move = _best_steps(plan, totals, heaviest, resting <= number, record, experts, duplicates)
     is_move = move.after < swap.after
-    step = _Step(*(jnp.where(is_move, *pair) for pair in zip(move, swap, strict=True)))
+    step = _ExchangeStep(*(jnp.where(is_move, *pair) for pair in zip(move, swap, strict=True)))
     going = (best > goal) & jnp.isfinite(step.after)
 
     # The slot of the heaviest GPU, the other slot, and what they hold.
@@ -227,7 +227,7 @@ def _best_steps(
     record: jax.Array,
     experts: int,
     duplicates: bool,
-) -> tuple[_Step, _Step]:
+) -> tuple[_ExchangeStep, _ExchangeStep]:
     """The best swap and the best move of each layer.
 
     What a move does to GPUs that hold several replicas of the two experts is not exact: it decides only which step is
@@ -278,10 +278,10 @@ def _best_steps(
         swaps, moves = jnp.minimum(swaps, swap), jnp.minimum(moves, move)
 
     after, other = _first_least(swaps)
-    best_swap = _Step(after, _at(swap_places, other), other)
+    best_swap = _ExchangeStep(after, _at(swap_places, other), other)
     after, other = _first_least(moves)
     if replicas > EXACT:
         holder = jnp.where(plan.slots == _at(plan.slots, other), total, 0).max(0)
         after = jnp.maximum(after, holder + _at(growth, other))
         after = jnp.where(_at(rested, other) | (after < record), after, jnp.inf)
-    return best_swap, _Step(after, _at(move_places, other), other)
+    return best_swap, _ExchangeStep(after, _at(move_places, other), other)
