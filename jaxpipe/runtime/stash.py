@@ -20,8 +20,8 @@ def slots_of(program: Program) -> Slots:
 
     >>> import jaxpipe
     >>> from jaxpipe.runtime.lower import lower
-    >>> slots_of(lower(jaxpipe.schedule.build("zb1p", 2, 4))), slots_of(lower(jaxpipe.schedule.build("1f1b", 2, 4)))
-    (Slots(stash=2, weight=2, cross=2, apart=1.0), Slots(stash=2, weight=2, cross=0, apart=0.0))
+    >>> [slots_of(lower(jaxpipe.schedule.build(name, 2, 4)))[:4] for name in ("zb1p", "1f1b")]
+    [(2, 2, 2, 1.0), (2, 2, 0, 0.0)]
     """
     actions = [action.kind for rank in program.schedule.ranks for group in rank for action in group]
     apart, runs = (actions.count(kind) for kind in (Kind.W, Kind.F))

@@ -205,7 +205,7 @@ def test_a_number_of_requests_that_is_no_number_is_xlas(monkeypatch):
     on_hopper(monkeypatch)
     operands = large_operands(*jax.export.symbolic_shape("requests"))
     exported = jax.export.export(jax.jit(functools.partial(attend_latents, **STATIC)), platforms=["cpu"])(*operands)
-    operands = make(16, [3, 128], 128, "bfloat16")
+    operands = make(128, [3, 128], 128, "bfloat16")
     check(exported.call(*operands), operands, **STATIC)
 
 
