@@ -95,6 +95,9 @@ VIEWS = frozenset({
 })  # fmt: skip
 """Primitives whose result is their operand in other words."""
 
+SAME_ORDER = (VIEWS - {"transpose", "sharding_constraint"}) | {"name"}
+"""Primitives whose result has the numbers of their operand in the same order."""
+
 WRITES_IN_PLACE = frozenset({"dynamic_update_slice"})
 """Primitives that write into their first operand."""
 

@@ -170,35 +170,38 @@ def measure_stage(model: Layers, layers: int, pool: ThreadPoolExecutor, repeats:
     return costs, nbytes(totals) // 4, slots
 
 
-def make_pipeline(model: Layers, schedule: Schedule, layers: int, **options: Any) -> tuple[Any, Any, Any]:
-    """A schedule's step, the shapes of its parameters, and of its batch; options are of `jaxpipe.value_and_grad`."""
-    specs, sequences = jaxpipe.Params(model.specs(layers), P()), schedule.num_microbatches * model.mesh.shape["ep"]
+def batch_shape(model: Layers, count: int) -> jax.ShapeDtypeStruct:
+    """Of a step of so many microbatches."""
+    shape = (count * model.mesh.shape["ep"], model.chunk.tokens, model.chunk.width)
+    return jax.ShapeDtypeStruct(shape, jnp.bfloat16)
+
+
+def make_pipeline(model: Layers, schedule: Schedule, layers: int, **options: Any) -> tuple[Any, Any]:
+    """A schedule's step, and the shapes of its parameters; options are of `jaxpipe.value_and_grad`."""
+    specs = jaxpipe.Params(model.specs(layers), P())
     step = jaxpipe.value_and_grad(
         model.stage, schedule, model.mesh, embed=embed, head=head, data_axes=("ep",),
         specs=specs, compute_dtype=jnp.bfloat16, order="storage", **options,
     )  # fmt: skip
-    batch = jax.ShapeDtypeStruct((sequences, model.chunk.tokens, model.chunk.width), jnp.bfloat16)
     shapes = jax.eval_shape(masters(model, layers, schedule.storage_order, model.mesh))
-    return step, jaxpipe.Params(shapes), batch
+    return step, jaxpipe.Params(shapes)
 
 
 def make_step(model: Layers, schedule: Schedule, layers: int, costs: Costs, **options: Any) -> tuple[Any, Any]:
     """A schedule's step, and the same lowered; options are further ones of `jaxpipe.value_and_grad`."""
-    step, params, batch = make_pipeline(model, schedule, layers, costs=costs, **options)
+    step, params = make_pipeline(model, schedule, layers, costs=costs, **options)
     specs = (jaxpipe.Params(model.specs(layers)), P("ep"))
     shardings = jax.tree.map(functools.partial(NamedSharding, model.mesh), specs)
-    return step, jax.jit(step, in_shardings=shardings).lower(params, batch)
+    return step, jax.jit(step, in_shardings=shardings).lower(params, batch_shape(model, schedule.num_microbatches))
 
 
 def choose(model: Layers, layers_of: dict[str, int], steps: dict[str, float], count: int, repeats: int) -> float:
     """How long the schedule takes that `jaxpipe.choose` takes for these, over the fastest; steps are measured ms."""
 
     def make(schedule: Schedule) -> tuple[Any, Any]:
-        return make_pipeline(model, schedule, layers_of[schedule.name])[:2]
+        return make_pipeline(model, schedule, layers_of[schedule.name])
 
-    batch = jax.ShapeDtypeStruct(
-        (count * model.mesh.shape["ep"], model.chunk.tokens, model.chunk.width), jnp.bfloat16
-    )  # fmt: skip
+    batch = batch_shape(model, count)
     found = jaxpipe.choose_pipeline(
         make, batch, model.mesh, schedules=list(steps), microbatches=count, repeats=repeats
     )  # fmt: skip
@@ -219,7 +222,7 @@ def measure(model: Layers, plan: Any, stage: Any, whole: Costs, repeats: int, lo
         raise MemoryError(f"needs {gib(needed):.1f} GiB a GPU of {gib(limit):.1f}, {gib(temp):.1f} of it temporary")
     count, split = schedule.num_microbatches, schedule.num_stages // schedule.num_ranks
     held = jaxpipe.Params(masters(model, layers, schedule.storage_order, model.mesh)())
-    shape = (count * model.mesh.shape["ep"], model.chunk.tokens, model.chunk.width)
+    shape = batch_shape(model, count).shape
     normal = functools.partial(jax.random.normal, shape=shape, dtype=jnp.bfloat16)
     batch = jax.jit(normal, out_shardings=NamedSharding(model.mesh, P("ep")))(jax.random.key(2))
     loss = float(compiled(held, batch)[0][0])

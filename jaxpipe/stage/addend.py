@@ -21,10 +21,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jaxpipe._jax import ACCUMULABLE, VIEWS
+from jaxpipe._jax import ACCUMULABLE, SAME_ORDER
 from jaxpipe.stage.graph import Node, Value, contexts, producers
 
-_SAME_ORDER = (VIEWS - {"transpose", "sharding_constraint"}) | {"broadcast_in_dim", "name"}
+_SAME_ORDER = SAME_ORDER | {"broadcast_in_dim"}
 """Primitives whose result, where it has as many numbers, has those of their operand in the same order."""
 
 

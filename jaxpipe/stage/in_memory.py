@@ -4,11 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 
-from jaxpipe._jax import LIGHT
+from jaxpipe._jax import LIGHT, SAME_ORDER
 from jaxpipe.stage.graph import Node, Value
-
-_SAME = frozenset({"reshape", "squeeze", "expand_dims", "copy", "stop_gradient", "name"})
-"""Light primitives whose result is their operand, byte by byte."""
 
 
 def held_in_memory(nodes: Sequence[Node], results: Iterable[Value] = ()) -> set[Value]:
@@ -26,16 +23,11 @@ def held_in_memory(nodes: Sequence[Node], results: Iterable[Value] = ()) -> set[
     >>> [(node.name, node.outs[0] in held) for node in graph.nodes]
     [('sin', False), ('cos', True), ('dot_general', True), ('add', False)]
     """
-    kernels = [node for node in nodes if node.name not in LIGHT]
-    found = {*results, *(value for node in kernels for value in (*node.ins, *node.outs))}
-    same = [(node.ins[0], node.outs[0]) for node in nodes if node.name in _SAME]
-    for source, result in same:
-        if source in found:
-            found.add(result)
-    for source, result in reversed(same):
-        if result in found:
-            found.add(source)
-    return found
+    found = {*results, *_read_by_kernels(nodes), *(v for node in nodes if node.name not in LIGHT for v in node.outs)}
+    for node in nodes:
+        if node.name in SAME_ORDER and node.ins[0] in found:
+            found.update(node.outs)
+    return _with_operands(found, nodes)
 
 
 def read_by_kernels(nodes: Sequence[Node]) -> set[Value]:
@@ -48,8 +40,17 @@ def read_by_kernels(nodes: Sequence[Node]) -> set[Value]:
     >>> read_by_kernels(graph.nodes) == set(graph.inputs)
     True
     """
-    found = {value for node in nodes if node.name not in LIGHT for value in node.ins}
+    return _with_operands(_read_by_kernels(nodes), nodes)
+
+
+def _read_by_kernels(nodes: Sequence[Node]) -> set[Value]:
+    """As they are."""
+    return {value for node in nodes if node.name not in LIGHT for value in node.ins}
+
+
+def _with_operands(found: set[Value], nodes: Sequence[Node]) -> set[Value]:
+    """Also the values that some of these have in another shape."""
     for node in reversed(nodes):
-        if node.name in _SAME and node.outs[0] in found:
+        if node.name in SAME_ORDER and node.outs[0] in found:
             found.add(node.ins[0])
     return found
