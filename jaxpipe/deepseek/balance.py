@@ -98,15 +98,18 @@ def even_out_ranks(
     """The counts with layers moved between stages, as long as that leaves the busiest rank less to do.
 
     A rank of a V-shaped schedule has two stages, and what both take is what others wait for: the costliest stage alone
-    decides little. Where the busiest rank would gain less than `SLACK` the counts stay.
+    decides little. The last stage may give all its layers away where it has something ``last`` to do. Where the busiest
+    rank would gain less than `SLACK` the counts stay.
 
     Args:
-      counts: layers of each stage, each at least 1.
+      counts: layers of each stage.
       kinds, costs, last: as `balanced_counts` takes them.
       routes: the rank of each stage, for each direction of microbatches.
 
     >>> even_out_ranks((1, 2, 2, 1), ["moe"] * 6, {"moe": 1.0}, 0.0, [(0, 1, 1, 0)])
     (2, 1, 2, 1)
+    >>> even_out_ranks((1, 2, 2, 2, 2, 1), ["moe"] * 10, {"moe": 1.0}, 3.4, [(0, 1, 2, 2, 1, 0)])
+    (1, 3, 2, 2, 2, 0)
     """
     sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
 
@@ -122,7 +125,7 @@ def even_out_ranks(
         moved = [
             tuple(count - (stage == giver) + (stage == taker) for stage, count in enumerate(best))
             for giver, taker in itertools.permutations(range(len(best)), 2)
-            if best[giver] > 1
+            if best[giver] > (giver < len(best) - 1 or not last)
         ]
         better = min(moved, key=key, default=best)
         if key(better) >= found:
