@@ -1,8 +1,9 @@
-"""The stages of a pipeline divided within a budget, all kinds at one price: they share the slots."""
+"""The stages of a pipeline divided within a budget: kinds of stages share the slots."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 
 from jaxpipe.runtime.operations import Pools
 from jaxpipe.runtime.program import Program
@@ -13,6 +14,9 @@ from jaxpipe.stage.stash import Division, Slots, fit
 
 _SHARES = (0.0, 0.1, 0.4, 0.7)
 """Of the price of all kinds of stages, prices of one."""
+
+_TRIES = 3
+"""Budgets at which kinds are divided each by itself, the first the whole one."""
 
 
 def slots_of(program: Program) -> Slots:
@@ -34,12 +38,19 @@ def slots_of(program: Program) -> Slots:
 
 
 def divide_stages(
-    kinds: Sequence[Divisible], program: Program, stash: int | None, *, copied: bool, flat: bool
+    kinds: Sequence[Divisible],
+    program: Program,
+    stash: int | None,
+    *,
+    copied: bool,
+    flat: bool,
+    kind_of: Sequence[int] | None,
 ) -> tuple[SplitStage, ...]:
     """Each kind of stage in its parts.
 
     ``copied`` tells whether what is kept is copied into slots: where it is not, computing it again costs more than
-    keeping it, so that without a budget what is named "recompute" is kept. ``flat`` is as of `Pools`.
+    keeping it, so that without a budget what is named "recompute" is kept. ``flat`` is as of `Pools`, ``kind_of`` as of
+    `Model`: a kind's time counts as often as there are stages of it.
 
     Raises:
       ValueError: ``stash`` bytes of a microbatch and stage are too few.
@@ -47,12 +58,14 @@ def divide_stages(
     if stash is None:
         return tuple(kind.split(recompute=copied) for kind in kinds)
     slots = slots_of(program)._replace(copied=copied)
+    stages = [1 if kind_of is None else kind_of.count(kind) for kind in range(len(kinds))]
 
     def divided(found: Sequence[tuple[SplitStage, float]], price: float) -> Division:
         splits = tuple(split for split, _ in found)
         pools = Pools.of(splits, flat=flat)
         nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
-        return Division(splits, nbytes, sum(seconds for _, seconds in found), price)
+        seconds = sum(count * seconds for count, (_, seconds) in zip(stages, found, strict=True))
+        return Division(splits, nbytes, seconds, price)
 
     found = fit(stash, slots, lambda price: divided([kind.priced(price, slots) for kind in kinds], price))
     if len(kinds) == 1 or not found.price:
@@ -67,4 +80,34 @@ def divide_stages(
             if changed.nbytes <= stash * slots.microbatches and changed.seconds <= found.seconds:
                 found, chosen[place] = changed, mine
                 break
-    return found.splits
+    # A kind that few stages are of may be the one that keeps most, so that its price is too high for all others.
+    other = _each_by_itself(kinds, stash, slots, lambda found: divided(found, 0.0))
+    return found.splits if other is None or other.seconds >= found.seconds else other.splits
+
+
+def _each_by_itself(
+    kinds: Sequence[Divisible],
+    stash: int,
+    slots: Slots,
+    together: Callable[[Sequence[tuple[SplitStage, float]]], Division],
+) -> Division | None:
+    """Kinds of stages at prices of their own, of which each fits the budget; None where all do not in shared slots.
+
+    Slots hold what any kind keeps, of each dtype by itself: where that is more than any kind takes, budgets are less.
+    """
+    budget = stash
+    for _ in range(_TRIES):
+        try:
+            alone = [fit(budget, slots, functools.partial(_alone, kind, slots)) for kind in kinds]
+        except ValueError:
+            return None
+        found = together([(*each.splits, each.seconds) for each in alone])
+        if found.nbytes <= stash * slots.microbatches:
+            return found
+        budget = budget * stash * slots.microbatches // found.nbytes
+    return None
+
+
+def _alone(kind: Divisible, slots: Slots, price: float) -> Division:
+    split, seconds = kind.priced(price, slots)
+    return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds, price)
