@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from jaxpipe.runtime.operations import Pools
 from jaxpipe.runtime.program import Program
@@ -14,9 +14,6 @@ from jaxpipe.stage.stash import Division, Slots, fit
 
 _SHARES = (0.0, 0.1, 0.4, 0.7)
 """Of the price of all kinds of stages, prices of one."""
-
-_TRIES = 3
-"""Budgets at which kinds are divided each by itself, the first the whole one."""
 
 
 def slots_of(program: Program) -> Slots:
@@ -60,54 +57,55 @@ def divide_stages(
     slots = slots_of(program)._replace(copied=copied)
     stages = [1 if kind_of is None else kind_of.count(kind) for kind in range(len(kinds))]
 
-    def divided(found: Sequence[tuple[SplitStage, float]], price: float) -> Division:
-        splits = tuple(split for split, _ in found)
+    def divided(found: Mapping[int, tuple[SplitStage, float]], price: float) -> Division:
+        """Some kinds, by place."""
+        splits = tuple(found[place][0] for place in sorted(found))
         pools = Pools.of(splits, flat=flat)
         nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
-        seconds = sum(count * seconds for count, (_, seconds) in zip(stages, found, strict=True))
-        return Division(splits, nbytes, seconds, price)
+        return Division(splits, nbytes, sum(stages[place] * seconds for place, (_, seconds) in found.items()), price)
 
-    found = fit(stash, slots, lambda price: divided([kind.priced(price, slots) for kind in kinds], price))
+    found = fit(
+        stash, slots, lambda price: divided(dict(enumerate(kind.priced(price, slots) for kind in kinds)), price)
+    )
     if len(kinds) == 1 or not found.price:
         return found.splits
     # Kinds share slots: at the price of all, those that keep little leave room that costs nothing. The largest first.
-    chosen = [kind.priced(found.price, slots) for kind in kinds]
-    sizes = [slots.nbytes(*split.residuals, split.crossing) for split, _ in chosen]
+    chosen = dict(enumerate(kind.priced(found.price, slots) for kind in kinds))
+    sizes = [slots.nbytes(*split.residuals, split.crossing) for split, _ in chosen.values()]
     for place in sorted(range(len(kinds)), key=lambda place: -sizes[place]):
         for share in _SHARES:
             mine = kinds[place].priced(found.price * share, slots)
-            changed = divided([*chosen[:place], mine, *chosen[place + 1 :]], found.price)
+            changed = divided({**chosen, place: mine}, found.price)
             if changed.nbytes <= stash * slots.microbatches and changed.seconds <= found.seconds:
                 found, chosen[place] = changed, mine
                 break
-    # A kind that few stages are of may be the one that keeps most, so that its price is too high for all others.
-    other = _each_by_itself(kinds, stash, slots, lambda found: divided(found, 0.0))
+    # A kind that few stages are of may be the one that keeps most, and its price too high for all others.
+    other = _each_after_another(kinds, stages, stash, slots, divided)
     return found.splits if other is None or other.seconds >= found.seconds else other.splits
 
 
-def _each_by_itself(
+def _each_after_another(
     kinds: Sequence[Divisible],
+    stages: Sequence[int],
     stash: int,
     slots: Slots,
-    together: Callable[[Sequence[tuple[SplitStage, float]]], Division],
+    divided: Callable[[Mapping[int, tuple[SplitStage, float]], float], Division],
 ) -> Division | None:
-    """Kinds of stages at prices of their own, of which each fits the budget; None where all do not in shared slots.
+    """Kinds of stages at prices of their own, that of most stages first; None where one finds no room beside others.
 
-    Slots hold what any kind keeps, of each dtype by itself: where that is more than any kind takes, budgets are less.
+    Slots hold what any kind keeps, of each dtype by itself. So the first kind takes what it needs, and every other one
+    the slots that are there by then and what is left of the budget.
     """
-    budget = stash
-    for _ in range(_TRIES):
+    chosen: dict[int, tuple[SplitStage, float]] = {}
+    found = None
+    for place in sorted(range(len(kinds)), key=lambda place: -stages[place]):
+
+        def at(price: float, place: int = place, others: Mapping[int, Any] = dict(chosen)) -> Division:
+            return divided({**others, place: kinds[place].priced(price, slots)}, price)
+
         try:
-            alone = [fit(budget, slots, functools.partial(_alone, kind, slots)) for kind in kinds]
+            found = fit(stash, slots, at)
         except ValueError:
             return None
-        found = together([(*each.splits, each.seconds) for each in alone])
-        if found.nbytes <= stash * slots.microbatches:
-            return found
-        budget = budget * stash * slots.microbatches // found.nbytes
-    return None
-
-
-def _alone(kind: Divisible, slots: Slots, price: float) -> Division:
-    split, seconds = kind.priced(price, slots)
-    return Division((split,), slots.nbytes(*split.residuals, split.crossing), seconds, price)
+        chosen[place] = kinds[place].priced(found.price, slots)
+    return found
