@@ -122,9 +122,10 @@ def scaled_linears(
         padded = [_padded(w, 0, 1) for w in plain]
         apart = len(padded) == 1 or min(w.shape[1] for w in padded) >= WIDE
         x_rows, *matrices = same_axes(rows, *(padded if apart else [jnp.concatenate(padded, 1)]))
-        ys = _linears(x_rows, tuple(matrices), settings)
+        ys: Any = _linears(x_rows, tuple(matrices), settings)
         if not apart:
-            ys = jnp.split(*ys, list(itertools.accumulate(w.shape[1] for w in padded[:-1])), 1)
+            (both,) = ys
+            ys = jnp.split(both, list(itertools.accumulate(w.shape[1] for w in padded[:-1])), 1)
         made = [y[:, : w.shape[1]] for y, w in zip(ys, plain, strict=True)]
     return tuple(y[:count].reshape(*x.shape[:-1], y.shape[1]) for y in made)
 

@@ -60,11 +60,11 @@ def seconds_of_ranks(plan: jaxpipe.Plan) -> Iterator[tuple[int, dict[str, float]
     costs, ranks = plan.stage_costs, len(plan.timeline.events)
     without = dataclasses.replace(costs, embed=0.0, embed_grad=0.0, head=0.0)
     for rank in sorted({0, 1, ranks // 2, ranks - 1}):
-        found = dict.fromkeys(("pairs s", "F s", "B s", "I s", "W s", "ends s"), 0.0)
+        found: dict[str, float] = dict.fromkeys(("pairs s", "F s", "B s", "I s", "W s", "ends s"), 0.0)
         for event in plan.timeline.events[rank]:
             alone = duration(without, event.group)
             found[f"{event.group[0].kind.value} s" if len(event.group) == 1 else "pairs s"] += alone
-            found["ends s"] += event.end - event.start - alone
+            found["ends s"] += max(duration(costs, event.group) - alone, 0.0)
         yield rank, {**found, "waiting s": plan.timeline.bubble[rank], "once s": plan.seconds - plan.timeline.makespan}
 
 
