@@ -95,15 +95,15 @@ class Pipeline:
         return self.options.order
 
     def shardings(self, params: Params) -> Params:
-        """A NamedSharding for every parameter, as ``specs`` and ``fsdp_axis`` say.
+        """A NamedSharding for every parameter, as ``specs``, ``fsdp_axis`` and ``zero1_parameters`` say.
 
         Args:
           params: the parameters, or their shapes and dtypes.
         """
-        return self._named(self._sharded(params).specs)
+        return self._named(self._kept(params, self._sharded(params).specs))
 
     def grad_shardings(self, params: Params) -> Params:
-        """A NamedSharding for every gradient: with ``zero1_axis`` they are sharded further than parameters.
+        """A NamedSharding for every gradient: with ``zero1_axis`` alone they are sharded further than parameters.
 
         Args:
           params: as for `shardings`.
@@ -140,7 +140,7 @@ class Pipeline:
         batch, size, total = self._pad(batch)
         inputs.check_surroundings(self.mesh, {"params": params, "batch": batch, "step_inputs": step_inputs})
         microbatches = inputs.split_batch(batch, schedule.num_microbatches, axes)
-        model = fsdp.gather_where_used(self.model, shards)
+        model = self._gathering(params, specs, shards)
         result = self._run(model, params, microbatches, rng, step_inputs, specs)
         if size < total and self._returns_outputs:
             result = without_padding(result, size, total)
@@ -223,6 +223,17 @@ class Pipeline:
     def _scattered(self, params: Params, specs: Params) -> fsdp.FullySharded:
         return self._divided(specs, params, self.options.zero1_axes, 1)
 
+    def _kept(self, params: Params, specs: Params) -> Params:
+        """PartitionSpecs of parameters as they are kept, where a step's working copies have ``specs``."""
+        return self._scattered(params, specs).specs if self.options.zero1_parameters else specs
+
+    def _gathering(self, params: Params, specs: Params, shards: Params) -> Model:
+        """The model that takes parameters as they are kept."""
+        model = fsdp.gather_where_used(self.model, shards)
+        if not self.options.zero1_parameters:
+            return model
+        return fsdp.gather_once(model, self._scattered(params, specs).shards)
+
     def _divided(self, specs: Params, params: Params, axes: tuple[str, ...], rows: int) -> fsdp.FullySharded:
         return fsdp.shard_fully(specs, params, self.axes.sizes, axes, self.options.min_shard_size, rows)
 
@@ -238,9 +249,10 @@ class Pipeline:
         """The result, of a batch in microbatches."""
         axes, batch_spec = self.axes, P(None, *self.batch_spec)
         manual = functools.partial(inputs.manual_part, axes.names)
-        param_specs = jax.tree.map(manual, specs, is_leaf=inputs.is_spec)
+        kept = self._kept(params, specs)
+        param_specs = jax.tree.map(manual, kept, is_leaf=inputs.is_spec)
         batch_specs = jax.tree.map(lambda _: manual(batch_spec), batch)
-        params = jax.tree.map(self._constrain, params, specs)
+        params = jax.tree.map(self._constrain, params, kept)
         batch = jax.tree.map(lambda leaf: self._constrain(leaf, batch_spec), batch)
         body, specs = self._body(model, params, specs)
         if self.evaluates:
@@ -286,7 +298,7 @@ class Pipeline:
           those of `jaxpipe.runtime.execute.make_tables` for its rank.
         """
         specs, shards, _ = self._sharded(params)
-        return self._body(fsdp.gather_where_used(self.model, shards), params, specs)[0]
+        return self._body(self._gathering(params, specs, shards), params, specs)[0]
 
     def _constrain(self, leaf: jax.Array, spec: P) -> jax.Array:
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.mesh, spec))
@@ -316,6 +328,7 @@ def value_and_grad(
     example_mask: str | None = None,
     fsdp_axis: str | Sequence[str] | None = None,
     zero1_axis: str | Sequence[str] | None = None,
+    zero1_parameters: bool = False,
     min_shard_size: int = 2**14,
     stash: int | None = None,
     max_growth: float = MAX_GROWTH,
@@ -409,7 +422,10 @@ def value_and_grad(
       zero1_axis: an axis of ``data_axes``, or several, over which gradients come back sharded: they are
         reduce-scattered after the loop in place of all-reduced (`Pipeline.grad_shardings`). `shard_optimizer` keeps
         the optimizer's state so (ZeRO-1).
-      min_shard_size: parameters with fewer elements, in a stage or layer, are left out of both.
+      zero1_parameters: whether parameters are kept so, too (`Pipeline.shardings`): a device keeps and updates its part
+        of them, in their own dtype, and a step gathers them in ``compute_dtype`` before its first microbatch, in place
+        of the updates afterwards.
+      min_shard_size: parameters with fewer elements, in a stage or layer, are left out of all of these.
       stash: bytes that a stage may keep of a microbatch between its forward and its last gradient. A rank allocates
         at most so many for each microbatch that its stages have in flight, ``program.num_weight_stash_slots`` (and
         for one more with some schedules' "by_rank"), and what input gradients hand to weight gradients that run later
@@ -472,7 +488,8 @@ def value_and_grad(
         Model(stage, embed, head, weight, prepare), schedule, mesh, forward_only=False,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, min_shard_size=min_shard_size, trainable=trainable,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, zero1_parameters=zero1_parameters,
+        min_shard_size=min_shard_size, trainable=trainable,
         example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, max_growth=max_growth,
     )  # fmt: skip
 
@@ -516,7 +533,7 @@ def forward(
         Model(stage, embed, head, prepare=prepare), schedule, mesh, forward_only=True,
         axis=axis, data_axes=data_axes, replicated_axes=replicated_axes, specs=specs,
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
-        order=order, fsdp_axis=fsdp_axis, zero1_axis=None, min_shard_size=min_shard_size,
+        order=order, fsdp_axis=fsdp_axis, zero1_axis=None, zero1_parameters=False, min_shard_size=min_shard_size,
     )  # fmt: skip
 
 

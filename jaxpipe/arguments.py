@@ -46,6 +46,7 @@ def check_options(
     order: Any,
     fsdp_axis: Any,
     zero1_axis: Any,
+    zero1_parameters: bool,
     min_shard_size: Any,
     trainable: Any = None,
     example_mask: Any = None,
@@ -60,6 +61,11 @@ def check_options(
     """
     axes = check_mesh(schedule, mesh, axis, data_axes, replicated_axes)
     stage_of_rows(schedule, order)
+    if zero1_parameters and zero1_axis is None:
+        raise ValueError(
+            "zero1_parameters=True without zero1_axis: name the axes over which parameters are to be divided, such as "
+            f"zero1_axis={axes.data!r}"
+        )
     return Options(
         axes=axes,
         specs=check_specs_given(specs, axis),
@@ -74,6 +80,7 @@ def check_options(
         grad_dtype=_check_grad_dtype(grad_dtype),
         fsdp_axes=_check_sharding_axis("fsdp_axis", fsdp_axis, axes),
         zero1_axes=_check_sharding_axis("zero1_axis", zero1_axis, axes),
+        zero1_parameters=zero1_parameters,
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
         stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
         max_growth=check_growth("a pipeline", max_growth),

@@ -39,6 +39,9 @@ DTYPES = ("bfloat16", "float32")
 """Of what a Linear in FP8 is given and gives."""
 MOST_PADDING = 1 / 8
 """Part of a matrix that padding may add: 576 columns, as those of DeepSeek's latents, become 640."""
+WIDE = 4096
+"""Columns of a matrix whose product has a multiprocessor's tiles many times over, so that it gains nothing by others
+beside it."""
 LEAST_ROWS = 64
 """Of a product by our kernels; fewer, and numbers that are no multiple of 8, are padded to a multiple of so many."""
 MATRIX = "matrix in 8 bits"
@@ -92,7 +95,10 @@ def scaled_linears(
     backend: Backend = "auto",
     dtype: DTypeLike | None = None,
 ) -> tuple[Float[Array, "*batch _"], ...]:
-    """`scaled_linear` of several matrices that read the same x: it is quantised once, and one product makes all.
+    """`scaled_linear` of several matrices that read the same x, which is quantised once.
+
+    One product makes all where any is narrower than `WIDE`, so that a chip is full. Wide ones have products of their
+    own: what one product makes would be copied apart for who reads the results, and their gradients together again.
 
     Args:
       x, backend, dtype: see `scaled_linear`.
@@ -113,12 +119,14 @@ def scaled_linears(
         made: Any = _kept_linears(rows, kept, settings)
     else:
         plain = [w for w in weights if not isinstance(w, ScaledMatrices)]
-        joined = [_padded(w, 0, 1) for w in plain]
-        # Of one matrix there is nothing to join.
-        w = joined[0] if len(joined) == 1 else jnp.concatenate(joined, 1)
-        both: Any = _linear(*same_axes(rows, w), settings)
-        starts = itertools.accumulate([w.shape[1] for w in joined], initial=0)
-        made = [both[:, start : start + w.shape[1]] for start, w in zip(starts, plain, strict=False)]
+        padded = [_padded(w, 0, 1) for w in plain]
+        apart = len(padded) == 1 or min(w.shape[1] for w in padded) >= WIDE
+        x_rows, *matrices = same_axes(rows, *(padded if apart else [jnp.concatenate(padded, 1)]))
+        ys: Any = _linears(x_rows, tuple(matrices), settings)
+        if not apart:
+            (both,) = ys
+            ys = jnp.split(both, list(itertools.accumulate(w.shape[1] for w in padded[:-1])), 1)
+        made = [y[:, : w.shape[1]] for y, w in zip(ys, plain, strict=True)]
     return tuple(y[:count].reshape(*x.shape[:-1], y.shape[1]) for y in made)
 
 
@@ -184,25 +192,34 @@ class _Settings(NamedTuple):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
-def _linear(x: jax.Array, w: jax.Array, settings: _Settings) -> jax.Array:
-    return _linear_fwd(x, w, settings)[0]
+def _linears(x: jax.Array, weights: tuple[jax.Array, ...], settings: _Settings) -> tuple[jax.Array, ...]:
+    return _linears_fwd(x, weights, settings)[0]
 
 
-def _linear_fwd(x: jax.Array, w: jax.Array, settings: _Settings) -> tuple[jax.Array, Any]:
+def _linears_fwd(
+    x: jax.Array, weights: tuple[jax.Array, ...], settings: _Settings
+) -> tuple[tuple[jax.Array, ...], Any]:
     rows = quantise_rows(x)
-    matrix, transposed = _matrix(w, settings)
-    y = scaled_dot(rows, matrix, backend=settings.backend, dtype=settings.dtype)
-    return y, (rows, transposed, jnp.zeros(0, w.dtype))
+    layouts = [_matrix(w, settings) for w in weights]
+    ys = tuple(scaled_dot(rows, w, backend=settings.backend, dtype=settings.dtype) for w, _ in layouts)
+    return ys, (rows, [transposed for _, transposed in layouts], [jnp.zeros(0, w.dtype) for w in weights])
 
 
-def _linear_bwd(settings: _Settings, kept: Any, ct: jax.Array) -> tuple[jax.Array, jax.Array]:
-    rows, transposed, like = kept
-    dy, dy_columns = _both_ways(ct, settings)
-    dx = scaled_dot(_first(dy, len(ct)), transposed, backend=settings.backend, dtype=settings.x_dtype)
-    return dx, _outer(_columns(rows, settings), dy_columns, like.dtype, settings)
+def _linears_bwd(settings: _Settings, kept: Any, cts: tuple[jax.Array, ...]) -> tuple[jax.Array, tuple[jax.Array, ...]]:
+    rows, transposed, likes = kept
+    dys = [_both_ways(ct, settings) for ct in cts]
+    # What several matrices make of dx is summed in float32, as within one product.
+    dtype = settings.x_dtype if len(cts) == 1 else jnp.float32
+    parts = [
+        scaled_dot(_first(dy, len(ct)), w, backend=settings.backend, dtype=dtype)
+        for (dy, _), ct, w in zip(dys, cts, transposed, strict=True)
+    ]
+    columns = _columns(rows, settings)
+    dws = (_outer(columns, dy, like.dtype, settings) for (_, dy), like in zip(dys, likes, strict=True))
+    return functools.reduce(jnp.add, parts).astype(settings.x_dtype), tuple(dws)
 
 
-_linear.defvjp(_linear_fwd, _linear_bwd)
+_linears.defvjp(_linears_fwd, _linears_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))

@@ -6,7 +6,8 @@ gathered once a step: the plan of `python examples/pretrain.py plan --config dsv
 --chip H800 --microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart --gather-head step
 --deferred 1 --schedules dualpipev`, and its likes; H200s have room for all weight gradients that the schedule puts off.
 "bf16" is the precision of the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank
-that has most, over the mean of all.
+that has most, over the mean of all. A second table has seconds of single ranks: of overlapped pairs, of forwards and
+backwards alone, of embedding and head, of waiting, and of what is done once.
 
     python examples/benchmarks/v3_plan.py [--gpus "2,048 H800" "1,024 H200"] [--precision bf16 fp8]
         [--ends apart together] [--tiny] [--record-as "plan dsv3"]
@@ -15,6 +16,7 @@ that has most, over the mean of all.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -27,9 +29,11 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 from pretraining import flags
 from pretraining import plan as planning
 
+import jaxpipe
 from jaxpipe.planning.chips import chip
 from jaxpipe.planning.mesh import mesh_sizes
 from jaxpipe.planning.parts import imbalance
+from jaxpipe.schedule.simulator import duration
 
 GIGA = 1e9
 MESHES = {"2,048 H800": "pp=16,dp=2,ep=64", "1,024 H200": "pp=16,ep=64"}
@@ -46,12 +50,26 @@ def options(gpus: str, precision: str, ends: str, *, tiny: bool) -> argparse.Nam
     size += ["--precision", "fp8"] if precision == "fp8" else []
     if tiny:
         size = ["--config", "tiny", "--microbatches", "8", "--mesh", "pp=2,ep=2"]
-    rest = "--capacity 1.1 --exchange nodes --zero1 --stash auto --schedules dualpipev --gather-head step"
+    rest = "--capacity 1.1 --zero1 --stash auto --schedules dualpipev"
+    rest += "" if tiny else " --exchange nodes --gather-head step"
     return parser.parse_args([*size, "--chip", gpus.split()[-1], "--ends", ends, *DEFERRED[gpus], *rest.split()])
 
 
-def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> dict[str, Any]:
-    """One line of the table."""
+def seconds_of_ranks(plan: jaxpipe.Plan) -> Iterator[tuple[int, dict[str, float]]]:
+    """(rank, seconds by what it does in a step) of the first two ranks, one in the middle, and the last."""
+    costs, ranks = plan.stage_costs, len(plan.timeline.events)
+    without = dataclasses.replace(costs, embed=0.0, embed_grad=0.0, head=0.0)
+    for rank in sorted({0, 1, ranks // 2, ranks - 1}):
+        found: dict[str, float] = dict.fromkeys(("pairs s", "F s", "B s", "I s", "W s", "ends s"), 0.0)
+        for event in plan.timeline.events[rank]:
+            alone = duration(without, event.group)
+            found[f"{event.group[0].kind.value} s" if len(event.group) == 1 else "pairs s"] += alone
+            found["ends s"] += max(duration(costs, event.group) - alone, 0.0)
+        yield rank, {**found, "waiting s": plan.timeline.bubble[rank], "once s": plan.seconds - plan.timeline.makespan}
+
+
+def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> tuple[dict[str, Any], jaxpipe.Plan]:
+    """One line of the table, and its plan."""
     args = options(gpus, precision, ends, tiny=tiny)
     sizes = mesh_sizes(args.mesh)
     found = planning.plan(
@@ -69,7 +87,7 @@ def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> dict[str, Any]:
     devices = 1
     for size in sizes.values():
         devices *= size
-    return {
+    line = {
         "GPUs": gpus,
         "precision": precision if ends == "apart" else f"{precision}, ends together",
         "GB": one.memory.total / GIGA,
@@ -79,6 +97,7 @@ def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> dict[str, Any]:
         "MFU %": 100 * one.mfu,
         "busiest": imbalance(one.plan),
     }
+    return line, one.plan
 
 
 def main() -> None:
@@ -91,16 +110,21 @@ def main() -> None:
     args = parser.parse_args()
     report = Recorder.begin(args, "planned", "dualpipev, 128 microbatches of 4,096 tokens")
     rows: list[dict[str, Any]] = []
+    spent: list[dict[str, Any]] = []
 
     def each() -> Iterator[dict[str, Any]]:
         for gpus in args.gpus:
             for precision in args.precision:
                 for ends in args.ends:
-                    rows.append(row(gpus, precision, ends, tiny=args.tiny))
-                    yield rows[-1]
+                    line, plan = row(gpus, precision, ends, tiny=args.tiny)
+                    rows.append(line)
+                    names = {"GPUs": gpus, "precision": line["precision"]}
+                    spent.extend({**names, "rank": rank, **each} for rank, each in seconds_of_ranks(plan))
+                    yield line
 
     formats = {"GB": ".1f", "stash GB": ".1f", "step s": ".1f", "tokens/s a GPU": ",.0f", "MFU %": ".1f"}
     report.table(each(), labels=2, formats=formats)
+    report.table(spent, labels=3, title="ranks")
     named = {one["precision"]: one for one in rows if one["GPUs"] == "2,048 H800"}
     if report.file and not args.tiny and set(named) >= set(PRECISIONS):
         values = {f"v3_plan_h800_{name}_tokens": (named[name]["tokens/s a GPU"], "tokens/s") for name in PRECISIONS}

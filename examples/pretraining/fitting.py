@@ -36,7 +36,8 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
         found.append("* dualpipe has two copies of a rank's stages: dualpipev has one")
     if not config.zero1:
         found.append(
-            f"* --zero1 divides moments, {memory.optimizer / GIGA:.3g} GB, over devices that have the same parameters"
+            f"* --zero1 divides parameters, {memory.masters / GIGA:.3g} GB, and moments, {memory.optimizer / GIGA:.3g} "
+            "GB, over devices that have the same"
         )
     found.append(
         f"* parameters, moments, their copies and gradients are "

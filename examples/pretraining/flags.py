@@ -141,7 +141,7 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "key_up, value_up and out, with commas; default: all that the model has"
     )  # fmt: skip
     parser.add_argument("--zero1", action="store_true", help="devices that have the same parameters keep a part of "
-                        "their moments each")  # fmt: skip
+                        "them and of their moments each, and gather them once a step")  # fmt: skip
     parser.add_argument(
         "--ends", choices=list(ENDS), help="who runs embedding and head: all pipeline ranks together, each with a "
         "part of the vocabulary, or apart: the ranks with the first and the last stage; default: what leaves the "

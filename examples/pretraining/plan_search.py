@@ -306,14 +306,14 @@ class _Sizing:
         parts = _parameters(model, sizes)
         moments = self._moments(parts, piece.mesh)
         copies = _copies(schedule)
-        added = shared * self._ends(piece, network) + self._once(parts, moments, copies, network)
+        added = shared * self._ends(piece, network) + self._once(parts, piece.mesh, moments, copies, network)
         stash = _stash(piece.probe, rows, peaks)
         busiest = max(sum(costs.group(group) * many for group, many in of_rank) for of_rank in groups)
         return _Estimate(
             piece=piece,
             costs=costs,
             added=added,
-            nbytes=stash + moments + self._state(piece, model, schedule, parts),
+            nbytes=stash + moments + self._state(piece, model, schedule, parts, piece.mesh),
             stash=stash,
             most_tokens=self._tokens(piece, busiest + added),
         )
@@ -373,24 +373,38 @@ class _Sizing:
             names[letter]: work.compute(*given) + work.communicate(network) for letter, work in piece.apart.ends.items()
         }
 
-    def _once(self, parts: _Parameters, moments: float, copies: float, network: Network) -> float:
+    def _once(
+        self, parts: _Parameters, mesh: tuple[int, int, int], moments: float, copies: float, network: Network
+    ) -> float:
         """Seconds of the sums of gradients over devices, of stages that several ranks run, and of the update."""
         summed = network.seconds("all-reduce", ["dp", "ep"], parts.everywhere)
         summed += network.seconds("all-reduce", ["dp"], parts.trained - parts.everywhere)
         summed += parts.leaves * network.latency
         fetched = (copies - 1) * parts.trained_stages  # of parameters there, of gradients back
         summed += 2 * network.seconds("permute", ["pp"], fetched) if fetched else 0.0
-        moved = 2 * (2 * parts.masters + moments) + 2 * parts.masters  # the update, and working copies
+        kept = self._kept(parts.masters, parts, mesh)
+        moved = 2 * (2 * kept + moments) + 2 * parts.masters  # the update, and working copies
         return summed + moved / (self.chip.hbm * self.achieved.memory)
 
     def _moments(self, parts: _Parameters, mesh: tuple[int, int, int]) -> float:
         """Bytes of two moments of each parameter."""
-        held = parts.trained
-        if self.config.zero1:
-            held = parts.everywhere / (mesh[1] * mesh[2]) + (parts.trained - parts.everywhere) / mesh[1]
+        held = self._kept(parts.trained, parts, mesh)
         return 2 * held * jnp.dtype(self.config.moments).itemsize / 4
 
-    def _state(self, piece: _Piece, model: DeepSeekModel, schedule: Schedule, parts: _Parameters) -> float:
+    def _kept(self, nbytes: float, parts: _Parameters, mesh: tuple[int, int, int]) -> float:
+        """What a device keeps between steps of so many bytes of parameters: a part, if devices divide them."""
+        if not self.config.zero1:
+            return nbytes
+        return parts.everywhere / (mesh[1] * mesh[2]) + (nbytes - parts.everywhere) / mesh[1]
+
+    def _state(
+        self,
+        piece: _Piece,
+        model: DeepSeekModel,
+        schedule: Schedule,
+        parts: _Parameters,
+        mesh: tuple[int, int, int],
+    ) -> float:
         """Bytes of what is there whatever the microbatches, but moments: parameters, copies, sums, what is at work."""
         found = piece.probe
         rows = model.arrangement.rows
@@ -400,7 +414,7 @@ class _Sizing:
         # Gradients of another rank's stages return to it, about half of them at once.
         busiest = found.transient if model.shared_ends else max(found.transient, piece.apart.transient)
         gradients, transient = parts.trained + again, busiest + again / 2
-        return parts.masters + working + gradients + MESSAGES * found.boundary + transient
+        return self._kept(parts.masters, parts, mesh) + working + gradients + MESSAGES * found.boundary + transient
 
 
 class _Parameters(NamedTuple):

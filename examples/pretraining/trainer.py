@@ -195,9 +195,9 @@ def state_from(
             opt_state = optimizer.init(params)
         return TrainState(params, opt_state, *(jnp.zeros((), jnp.int32) for _ in range(3)))
 
-    return jax.jit(make, out_shardings=state_shardings(model, jax.eval_shape(make, params), mesh), donate_argnums=0)(
-        params
-    )
+    shardings = state_shardings(model, jax.eval_shape(make, params), mesh)
+    given = () if model.config.zero1 else (0,)  # parts of parameters take no memory of whole ones
+    return jax.jit(make, out_shardings=shardings, donate_argnums=given)(params)
 
 
 def abstract_state(
@@ -216,7 +216,7 @@ def abstract_params(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.
     return jax.tree.map(
         lambda leaf, spec: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=NamedSharding(mesh, spec)),
         model.params,
-        model.specs,
+        kept_specs(model, mesh),
     )
 
 
@@ -237,7 +237,7 @@ def _maker(model: DeepSeekModel, optimizer: optax.GradientTransformation) -> Cal
 
 
 def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | AbstractMesh) -> TrainState:
-    """Where each part of a state (arrays or shapes) is kept: moments where their gradients are, scalars everywhere."""
+    """Where each part of a state (arrays or shapes) is kept: what has gradients where these are, scalars everywhere."""
 
     def kept(specs: Any, tree: Any) -> Any:
         def of(node: Any) -> Any:
@@ -252,12 +252,11 @@ def state_shardings(model: DeepSeekModel, state: TrainState, mesh: Mesh | Abstra
 
         return jax.tree.map(of, tree, is_leaf=lambda node: isinstance(node, jaxpipe.Params))
 
-    state = kept(model.specs, state._replace(opt_state=()))._replace(opt_state=state.opt_state)
-    return state._replace(opt_state=kept(_moment_specs(model, mesh), state.opt_state))
+    return kept(kept_specs(model, mesh), state)
 
 
-def _moment_specs(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Params:
-    """PartitionSpec of every parameter's moments: that of its gradient, as `jaxpipe.Pipeline.grad_shardings` has it."""
+def kept_specs(model: DeepSeekModel, mesh: Mesh | AbstractMesh) -> jaxpipe.Params:
+    """PartitionSpec of every parameter and its moments between steps, as `jaxpipe.Pipeline.shardings` has it."""
     if not model.config.zero1:
         return model.specs
     return shard_fully(model.specs, model.params, dict(mesh.shape), _data_axes(mesh), SMALLEST_PART, 1).specs
@@ -292,6 +291,7 @@ def pipelined(
         shared_ends=model.shared_ends,
         order="storage",
         zero1_axis=_data_axes(mesh) if model.config.zero1 else None,
+        zero1_parameters=model.config.zero1,
         min_shard_size=SMALLEST_PART,
         stash=stash,
         trainable=None if model.config.lora is None else model.trained,

@@ -98,15 +98,20 @@ def even_out_ranks(
     """The counts with layers moved between stages, as long as that leaves the busiest rank less to do.
 
     A rank of a V-shaped schedule has two stages, and what both take is what others wait for: the costliest stage alone
-    decides little. Where the busiest rank would gain less than `SLACK` the counts stay.
+    decides little. The last stage may give all its layers away where it has something ``last`` to do and layers are of
+    several kinds; of one kind all stages run as many slots. Where the busiest rank would gain less than `SLACK` the
+    counts stay.
 
     Args:
-      counts: layers of each stage, each at least 1.
+      counts: layers of each stage.
       kinds, costs, last: as `balanced_counts` takes them.
       routes: the rank of each stage, for each direction of microbatches.
 
     >>> even_out_ranks((1, 2, 2, 1), ["moe"] * 6, {"moe": 1.0}, 0.0, [(0, 1, 1, 0)])
     (2, 1, 2, 1)
+    >>> kinds, costs = ["dense"] + ["moe"] * 9, {"dense": 1.0, "moe": 1.0}
+    >>> even_out_ranks((1, 2, 2, 2, 2, 1), kinds, costs, 3.4, [(0, 1, 2, 2, 1, 0)])
+    (1, 3, 2, 2, 2, 0)
     """
     sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
 
@@ -117,12 +122,13 @@ def even_out_ranks(
         stages[-1] += last
         return busiest_rank(stages, routes), max(stages), sum(cost**2 for cost in stages)
 
+    may_be_empty = len(counts) - 1 if last and len(costs) > 1 else None
     best, found = tuple(counts), key(counts)
     while True:
         moved = [
             tuple(count - (stage == giver) + (stage == taker) for stage, count in enumerate(best))
             for giver, taker in itertools.permutations(range(len(best)), 2)
-            if best[giver] > 1
+            if best[giver] > (giver != may_be_empty)
         ]
         better = min(moved, key=key, default=best)
         if key(better) >= found:

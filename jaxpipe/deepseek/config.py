@@ -168,7 +168,7 @@ class ModelConfig(LayerConfig):
         network less and keeps the matrix and the sum of its gradient whole on all devices. One that is the embedding
         too is gathered for each microbatch.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
-      zero1: whether devices that have the same parameters keep a part of their moments each (ZeRO-1).
+      zero1: whether devices that have the same parameters keep a part of them and of their moments each (ZeRO-1).
 
     Raises:
       ValueError: sizes below 1 or that do not fit each other, unknown choices.

@@ -365,13 +365,13 @@ def _queries(
         assert params.query_down is not None and params.query_up is not None
         low = rms_norm(product("btd,dr->btr", x, _plain(params.query_down)), params.query_norm)
         query = product("btr,rhk->bthk", low, _plain(params.query_up))
-    content, rotary = query[..., : config.content], query[..., config.content :]
+    content, rotary = jnp.split(query, [config.content], -1)  # slices would have gradients of zeros beside them
     return jnp.concatenate([content, rotate(rotary, positions[..., None], config.rope)], -1)
 
 
 def _latents(params: MLAParams, x: jax.Array, config: LayerConfig, positions: jax.Array, down: _Down | None) -> Latents:
     both = product("btd,dc->btc", x, _plain(params.latent_down)) if down is None else down.latent
-    latent, rotary = both[..., : config.latent], both[..., config.latent :]
+    latent, rotary = jnp.split(both, [config.latent], -1)
     if down is not None:
         rotary = rotary[..., : config.rotary]  # what is kept in 8 bits is padded
     return Latents(rms_norm(latent, params.latent_norm), rotate(rotary, positions, config.rope))

@@ -443,7 +443,7 @@ def sharing_pays(
       costs: of a layer of each kind and of the "head", in any unit; None: by operations.
 
     >>> from jaxpipe.deepseek import MODELS
-    >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build("1f1b", ranks, 8)) for ranks in (2, 8)]
+    >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build("1f1b", ranks, 16)) for ranks in (2, 16)]
     [False, True]
     """
     if config.vocab % schedule.num_ranks:

@@ -194,6 +194,7 @@ class Stopwatch:
                 self.pipeline.options.stash,
                 copied=self.pipeline.dispatch not in COPY_NOTHING,
                 flat=self.pipeline.options.axes.complete,
+                kind_of=self._model.kind_of,
             )
         return self._splits[kind]
 

@@ -185,6 +185,8 @@ def _start(
     axes = options.axes
     rng = _fold_axes(rng, axes)
     with jax.named_scope("prepare"):
+        if model.whole is not None:
+            params = model.whole(cast(params, options.compute_dtype))
         chunks = working_copies(params.stages, program.schedule, options.order, axes.pipeline, options.compute_dtype)
         given = cast(params.outer, options.compute_dtype)
         outer = run_prepare(model, given)
@@ -216,7 +218,7 @@ def _split_stages(program: Program, options: Options, local: _Local, trainable: 
     ]
     sized = as_dispatched(program, options.dispatch)
     copied, flat = options.dispatch not in COPY_NOTHING, options.axes.complete
-    splits = divide_stages(kinds, sized, options.stash, copied=copied, flat=flat)
+    splits = divide_stages(kinds, sized, options.stash, copied=copied, flat=flat, kind_of=local.model.kind_of)
     for split in splits:
         check_alone("stage", program, options.axes.pipeline, split.collectives)
         _check_boundary(local.x, split.out[0])

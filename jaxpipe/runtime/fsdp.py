@@ -219,6 +219,20 @@ def gather_where_used(model: Model, shards: Params) -> Model:
     return dataclasses.replace(model, stage=stage, embed=embed, head=head)
 
 
+def gather_once(model: Model, shards: Params) -> Model:
+    """The model whose parameters are made whole of shards once a step, for all microbatches."""
+    return dataclasses.replace(model, whole=functools.partial(_whole, shards))
+
+
+def _whole(shards: Params, params: Params) -> Params:
+    leaves, structure = jax.tree.flatten(params)
+    whole = [
+        leaf if shard is None else lax.all_gather(leaf, shard.axes, axis=shard.dimension, tiled=True)
+        for leaf, shard in zip(leaves, (*shards.stages, *shards.outer), strict=True)
+    ]
+    return jax.tree.unflatten(structure, whole)
+
+
 def rows_of_stages(model: Model) -> int:
     """Leading dimensions of stages' parameters that are not divided: the stages', and the layers' if these gather."""
     return 2 if all(isinstance(stage, StageOfLayers) for stage in model.stages) else 1

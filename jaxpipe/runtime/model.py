@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jaxpipe.params import Params
 from jaxpipe.runtime.outputs import as_arrays, as_loss, as_metrics
 from jaxpipe.runtime.stage_kinds import StageKinds
 
@@ -120,6 +121,8 @@ class Model:
       weight: ``weight(data) -> real scalar``, the weight of a microbatch in the mean loss, or None: all equal.
       prepare: ``prepare(outer) -> outer``, a tree like the one it is given: what embed and head get of the outer
         parameters, made once a step, or None: these as they are.
+      whole: ``whole(params) -> Params``, made once a step of the parts of parameters that a device keeps, before all
+        else; or None: it keeps them whole.
     """
 
     stage: Callable[..., Any]
@@ -127,6 +130,7 @@ class Model:
     head: Callable[..., Any] | None = None
     weight: Callable[..., Any] | None = None
     prepare: Callable[..., Any] | None = None
+    whole: Callable[[Params], Params] | None = None
 
     def run_embed(self, outer: Any, ctx: Context) -> Any:
         """The first stage's input for a microbatch."""

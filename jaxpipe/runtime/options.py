@@ -64,6 +64,7 @@ class Options:
       grad_dtype: dtype that gradients are summed in, or None: `accumulation_dtype` of the working copies'.
       fsdp_axes: data axes over which parameters are sharded and gathered where they are used.
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
+      zero1_parameters: whether parameters are kept divided as these gradients are.
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
       wide_products: whether products that are gradients of stages come in float32, to be added to sums that are wide.
       uninitialised: whether `jax.lax.empty` leaves memory as it is, as on GPUs; on CPUs it is zeros.
@@ -84,6 +85,7 @@ class Options:
     grad_dtype: Any = None
     fsdp_axes: tuple[str, ...] = ()
     zero1_axes: tuple[str, ...] = ()
+    zero1_parameters: bool = False
     min_shard_size: int = 0
     stash: int | None = None
     wide_products: bool = False

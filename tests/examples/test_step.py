@@ -300,7 +300,7 @@ def test_fp8_learns_as_bfloat16s_place_does():
     np.testing.assert_allclose(curves[1], curves[0], rtol=2e-2)
 
 
-def test_divided_moments_are_kept_where_gradients_are():
+def test_divided_parameters_and_moments_are_kept_where_gradients_are():
     """Of every parameter, those of dense layers, experts and multi-token prediction; small ones stay whole."""
     mesh = AbstractMesh((2, 2, 4), ("pp", "dp", "ep"), axis_types=(AxisType.Auto,) * 3)
     schedule = jaxpipe.schedule.build("dualpipev", 2, 8)
@@ -316,7 +316,8 @@ def test_divided_moments_are_kept_where_gradients_are():
         assert leaves and all(leaf.sharding.spec == of[path].spec for path, leaf in leaves)
     divided = [leaf for leaf in jax.tree.leaves(found[0]) if "dp" in str(leaf.sharding.spec)]
     assert sum(leaf.size for leaf in divided) > 0.99 * sum(leaf.size for leaf in jax.tree.leaves(found[0]))
-    assert not any("dp" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(state.params))
+    for path, leaf in jax.tree.leaves_with_path(state.params):  # and parameters where their moments are
+        assert leaf.sharding.spec == of[path].spec
 
 
 def is_params(node):
@@ -324,8 +325,8 @@ def is_params(node):
 
 
 @pytest.mark.slow
-def test_divided_moments_change_nothing(monkeypatch):
-    """Three steps of the small model with all moments divided over the experts' axis."""
+def test_divided_parameters_and_moments_change_nothing(monkeypatch):
+    """Three steps of the small model with all parameters and moments divided over the experts' axis."""
     needs_devices(4)
     monkeypatch.setattr(trainer, "SMALLEST_PART", 1)
     states = []
@@ -335,6 +336,7 @@ def test_divided_moments_change_nothing(monkeypatch):
         states.append(run(step, state, 3, config)[0])
     whole, divided = states
     moments = [node for node in jax.tree.leaves(divided.opt_state, is_leaf=is_params) if is_params(node)]
-    assert any("ep" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(moments[0].outer))
+    for kept in (moments[0].outer, divided.params.outer):
+        assert any("ep" in str(leaf.sharding.spec) for leaf in jax.tree.leaves(kept))
     for a, b in zip(jax.tree.leaves(whole), jax.tree.leaves(divided), strict=True):
         np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=2e-4, atol=2e-6)

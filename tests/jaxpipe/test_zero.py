@@ -96,6 +96,60 @@ def test_any_optimizer_updates_as_it_does_alone(x64, name):
     assert "reduce-scatter" in compiled.as_text() and "all-gather" in compiled.as_text()
 
 
+def test_parameters_kept_in_parts_are_updated_as_whole_ones(x64):
+    """Masters of a step are a part of each on every device, and gathered once: DualPipe's copies are made of those."""
+    params, batch = make()
+    schedule = jaxpipe.schedule.build("dualpipe", 2, MICROBATCHES)
+    params = params._replace(stages=jax.tree.map(lambda leaf: leaf[:2], params.stages))
+    options = {"embed": embed, "head": head, "data_axes": ("dp",), "zero1_axis": "dp", "min_shard_size": 64}
+    mesh = jaxpipe.make_mesh(pp=2, dp=4)
+    step = jaxpipe.value_and_grad(stage, schedule, mesh, zero1_parameters=True, **options)
+    optimizer = jaxpipe.floating_only(optax.adamw(0.1))
+    shardings = step.shardings(params)
+    assert shardings.stages["w"].spec == P("pp", "dp") and shardings.outer["in"].spec == P(None, "dp")
+    assert shardings == step.grad_shardings(params)
+    placed = jax.device_put(params, shardings)
+    found, state, compiled = train(step, jaxpipe.shard_optimizer(optimizer, step), placed, batch)
+    wanted, wanted_state, _ = train(
+        plain_value_and_grad(stage, schedule, embed=embed, head=head), optimizer, params, batch
+    )
+    stages = [dict(each.stages, keys=jax.random.key_data(each.stages["keys"])) for each in (found, wanted)]
+    assert_trees_close(stages[0], stages[1], rtol=1e-10)
+    assert_trees_close((found.outer, state), (wanted.outer, wanted_state), rtol=1e-10)
+    for leaf, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text())) == 2  # of "w" and "in", not of updates
+    loss, _ = jax.jit(step.evaluation)(found, batch)
+    other, _ = jax.jit(jaxpipe.value_and_grad(stage, schedule, mesh, **options).evaluation)(wanted, batch)
+    np.testing.assert_allclose(loss, other, rtol=1e-10)
+
+
+def test_parameters_in_parts_take_a_part_of_the_planned_memory():
+    mesh = jaxpipe.make_mesh(pp=2, dp=4)
+    params, batch = jaxpipe.Params(jnp.ones((4, 64, 64))), jnp.ones((MICROBATCHES * 8, 64))
+    plans = {
+        parts: jaxpipe.plan(
+            jaxpipe.value_and_grad(
+                lambda w, x, ctx: jnp.tanh(x @ w), SCHEDULE, mesh, head=lambda outer, y, data, ctx: (y**2).mean(),
+                data_axes=("dp",), zero1_axis="dp", zero1_parameters=parts, min_shard_size=0,
+                compute_dtype=jnp.bfloat16,
+            ),
+            params, batch, "H100", optimizer=optax.adamw(0.1),
+        )
+        for parts in (False, True)
+    }  # fmt: skip
+    whole, parts = (plans[parts].memory for parts in (False, True))
+    assert whole.masters == 2 * 64 * 64 * 4 and parts.masters == whole.masters // 4
+    assert parts.working <= whole.working + 2 * 64 * 64 * 2 and parts.optimizer == whole.optimizer
+    gathered = [message for message in plans[True].work.once.messages if message.kind == "all-gather"]
+    assert [message.nbytes for message in gathered] == [2 * 64 * 64 * 2]  # in bfloat16
+
+
+def test_parameters_in_parts_need_an_axis():
+    with pytest.raises(ValueError, match=r"zero1_parameters=True without zero1_axis: .* such as zero1_axis=\('dp',\)"):
+        pipeline(zero1_axis=None, zero1_parameters=True)
+
+
 def test_one_reduce_scatter_and_one_all_gather_for_each_parameter():
     """No parameter's gradient is all-reduced over dp, and nothing is gathered but updates."""
     params, batch = make()

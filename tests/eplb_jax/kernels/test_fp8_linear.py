@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from eplb_jax.kernels import backend, hopper, registry
+from eplb_jax.kernels import backend, fp8_linear, hopper, registry
 from eplb_jax.kernels.fp8_linear import keep_matrix, scaled_feed_forward, scaled_linear, scaled_linears
 from eplb_jax.kernels.quantise import quantise
 from eplb_jax.kernels.scaled import dequantise_matrices, dequantise_rows, quantise_matrices, quantise_rows
@@ -61,9 +61,10 @@ def test_dtypes_are_those_of_the_arguments():
     assert (y.dtype.name, dx.dtype, dw.dtype) == ("float32", x.dtype, w.dtype)
 
 
-@pytest.mark.slow
-def test_several_matrices_read_one_x():
+@pytest.mark.parametrize("wide", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_several_matrices_read_one_x(wide, monkeypatch):
     """576 columns are padded; values and gradients are those of each by itself, dx but for the sum's rounding."""
+    monkeypatch.setattr(fp8_linear, "WIDE", 128 if wide else 4096)
     x, a, b = normal(0, 128, 128), normal(1, 128, 128), normal(2, 128, 576)
     both, pull = jax.vjp(lambda x, a, b: scaled_linears(x, (a, b)), x, a, b)
     dx, *cts = pull(both)
@@ -77,6 +78,23 @@ def test_several_matrices_read_one_x():
     close(dx, total, 1e-6)
     text = str(jax.make_jaxpr(lambda x: scaled_linears(x, (keep_matrix(a), keep_matrix(b))))(x))
     assert text.count("f8_e4m3fn[128,128] = reshape") <= 2  # x once, and the matrix of that shape
+
+
+def test_wide_matrices_are_neither_joined_nor_their_results_cut_apart():
+    """A head's keys and values of DeepSeek-V3 are 16,384 columns each: gradients need not be put side by side."""
+    x, keys, values = (jnp.zeros(shape, jnp.bfloat16) for shape in ((128, 128), (128, 4096), (128, 4096)))
+
+    def both(x, keys, values):
+        ys, pull = jax.vjp(lambda *given: scaled_linears(given[0], given[1:]), x, keys, values)
+        return pull(ys)
+
+    def sizes(*given):
+        """Columns of what is padded or put side by side."""
+        eqns = jax.make_jaxpr(both)(*given).eqns
+        return [eqn.outvars[0].aval.shape for eqn in eqns if eqn.primitive.name in ("pad", "concatenate")]
+
+    assert not sizes(x, keys, values)
+    assert (128, 4096 + 256) in sizes(x, keys, values[:, :256])
 
 
 def test_kept_matrices_give_the_same_and_have_no_gradient():

@@ -17,9 +17,14 @@ CTX = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)
 
 
 def test_ends_are_shared_where_that_leaves_less_to_the_busiest_rank():
-    """moe-1b: nine layers that cost the same and a head that costs 1.3; two ranks get 5 and 4 + 1.3, not 5.65."""
-    apart, together = (build(MODELS["moe-1b"], "1f1b", ranks) for ranks in (2, 8))
+    """moe-1b: nine layers that cost the same and a head that costs 1.3; two ranks get 5 and 4 + 1.3, not 5.65.
+
+    Of eight ranks the last has the head alone: others have 2 at most, not 2 + 1.3 / 8. Of sixteen, nine have a layer:
+    that and 1.3 / 16, not 1.3 for one.
+    """
+    apart, alone, together = (build(MODELS["moe-1b"], "1f1b", ranks) for ranks in (2, 8, 16))
     assert not apart.shared_ends and apart.arrangement.counts == (5, 4)
+    assert not alone.shared_ends and alone.arrangement.counts[-1] == 0 and max(alone.arrangement.counts) == 2
     assert together.shared_ends
     told = build(dataclasses.replace(MODELS["moe-1b"], shared_ends=True), "1f1b")
     assert told.shared_ends and told.arrangement.counts == (4, 5)
@@ -29,7 +34,7 @@ def test_ends_are_shared_where_that_leaves_less_to_the_busiest_rank():
 
 def build(config, schedule, ranks=2):
     """A model without arrays."""
-    return build_model(config, jaxpipe.schedule.build(schedule, ranks, 8), 0, axis="ep", abstract=True)
+    return build_model(config, jaxpipe.schedule.build(schedule, ranks, 16), 0, axis="ep", abstract=True)
 
 
 TWO_LAYERS = small(layers=2)

@@ -124,3 +124,34 @@ def test_kinds_of_stages_share_a_budget(x64):
     step = make(stash=2048)
     taken = jaxpipe.plan(step, params, x, "H100", cpu=True).memory.stash
     assert taken <= 2048 * slots_of(step.program).microbatches
+
+
+def test_a_kind_that_most_stages_are_of_has_what_it_would_have_by_itself():
+    """Beside one stage whose three layers keep more: what fits alone is not made again because of that one."""
+    width, schedule = 64, jaxpipe.schedule.build("1f1b", 4, 8)
+
+    def wide(params, x, ctx):
+        for layer in range(2):
+            x = x + jnp.tanh(jnp.concatenate([x, jnp.sin(x)], -1) @ params["wide"][layer])
+        return x
+
+    def deep(params, x, ctx):
+        for layer in range(3):
+            x = x + jnp.tanh(jnp.tanh(x @ params["up"][layer]) @ params["down"][layer])
+        return x
+
+    shapes = {"wide": (2, 2 * width, width), "up": (3, width, 2 * width), "down": (3, 2 * width, width)}
+    params = jaxpipe.Params({name: jax.ShapeDtypeStruct((4, *shape), "float32") for name, shape in shapes.items()})
+    batch = jax.ShapeDtypeStruct((8 * ROWS, width), "float32")
+    mesh = jax.sharding.AbstractMesh((4,), ("pp",), axis_types=(jax.sharding.AxisType.Auto,))
+
+    def made_again(*kinds):
+        stages = jaxpipe.StageKinds(kinds, [0, 0, 0, 1])
+        step = jaxpipe.value_and_grad(stages, schedule, mesh, head=head, stash=16000)
+        found = jaxpipe.plan(step, params, batch, "H100")
+        assert found.memory.stash <= 16000 * slots_of(step.program).microbatches
+        return [sum(kernel.flops for kernel in kind["B"].kernels if kernel.recomputed) for kind in found.work.kinds]
+
+    assert made_again(wide, wide)[0] == 0
+    beside, few = made_again(wide, deep)
+    assert beside == 0 and few > 0
