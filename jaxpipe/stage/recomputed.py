@@ -6,11 +6,12 @@ has the activations of all of them alive. Barriers make each layer's wait for a 
 
 from __future__ import annotations
 
+import collections
 from collections.abc import Collection, Iterable, Sequence
 
 from jax import lax
 
-from jaxpipe._jax import is_heavy
+from jaxpipe._jax import COLLECTIVES, is_heavy
 from jaxpipe.stage.graph import Node, Value, has_effect
 from jaxpipe.stage.order import in_time
 from jaxpipe.stage.rewrite import substitute
@@ -43,22 +44,25 @@ def recompute_in_turn(nodes: Sequence[Node], cotangents: Iterable[Value], known:
     among = set(early)
     rest = [node for node in nodes if node not in among]
     places = _first_readers(early, rest)
-    waiting = _operands_of_heavy(early, places, known)
+    waiting, costly = _waiting(early, places, known)
     found: list[Node] = []
-    alias: dict[Value, Value] = {}
-    behind: dict[int, dict[Value, Value]] = {}
-    for place, node in enumerate(rest):
+    alias: dict[Value, Value] = {}  # at the place that has been reached
+    mine = collections.defaultdict[int, list[Node]](list)
+    for node in early:
+        mine[places.get(node, len(rest))].append(node)
+    again: list[Node] = []
+    for place, node in enumerate([*rest, None]):
+        again += [substitute(each, alias) for each in mine[place] if each not in costly]
         values = waiting.get(place, ())
         cotangent = _latest(rest, place, late, max(value.nbytes for value in values)) if values else None
         if cotangent is not None:
-            barrier = _barrier((alias.get(cotangent, cotangent), *values))
-            alias[cotangent], *others = barrier.outs
-            behind[place] = dict(zip(values, others, strict=True))
+            before = (cotangent, *values)
+            barrier = _barrier([alias.get(value, value) for value in before])
+            alias.update(zip(before, barrier.outs, strict=True))
             found.append(barrier)
-        found.append(substitute(node, alias))
-    again = [
-        substitute(node, behind.get(places.get(node, -1), {})) if is_heavy(node.name) else node for node in early
-    ]
+        again += [substitute(each, alias) for each in mine[place] if each in costly]
+        if node is not None:
+            found.append(substitute(node, alias))
     return in_time(again, found)
 
 
@@ -86,30 +90,31 @@ def _first_readers(early: Sequence[Node], rest: Sequence[Node]) -> dict[Node, in
     return found
 
 
-def _operands_of_heavy(
+def _waiting(
     early: Sequence[Node], places: dict[Node, int], known: Collection[Value]
-) -> dict[int, tuple[Value, ...]]:
-    """By place, the operands of heavy early nodes that do not follow from others of the same place."""
+) -> tuple[dict[int, tuple[Value, ...]], set[Node]]:
+    """(by place, operands of heavy early nodes that do not follow from others of the place; those and what follows)."""
     found: dict[int, dict[Value, None]] = {}
     following: dict[int, set[Value]] = {}
+    costly: set[Node] = set()
     fixed = set(known)
     for node in early:
-        if fixed.issuperset(value for value in node.ins if value.const is None):
+        operands = [value for value in node.ins if value.const is None and not value.effect and value.nbytes]
+        if fixed.issuperset(operands):
             fixed.update(node.outs)
+            continue
         place = places.get(node)
         if place is None:
             continue
         after = following.setdefault(place, set())
-        if is_heavy(node.name):
+        heavy = is_heavy(node.name) or node.name in COLLECTIVES
+        if heavy:
             own = found.setdefault(place, {})
-            own.update((value, None) for value in node.ins if not _waits_for_nothing(value, fixed) and value not in after)
-        if is_heavy(node.name) or not after.isdisjoint(node.ins):
+            own.update((value, None) for value in operands if value not in fixed and value not in after)
+        if heavy or not after.isdisjoint(node.ins):
             after.update(node.outs)
-    return {place: tuple(values) for place, values in found.items() if values}
-
-
-def _waits_for_nothing(value: Value, fixed: Collection[Value]) -> bool:
-    return value.const is not None or value.effect or value in fixed or not value.nbytes
+            costly.add(node)
+    return {place: tuple(values) for place, values in found.items() if values}, costly
 
 
 def _latest(rest: Sequence[Node], place: int, late: Collection[Value], most: int) -> Value | None:
