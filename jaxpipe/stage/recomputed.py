@@ -1,7 +1,7 @@
 """When a backward pass computes again what it was not given: layer by layer, as `jax.checkpoint` does.
 
 What is computed again depends on no cotangent, so a compiler may do so for all layers of a stage at once, and then
-has the activations of all of them alive. With barriers each layer's waits for the cotangent that the layer behind gives.
+has the activations of all of them alive. With barriers each layer's waits for the cotangent that the one behind gives.
 """
 
 from __future__ import annotations
