@@ -172,7 +172,10 @@ def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_
             roots[value] = frozenset({value}) if value in kept else roots[op.aliases[place]] if written else sources
         if made or op.inner or op.aliases or op.name in WRITES_IN_PLACE:
             elementwise = op.name not in READS_WHOLE and op.name not in REDUCTIONS
-            nodes.append(_Node(made, sources, op.inner, elementwise, floor if sums.intersection(made) else None))
+            begin = floor if sums.intersection(made) else None
+            if op.aliases and op.name in WRITES_IN_PLACE and not graph.cpu:
+                begin = len(nodes)
+            nodes.append(_Node(made, sources, op.inner, elementwise, begin))
     return nodes, roots
 
 
@@ -211,7 +214,8 @@ class _Node:
       made, sources: values that it allocates, and those that it reads.
       inner: bytes that it needs besides.
       elementwise: whether it can write over what it reads.
-      floor: of a sum, the first place that it can have; None: it stays where it is.
+      floor: the first place that it can have, of a sum, or of what is written into a slot, which XLA does when the
+        rest is done; None: it stays where it is.
     """
 
     made: tuple[int, ...]

@@ -272,19 +272,26 @@ def _train_buffers(
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
     written = begun_chunks(program) if options.dispatch == "by_rank" and options.uninitialised else frozenset[int]()
+    summed = tuple(pool.avals for pool in pools.sums), partition(local.outer, trainable.outer)[0]
+    chunks, outer = jax.eval_shape(functools.partial(jax.tree.map, grad), summed)
+    # Behind barriers: XLA would make these zeros and the gradients of what a stage does not use once, which are needed
+    # before the first step and after the last, and keep them all the time.
+    zeros = {
+        leaf.dtype: lax.optimization_barrier(jnp.zeros((), leaf.dtype)) for leaf in jax.tree.leaves((chunks, outer))
+    }
 
-    def begin(chunk: int, aval: Any) -> Any:
+    def begin(aval: Any) -> jax.Array:
+        return lax.broadcast(zeros[aval.dtype], aval.shape)
+
+    def begin_stage(chunk: int, aval: Any) -> Any:
         """Where code is unrolled, and in code by rank, the first gradients are the sums."""
         if chunk in written:
-            return uninitialised_array(jax.eval_shape(grad, aval))
-        zeros = grad(aval)
-        return Zeros(zeros) if apart else zeros
+            return uninitialised_array(aval)
+        return Zeros(begin(aval)) if apart else begin(aval)
 
     with jax.named_scope(SUMS):
-        grads = tuple(
-            jax.tree.map(functools.partial(begin, chunk), pool.avals) for chunk, pool in enumerate(pools.sums)
-        )
-        outer_grads = jax.tree.map(grad, partition(local.outer, trainable.outer)[0])
+        grads = tuple(jax.tree.map(functools.partial(begin_stage, i), avals) for i, avals in enumerate(chunks))
+        outer_grads = jax.tree.map(begin, outer)
     return Buffers(
         in_flight=_messages(program, options, local.x, fills),
         stash=residuals[0],

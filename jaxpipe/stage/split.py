@@ -19,6 +19,7 @@ from jaxpipe.stage.late import put_off
 from jaxpipe.stage.order import as_soon_as_possible, in_time
 from jaxpipe.stage.prepared_again import read_exchanged, read_quantised
 from jaxpipe.stage.priced import Chooser
+from jaxpipe.stage.recomputed import recompute_in_turn
 from jaxpipe.stage.residuals import minimum_cut
 from jaxpipe.stage.rewrite import before_casts, eliminate_common_subexpressions
 from jaxpipe.stage.stage import Graphs, Residuals, SplitStage, packed_shape
@@ -218,6 +219,9 @@ class Divisible:
             both = in_time((*first.nodes, *second.nodes), order)
         else:
             both = _with_rows(rows, both, (*first.results, *second.results))
+        alone = fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes)))
+        whole = fuse_gathers(both, (*first.results, *second.results, *effects_of(both)))
+        in_turn = functools.partial(recompute_in_turn, cotangents=backward.cotangents, known=set(forward.known))
         return SplitStage(
             out=traced.out,
             aux=traced.aux,
@@ -234,9 +238,9 @@ class Divisible:
                 outputs=forward.outputs,
                 kept=Residuals(inputs, weight),
                 cotangents=backward.cotangents,
-                first=fuse_gathers(first.nodes, (*first.results, *crossing, *effects_of(first.nodes))),
+                first=in_turn(alone),
                 second=fuse_gathers(second.nodes, (*second.results, *effects_of(second.nodes))),
-                whole=fuse_gathers(both, (*first.results, *second.results, *effects_of(both))),
+                whole=in_turn(whole),
                 crossing=crossing,
                 summands=self._late.summands,
                 summands_narrow=before_casts(self._late.summands, second.nodes),

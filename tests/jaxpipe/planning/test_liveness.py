@@ -51,6 +51,27 @@ def test_peak_of_known_programs():
     assert bytes_of(lambda x: jax.lax.ragged_dot(x, matrices, groups), x, cpu=True) == size + masked
 
 
+def test_what_is_written_at_the_end_waits_beside_the_rest():
+    """XLA writes into slots where the program does: what an action hands on is in memory until its end."""
+    x, size = jnp.ones((16, 16)), 16 * 16 * 4
+
+    def loop(at_the_end):
+        def action(carry, _):
+            slots, total = carry
+            made = x @ x
+            if not at_the_end:
+                slots = jax.lax.dynamic_update_index_in_dim(slots, made, 0, 0)
+            total = total + ((x @ x.T) @ x).sum()
+            if at_the_end:
+                slots = jax.lax.dynamic_update_index_in_dim(slots, made, 0, 0)
+            return (slots, total), None
+
+        return jax.lax.scan(action, (jnp.zeros((3, 16, 16)), jnp.zeros(())), None, length=4)[0]
+
+    sooner, later = (peak(jax.make_jaxpr(lambda end=end: loop(end))().jaxpr) for end in (False, True))
+    assert later - sooner == size
+
+
 def test_what_is_written_into_a_slot_is_free_and_what_is_read_early_runs_early():
     """A compiler has several orders to choose from, and slots hold what was written into them."""
     x, size = jnp.ones((16, 16)), 16 * 16 * 4

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 import jaxpipe
+from jaxpipe._jax import Literal
 from tests.cases import cases
 from tests.plain import assert_trees_close
 
@@ -273,3 +274,23 @@ def test_losses_that_are_pythons_numbers():
     (loss, aux), grads = step(jaxpipe.Params(jnp.stack([jnp.eye(WIDTH)] * 2)), jnp.ones((8, WIDTH)))
     assert float(loss) == 1.25 and float(aux["aux_loss"]) == 0.0
     np.testing.assert_allclose(grads.stages, 1 / WIDTH, rtol=1e-6)
+
+
+def test_sums_begin_as_no_constant():
+    """Zeros that are a constant XLA makes once with the zeros that are gradients, and keeps them all step long."""
+
+    def stage(p, x, ctx):
+        return jnp.tanh(x @ p["used"])
+
+    def zeros_of(name):
+        schedule, mesh = jaxpipe.schedule.build(name, 2, 4), jaxpipe.make_mesh(pp=2)
+        step = jaxpipe.value_and_grad(stage, schedule, mesh, head=lambda outer, y, data, ctx: (y**2).mean())
+        params = {name: random(schedule.num_stages, WIDTH, WIDTH) for name in ("used", "not used")}
+        closed = jax.make_jaxpr(step)(jaxpipe.Params(params), random(8, WIDTH))
+        (body,) = (eqn.params["jaxpr"] for eqn in closed.eqns if eqn.primitive.name == "shard_map")
+        return [eqn for eqn in body.eqns if "sums" in str(eqn.source_info.name_stack).split("/")]
+
+    for name in ("1f1b", "dualpipev"):
+        found = zeros_of(name)
+        assert found
+        assert not any(isinstance(atom, Literal) for eqn in found for atom in eqn.invars)

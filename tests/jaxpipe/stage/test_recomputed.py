@@ -1,0 +1,78 @@
+"""What a backward computes again of a layer waits for the cotangent that the layer behind it gives."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jaxpipe._jax import Literal
+from jaxpipe.stage import split_stage
+from tests.jaxpipe.stage import zoo
+from tests.plain import assert_trees_close
+
+COUNT = 3
+
+
+def layer(p, x):
+    """A norm and two products."""
+    return x + jnp.tanh(x / jnp.sqrt(1 + (x * x).mean(-1, keepdims=True)) @ p["in"]) @ p["out"]
+
+
+def in_checkpoints(params, x):
+    for p in params:
+        x = jax.checkpoint(layer)(p, x)
+    return x
+
+
+def plain(params, x):
+    for p in params:
+        x = layer(p, x)
+    return x
+
+
+PARAMS = [{"in": zoo.normal(8, 16, seed=s), "out": zoo.normal(16, 8, seed=s + 9)} for s in range(COUNT)]
+X = zoo.normal(4, 8, seed=3)
+
+
+def products_reading(jaxpr, var):
+    """The products that read a matrix as it is or turned."""
+    same = {var}
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("transpose", "convert_element_type", "optimization_barrier"):
+            same |= {out for out, given in zip(eqn.outvars, eqn.invars, strict=True) if given in same}
+    return [eqn for eqn in jaxpr.eqns if eqn.primitive.name == "dot_general" and same.intersection(eqn.invars)]
+
+
+def without(jaxpr, blocked):
+    """What can run although these equations never do."""
+    missing, found = set(), []
+    for eqn in jaxpr.eqns:
+        known = [atom for atom in eqn.invars if not isinstance(atom, Literal)]
+        if eqn in blocked or missing.intersection(known):
+            missing |= {*eqn.outvars}
+        else:
+            found.append(eqn)
+    return found
+
+
+@pytest.mark.parametrize(("stage", "stash"), [(in_checkpoints, None), (plain, 4 * 8 * 8 * COUNT)])
+def test_layer_by_layer(stage, stash):
+    """Without the products that give a layer's cotangent, nothing of the layers before it is computed again."""
+    split = split_stage(stage, PARAMS, X, stash=stash)
+    prepared = split.prepare(PARAMS)
+    y, residuals = split.forward(prepared, X)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(residuals)) <= COUNT * X.nbytes
+    for backward in (split.backward, split.backward_input):
+
+        def run(params, residuals, ct, backward=backward):
+            return backward(split.prepare(params), residuals, ct)
+
+        jaxpr = jax.make_jaxpr(run)(PARAMS, residuals, y).jaxpr
+        matrices = jaxpr.invars[: 2 * COUNT]
+        products = [[products_reading(jaxpr, var) for var in matrices[2 * i : 2 * i + 2]] for i in range(COUNT)]
+        for behind in range(1, COUNT):
+            left = without(jaxpr, products[behind][1])
+            for before in range(behind):
+                assert products[before][0]
+                assert not [eqn for eqn in products[before][0] if eqn in left]
+    expected = jax.vjp(plain, PARAMS, X)[1](y)
+    assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=1e-12)
