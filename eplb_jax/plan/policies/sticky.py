@@ -125,9 +125,11 @@ def sticky(
         better = ~ended[many] | (replicas_moved(old[many], renumbered, num_gpus) < moves)
         phy2log[many[better]] = renumbered[better]
     was, now = (slots.reshape(-1, cluster.replicas_per_gpu) for slots in (old, phy2log))
-    other = (now != was).any(1)
-    if not other.any():
+    changed = now != was
+    if not changed.any():
         return previous
+    left_gpu = np.where(changed, was, -1)
+    other = (changed[:, None] & (now[:, None] == left_gpu[:, :, None])).any((1, 2))
     now[other] = keep_slots(was[other], now[other])
     return Placement.from_phy2log(phy2log, weight.shape[1])
 
