@@ -1,4 +1,4 @@
-"""Repair of one node's plan on the host: other replica counts, and the fewest GPUs packed anew.
+"""What placements have in common and what moves between them, on the host.
 
 As in `eplb_jax.plan.search`, a node has E experts and G GPUs of K slots, R = G K replicas.
 """

@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Num
 
@@ -39,21 +38,21 @@ def sticky(
     tolerance: float = 0.01,
     min_gain: float = 0.0,
 ) -> Placement:
-    """Changes a placement until its heaviest GPU is within ``tolerance`` of a fresh plan's, moving few replicas.
+    """Changes a placement until its heaviest GPU is within ``tolerance`` of the best, moving few replicas.
 
-    Layers are independent. One that is good enough, or whose heaviest GPU would lose less than ``min_gain`` of its load
-    in a fresh plan, keeps every slot. Elsewhere GPUs that are too heavy swap replicas with others of their node. Where
-    that is not enough, or where many must, the plan with fewest moves is taken of three: those swaps; search by swaps
-    and spare replicas that change hands; the fewest GPUs packed anew. Where none is even enough, it is the fresh plan,
-    its GPUs numbered so that most replicas stay. Where a group of experts is on several nodes and should
-    not be, only the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load
-    is good enough.
+    Layers are independent. One within the tolerance of the best, or whose heaviest GPU would lose less than
+    ``min_gain`` of its load, keeps every slot. Elsewhere, replicas of the heaviest GPU swap places with others of its
+    node, and spare replicas change hands. The best is first the load that no plan can be below, the mean per GPU, and
+    of the heaviest node. A layer that does not come close to it is compared with a fresh plan of `balanced`. Where the
+    search does not come close to that either, the layer gets it, its GPUs numbered so that most replicas stay. Where a
+    group of experts is on several nodes and should not be, only the fresh plan is considered. An expert that stays on
+    its GPU stays in its slot. A layer without load is good enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
       previous: the placement so far.
       num_groups, num_nodes, num_gpus: as in `rebalance_experts`.
-      tolerance: how much heavier the heaviest GPU may be than in `balanced`'s plan, as a share.
+      tolerance: how much heavier the heaviest GPU may be than the bound or `balanced`'s, as a share.
       min_gain: the share of its load that the heaviest GPU must lose, or the layer is left alone.
 
     Returns:
@@ -128,8 +127,8 @@ def sticky(
     changed = now != was
     if not changed.any():
         return previous
-    left_gpu = np.where(changed, was, -1)
-    other = (changed[:, None] & (now[:, None] == left_gpu[:, :, None])).any((1, 2))
+    again = changed[:, :, None] & (was[:, :, None] == now[:, None]) & changed[:, None]  # it left a slot for another
+    other = again.any((1, 2))
     now[other] = keep_slots(was[other], now[other])
     return Placement.from_phy2log(phy2log, weight.shape[1])
 
