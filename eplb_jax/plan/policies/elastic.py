@@ -12,6 +12,7 @@ from jaxtyping import Bool, Num
 from eplb_jax.plan.arguments import check_loads, to_float32
 from eplb_jax.plan.cluster import make_cluster
 from eplb_jax.plan.halves import plan_in_halves
+from eplb_jax.plan.packing import divide
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.sticky import sticky
@@ -111,8 +112,8 @@ def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array) -> jax.Array
     def choose(counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
         missing = counts == 0
         lost = missing.any()
-        wanted = jnp.where(lost, jnp.where(missing, weight, -1), weight / jnp.maximum(counts, 1))
-        left = jnp.where(counts > 1, weight / jnp.maximum(counts - 1, 1), jnp.inf)
+        wanted = jnp.where(lost, jnp.where(missing, weight, -1), divide(weight, jnp.maximum(counts, 1)))
+        left = jnp.where(counts > 1, divide(weight, jnp.maximum(counts - 1, 1)), jnp.inf)
         needed = lost | (left.min() < WORTH_GIVING * wanted.max())
         return jnp.argmax(wanted), jnp.argmin(left), needed
 
@@ -126,7 +127,7 @@ def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array) -> jax.Array
         empty = slots < 0
         places = jnp.where(empty.any(), empty, slots == donor)
         counts = counts - ((index == donor) & ~empty.any()).astype(jnp.int32)
-        each = jnp.where(empty, 0, (weight / jnp.maximum(counts, 1))[jnp.maximum(slots, 0)])
+        each = jnp.where(empty, 0, divide(weight, jnp.maximum(counts, 1))[jnp.maximum(slots, 0)])
         by_gpu = each.reshape(-1, capacity)
         without = (by_gpu.sum(1, keepdims=True) - by_gpu).reshape(-1)
         lacks = jnp.repeat(~(slots == expert).reshape(-1, capacity).any(1), capacity)
