@@ -43,18 +43,24 @@ def lower_bound(
     weight = check_loads(weight)
     weight = np.asarray(weight, np.float64)
     cluster = make_cluster(weight.shape[1], num_replicas, num_groups, num_nodes, num_gpus)
-    return np.array([_bound_layer(w, cluster, tight) for w in weight])
+    means = mean_bound(weight, cluster).tolist()
+    return np.array([_bound_layer(w, mean, cluster, tight) for w, mean in zip(weight, means, strict=True)])
 
 
-def _bound_layer(weight: np.ndarray, cluster: Cluster, tight: bool) -> float:
+def mean_bound(weight: np.ndarray, cluster: Cluster) -> np.ndarray:
+    """The larger of two means [layers], as `lower_bound` has them: of all GPUs, and of the heaviest node's."""
     num_groups, num_nodes, num_gpus = cluster.num_groups, cluster.num_nodes, cluster.num_gpus
-    groups = weight.reshape(num_groups, -1)
-    loads = -np.sort(-groups.sum(1))
+    groups = weight.reshape(len(weight), num_groups, -1).sum(2, dtype=np.float64)
+    loads = -np.sort(-groups, axis=1)
     if num_groups == 2 * num_nodes:  # the best pairs are the heaviest with the lightest, and so on
-        node = (loads[:num_nodes] + loads[: num_nodes - 1 : -1]).max()
+        node = (loads[:, :num_nodes] + loads[:, : num_nodes - 1 : -1]).max(1)
     else:  # the heaviest, at best with the lightest
-        node = loads[np.r_[0, num_groups - num_groups // num_nodes + 1 : num_groups]].sum()
-    mean = max(weight.sum() / num_gpus, node * num_nodes / num_gpus)
+        node = loads[:, np.r_[0, num_groups - num_groups // num_nodes + 1 : num_groups]].sum(1)
+    return np.maximum(groups.sum(1) / num_gpus, node * num_nodes / num_gpus)
+
+
+def _bound_layer(weight: np.ndarray, mean: float, cluster: Cluster, tight: bool) -> float:
+    num_groups, num_nodes = cluster.num_groups, cluster.num_nodes
     if num_nodes > 1 and num_groups > num_nodes:  # any experts could share a node
         return mean
     replicas, gpus = cluster.replicas_per_node, cluster.gpus_per_node

@@ -188,7 +188,8 @@ def _take_step(num_gpus: int, experts: int, duplicates: bool, goal: jax.Array, s
     heaviest = _first_least(-totals)[1]
     record = best * (1 - GAIN)  # what would be the lightest yet may be done to slots that rest, too
     swap, move = _best_steps(plan, totals, heaviest, resting <= number, record, experts, duplicates)
-    is_move = move.after < swap.after
+    is_move = jnp.maximum(move.after, goal) <= jnp.maximum(swap.after, goal)  # a swap carries two replicas
+    is_move &= jnp.isfinite(move.after)
     step = _ExchangeStep(*(jnp.where(is_move, *pair) for pair in zip(move, swap, strict=True)))
     going = (best > goal) & jnp.isfinite(step.after)
 

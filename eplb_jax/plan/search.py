@@ -102,16 +102,16 @@ def _exchange_one(
     counts = counts_of(slots, weight.shape[1])
     donors, receivers = _candidates(weight, counts)
 
-    def heaviest_after(pair: tuple[jax.Array, jax.Array]) -> jax.Array:
+    def give(pair: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         donor, receiver = pair
         possible = (take(counts, donor) > 1) & (donor != receiver) & (donor != state.received)
         if most is not None:
             possible &= take(counts, receiver) < most
-        possible = possible[:, 0]
-        loads = _give(weight, slots, counts, donor, receiver)[0]
-        return jnp.where(possible, _packed_heaviest(loads, num_gpus), jnp.inf)
+        return possible[:, 0], _give(weight, slots, counts, donor, receiver)[0]
 
-    heaviest = jax.vmap(heaviest_after)((donors, receivers))
+    possible, loads = jax.vmap(give)((donors, receivers))
+    packed = _packed_heaviest(loads.reshape(-1, slots.shape[1]), num_gpus).reshape(possible.shape)
+    heaviest = jnp.where(possible, packed, jnp.inf)
     chosen = jnp.argmin(heaviest, axis=0)[None, :, None]
     donor, receiver = (jnp.take_along_axis(x, chosen, axis=0)[0] for x in (donors, receivers))
     going = (best > target) & (state.idle < patience) & jnp.isfinite(heaviest.min(0))

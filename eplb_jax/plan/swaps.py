@@ -37,7 +37,7 @@ class _Rounds(NamedTuple):
     round: jax.Array
 
 
-@functools.partial(jax.jit, static_argnames=("num_gpus", "duplicates", "careful"))
+@functools.partial(jax.jit, static_argnames=("num_gpus", "duplicates"))
 def swap_pairs(
     loads: jax.Array,
     slots: jax.Array,
@@ -45,7 +45,6 @@ def swap_pairs(
     *,
     num_gpus: int,
     duplicates: bool = True,
-    careful: bool = False,
 ) -> jax.Array:
     """Slots [N, R] after swaps that each make the heavier GPU of a pair lighter, until all are within target.
 
@@ -58,8 +57,6 @@ def swap_pairs(
       target: of each node [N].
       num_gpus: G, a divisor of R.
       duplicates: whether a swap may bring two replicas of an expert onto one GPU.
-      careful: only GPUs above target swap. In the first tournament a swap must bring both within target. So few
-        replicas change places.
     """
     if num_gpus == 1:
         return slots
@@ -69,12 +66,12 @@ def swap_pairs(
     active = loads.sum(1).max(0) > target
     state = _Rounds(loads, slots.T.reshape(shape), active, jnp.zeros(len(slots), jnp.int32), jnp.int32(0))
     most = TOURNAMENTS * (players - 1)
-    step = functools.partial(_play_round, target, duplicates, careful)
+    step = functools.partial(_play_round, target, duplicates)
     state = jax.lax.while_loop(lambda state: state.active.any() & (state.round < most), step, state)
     return state.slots.reshape(-1, len(slots)).T
 
 
-def _play_round(target: jax.Array, duplicates: bool, careful: bool, state: _Rounds) -> _Rounds:
+def _play_round(target: jax.Array, duplicates: bool, state: _Rounds) -> _Rounds:
     num_gpus, capacity, _ = state.loads.shape
     rounds = num_gpus - 1 + num_gpus % 2
     half = (rounds + 1) // 2
@@ -96,8 +93,6 @@ def _play_round(target: jax.Array, duplicates: bool, careful: bool, state: _Roun
     pair = jnp.arange(capacity * capacity, dtype=jnp.int32)[:, None]
     chosen = jnp.where(after == best[:, None], pair, capacity * capacity).min(1)
     swap = playing & (best < now * (1 - GAIN))
-    if careful:
-        swap &= (now > target) & ((best <= target) | (state.round >= rounds))
     position = jnp.arange(capacity, dtype=jnp.int32)[:, None]
     hits = [swap[:, None] & (position == index[:, None]) for index in (chosen // capacity, chosen % capacity)]
 

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
+
+import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Bool, Num
 
 from eplb_jax.plan.arguments import check_loads, to_float32
 from eplb_jax.plan.cluster import make_cluster
+from eplb_jax.plan.halves import plan_in_halves
+from eplb_jax.plan.packing import divide
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
 from eplb_jax.plan.policies.sticky import sticky
-from eplb_jax.plan.repair import held_by_gpus
+
+WORTH_GIVING = 0.7
+"""A replica is given to another expert where those that are left get at most this share of that one's load each."""
 
 
 def elastic(
@@ -70,8 +78,9 @@ def elastic(
                 f"{previous.num_experts} experts, not of {len(weight)}, {num_replicas} and {num_experts}"
             )
         kept = np.asarray(previous.phy2log)[:, living]
-        loads = np.where(weight.max(1, keepdims=True) > 0, weight, 1).astype(np.float64)  # no load: all alike
-        start = Placement.from_phy2log(_fill(loads, kept, capacity), num_experts)
+        loads = np.where(weight.max(1, keepdims=True) > 0, weight, np.float32(1))  # no load: all alike
+        start = plan_in_halves(functools.partial(_fill, capacity=capacity), len(weight), loads, kept)
+        start = Placement.from_phy2log(start, num_experts)
         plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
     phy2log[:, living] = plan.phy2log
     return Placement.from_phy2log(phy2log, num_experts)
@@ -86,59 +95,46 @@ def _living_nodes(alive: np.ndarray, num_groups: int, num_nodes: int) -> tuple[i
     return 1, 1
 
 
-def _fill(weight: np.ndarray, slots: np.ndarray, capacity: int) -> np.ndarray:
-    """Slots [layers, R] of which none is empty (-1) and each expert has one; loads [layers, E]."""
-    layers, experts = weight.shape
-    slots = slots.copy()
-    row = np.arange(layers)[:, None]
-    counts = np.bincount((slots + 1 + row * (experts + 1)).reshape(-1), minlength=layers * (experts + 1))
-    counts = counts.reshape(layers, -1)[:, 1:]
-    missing = (counts == 0).sum(1)
-    heaviest_first = np.lexsort((-weight, counts > 0))
-    for i in range(missing.max()):
-        some = np.nonzero(missing > i)[0]
-        slots[some], counts[some] = _give_slot(
-            weight[some], slots[some], counts[some], heaviest_first[some, i], capacity
-        )
-    empty = (slots < 0).sum(1)
-    for i in range(empty.max()):
-        some = np.nonzero(empty > i)[0]
-        slots[some], counts[some] = _fill_first(weight[some], slots[some], counts[some], capacity)
-    return slots
+@functools.partial(jax.jit, static_argnames="capacity")
+def _fill(weight: jax.Array, slots: jax.Array, *, capacity: int) -> jax.Array:
+    return jax.vmap(functools.partial(_fill_layer, capacity))(weight, slots)
 
 
-def _give_slot(
-    weight: np.ndarray, slots: np.ndarray, counts: np.ndarray, expert: np.ndarray, capacity: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and counts where each layer's expert [layers] has one: an empty slot, or one of an expert that has several.
+def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array) -> jax.Array:
+    """A layer's slots [R], none empty (-1), with each expert of loads [E] at least once, and spares where they matter.
 
-    Of the slots that it may have it takes one on the GPU that is lightest without what the slot held.
+    One slot after the other goes to the expert that has none, or else the heaviest replicas: an empty one, or else one
+    of the expert whose other replicas are light enough. Of these it is one on a GPU that lacks the expert, the lightest
+    without what the slot held.
     """
-    layer = np.arange(len(weight))
-    places = slots < 0
-    full = np.logical_not(places.any(1))
-    donor = np.argmin(np.where(counts > 1, weight / np.maximum(counts - 1, 1), np.inf), axis=1)
-    counts[layer[full], donor[full]] -= 1
-    places |= full[:, None] & (slots == donor[:, None])
-    each = np.where(slots < 0, 0.0, np.take_along_axis(weight / np.maximum(counts, 1), np.maximum(slots, 0), axis=1))
-    totals = np.repeat(each.reshape(len(weight), -1, capacity).sum(2), capacity, axis=1)
-    slots[layer, np.argmin(np.where(places, totals - each, np.inf), axis=1)] = expert
-    counts[layer, expert] = 1
-    return slots, counts
+    index = jnp.arange(len(weight), dtype=jnp.int32)
 
+    def choose(counts: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
+        missing = counts == 0
+        lost = missing.any()
+        wanted = jnp.where(lost, jnp.where(missing, weight, -1), divide(weight, jnp.maximum(counts, 1)))
+        left = jnp.where(counts > 1, divide(weight, jnp.maximum(counts - 1, 1)), jnp.inf)
+        needed = lost | (left.min() < WORTH_GIVING * wanted.max())
+        return jnp.argmax(wanted), jnp.argmin(left), needed
 
-def _fill_first(
-    weight: np.ndarray, slots: np.ndarray, counts: np.ndarray, capacity: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """Slots and counts where each layer's first empty slot has the expert whose replicas have the most load each.
+    def unfinished(state: tuple[jax.Array, jax.Array]) -> jax.Array:
+        slots, counts = state
+        return (slots < 0).any() | choose(counts)[2]
 
-    Of the experts that the GPU lacks, where it lacks any.
-    """
-    layer = np.arange(len(weight))
-    place = np.argmax(slots < 0, axis=1)
-    of_gpu = np.take_along_axis(slots.reshape(len(weight), -1, capacity), (place // capacity)[:, None, None], axis=1)
-    new = ~held_by_gpus(of_gpu, weight.shape[1])[:, 0]
-    expert = np.argmax(np.where(new | ~new.any(1, keepdims=True), weight / counts, -1.0), axis=1)
-    slots[layer, place] = expert
-    counts[layer, expert] += 1
-    return slots, counts
+    def give(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        slots, counts = state
+        expert, donor = choose(counts)[:2]
+        empty = slots < 0
+        places = jnp.where(empty.any(), empty, slots == donor)
+        counts = counts - ((index == donor) & ~empty.any()).astype(jnp.int32)
+        each = jnp.where(empty, 0, divide(weight, jnp.maximum(counts, 1))[jnp.maximum(slots, 0)])
+        by_gpu = each.reshape(-1, capacity)
+        without = (by_gpu.sum(1, keepdims=True) - by_gpu).reshape(-1)
+        lacks = jnp.repeat(~(slots == expert).reshape(-1, capacity).any(1), capacity)
+        places = jnp.where((places & lacks).any(), places & lacks, places)
+        place = jnp.argmin(jnp.where(places, without, jnp.inf))
+        there = jnp.arange(len(slots), dtype=jnp.int32) == place
+        return jnp.where(there, expert.astype(jnp.int32), slots), counts + (index == expert).astype(jnp.int32)
+
+    counts = jnp.zeros(len(weight), jnp.int32).at[jnp.where(slots < 0, len(weight), slots)].add(1, mode="drop")
+    return jax.lax.while_loop(unfinished, give, (slots, counts))[0]

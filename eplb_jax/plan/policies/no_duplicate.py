@@ -79,11 +79,29 @@ class _Packed(NamedTuple):
       slots: the expert of each slot, -1 for none; int32 [G, K, N].
       loads: of each slot [G, K, N].
       counts: slots of each GPU that are taken, its first ones; int32 [G, N].
+      totals: load of each GPU [G, N].
+      holds: whether each GPU has the expert whose replicas are being packed [G, N].
     """
 
     slots: jax.Array
     loads: jax.Array
     counts: jax.Array
+    totals: jax.Array
+    holds: jax.Array
+
+
+class _Replica(NamedTuple):
+    """The next replica of each node; all [N].
+
+    Attributes:
+      load: what it carries.
+      expert: whose it is; int32.
+      first: whether it is the expert's first.
+    """
+
+    load: jax.Array
+    expert: jax.Array
+    first: jax.Array
 
 
 class _Place(NamedTuple):
@@ -91,12 +109,11 @@ class _Place(NamedTuple):
 
     Attributes:
       gpu: whose next free slot is filled [N].
-      direct: whether the new replica takes it; else the one at left does [N].
-      left: where the replica is that moves, GPU and position [N] each.
+      left: where the replica is that moves there, for which the new one comes: GPU and position [N] each; out of bounds
+        where the new one itself takes the free slot.
     """
 
     gpu: jax.Array
-    direct: jax.Array
     left: tuple[jax.Array, jax.Array]
 
 
@@ -105,62 +122,66 @@ def _pack_apart(gpus: int, weight: jax.Array, replicas: jax.Array) -> jax.Array:
 
     If all with a free slot have it, one of them takes another GPU's replica, and the new one takes the slot of that.
     This is always possible: of the replicas on a full GPU, all of different experts, one is new to a GPU that holds
-    fewer.
+    fewer. Replicas of an expert come one after the other.
     """
+    replicas = jnp.sort(replicas, axis=1)  # so that equal loads are in the order of experts
     loads = slot_loads(weight, replicas)
     order = inverse(descending_ranks(ordered_bits(loads)))
     nodes, capacity = len(loads), loads.shape[1] // gpus
     empty = _Packed(
-        jnp.full((gpus, capacity, nodes), -1, jnp.int32),
-        jnp.zeros((gpus, capacity, nodes), loads.dtype),
-        jnp.zeros((gpus, nodes), jnp.int32),
+        slots=jnp.full((gpus, capacity, nodes), -1, jnp.int32),
+        loads=jnp.zeros((gpus, capacity, nodes), loads.dtype),
+        counts=jnp.zeros((gpus, nodes), jnp.int32),
+        totals=jnp.zeros((gpus, nodes), loads.dtype),
+        holds=jnp.zeros((gpus, nodes), bool),
     )
-    items = take(loads, order).T, take(replicas, order).T
-    packed, _ = jax.lax.scan(lambda packed, item: (_pack_one(packed, *item), None), empty, items)
+    experts = take(replicas, order).T
+    first = jnp.concatenate([jnp.ones((1, nodes), bool), experts[1:] != experts[:-1]])
+    items = _Replica(take(loads, order).T, experts, first)
+    packed, _ = jax.lax.scan(lambda packed, item: (_pack_one(packed, item), None), empty, items)
     return packed.slots.reshape(-1, nodes).T
 
 
-def _pack_one(packed: _Packed, load: jax.Array, expert: jax.Array) -> _Packed:
-    """The GPUs with one more replica of each node; load and expert are [N]."""
-    slots, loads, counts = packed
-    gpus, capacity, _ = slots.shape
-    gpu_ids = jnp.arange(gpus, dtype=jnp.int32)[:, None]
-    positions = jnp.arange(capacity, dtype=jnp.int32)[:, None]
-    totals = loads.sum(1)
-    open_totals = jnp.where(counts < capacity, totals, jnp.inf)
-    new = jnp.where((slots == expert).any(1), jnp.inf, open_totals)
-    direct = jnp.isfinite(new).any(0)
-    nowhere = jnp.full_like(counts[0], -1)
-    easy = _Place(_first_least(new), direct, (nowhere, nowhere))
-    make_room = functools.partial(_make_room, packed, load, expert, totals, easy)
-    place = jax.lax.cond(direct.all(), lambda: easy, make_room)
+def _pack_one(packed: _Packed, item: _Replica) -> _Packed:
+    """The GPUs with one more replica of each node."""
+    packed = packed._replace(holds=packed.holds & ~item.first)
+    gpus, capacity, nodes = packed.slots.shape
+    lightest = jnp.where((packed.counts < capacity) & ~packed.holds, packed.totals, jnp.inf)
+    direct = jnp.isfinite(lightest).any(0)
+    nowhere = jnp.full(nodes, gpus, jnp.int32), jnp.zeros(nodes, jnp.int32)
+    easy = _Place(_first_least(lightest), nowhere)
+    place = jax.lax.cond(direct.all(), lambda: easy, functools.partial(_make_room, packed, item, easy, direct))
 
-    free = ((gpu_ids == place.gpu) & (counts < capacity))[:, None] & (positions == counts[:, None])
-    left = (gpu_ids == place.left[0])[:, None] & (positions == place.left[1])
-    moving, moving_load = (jnp.where(left, x, 0).sum((0, 1), dtype=x.dtype) for x in (slots, loads))
+    node = jnp.arange(nodes, dtype=jnp.int32)
+    to, left = (place.gpu, packed.counts[place.gpu, node], node), (*place.left, node)
+    expert, load = (
+        jnp.where(direct, new, array.at[left].get(mode="clip"))
+        for new, array in ((item.expert, packed.slots), (item.load, packed.loads))
+    )
+    gpu_ids = jnp.arange(gpus, dtype=jnp.int32)[:, None]
+    here, there = gpu_ids == place.gpu, gpu_ids == place.left[0]
     return _Packed(
-        jnp.where(free, jnp.where(place.direct, expert, moving), jnp.where(left, expert, slots)),
-        jnp.where(free, jnp.where(place.direct, load, moving_load), jnp.where(left, load, loads)),
-        counts + (gpu_ids == place.gpu).astype(jnp.int32),
+        slots=packed.slots.at[to].set(expert).at[left].set(item.expert, mode="drop"),
+        loads=packed.loads.at[to].set(load).at[left].set(item.load, mode="drop"),
+        counts=packed.counts + here.astype(jnp.int32),
+        totals=packed.totals + jnp.where(here, load, jnp.where(there, item.load - load, 0)),
+        holds=packed.holds | jnp.where(direct, here, there),
     )
 
 
-def _make_room(packed: _Packed, load: jax.Array, expert: jax.Array, totals: jax.Array, easy: _Place) -> _Place:
+def _make_room(packed: _Packed, item: _Replica, easy: _Place, direct: jax.Array) -> _Place:
     """The place where no GPU with a free slot lacks the expert: another GPU's replica goes to the lightest of them."""
-    slots, loads, counts = packed
-    gpus, capacity, _ = slots.shape
-    is_open = counts < capacity
-    has = (slots == expert).any(1)
+    gpus, capacity, _ = packed.slots.shape
+    totals, is_open = packed.totals, packed.counts < capacity
     fallback = _first_least(jnp.where(is_open, totals, jnp.inf))
     there = (jnp.arange(gpus, dtype=jnp.int32)[:, None] == fallback)[:, None]
-    held, total = jnp.where(there, slots, 0).sum(0, dtype=jnp.int32), jnp.where(there[:, 0], totals, 0).sum(0)
-    new_there = ~(slots[:, :, None] == held).any(2)
-    after = jnp.maximum(total + loads, (totals + load)[:, None] - loads)
-    after = jnp.where(new_there & ~(has | is_open)[:, None], after, jnp.inf)
+    held, total = jnp.where(there, packed.slots, 0).sum(0, dtype=jnp.int32), jnp.where(there[:, 0], totals, 0).sum(0)
+    new_there = ~(packed.slots[:, :, None] == held).any(2)
+    after = jnp.maximum(total + packed.loads, (totals + item.load)[:, None] - packed.loads)
+    after = jnp.where(new_there & ~(packed.holds | is_open)[:, None], after, jnp.inf)
     chosen = _first_least(after.reshape(gpus * capacity, -1))
-    left = (jnp.where(easy.direct, -1, index) for index in (chosen // capacity, chosen % capacity))
-    gpu, position = left
-    return _Place(jnp.where(easy.direct, easy.gpu, fallback), easy.direct, (gpu, position))
+    gpu, position = jnp.where(direct, gpus, chosen // capacity), jnp.where(direct, 0, chosen % capacity)
+    return _Place(jnp.where(direct, easy.gpu, fallback), (gpu, position))
 
 
 def _first_least(values: jax.Array) -> jax.Array:

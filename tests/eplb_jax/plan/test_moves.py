@@ -1,6 +1,7 @@
 """Policies that start from a placement: `sticky` moves little, `elastic` copes with GPUs that die and return."""
 
 import itertools
+import sys
 
 import jax
 import numpy as np
@@ -118,6 +119,46 @@ def test_elastic_restores_the_lost_and_leaves_the_rest():
     back.check(8)
     assert (back.phy2log >= 0).all()
     assert (heaviest(back, weight, 8) <= heaviest(before, weight, 8) * 1.01 * (1 + 1e-6)).all()
+
+
+def test_fresh_plans_are_made_only_for_layers_that_search_does_not_bring_near_the_bound(monkeypatch):
+    """And they are those that each layer would have alone."""
+    module, planned = sys.modules[sticky.__module__], []
+
+    def record(weight, *sizes):
+        planned.append(len(weight))
+        return balanced(weight, *sizes)
+
+    monkeypatch.setattr(module, "balanced", record)
+    weight = loads_of("lognormal", 20, 64)
+    plan = balanced(weight, 66, 1, 1, 6)
+    new = drift(weight, 3)
+    near = sticky(new, plan, 1, 1, 6)
+    assert not planned
+    assert (heaviest(near, new, 6) <= new.sum(1, dtype=np.float64) / 6 * 1.01 * (1 + 1e-6)).all()
+
+    new[[2, 7], 0] = new[[2, 7]].sum(1) * 50  # no plan is near the mean: 6 GPUs, and an expert has 3 replicas at most
+    mixed = sticky(new, plan, 1, 1, 6)
+    assert planned == [module.FEW]
+    others = np.delete(np.arange(20), [2, 7])
+    np.testing.assert_array_equal(mixed.phy2log[others], near.phy2log[others])
+    for layer in (2, 7):
+        alone = Placement.from_phy2log(plan.phy2log[layer : layer + 1], 64)
+        one = sticky(new[layer : layer + 1], alone, 1, 1, 6)
+        np.testing.assert_array_equal(mixed.phy2log[layer], one.phy2log[0])
+
+
+def test_elastic_gives_spares_to_experts_of_heavy_nodes():
+    """Each node had its own spares; when a GPU dies, experts of a node with ten times the load need nearly all."""
+    weight = loads_of("lognormal", 3, 64)
+    weight[:, :32] *= 10
+    before = balanced(weight, 80, 2, 2, 16)
+    alive = np.arange(16) != 3
+    after = elastic(weight, alive, 80, 2, 2, previous=before)
+    after.check(16)
+    fresh = elastic(weight, alive, 80, 2, 2)
+    assert (heaviest(after, weight, 16) <= heaviest(fresh, weight, 16) * 1.01 * (1 + 1e-6)).all()
+    assert moved(before, after, 16).sum() < moved(before, fresh, 16).sum() * 0.8
 
 
 def test_elastic_with_no_spare_but_enough():
