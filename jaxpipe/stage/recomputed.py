@@ -99,7 +99,7 @@ def _waiting(
     costly: set[Node] = set()
     fixed = set(known)
     for node in early:
-        operands = [value for value in node.ins if value.const is None and not value.effect and value.nbytes]
+        operands = [value for value in node.ins if value.const is None and not value.effect]
         if fixed.issuperset(operands):
             fixed.update(node.outs)
             continue
@@ -110,7 +110,8 @@ def _waiting(
         heavy = is_heavy(node.name) or node.name in COLLECTIVES
         if heavy:
             own = found.setdefault(place, {})
-            own.update((value, None) for value in operands if value not in fixed and value not in after)
+            waits = (value for value in operands if value.nbytes and value not in fixed and value not in after)
+            own.update(dict.fromkeys(waits))
         if heavy or not after.isdisjoint(node.ins):
             after.update(node.outs)
             costly.add(node)

@@ -91,6 +91,10 @@ def sticky(
     def too_heavy(best: np.ndarray) -> np.ndarray:
         return ~whole | (before > best * (1 + tolerance)) & (before - best >= min_gain * before)
 
+    def close_to(best: np.ndarray) -> np.ndarray:
+        """The load that is close enough to the best and loses enough."""
+        return np.minimum(best * (1 + tolerance), before * (1 - min_gain))
+
     left, phy2log = too_heavy(bound), old.copy()
     if not left.any():
         return previous
@@ -98,10 +102,10 @@ def sticky(
     # that it saw, so one for the fresh plan's load, which is larger, is worth it only where that was reached.
     reached = np.zeros(len(weight))
     if cluster.replicas_per_gpu > PAIR:
-        target = bound * (1 + tolerance)
+        target = close_to(bound)
         found, reached = _search_near(weight, old, np.where(left & whole, target, np.inf), cluster)
         few = replicas_moved(old, found, num_gpus) <= MANY_MOVED * previous.num_replicas
-        settled = left & whole & few & (reached <= target) & (before - reached >= min_gain * before)
+        settled = left & whole & few & (reached <= target)
         phy2log[settled] = found[settled]
         left &= ~settled
     if left.any():
@@ -111,7 +115,7 @@ def sticky(
         fresh = balanced(weight[some], previous.num_replicas, num_groups, num_nodes, num_gpus)
         best[some], new[some] = gpu_loads(fresh, weight[some], num_gpus).max(1), np.asarray(fresh.phy2log)
         left &= too_heavy(best)
-        target = np.where(left & whole & (reached <= best * (1 + tolerance)), best * (1 + tolerance), np.inf)
+        target = np.where(left & whole & (reached <= close_to(best)), close_to(best), np.inf)
         ended = np.isfinite(target)
         if ended.any():
             found, after = _search_near(weight, old, target, cluster)

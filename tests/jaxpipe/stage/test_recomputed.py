@@ -76,3 +76,25 @@ def test_layer_by_layer(stage, stash):
                 assert not [eqn for eqn in products[before][0] if eqn in left]
     expected = jax.vjp(plain, PARAMS, X)[1](y)
     assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=1e-12)
+
+
+def noisy_layer(p, x):
+    """A layer whose random key is made of what a product gives, as one that draws by its tokens does."""
+    h = x @ p["in"]
+    key = jax.random.wrap_key_data(jnp.abs(h[0, :2] * 1000).astype(jnp.uint32))
+    noise = jax.random.uniform(key, h.shape, h.dtype)
+    return x + jnp.tanh(h + (noise * h) @ p["in"].T @ p["in"]) @ p["out"]
+
+
+def test_keys_made_of_what_waits():
+    """A key holds no number that a barrier takes, but what is made of it is there no sooner than the key."""
+
+    def stage(params, x):
+        for p in params:
+            x = jax.checkpoint(noisy_layer)(p, x)
+        return x
+
+    split = split_stage(stage, PARAMS, X)
+    prepared = split.prepare(PARAMS)
+    y, residuals = split.forward(prepared, X)
+    assert_trees_close(split.backward(prepared, residuals, y), jax.vjp(stage, PARAMS, X)[1](y), rtol=1e-12)
