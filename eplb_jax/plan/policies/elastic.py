@@ -77,9 +77,11 @@ def elastic(
                 f"the previous placement is of {previous.num_layers} layers, {previous.num_replicas} replicas and "
                 f"{previous.num_experts} experts, not of {len(weight)}, {num_replicas} and {num_experts}"
             )
-        kept = np.asarray(previous.phy2log)[:, living]
+        held = np.asarray(previous.phy2log)
+        kept = held[:, living]
+        changed = (held[:, ~living] >= 0).any(1) | (kept < 0).any(1)
         loads = np.where(weight.max(1, keepdims=True) > 0, weight, np.float32(1))  # no load: all alike
-        start = plan_in_halves(functools.partial(_fill, capacity=capacity), len(weight), loads, kept)
+        start = plan_in_halves(functools.partial(_fill, capacity=capacity), len(weight), loads, kept, changed)
         start = Placement.from_phy2log(start, num_experts)
         plan = sticky(weight, start, groups, nodes, int(alive.sum()), tolerance=tolerance)
     phy2log[:, living] = plan.phy2log
@@ -96,14 +98,15 @@ def _living_nodes(alive: np.ndarray, num_groups: int, num_nodes: int) -> tuple[i
 
 
 @functools.partial(jax.jit, static_argnames="capacity")
-def _fill(weight: jax.Array, slots: jax.Array, *, capacity: int) -> jax.Array:
-    return jax.vmap(functools.partial(_fill_layer, capacity))(weight, slots)
+def _fill(weight: jax.Array, slots: jax.Array, changed: jax.Array, *, capacity: int) -> jax.Array:
+    return jax.vmap(functools.partial(_fill_layer, capacity))(weight, slots, changed)
 
 
-def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array) -> jax.Array:
+def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array, changed: jax.Array) -> jax.Array:
     """A layer's slots [R], none empty (-1), with each expert of loads [E] at least once, and spares where they matter.
 
-    One slot after the other goes to the expert that has none, or else the heaviest replicas: an empty one, or else one
+    Where no GPU died or came back, not ``changed``, spares stay where they are: `sticky` knows whether that is good
+    enough. One slot after the other goes to the expert that has none, or else the heaviest replicas: an empty one, or else one
     of the expert whose other replicas are light enough. Of these it is one on a GPU that lacks the expert, the lightest
     without what the slot held.
     """
@@ -114,7 +117,7 @@ def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array) -> jax.Array
         lost = missing.any()
         wanted = jnp.where(lost, jnp.where(missing, weight, -1), divide(weight, jnp.maximum(counts, 1)))
         left = jnp.where(counts > 1, divide(weight, jnp.maximum(counts - 1, 1)), jnp.inf)
-        needed = lost | (left.min() < WORTH_GIVING * wanted.max())
+        needed = lost | (changed & (left.min() < WORTH_GIVING * wanted.max()))
         return jnp.argmax(wanted), jnp.argmin(left), needed
 
     def unfinished(state: tuple[jax.Array, jax.Array]) -> jax.Array:

@@ -65,6 +65,17 @@ def test_sticky_leaves_what_is_good_enough():
     assert np.array_equal(new.phy2log[[0, 2]], plan.phy2log[[0, 2]])
 
 
+def test_sticky_gains_what_it_must_where_it_moves_anything():
+    weight = loads_of("lognormal", 24, 16)
+    plan = balanced(weight, 32, 4, 2, 8)
+    new = drift(weight, 1, 0.25)
+    before, least = heaviest(plan, new, 8), 0.1
+    after = sticky(new, plan, 4, 2, 8, tolerance=0.05, min_gain=least)
+    changed = (after.phy2log != plan.phy2log).any(1)
+    assert changed.any() and not changed.all()
+    assert ((before - heaviest(after, new, 8))[changed] >= least * before[changed] * (1 - 1e-6)).all()
+
+
 def test_sticky_keeps_the_slots_of_what_stays():
     weight = loads_of("zipf", 3, 64)
     plan = balanced(weight, 80, 8, 4, 8)
@@ -119,6 +130,13 @@ def test_elastic_restores_the_lost_and_leaves_the_rest():
     back.check(8)
     assert (back.phy2log >= 0).all()
     assert (heaviest(back, weight, 8) <= heaviest(before, weight, 8) * 1.01 * (1 + 1e-6)).all()
+
+
+def test_elastic_moves_nothing_for_gpus_that_stay():
+    """The plan is what `balanced` makes of these loads, and spares of light experts were worth little to it."""
+    weight = loads_of("lognormal", 4, 32)
+    plan = balanced(weight, 48, 1, 1, 8)
+    assert (elastic(weight, np.ones(8, bool), 48, 1, 1, previous=plan).phy2log == plan.phy2log).all()
 
 
 def test_fresh_plans_are_made_only_for_layers_that_search_does_not_bring_near_the_bound(monkeypatch):

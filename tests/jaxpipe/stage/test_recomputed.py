@@ -82,8 +82,8 @@ def noisy_layer(p, x):
     """A layer whose random key is made of what a product gives, as one that draws by its tokens does."""
     h = x @ p["in"]
     key = jax.random.wrap_key_data(jnp.abs(h[0, :2] * 1000).astype(jnp.uint32))
-    noise = jax.random.uniform(key, h.shape, h.dtype)
-    return x + jnp.tanh(h + (noise * h) @ p["in"].T @ p["in"]) @ p["out"]
+    noise = jax.random.uniform(key, x.shape, x.dtype)
+    return x + jnp.tanh((noise * x) @ p["in"]) @ p["out"]
 
 
 def test_keys_made_of_what_waits():
