@@ -105,10 +105,10 @@ def _fill(weight: jax.Array, slots: jax.Array, changed: jax.Array, *, capacity: 
 def _fill_layer(capacity: int, weight: jax.Array, slots: jax.Array, changed: jax.Array) -> jax.Array:
     """A layer's slots [R], none empty (-1), with each expert of loads [E] at least once, and spares where they matter.
 
-    Where no GPU died or came back, not ``changed``, spares stay where they are: `sticky` knows whether that is good
-    enough. One slot after the other goes to the expert that has none, or else the heaviest replicas: an empty one, or else one
+    One slot after the other goes to the expert that has none, or else the heaviest replicas: an empty one, or else one
     of the expert whose other replicas are light enough. Of these it is one on a GPU that lacks the expert, the lightest
-    without what the slot held.
+    without what the slot held. Where no GPU died or came back, not ``changed``, spares stay where they are: `sticky`
+    knows whether that is good enough.
     """
     index = jnp.arange(len(weight), dtype=jnp.int32)
 
