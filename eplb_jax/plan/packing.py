@@ -182,7 +182,7 @@ def replicate(weight: jax.Array, num_replicas: int, most: int | None = None) -> 
 
 
 def descending_ranks(keys: jax.Array) -> jax.Array:
-    """The place of each int32 key of [L, N] in stable descending order."""
+    """The place of each int32 key of [L, N] in stable descending order; no key is 2**31 - 1."""
     index = jnp.arange(keys.shape[1], dtype=jnp.int32)
     if keys.shape[1] > MOST_COUNTED or keys.size * keys.shape[1] > MOST_COMPARED:
         items = jnp.broadcast_to(index, keys.shape)

@@ -79,7 +79,7 @@ def elastic(
             )
         held = np.asarray(previous.phy2log)
         kept = held[:, living]
-        changed = (held[:, ~living] >= 0).any(1) | (kept < 0).any(1)
+        changed = np.logical_or((held[:, ~living] >= 0).any(1), (kept < 0).any(1))
         loads = np.where(weight.max(1, keepdims=True) > 0, weight, np.float32(1))  # no load: all alike
         start = plan_in_halves(functools.partial(_fill, capacity=capacity), len(weight), loads, kept, changed)
         start = Placement.from_phy2log(start, num_experts)
