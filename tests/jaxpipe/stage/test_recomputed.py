@@ -29,8 +29,10 @@ def plain(params, x):
     return x
 
 
-PARAMS = [{"in": zoo.normal(8, 16, seed=s), "out": zoo.normal(16, 8, seed=s + 9)} for s in range(COUNT)]
-X = zoo.normal(4, 8, seed=3)
+def arguments():
+    """Parameters and x."""
+    params = [{"in": zoo.normal(8, 16, seed=s), "out": zoo.normal(16, 8, seed=s + 9)} for s in range(COUNT)]
+    return params, zoo.normal(4, 8, seed=3)
 
 
 def products_reading(jaxpr, var):
@@ -54,19 +56,20 @@ def without(jaxpr, blocked):
     return found
 
 
-@pytest.mark.parametrize(("stage", "stash"), [(in_checkpoints, None), (plain, 4 * 8 * 8 * COUNT)])
-def test_layer_by_layer(stage, stash):
+@pytest.mark.parametrize(("stage", "stash"), [(in_checkpoints, None), (plain, 2 * COUNT * 4 * 8 * 8)])
+def test_layer_by_layer(x64, stage, stash):
     """Without the products that give a layer's cotangent, nothing of the layers before it is computed again."""
-    split = split_stage(stage, PARAMS, X, stash=stash)
-    prepared = split.prepare(PARAMS)
-    y, residuals = split.forward(prepared, X)
-    assert sum(leaf.nbytes for leaf in jax.tree.leaves(residuals)) <= COUNT * X.nbytes
+    params, x = arguments()
+    split = split_stage(stage, params, x, stash=stash)
+    prepared = split.prepare(params)
+    y, residuals = split.forward(prepared, x)
+    assert sum(leaf.nbytes for leaf in jax.tree.leaves(residuals)) <= COUNT * x.nbytes
     for backward in (split.backward, split.backward_input):
 
         def run(params, residuals, ct, backward=backward):
             return backward(split.prepare(params), residuals, ct)
 
-        jaxpr = jax.make_jaxpr(run)(PARAMS, residuals, y).jaxpr
+        jaxpr = jax.make_jaxpr(run)(params, residuals, y).jaxpr
         matrices = jaxpr.invars[: 2 * COUNT]
         products = [[products_reading(jaxpr, var) for var in matrices[2 * i : 2 * i + 2]] for i in range(COUNT)]
         for behind in range(1, COUNT):
@@ -74,7 +77,7 @@ def test_layer_by_layer(stage, stash):
             for before in range(behind):
                 assert products[before][0]
                 assert not [eqn for eqn in products[before][0] if eqn in left]
-    expected = jax.vjp(plain, PARAMS, X)[1](y)
+    expected = jax.vjp(plain, params, x)[1](y)
     assert_trees_close(split.backward(prepared, residuals, y), expected, rtol=1e-12)
 
 
@@ -86,7 +89,7 @@ def noisy_layer(p, x):
     return x + jnp.tanh((noise * x) @ p["in"]) @ p["out"]
 
 
-def test_keys_made_of_what_waits():
+def test_keys_made_of_what_waits(x64):
     """A key holds no number that a barrier takes, but what is made of it is there no sooner than the key."""
 
     def stage(params, x):
@@ -94,7 +97,8 @@ def test_keys_made_of_what_waits():
             x = jax.checkpoint(noisy_layer)(p, x)
         return x
 
-    split = split_stage(stage, PARAMS, X)
-    prepared = split.prepare(PARAMS)
-    y, residuals = split.forward(prepared, X)
-    assert_trees_close(split.backward(prepared, residuals, y), jax.vjp(stage, PARAMS, X)[1](y), rtol=1e-12)
+    params, x = arguments()
+    split = split_stage(stage, params, x)
+    prepared = split.prepare(params)
+    y, residuals = split.forward(prepared, x)
+    assert_trees_close(split.backward(prepared, residuals, y), jax.vjp(stage, params, x)[1](y), rtol=1e-12)
