@@ -276,9 +276,8 @@ def _train_buffers(
     chunks, outer = jax.eval_shape(functools.partial(jax.tree.map, grad), summed)
     # Behind barriers: XLA would make these zeros and the gradients of what a stage does not use once, which are needed
     # before the first step and after the last, and keep them all the time.
-    zeros = {
-        leaf.dtype: lax.optimization_barrier(jnp.zeros((), leaf.dtype)) for leaf in jax.tree.leaves((chunks, outer))
-    }
+    dtypes = dict.fromkeys(leaf.dtype for leaf in jax.tree.leaves((chunks, outer)))
+    zeros = {dtype: lax.optimization_barrier(jnp.zeros((), dtype)) for dtype in dtypes}
 
     def begin(aval: Any) -> jax.Array:
         return lax.broadcast(zeros[aval.dtype], aval.shape)

@@ -221,16 +221,7 @@ def gather_where_used(model: Model, shards: Params) -> Model:
 
 def gather_once(model: Model, shards: Params) -> Model:
     """The model whose parameters are made whole of shards once a step, for all microbatches."""
-    return dataclasses.replace(model, whole=functools.partial(_whole, shards))
-
-
-def _whole(shards: Params, params: Params) -> Params:
-    leaves, structure = jax.tree.flatten(params)
-    whole = [
-        leaf if shard is None else lax.all_gather(leaf, shard.axes, axis=shard.dimension, tiled=True)
-        for leaf, shard in zip(leaves, (*shards.stages, *shards.outer), strict=True)
-    ]
-    return jax.tree.unflatten(structure, whole)
+    return dataclasses.replace(model, whole=Gather((*shards.stages, *shards.outer), 0))
 
 
 def rows_of_stages(model: Model) -> int:

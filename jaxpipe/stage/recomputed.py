@@ -67,7 +67,7 @@ def recompute_in_turn(nodes: Sequence[Node], cotangents: Iterable[Value], known:
 
 
 def _depending(nodes: Iterable[Node], values: Iterable[Value]) -> set[Value]:
-    """Values, and all that depends on them."""
+    """Values, and all results of nodes that wait for them: `dependents` knows single results, a place has the node."""
     found = set(values)
     for node in nodes:
         if not found.isdisjoint(node.ins):

@@ -74,6 +74,15 @@ OPTIMIZERS = {
 }  # fmt: skip
 
 
+def assert_trained_alike(found, expected, shardings):
+    """Pairs of parameters, which are kept as the shardings say, and the optimizer's state."""
+    stages = [dict(params.stages, keys=jax.random.key_data(params.stages["keys"])) for params, _ in (found, expected)]
+    assert_trees_close(stages[0], stages[1], rtol=1e-10)
+    assert_trees_close((found[0].outer, found[1]), (expected[0].outer, expected[1]), rtol=1e-10)
+    for leaf, sharding in zip(jax.tree.leaves(found[0]), jax.tree.leaves(shardings), strict=True):
+        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+
+
 SLOW = ("adamw", "masked", "factored", "accumulated")
 
 
@@ -86,11 +95,7 @@ def test_any_optimizer_updates_as_it_does_alone(x64, name):
     expected, expected_state, _ = train(
         plain_value_and_grad(stage, SCHEDULE, embed=embed, head=head), optimizer, params, batch
     )
-    stages = [dict(each.stages, keys=jax.random.key_data(each.stages["keys"])) for each in (found, expected)]
-    assert_trees_close(stages[0], stages[1], rtol=1e-10)
-    assert_trees_close((found.outer, state), (expected.outer, expected_state), rtol=1e-10)
-    for leaf, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(step.shardings(params)), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert_trained_alike((found, state), (expected, expected_state), step.shardings(params))
     specs = {leaf.sharding.spec for leaf in jax.tree.leaves(state) if leaf.shape == (4, WIDTH, WIDTH)}
     assert specs == {P("pp", "dp")} or name == "factored"
     assert "reduce-scatter" in compiled.as_text() and "all-gather" in compiled.as_text()
@@ -113,11 +118,7 @@ def test_parameters_kept_in_parts_are_updated_as_whole_ones(x64):
     wanted, wanted_state, _ = train(
         plain_value_and_grad(stage, schedule, embed=embed, head=head), optimizer, params, batch
     )
-    stages = [dict(each.stages, keys=jax.random.key_data(each.stages["keys"])) for each in (found, wanted)]
-    assert_trees_close(stages[0], stages[1], rtol=1e-10)
-    assert_trees_close((found.outer, state), (wanted.outer, wanted_state), rtol=1e-10)
-    for leaf, sharding in zip(jax.tree.leaves(found), jax.tree.leaves(shardings), strict=True):
-        assert leaf.sharding.is_equivalent_to(sharding, leaf.ndim)
+    assert_trained_alike((found, state), (wanted, wanted_state), shardings)
     assert len(re.findall(r" all-gather(?:-start)?\(", compiled.as_text())) == 2  # of "w" and "in", not of updates
     loss, _ = jax.jit(step.evaluation)(found, batch)
     other, _ = jax.jit(jaxpipe.value_and_grad(stage, schedule, mesh, **options).evaluation)(wanted, batch)

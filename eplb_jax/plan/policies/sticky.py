@@ -115,7 +115,8 @@ def sticky(
         fresh = balanced(weight[some], previous.num_replicas, num_groups, num_nodes, num_gpus)
         best[some], new[some] = gpu_loads(fresh, weight[some], num_gpus).max(1), np.asarray(fresh.phy2log)
         left &= too_heavy(best)
-        target = np.where(left & whole & (reached <= close_to(best)), close_to(best), np.inf)
+        close = close_to(best)
+        target = np.where(left & whole & (reached <= close), close, np.inf)
         ended = np.isfinite(target)
         if ended.any():
             found, after = _search_near(weight, old, target, cluster)
