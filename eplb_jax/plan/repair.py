@@ -35,6 +35,72 @@ def replicas_moved(old: np.ndarray, new: np.ndarray, num_gpus: int) -> np.ndarra
     return counted.sum((1, 2))
 
 
+def swap_back(
+    weight: np.ndarray, old: np.ndarray, new: np.ndarray, most: np.ndarray, num_gpus: int, gpus_per_node: int
+) -> np.ndarray:
+    """New slots [rows, R] without the swaps that a search took and did not need: fewer experts are new to their GPU.
+
+    Two replicas of a node that are new to their GPUs swap places where that brings one of them back to a GPU that held
+    it, or both, and leaves both GPUs within ``most``: first those of which both come back, of these those whose heavier
+    GPU is lightest, as many at once as are of different GPUs, until there are none.
+
+    Args:
+      weight: loads of experts [rows, E].
+      old, new: slots before and after the search [rows, R].
+      most: load that no GPU of a row may exceed by a swap [rows].
+    """
+    out, shape = new.copy(), (-1, num_gpus, new.shape[1] // num_gpus)
+    experts = weight.shape[1]
+    counts = np.bincount((new + np.arange(len(new))[:, None] * experts).reshape(-1), minlength=weight.size)
+    each = weight.astype(np.float64) / np.maximum(counts, 1).reshape(weight.shape)
+    left = np.arange(len(new))
+    while len(left):
+        was, now = (slots[left].reshape(shape) for slots in (old, out))
+        row, gpu, slot = np.nonzero(_counts(now, now) > _counts(was, now))  # what is new to its GPU
+        gone = _counts(now, was) < _counts(was, was)
+        free_row, free_gpu, _ = np.nonzero(gone)
+        free = np.unique((free_row * experts + was[gone]) * num_gpus + free_gpu)  # whom a GPU held, by row and expert
+        expert, place = now[row, gpu, slot], row * num_gpus + gpu
+        # Each replica with each GPU that held its expert, and with each of those that are new there.
+        first, home = _matches(row * experts + expert, free // num_gpus)
+        pair, second = _matches(row[first] * num_gpus + free[home] % num_gpus, place)
+        first = first[pair]
+        load, total = each[left[row], expert], np.take_along_axis(each[left], now.reshape(len(left), -1), axis=1)
+        total = total.reshape(shape).sum(2).reshape(-1)
+        drop = load[first] - load[second]
+        after = np.maximum(total[place[first]] - drop, total[place[second]] + drop) / most[left[row[first]]]
+        may = (after <= 1) & (gpu[first] // gpus_per_node == gpu[second] // gpus_per_node)
+        first, second, after = first[may], second[may], after[may]
+        other = (row[first] * experts + expert[second]) * num_gpus + gpu[first]
+        both = free[np.searchsorted(free, other).clip(max=len(free) - 1)] == other
+        # A pair of which both come back is found from either side; it stands for both where it is the first one's.
+        ends = np.stack([first, second], axis=1)[~both | (first < second)]
+        order = (row[first] * 4 + after + 2 * ~both)[~both | (first < second)]
+        ends = ends[np.argsort(order, kind="stable")]
+        number = np.arange(len(ends))
+        earliest = np.empty(len(total), int)
+        earliest[place[ends[::-1]]] = number[::-1, None]  # of several numbers the last one stays
+        ends = ends[(earliest[place[ends]] == number[:, None]).all(1)]
+        rows = left[row[ends]]
+        slots = (gpu * shape[2] + slot)[ends]
+        out[rows, slots] = out[rows, slots[:, ::-1]]
+        left = np.unique(rows)
+    return out
+
+
+def _counts(held: np.ndarray, asked: np.ndarray) -> np.ndarray:
+    """How often GPUs' slots [..., K] hold each of the experts [..., n]: [..., n]."""
+    return (held[..., None, :] == asked[..., None]).sum(-1)
+
+
+def _matches(keys: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """All pairs of equal numbers: their indices among the keys and among the ordered ones."""
+    begin, end = (np.searchsorted(ordered, keys, side) for side in ("left", "right"))
+    number = end - begin
+    key = np.repeat(np.arange(len(keys)), number)
+    return key, np.arange(len(key)) - np.repeat(number.cumsum() - number - begin, number)
+
+
 def heaviest_gpu(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
     """Load of the heaviest GPU of each row [rows], in float64; weight [rows, E], slots [rows, R]."""
     row = np.arange(len(weight))[:, None] * weight.shape[1]

@@ -16,7 +16,7 @@ from eplb_jax.plan.halves import plan_in_halves
 from eplb_jax.plan.metrics import gpu_loads
 from eplb_jax.plan.placement import Array, Placement
 from eplb_jax.plan.policies.balanced import balanced
-from eplb_jax.plan.repair import common_experts, heaviest_gpu, keep_slots, replicas_moved
+from eplb_jax.plan.repair import common_experts, heaviest_gpu, keep_slots, replicas_moved, swap_back
 
 PAIR = 2
 """Slots of a GPU up to which plans are seldom close to the bound, so that the fresh plan is made at once."""
@@ -44,9 +44,10 @@ def sticky(
     ``min_gain`` of its load, keeps every slot. Elsewhere, replicas of the heaviest GPU swap places with others of its
     node, and spare replicas change hands. The best is first the load that no plan can be below, the mean per GPU, and
     of the heaviest node. A layer that does not come close to it is compared with a fresh plan of `balanced`. Where the
-    search does not come close to that either, the layer gets it, its GPUs numbered so that most replicas stay. Where a
-    group of experts is on several nodes and should not be, only the fresh plan is considered. An expert that stays on
-    its GPU stays in its slot. A layer without load is good enough.
+    search does not come close to that either, the layer gets it, its GPUs numbered so that most replicas stay. Swaps
+    that the balance does not need are taken back. Where a group of experts is on several nodes and should not be, only
+    the fresh plan is considered. An expert that stays on its GPU stays in its slot. A layer without load is good
+    enough.
 
     Args:
       weight: as in `rebalance_experts`; this runs on the host, so not traced.
@@ -95,17 +96,16 @@ def sticky(
         """The load that is close enough to the best and loses enough."""
         return np.minimum(best * (1 + tolerance), before * (1 - min_gain))
 
-    left, phy2log = too_heavy(bound), old.copy()
+    left, phy2log, most = too_heavy(bound), old.copy(), close_to(bound)
     if not left.any():
         return previous
     # What is as close to the bound is as close to a fresh plan, which is not made. The search keeps the lightest plan
     # that it saw, so one for the fresh plan's load, which is larger, is worth it only where that was reached.
     reached = np.zeros(len(weight))
     if cluster.replicas_per_gpu > PAIR:
-        target = close_to(bound)
-        found, reached = _search_near(weight, old, np.where(left & whole, target, np.inf), cluster)
+        found, reached = _search_near(weight, old, np.where(left & whole, most, np.inf), cluster)
         few = replicas_moved(old, found, num_gpus) <= MANY_MOVED * previous.num_replicas
-        settled = left & whole & few & (reached <= target)
+        settled = left & whole & few & (reached <= most)
         phy2log[settled] = found[settled]
         left &= ~settled
     if left.any():
@@ -116,6 +116,7 @@ def sticky(
         best[some], new[some] = gpu_loads(fresh, weight[some], num_gpus).max(1), np.asarray(fresh.phy2log)
         left &= too_heavy(best)
         close = close_to(best)
+        most = np.where(left, close, most)
         target = np.where(left & whole & (reached <= close), close, np.inf)
         ended = np.isfinite(target)
         if ended.any():
@@ -128,6 +129,7 @@ def sticky(
         moves = replicas_moved(old[many], phy2log[many], num_gpus)
         better = ~ended[many] | (replicas_moved(old[many], renumbered, num_gpus) < moves)
         phy2log[many[better]] = renumbered[better]
+    phy2log = swap_back(weight, old, phy2log, most, num_gpus, cluster.gpus_per_node)
     was, now = (slots.reshape(-1, cluster.replicas_per_gpu) for slots in (old, phy2log))
     changed = now != was
     if not changed.any():

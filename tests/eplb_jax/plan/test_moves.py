@@ -22,7 +22,7 @@ from eplb_jax import (
 )
 from eplb_jax.plan.cluster import Cluster
 from eplb_jax.plan.policies.sticky import _renumber
-from eplb_jax.plan.repair import common_experts, replicas_moved
+from eplb_jax.plan.repair import common_experts, replicas_moved, swap_back
 from tests.eplb_jax.plan.test_balance import heaviest, loads_of
 
 
@@ -47,7 +47,12 @@ def test_sticky_is_nearly_as_even_and_moves_little(kind, sizes):
         weight = drift(weight, step)
         new, best = sticky(weight, plan, *sizes[1:]), balanced(weight, *sizes)
         new.check(gpus)
-        assert (heaviest(new, weight, gpus) <= heaviest(best, weight, gpus) * 1.01 * (1 + 1e-6)).all()
+        limit = heaviest(best, weight, gpus) * 1.01
+        assert (heaviest(new, weight, gpus) <= limit * (1 + 1e-6)).all()
+        # What is close enough to the mean is close enough, so that of swaps for less than that none may be left.
+        for layer, mean in enumerate(weight.sum(1) / gpus * 1.01 * (1 - 1e-6)):
+            slots = (np.asarray(x.phy2log)[layer].reshape(gpus, -1) for x in (plan, new))
+            assert not needless_swaps(*slots, weight[layer], min(mean, limit[layer]), sizes[2])
         ours, fresh = ours + moved(plan, new, gpus).sum(), fresh + moved(plan, best, gpus).sum()
         plan = new
     assert ours < fresh / 2  # of few experts; examples/benchmarks/balance.py has the figures of real sizes
@@ -269,6 +274,55 @@ def test_gpus_of_a_fresh_plan_are_numbered_so_that_most_stays(nodes, gpus, capac
             for sources in itertools.permutations(range(nodes))
         )
         assert sum(map(stays, was, now)) == best
+
+
+def needless_swaps(old, new, weight, most, nodes):
+    """Pairs of slots of a node that could swap what is new to their GPUs: it comes back, and no GPU is above most."""
+    each = weight / np.maximum(np.bincount(new.reshape(-1), minlength=len(weight)), 1)
+    gpus, found = len(new), []
+    for a, b in itertools.combinations(np.ndindex(new.shape), 2):
+        g, h = a[0], b[0]
+        if g == h or g // (gpus // nodes) != h // (gpus // nodes):
+            continue
+        count = lambda slots, gpu, expert: (slots[gpu] == expert).sum()  # noqa: E731
+        surplus = [count(new, gpu, new[at]) > count(old, gpu, new[at]) for gpu, at in ((g, a), (h, b))]
+        back = [count(new, gpu, new[at]) < count(old, gpu, new[at]) for gpu, at in ((h, a), (g, b))]
+        swapped = new.copy()
+        swapped[a], swapped[b] = new[b], new[a]
+        if all(surplus) and any(back) and each[swapped[[g, h]]].sum(1).max() <= most:
+            found.append((a, b))
+    return found
+
+
+@pytest.mark.parametrize(("nodes", "gpus", "capacity", "experts"), [(1, 6, 2, 9), (2, 6, 3, 7), (1, 3, 5, 20)])
+def test_swaps_that_balance_does_not_need_are_taken_back(nodes, gpus, capacity, experts):
+    rng = np.random.default_rng(gpus)
+    rows, replicas = 24, gpus * capacity
+    weight = rng.uniform(1, 9, (rows, experts)).astype(np.float32)
+    old = rng.integers(0, experts, (rows, replicas), np.int32)
+    new, by_node = old.copy(), replicas // nodes
+    for row in range(1, rows):  # swaps within nodes, and slots that change their expert
+        for _ in range(row):
+            first = rng.integers(replicas)
+            second = first // by_node * by_node + rng.integers(by_node)
+            new[row, [first, second]] = new[row, [second, first]]
+        new[row, rng.integers(replicas)] = rng.integers(experts)
+    shape = rows, gpus, capacity
+    each = np.stack([w / np.maximum(np.bincount(x, minlength=experts), 1) for w, x in zip(weight, new, strict=True)])
+    before = np.take_along_axis(each, new, 1).reshape(shape).sum(2)
+    most = before.max(1) * rng.uniform(0.6, 1.5, rows)
+    out = swap_back(weight, old, new, most, gpus, gpus // nodes)
+    after = np.take_along_axis(each, out, 1).reshape(shape).sum(2)
+    np.testing.assert_array_equal(out[0], old[0])
+    np.testing.assert_array_equal(*(np.sort(x.reshape(rows, nodes, -1)) for x in (new, out)))
+    assert (after <= np.maximum(most[:, None] * (1 + 1e-6), before)).all()
+    assert (replicas_moved(old, out, gpus) <= replicas_moved(old, new, gpus)).all()
+    assert replicas_moved(old, out, gpus).sum() < replicas_moved(old, new, gpus).sum()
+    for row in range(rows):
+        slots = (x[row].reshape(gpus, capacity) for x in (old, out))
+        assert not needless_swaps(*slots, weight[row], most[row] * (1 - 1e-6), nodes)
+        alone = (x[row : row + 1] for x in (weight, old, new, most))
+        np.testing.assert_array_equal(swap_back(*alone, gpus, gpus // nodes)[0], out[row])
 
 
 @pytest.mark.parametrize(("gpus", "capacity", "experts"), [(1, 4, 5), (4, 3, 6), (3, 5, 40)])
