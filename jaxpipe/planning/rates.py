@@ -63,8 +63,9 @@ PROGRAMS = Achieved(
     product_us=6.5,
     # From the call to the first kernel 4.9 ms, from the last one to the result 0.9, there.
     step_us=5800,
-    # Two GPUs, 860 conditions a step: 11 ms less where the GPU reads them itself.
-    read_us=13,
+    # Four profiles of a rank of DeepSeek-V3 alone, some 8,000 conditions a step: nothing runs for 23 to 28 us at each,
+    # beside the gaps behind kernels (docs/measured/gpus.md, "One rank of sixteen of DeepSeek-V3").
+    read_us=25,
     occupied=20 / 132,
     kernels=dict(KERNELS),
 )
