@@ -84,7 +84,7 @@ def fit_stash(
     least = memory_then.total - memory_then.stash - memory_then.transient
     if least >= limit:
         raise ValueError(
-            f"a step takes, the work of its actions left out, {least:,} bytes besides its stash, and may take "
+            f"a step takes at least {least:,} bytes besides its stash, and may take "
             f"{limit:,.0f} in all: spread the model over more devices, or use smaller microbatches"
         )
     fitting: FittedStash | None = None

@@ -76,7 +76,7 @@ def test_what_some_stash_needs_is_enough():
         return jaxpipe.plan(changed, *shapes, "H100").memory
 
     whole = kept(1 << 40)
-    every = [kept(share * whole.stash // 50) for share in (1, 4, 8)]  # of one of five microbatches: 0.1, 0.4, 0.8
+    every = [kept(share * whole.stash // 50) for share in (1, 4)]  # of one of five microbatches: 0.1 and 0.4
     assert every[0].total < whole.total - whole.stash < whole.total - whole.stash + every[0].stash  # or little is shown
     for memory in every:
         found = jaxpipe.fit_stash(pipeline, *shapes, "H100", memory=memory.total).plan.memory
