@@ -80,7 +80,9 @@ class Probe:
     unknown: tuple[str, ...]
 
     def seconds(self, row: Sequence[str], letter: str) -> Seconds:
-        """Of an action of a stage with layers of these kinds."""
+        """Of an action of a stage with layers of these kinds; one without layers hands on what it gets."""
+        if not row:
+            return Seconds(0.0, 0.0, 0.0)
         each = [self._alone(kind)[letter] for kind in row]
         one, two = (self.times[(MOE,) * count][letter] for count in (1, 2))
         fixed = [max(0.0, 2 * a - b) for a, b in zip(one[:2], two[:2], strict=True)] + [0.0]
@@ -98,13 +100,15 @@ class Probe:
         computes, communicates = {}, {}
         for letter in "FBIW":
             compute, communicates[letter], gradients = self.seconds(row, letter)
-            computes[letter] = compute + (gradients + sums) * (letter in "BW")
+            computes[letter] = compute + (gradients + sums) * (letter in "BW") * bool(row)
         both = [sum(times[letter] for letter in "FB") for times in (computes, communicates)]
         whole = [computes[letter] + communicates[letter] for letter in "FIWB"]
         return Costs(*whole, overlapped=max(both[0] + achieved.occupied * both[1], both[1]))
 
     def kept(self, row: Sequence[str]) -> Held:
         """What a stage with layers of these kinds keeps of a microbatch."""
+        if not row:
+            return Held({}, {}, {})
         first, *others = row
         found = self.held[(first,)]
         for kind in others:
@@ -153,8 +157,8 @@ def probe(
     small = dataclasses.replace(config, layers=dense + kinds.count(MOE), dense_layers=dense, redundant=0)
     small = small.over_devices(devices)
     schedule = jaxpipe.schedule.build("dualpipev", RANKS, MICROBATCHES)
-    # Two of the layers with experts in one stage, each of the others alone.
-    costs = {DENSE: 1.0, MOE: 0.5, MTP: 1.0, "head": 0.1}
+    # Two of the layers with experts in one stage, each of the others alone; a head that cost something would empty one.
+    costs = {DENSE: 1.0, MOE: 0.5, MTP: 1.0, "head": 0.0}
     costs = {kind: cost for kind, cost in costs.items() if kind in kinds or kind == "head"}
     model = build_model(
         small, schedule, 0, axis="ep", dtype=jnp.bfloat16, abstract=True, core=stand_in.attention, costs=costs

@@ -78,32 +78,37 @@ def fit_stash(
         return FittedStash(stash, changed, plan(changed, params, batch, chip, **options))
 
     found = at(_UNLIMITED)
-    most = found.plan.memory.stash // slots + 1
-    if found.plan.memory.total <= limit:
+    memory_then = found.plan.memory
+    if memory_then.total <= limit:
         return found
+    least = memory_then.total - memory_then.stash - memory_then.transient
+    if least >= limit:
+        raise ValueError(
+            f"a step takes at least {least:,} bytes besides its stash, and may take "
+            f"{limit:,.0f} in all: spread the model over more devices, or use smaller microbatches"
+        )
     fitting: FittedStash | None = None
-    stash = most
+    refusal: ValueError | None = None
+    below, above = 0, memory_then.stash // slots + 1
     for _ in range(_TRIES):
         # Besides the stash a step takes about as much with a little more or less of it.
         besides = found.plan.memory.total - found.plan.memory.stash
-        stash = min(int((limit - besides) // slots), stash - 1 if fitting is None else most)
-        if stash <= 0:
-            raise ValueError(
-                f"a step takes {besides:,} bytes besides its stash, and may take {limit:,.0f} in all: spread the model "
-                "over more devices, or use smaller microbatches"
-            )
-        if fitting is not None and stash < 1.02 * fitting.stash:
+        stash = int((limit - besides) // slots)
+        if not below < stash < above:
+            stash = (below + above) // 2
+        if stash < 1.02 * below or stash == 0:
             break
         try:
             found = at(stash)
         except ValueError as error:
-            if fitting is None:
-                raise ValueError(f"{limit:,.0f} bytes are too few for a step: {error}") from error
-            break
+            refusal, below = error, stash
+            continue
         if found.plan.memory.total <= limit:
-            fitting = found
-        elif fitting is not None:
-            break
+            fitting, below = found, stash
+        else:
+            above = stash
+    if fitting is None and refusal is not None:
+        raise ValueError(f"{limit:,.0f} bytes are too few for a step: {refusal}") from refusal
     if fitting is None:
-        raise ValueError(f"no stash was found whose step takes {limit:,.0f} bytes; the last of {stash:,} bytes did not")
+        raise ValueError(f"no stash was found whose step takes {limit:,.0f} bytes; the last of {above:,} bytes did not")
     return fitting

@@ -94,6 +94,9 @@ def test_stages_of_one_more_layer_cost_what_the_second_adds():
     assert three.cross == {((1,), "float32"): (1, 4), ((8,), "float32"): (1, 32), ((2,), "float32"): (6, 8)}
     assert probes.slot_bytes([three.cross, kept["moe",].cross]) == 4 + 32 + 48
     assert one.copies(("dense", "moe", "moe")) == 15
+    empty = one.costs((), Achieved(occupied=0.5), sums=10.0)  # of a stage with the head alone
+    assert (empty.forward, empty.backward_input, empty.weight, empty.backward, empty.overlapped) == (0.0,) * 5
+    assert one.kept(()) == probes.Held({}, {}, {}) and one.copies(()) == 0
 
 
 ARGUMENTS = "--config moe-1b --search --gpus 4 --search-pp 2 --search-ep 2 --precision bf16 --remat none"

@@ -1,5 +1,7 @@
 """As much is kept as a device has room for, and a device that has none is told what a step needs."""
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -50,6 +52,35 @@ def test_where_all_fits_nothing_but_light_work_is_done_again():
     found = jaxpipe.fit_stash(step(), *SHAPES, "H100")
     assert found.plan.executed == jaxpipe.plan(step(), *SHAPES, "H100").executed
     assert found.plan.memory.total <= fitting.SHARE * CHIPS["H100"].memory
+
+
+def test_what_some_stash_needs_is_enough():
+    """Here a step takes more besides its stash where it keeps more."""
+
+    def deep(w, x, ctx):
+        for layer in range(8):
+            x = x + jnp.tanh(x @ w[layer]) @ w[layer]
+        return x
+
+    mesh = AbstractMesh((2,), ("pp",), axis_types=(AxisType.Auto,))
+    pipeline = jaxpipe.value_and_grad(
+        deep, jaxpipe.schedule.build("dualpipev", 2, 4), mesh, head=lambda outer, y, data, ctx: y.sum()
+    )
+    shapes = (
+        jaxpipe.Params(jax.ShapeDtypeStruct((4, 8, 256, 256), jnp.float32)),
+        jax.ShapeDtypeStruct((4 * 2048, 256), jnp.float32),
+    )
+
+    def kept(stash):
+        changed = dataclasses.replace(pipeline, options=dataclasses.replace(pipeline.options, stash=stash))
+        return jaxpipe.plan(changed, *shapes, "H100").memory
+
+    whole = kept(1 << 40)
+    every = [kept(share * whole.stash // 50) for share in (1, 4)]  # of one of five microbatches: 0.1 and 0.4
+    assert every[0].total < whole.total - whole.stash < whole.total - whole.stash + every[0].stash  # or little is shown
+    for memory in every:
+        found = jaxpipe.fit_stash(pipeline, *shapes, "H100", memory=memory.total).plan.memory
+        assert memory.stash <= found.stash and found.total <= memory.total
 
 
 def test_refusals():
