@@ -17,6 +17,7 @@ from jaxpipe._jax import (
     ADDS_ROWS,
     BODY_PARAMETERS,
     COMPUTED_ONCE,
+    PRODUCTS,
     READS_WHOLE,
     REDUCTIONS,
     VIEWS,
@@ -142,16 +143,17 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: 
     sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
     nodes, roots = _nodes(graph, inputs, sums)
     ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
-    theirs = set(inputs) - {inputs[place] for place in carried}
+    buffers = tuple(inputs[place] for place in carried)
+    theirs = set(inputs) - set(buffers)
     own = {value: size for value, size in enumerate(graph.sizes) if value not in theirs}
-    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
-    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
-    for value in results:
-        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
-    last = _Node((), ends, 0)
+    sizes = {value: graph.sizes[value] for value in (*buffers, *(made for node in nodes for made in node.made))}
+    sizes.update((value, 0) for value in theirs)  # whoever calls counts them
+    first, last = _Node(buffers, frozenset(), 0), _Node((), ends, 0)
     # On GPUs XLA tries several orders and takes the one of fewest bytes, as far as its estimate goes.
-    orders = [_breadth_first(nodes)] if cpu else [_sums_first(nodes), _frees_first(nodes, ends, sizes)]
-    return min(_most_alive(order, _overwrite(order, own), sizes) for order in ([*nodes, last] for nodes in orders))
+    orders = [_breadth_first(nodes)] if cpu else [_as_summed(nodes, sizes), _frees_first(nodes, ends, sizes)]
+    orders = ([first, *order, last] for order in orders)
+    most = min(_most_alive(order, _overwrite(order, own), sizes) for order in orders)
+    return most - sum(sizes[value] for value in buffers)
 
 
 def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_Node], list[frozenset[int]]]:
@@ -175,7 +177,7 @@ def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_
             begin = floor if sums.intersection(made) else None
             if op.aliases and op.name in WRITES_IN_PLACE and not graph.cpu:
                 begin = len(nodes)
-            nodes.append(_Node(made, sources, op.inner, elementwise, begin))
+            nodes.append(_Node(made, sources, op.inner, elementwise, begin, op.name in PRODUCTS))
     return nodes, roots
 
 
@@ -216,6 +218,7 @@ class _Node:
       elementwise: whether it can write over what it reads.
       floor: the first place that it can have, of a sum, or of what is written into a slot, which XLA does when the
         rest is done; None: it stays where it is.
+      product: whether it multiplies matrices.
     """
 
     made: tuple[int, ...]
@@ -223,14 +226,27 @@ class _Node:
     inner: int
     elementwise: bool = False
     floor: int | None = None
+    product: bool = False
 
 
-def _sums_first(nodes: Sequence[_Node]) -> list[_Node]:
-    """The nodes in their order, but sums as early as they can be."""
+def _as_summed(nodes: Sequence[_Node], sizes: Mapping[int, int]) -> list[_Node]:
+    """The nodes in their order, but a loop's sums as early as they can be, and what is added to others where it is."""
     producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+    readers: dict[int, list[int]] = collections.defaultdict(list)
+    for index, node in enumerate(nodes):
+        for value in node.sources:
+            readers[value].append(index)
+
+    def is_sum(index: int, addend: int) -> bool:
+        node = nodes[index]
+        others = [sizes.get(value, 0) for value in node.sources if value != addend]
+        return node.elementwise and node.floor is None and sum(map(sizes.__getitem__, node.made)) in others
 
     def place(index: int) -> float:
         node = nodes[index]
+        if node.product:
+            found = [reader for value in node.made for reader in readers[value]]
+            return found[0] - 0.5 if len(found) == 1 and is_sum(found[0], node.made[0]) else index
         if node.floor is None:
             return index
         return max(node.floor - 0.5, *(producer[value] + 0.5 for value in node.sources if value in producer), -1)
