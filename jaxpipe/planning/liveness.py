@@ -55,6 +55,7 @@ class _Graph:
         self.ops: list[_InlinedOp] = []
         self.sizes: list[int] = []
         self.carried: set[int] = set()  # what a loop's body may write into
+        self._computed: dict[Any, int] = {}  # what branches for a platform make, by what makes it of what
 
     def new(self, var: Any) -> int:
         self.sizes.append(self.size(var))
@@ -62,12 +63,17 @@ class _Graph:
 
     def append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
         """Takes the next equation."""
-        name, known = name_of(eqn), tuple(value for value in ins if value is not None)
+        name = "reshape" if eqn.primitive.name == "name" else name_of(eqn)  # a name is no copy
+        known = tuple(value for value in ins if value is not None)
         inner, aliases = 0, ()
         if name in ("scan", "while"):
             inner, aliases = self._loop(eqn, ins)
         elif name == "cond":
             branches = eqn.params["branches"] if self.cpu else for_gpus(eqn)
+            if not self.cpu and len(branches) == 1:
+                outs = self._new_results(eqn, branches[0].jaxpr, ins, outs)
+                if not outs:
+                    return
             inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in branches)
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
@@ -79,6 +85,26 @@ class _Graph:
         if name == "optimization_barrier":
             self.carried.update(out for value, out in zip(ins, outs, strict=True) if value in self.carried)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
+
+    def _new_results(
+        self, eqn: JaxprEqn, branch: Jaxpr, ins: Sequence[int | None], outs: Sequence[int]
+    ) -> Sequence[int]:
+        """The results of a branch that is sure to run, without those that the same kernel has made of the same values.
+
+        A backward pass that computes again what the forward pass has made reads more results of it, or other ones; XLA
+        runs the kernel once.
+        """
+        given = tuple(
+            repr(atom) if value is None else value for atom, value in zip(eqn.invars[1:], ins[1:], strict=True)
+        )
+        new = []
+        for out, key in zip(outs, results_made_by(branch), strict=True):
+            made = out if key is None else self._computed.setdefault((given, key), out)
+            if made == out:
+                new.append(out)
+            else:
+                self.ops.append(_InlinedOp("reshape", (made,), (out,)))
+        return new
 
     def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
         """(bytes that a turn needs, the buffers that the carried values are written into)."""
@@ -407,6 +433,22 @@ def for_gpus(eqn: JaxprEqn) -> Sequence[ClosedJaxpr]:
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms") or ()
     found = [branch for branch, names in zip(branches, platforms, strict=False) if names and "cuda" in names]
     return found or branches
+
+
+def results_made_by(branch: Jaxpr) -> list[Any]:
+    """Of each result of a branch the equation and place that make it, as a key; None where it is no equation's.
+
+    Branches that were traced from one function and then lost results that nobody reads have equal keys: their equations
+    hold the same parameters.
+    """
+    made: dict[Any, Any] = {}
+    names: dict[Any, Any] = {var: place for place, var in enumerate(branch.invars)}
+    for eqn in branch.eqns:
+        operands = tuple(repr(atom) if isinstance(atom, Literal) else names.get(atom) for atom in eqn.invars)
+        params = tuple((name, id(value)) for name, value in sorted(eqn.params.items()))
+        for place, var in enumerate(eqn.outvars):
+            names[var] = made[var] = (eqn.primitive.name, params, operands, place)
+    return [None if isinstance(var, Literal) else made.get(var) for var in branch.outvars]
 
 
 def workspace(eqn: JaxprEqn, size: Size) -> int:
