@@ -63,8 +63,8 @@ def test_memory_of_a_billion_parameters_is_that_of_the_program_for_a_gpu():
 @pytest.mark.parametrize("precision, gib", [("bf16", 15.166), ("fp8", 11.582)])
 def test_memory_of_a_billion_parameters_is_that_of_an_h200(precision, gib):
     """The temporaries of moe-1b's step, 8 microbatches of 4 sequences, by the compiler on one H200."""
-    config, options = model_config("moe-1b"), dict(schedules=["dualpipev"], microbatches=8, microbatch_size=4)
-    config = dataclasses.replace(config, precision=precision)
+    config = model_config("moe-1b").in_precision(precision)
+    options = dict(schedules=["dualpipev"], microbatches=8, microbatch_size=4)
     memory = planning.plan(config, {"pp": 1, "ep": 1}, chip=CHIPS["H200"], **options).rows[0].memory
     assert memory.total == pytest.approx(memory.arguments + gib * 2**30, rel=0.03)
 
