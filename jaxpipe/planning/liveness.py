@@ -17,6 +17,7 @@ from jaxpipe._jax import (
     ADDS_ROWS,
     BODY_PARAMETERS,
     COMPUTED_ONCE,
+    PRODUCTS,
     READS_WHOLE,
     REDUCTIONS,
     VIEWS,
@@ -54,6 +55,7 @@ class _Graph:
         self.ops: list[_InlinedOp] = []
         self.sizes: list[int] = []
         self.carried: set[int] = set()  # what a loop's body may write into
+        self._computed: dict[Any, int] = {}  # what branches for a platform make, by what makes it of what
 
     def new(self, var: Any) -> int:
         self.sizes.append(self.size(var))
@@ -61,12 +63,17 @@ class _Graph:
 
     def append(self, eqn: JaxprEqn, ins: Sequence[int | None], outs: Sequence[int]) -> None:
         """Takes the next equation."""
-        name, known = name_of(eqn), tuple(value for value in ins if value is not None)
+        name = "reshape" if eqn.primitive.name == "name" else name_of(eqn)  # a name is no copy
+        known = tuple(value for value in ins if value is not None)
         inner, aliases = 0, ()
         if name in ("scan", "while"):
             inner, aliases = self._loop(eqn, ins)
         elif name == "cond":
             branches = eqn.params["branches"] if self.cpu else for_gpus(eqn)
+            if not self.cpu and len(branches) == 1:
+                outs = self._new_results(eqn, branches[0].jaxpr, ins, outs)
+                if not outs:
+                    return
             inner = max(peak(branch.jaxpr, cpu=self.cpu, size=self.size) for branch in branches)
         elif name.startswith("ragged_dot") and self.cpu:
             known = self._masked(eqn, ins)
@@ -78,6 +85,26 @@ class _Graph:
         if name == "optimization_barrier":
             self.carried.update(out for value, out in zip(ins, outs, strict=True) if value in self.carried)
         self.ops.append(_InlinedOp(name, known, tuple(outs), inner, aliases))
+
+    def _new_results(
+        self, eqn: JaxprEqn, branch: Jaxpr, ins: Sequence[int | None], outs: Sequence[int]
+    ) -> Sequence[int]:
+        """The results of a branch that is sure to run, without those that the same kernel has made of the same values.
+
+        A backward pass that computes again what the forward pass has made reads more results of it, or other ones; XLA
+        runs the kernel once.
+        """
+        given = tuple(
+            repr(atom) if value is None else value for atom, value in zip(eqn.invars[1:], ins[1:], strict=True)
+        )
+        new = []
+        for out, key in zip(outs, results_made_by(branch), strict=True):
+            made = out if key is None else self._computed.setdefault((given, key), out)
+            if made == out:
+                new.append(out)
+            else:
+                self.ops.append(_InlinedOp("reshape", (made,), (out,)))
+        return new
 
     def _loop(self, eqn: JaxprEqn, ins: Sequence[int | None]) -> tuple[int, tuple[int, ...]]:
         """(bytes that a turn needs, the buffers that the carried values are written into)."""
@@ -142,16 +169,17 @@ def peak(jaxpr: Jaxpr, *, cpu: bool = False, carried: Sequence[int] = (), size: 
     sums = {value for op in graph.ops for value in op.outs if value in sums and _is_elementwise(op)}
     nodes, roots = _nodes(graph, inputs, sums)
     ends = frozenset[int]().union(*(roots[value] for value in outputs if value is not None))
-    theirs = set(inputs) - {inputs[place] for place in carried}
+    buffers = tuple(inputs[place] for place in carried)
+    theirs = set(inputs) - set(buffers)
     own = {value: size for value, size in enumerate(graph.sizes) if value not in theirs}
-    sizes = {value: graph.sizes[value] for node in nodes for value in node.made}
-    sizes.update((value, 0) for value in inputs)  # whoever calls counts them
-    for value in results:
-        sizes.update((root, 0) for root in (roots[value] if value is not None and len(roots[value]) == 1 else ()))
-    last = _Node((), ends, 0)
+    sizes = {value: graph.sizes[value] for value in (*buffers, *(made for node in nodes for made in node.made))}
+    sizes.update((value, 0) for value in theirs)  # whoever calls counts them
+    first, last = _Node(buffers, frozenset(), 0), _Node((), ends, 0)
     # On GPUs XLA tries several orders and takes the one of fewest bytes, as far as its estimate goes.
-    orders = [_breadth_first(nodes)] if cpu else [_sums_first(nodes), _frees_first(nodes, ends, sizes)]
-    return min(_most_alive(order, _overwrite(order, own), sizes) for order in ([*nodes, last] for nodes in orders))
+    orders = [_breadth_first(nodes)] if cpu else [_as_summed(nodes, sizes), _frees_first(nodes, ends, sizes)]
+    orders = ([first, *order, last] for order in orders)
+    most = min(_most_alive(order, _overwrite(order, own), sizes) for order in orders)
+    return most - sum(sizes[value] for value in buffers)
 
 
 def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_Node], list[frozenset[int]]]:
@@ -175,7 +203,7 @@ def _nodes(graph: _Graph, inputs: Sequence[int], sums: set[int]) -> tuple[list[_
             begin = floor if sums.intersection(made) else None
             if op.aliases and op.name in WRITES_IN_PLACE and not graph.cpu:
                 begin = len(nodes)
-            nodes.append(_Node(made, sources, op.inner, elementwise, begin))
+            nodes.append(_Node(made, sources, op.inner, elementwise, begin, op.name in PRODUCTS))
     return nodes, roots
 
 
@@ -216,6 +244,7 @@ class _Node:
       elementwise: whether it can write over what it reads.
       floor: the first place that it can have, of a sum, or of what is written into a slot, which XLA does when the
         rest is done; None: it stays where it is.
+      product: whether it multiplies matrices.
     """
 
     made: tuple[int, ...]
@@ -223,14 +252,27 @@ class _Node:
     inner: int
     elementwise: bool = False
     floor: int | None = None
+    product: bool = False
 
 
-def _sums_first(nodes: Sequence[_Node]) -> list[_Node]:
-    """The nodes in their order, but sums as early as they can be."""
+def _as_summed(nodes: Sequence[_Node], sizes: Mapping[int, int]) -> list[_Node]:
+    """The nodes in their order, but a loop's sums as early as they can be, and what is added to others where it is."""
     producer = {value: index for index, node in enumerate(nodes) for value in node.made}
+    readers: dict[int, list[int]] = collections.defaultdict(list)
+    for index, node in enumerate(nodes):
+        for value in node.sources:
+            readers[value].append(index)
+
+    def is_sum(index: int, addend: int) -> bool:
+        node = nodes[index]
+        others = [sizes.get(value, 0) for value in node.sources if value != addend]
+        return node.elementwise and node.floor is None and sum(map(sizes.__getitem__, node.made)) in others
 
     def place(index: int) -> float:
         node = nodes[index]
+        if node.product:
+            found = [reader for value in node.made for reader in readers[value]]
+            return found[0] - 0.5 if len(found) == 1 and is_sum(found[0], node.made[0]) else index
         if node.floor is None:
             return index
         return max(node.floor - 0.5, *(producer[value] + 0.5 for value in node.sources if value in producer), -1)
@@ -391,6 +433,33 @@ def for_gpus(eqn: JaxprEqn) -> Sequence[ClosedJaxpr]:
     branches, platforms = eqn.params["branches"], eqn.params.get("branches_platforms") or ()
     found = [branch for branch, names in zip(branches, platforms, strict=False) if names and "cuda" in names]
     return found or branches
+
+
+def results_made_by(branch: Jaxpr) -> list[Any]:
+    """Of each result of a branch what makes it of the branch's inputs, as a key; None where it is no equation's.
+
+    >>> import jax, jax.numpy as jnp
+    >>> first, second = (jax.make_jaxpr(f)(jnp.ones(3)).jaxpr for f in (jnp.sin, lambda x: (jnp.cos(x), jnp.sin(x))))
+    >>> results_made_by(first)[0] == results_made_by(second)[1]
+    True
+    """
+    made: dict[Any, Any] = {}
+    names: dict[Any, Any] = {var: place for place, var in enumerate(branch.invars)}
+    for eqn in branch.eqns:
+        operands = tuple(repr(atom) if isinstance(atom, Literal) else names.get(atom, atom) for atom in eqn.invars)
+        params = tuple((name, _identity(value)) for name, value in sorted(eqn.params.items()))
+        for place, var in enumerate(eqn.outvars):
+            names[var] = made[var] = (eqn.primitive.name, params, operands, place)
+    return [None if isinstance(var, Literal) else made.get(var) for var in branch.outvars]
+
+
+def _identity(value: Any) -> Any:
+    """A parameter of an equation as part of a key."""
+    try:
+        hash(value)
+    except TypeError:
+        return id(value)
+    return type(value), value
 
 
 def workspace(eqn: JaxprEqn, size: Size) -> int:

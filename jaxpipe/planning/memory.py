@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from jaxpipe._jax import VIEWS, Jaxpr, Literal
-from jaxpipe.planning.liveness import Size, peak
+from jaxpipe.planning.liveness import Size, for_gpus, peak, results_made_by
 from jaxpipe.runtime.buffers import SUMS
 from jaxpipe.stage.graph import scan_counts
 
@@ -106,7 +106,7 @@ def prepared_bytes(body: Jaxpr, size: Size) -> dict[int, int]:
         part = next((part_of[atom] for atom in sources if atom in part_of), part) if part is None else part
         if part is not None:
             part_of[var] = part
-    for var in {var for var, _, _ in _prepared(body)} & _read(body):
+    for var in _kept(body):
         if var in part_of:
             found[part_of[var]] = found.get(part_of[var], 0) + size(var)
     return found
@@ -145,6 +145,34 @@ def _read(body: Jaxpr) -> set[Any]:
     return found
 
 
+def _kept(body: Jaxpr) -> set[Any]:
+    """What is made of parameters before the first step and read behind it; of what is made twice, the first."""
+    twins = _twins(body)
+    return {twins.get(var, var) for var in {var for var, _, _ in _prepared(body)} & _read(body)}
+
+
+def _twins(body: Jaxpr) -> dict[Any, Any]:
+    """Of what kernels make of parameters again, that which they made first: XLA runs them once."""
+    twins: dict[Any, Any] = {}
+    first: dict[Any, Any] = {}
+    for eqn in body.eqns:
+        name = eqn.primitive.name
+        if "prepare" not in str(eqn.source_info.name_stack).split("/"):
+            continue
+        operands = [repr(atom) if isinstance(atom, Literal) else twins.get(atom, atom) for atom in eqn.invars]
+        if name == "cond" and len(for_gpus(eqn)) == 1:
+            made = results_made_by(for_gpus(eqn)[0].jaxpr)
+            keys = [None if key is None else (*operands[1:], key) for key in made]
+        elif name in ("name", "optimization_barrier"):
+            keys = [(name, operand) for operand in operands]
+        else:
+            continue
+        for var, key in zip(eqn.outvars, keys, strict=True):
+            if key is not None and first.setdefault(key, var) is not var:
+                twins[var] = first[key]
+    return twins
+
+
 def _working(body: Jaxpr, size: Size) -> int:
     """Bytes of what is made of parameters before the first step; parameters in other words are none."""
-    return sum(map(size, {var for var, _, _ in _prepared(body)} & _read(body)))
+    return sum(map(size, _kept(body)))

@@ -1,5 +1,8 @@
 """Bytes alive at once, of programs whose answer is known."""
 
+import functools
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import pytest
@@ -90,6 +93,48 @@ def test_what_is_written_into_a_slot_is_free_and_what_is_read_early_runs_early()
 
     # Each product alone, with its operand, beside vectors; all eight in the order that they are written in.
     assert peak(jax.make_jaxpr(late)(x).jaxpr) < 4 * size
+
+
+def test_a_loops_buffer_is_free_until_what_is_carried_next_is_written():
+    """Of four products in a turn, one is in memory beside what is carried, as XLA allocates."""
+    x = jnp.ones((64, 64))
+
+    def loop(x):
+        def turn(carried, _):
+            for _ in range(4):
+                carried = carried @ x
+            return carried, None
+
+        return jax.lax.scan(turn, x, None, length=3)[0]
+
+    found: Any = jax.jit(loop).lower(x).compile().memory_analysis()
+    assert found.temp_size_in_bytes == pytest.approx(x.nbytes, rel=0.02)
+    jaxpr = jax.make_jaxpr(loop)(x).jaxpr
+    assert peak(jaxpr) == peak(jaxpr, cpu=True) == x.nbytes
+
+
+def test_a_kernel_for_a_platform_runs_once_on_the_same_values():
+    """A backward pass that computes again what the forward pass made reads fewer results of it, or more."""
+    x = jnp.ones((64, 64))
+
+    def on_any(function):
+        return lambda w: jax.lax.platform_dependent(w, cuda=function, default=function)
+
+    def program(again, w, x):
+        first, second = on_any(lambda w: (w @ w, w @ w.T))(w)
+        also = on_any(lambda w: w @ w)(w) if again else first
+        return (x @ first) @ also @ second @ also @ first
+
+    def other(w, x):
+        first, second = on_any(lambda w: (w @ w, w @ w.T))(w)
+        third = on_any(lambda w: w.T @ w)(w)
+        return (x @ first) @ third @ second @ third @ first
+
+    once, twice = (functools.partial(program, again) for again in (False, True))
+    known: Any = [jax.jit(each).lower(x, x).compile().memory_analysis() for each in (once, twice)]
+    assert known[0].temp_size_in_bytes == known[1].temp_size_in_bytes
+    planned = [peak(jax.make_jaxpr(each)(x, x).jaxpr) for each in (once, twice, other)]
+    assert planned[0] == planned[1] == pytest.approx(planned[2] - x.nbytes, abs=8)
 
 
 def test_attention_sums_gradients_of_queries_in_float32():
