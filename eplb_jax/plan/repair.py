@@ -74,9 +74,9 @@ def swap_back(
         other = (row[first] * experts + expert[second]) * num_gpus + gpu[first]
         both = free[np.searchsorted(free, other).clip(max=len(free) - 1)] == other
         # A pair of which both come back is found from either side; it stands for both where it is the first one's.
-        ends = np.stack([first, second], axis=1)[~both | (first < second)]
-        order = (row[first] * 4 + after + 2 * ~both)[~both | (first < second)]
-        ends = ends[np.argsort(order, kind="stable")]
+        once = ~both | (first < second)
+        order = np.argsort((row[first] * 4 + after + 2 * ~both)[once], kind="stable")
+        ends = np.stack([first, second], axis=1)[once][order]
         number = np.arange(len(ends))
         earliest = np.empty(len(total), int)
         earliest[place[ends[::-1]]] = number[::-1, None]  # of several numbers the last one stays
