@@ -119,4 +119,8 @@ def test_command(capsys, monkeypatch):
     arguments = ARGUMENTS
     planning.main([*arguments.split(), "--schedules", "1f1b", "--microbatches", "4"])
     text = capsys.readouterr().out
-    assert "1 candidates, 1 simulated" in text and "| 1f1b | pp=2,dp=1,ep=2 | 4 | bf16 | none |" in text
+    assert "2 candidates, 2 simulated" in text
+    for ends in ENDS:
+        assert any(
+            f"| none | {ends} |" in line and "| 1f1b | pp=2,dp=1,ep=2 | 4 | bf16" in line for line in text.split("\n")
+        )
