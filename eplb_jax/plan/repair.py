@@ -49,10 +49,8 @@ def swap_back(
       old, new: slots before and after the search [rows, R].
       most: load that no GPU of a row may exceed by a swap [rows].
     """
-    out, shape = new.copy(), (-1, num_gpus, new.shape[1] // num_gpus)
-    experts = weight.shape[1]
-    counts = np.bincount((new + np.arange(len(new))[:, None] * experts).reshape(-1), minlength=weight.size)
-    each = weight.astype(np.float64) / np.maximum(counts, 1).reshape(weight.shape)
+    out, shape, experts = new.copy(), (-1, num_gpus, new.shape[1] // num_gpus), weight.shape[1]
+    each = _replica_loads(weight, new)  # swaps leave it
     left = np.arange(len(new))
     while len(left):
         was, now = (slots[left].reshape(shape) for slots in (old, out))
@@ -65,8 +63,8 @@ def swap_back(
         first, home = _matches(row * experts + expert, free // num_gpus)
         pair, second = _matches(row[first] * num_gpus + free[home] % num_gpus, place)
         first = first[pair]
-        load, total = each[left[row], expert], np.take_along_axis(each[left], now.reshape(len(left), -1), axis=1)
-        total = total.reshape(shape).sum(2).reshape(-1)
+        loads = np.take_along_axis(each[left], out[left], axis=1).reshape(shape)
+        load, total = loads[row, gpu, slot], loads.sum(2).reshape(-1)
         drop = load[first] - load[second]
         after = np.maximum(total[place[first]] - drop, total[place[second]] + drop) / most[left[row[first]]]
         may = (after <= 1) & (gpu[first] // gpus_per_node == gpu[second] // gpus_per_node)
@@ -101,11 +99,16 @@ def _matches(keys: np.ndarray, ordered: np.ndarray) -> tuple[np.ndarray, np.ndar
     return key, np.arange(len(key)) - np.repeat(number.cumsum() - number - begin, number)
 
 
-def heaviest_gpu(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
-    """Load of the heaviest GPU of each row [rows], in float64; weight [rows, E], slots [rows, R]."""
+def _replica_loads(weight: np.ndarray, slots: np.ndarray) -> np.ndarray:
+    """Load of a replica of each expert [rows, E], in float64; weight [rows, E], slots [rows, R]."""
     row = np.arange(len(weight))[:, None] * weight.shape[1]
     counts = np.bincount((slots + row).reshape(-1), minlength=weight.size).reshape(weight.shape)
-    each = weight.astype(np.float64) / np.maximum(counts, 1)
+    return weight.astype(np.float64) / np.maximum(counts, 1)
+
+
+def heaviest_gpu(weight: np.ndarray, slots: np.ndarray, num_gpus: int) -> np.ndarray:
+    """Load of the heaviest GPU of each row [rows], in float64; weight [rows, E], slots [rows, R]."""
+    each = _replica_loads(weight, slots)
     return np.take_along_axis(each, slots, axis=1).reshape(len(slots), num_gpus, -1).sum(2).max(1)
 
 
