@@ -248,9 +248,9 @@ def test_a_kernel_of_anybody_may_be_called_attention(name):
 
 
 def test_every_plan_is_within_five_percent_of_its_measured_step():
-    """But for the first rank of DeepSeek-V3 in FP8, whose time in bfloat16 is planned too short, too."""
+    """But for moe-1b in FP8, which takes less time than planned: small errors of all its parts add up."""
     ratios = recorded("plan_errors", "measured / planned")
     assert len(ratios) == 12
-    slow = ratios.pop("dsv3 in FP8, rank 0 of 16")
+    short = ratios.pop("moe-1b, one GPU, fp8")
     assert {name: ratio for name, ratio in ratios.items() if abs(ratio - 1) > 0.05} == {}
-    assert abs(slow - 1) < 0.06
+    assert abs(short - 1) < 0.06
