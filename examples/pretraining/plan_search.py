@@ -313,7 +313,7 @@ class _Sizing:
             piece=piece,
             costs=costs,
             added=added,
-            nbytes=stash + moments + self._state(piece, model, schedule, parts, piece.mesh),
+            nbytes=moments + self._held(piece, model, schedule, parts, stash),
             stash=stash,
             most_tokens=self._tokens(piece, busiest + added),
         )
@@ -397,24 +397,20 @@ class _Sizing:
             return nbytes
         return parts.everywhere / (mesh[1] * mesh[2]) + (nbytes - parts.everywhere) / mesh[1]
 
-    def _state(
-        self,
-        piece: _Piece,
-        model: DeepSeekModel,
-        schedule: Schedule,
-        parts: _Parameters,
-        mesh: tuple[int, int, int],
+    def _held(
+        self, piece: _Piece, model: DeepSeekModel, schedule: Schedule, parts: _Parameters, stash: float
     ) -> float:
-        """Bytes of what is there whatever the microbatches, but moments: parameters, copies, sums, what is at work."""
+        """Bytes but moments: parameters, copies, sums, and what is at work beside the slots, or behind them."""
         found = piece.probe
         rows = model.arrangement.rows
         prepared = {(chunk, rows[stage]) for stages in schedule.rank_stages for chunk, stage in enumerate(stages)}
         working = sum(found.copies(row) for _, row in prepared)
         again = (_copies(schedule) - 1) * parts.trained_stages
-        # Gradients of another rank's stages return to it, about half of them at once.
         busiest = found.transient if model.shared_ends else max(found.transient, piece.apart.transient)
-        gradients, transient = parts.trained + again, busiest + again / 2
-        return self._kept(parts.masters, parts, mesh) + working + gradients + MESSAGES * found.boundary + transient
+        # Gradients of another rank's stages return to it, about half of them at once, when nothing is stashed any more.
+        most = max(stash + busiest, again / 2)
+        state = self._kept(parts.masters, parts, piece.mesh) + working + parts.trained + again
+        return state + MESSAGES * found.boundary + most
 
 
 class _Parameters(NamedTuple):

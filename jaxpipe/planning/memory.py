@@ -20,7 +20,7 @@ class Memory:
       masters: parameters.
       working: copies of them in the compute dtype or by slot, made once a step.
       gradients: their sums over microbatches; of a forward pass alone, its outputs.
-      stash: of microbatches between forward and backward.
+      stash: of microbatches between forward and backward, at the busiest moment.
       in_flight: activations and cotangents between stages.
       transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
       optimizer: its state, such as moments.
@@ -75,7 +75,7 @@ def body_memory(
     kept = sum(map(size, buffers[count - results - others : count - others]))
     working = _working(body, size)
     transient = peak(body, cpu=cpu, size=size) - working - kept - stash - in_flight
-    return Memory(0, working, kept, stash, in_flight, transient)
+    return Memory(0, working, kept, stash + min(transient, 0), in_flight, max(transient, 0))
 
 
 def _carried(body: Jaxpr) -> Sequence[Any]:
