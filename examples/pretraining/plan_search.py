@@ -397,9 +397,7 @@ class _Sizing:
             return nbytes
         return parts.everywhere / (mesh[1] * mesh[2]) + (nbytes - parts.everywhere) / mesh[1]
 
-    def _held(
-        self, piece: _Piece, model: DeepSeekModel, schedule: Schedule, parts: _Parameters, stash: float
-    ) -> float:
+    def _held(self, piece: _Piece, model: DeepSeekModel, schedule: Schedule, parts: _Parameters, stash: float) -> float:
         """Bytes but moments: parameters, copies, sums, and what is at work beside the slots, or behind them."""
         found = piece.probe
         rows = model.arrangement.rows
