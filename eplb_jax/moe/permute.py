@@ -101,8 +101,6 @@ def _permute(x: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _unpermute(rows: jax.Array, moves: RowMap, chosen: ChosenBackend) -> jax.Array:
-    if moves.rows.shape[1] == 1:  # a sum of one row is a copy, which takes a third of the time
-        return _dispatch(chosen, "copy_rows", copy_rows_by_xla, rows, moves.rows[:, 0], moves.source[:, None])
     return _dispatch(chosen, "add_rows", add_rows_by_xla, rows, moves.rows)
 
 

@@ -1,10 +1,9 @@
 """Rows moved by our kernels for Hopper GPUs beside XLA's fusions, values compared and timed: a Markdown table.
 
 Tokens of DeepSeek-V3's width, 7168 in bfloat16, 8 choices of 32 experts: `permute` copies each token to its rows,
-`unpermute` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once. With one
-choice, as of rows that came from other devices, a sum is a copy: "copied" is the kernel of copies in its place.
+`unpermute` adds them again. Times are medians in µs of calls that take turns, TB/s count each byte once.
 
-    python examples/benchmarks/permute_rows.py [--tokens 128,4096,16384] [--choices 8] [--plans] [--tiny]
+    python examples/benchmarks/permute_rows.py [--tokens 128,4096,16384] [--plans] [--tiny]
 """
 
 from __future__ import annotations
@@ -22,9 +21,8 @@ from eplb_jax.kernels.backend import current_target
 from eplb_jax.kernels.permute import Ring
 from eplb_jax.moe import permute as permute_in_xla
 from eplb_jax.moe.dispatch import make_capacities, sort_by_slot
-from eplb_jax.moe.permute import RowMap, unpermute
 
-EXPERTS = 32
+EXPERTS, CHOICES = 32, 8
 KIB = 1024
 COPIES = [
     kernels.COPIES, Ring(16 * KIB, 12, 1, 4), Ring(16 * KIB, 6, 1, 2), Ring(8 * KIB, 10, 2, 3),
@@ -54,11 +52,11 @@ def equal(a: jax.Array, b: jax.Array) -> jax.Array:
     return (a == b).all()
 
 
-def measure(tokens: int, choices: int, width: int, all_plans: bool, repeats: int) -> Iterator[dict[str, Any]]:
+def measure(tokens: int, width: int, all_plans: bool, repeats: int) -> Iterator[dict[str, Any]]:
     """The rows of the table for a number of tokens."""
-    num_rows = make_capacities(tokens, choices, 1, EXPERTS, None).rows
+    num_rows = make_capacities(tokens, CHOICES, 1, EXPERTS, None).rows
     keys = jax.random.split(jax.random.key(tokens), 3)
-    _, slots = jax.lax.top_k(jax.random.uniform(keys[0], (tokens, EXPERTS)), choices)
+    _, slots = jax.lax.top_k(jax.random.uniform(keys[0], (tokens, EXPERTS)), CHOICES)
     sort = functools.partial(sort_by_slot, num_slots=EXPERTS, num_rows=num_rows)
     source, index = jax.jit(sort)(slots).moves
     x = jax.random.normal(keys[1], (tokens, width), jnp.bfloat16)
@@ -71,14 +69,12 @@ def measure(tokens: int, choices: int, width: int, all_plans: bool, repeats: int
             (permute_in_xla.copy_rows_by_xla, kernels.copy_rows, COPIES[:plans], x, source, index),
         ),
         "unpermute": (
-            tokens * (choices + 1),
+            tokens * (CHOICES + 1),
             (permute_in_xla.add_rows_by_xla, kernels.add_rows, SUMS[:plans], rows, index),
         ),
     }
     for move, (moved, operands) in moves.items():
         calls = by_plan(*operands)
-        if move == "unpermute" and choices == 1 and len(calls) > 1:
-            calls["copied"] = functools.partial(jax.jit(unpermute), rows, RowMap(source, index))
         want = calls["XLA"]()
         same = [bool(equal(call(), want)) for call in calls.values()]
         times = medians_ms(list(calls.values()), repeats, inner=0.02)
@@ -91,13 +87,12 @@ def main() -> None:
     """Prints the table."""
     parser = make_parser(__doc__)
     parser.add_argument("--tokens", default="128,4096,16384", help="of a call")
-    parser.add_argument("--choices", type=int, default=8, help="experts that each token goes to")
     parser.add_argument("--repeats", type=int, default=5, help="runs of which the median counts")
     parser.add_argument("--plans", action="store_true", help="other divisions of the kernels' work, too")
     parser.add_argument("--tiny", action="store_true", help="small sizes, to see that the script runs")
     args = parser.parse_args()
     width, sizes = 256 if args.tiny else 7168, [64] if args.tiny else map(int, args.tokens.split(","))
-    table = (row for tokens in sizes for row in measure(tokens, args.choices, width, args.plans, args.repeats))
+    table = (row for tokens in sizes for row in measure(tokens, width, args.plans, args.repeats))
     Recorder.begin(args, machine()).table(table, labels=4, formats={"µs": ".0f", "TB/s": ".2f"})
 
 
