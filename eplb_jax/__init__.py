@@ -40,7 +40,7 @@ from eplb_jax.moe.layer import (
 )
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
 from eplb_jax.moe.split import split_tokens
-from eplb_jax.plan.ahead import PlanAhead, Planned
+from eplb_jax.plan.ahead import PlanAhead, Planned, PlanningTime
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
 from eplb_jax.plan.live import Decision, Prices, RebalanceConfig, decide, initial_placement
@@ -74,6 +74,7 @@ __all__ = [
     "PlacementParam",
     "PlanAhead",
     "Planned",
+    "PlanningTime",
     "Prices",
     "RebalanceConfig",
     "RouterBias",

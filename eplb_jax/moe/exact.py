@@ -197,8 +197,8 @@ def why_not(devices: int, masters: int, most: int) -> str | None:
     """Why a layer cannot be balanced so, with the remedy; None if it can."""
     if devices > DEVICES:
         return (
-            f"exact={most} on {devices} devices: who gives to whom is data, which XLA has an exchange for between two "
-            "devices alone; take ep=2, or redundant experts and replicas='split'"
+            f"exact={most} on {devices} devices: who gives to whom is data, for which an all-to-all has room for all "
+            "pairs; take ep=2, or redundant experts and replicas='split'"
         )
     if most > masters:
         return f"exact={most}: a device has {masters} masters, so take at most as many"
