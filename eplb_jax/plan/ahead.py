@@ -77,7 +77,8 @@ class PlanAhead:
         self._threads = ThreadPoolExecutor(1, "placement")  # begun with the first plan, and ended with the last
         self._warming: Future[Any] | None = None
         self._begun: tuple[int, Num[Array, "layers experts"], Future[Any]] | None = None
-        self._spent: tuple[PlanningTime, float | None] = PlanningTime(0.0, 0.0), None  # by plans that ended; when one began that runs
+        # Time of the plans that ended, and when the one began that runs.
+        self._spent: tuple[PlanningTime, float | None] = PlanningTime(0.0, 0.0), None
 
     @property
     def spent(self) -> PlanningTime:
