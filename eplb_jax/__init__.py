@@ -8,8 +8,8 @@ Plans: `rebalance_experts` is DeepSeek's balancer, bit for bit, made of `balance
 ``read_`` keep it in files, and ``python -m eplb_jax plan`` does all of that from the command line.
 
 The layer: `moe_layer` on `MoEParams` with a `MoEConfig`, or the Flax modules `MoE` and `LinenMoE`. Its parts:
-`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`, and `split_tokens`, which
-divides each expert's tokens over its replicas.
+`grouped_matmul` in the layout of `group_starts`, `local_experts` with `make_capacities`, `split_tokens`, which
+divides each expert's tokens over its replicas, and `split_exactly`, which divides all tokens evenly.
 
 While it trains: `count_tokens`, `SlidingWindow` and `MovingAverage` collect loads, `decide` finds the next placement,
 `PlanAhead` does so beside the steps, `worth_moving` says where it pays, `capacity_from` how much room layers need,
@@ -25,6 +25,7 @@ from eplb_jax.kernels.grouped_gemm.interface import grouped_matmul
 from eplb_jax.kernels.grouped_gemm.layout import group_starts
 from eplb_jax.moe.capacity import capacity_from, heaviest_by_split
 from eplb_jax.moe.dispatch import Capacities, make_capacities
+from eplb_jax.moe.exact import ExactSplit, split_exactly
 from eplb_jax.moe.experts import ExpertParams, working_copies
 from eplb_jax.moe.fetch import most_fetched
 from eplb_jax.moe.layer import (
@@ -39,7 +40,7 @@ from eplb_jax.moe.layer import (
 )
 from eplb_jax.moe.router import RouterConfig, Routing, balance_loss, route, router_logits, update_bias
 from eplb_jax.moe.split import split_tokens
-from eplb_jax.plan.ahead import PlanAhead, Planned
+from eplb_jax.plan.ahead import PlanAhead, Planned, PlanningTime
 from eplb_jax.plan.bounds import lower_bound
 from eplb_jax.plan.files import read_loads, read_placement, read_sizes, save_loads, save_placement
 from eplb_jax.plan.live import Decision, Prices, RebalanceConfig, decide, initial_placement
@@ -61,6 +62,7 @@ if TYPE_CHECKING:
 __all__ = [
     "Capacities",
     "Decision",
+    "ExactSplit",
     "ExpertParams",
     "LinenMoE",
     "MoE",
@@ -72,6 +74,7 @@ __all__ = [
     "PlacementParam",
     "PlanAhead",
     "Planned",
+    "PlanningTime",
     "Prices",
     "RebalanceConfig",
     "RouterBias",
@@ -113,6 +116,7 @@ __all__ = [
     "router_logits",
     "save_loads",
     "save_placement",
+    "split_exactly",
     "split_tokens",
     "sticky",
     "update_bias",

@@ -36,6 +36,18 @@ class Planned(NamedTuple):
     waited: float
 
 
+class PlanningTime(NamedTuple):
+    """What planning has taken so far, beside the steps.
+
+    Attributes:
+      seconds: of plans, up to now where one runs.
+      cpu_seconds: of the processor, in the thread of plans that have ended.
+    """
+
+    seconds: float
+    cpu_seconds: float
+
+
 class PlanAhead:
     """Plans in a thread of its own while steps run; one plan at a time.
 
@@ -65,6 +77,14 @@ class PlanAhead:
         self._threads = ThreadPoolExecutor(1, "placement")  # begun with the first plan, and ended with the last
         self._warming: Future[Any] | None = None
         self._begun: tuple[int, Num[Array, "layers experts"], Future[Any]] | None = None
+        # Time of the plans that ended, and when the one began that runs.
+        self._spent: tuple[PlanningTime, float | None] = PlanningTime(0.0, 0.0), None
+
+    @property
+    def spent(self) -> PlanningTime:
+        """Time of all plans that were begun, but not of `warm`; the difference of two is what lies between them."""
+        ended, begun = self._spent
+        return ended if begun is None else ended._replace(seconds=ended.seconds + time.perf_counter() - begun)
 
     @property
     def pending(self) -> tuple[int, Num[Array, "layers experts"]] | None:
@@ -121,5 +141,11 @@ class PlanAhead:
 
     def _timed(self, step: int, loads: Any, placement: Placement) -> tuple[Decision | None, float]:
         loads = np.asarray(loads)  # waits for a device
-        begun = time.perf_counter()
-        return self._decide(step, loads, placement), time.perf_counter() - begun
+        before, begun, cpu = self._spent[0], time.perf_counter(), time.thread_time()
+        self._spent = before, begun
+        try:
+            decision = self._decide(step, loads, placement)
+        finally:
+            seconds = time.perf_counter() - begun
+            self._spent = PlanningTime(before.seconds + seconds, before.cpu_seconds + time.thread_time() - cpu), None
+        return decision, seconds

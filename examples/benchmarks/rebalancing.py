@@ -47,15 +47,15 @@ def arguments_of(args: argparse.Namespace) -> argparse.Namespace:
 
 
 class Rounds:
-    """Runs that share a compiled step and begin alike."""
+    """Runs that share a compiled step and begin alike, as the flags of `examples/pretrain.py` say."""
 
-    def __init__(self, args: argparse.Namespace):
+    def __init__(self, flags: argparse.Namespace):
         """Compiles."""
         import jax  # noqa: PLC0415
         from pretraining import data, trainer  # noqa: PLC0415
         from pretraining.run import set_up  # noqa: PLC0415
 
-        self.args, self.setup = args, set_up(arguments_of(args))
+        self.steps, self.setup = flags.steps, set_up(flags)
         model, optimizer, mesh = self.setup.model, self.setup.optimizer, self.setup.mesh
         state = trainer.abstract_state(model, optimizer, mesh)
         batch = data.make_batch(self.setup.corpus.train, 0, 0, self.setup.batch, self.setup.config.sequence)
@@ -67,22 +67,19 @@ class Rounds:
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
         self.start = jax.jit(lambda: trainer.init_state(model, optimizer, mesh), out_shardings=shardings)
 
-    def run(self, out: pathlib.Path, interval: int) -> list[dict[str, float]]:
-        """Metrics of the steps of a round with a plan every ``interval`` steps, or none where that is 0."""
+    def run(self, out: pathlib.Path, rebalancer: Any = None) -> list[dict[str, float]]:
+        """Metrics of the steps of a round, with a `Rebalancer` or without."""
         import jax  # noqa: PLC0415
-        from pretraining import loop, trainer  # noqa: PLC0415
+        from pretraining import loop  # noqa: PLC0415
         from pretraining.observe import METRICS, Observer, Throughput, read_metrics  # noqa: PLC0415
         from pretraining.run import balance_of, batches_of  # noqa: PLC0415
 
-        setup, args = self.setup, self.args
-        rebalancer = None
-        if interval:
-            rebalancer = trainer.Rebalancer(setup.model, args.devices, interval=interval, min_gain=0.0)
+        setup, steps = self.setup, self.steps
         batches = batches_of(setup.corpus.train, 0, setup)
         program = loop.TrainFunctions(self.step, batches, jax.random.key(0), balance=balance_of(setup))
         tokens = Throughput(setup.batch * setup.config.sequence, setup.config.flops_per_token, None)
-        with Observer(out, args.steps, 0, tokens, every=args.steps) as observer:
-            loop.train(loop.LoopConfig(args.steps), program, self.start(), observer, rebalancer=rebalancer)
+        with Observer(out, steps, 0, tokens, every=steps) as observer:
+            loop.train(loop.LoopConfig(steps), program, self.start(), observer, rebalancer=rebalancer)
         return read_metrics(out / METRICS)
 
 
@@ -115,12 +112,16 @@ def summary(lines: list[dict[str, float]]) -> dict[str, float]:
 def rows(args: argparse.Namespace, folder: pathlib.Path) -> Iterator[dict[str, Any]]:
     """The table: a row a round, without and with rebalancing in turn."""
     import numpy as np  # noqa: PLC0415
+    from pretraining.trainer import Rebalancer  # noqa: PLC0415
 
-    rounds, expected = Rounds(args), None
+    rounds, expected = Rounds(arguments_of(args)), None
     for turn in range(args.rounds):
         for interval in (0, args.every):
             name = f"every {interval} steps" if interval else "never"
-            lines = rounds.run(folder / f"{turn}-{interval}", interval)
+            rebalancer = None
+            if interval:
+                rebalancer = Rebalancer(rounds.setup.model, args.devices, interval=interval, min_gain=0.0)
+            lines = rounds.run(folder / f"{turn}-{interval}", rebalancer)
             losses = np.array([line["loss"] for line in lines])
             expected = losses if expected is None else expected
             figures = summary(lines)

@@ -6,13 +6,18 @@ one GPU, another in each microbatch, three times as many tokens. Figures are tok
 of all microbatches. "least" is the optimum of a linear program over fractions, of every 20th microbatch; "even" gives
 each replica of an expert equally many, as a hash does with many tokens. "nearest" is for devices that have equally many
 tokens of every expert. "live" is "split" where every 10 microbatches `sticky` plans for the loads of the last 10.
+"exact" is `split_exactly`: each expert on one GPU, in order, and each GPU filled with tokens of one other's experts.
 
     python examples/benchmarks/split.py [--microbatches 1000] [--tokens 4096] [--time-only]
 
-The second table has the room of a layer of DeepSeek-V3 (width 7,168, 4,096 tokens of 8 choices a GPU), for the worst
-case and for a capacity factor from the recent microbatches of the drifting loads, `eplb_jax.capacity_from`: GiB of the
-rows that are exchanged, sent and received, and of the rows of experts, in bfloat16. The third has the time of a
-division within a program, on this machine's device; ``--time-only`` makes it alone.
+The second table has what "exact" costs: experts whose weights a GPU fetches and sends for a microbatch, the mean of all
+GPUs and microbatches and the most of any, "for all pairs" what an all-to-all of fixed size would bring to each GPU, the
+most that one fetches from every other, and the tokens that are computed away from their expert's GPU.
+
+The third has the room of a layer of DeepSeek-V3 (width 7,168, 4,096 tokens of 8 choices a GPU), for the worst case and
+for a capacity factor from the recent microbatches of the drifting loads, `eplb_jax.capacity_from`: GiB of the rows that
+are exchanged, sent and received, and of the rows of experts, in bfloat16. The last has the time of a division within a
+program, on this machine's device; ``--time-only`` makes it alone.
 """
 
 from __future__ import annotations
@@ -28,7 +33,16 @@ from balance import EXPERTS, synthetic
 from record import Recorder, command_line, machine, make_parser, medians_ms, write_records
 
 import eplb_jax
-from eplb_jax import Placement, balanced, gpu_loads, heaviest_by_split, make_capacities, split_tokens, sticky
+from eplb_jax import (
+    Placement,
+    balanced,
+    gpu_loads,
+    heaviest_by_split,
+    make_capacities,
+    split_exactly,
+    split_tokens,
+    sticky,
+)
 
 SIZES = [(288, 8, 4, 32), (320, 8, 8, 64), (320, 1, 1, 64)]
 TOP_K, WIDTH = 8, 7168
@@ -92,8 +106,28 @@ def least(counts: np.ndarray, plan: Placement, gpus: int) -> np.ndarray:
     return np.array([linprog(aim, below, np.zeros(gpus), equal, c, method="highs").fun for c in counts])
 
 
-def heaviest(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
-    """A line for each size and kind of loads."""
+def exactly(counts: np.ndarray, gpus: int) -> tuple[np.ndarray, dict[str, Any]]:
+    """Loads of GPUs [microbatches, gpus] by `split_exactly`, and what that costs."""
+
+    def one(counts: jax.Array) -> tuple[jax.Array, ...]:
+        found = split_exactly(counts, gpus)
+        home = jnp.arange(gpus, dtype=jnp.int32).repeat(len(counts) // gpus)[:, None]
+        away = jnp.where(home == jnp.arange(gpus, dtype=jnp.int32), 0, found.wanted)
+        fetched = away > 0
+        return found.wanted.sum(0), fetched.sum(0), fetched.reshape(gpus, -1, gpus).sum((1, 2)), away.sum()
+
+    loads, fetched, sent, away = map(np.asarray, jax.lax.map(one, jnp.asarray(counts, jnp.int32), batch_size=50))
+    return loads, {
+        "fetched: mean": fetched.mean(),
+        "fetched: most": fetched.max(),
+        "sent: most": sent.max(),
+        "for all pairs": fetched.max() * (gpus - 1),
+        "tokens moved %": 100 * away.sum(dtype=np.int64) / counts.sum(),
+    }
+
+
+def heaviest(microbatches: int, tokens: int, costs: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """A line for each size and kind of loads; those of what "exact" costs are added to ``costs``."""
     for sizes in SIZES:
         gpus, per_node = sizes[3], max(sizes[3] // sizes[2], 8)
         names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
@@ -101,6 +135,7 @@ def heaviest(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
             counts, plan = drifting(kind, microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
             mean = counts[0].sum() / gpus
             each = Placement.from_phy2log(np.repeat(plan.phy2log, len(counts), 0), EXPERTS)
+            exact, cost = exactly(counts, gpus)
             found = {
                 "even": gpu_loads(each, counts, gpus).max(1) / mean,
                 "nearest": by_nearest(counts, plan, gpus, per_node).max(1) / mean,
@@ -113,7 +148,9 @@ def heaviest(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
                 if name != "least":
                     row[f"{name}: mean"] = values.mean()
                     row[f"{name}: 99%"] = np.quantile(values, 0.99)
+            row["exact: worst"] = exact.max() / mean
             row["split / least: worst"] = (found["split"][::20] / found["least"]).max()
+            costs.append(dict(list(row.items())[:2]) | cost)
             yield row
 
 
@@ -145,16 +182,28 @@ def times(repeats: int) -> Iterator[dict[str, Any]]:
         layer = jax.tree.map(jnp.asarray, balanced(loads, *sizes).padded().of_layer(0))
         counts = jnp.asarray(loads[0] * 1000, jnp.int32)
 
-        @jax.jit
-        def repeat(counts: jax.Array, layer: Placement, gpus: int = sizes[3]) -> jax.Array:
+        @functools.partial(jax.jit, static_argnums=0)
+        def repeat(divide: Any, counts: jax.Array, *layer: Placement, gpus: int = sizes[3]) -> jax.Array:
             def once(_: jax.Array, now: jax.Array) -> jax.Array:
-                return counts + split_tokens(now, layer, gpus)[:, 0] % 2
+                return counts + divide(now, *layer, gpus) % 2
 
             return jax.lax.fori_loop(0, IN_A_ROW, once, counts)
 
-        taken = medians_ms([functools.partial(repeat, counts, layer)], repeats)[0]
+        calls = [functools.partial(repeat, by_load, counts, layer), functools.partial(repeat, exact_loads, counts)]
+        taken = [each * 1e3 / IN_A_ROW for each in medians_ms(calls, repeats)]
         name = f"{sizes[0]} @ {sizes[3]}, {sizes[1]}"
-        yield {"replicas @ GPUs, groups": name, "split us": taken * 1e3 / IN_A_ROW}
+        yield {"replicas @ GPUs, groups": name, "split us": taken[0], "exact us": taken[1]}
+
+
+def by_load(counts: jax.Array, layer: Placement, gpus: int) -> jax.Array:
+    """A number of each expert that depends on its division over replicas."""
+    return split_tokens(counts, layer, gpus)[:, 0]
+
+
+def exact_loads(counts: jax.Array, gpus: int) -> jax.Array:
+    """A number of each expert that depends on its exact division, and on what is fetched."""
+    found = split_exactly(counts, gpus)
+    return found.wanted[:, 0] + found.fetched.max()
 
 
 def main() -> None:
@@ -163,18 +212,20 @@ def main() -> None:
     parser.add_argument("--microbatches", type=int, default=1000, help="that loads drift over")
     parser.add_argument("--tokens", type=int, default=4096, help="of a GPU in a microbatch")
     parser.add_argument("--repeats", type=int, default=20, help="of which the median time counts")
-    parser.add_argument("--time-only", action="store_true", help="make the third table alone")
+    parser.add_argument("--time-only", action="store_true", help="make the last table alone")
     args = parser.parse_args()
     report = Recorder.begin(args, machine(), f"{args.microbatches} microbatches of {args.tokens} tokens a GPU")
     named: dict[str, tuple[float, str]] = {}
     if not args.time_only:
-        rows = list(heaviest(args.microbatches, args.tokens))
+        costs: list[dict[str, Any]] = []
+        rows = list(heaviest(args.microbatches, args.tokens, costs))
         report.table(rows, labels=2)
         row = next(row for row in rows if list(row.values())[:2] == [KEPT, "drifting"])
         named |= {"hash_heaviest_p99": (row["even: 99%"], ""), "split_heaviest_p99": (row["split: 99%"], "")}
+        report.table(costs, labels=2, title="exact")
         report.table(room(args.microbatches, args.tokens), labels=2, title="room", formats={"factor": ".3f"})
     taken = list(times(args.repeats))
-    report.table(taken, title="time", formats={"split us": ".0f"})
+    report.table(taken, title="time", formats={"split us": ".0f", "exact us": ".0f"})
     if jax.default_backend() == "gpu":
         slowest = max(row["split us"] for row in taken if " @ 64," in row["replicas @ GPUs, groups"])
         named["split_us_256_64"] = slowest, "us"

@@ -37,6 +37,10 @@ class Rebalances(Protocol):
         """What the plan was that `maybe_rebalance` has just used; empty where it used none."""
         ...
 
+    def planning(self) -> dict[str, float]:
+        """What plans took since the last call, beside a step; empty where none ran."""
+        ...
+
     def described(self) -> str | None:
         """The same in words; None where no expert has moved."""
 
@@ -250,6 +254,8 @@ class _TrainLoop:
         self._settled = now
         loads, microbatches = (host.pop(name, None) for name in ("loads", "microbatch_loads"))
         scalars = {name: float(value) for name, value in host.items() if value.ndim == 0} | moved
+        if self.rebalancer is not None:
+            scalars |= self.rebalancer.planning()
         if before is not None:
             scalars["step_seconds"] = now - before
         if loads is not None and self.rebalancer is not None:
@@ -280,8 +286,11 @@ class _TrainLoop:
         """Lets the rebalancer move experts before the next step."""
         if self.rebalancer is None:
             return
-        old, self.state = self.state, self.rebalancer.maybe_rebalance(self.state, self.done)
-        self._moved = self.rebalancer.metrics()
+        begun, old = time.perf_counter(), self.state
+        self.state = self.rebalancer.maybe_rebalance(self.state, self.done)
+        if moved := self.rebalancer.metrics():
+            moved["rebalance_seconds"] = time.perf_counter() - begun
+        self._moved = moved
         if (text := self.rebalancer.described()) is not None:
             self.observer.note(f"step {self.done}: {text}")
         if self.state is not old and self.program.balance is not None:

@@ -90,6 +90,7 @@ class Rebalancer:
         if lag is None:
             lag = max(2, interval // 2) if jax.default_backend() == "cpu" else 2
         self._ahead = PlanAhead(self._decide, lag)
+        self._spent = self._ahead.spent
         self._due: collections.deque[tuple[int, np.ndarray]] = collections.deque()
         self._free = 0  # the first step whose loads are planned for, once the plan before them is used
         self.placement: Placement | None = None
@@ -155,6 +156,15 @@ class Rebalancer:
         if (told := self._seconds_of(decision)) is not None:
             found |= {"saved_seconds": told[0], "move_seconds": told[1], "layers_left": decision.left}
         return found
+
+    def planning(self) -> dict[str, float]:
+        """Metrics of plans since the last call: how long one ran, and what those that ended took of the processor.
+
+        Empty where none ran.
+        """
+        before, self._spent = self._spent, self._ahead.spent
+        seconds, cpu_seconds = (now - then for now, then in zip(self._spent, before, strict=True))
+        return {"planning_seconds": seconds, "planning_cpu_seconds": cpu_seconds} if seconds else {}
 
     def described(self) -> str | None:
         """The same in words; None where nothing has moved."""

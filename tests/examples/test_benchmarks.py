@@ -13,6 +13,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[2] / "examples" 
 
 import fp8_loss
 import record
+import steps_beside_plans
 
 FOLDER = record.ROOT / "examples" / "benchmarks"
 BENCHMARKS = sorted(path.stem for path in FOLDER.glob("*.py") if "Recorder.begin(" in path.read_text(encoding="utf-8"))
@@ -51,6 +52,46 @@ def test_every_script_is_a_benchmark_or_serves_them():
     others = {"chunks", "overlap_programs", "pages", "peers_model", "peers_torch", "record", "spectrax_stage"}
     assert {*BENCHMARKS, *others} == {path.stem for path in FOLDER.glob("*.py")}
     assert not others & {*BENCHMARKS}
+
+
+def lines_of_a_run(seed, slowdown=None, steps=70):
+    """metrics.jsonl of steps of about a second; a plan runs beside step 13, 23 and so on, and step 16, 26 has it."""
+    rng, lines = np.random.default_rng(seed), []
+    for step in range(1, steps + 1):
+        line = {"step": step, "step_seconds": (100 if step < 3 else 1) * rng.lognormal(sigma=0.05)}
+        if slowdown and step % 10 == 3 and step > 10:
+            line |= {"planning_seconds": 0.5, "planning_cpu_seconds": 0.002 * (step == 13) + 0.001}
+            line["step_seconds"] *= slowdown
+        if slowdown and step % 10 == 6 and step > 10:
+            line |= {"plan_of_step": step - 6, "rebalance_seconds": 0.004}
+        lines += [line, {"step": step, "held_out_loss": 1.0}]
+    lines[60 % len(lines)].pop("step_seconds", None)
+    return lines
+
+
+@pytest.mark.parametrize("slowdown", [1.0, 1.2])
+def test_steps_beside_plans_are_told_from_others(slowdown, monkeypatch):
+    """Against what the metrics were made with: how much slower they are, and that chance does not make them so."""
+    monkeypatch.setattr(steps_beside_plans, "DRAWS", 500)
+    runs = [lines_of_a_run(0), *(lines_of_a_run(seed, slowdown) for seed in (1, 2, 3)), lines_of_a_run(4)]
+    rounds = [steps_beside_plans.steps_of(lines) for lines in runs]
+    alone, apart, beside, first = steps_beside_plans.kinds(rounds)
+    assert (alone["number"], apart["number"], beside["number"], first["number"]) == (2 * 63, 3 * 51, 3 * 6, 3 * 6)
+    assert alone["50%"] == apart["50%"] == 1 and apart["worst"] < 1.3
+    assert beside["50%"] == pytest.approx(slowdown, rel=0.05) and first["50%"] == pytest.approx(1, rel=0.05)
+    assert beside["planning ms"] == pytest.approx(3) and first["placing ms"] == pytest.approx(4)
+    assert beside["share %"] == pytest.approx(0.3, rel=0.1) and first["share %"] == pytest.approx(0.4, rel=0.1)
+    cost = {row["steps"]: row for row in steps_beside_plans.slower(rounds)}
+    found = cost["beside a plan"]
+    assert found["from"] < slowdown < found["to"] and found["to"] - found["from"] < 0.1
+    assert found["slower"] == pytest.approx(slowdown, rel=0.05)
+    assert found["by chance"] < 0.01 if slowdown > 1 else found["by chance"] > 0.05
+    assert cost["first with a placement"]["by chance"] > 0.05
+    assert 1 - 0.05 < cost["either"]["slower"] < slowdown + 0.05
+    with pytest.raises(ValueError, match="no step has a new placement"):
+        list(steps_beside_plans.slower(rounds[:1]))
+    with pytest.raises(ValueError, match="no step after the first 6 has its time"):
+        steps_beside_plans.steps_of(lines_of_a_run(0, steps=5))
 
 
 @pytest.mark.parametrize("name", BENCHMARKS)

@@ -125,6 +125,9 @@ class Watch:
     def metrics(self):
         return {"plan_of_step": self.calls[-1] - 1.0} if self.calls[-1] == 5 else {}
 
+    def planning(self):
+        return {"planning_seconds": 0.25} if self.calls[-1] == 3 else {}
+
     def described(self):
         return None
 
@@ -149,6 +152,8 @@ def test_experts_are_rebalanced_while_steps_run_and_before_saving(fake, tmp_path
     assert evaluated == [3, 6]
     lines = {line["step"]: line for line in read_metrics(tmp_path / "out" / METRICS) if "loss" in line}
     assert [step for step, line in lines.items() if "plan_of_step" in line] == [6], "the first step with the plan"
+    assert lines[6]["rebalance_seconds"] >= 0 and "rebalance_seconds" not in lines[7]
+    assert [step for step, line in lines.items() if "planning_seconds" in line] == [4], "the step beside the plan"
     # After a pause for saving or evaluation, a step's time is not known.
     assert [step for step, line in lines.items() if "step_seconds" not in line] == [1, 4, 5, 7]
     restored = checkpoints.restore()

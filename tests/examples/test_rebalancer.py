@@ -65,6 +65,19 @@ def test_runs_that_are_saved_and_resumed_use_the_same_plans(interval, lag):
         assert run(interval, lag, saved, saved) == expected
 
 
+def test_what_planning_took_is_told_once():
+    rebalancer = make_rebalancer(interval=1, lag=1)
+    state = State(initial_placement(LAYERS, EXPERTS, rebalancer.config))
+    assert rebalancer.planning() == {}
+    rebalancer.observe(LOADS[1], 1)
+    state = rebalancer.maybe_rebalance(state, 1)
+    rebalancer.maybe_rebalance(state, 2)  # waits for the plan
+    told = rebalancer.planning()
+    assert told["planning_seconds"] == pytest.approx(rebalancer.last.seconds, rel=0.1)
+    assert told["planning_cpu_seconds"] > 0
+    assert rebalancer.planning() == {}
+
+
 def test_plans_say_what_they_save_of_a_run():
     """Ranks of a pipeline run their layers at once: what all layers save and cost together is shared by the ranks."""
     told = {}

@@ -2,6 +2,7 @@
 
 import dataclasses
 import threading
+import time
 
 import jax
 import jax.numpy as jnp
@@ -59,6 +60,38 @@ def test_planning_keeps_nobody_waiting_before_its_plan_is_due():
     may_end.set()
     assert ahead.take(8).decision.changed
     assert threads == [thread for thread in threads if thread is not threading.main_thread()]
+
+
+def test_time_of_plans_counts_while_they_run_and_the_processors_when_they_end():
+    begun, may_end = threading.Event(), threading.Event()
+
+    def plan(step, loads, placement):
+        if step == 10:
+            raise ValueError("no plan")
+        begun.set()
+        assert may_end.wait(60)
+        until = time.thread_time() + 0.02
+        while time.thread_time() < until:
+            pass
+
+    ahead = PlanAhead(plan, lag=0)
+    assert ahead.spent == (0, 0)
+    ahead.begin(5, LOADS, START)
+    assert begun.wait(60)
+    first = ahead.spent
+    time.sleep(0.02)
+    second = ahead.spent
+    assert second.seconds >= first.seconds + 0.02 and second.cpu_seconds == 0
+    may_end.set()
+    ahead.take(5)
+    ended = ahead.spent
+    assert 0.02 <= ended.cpu_seconds <= ended.seconds and ended.seconds > second.seconds
+    assert ahead.spent == ended, "none runs"
+    ahead.begin(10, LOADS, START)
+    with pytest.raises(ValueError, match="no plan"):
+        ahead.take(10)
+    assert ahead.spent.seconds > ended.seconds, "one that fails counts, too"
+    assert ahead.spent == ahead.spent
 
 
 def test_there_is_one_plan_at_a_time_and_errors_arrive():
