@@ -340,7 +340,11 @@ def test_few_rows_share_the_contraction_between_multiprocessors(rows, k, n, grou
     assert tile.splits <= max(k // tile.k, 1)
 
 
-@pytest.mark.parametrize("rows, k, n", [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)])
+@cases(
+    "rows, k, n",
+    [(128, 128, 128), (1024, 384, 640), (32768, 7168, 4096), (32768, 2048, 7168)],
+    quick=[(1024, 384, 640), (32768, 7168, 4096)],
+)
 @cases("dtype", ["float32", "bfloat16"], quick=["bfloat16"])
 def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, dtype):
     shape = jax.ShapeDtypeStruct

@@ -190,7 +190,11 @@ def test_gradients_are_separate_equations(backend):
     assert [str(e).count("ragged_dot_general[") for e in closed.jaxpr.eqns if "ragged_dot" in str(e)] == [1, 1, 1]
 
 
-@pytest.mark.parametrize("rows, k, n", [(64, 128, 128), (72, 128, 192), (1024, 256, 320), (32768, 7168, 4096)])
+@cases(
+    "rows, k, n",
+    [(64, 128, 128), (72, 128, 192), (1024, 256, 320), (32768, 7168, 4096)],
+    quick=[(72, 128, 192), (32768, 7168, 4096)],
+)
 @cases("groups", [1, 8, 32], quick=[8])
 def test_kernels_can_be_lowered_without_a_gpu(rows, k, n, groups):
     """With the tile that each shape gets; the tile is no larger than the result."""

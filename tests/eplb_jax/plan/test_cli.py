@@ -11,6 +11,7 @@ import eplb_jax
 from eplb_jax import draw_loads
 from eplb_jax.__main__ import main
 from eplb_jax.plan.policies.registry import POLICIES
+from tests.cases import cases
 
 LOADS = np.random.default_rng(0).lognormal(size=(3, 32)) * 1000
 SIZES = ["--replicas", "40", "--nodes", "2", "--gpus", "8", "--groups", "4"]
@@ -45,7 +46,7 @@ def test_files_that_hold_something_else(tmp_path):
         eplb_jax.read_placement(tmp_path / "two.npz")
 
 
-@pytest.mark.parametrize(("policy", "plan"), POLICIES.items(), ids=POLICIES)
+@cases(("policy", "plan"), POLICIES.items(), quick=list(POLICIES.items())[:2], ids=POLICIES)
 def test_plan_is_the_policys(loads, capsys, policy, plan):
     assert main(["plan", str(loads), *SIZES, "--policy", policy]) == 0
     lines = capsys.readouterr().out.splitlines()

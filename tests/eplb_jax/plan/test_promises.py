@@ -110,21 +110,21 @@ def test_traced_loads_keep_the_promise():
 )
 def test_layers_without_load_get_an_even_plan(sizes):
     experts, _, groups, nodes, gpus = sizes
-    weight = np.zeros((3, experts))
+    weight = np.zeros((12, experts))  # as many layers as in the other tests of these sizes: the programs are the same
     weight[1] = np.random.default_rng(0).lognormal(size=experts)
     alive = np.ones(gpus, bool)
     plans = [policy(weight, *sizes[1:]) for policy in (balanced, no_duplicate)]
     plans.append(elastic(weight, alive, *sizes[1:4]))
     for plan in plans:
         check(plan, weight, *sizes[1:])
-        for layer in (0, 2):
+        for layer in (0, *range(2, 12)):
             spares = plan.logcnt[layer]
             assert spares.max() - spares.min() <= 1
             slots = plan.phy2log[layer].reshape(gpus, -1)
             assert all(len(np.unique(gpu)) == len(gpu) for gpu in slots) or spares.max() > gpus // nodes
             copies = spares[slots].sum(1)
             assert copies.max() - copies.min() <= 1
-    assert sticky(weight * [[1], [0], [1]], plans[0], groups, nodes, gpus) is plans[0]
+    assert sticky(np.zeros_like(weight), plans[0], groups, nodes, gpus) is plans[0]
 
 
 @cases("policy", POLICIES.values(), quick=[eplb_jax.rebalance_experts, no_duplicate], ids=POLICIES)
@@ -133,7 +133,10 @@ def test_every_policy_places_all_experts_and_keeps_groups_on_nodes(policy):
     plan = policy(weight, 20, 6, 2, 4)
     assert all(isinstance(array, np.ndarray) for array in plan)
     check(plan, weight, 20, 6, 2, 4)
-    assert np.array_equal(policy(weight[3:5], 20, 6, 2, 4).phy2log, plan.phy2log[3:5])  # layers are independent
+    others = np.concatenate([loads_of(2, 12, 1)[:3], weight[3:5], loads_of(2, 12, 2)[5:]])
+    again = policy(others, 20, 6, 2, 4).phy2log
+    assert np.array_equal(again[3:5], plan.phy2log[3:5])  # layers are independent
+    assert not np.array_equal(again, plan.phy2log)
 
 
 LOAD = st.one_of(st.just(0.0), st.floats(1e-6, 1e6), st.integers(1, 2**40).map(float))

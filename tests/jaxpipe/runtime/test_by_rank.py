@@ -111,7 +111,7 @@ def play(program, branch, rows, code, held):
 def test_code_of_two_ranks_does_not_grow_with_the_microbatches(name):
     if name == "gpipe":  # every microbatch has a slot of its own
         return
-    sizes = [divide_by_rank(lower(build(name, 2, count))).size for count in (96, 480)]
+    sizes = [divide_by_rank(lower(build(name, 2, count))).size for count in (96, 192)]
     assert sizes[0] == sizes[1] <= MOST_CODE
 
 
@@ -155,8 +155,8 @@ def garbage(aval):
 @cases(
     "name, ranks, microbatches",
     [("1f1b", 2, 9), ("zb1p", 2, 8), ("zbv", 2, 16), ("interleaved", 2, 16), ("dualpipev", 2, 4), ("dualpipev", 2, 16),
-     ("dualpipev", 3, 6), ("dualpipe", 2, 6), ("gpipe", 2, 3), ("1f1b", 2, 1)],
-    quick=[("zbv", 2, 16), ("dualpipev", 2, 4)],
+     ("dualpipev", 3, 6), ("dualpipe", 2, 6), ("dualpipe", 2, 12), ("gpipe", 2, 3), ("1f1b", 2, 1)],
+    quick=[("dualpipe", 2, 12), ("dualpipev", 2, 4)],  # with rounds, and without
 )  # fmt: skip
 def test_what_was_in_memory_before_is_never_read(x64, monkeypatch, name, ranks, microbatches):
     """On GPUs slots and sums begin as what is there. The first gradient is the sum, also that of an example masked."""

@@ -35,7 +35,7 @@ def summed(numbers, dtype):
     "name, ranks, dp, options",
     [
         ("1f1b", 1, 1, {}),
-        ("1f1b", 2, 1, {"dispatch": "loops"}),
+        pytest.param("1f1b", 2, 1, {"dispatch": "loops"}, marks=pytest.mark.slow),
         ("zb1p", 2, 2, {"dispatch": "stretches"}),
         ("dualpipe", 2, 1, {"order": "storage"}),
         ("zb1p", 2, 2, {"zero1_axis": "dp", "min_shard_size": 0}),

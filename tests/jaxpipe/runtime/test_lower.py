@@ -27,6 +27,7 @@ SIZES = [
     *[("dualpipev", ranks, m) for ranks, m in ((2, 4), (3, 7), (4, 10), (8, 20))],
 ]
 SIZES += [case for name in BUILDERS if (case := (name, 4, 8)) not in SIZES]
+SMALL = [size for size in SIZES if size[1] < 8]
 
 
 ENDS = (Op.EMBED, Op.HEAD, Op.EMBED_GRAD)
@@ -185,7 +186,7 @@ def assert_right(program: Program, embed_grad: bool) -> None:
     assert program.branches[0] == () and len(set(program.branches)) == len(program.branches)
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+@cases(("name", "ranks", "microbatches"), SIZES, quick=SMALL)
 @pytest.mark.parametrize("embed_grad", [True, False])
 def test_every_operation_finds_what_it_needs(name: str, ranks: int, microbatches: int, embed_grad: bool) -> None:
     schedule = build(name, ranks, microbatches)
@@ -195,14 +196,14 @@ def test_every_operation_finds_what_it_needs(name: str, ranks: int, microbatches
     assert program.makespan >= simulate(schedule, Costs()).makespan - 1e-6
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+@cases(("name", "ranks", "microbatches"), SIZES, quick=SMALL)
 def test_forward_only_keeps_no_residuals(name: str, ranks: int, microbatches: int) -> None:
     program = lower(build(name, ranks, microbatches), forward_only=True)
     assert_right(program, embed_grad=False)
     assert (program.num_stash_slots, program.num_weight_stash_slots, program.num_cross_slots) == (0, 0, 0)
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), SIZES)
+@cases(("name", "ranks", "microbatches"), SIZES, quick=SMALL)
 def test_shared_ends_run_on_all_ranks_at_once(name: str, ranks: int, microbatches: int) -> None:
     """They need no more stash, next to no more time for the stages, and one branch each."""
     schedule = build(name, ranks, microbatches)

@@ -20,6 +20,7 @@ from tests.jaxpipe.runtime.test_lower import assert_right
 from tests.jaxpipe.runtime.test_pack import UNEVEN, UNIT, assert_legal
 
 LONG = [(name, ranks, count * (1 + (name == "dualpipe"))) for name in BUILDERS for ranks, count in ((2, 40), (4, 80))]
+SHORT = [size for size in LONG if size[1] == 2 or size[0] in ("interleaved", "dualpipe", "dualpipev")]
 
 
 def searched_whole(schedule: Schedule, costs: Costs, shared_ends: bool = False) -> Packing:
@@ -57,7 +58,7 @@ def every_third_late(schedule: Schedule) -> Schedule:
     return dataclasses.replace(schedule, ranks=tuple(map(tuple, rows)))
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), LONG)
+@cases(("name", "ranks", "microbatches"), LONG, quick=SHORT)
 @cases("costs", [UNIT, UNEVEN], quick=[UNEVEN], ids=["unit", "uneven"])
 def test_repeated_ticks_are_as_good_as_searched_ones(name: str, ranks: int, microbatches: int, costs: Costs) -> None:
     schedule = build(name, ranks, microbatches)
@@ -69,7 +70,7 @@ def test_repeated_ticks_are_as_good_as_searched_ones(name: str, ranks: int, micr
     assert np.all(np.array(slots(schedule, packed)) <= slots(schedule, whole))
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), LONG)
+@cases(("name", "ranks", "microbatches"), LONG, quick=SHORT)
 def test_so_they_are_with_shared_ends_and_forwards_alone(name: str, ranks: int, microbatches: int) -> None:
     schedule = build(name, ranks, microbatches)
     packed, whole = (f(schedule, UNIT, shared_ends=True) for f in (pack, searched_whole))

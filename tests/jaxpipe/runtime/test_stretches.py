@@ -16,6 +16,7 @@ from jaxpipe.runtime.stretches import (
     size_of_code,
 )
 from jaxpipe.schedule import BUILDERS, build
+from tests.cases import cases
 
 GRIDS = [
     *((name, 2, 8) for name in BUILDERS),
@@ -63,7 +64,7 @@ def replay(program, stretches):
     return done
 
 
-@pytest.mark.parametrize(("name", "ranks", "microbatches"), GRIDS)
+@cases(("name", "ranks", "microbatches"), GRIDS, quick=[g for g in GRIDS if g[1] < 8 or g[0] == "1f1b"])
 def test_every_rank_does_what_the_program_says(name, ranks, microbatches):
     for program in programs(name, ranks, microbatches):
         stretches = make_stretches(program)

@@ -19,7 +19,7 @@ from tests.plain import assert_trees_close, plain_value_and_grad
 SEEDS = 150
 
 
-@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 12)) for n in range(SEEDS)])
+@pytest.mark.parametrize("seed", [pytest.param(n, marks=[pytest.mark.slow] * (n >= 6)) for n in range(SEEDS)])
 def test_divided_backward_is_the_plain_one(seed):
     fuzz.run_seed(seed)
 
