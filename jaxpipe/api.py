@@ -331,6 +331,7 @@ def value_and_grad(
     zero1_parameters: bool = False,
     min_shard_size: int = 2**14,
     stash: int | None = None,
+    offload: int = 0,
     max_growth: float = MAX_GROWTH,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
@@ -490,7 +491,7 @@ def value_and_grad(
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, zero1_parameters=zero1_parameters,
         min_shard_size=min_shard_size, trainable=trainable,
-        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, max_growth=max_growth,
+        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, offload=offload, max_growth=max_growth,
     )  # fmt: skip
 
 

@@ -52,6 +52,7 @@ def check_options(
     example_mask: Any = None,
     grad_dtype: Any = None,
     stash: Any = None,
+    offload: Any = 0,
     max_growth: Any = MAX_GROWTH,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
@@ -83,6 +84,7 @@ def check_options(
         zero1_parameters=zero1_parameters,
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
         stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
+        offload=at_least("a pipeline", "offload", offload, 0),
         max_growth=check_growth("a pipeline", max_growth),
     )
 

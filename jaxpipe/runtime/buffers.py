@@ -25,6 +25,7 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
+      host_stash, host_weight_stash: the part of the residuals that is in host memory; () where slots are values apart.
       grads: for each local chunk, the sums of what its stage's gradients are made of, a tuple of arrays or `Zeros`.
       outer_grads: gradient accumulators of the outer parameters, None for those without a gradient.
       loss: scalar, sum of the losses this rank has seen, times their weights.
@@ -37,6 +38,8 @@ class Buffers(NamedTuple):
     stash: Any = ()
     weight_stash: Any = ()
     cross: Any = ()
+    host_stash: Any = ()
+    host_weight_stash: Any = ()
     grads: Any = ()
     outer_grads: Any = None
     loss: Any = None

@@ -20,6 +20,7 @@ from jaxpipe.runtime.buffers import Buffers, Taken, add, put, select, take
 from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.offload import Chosen, PlacedPool
 from jaxpipe.runtime.program import Branch, Field, Op
 from jaxpipe.runtime.row_grads import add_with_rows, pull_back_rows
 from jaxpipe.runtime.stage_kinds import SharedPool
@@ -37,8 +38,8 @@ class Operation(NamedTuple):
 class Pools(NamedTuple):
     """How kinds of stages share slots, and the sums of each local chunk; see `Buffers`."""
 
-    stash: SharedPool
-    weight_stash: SharedPool
+    stash: PlacedPool
+    weight_stash: PlacedPool
     cross: SharedPool
     sums: tuple[SharedPool, ...] = ()
 
@@ -47,6 +48,7 @@ class Pools(NamedTuple):
         cls,
         splits: Sequence[SplitStage],
         parts: Sequence[tuple[int, int]] = (),
+        offloaded: Sequence[Chosen] | None = None,
         *,
         crosses: bool = True,
         flat: bool = False,
@@ -55,14 +57,18 @@ class Pools(NamedTuple):
 
         With ``flat`` slots of arrays of several shapes share memory; what a compiler divides over its mesh axes would
         have to be whole for that. A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts``
-        are (chunk, kind) pairs.
+        are (chunk, kind) pairs. ``offloaded`` says of each kind which residuals go to the host; None: none do.
         """
         crossing = [s.crossing if crosses else () for s in splits]
-        kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)
+        if offloaded is None:
+            offloaded = [jax.tree.map(lambda _: False, s.residuals) for s in splits]
         chunks = range(max((chunk + 1 for chunk, _ in parts), default=0))
         summed = ([s.summands if (chunk, k) in parts else () for k, s in enumerate(splits)] for chunk in chunks)
-        stash, weight_stash, cross = (SharedPool.of(kinds, flat=flat) for kinds in kept)
-        return cls(stash, weight_stash, cross, tuple(map(SharedPool.of, summed)))
+        stash, weight_stash = (
+            PlacedPool.of([s.residuals[i] for s in splits], [chosen[i] for chosen in offloaded], flat=flat)
+            for i in range(2)
+        )
+        return cls(stash, weight_stash, SharedPool.of(crossing, flat=flat), tuple(map(SharedPool.of, summed)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +134,22 @@ class TrainStep:
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
+            stash, host_stash = pools.stash.put(
+                buffers.stash, buffers.host_stash, operands[Field.STASH], kind, residuals.input
+            )
+            weight_stash, host_weight_stash = pools.weight_stash.put(
+                buffers.weight_stash,
+                buffers.host_weight_stash,
+                operands[Field.WEIGHT_STASH],
+                kind,
+                residuals.weight,
+            )
             return buffers._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
-                stash=pools.stash.put(buffers.stash, operands[Field.STASH], kind, residuals.input),
-                weight_stash=pools.weight_stash.put(
-                    buffers.weight_stash, operands[Field.WEIGHT_STASH], kind, residuals.weight
-                ),
+                stash=stash,
+                weight_stash=weight_stash,
+                host_stash=host_stash,
+                host_weight_stash=host_weight_stash,
                 aux_loss=self._add_loss(buffers.aux_loss, aux_loss, operands),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
@@ -184,7 +200,9 @@ class TrainStep:
         kind, pools = self.parts[part][1], self.pools
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
-            weight_stash = pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+            weight_stash = pools.weight_stash.take(
+                buffers.weight_stash, buffers.host_weight_stash, operands[Field.WEIGHT_STASH], kind
+            )
             return weight_stash, pools.cross.take(buffers.cross, operands[Field.CROSS], kind)
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
@@ -269,8 +287,10 @@ class TrainStep:
         return tie(self.prepared[part], inputs) if self.gathers else (self.prepared[part], inputs)
 
     def _read_backward(self, kind: int, buffers: Buffers, operands: jax.Array) -> Any:
-        stash = self.pools.stash.take(buffers.stash, operands[Field.STASH], kind)
-        weight_stash = self.pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+        stash = self.pools.stash.take(buffers.stash, buffers.host_stash, operands[Field.STASH], kind)
+        weight_stash = self.pools.weight_stash.take(
+            buffers.weight_stash, buffers.host_weight_stash, operands[Field.WEIGHT_STASH], kind
+        )
         return Residuals(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
 
     def _seed(self, operands: jax.Array) -> jax.Array:
