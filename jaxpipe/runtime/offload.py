@@ -81,6 +81,19 @@ class PlacedPool(NamedTuple):
         there = iter(self.host.take(host, slot, kind))
         return tuple(_to_device(next(there), True) if away else next(here) for away in self.chosen[kind])
 
+    def after_take(self, values: tuple[Any, ...], host: Any, kind: int) -> tuple[tuple[Any, ...], Any]:
+        """(what `take` returned, the pool in host memory) such that the pool is not written before that is read.
+
+        Without an order XLA would copy the whole pool.
+        """
+        if not host:
+            return values, host
+        leaves, found = list(host), list(values)
+        away = (place for place, goes in enumerate(self.chosen[kind]) if goes)
+        for value, place in zip(away, self.host.places[kind], strict=True):
+            found[value], leaves[place] = lax.optimization_barrier((found[value], leaves[place]))
+        return tuple(found), tuple(leaves)
+
     def put(self, pool: Any, host: Any, slot: Any, kind: int, values: tuple[Any, ...]) -> tuple[Any, Any]:
         """(the pool, the pool in host memory) with a slot's places for a kind replaced."""
         placed = tuple(map(_to_host, values, self.chosen[kind]))
@@ -106,6 +119,7 @@ def _to_device(array: Any, away: bool) -> Any:
     return jax.device_put(array, jax.memory.Space.Device) if away else array
 
 
-def allocate_on_host(avals: Sequence[Any], slots: int) -> tuple[jax.Array, ...]:
+def allocate_on_host(avals: Sequence[Any], slots: int, number: int) -> tuple[jax.Array, ...]:
     """``[slots, ...]`` arrays in host memory."""
-    return tuple(_to_host(jnp.zeros((slots, *aval.shape), aval.dtype), True) for aval in avals)
+    fills = range(number, number + len(avals))
+    return tuple(_to_host(jnp.full((slots, *aval.shape), i, aval.dtype), True) for i, aval in zip(fills, avals, strict=True))

@@ -28,11 +28,15 @@ from jaxpipe.stage import Residuals, SplitStage, vjp_once
 
 
 class Operation(NamedTuple):
-    """One kind of work of one part; ``operands`` are its row of the Program's."""
+    """One kind of work of one part; ``operands`` are its row of the Program's.
+
+    ``after_read`` makes whatever writes into a slot in host memory wait until this is read; None: nothing is there.
+    """
 
     read: Callable[[Buffers, jax.Array], Any]
     compute: Callable[[Any, jax.Array], Any]
     write: Callable[[Buffers, jax.Array, Any], Buffers]
+    after_read: Callable[[Any, Buffers], tuple[Any, Buffers]] | None = None
 
 
 class Pools(NamedTuple):
@@ -173,7 +177,7 @@ class TrainStep:
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], dx)
             )
 
-        return Operation(functools.partial(self._read_backward, kind), compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write, self._after_backward(kind))
 
     def backward_input(self, part: int) -> Operation:
         """Output cotangent -> input cotangent, and what the weight gradient still needs."""
@@ -193,7 +197,7 @@ class TrainStep:
                 cross=self.pools.cross.put(buffers.cross, operands[Field.CROSS], kind, crossing),
             )
 
-        return Operation(functools.partial(self._read_backward, kind), compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write, self._after_backward(kind))
 
     def backward_weight(self, part: int) -> Operation:
         """The weight gradient accumulated."""
@@ -213,7 +217,11 @@ class TrainStep:
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, part, grads, operands)
 
-        return Operation(read, compute, write)
+        def after_read(inputs: Any, buffers: Buffers) -> tuple[Any, Buffers]:
+            kept, host = pools.weight_stash.after_take(inputs[0], buffers.host_weight_stash, kind)
+            return (kept, inputs[1]), buffers._replace(host_weight_stash=host)
+
+        return Operation(read, compute, write, after_read)
 
     def embed_grad(self, part: int) -> Operation:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
@@ -293,6 +301,18 @@ class TrainStep:
         )
         return Residuals(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
 
+    def _after_backward(self, kind: int) -> Callable[[Any, Buffers], tuple[Any, Buffers]]:
+        def after_read(inputs: Any, buffers: Buffers) -> tuple[Any, Buffers]:
+            residuals, dy = inputs
+            stash, host_stash = self.pools.stash.after_take(residuals.input, buffers.host_stash, kind)
+            weight_stash, host_weight_stash = self.pools.weight_stash.after_take(
+                residuals.weight, buffers.host_weight_stash, kind
+            )
+            buffers = buffers._replace(host_stash=host_stash, host_weight_stash=host_weight_stash)
+            return (Residuals(stash, weight_stash), dy), buffers
+
+        return after_read
+
     def _seed(self, operands: jax.Array) -> jax.Array:
         return self.shares.seeds[operands[Field.MICROBATCH]]
 
@@ -370,6 +390,8 @@ def run_branch(
                     message, in_flight = lax.optimization_barrier((message, buffers.in_flight))
                     source, buffers = (buffers._replace(in_flight=each) for each in (Taken(message), in_flight))
                 inputs.append(part.read(source, operands[i]))
+                if part.after_read is not None:
+                    inputs[i], buffers = part.after_read(inputs[i], buffers)
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], operands[i]))
