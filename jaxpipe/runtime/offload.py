@@ -122,4 +122,6 @@ def _to_device(array: Any, away: bool) -> Any:
 def allocate_on_host(avals: Sequence[Any], slots: int, number: int) -> tuple[jax.Array, ...]:
     """``[slots, ...]`` arrays in host memory."""
     fills = range(number, number + len(avals))
-    return tuple(_to_host(jnp.full((slots, *aval.shape), i, aval.dtype), True) for i, aval in zip(fills, avals, strict=True))
+    return tuple(
+        _to_host(jnp.full((slots, *aval.shape), i, aval.dtype), True) for i, aval in zip(fills, avals, strict=True)
+    )
