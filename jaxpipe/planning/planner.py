@@ -131,8 +131,8 @@ class Plan:
             return []
         there, back, exposed = (1e3 * max(each) for each in zip(*self.transfers, strict=True))
         return [
-            f"memory of the host for a device, GB: {self.memory.host / GIGA:.3g}; the link to it is busy for {there:.3g} "
-            f"ms of a step and {back:.3g} back, and {exposed:.3g} of a rank's are not hidden"
+            f"memory of the host for a device, GB: {self.memory.host / GIGA:.3g}; of a step the link is busy for "
+            f"{there:.3g} ms to it and {back:.3g} from it, of which {exposed:.3g} are not hidden"
         ]
 
 

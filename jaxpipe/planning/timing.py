@@ -151,10 +151,12 @@ def transfers(
             return there, back, max(0.0, max(there, back) - _pair(works, *given))
         return there, back, sum(work.exposed(*given) for work in works)
 
+    def total(spent: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+        there, back, exposed = (sum(each) for each in zip(*spent, strict=True))
+        return there, back, exposed
+
     known = {event.group: of(event.group) for events in simulated.events for event in events}
-    return tuple(
-        tuple(map(sum, zip(*(known[event.group] for event in events), strict=True))) for events in simulated.events
-    )
+    return tuple(total([known[event.group] for event in events]) for events in simulated.events)
 
 
 def step_flops(

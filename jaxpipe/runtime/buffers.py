@@ -91,6 +91,15 @@ def uninitialised_array(aval: Any) -> jax.Array:
     return lax.empty(aval.shape, aval.dtype)
 
 
+def numbered_array(aval: Any, number: int) -> jax.Array:
+    """An array that differs from those of most other numbers: of equal ones XLA would make one, and copies of it."""
+    dtype = np.dtype(aval.dtype)
+    if dtype.itemsize == 1:  # some have fewer than eight bits, and one no zero
+        return jnp.full(aval.shape, number % 2 if dtype == np.bool_ else 1 + number % 7, dtype)
+    bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
+    return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
+
+
 def allocate_named(avals: Any, slots: int, fills: Iterator[int] | None) -> Named:
     """Slots for values of the given shapes and dtypes, whose first contents are never read.
 
@@ -103,11 +112,7 @@ def allocate_named(avals: Any, slots: int, fills: Iterator[int] | None) -> Named
             return uninitialised_array(aval)
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
             return jnp.zeros(aval.shape, aval.dtype)
-        dtype, number = np.dtype(aval.dtype), next(fills)
-        if dtype.itemsize == 1:  # some have fewer than eight bits, and one no zero
-            return jnp.full(aval.shape, number % 2 if dtype == np.bool_ else 1 + number % 7, dtype)
-        bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
-        return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
+        return numbered_array(aval, next(fills))
 
     return Named(tuple(jax.tree.map(fill, avals) for _ in range(slots)))
 

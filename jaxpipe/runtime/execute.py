@@ -273,7 +273,7 @@ def _train_buffers(
         # No operation of these writes into a dummy slot, which is large: only values apart have one.
         residuals = [pool(avals, count + apart) for avals, count in zip(kept, counts, strict=True)]
     on_host = [
-        () if apart else allocate_on_host(placed.host.avals, count, 100 * i)
+        () if apart else allocate_on_host(placed.host.avals, count, i * len(pools.stash.host.avals))
         for i, (placed, count) in enumerate(zip((pools.stash, pools.weight_stash), counts, strict=False))
     ]
     loss, head_metrics = head

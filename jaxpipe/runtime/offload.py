@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 from jax import lax
 
-from jaxpipe.runtime.buffers import Apart
+from jaxpipe.runtime.buffers import Apart, numbered_array
 from jaxpipe.runtime.stage_kinds import SharedPool
 from jaxpipe.stage import Residuals, SplitStage
 from jaxpipe.stage.stash import Slots
@@ -119,9 +118,10 @@ def _to_device(array: Any, away: bool) -> Any:
     return jax.device_put(array, jax.memory.Space.Device) if away else array
 
 
-def allocate_on_host(avals: Sequence[Any], slots: int, number: int) -> tuple[jax.Array, ...]:
-    """``[slots, ...]`` arrays in host memory."""
-    fills = range(number, number + len(avals))
-    return tuple(
-        _to_host(jnp.full((slots, *aval.shape), i, aval.dtype), True) for i, aval in zip(fills, avals, strict=True)
-    )
+def allocate_on_host(avals: Sequence[Any], slots: int, first: int) -> tuple[jax.Array, ...]:
+    """``[slots, ...]`` arrays in host memory, whose first contents are never read; ``first`` as of `numbered_array`.
+
+    What a constant fills, and code then writes in part, XLA allocates there and does not write before.
+    """
+    pools = [jax.ShapeDtypeStruct((slots, *aval.shape), aval.dtype) for aval in avals]
+    return tuple(_to_host(numbered_array(pool, first + i), True) for i, pool in enumerate(pools))
