@@ -270,11 +270,12 @@ def pipelined(
     dispatch: str | None = None,
     grad_dtype: Any = None,
     stash: int | None = None,
+    offload: int = 0,
 ) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
     The mesh may be abstract: such a pipeline can be traced, not run. Gradients are summed in ``grad_dtype``, by default
-    in float32; ``stash`` is as of `jaxpipe.value_and_grad`.
+    in float32; ``stash`` and ``offload`` are as of `jaxpipe.value_and_grad`.
     """
     return jaxpipe.value_and_grad(
         model.stage,
@@ -294,6 +295,7 @@ def pipelined(
         zero1_parameters=model.config.zero1,
         min_shard_size=SMALLEST_PART,
         stash=stash,
+        offload=offload,
         trainable=None if model.config.lora is None else model.trained,
     )
 

@@ -75,7 +75,8 @@ class Achieved:
     """The share of a chip's best that programs reach, and what every kernel costs besides.
 
     The defaults: dense bf16 products reached 700 to 750 of the 989 TFLOP/s of an H200, grouped products 560 to 630, and
-    an all-reduce over eight H100s 361 of 450 GB/s. Of the 64 GB/s of PCIe's fifth generation copies get 50 to 55. A measured time always beats them (`times` of `hlo_overlap`).
+    an all-reduce over eight H100s 361 of 450 GB/s. Of the 64 GB/s of PCIe's fifth generation copies reach 50 to 55,
+    which has not been measured here. A measured time always beats them (`times` of `hlo_overlap`).
 
     Attributes:
       matmul: of the FLOP/s, where nothing but products runs.

@@ -117,7 +117,7 @@ class Plan:
             f"memory of a device, GB: {memory.total / GIGA:.3g} of {self.chip.memory / GIGA:.3g}"
             + ("" if self.fits else ": TOO MUCH"),
             "  " + ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items()),
-            *self._on_host(),
+            *self.host_lines(),
             f"time of a step, ms: {self.seconds * ms:.4g}, {self.once * ms:.3g} of it once; bubble {self.bubble:.1%}",
             *one_run,
             f"FLOPs of a step: {self.flops:.3g}, executed {self.executed:.3g}; MFU {self.mfu:.1%}",
@@ -125,7 +125,7 @@ class Plan:
         lines += [f"not counted: {name}, {times:.0f} times a step on a device" for name, times in self.uncounted]
         return "\n".join(lines)
 
-    def _on_host(self) -> list[str]:
+    def host_lines(self) -> list[str]:
         """What is in the host's memory, and how long the link to it takes, as text; nothing where nothing is."""
         if not self.memory.host:
             return []
