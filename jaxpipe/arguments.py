@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.offload import HOST_MEMORY
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.ints import at_least
@@ -84,9 +85,23 @@ def check_options(
         zero1_parameters=zero1_parameters,
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
         stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
-        offload=at_least("a pipeline", "offload", offload, 0),
+        offload=_check_offload(offload, mesh),
         max_growth=check_growth("a pipeline", max_growth),
     )
+
+
+def _check_offload(offload: Any, mesh: Any) -> int:
+    """The bytes; raises ValueError unless they are a number and the mesh's devices reach pinned memory of the host."""
+    offload = at_least("a pipeline", "offload", offload, 0)
+    if offload and isinstance(mesh, Mesh):
+        device = mesh.devices.flat[0]
+        kinds = sorted(memory.kind for memory in device.addressable_memories())
+        if HOST_MEMORY not in kinds:
+            raise ValueError(
+                f"offload={offload:,}: devices of {device.platform} have memories {kinds} and no {HOST_MEMORY!r} for what "
+                "is offloaded; leave offload out, and give a smaller stash= where memory is short"
+            )
+    return offload
 
 
 def _check_sharding_axis(argument: str, given: Any, axes: Axes) -> tuple[str, ...]:

@@ -25,9 +25,7 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
         )
     found.append(f"* the stash of {live} microbatches and stages, and what those keep, is {memory.stash / GIGA:.3g} GB")
     if not memory.host:
-        found.append(
-            "* --offload all keeps what the backward pass reads in the host's memory, and takes time where that is slow"
-        )
+        found.append("* --offload all keeps what backward passes read in the host's memory, if its link is fast enough")
     if config.remat in _LESS:
         found.append(f"* --remat {_LESS[config.remat]} keeps less, and computes more again")
     if config.precision != "fp8":

@@ -13,6 +13,9 @@ from jaxpipe.runtime.stage_kinds import SharedPool
 from jaxpipe.stage import Residuals, SplitStage
 from jaxpipe.stage.stash import Slots
 
+HOST_MEMORY = "pinned_host"
+"""The kind of memory, as JAX names it, that `jax.memory.Space.Host` stands for."""
+
 _LEAST = 0.01
 """Of what a stage keeps of a microbatch, the share that an array has at least which is worth a transfer of its own."""
 
