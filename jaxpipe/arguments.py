@@ -96,10 +96,10 @@ def _check_offload(offload: Any, mesh: Any) -> int:
     if offload and isinstance(mesh, Mesh):
         device = mesh.devices.flat[0]
         kinds = sorted(memory.kind for memory in device.addressable_memories())
-        if HOST_MEMORY not in kinds:
+        if kinds and HOST_MEMORY not in kinds:  # devices that are only compiled for tell none
             raise ValueError(
-                f"offload={offload:,}: devices of {device.platform} have memories {kinds} and no {HOST_MEMORY!r} for what "
-                "is offloaded; leave offload out, and give a smaller stash= where memory is short"
+                f"offload={offload:,}: devices of {device.platform} have memories {kinds} and not {HOST_MEMORY!r}, "
+                "where residuals would go; leave offload out, and give a smaller stash= where memory is short"
             )
     return offload
 

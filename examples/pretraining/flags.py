@@ -134,8 +134,8 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "backward pass computes the rest again, in place of --remat. auto: as many as the chip has memory for"
     )  # fmt: skip
     parser.add_argument(
-        "--offload", type=parse_bytes, metavar="BYTES", default=0, help="of what a stage keeps of a microbatch that are in "
-        "the host's memory until the backward pass, as in 1e9, or all; default: 0"
+        "--offload", type=parse_bytes, metavar="BYTES", default=0, help="of what a stage keeps of a microbatch that "
+        "are in the host's memory until the backward pass, as in 1e9, or all; default: 0"
     )  # fmt: skip
     parser.add_argument(
         "--precision", choices=["bf16", "fp8"], help="of Linears and experts: fp8 multiplies numbers of 8 bits, for "
