@@ -94,14 +94,18 @@ def _check_offload(offload: Any, mesh: Any) -> int:
     """The bytes; raises ValueError unless they are a number and the mesh's devices reach pinned memory of the host."""
     offload = at_least("a pipeline", "offload", offload, 0)
     if offload and isinstance(mesh, Mesh):
-        device = mesh.devices.flat[0]
-        kinds = sorted(memory.kind for memory in device.addressable_memories())
-        if kinds and HOST_MEMORY not in kinds:  # devices that are only compiled for tell none
-            raise ValueError(
-                f"offload={offload:,}: devices of {device.platform} have memories {kinds} and not {HOST_MEMORY!r}, "
-                "where residuals would go; leave offload out, and give a smaller stash= where memory is short"
-            )
+        check_host_memory(offload, mesh.devices.flat[0])
     return offload
+
+
+def check_host_memory(offload: int, device: Any) -> None:
+    """Raises ValueError if a device has no pinned memory of the host for ``offload`` bytes."""
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if kinds and HOST_MEMORY not in kinds:  # devices that are only compiled for tell none
+        raise ValueError(
+            f"offload={offload:,}: devices of {device.platform} have memories {kinds} and not {HOST_MEMORY!r}, where "
+            "residuals would go; leave offload out, and give a smaller stash= where memory is short"
+        )
 
 
 def _check_sharding_axis(argument: str, given: Any, axes: Axes) -> tuple[str, ...]:
