@@ -45,10 +45,10 @@ def arguments(schedule):
 
 
 RUNS = [
-    ("dualpipev", 2, "by_rank"),
+    ("1f1b", 2, "by_rank"),
     ("dualpipe", 2, "unrolled"),
     ("1f1b", 4, "stretches"),
-    ("1f1b", 2, "by_rank"),
+    ("dualpipev", 2, "by_rank"),
     ("dualpipe", 4, "stretches"),
     ("dualpipe", 4, "switch"),
     ("dualpipev", 4, "stretches"),
