@@ -330,9 +330,7 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
     if args.gpus is None or args.gpus < 1:
         raise ValueError(f"--search with --gpus {args.gpus}: say on how many devices, as in --search --gpus 2048")
     if args.offload:
-        raise ValueError(
-            "--search --offload: a search keeps all on the devices; plan one of what it finds with --offload"
-        )
+        raise ValueError("--search --offload: a search keeps all on the devices; plan what it finds with --offload")
     given: dict[str, Any] = {"precisions": args.precision and (args.precision,), "remats": args.remat and (args.remat,)}
     given["ends"] = args.ends and (args.ends,)
     if args.schedules != list(BUILDERS):

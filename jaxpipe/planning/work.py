@@ -150,7 +150,7 @@ class Message(NamedTuple):
         return network.seconds(self.kind, self.axes, self.nbytes, self.groups)
 
 
-class Transfer(NamedTuple):
+class HostTransfer(NamedTuple):
     """An array on its way between the memories of a device and its host.
 
     Attributes:
@@ -192,7 +192,7 @@ class DeviceWork:
     unknown: tuple[tuple[str, float], ...] = ()
     loaded: tuple[SlotArray, ...] = ()
     stored: tuple[SlotArray, ...] = ()
-    transfers: tuple[Transfer, ...] = ()
+    transfers: tuple[HostTransfer, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -249,7 +249,7 @@ class DeviceWork:
         seconds = [kernel.times * kernel.seconds(chip, achieved, clock) for kernel in self.kernels]
         total = sum(seconds) + self.communicate(network)
         longer = total / sum(seconds) if sum(seconds) else 1.0
-        moves: dict[int, list[Transfer]] = collections.defaultdict(list)
+        moves: dict[int, list[HostTransfer]] = collections.defaultdict(list)
         for each in self.transfers:
             moves[each.place].append(each)
         now = arrived = left = 0.0
@@ -393,7 +393,7 @@ class _Collector:
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
         self.loaded: dict[str, list[SlotArray]] = collections.defaultdict(list)
         self.stored: dict[str, list[SlotArray]] = collections.defaultdict(list)
-        self.transfers: dict[str, list[Transfer]] = collections.defaultdict(list)
+        self.transfers: dict[str, list[HostTransfer]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
     def work(self, labels: Iterable[str]) -> DeviceWork:
@@ -473,7 +473,7 @@ class _Collector:
             else:
                 to_host = is_on_host(one.op.eqn.outvars[0])
                 size = self.divided.nbytes(one.op.eqn.invars[0] if to_host else one.op.eqn.outvars[0])
-                self.transfers[label].append(Transfer(to_host, size, times, len(self.kernels[label])))
+                self.transfers[label].append(HostTransfer(to_host, size, times, len(self.kernels[label])))
 
     def _inside(self, op: _ScopedOp, times: float) -> None:
         """The bodies of loops, conditionals and nested shard_maps."""
