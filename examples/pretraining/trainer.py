@@ -420,18 +420,19 @@ def make_step(
             metrics["not_finite_blocks"] = blocks
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(model, optimizer, mesh))
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(value_and_grad, model, optimizer, mesh))
 
 
 def _compiler_options(
-    model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    value_and_grad: Any, model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, int | bool] | None:
     """For known GPUs, what `jaxpipe.compiler_options` says, but for what XLA_FLAGS say already."""
     chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
     if mesh is None or chip is None:
         return None
     state = abstract_state(model, optimizer, mesh)
-    options = jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
+    offload = isinstance(value_and_grad, jaxpipe.Pipeline) and value_and_grad.options.offload > 0
+    options = jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory, offload=offload)
     given = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in given}
 
