@@ -61,7 +61,7 @@ def compiler_options(
             f"arguments={arguments}, memory={memory}, share={share}: sizes are bytes, and the share above 0, at most 1"
         )
     usable = XLA_SHARE * memory - arguments
-    always = CUBLAS | TRANSFERS if offload else dict(CUBLAS)
+    always: dict[str, int | bool] = {**CUBLAS, **(TRANSFERS if offload else {})}
     if usable <= 0:
         return always
     return always | {"xla_gpu_memory_limit_slop_factor": int(100 * max(0.0, share * memory - arguments) / usable)}

@@ -27,7 +27,8 @@ def choose_offloaded(split: SplitStage, offload: int, slots: Slots) -> Chosen:
     """Which residuals of a stage go to the host: at most ``offload`` bytes of a microbatch.
 
     Those come first that free most device memory for what they make the link to the host carry: a residual that input
-    and weight gradient read apart comes back twice. Among equals the largest do.
+    and weight gradient read apart comes back twice. Among equals those do that are made first: they have the rest of
+    the forward to leave in, and are read last in the backward pass.
 
     >>> import jax, jax.numpy as jnp, jaxpipe.stage
     >>> w, x = jnp.ones((4, 4)), jnp.ones((64, 4))
@@ -43,7 +44,7 @@ def choose_offloaded(split: SplitStage, offload: int, slots: Slots) -> Chosen:
         for place, leaf in enumerate(leaves)
     ]
     chosen: set[tuple[str, int]] = set()
-    for name, place, nbytes in sorted(candidates, key=lambda each: (-worth[each[0]], -each[2])):
+    for name, place, nbytes in sorted(candidates, key=lambda each: (-worth[each[0]], each[1])):
         if _LEAST * total <= nbytes <= offload:
             chosen.add((name, place))
             offload -= nbytes

@@ -1,7 +1,9 @@
 """Residuals in the host's memory: the same gradients, fewer bytes of the device, as many transfers as planned."""
 
+import dataclasses
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -11,6 +13,7 @@ from jax.sharding import AbstractMesh, AxisType
 
 import jaxpipe
 from jaxpipe.arguments import check_host_memory
+from jaxpipe.planning.chips import chip
 from jaxpipe.runtime.by_rank import as_dispatched
 from jaxpipe.runtime.offload import choose_offloaded
 from jaxpipe.schedule import build
@@ -139,10 +142,9 @@ def test_transfers_take_the_link_as_long_as_their_bytes_do():
 
 def test_what_nothing_hides_makes_the_step_longer():
     """A link that takes no time costs none; one that is slower than all kernels costs what it takes beyond them."""
-    chips = [jaxpipe.planning.chips.chip("H200")]
-    chips += [chips[0].__class__(**{**vars(chips[0]), "host": rate}) for rate in (1e18, 1e9)]
+    chips = [chip("H200"), *(dataclasses.replace(chip("H200"), host=rate) for rate in (1e18, 1e9))]
     here = planned(0)[0].seconds
-    usual, fast, slow = (planned(ALL, chip=chip)[0] for chip in chips)
+    usual, fast, slow = (planned(ALL, chip=each)[0] for each in chips)
     # Beside the device's own memory, into whose slots nothing is copied then.
     assert 0.9 * here < fast.seconds < here and max(each for *_, each in fast.transfers) < 1e-6
     assert fast.seconds < usual.seconds < slow.seconds
@@ -186,7 +188,7 @@ def test_a_stash_is_fitted_beside_what_is_on_the_host():
 
 
 def test_what_frees_most_for_its_transfers_goes_first():
-    """A residual that both halves read comes back twice where they run apart, and once where they do not."""
+    """Whole arrays within the budget, in the order in which they are made."""
 
     def layer(w, x):
         return jnp.sin(x @ w[0]) @ w[1]  # the product's sine is made again of the product
@@ -201,14 +203,28 @@ def test_what_frees_most_for_its_transfers_goes_first():
         pairs = zip(jax.tree.leaves(residuals), jax.tree.leaves(chosen), strict=True)
         return [leaf.shape for leaf, goes in pairs if goes]
 
-    assert shapes(64 * 32 * 4, Slots()) == [(64, 32)]
-    assert len(shapes(ALL, Slots())) == 2
-    assert shapes(64 * 32 * 4 - 1, Slots()) == [(64, 16)]
+    assert shapes(64 * 32 * 4, Slots()) == shapes(64 * 16 * 4, Slots()) == [(64, 16)]  # which is made first
+    assert len(shapes(64 * 48 * 4, Slots())) == len(shapes(ALL, Slots())) == 2
     assert shapes(64 * 16 * 4 - 1, Slots()) == []
+
+
+def test_what_is_read_once_goes_before_what_comes_back_twice():
+    def layer(w, x):
+        return jnp.sin(jnp.sin(x @ w) + jnp.cumsum(x, 1) ** 2)
+
+    w, x = jnp.ones((16, 16)), jnp.ones((64, 16))
+    split = split_stage(layer, w, x)
+    assert split.residuals.input and split.residuals.weight
+    whole = sum(leaf.size * 4 for leaf in split.residuals.input)
+    apart = choose_offloaded(split, whole, Slots(stash=4, weight=4, apart=1.0))
+    assert all(apart.input) and not any(apart.weight)
+    more = choose_offloaded(split, whole, Slots(stash=4, weight=16, apart=1.0))
+    assert any(more.weight)  # which have slots for four times as long
 
 
 def test_bad_input_is_refused():
     mesh, schedule = jaxpipe.make_mesh(pp=2), build("1f1b", 2, 4)
+    wrong: Any
     for wrong in (-1, 1.5, "all"):
         with pytest.raises(ValueError, match=f"a pipeline with offload={wrong!r}: it must be an integer of at least 0"):
             jaxpipe.value_and_grad(stage, schedule, mesh, head=head, offload=wrong)
