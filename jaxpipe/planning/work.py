@@ -250,7 +250,7 @@ class DeviceWork:
         total = sum(seconds) + self.communicate(network)
         longer = total / sum(seconds) if sum(seconds) else 1.0
         moves: dict[int, list[HostTransfer]] = collections.defaultdict(list)
-        for each in self.transfers:
+        for each in sorted(self.transfers, key=lambda each: not each.to_host):
             moves[each.place].append(each)
         now = arrived = left = 0.0
         for place in range(len(seconds) + 1):

@@ -192,7 +192,7 @@ def test_what_goes_to_the_host_is_told_and_not_on_the_device():
     less = here.rows[0].memory.stash - there.rows[0].memory.stash
     assert less == there.rows[0].memory.host > 0.9 * here.rows[0].memory.stash
     assert "1f1b: memory of the host for a device" in str(there) and "memory of the host" not in str(here)
-    with pytest.raises(SystemExit, match="--search --offload: a search keeps all on the devices"):
+    with pytest.raises(ValueError, match="--search --offload: a search keeps all on the devices"):
         planning.main(["--config", "tiny", "--search", "--gpus", "4", "--offload", "all"])
 
 
