@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from typing import Any
 
+import jax
 from jax.core import Tracer as Tracer
 from jax.extend import source_info_util as source_info_util
 from jax.extend.core import ClosedJaxpr as ClosedJaxpr
@@ -42,6 +43,9 @@ ACCUMULABLE = "accumulable"
 
 CUSTOM_RULES = frozenset({"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"})
 """Primitives whose derivative rules are new functions in each trace; a jaxpr that has been differentiated ran them."""
+
+TRANSFER = "transfer"
+"""Stands for a primitive where it moves an array between the memories of a device and its host."""
 
 ELEMENTWISE = frozenset({
     "abs", "acos", "add", "add_any", "and", "asin", "atan", "atan2", "bitcast_convert_type", "cbrt", "ceil", "clamp",
@@ -111,7 +115,7 @@ READS_WHOLE = frozenset({
     "dot_general", "ragged_dot", "ragged_dot_general", "conv_general_dilated", "sort", "top_k", "gather", "scatter",
     "scatter-add", "scatter_add", "cumsum", "cumlogsumexp", "argmax", "argmin", "all_to_all", "all_gather", "pmax",
     "psum", "psum_invariant", "reduce_scatter", "ppermute", "while", "scan", "cond", "pallas_call", "ffi_call",
-    "custom_call",
+    "custom_call", TRANSFER,
 })  # fmt: skip
 """Primitives that need their operands whole in memory and make a whole result."""
 
@@ -175,6 +179,16 @@ def is_heavy(name: str) -> bool:
 def _log_unknown(name: str) -> None:
     """Logs a name once."""
     logger.warning("the primitive %r is not known here: what it computes is kept, never computed a second time", name)
+
+
+def is_on_host(atom: Any) -> bool:
+    """Whether a variable of a jaxpr is in the memory of the host, where it was put from a device."""
+    return getattr(atom.aval, "memory_space", None) == jax.memory.Space.Host
+
+
+def is_transfer(eqn: JaxprEqn) -> bool:
+    """Whether an equation moves one array between the memories of a device and its host."""
+    return eqn.primitive.name == "device_put" and is_on_host(eqn.invars[0]) != is_on_host(eqn.outvars[0])
 
 
 def discharge_refs(closed: ClosedJaxpr) -> ClosedJaxpr:

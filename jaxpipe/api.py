@@ -331,6 +331,7 @@ def value_and_grad(
     zero1_parameters: bool = False,
     min_shard_size: int = 2**14,
     stash: int | None = None,
+    offload: int = 0,
     max_growth: float = MAX_GROWTH,
 ) -> Pipeline:
     """Like `jax.value_and_grad` of a model's loss, computed by a pipeline.
@@ -434,6 +435,13 @@ def value_and_grad(
         `jaxpipe.fit_stash` finds the bytes that a device has for it. None: elementwise work and, where slots are
         copied, what is named "recompute" is computed again, nothing else. A stage that also uses `jax.checkpoint`
         computes again what that says, whatever the budget.
+      offload: bytes of what a stage keeps of a microbatch between its forward and its gradients that are in the host's
+        pinned memory meanwhile, at most; 0: none. They leave behind the forward's kernels and come back before those of
+        the backward pass that read them, in the same action; gradients are the same. Whole arrays go, those first that
+        free most device memory for what they make the link carry, and none of less than a hundredth of what the stage
+        keeps; any number above that, such as 10**12, stands for all. ``stash`` counts what is kept in either memory;
+        what input gradients hand to weight gradients stays on the device. `jaxpipe.plan` has the bytes on both sides
+        and the time of the transfers that nothing hides. On CPUs both memories are one, and nothing is copied.
       max_growth: how many times the bytes of a stage's parameters, in ``compute_dtype``, may be kept all step long of
         what collectives make of them alone. What is fewer bytes is made once a step and not for each microbatch, such
         as the working copies of experts with redundant ones; and where collectives make a parameter's gradient, what
@@ -490,7 +498,7 @@ def value_and_grad(
         batch_spec=batch_spec, compute_dtype=compute_dtype, costs=costs, dispatch=dispatch, shared_ends=shared_ends,
         order=order, fsdp_axis=fsdp_axis, zero1_axis=zero1_axis, zero1_parameters=zero1_parameters,
         min_shard_size=min_shard_size, trainable=trainable,
-        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, max_growth=max_growth,
+        example_mask=example_mask, grad_dtype=grad_dtype, stash=stash, offload=offload, max_growth=max_growth,
     )  # fmt: skip
 
 

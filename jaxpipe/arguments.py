@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 from jaxpipe.params import Params, stage_of_rows
 from jaxpipe.runtime.model import Model
+from jaxpipe.runtime.offload import HOST_MEMORY
 from jaxpipe.runtime.options import AUTOMATIC, DISPATCHERS, Axes, Options
 from jaxpipe.runtime.program import Program
 from jaxpipe.schedule.ints import at_least
@@ -52,6 +53,7 @@ def check_options(
     example_mask: Any = None,
     grad_dtype: Any = None,
     stash: Any = None,
+    offload: Any = 0,
     max_growth: Any = MAX_GROWTH,
 ) -> Options:
     """The options of `jaxpipe.value_and_grad` as one record, with defaults filled in.
@@ -83,8 +85,27 @@ def check_options(
         zero1_parameters=zero1_parameters,
         min_shard_size=at_least("a pipeline", "min_shard_size", min_shard_size, 0),
         stash=None if stash is None else at_least("a pipeline", "stash", stash, 0),
+        offload=_check_offload(offload, mesh),
         max_growth=check_growth("a pipeline", max_growth),
     )
+
+
+def _check_offload(offload: Any, mesh: Any) -> int:
+    """The bytes; raises ValueError unless they are a number and the mesh's devices reach pinned memory of the host."""
+    offload = at_least("a pipeline", "offload", offload, 0)
+    if offload and isinstance(mesh, Mesh):
+        check_host_memory(offload, mesh.devices.flat[0])
+    return offload
+
+
+def check_host_memory(offload: int, device: Any) -> None:
+    """Raises ValueError if a device has no pinned memory of the host for ``offload`` bytes."""
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if kinds and HOST_MEMORY not in kinds:  # devices that are only compiled for tell none
+        raise ValueError(
+            f"offload={offload:,}: devices of {device.platform} have memories {kinds} and not {HOST_MEMORY!r}, where "
+            "residuals would go; leave offload out, and give a smaller stash= where memory is short"
+        )
 
 
 def _check_sharding_axis(argument: str, given: Any, axes: Axes) -> tuple[str, ...]:

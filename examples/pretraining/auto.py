@@ -65,7 +65,8 @@ def settle(
 
     def make(schedule: jaxpipe.schedule.Schedule) -> tuple[jaxpipe.Pipeline, Callable[[], jaxpipe.Params], Any]:
         model = make_model(schedule)
-        pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=jnp.dtype(args.grad_dtype), stash=args.stash)
+        how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), stash=args.stash, offload=args.offload)
+        pipeline = trainer.pipelined(model, schedule, mesh, **how)
         state = trainer.abstract_state(model, trainer.make_optimizer(train_config, model), mesh)
         shardings = jax.tree.map(lambda leaf: leaf.sharding, state.params)
         params = jax.jit(functools.partial(model.init, model.seed), out_shardings=shardings)

@@ -60,6 +60,7 @@ def compile_step(
     grad_dtype: Any = jnp.float32,
     devices_per_node: int = 8,
     stash: int | None = None,
+    offload: int = 0,
 ) -> Compiled:
     """Compiles a step of pipeline, optimizer and all.
 
@@ -72,7 +73,7 @@ def compile_step(
       dtype: of activations and products.
       grad_dtype: of sums of gradients.
       devices_per_node: devices with fast links to each other.
-      stash: as of `jaxpipe.value_and_grad`.
+      stash, offload: as of `jaxpipe.value_and_grad`.
 
     Raises:
       ValueError: no such target, or a model that does not fit the schedule.
@@ -84,7 +85,7 @@ def compile_step(
     mesh = Mesh(np.array(devices).reshape(tuple(sizes.values())), tuple(sizes), axis_types=axes)
     model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, core=stand_in.attention)
     optimizer = trainer.make_optimizer(trainer.TrainConfig(steps=1), model)
-    pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype, stash=stash)
+    pipeline = trainer.pipelined(model, schedule, mesh, grad_dtype=grad_dtype, stash=stash, offload=offload)
     batch = trainer.abstract_batch(config, schedule.num_microbatches * count // sizes["pp"] * microbatch_size)
     rows = NamedSharding(mesh, P(tuple(name for name in sizes if name != "pp")))
     batch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=rows), batch)

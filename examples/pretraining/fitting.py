@@ -24,6 +24,8 @@ def lines(name: str, plan: jaxpipe.Plan, config: ModelConfig) -> list[str]:
             "whose backward is whole (1f1b, interleaved, gpipe) keeps none of that"
         )
     found.append(f"* the stash of {live} microbatches and stages, and what those keep, is {memory.stash / GIGA:.3g} GB")
+    if not memory.host:
+        found.append("* --offload all keeps what backward passes read in the host's memory, if its link is fast enough")
     if config.remat in _LESS:
         found.append(f"* --remat {_LESS[config.remat]} keeps less, and computes more again")
     if config.precision != "fp8":

@@ -24,6 +24,9 @@ ENDS = {"together": True, "apart": False}
 AUTO_STASH = "auto"
 """Stands for the largest stash that the memory has room for."""
 
+ALL = "all"
+"""Stands for all bytes that there are."""
+
 AUTO_FETCHED = "auto"
 """Stands for as many fetched experts as pay."""
 
@@ -103,6 +106,20 @@ def parse_stash(text: str) -> int | str:
     return int(number)
 
 
+def parse_bytes(text: str) -> int:
+    """Bytes, or "all".
+
+    >>> parse_bytes("1.5e9"), parse_bytes("all") > 1e15
+    (1500000000, True)
+    """
+    if text == ALL:
+        return 1 << 60
+    found = parse_stash(text)
+    if isinstance(found, str):
+        raise argparse.ArgumentTypeError(f"{text!r}: give bytes, as in 1.5e9, or {ALL}")
+    return found
+
+
 def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
     parser.add_argument(
@@ -115,6 +132,10 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     parser.add_argument(
         "--stash", type=parse_stash, metavar="BYTES", help="that a stage may keep of a microbatch, as in 1.5e9; the "
         "backward pass computes the rest again, in place of --remat. auto: as many as the chip has memory for"
+    )  # fmt: skip
+    parser.add_argument(
+        "--offload", type=parse_bytes, metavar="BYTES", default=0, help="of what a stage keeps of a microbatch that "
+        "are in the host's memory until the backward pass, as in 1e9, or all; default: 0"
     )  # fmt: skip
     parser.add_argument(
         "--precision", choices=["bf16", "fp8"], help="of Linears and experts: fp8 multiplies numbers of 8 bits, for "

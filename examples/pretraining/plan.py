@@ -144,6 +144,7 @@ class PlannedRun:
             sizes[-1] += "" if m.total <= self.chip.memory else " (too much)"
             measures = _short(row.seconds), f"{row.bubble:.1%}", f"{row.mfu:.1%}", f"{row.tokens:,.0f}"
             lines.append(markdown_row([row.name, *sizes, *measures]))
+        lines += [f"{row.name}: {line}" for row in self.rows if row.plan is not None for line in row.plan.host_lines()]
         missing = {name for row in self.rows for name, _ in row.uncounted}
         lines += [f"not counted: {name}" for name in sorted(missing)]
         for row in self.rows:
@@ -171,6 +172,7 @@ def plan(
     devices_per_node: int = 8,
     cpu: bool = False,
     stash: int | str | None = None,
+    offload: int = 0,
 ) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
@@ -189,6 +191,7 @@ def plan(
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
       stash: bytes that a stage may keep of a microbatch; "auto": as many as fit the chip, of each schedule; None: as
         ``config.remat`` says.
+      offload: bytes of a microbatch and stage that go to the host's memory.
 
     Raises:
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
@@ -226,7 +229,7 @@ def plan(
             cpu=cpu,
         )
         own = stash if isinstance(stash, int) else None
-        pipeline = trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype, stash=own)
+        pipeline = trainer.pipelined(model, schedule, abstract, grad_dtype=grad_dtype, stash=own, offload=offload)
         try:
             if stash == flags.AUTO_STASH:
                 own, _, found = jaxpipe.fit_stash(pipeline, state.params, batch, chip, **options)
@@ -307,6 +310,7 @@ def run(args: argparse.Namespace) -> None:
         grad_dtype=jnp.dtype(args.grad_dtype),
         devices_per_node=args.devices_per_node,
         stash=args.stash,
+        offload=args.offload,
     )
     print(found)
     if args.details:
@@ -325,6 +329,8 @@ def _search(args: argparse.Namespace) -> plan_search.SearchResult:
     """
     if args.gpus is None or args.gpus < 1:
         raise ValueError(f"--search with --gpus {args.gpus}: say on how many devices, as in --search --gpus 2048")
+    if args.offload:
+        raise ValueError("--search --offload: a search keeps all on the devices; plan what it finds with --offload")
     given: dict[str, Any] = {"precisions": args.precision and (args.precision,), "remats": args.remat and (args.remat,)}
     given["ends"] = args.ends and (args.ends,)
     if args.schedules != list(BUILDERS):
@@ -358,6 +364,7 @@ def _compile(
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
         how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
+        how["offload"] = args.offload
         yield row.name, row.memory.total, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
 
 

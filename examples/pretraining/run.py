@@ -133,15 +133,22 @@ def set_up(args: argparse.Namespace) -> Setup:
     # Fails now, rather than after compilation, if sequences or tokens do not fit.
     data.make_batch(corpus.train, args.seed, 0, batch, config.sequence)
     optimizer = trainer.make_optimizer(train_config, model)
-    stash = args.stash
-    if stash == flags.AUTO_STASH:
-        stash = _fitting_stash(model, schedule, mesh, optimizer, trainer.abstract_batch(config, batch))
+    pipeline = trainer.pipelined(
+        model,
+        schedule,
+        mesh,
+        grad_dtype=jnp.dtype(args.grad_dtype),
+        stash=None if args.stash == flags.AUTO_STASH else args.stash,
+        offload=args.offload,
+    )
+    if args.stash == flags.AUTO_STASH:
+        pipeline = _fitting(pipeline, model, optimizer, trainer.abstract_batch(config, batch))
     return Setup(
         config,
         schedule,
         mesh,
         model,
-        trainer.pipelined(model, schedule, mesh, grad_dtype=jnp.dtype(args.grad_dtype), stash=stash),
+        pipeline,
         train_config,
         optimizer,
         corpus,
@@ -163,19 +170,20 @@ def with_fetched(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, fetched=fetched))
 
 
-def _fitting_stash(model: DeepSeekModel, schedule: Any, mesh: Mesh, optimizer: Any, batch: Any) -> int:
-    """Bytes of a microbatch and stage that the devices have memory for.
+def _fitting(pipeline: jaxpipe.Pipeline, model: DeepSeekModel, optimizer: Any, batch: Any) -> jaxpipe.Pipeline:
+    """The pipeline with as many bytes of a microbatch and stage as its devices have memory for.
 
     Raises:
       ValueError: devices whose memory nobody knows.
     """
+    mesh: Any = pipeline.mesh
     device = mesh.devices.flat[0]
     chip, stats = chip_of(device.device_kind), device.memory_stats() or {}
     if chip is None or "bytes_limit" not in stats:
         raise ValueError(f"--stash auto: how much memory {device.device_kind} has is not known here; give bytes")
     state = trainer.abstract_state(model, optimizer, mesh)
     found = jaxpipe.fit_stash(
-        trainer.pipelined(model, schedule, mesh),
+        pipeline,
         state.params,
         batch,
         chip,
@@ -183,7 +191,7 @@ def _fitting_stash(model: DeepSeekModel, schedule: Any, mesh: Mesh, optimizer: A
         optimizer=state.opt_state,
     )
     _say(f"stash: {found.stash:,} bytes of a microbatch and stage, {found.plan.memory.total:,} of a device in all")
-    return found.stash
+    return found.pipeline
 
 
 def train(args: argparse.Namespace) -> None:

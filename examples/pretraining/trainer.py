@@ -270,11 +270,12 @@ def pipelined(
     dispatch: str | None = None,
     grad_dtype: Any = None,
     stash: int | None = None,
+    offload: int = 0,
 ) -> jaxpipe.Pipeline:
     """The model's loss and gradients through a pipeline; the batch is split over all axes of the mesh but "pp".
 
     The mesh may be abstract: such a pipeline can be traced, not run. Gradients are summed in ``grad_dtype``, by default
-    in float32; ``stash`` is as of `jaxpipe.value_and_grad`.
+    in float32; ``stash`` and ``offload`` are as of `jaxpipe.value_and_grad`.
     """
     return jaxpipe.value_and_grad(
         model.stage,
@@ -294,6 +295,7 @@ def pipelined(
         zero1_parameters=model.config.zero1,
         min_shard_size=SMALLEST_PART,
         stash=stash,
+        offload=offload,
         trainable=None if model.config.lora is None else model.trained,
     )
 
@@ -418,18 +420,19 @@ def make_step(
             metrics["not_finite_blocks"] = blocks
         return new, metrics
 
-    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(model, optimizer, mesh))
+    return jax.jit(step, donate_argnums=0, compiler_options=_compiler_options(value_and_grad, model, optimizer, mesh))
 
 
 def _compiler_options(
-    model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
+    value_and_grad: Any, model: DeepSeekModel, optimizer: optax.GradientTransformation, mesh: Mesh | None
 ) -> dict[str, int | bool] | None:
     """For known GPUs, what `jaxpipe.compiler_options` says, but for what XLA_FLAGS say already."""
     chip = None if mesh is None else chip_of(mesh.devices.flat[0].device_kind)
     if mesh is None or chip is None:
         return None
     state = abstract_state(model, optimizer, mesh)
-    options = jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory)
+    offload = isinstance(value_and_grad, jaxpipe.Pipeline) and value_and_grad.options.offload > 0
+    options = jaxpipe.compiler_options(nbytes(jax.tree.leaves(state), local=True), chip.memory, offload=offload)
     given = os.environ.get("XLA_FLAGS", "")
     return {name: value for name, value in options.items() if name not in given}
 

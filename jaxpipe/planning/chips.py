@@ -22,6 +22,7 @@ class Chip:
       latency_us: microseconds that a collective takes however little it moves.
       sms: number of streaming multiprocessors.
       memory: bytes.
+      host: bytes/s that the device sends to its host's memory, and at the same time receives from there.
 
     >>> CHIPS["H200"].hbm / CHIPS["H100"].hbm > 1.4
     True
@@ -38,6 +39,7 @@ class Chip:
     latency_us: float
     sms: int
     memory: float
+    host: float = 64e9
 
     def __post_init__(self):
         numbers = {f.name: getattr(self, f.name) for f in dataclasses.fields(self) if f.name != "name"}
@@ -73,7 +75,8 @@ class Achieved:
     """The share of a chip's best that programs reach, and what every kernel costs besides.
 
     The defaults: dense bf16 products reached 700 to 750 of the 989 TFLOP/s of an H200, grouped products 560 to 630, and
-    an all-reduce over eight H100s 361 of 450 GB/s. A measured time always beats them (`times` of `hlo_overlap`).
+    an all-reduce over eight H100s 361 of 450 GB/s. Of the 64 GB/s of PCIe's fifth generation copies reach 50 to 55,
+    which has not been measured here. A measured time always beats them (`times` of `hlo_overlap`).
 
     Attributes:
       matmul: of the FLOP/s, where nothing but products runs.
@@ -89,6 +92,7 @@ class Achieved:
       narrow: of the memory's bytes/s, where numbers have less than four bytes; None: as of others.
       step_us: microseconds of a step before its first kernel and after its last one, if the host waits for each.
       read_us: microseconds that the chip waits while the host reads the condition of a loop.
+      host: of the bytes/s to and from the host's memory.
       occupied: the share of a chip's multiprocessors that a collective takes from the kernels that run beside it.
       kernels: shares of single kernels, by name.
 
@@ -107,11 +111,14 @@ class Achieved:
     narrow: float | None = None
     step_us: float = 0.0
     read_us: float = 0.0
+    host: float = 0.85
     occupied: float = 0.0
     kernels: Mapping[str, KernelShare] = dataclasses.field(default_factory=dict, hash=False)
 
     def __post_init__(self):
-        shares = {name: getattr(self, name) for name in ("matmul", "memory", "narrow", "interconnect", "internode")}
+        shares = {
+            name: getattr(self, name) for name in ("matmul", "memory", "narrow", "interconnect", "internode", "host")
+        }
         for kernel, (matmul, memory, fill) in self.kernels.items():
             shares |= {f"matmul of kernel {kernel}": matmul, f"memory of kernel {kernel}": memory}
             if fill < 0:
@@ -146,7 +153,8 @@ class Achieved:
         return clock
 
 
-# Dense figures are half of the data sheets' "with sparsity", NVLink's half of their sum of both directions.
+# Dense figures are half of the data sheets' "with sparsity", NVLink's and PCIe's half of their sum of both directions:
+# PCIe has 16 lanes of its fifth generation, of the fourth on an A100.
 # No data sheet states a latency: 15 us is what small NCCL collectives take within a node.
 _HOPPER = Chip(
     "H100",  # NVIDIA H100 data sheet, SXM; DGX H100: one 400 Gb/s ConnectX-7 a GPU
@@ -179,6 +187,7 @@ CHIPS: Mapping[str, Chip] = MappingProxyType(
             latency_us=15.0,
             sms=108,
             memory=80e9,
+            host=32e9,
         ),
         "B200": Chip(
             "B200",  # NVIDIA HGX B200 and DGX B200 data sheets, an eighth of each

@@ -13,7 +13,7 @@ from typing import Any
 
 from jax.sharding import PartitionSpec as P
 
-from jaxpipe._jax import REDUCTIONS, Jaxpr, JaxprEqn, Literal
+from jaxpipe._jax import REDUCTIONS, Jaxpr, JaxprEqn, Literal, is_on_host
 from jaxpipe.arguments import entry_axes
 from jaxpipe.planning.liveness import called_jaxpr, whole
 from jaxpipe.stage.graph import scan_counts
@@ -46,7 +46,15 @@ class Divided:
         return math.prod(self.sizes[name] for name in axes)
 
     def nbytes(self, atom: Any) -> int:
-        """Bytes that one device has."""
+        """Bytes that one device has in its own memory."""
+        return 0 if is_on_host(atom) else self.nbytes_anywhere(atom)
+
+    def nbytes_on_host(self, atom: Any) -> int:
+        """Bytes that one device has in the host's memory."""
+        return self.nbytes_anywhere(atom) if is_on_host(atom) else 0
+
+    def nbytes_anywhere(self, atom: Any) -> int:
+        """Bytes that one device has, wherever they are."""
         return whole(atom) // self.share(frozenset().union(*self.dims(atom)))
 
     def _walk(self, jaxpr: Jaxpr, inputs: Sequence[Dims]) -> list[Dims]:

@@ -89,11 +89,12 @@ def fit_stash(
         )
     fitting: FittedStash | None = None
     refusal: ValueError | None = None
-    below, above = 0, memory_then.stash // slots + 1
+    # What is on the host counts as kept, too.
+    below, above = 0, (memory_then.stash + memory_then.host) // slots + 1
     for _ in range(_TRIES):
         # Besides the stash a step takes about as much with a little more or less of it.
         besides = found.plan.memory.total - found.plan.memory.stash
-        stash = int((limit - besides) // slots)
+        stash = int((limit - besides + found.plan.memory.host) // slots)
         if not below < stash < above:
             stash = (below + above) // 2
         if stash < 1.02 * below or stash == 0:

@@ -20,6 +20,7 @@ from jaxpipe._jax import (
     PRODUCTS,
     READS_WHOLE,
     REDUCTIONS,
+    TRANSFER,
     VIEWS,
     WITH_BODIES,
     WRITES_IN_PLACE,
@@ -27,6 +28,7 @@ from jaxpipe._jax import (
     Jaxpr,
     JaxprEqn,
     Literal,
+    is_transfer,
 )
 from jaxpipe.stage.graph import scan_counts
 from jaxpipe.stage.kernel_flops import is_attention_backward
@@ -372,7 +374,7 @@ def _is_elementwise(op: _InlinedOp) -> bool:
 
 
 def name_of(eqn: JaxprEqn) -> str:
-    """The name of an equation's primitive; of a broadcast that makes no more numbers that of what it is.
+    """The name of an equation's primitive; of a broadcast that makes no more numbers, and of a transfer, what it is.
 
     >>> import jax
     >>> (eqn,) = jax.make_jaxpr(lambda x: x[None])(jax.numpy.ones(3)).eqns
@@ -380,6 +382,8 @@ def name_of(eqn: JaxprEqn) -> str:
     ('broadcast_in_dim', 'reshape')
     """
     name = eqn.primitive.name
+    if is_transfer(eqn):
+        return TRANSFER
     if name != "broadcast_in_dim" or isinstance(eqn.invars[0], Literal):
         return name
     given, made = (math.prod(getattr(atom.aval, "shape", ())) for atom in (eqn.invars[0], eqn.outvars[0]))

@@ -25,6 +25,7 @@ class Memory:
       transient: what the busiest moment needs besides: the work of one action, or what is made of gradients.
       optimizer: its state, such as moments.
       batch: a step's.
+      host: of ``stash``'s microbatches, what is in the host's memory; it counts in no sum here.
     """
 
     masters: int
@@ -35,6 +36,7 @@ class Memory:
     transient: int
     optimizer: int = 0
     batch: int = 0
+    host: int = 0
 
     @property
     def arguments(self) -> int:
@@ -53,13 +55,21 @@ class Memory:
 
 
 def body_memory(
-    body: Jaxpr, size: Size, *, unrolled: bool, messages: int, results: int, others: int, cpu: bool
+    body: Jaxpr,
+    size: Size,
+    on_host: Size,
+    *,
+    unrolled: bool,
+    messages: int,
+    results: int,
+    others: int,
+    cpu: bool,
 ) -> Memory:
     """What the body of a pipeline's `jax.shard_map` allocates on each device; parameters and batch are left at 0.
 
     Args:
       body: as `jax.make_jaxpr` of the pipeline has it.
-      size: bytes that a device has of a variable.
+      size, on_host: bytes that a device has of a variable, in its own memory and in its host's.
       unrolled: whether the program has no slots; messages then count as stash.
       messages: arrays between two stages.
       results: buffers of gradients, or of outputs where nothing is differentiated.
@@ -75,7 +85,8 @@ def body_memory(
     kept = sum(map(size, buffers[count - results - others : count - others]))
     working = _working(body, size)
     transient = peak(body, cpu=cpu, size=size) - working - kept - stash - in_flight
-    return Memory(0, working, kept, stash + min(transient, 0), in_flight, max(transient, 0))
+    host = max(sum(map(on_host, atoms)) for atoms in _states(body)) if unrolled else sum(map(on_host, buffers))
+    return Memory(0, working, kept, stash + min(transient, 0), in_flight, max(transient, 0), host=host)
 
 
 def _carried(body: Jaxpr) -> Sequence[Any]:
@@ -87,10 +98,14 @@ def _carried(body: Jaxpr) -> Sequence[Any]:
 
 def _buffers(body: Jaxpr, size: Size, least: int) -> Sequence[Any]:
     """The buffers of code without slots, after the step that leaves most bytes; there are at least so many."""
+    return max((atoms for atoms in _states(body) if len(atoms) >= least), key=lambda atoms: sum(map(size, atoms)))
+
+
+def _states(body: Jaxpr) -> list[Sequence[Any]]:
+    """What barriers between the steps of code without slots hold."""
     loops = [eqn for eqn in body.eqns if eqn.primitive.name == "scan"]
     eqns = [*body.eqns, *(eqn for loop in loops for eqn in loop.params["jaxpr"].jaxpr.eqns)]
-    barriers = [eqn for eqn in eqns if eqn.primitive.name == "optimization_barrier" and len(eqn.invars) >= least]
-    return max((eqn.invars for eqn in barriers), key=lambda atoms: sum(map(size, atoms)))
+    return [eqn.invars for eqn in eqns if eqn.primitive.name == "optimization_barrier"]
 
 
 def count_sums(body: Jaxpr) -> int:

@@ -41,6 +41,7 @@ SCOPES: Mapping[str, str] = MappingProxyType(
 """The part of a layer that a scope stands for; of several, the innermost counts."""
 
 EXCHANGE = "exchange"
+TRANSFERS = "to the host and back, not hidden"
 CASTS = "casts"
 ELEMENTWISE = "elementwise"
 OTHER = "other"
@@ -112,6 +113,8 @@ def spent_by_part(work: DeviceWork, chip: Chip, achieved: Achieved, network: Net
         add(kernel, kernel.times * kernel.seconds(chip, achieved, clock), 0.0)
     for message in work.messages:
         add(message, 0.0, message.times * message.seconds(network))
+    if work.transfers:
+        found[TRANSFERS] = Spent(communicate=work.exposed(chip, achieved, network))
     return dict(sorted(found.items(), key=lambda item: -item[1].total))
 
 
@@ -128,9 +131,12 @@ def detail_lines(plan: Plan) -> list[str]:
                 sum(getattr(plan.work.of(letter, kind), name)(*given) for letter in "FB")
                 for name, given in (("compute", (plan.chip, plan.achieved)), ("communicate", (plan.network,)))
             )
+            ways = [plan.work.of(letter, kind).transfer(plan.chip, plan.achieved) for letter in "FB"]
+            there, back = (1e3 * sum(way) for way in zip(*ways, strict=True))
+            transfers = f"transfers to the host {there:.3g} ms and back {back:.3g} ms, " if there or back else ""
             lines += [
                 f"An overlapped F and B: kernels {1e3 * computes:.3g} ms, collectives {1e3 * communicates:.3g} ms, "
-                f"{1e3 * pair:.3g} ms together",
+                f"{transfers}{1e3 * pair:.3g} ms together",
                 "",
             ]
     if plan.work.ends:
@@ -159,6 +165,7 @@ def assumptions(plan: Plan) -> list[str]:
         f"numbers have less than four bytes; {achieved.kernel_us:g} us a kernel, {achieved.product_us:g} more of "
         f"products; {achieved.step_us / 1e3:g} ms a step for the host",
         *([f"by kernel: {', '.join(own)}"] if own else []),
+        *([f"link to the host: {chip.host / GIGA:.3g} GB/s each way, {achieved.host:.0%}"] if plan.memory.host else []),
         f"network: nodes of {network.node} devices, numbered in the order of {axes}; "
         f"{network.within / GIGA:.3g} GB/s a device within a node and {network.between / GIGA:.3g} between nodes, each "
         f"way, of {chip.interconnect / GIGA:.3g} and {chip.internode / GIGA:.3g}; {network.latency * 1e6:.3g} us a "

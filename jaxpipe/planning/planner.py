@@ -57,6 +57,8 @@ class Plan:
       work: what is done in one run of each action, by kind of stage.
       achieved: the shares of the chip's best that were assumed.
       network: the devices in nodes, and the rates of their links.
+      transfers: of each rank, seconds of a step that its link to the host is busy, (to the host, from it), and what of
+        both its kernels and collectives do not hide, which is in ``timeline``.
     """
 
     name: str
@@ -79,6 +81,7 @@ class Plan:
     work: Works
     achieved: Achieved
     network: Network
+    transfers: tuple[tuple[float, float, float], ...] = ()
 
     @property
     def fits(self) -> bool:
@@ -114,12 +117,23 @@ class Plan:
             f"memory of a device, GB: {memory.total / GIGA:.3g} of {self.chip.memory / GIGA:.3g}"
             + ("" if self.fits else ": TOO MUCH"),
             "  " + ", ".join(f"{name} {size / GIGA:.3g}" for name, size in parts.items()),
+            *self.host_lines(),
             f"time of a step, ms: {self.seconds * ms:.4g}, {self.once * ms:.3g} of it once; bubble {self.bubble:.1%}",
             *one_run,
             f"FLOPs of a step: {self.flops:.3g}, executed {self.executed:.3g}; MFU {self.mfu:.1%}",
         ]
         lines += [f"not counted: {name}, {times:.0f} times a step on a device" for name, times in self.uncounted]
         return "\n".join(lines)
+
+    def host_lines(self) -> list[str]:
+        """What is in the host's memory, and how long the link to it takes, as text; nothing where nothing is."""
+        if not self.memory.host:
+            return []
+        there, back, exposed = (1e3 * max(each) for each in zip(*self.transfers, strict=True))
+        return [
+            f"memory of the host for a device, GB: {self.memory.host / GIGA:.3g}; of a step the link is busy for "
+            f"{there:.3g} ms to it and {back:.3g} from it, of which {exposed:.3g} are not hidden"
+        ]
 
 
 def plan(
@@ -196,8 +210,10 @@ def plan(
     shardings = _shardings(pipeline, params)
     divided = _divided(pipeline, closed.jaxpr)
     found = works(body, divided, kernels or {}, pipeline.axes.pipeline, pipeline.program, pipeline.model.kind_of)
+    # CPUs keep all in one memory.
+    sizes_of = (divided.nbytes_anywhere, lambda atom: 0) if cpu else (divided.nbytes, divided.nbytes_on_host)
     memory = dataclasses.replace(
-        body_memory(body, divided.nbytes, cpu=cpu, **_counts(pipeline, body, result, found)),
+        body_memory(body, *sizes_of, cpu=cpu, **_counts(pipeline, body, result, found)),
         masters=sum(map(_local, jax.tree.leaves(params), shardings)),
         optimizer=_optimizer_bytes(optimizer, params_given, params, jax.tree.leaves(pipeline.grad_shardings(params))),
         batch=sum(_local(leaf, NamedSharding(pipeline.mesh, pipeline.batch_spec)) for leaf in jax.tree.leaves(batch)),
@@ -255,6 +271,7 @@ def _plan(
         work=found,
         achieved=achieved,
         network=network,
+        transfers=timing.transfers(found, timeline, chip, achieved, network),
     )
 
 

@@ -10,7 +10,7 @@ from jaxpipe.api import Pipeline
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.mesh import Network
 from jaxpipe.planning.work import DeviceWork, Works
-from jaxpipe.schedule.action import Kind
+from jaxpipe.schedule.action import Group, Kind
 from jaxpipe.schedule.schedule import Schedule
 from jaxpipe.schedule.simulator import Costs, StageCosts, Timeline, simulate
 
@@ -76,22 +76,21 @@ def seconds_of_shared_ends(pipeline: Pipeline, costs: StageCosts) -> float:
 
 
 def _seconds(work: DeviceWork, chip: Chip, achieved: Achieved, network: Network) -> float:
-    return work.compute(chip, achieved) + work.communicate(network)
+    return work.compute(chip, achieved) + work.communicate(network) + work.exposed(chip, achieved, network)
 
 
 def _costs(actions: Mapping[str, DeviceWork], chip: Chip, achieved: Achieved, network: Network) -> Costs:
     """Seconds of each action of a kind of stage.
 
     A forward and a backward that overlap take as long as their kernels, which collectives beside them slow down, or as
-    their collectives, whichever is longer; other actions take the sum of both.
+    their collectives, or as what goes to the host's memory or comes from there, whichever is longest; other actions
+    take the sum of kernels and collectives, and what these do not hide of transfers.
     """
     total = {letter: _seconds(work, chip, achieved, network) for letter, work in actions.items()}
     pair = None
     if "B" in total:
         both = [actions.get(letter, DeviceWork()) for letter in "FB"]
-        computes = sum(work.compute(chip, achieved) for work in both)
-        communicates = sum(work.communicate(network) for work in both)
-        pair = max(computes + achieved.occupied * communicates, communicates)
+        pair = max(_pair(both, chip, achieved, network), *_both_ways(both, chip, achieved))
     # A schedule whose backward is always whole has no halves; then W is nothing of it.
     return Costs(
         forward=total.get("F", 0.0),
@@ -100,6 +99,19 @@ def _costs(actions: Mapping[str, DeviceWork], chip: Chip, achieved: Achieved, ne
         backward=total.get("B"),
         overlapped=pair,
     )
+
+
+def _pair(both: Sequence[DeviceWork], chip: Chip, achieved: Achieved, network: Network) -> float:
+    """Seconds of kernels and collectives that overlap."""
+    computes = sum(work.compute(chip, achieved) for work in both)
+    communicates = sum(work.communicate(network) for work in both)
+    return max(computes + achieved.occupied * communicates, communicates)
+
+
+def _both_ways(works: Sequence[DeviceWork], chip: Chip, achieved: Achieved) -> tuple[float, float]:
+    """Seconds that the link to the host is busy: to it, and from it."""
+    ways = [work.transfer(chip, achieved) for work in works]
+    return sum(there for there, _ in ways), sum(back for _, back in ways)
 
 
 def _forwards(schedule: Schedule) -> Schedule:
@@ -124,6 +136,27 @@ def count_runs(pipeline: Pipeline, found: Works, simulated: Timeline) -> list[Ru
             for rank in holders:
                 runs[rank][letter, 0] += 1
     return [*runs]
+
+
+def transfers(
+    found: Works, simulated: Timeline, chip: Chip, achieved: Achieved, network: Network
+) -> tuple[tuple[float, float, float], ...]:
+    """Of each rank (seconds to the host, seconds from it, seconds of both that nothing hides) in a step."""
+    given = chip, achieved, network
+
+    def of(group: Group) -> tuple[float, float, float]:
+        works = [found.of(action.kind.value, found.kind_of[action.stage]) for action in group]
+        there, back = _both_ways(works, chip, achieved)
+        if [action.kind for action in group] == [Kind.F, Kind.B]:
+            return there, back, max(0.0, max(there, back) - _pair(works, *given))
+        return there, back, sum(work.exposed(*given) for work in works)
+
+    def total(spent: Sequence[tuple[float, float, float]]) -> tuple[float, float, float]:
+        there, back, exposed = (sum(each) for each in zip(*spent, strict=True))
+        return there, back, exposed
+
+    known = {event.group: of(event.group) for events in simulated.events for event in events}
+    return tuple(total([known[event.group] for event in events]) for events in simulated.events)
 
 
 def step_flops(

@@ -22,12 +22,14 @@ from jaxpipe._jax import (
     PRODUCTS,
     READS_PART,
     REDUCTIONS,
+    TRANSFER,
     VIEWS,
     WITH_BODIES,
     WITHOUT_KERNEL,
     WRITES_IN_PLACE,
     Jaxpr,
     JaxprEqn,
+    is_on_host,
 )
 from jaxpipe.planning.chips import Achieved, Chip, KernelShare
 from jaxpipe.planning.divided import Divided
@@ -148,6 +150,23 @@ class Message(NamedTuple):
         return network.seconds(self.kind, self.axes, self.nbytes, self.groups)
 
 
+class HostTransfer(NamedTuple):
+    """An array on its way between the memories of a device and its host.
+
+    Attributes:
+      to_host: which way.
+      nbytes: of the array.
+      times: how often.
+      place: number of kernels of the action before that one which waits for it, or before and with that one which makes
+        what leaves.
+    """
+
+    to_host: bool
+    nbytes: float
+    times: float
+    place: int
+
+
 class SlotArray(NamedTuple):
     """One of the arrays that a slot holds: shape and dtype, and bytes that a device has of it."""
 
@@ -165,6 +184,7 @@ class DeviceWork:
       messages: collectives.
       unknown: (kernel that no rule knows, times): its bytes count, its FLOPs do not.
       loaded, stored: what is read of slots, and written into them.
+      transfers: between device and host.
     """
 
     kernels: tuple[Kernel, ...] = ()
@@ -172,6 +192,7 @@ class DeviceWork:
     unknown: tuple[tuple[str, float], ...] = ()
     loaded: tuple[SlotArray, ...] = ()
     stored: tuple[SlotArray, ...] = ()
+    transfers: tuple[HostTransfer, ...] = ()
 
     @property
     def flops(self) -> float:
@@ -205,6 +226,42 @@ class DeviceWork:
     def communicate(self, network: Network) -> float:
         """Seconds of all collectives."""
         return sum(message.times * message.seconds(network) for message in self.messages)
+
+    def transfer(self, chip: Chip, achieved: Achieved) -> tuple[float, float]:
+        """Seconds that the link to the host is busy: (to it, from it), which do not disturb each other."""
+        rate = chip.host * achieved.host
+        there, back = (
+            sum(each.nbytes * each.times for each in self.transfers if each.to_host is way) / rate
+            for way in (True, False)
+        )
+        return there, back
+
+    def exposed(self, chip: Chip, achieved: Achieved, network: Network) -> float:
+        """Seconds by which transfers make one run longer.
+
+        What comes from the host is asked for when the action begins, in the order in which it is needed, and a kernel
+        that needs it waits. What goes there leaves behind the kernel that makes it, and the action ends when all has
+        left. Collectives count as time of the kernels about them, in which transfers go on.
+        """
+        if not self.transfers:
+            return 0.0
+        rate, clock = chip.host * achieved.host, self.clock(chip, achieved)
+        seconds = [kernel.times * kernel.seconds(chip, achieved, clock) for kernel in self.kernels]
+        total = sum(seconds) + self.communicate(network)
+        longer = total / sum(seconds) if sum(seconds) else 1.0
+        moves: dict[int, list[HostTransfer]] = collections.defaultdict(list)
+        for each in sorted(self.transfers, key=lambda each: not each.to_host):
+            moves[each.place].append(each)
+        now = arrived = left = 0.0
+        for place in range(len(seconds) + 1):
+            for each in moves[place]:
+                if each.to_host:
+                    left = max(left, now) + each.nbytes * each.times / rate
+                else:
+                    arrived += each.nbytes * each.times / rate
+                    now = max(now, arrived)
+            now += seconds[place] * longer if place < len(seconds) else 0.0
+        return max(now, left) - total
 
 
 @dataclasses.dataclass(frozen=True)
@@ -336,6 +393,7 @@ class _Collector:
         self.boundaries: dict[str, list[int]] = collections.defaultdict(list)
         self.loaded: dict[str, list[SlotArray]] = collections.defaultdict(list)
         self.stored: dict[str, list[SlotArray]] = collections.defaultdict(list)
+        self.transfers: dict[str, list[HostTransfer]] = collections.defaultdict(list)
         self.labels: dict[str, None] = {}
 
     def work(self, labels: Iterable[str]) -> DeviceWork:
@@ -351,6 +409,7 @@ class _Collector:
             tuple(unknown.items()),
             tuple(array for label in labels for array in self.loaded[label]),
             tuple(array for label in labels for array in self.stored[label]),
+            tuple(each for label in labels for each in self.transfers[label]),
         )
 
     def piece(self, jaxpr: Jaxpr, path: str, label: str, times: float, *, in_loop: bool = False) -> None:
@@ -363,6 +422,7 @@ class _Collector:
         roots: list[frozenset[int]] = [frozenset()] * len(flat.atoms)
         padded, fixed = set[int](), set[int]()
         found: list[_Pass] = []
+        coming: dict[int, _ScopedOp] = {}
         for value in flat.inputs:
             roots[value] = frozenset({value})
         for op in ops:
@@ -372,7 +432,7 @@ class _Collector:
             if op.name not in _NEVER_FIXED and all(value is None or value in fixed for value in op.ins):
                 fixed.update(op.outs)  # made when the program is compiled, or once
                 continue
-            own = op.name in READS_PART or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES
+            own = op.name in READS_PART or op.name in WRITES_IN_PLACE or op.name in WITH_BODIES or op.name == TRANSFER
             for value in op.outs:
                 roots[value] = frozenset({value}) if own or value in kept else sources
             if op.name in WITH_BODIES:
@@ -381,6 +441,11 @@ class _Collector:
                 continue  # of the loop over steps: its tables, slots, and the messages that the simulation counts
             elif op.name in COLLECTIVES:
                 self._message(op, times)
+            elif op.name == TRANSFER:
+                if is_on_host(op.eqn.outvars[0]):
+                    found.append(_Pass(op, None, sources))
+                else:
+                    coming[op.outs[0]] = op
             elif op.name not in WITHOUT_KERNEL:
                 if op.name == "dynamic_slice" and op.path.endswith(f"{op.label}/read"):
                     held = self._held(op.eqn.outvars[0])
@@ -393,13 +458,22 @@ class _Collector:
                 if kernel is not None and not padded.isdisjoint(op.outs):
                     kernel = kernel._replace(name=PADDED)
                 if kernel is not None:
+                    needed = [value for value in coming if value in sources]
+                    found += [_Pass(coming.pop(value), None, frozenset()) for value in needed]
                     found.append(_Pass(op, kernel, sources))
                 if kernel is not None and is_attention_backward(op.eqn):
                     found.append(_Pass(op, self._beside_attention(op, kernel, flat), frozenset()))
             for value in padded.intersection(op.outs) & kept:
                 padded.discard(value)
-        for one in _together(found):
-            self.kernels[one.op.label].append(one.kernel)
+        found += [_Pass(op, None, frozenset()) for op in coming.values()]
+        for one in _together(_sent_when_made(found)):
+            label = one.op.label
+            if one.kernel is not None:
+                self.kernels[label].append(one.kernel)
+            else:
+                to_host = is_on_host(one.op.eqn.outvars[0])
+                size = self.divided.nbytes(one.op.eqn.invars[0] if to_host else one.op.eqn.outvars[0])
+                self.transfers[label].append(HostTransfer(to_host, size, times, len(self.kernels[label])))
 
     def _inside(self, op: _ScopedOp, times: float) -> None:
         """The bodies of loops, conditionals and nested shard_maps."""
@@ -439,6 +513,7 @@ class _Collector:
             self.boundaries[label] += other.boundaries[label]
             self.loaded[label] += other.loaded[label]
             self.stored[label] += other.stored[label]
+            self.transfers[label] += other.transfers[label]
             self.labels[label] = None
 
     def _held(self, atom: Any) -> SlotArray:
@@ -544,10 +619,10 @@ class _Collector:
 
 
 class _Pass(NamedTuple):
-    """A kernel on the way: its operation, and the values that it reads."""
+    """A kernel on the way: its operation, and the values that it reads; without a kernel, a transfer."""
 
     op: _ScopedOp
-    kernel: Kernel
+    kernel: Kernel | None
     sources: frozenset[int]
 
     @property
@@ -577,6 +652,21 @@ def _added_by_products(ops: Sequence[_ScopedOp]) -> set[int]:
     return found
 
 
+def _sent_when_made(found: Sequence[_Pass]) -> list[_Pass]:
+    """The passes with transfers of what they make right behind them."""
+    order: list[_Pass] = []
+    for one in found:
+        if one.kernel is None and one.sources:
+            makes = (place for place in reversed(range(len(order))) if one.sources.intersection(order[place].op.outs))
+            place = next(makes, -1) + 1
+            while place < len(order) and order[place].kernel is None and order[place].sources:
+                place += 1
+            order.insert(place, one)
+        else:
+            order.append(one)
+    return order
+
+
 def _together(found: Sequence[_Pass]) -> Iterator[_Pass]:
     """Passes over memory as a compiler fuses them.
 
@@ -586,7 +676,7 @@ def _together(found: Sequence[_Pass]) -> Iterator[_Pass]:
     seen: set[tuple[str, frozenset[int]]] = set()
     readers: dict[int, list[_Pass]] = collections.defaultdict(list)
     for one in found:
-        for value in one.sources:
+        for value in one.sources if one.kernel is not None else ():
             readers[value].append(one)
     for one in found:
         if one.sums:

@@ -25,6 +25,7 @@ class Buffers(NamedTuple):
       stash: residuals that live from F to I or B, tuple of ``[slots + 1, ...]``.
       weight_stash: residuals that live from F to W or B.
       cross: values that live from I to W.
+      host_stash, host_weight_stash: the part of the residuals that is in host memory; () where slots are values apart.
       grads: for each local chunk, the sums of what its stage's gradients are made of, a tuple of arrays or `Zeros`.
       outer_grads: gradient accumulators of the outer parameters, None for those without a gradient.
       loss: scalar, sum of the losses this rank has seen, times their weights.
@@ -37,6 +38,8 @@ class Buffers(NamedTuple):
     stash: Any = ()
     weight_stash: Any = ()
     cross: Any = ()
+    host_stash: Any = ()
+    host_weight_stash: Any = ()
     grads: Any = ()
     outer_grads: Any = None
     loss: Any = None
@@ -88,6 +91,15 @@ def uninitialised_array(aval: Any) -> jax.Array:
     return lax.empty(aval.shape, aval.dtype)
 
 
+def numbered_array(aval: Any, number: int) -> jax.Array:
+    """An array that differs from those of most other numbers: of equal ones XLA would make one, and copies of it."""
+    dtype = np.dtype(aval.dtype)
+    if dtype.itemsize == 1:  # some have fewer than eight bits, and one no zero
+        return jnp.full(aval.shape, number % 2 if dtype == np.bool_ else 1 + number % 7, dtype)
+    bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
+    return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
+
+
 def allocate_named(avals: Any, slots: int, fills: Iterator[int] | None) -> Named:
     """Slots for values of the given shapes and dtypes, whose first contents are never read.
 
@@ -100,11 +112,7 @@ def allocate_named(avals: Any, slots: int, fills: Iterator[int] | None) -> Named
             return uninitialised_array(aval)
         if jnp.issubdtype(aval.dtype, jax.dtypes.extended):  # random keys
             return jnp.zeros(aval.shape, aval.dtype)
-        dtype, number = np.dtype(aval.dtype), next(fills)
-        if dtype.itemsize == 1:  # some have fewer than eight bits, and one no zero
-            return jnp.full(aval.shape, number % 2 if dtype == np.bool_ else 1 + number % 7, dtype)
-        bits = (number % 2**15).to_bytes(dtype.itemsize, "little")
-        return jnp.full(aval.shape, np.frombuffer(bits, dtype)[0], dtype)
+        return numbered_array(aval, next(fills))
 
     return Named(tuple(jax.tree.map(fill, avals) for _ in range(slots)))
 

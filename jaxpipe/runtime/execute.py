@@ -35,6 +35,7 @@ from jaxpipe.runtime.forward_only import ForwardStep, run_outputs
 from jaxpipe.runtime.fsdp import Reduction
 from jaxpipe.runtime.loss_weights import Shares, mean_shares
 from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.offload import allocate_on_host, choose_offloaded
 from jaxpipe.runtime.operations import (
     Operation,
     Pools,
@@ -50,7 +51,7 @@ from jaxpipe.runtime.prepared_outer import pull_back_prepare, run_prepare, train
 from jaxpipe.runtime.program import Op, Program
 from jaxpipe.runtime.rounds import make_bodies, run_stretches
 from jaxpipe.runtime.shared_ends import shape_of_end, share_ends, sum_exactly
-from jaxpipe.runtime.stash import divide_stages
+from jaxpipe.runtime.stash import divide_stages, slots_of
 from jaxpipe.runtime.unrolled import run_unrolled, unrolled_table
 from jaxpipe.stage import SplitStage
 from jaxpipe.stage.axes import collectives_of_jaxpr
@@ -103,7 +104,10 @@ def train(
     trainable = trainable._replace(outer=trainable_of_prepared(local.model, local.given, given))
     splits = _split_stages(program, options, local, trainable.stages)
     crosses = options.stash is None or program.num_cross_slots > 0
-    split, pools = splits[0], Pools.of(splits, program.parts, crosses=crosses, flat=options.axes.complete)
+    slots = slots_of(as_dispatched(program, options.dispatch))
+    offloaded = [choose_offloaded(split, options.offload, slots) for split in splits]
+    pools = Pools.of(splits, program.parts, offloaded, crosses=crosses, flat=options.axes.complete)
+    split = splits[0]
     head = _head_shapes(program, options, split.out[1], local)
     check_gradients_of_ends(
         program, options.axes.pipeline, local.model, local.outer, trainable.outer, local.x, local.ctx
@@ -260,7 +264,7 @@ def _train_buffers(
     apart = options.dispatch == "unrolled"
     pool = functools.partial(allocate, apart=apart)
     fills = _fills(options)
-    kept = (pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
+    kept = (pools.stash.device.avals, pools.weight_stash.device.avals, pools.cross.avals)
     sized = as_dispatched(program, options.dispatch)
     counts = (sized.num_stash_slots, sized.num_weight_stash_slots, sized.num_cross_slots)
     if options.dispatch == "by_rank":
@@ -268,6 +272,10 @@ def _train_buffers(
     else:
         # No operation of these writes into a dummy slot, which is large: only values apart have one.
         residuals = [pool(avals, count + apart) for avals, count in zip(kept, counts, strict=True)]
+    on_host = [
+        () if apart else allocate_on_host(placed.host.avals, count, i * len(pools.stash.host.avals))
+        for i, (placed, count) in enumerate(zip((pools.stash, pools.weight_stash), counts, strict=False))
+    ]
     loss, head_metrics = head
     grad = functools.partial(accumulator, dtype=options.grad_dtype)
 
@@ -296,6 +304,8 @@ def _train_buffers(
         stash=residuals[0],
         weight_stash=residuals[1],
         cross=residuals[2],
+        host_stash=on_host[0],
+        host_weight_stash=on_host[1],
         grads=grads,
         outer_grads=outer_grads,
         loss=jax.tree.map(accumulator, loss),

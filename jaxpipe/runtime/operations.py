@@ -20,6 +20,7 @@ from jaxpipe.runtime.buffers import Buffers, Taken, add, put, select, take
 from jaxpipe.runtime.fsdp import tie
 from jaxpipe.runtime.loss_weights import Shares
 from jaxpipe.runtime.model import Context, Model
+from jaxpipe.runtime.offload import Chosen, PlacedPool
 from jaxpipe.runtime.program import Branch, Field, Op
 from jaxpipe.runtime.row_grads import add_with_rows, pull_back_rows
 from jaxpipe.runtime.stage_kinds import SharedPool
@@ -27,18 +28,22 @@ from jaxpipe.stage import Residuals, SplitStage, vjp_once
 
 
 class Operation(NamedTuple):
-    """One kind of work of one part; ``operands`` are its row of the Program's."""
+    """One kind of work of one part; ``operands`` are its row of the Program's.
+
+    ``after_read`` makes whatever writes into a slot in host memory wait until this is read; None: nothing is there.
+    """
 
     read: Callable[[Buffers, jax.Array], Any]
     compute: Callable[[Any, jax.Array], Any]
     write: Callable[[Buffers, jax.Array, Any], Buffers]
+    after_read: Callable[[Any, Buffers], tuple[Any, Buffers]] | None = None
 
 
 class Pools(NamedTuple):
     """How kinds of stages share slots, and the sums of each local chunk; see `Buffers`."""
 
-    stash: SharedPool
-    weight_stash: SharedPool
+    stash: PlacedPool
+    weight_stash: PlacedPool
     cross: SharedPool
     sums: tuple[SharedPool, ...] = ()
 
@@ -47,6 +52,7 @@ class Pools(NamedTuple):
         cls,
         splits: Sequence[SplitStage],
         parts: Sequence[tuple[int, int]] = (),
+        offloaded: Sequence[Chosen] | None = None,
         *,
         crosses: bool = True,
         flat: bool = False,
@@ -55,14 +61,18 @@ class Pools(NamedTuple):
 
         With ``flat`` slots of arrays of several shapes share memory; what a compiler divides over its mesh axes would
         have to be whole for that. A rank runs one stage of each chunk, so kinds of a chunk share sums, too; ``parts``
-        are (chunk, kind) pairs.
+        are (chunk, kind) pairs. ``offloaded`` says of each kind which residuals go to the host; None: none do.
         """
         crossing = [s.crossing if crosses else () for s in splits]
-        kept = ([s.residuals.input for s in splits], [s.residuals.weight for s in splits], crossing)
+        if offloaded is None:
+            offloaded = [jax.tree.map(lambda _: False, s.residuals) for s in splits]
         chunks = range(max((chunk + 1 for chunk, _ in parts), default=0))
         summed = ([s.summands if (chunk, k) in parts else () for k, s in enumerate(splits)] for chunk in chunks)
-        stash, weight_stash, cross = (SharedPool.of(kinds, flat=flat) for kinds in kept)
-        return cls(stash, weight_stash, cross, tuple(map(SharedPool.of, summed)))
+        stash, weight_stash = (
+            PlacedPool.of([s.residuals[i] for s in splits], [chosen[i] for chosen in offloaded], flat=flat)
+            for i in range(2)
+        )
+        return cls(stash, weight_stash, SharedPool.of(crossing, flat=flat), tuple(map(SharedPool.of, summed)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,12 +138,22 @@ class TrainStep:
 
         def write(buffers: Buffers, operands: jax.Array, result: Any) -> Buffers:
             (y, aux_loss), metrics, residuals = result
+            stash, host_stash = pools.stash.put(
+                buffers.stash, buffers.host_stash, operands[Field.STASH], kind, residuals.input
+            )
+            weight_stash, host_weight_stash = pools.weight_stash.put(
+                buffers.weight_stash,
+                buffers.host_weight_stash,
+                operands[Field.WEIGHT_STASH],
+                kind,
+                residuals.weight,
+            )
             return buffers._replace(
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], y),
-                stash=pools.stash.put(buffers.stash, operands[Field.STASH], kind, residuals.input),
-                weight_stash=pools.weight_stash.put(
-                    buffers.weight_stash, operands[Field.WEIGHT_STASH], kind, residuals.weight
-                ),
+                stash=stash,
+                weight_stash=weight_stash,
+                host_stash=host_stash,
+                host_weight_stash=host_weight_stash,
                 aux_loss=self._add_loss(buffers.aux_loss, aux_loss, operands),
                 stage_metrics=add(buffers.stage_metrics, metrics),
             )
@@ -157,7 +177,7 @@ class TrainStep:
                 in_flight=put(buffers.in_flight, operands[Field.TARGET], dx)
             )
 
-        return Operation(functools.partial(self._read_backward, kind), compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write, self._after_backward(kind))
 
     def backward_input(self, part: int) -> Operation:
         """Output cotangent -> input cotangent, and what the weight gradient still needs."""
@@ -177,14 +197,16 @@ class TrainStep:
                 cross=self.pools.cross.put(buffers.cross, operands[Field.CROSS], kind, crossing),
             )
 
-        return Operation(functools.partial(self._read_backward, kind), compute, write)
+        return Operation(functools.partial(self._read_backward, kind), compute, write, self._after_backward(kind))
 
     def backward_weight(self, part: int) -> Operation:
         """The weight gradient accumulated."""
         kind, pools = self.parts[part][1], self.pools
 
         def read(buffers: Buffers, operands: jax.Array) -> Any:
-            weight_stash = pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+            weight_stash = pools.weight_stash.take(
+                buffers.weight_stash, buffers.host_weight_stash, operands[Field.WEIGHT_STASH], kind
+            )
             return weight_stash, pools.cross.take(buffers.cross, operands[Field.CROSS], kind)
 
         def compute(inputs: Any, operands: jax.Array) -> Any:
@@ -195,7 +217,11 @@ class TrainStep:
         def write(buffers: Buffers, operands: jax.Array, grads: Any) -> Buffers:
             return self._accumulate(buffers, part, grads, operands)
 
-        return Operation(read, compute, write)
+        def after_read(inputs: Any, buffers: Buffers) -> tuple[Any, Buffers]:
+            kept, host = pools.weight_stash.after_take(inputs[0], buffers.host_weight_stash, kind)
+            return (kept, inputs[1]), buffers._replace(host_weight_stash=host)
+
+        return Operation(read, compute, write, after_read)
 
     def embed_grad(self, part: int) -> Operation:
         """The embedding's gradient accumulated from stage 0's input cotangent."""
@@ -269,9 +295,23 @@ class TrainStep:
         return tie(self.prepared[part], inputs) if self.gathers else (self.prepared[part], inputs)
 
     def _read_backward(self, kind: int, buffers: Buffers, operands: jax.Array) -> Any:
-        stash = self.pools.stash.take(buffers.stash, operands[Field.STASH], kind)
-        weight_stash = self.pools.weight_stash.take(buffers.weight_stash, operands[Field.WEIGHT_STASH], kind)
+        stash = self.pools.stash.take(buffers.stash, buffers.host_stash, operands[Field.STASH], kind)
+        weight_stash = self.pools.weight_stash.take(
+            buffers.weight_stash, buffers.host_weight_stash, operands[Field.WEIGHT_STASH], kind
+        )
         return Residuals(stash, weight_stash), take(buffers.in_flight, operands[Field.SOURCE])
+
+    def _after_backward(self, kind: int) -> Callable[[Any, Buffers], tuple[Any, Buffers]]:
+        def after_read(inputs: Any, buffers: Buffers) -> tuple[Any, Buffers]:
+            residuals, dy = inputs
+            stash, host_stash = self.pools.stash.after_take(residuals.input, buffers.host_stash, kind)
+            weight_stash, host_weight_stash = self.pools.weight_stash.after_take(
+                residuals.weight, buffers.host_weight_stash, kind
+            )
+            buffers = buffers._replace(host_stash=host_stash, host_weight_stash=host_weight_stash)
+            return (Residuals(stash, weight_stash), dy), buffers
+
+        return after_read
 
     def _seed(self, operands: jax.Array) -> jax.Array:
         return self.shares.seeds[operands[Field.MICROBATCH]]
@@ -350,6 +390,8 @@ def run_branch(
                     message, in_flight = lax.optimization_barrier((message, buffers.in_flight))
                     source, buffers = (buffers._replace(in_flight=each) for each in (Taken(message), in_flight))
                 inputs.append(part.read(source, operands[i]))
+                if part.after_read is not None:
+                    inputs[i], buffers = part.after_read(inputs[i], buffers)
         for i, (op, part) in enumerate(parts):
             with jax.named_scope(op.value):
                 results.append(part.compute(inputs[i], operands[i]))

@@ -66,6 +66,7 @@ class Options:
       zero1_axes: data axes over which gradients are reduce-scattered after the loop.
       zero1_parameters: whether parameters are kept divided as these gradients are.
       stash: bytes that a microbatch and stage may keep, or None: what light work cannot make again.
+      offload: bytes of what a microbatch and stage keep that go to host memory.
       wide_products: whether products that are gradients of stages come in float32, to be added to sums that are wide.
       uninitialised: whether `jax.lax.empty` leaves memory as it is, as on GPUs; on CPUs it is zeros.
       min_shard_size: elements of the smallest parameter that either is done to.
@@ -88,6 +89,7 @@ class Options:
     zero1_parameters: bool = False
     min_shard_size: int = 0
     stash: int | None = None
+    offload: int = 0
     wide_products: bool = False
     uninitialised: bool = False
     max_growth: float = MAX_GROWTH

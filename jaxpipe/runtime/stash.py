@@ -61,7 +61,7 @@ def divide_stages(
         """Some kinds, by place."""
         splits = tuple(found[place][0] for place in sorted(found))
         pools = Pools.of(splits, flat=flat)
-        nbytes = slots.nbytes(pools.stash.avals, pools.weight_stash.avals, pools.cross.avals)
+        nbytes = slots.nbytes(pools.stash.device.avals, pools.weight_stash.device.avals, pools.cross.avals)
         return Division(splits, nbytes, sum(stages[place] * seconds for place, (_, seconds) in found.items()), price)
 
     found = fit(

@@ -39,6 +39,7 @@ RECORDED = {
     "fine_tuning": ("--tiny --repeats 1", 12),
     "hf_load": ("--tiny --holes --formats fp8", 7),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
+    "offload": ("--tiny --repeats 1 --dispatches loops", 24),
     "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
 

@@ -186,6 +186,17 @@ def test_a_negative_bound_is_refused():
 
 
 @pytest.mark.slow
+def test_what_goes_to_the_host_is_told_and_not_on_the_device():
+    options = dict(schedules=["1f1b"], microbatches=4, dtype=jnp.float32)
+    here, there = (planning.plan(SMALL, {"pp": 2, "ep": 1}, **options, offload=offload) for offload in (0, 10**12))
+    less = here.rows[0].memory.stash - there.rows[0].memory.stash
+    assert less == there.rows[0].memory.host > 0.9 * here.rows[0].memory.stash
+    assert "1f1b: memory of the host for a device" in str(there) and "memory of the host" not in str(here)
+    with pytest.raises(ValueError, match="--search --offload: a search keeps all on the devices"):
+        planning.main(["--config", "tiny", "--search", "--gpus", "4", "--offload", "all"])
+
+
+@pytest.mark.slow
 def test_a_stash_fits_the_chip_and_is_told():
     """The largest that fits; bytes that are too few stand in the row of the schedule, with the least that work."""
     config = dataclasses.replace(SMALL, remat="none")

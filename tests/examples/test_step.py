@@ -285,6 +285,18 @@ def test_a_stash_takes_the_place_of_remat():
             parse([f"--stash={wrong}"])
 
 
+def test_residuals_go_to_the_host_by_a_flag():
+    parse = flags.train_parser().parse_args
+    assert [parse(given).offload for given in ([], ["--offload", "1.5e9"], ["--offload", "all"])] == [
+        0,
+        15 * 10**8,
+        2**60,
+    ]
+    for wrong in ("-1", "auto", "inf"):
+        with pytest.raises(SystemExit):
+            parse([f"--offload={wrong}"])
+
+
 @pytest.mark.slow
 def test_fp8_learns_as_bfloat16s_place_does():
     """A tiny model on the CPU: losses of a few steps within two percent, blocks that are not finite counted."""

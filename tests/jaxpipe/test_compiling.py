@@ -23,6 +23,11 @@ def test_no_factor_helps_where_arguments_exceed_the_limit():
     assert jaxpipe.compiler_options(64_000_000_000, 80e9) == {"xla_gpu_enable_triton_gemm": False}
 
 
+def test_transfers_to_the_host_may_be_more_than_two():
+    plain, offloaded = (jaxpipe.compiler_options(0, 80e9, offload=offload) for offload in (False, True))
+    assert offloaded == plain | {"xla_gpu_experimental_parallel_async_compute_limit": 64}
+
+
 @pytest.mark.parametrize("bad", [dict(arguments=-1, memory=1.0), dict(arguments=1, memory=0.0)])
 def test_bad_sizes(bad):
     with pytest.raises(ValueError, match="sizes are bytes"):

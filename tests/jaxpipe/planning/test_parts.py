@@ -15,7 +15,7 @@ from eplb_jax.kernels.grouped_gemm import mosaic
 from jaxpipe.planning import parts, rates
 from jaxpipe.planning.chips import CHIPS, Achieved, KernelShare
 from jaxpipe.planning.mesh import Network
-from jaxpipe.planning.work import DeviceWork, Kernel, Message
+from jaxpipe.planning.work import DeviceWork, HostTransfer, Kernel, Message
 from jaxpipe.stage.kernel_flops import kernel_flops, kernel_name, multiplying_unit
 from tests.jaxprs import equations
 
@@ -134,3 +134,30 @@ def test_a_kernel_that_adds_to_a_sum_counts_as_its_product(precision):
     found = [eqn for eqn, _ in equations(jaxpr) if kernel_name(eqn) in ("grouped_outer", "scaled_outer")]
     assert [kernel_flops(eqn, {}) for eqn in found] == [2 * rows * k * n]
     assert [multiplying_unit(eqn) for eqn in found] == [precision]
+
+
+@pytest.mark.parametrize(
+    ("moves", "exposed"),
+    [
+        ([(True, 1.0, 1)], 0.0),  # behind the second of two kernels of 1 ms
+        ([(True, 1.0, 2)], 1.0),  # what the last kernel makes has nothing behind it
+        ([(True, 1.5, 1), (True, 1.0, 2)], 1.5),  # one after the other: from 1 to 2.5, and to 3.5
+        ([(False, 1.0, 1)], 0.0),  # asked for when the action begins
+        ([(False, 1.0, 0)], 1.0),  # which the first kernel waits for
+        ([(False, 0.5, 0), (False, 1.0, 1)], 0.5),
+        ([(False, 0.5, 0), (True, 1.0, 2)], 1.5),  # both ways at once, and each alone here
+        ([(False, 3.0, 1), (True, 2.5, 1)], 2.0),  # the second kernel runs from 3 to 4, the link out from 1 to 3.5
+    ],
+)
+def test_transfers_hide_behind_kernels_and_what_does_not_is_time(moves, exposed):
+    """By hand: two kernels of 1 ms, arrays of so many ms, and the kernels that stand before each."""
+    network, chip = Network((("pp", 1),), 8, 1.0, 1.0, 0.0), CHIPS["H100"]
+    achieved = Achieved(matmul=1.0, host=0.5, kernel_us=0.0)
+    kernels = (Kernel("dot_general", "bf16", chip.bf16 / 1e3, 8.0, 1.0),) * 2
+    transfers = tuple(HostTransfer(out, ms * 32e6, 1.0, place) for out, ms, place in moves)
+    work = DeviceWork(kernels, transfers=transfers)
+    assert work.exposed(chip, achieved, network) == pytest.approx(exposed / 1e3, abs=1e-9)
+    spent = parts.spent_by_part(work, chip, achieved, network)
+    assert spent[parts.TRANSFERS].total == work.exposed(chip, achieved, network)
+    ways = [sum(ms for out, ms, _ in moves if out is way) / 1e3 for way in (True, False)]
+    assert work.transfer(chip, achieved) == pytest.approx(tuple(ways))
