@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.deepseek import Arrangement, build_model, stand_in
+from jaxpipe.deepseek import Arrangement, LayerCosts, build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.mesh import mesh_sizes
@@ -28,6 +28,7 @@ from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.stage.kernel_flops import FlopsRule, attention_flops
 from pretraining import fitting, flags, plan_search, trainer
 from pretraining.compiled import Compiled, compile_step, table
+from pretraining.layer_costs import PlannedCosts
 from pretraining.tables import markdown_head, markdown_row
 
 COLUMNS = (
@@ -60,6 +61,7 @@ class Row:
       stages: how many have which layers, as text.
       plan: what all this is of.
       stash: bytes that a stage may keep of a microbatch, or None.
+      costs: of layers, by which the stages got them; None: operations.
     """
 
     name: str
@@ -72,6 +74,7 @@ class Row:
     stages: str = ""
     plan: jaxpipe.Plan | None = None
     stash: int | None = None
+    costs: LayerCosts | None = None
 
     @property
     def uncounted(self) -> tuple[tuple[str, float], ...]:
@@ -127,7 +130,7 @@ class PlannedRun:
             f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",
-            *(f"stages of {row.name}: {row.stages}" for row in self.rows if row.memory),
+            *(f"stages of {row.name}: {row.stages}{_by(row.costs)}" for row in self.rows if row.memory),
             f"computed again in the backward pass: {self._again()}; moments in {config.moments}; {_arithmetic(config)}",
             "",
             "Memory of the device that needs most, in GB; time of a step",
@@ -171,6 +174,7 @@ def plan(
     devices_per_node: int = 8,
     cpu: bool = False,
     stash: int | str | None = None,
+    by_time: bool = False,
 ) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
@@ -189,6 +193,7 @@ def plan(
       cpu: memory as on CPU devices; otherwise as on GPUs, with attention that keeps no scores.
       stash: bytes that a stage may keep of a microbatch; "auto": as many as fit the chip, of each schedule; None: as
         ``config.remat`` says.
+      by_time: whether stages get layers by what each kind takes, as it is planned, in place of ``config.costs``.
 
     Raises:
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
@@ -202,6 +207,7 @@ def plan(
     shards = math.prod(size for name, size in sizes.items() if name != "pp")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
+    timed = PlannedCosts(config, sizes, microbatch_size, chip, achieved, devices_per_node)
     rows, held = [], 0
     for name in schedules:
         try:
@@ -209,7 +215,8 @@ def plan(
             if len(config.layer_kinds) < schedule.num_stages:
                 layers = len(config.layer_kinds)
                 raise ValueError(f"{layers} layers for {schedule.num_stages} stages: use fewer stages or more layers")
-            model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
+            divided = timed.applied(schedule) if by_time else config
+            model = build_model(divided, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
@@ -240,7 +247,8 @@ def plan(
         held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
         tokens = microbatches * microbatch_size * config.sequence * shards / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
-        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found, own))
+        stages = _stages(model.arrangement)
+        rows.append(Row(name, None, *measures, tokens, stages, found, own, divided.layer_costs))
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -297,7 +305,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"--mesh {error}") from None
     found = plan(
-        flags.sized_config(args, max(sizes.get("ep", 1), 1)),
+        flags.sized_config(args, max(sizes.get("ep", 1), 1), auto_costs=True),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
@@ -307,6 +315,7 @@ def run(args: argparse.Namespace) -> None:
         grad_dtype=jnp.dtype(args.grad_dtype),
         devices_per_node=args.devices_per_node,
         stash=args.stash,
+        by_time=args.layer_costs == flags.AUTO_COSTS,
     )
     print(found)
     if args.details:
@@ -358,7 +367,8 @@ def _compile(
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
         how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
-        yield row.name, row.memory.total, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
+        config = dataclasses.replace(found.config, layer_costs=row.costs)
+        yield row.name, row.memory.total, compile_step(config, schedule, *sized, stash=row.stash, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -375,6 +385,11 @@ def _core(cpu: bool) -> dict[str, Any]:
 def _stages(arrangement: Arrangement) -> str:
     """How many stages have which layers."""
     return ", ".join(f"{count} of {_counted(row)}" for row, count in collections.Counter(arrangement.rows).items())
+
+
+def _by(costs: LayerCosts | None) -> str:
+    """What stages got their layers by, as the flag that does the same."""
+    return "" if costs is None else f"; by --layer-costs {costs}"
 
 
 def _arithmetic(config: ModelConfig) -> str:
