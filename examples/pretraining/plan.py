@@ -36,6 +36,8 @@ COLUMNS = (
     "seconds", "bubble", "MFU", "tokens/s",
 )  # fmt: skip
 GIGA = 1e9
+EVEN = 1.05
+"""What the busiest rank has at most, over the mean of all, where ranks have about the same."""
 
 
 def _attention(products: int) -> FlopsRule:
@@ -114,6 +116,13 @@ class PlannedRun:
             return f"what exceeds {_short(max(stashes.values()) / GIGA)} GB of a microbatch and stage"
         return self.config.remat
 
+    def _more_even(self) -> list[str]:
+        """What would leave the busiest rank less to do, where it has much more than others."""
+        worst = max((imbalance(row.plan) for row in self.rows if row.plan and row.costs is None), default=1.0)
+        if worst <= EVEN or len(set(self.config.layer_kinds)) == 1:
+            return []
+        return ["  stages got their layers by operations: --layer-costs auto gives them by planned time"]
+
     def __str__(self) -> str:
         config, sizes = self.config, dict(self.mesh)
         devices = math.prod(sizes.values())
@@ -127,6 +136,7 @@ class PlannedRun:
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
             *([] if not ranked else [f"tokens/s a device: {ranked}"]),
             *([] if not uneven else [f"the rank with most work, over the mean of all: {uneven}"]),
+            *self._more_even(),
             f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",

@@ -59,7 +59,7 @@ def test_a_run_gets_the_stages_of_the_costs_that_plan_prints(probed, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_layer_costs_what_it_adds_to_a_planned_stage():
+def test_a_layer_costs_what_it_adds_to_a_planned_stage(monkeypatch):
     """Of a forward that overlaps a backward: where stages differ by a layer, they differ by its cost."""
     config = dataclasses.replace(model_config("tiny").over_devices(2), shared_ends=False)
     found = planning.plan(config, MESH, schedules=["dualpipev"], microbatches=4, chip=CHIP, by_time=True)
@@ -74,6 +74,10 @@ def test_a_layer_costs_what_it_adds_to_a_planned_stage():
         assert cost - costs[0] == pytest.approx(milliseconds - planned[0], abs=0.05 * max(costs))
     planned_ends = 1e3 * ends.head, 1e3 * (ends.embed + ends.embed_grad)
     assert (row.costs.head, row.costs.embedding) == pytest.approx(planned_ends, rel=0.02)
+    by_operations = dataclasses.replace(found, rows=(dataclasses.replace(row, costs=None),))
+    for busiest, run_of, hinted in ((1.06, by_operations, True), (1.04, by_operations, False), (1.06, found, False)):
+        monkeypatch.setattr(planning, "imbalance", lambda plan, value=busiest: value)
+        assert ("--layer-costs auto" in str(run_of)) == hinted
 
 
 def test_costs_that_nobody_knows_are_refused(tmp_path):
