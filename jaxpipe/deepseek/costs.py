@@ -72,10 +72,10 @@ class LayerCosts:
 
     def __str__(self) -> str:
         ends = {name: getattr(self, name) for name in _ENDS if getattr(self, name)}
-        return ",".join(f"{name}={cost:g}" for name, cost in {**self.layers, **ends}.items())
+        return ",".join(f"{name}={cost}" for name, cost in {**self.layers, **ends}.items())
 
     def rounded(self) -> Self:
-        """The same to three digits, as many as `str` shows of them."""
+        """The same to three digits."""
         costs = dataclasses.asdict(self)
         return dataclasses.replace(self, **{name: cost and float(f"{cost:.3g}") for name, cost in costs.items()})
 
