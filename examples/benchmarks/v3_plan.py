@@ -127,9 +127,14 @@ def main() -> None:
     report.table(each(), labels=2, formats=formats)
     report.table(spent, labels=3, title="ranks")
     named = {one["precision"]: one for one in rows if one["GPUs"] == "2,048 H800"}
-    if report.file and not args.tiny and set(named) >= set(PRECISIONS):
-        values = {f"v3_plan_h800_{name}_tokens": (named[name]["tokens/s a GPU"], "tokens/s") for name in PRECISIONS}
-        values["v3_plan_h800_gb"] = max(named[name]["GB"] for name in PRECISIONS), "GB"
+    values = {
+        f"v3_plan_h800_{name}_tokens": (named[name]["tokens/s a GPU"], "tokens/s")
+        for name in PRECISIONS
+        if name in named
+    }
+    if report.file and not args.tiny and values:
+        if len(values) == len(PRECISIONS):
+            values["v3_plan_h800_gb"] = max(named[name]["GB"] for name in PRECISIONS), "GB"
         write_records(report.file, values, command=command_line(), machine=report.machine)
 
 
