@@ -39,6 +39,7 @@ sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pretraining import flags, trainer
 from pretraining import plan as planning
+from pretraining.layer_costs import PlannedCosts
 
 import jaxpipe
 from jaxpipe.deepseek import DeepSeekModel, build_model, stand_in
@@ -76,11 +77,14 @@ def set_up(args: argparse.Namespace) -> Alone:
     Raises:
       ValueError: sizes that do not fit each other.
     """
-    config = dataclasses.replace(flags.sized_config(args, args.ep), bias_update_speed=0.0)
+    config = dataclasses.replace(flags.sized_config(args, args.ep, auto_costs=True), bias_update_speed=0.0)
     microbatches = args.microbatches or 2 * args.ranks
     schedule = flags.built_schedule(args.schedule, args.ranks, microbatches, args.deferred)
     found = chip_of(jax.devices()[0].device_kind) or chip(args.chip)
-    mesh = planning.abstract_mesh({"pp": args.ranks, "ep": args.ep}, found)
+    sizes = {"pp": args.ranks, "ep": args.ep}
+    if args.layer_costs == flags.AUTO_COSTS:
+        config = PlannedCosts(config, sizes, args.microbatch_size, found).applied(schedule)
+    mesh = planning.abstract_mesh(sizes, found)
     batch = trainer.abstract_batch(config, microbatches * args.ep * args.microbatch_size)
     key = jax.eval_shape(lambda: jax.random.key(0))
 

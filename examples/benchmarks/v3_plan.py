@@ -1,13 +1,13 @@
 """Plans of DeepSeek-V3 on the GPUs that it was trained on: memory and speed of a step, nothing runs.
 
 DualPipeV of 16 ranks, 64 devices of experts, 128 microbatches of a sequence, rooms of 1.1, exchange by nodes, ZeRO-1, a
-stash of as many bytes as fit, embedding and head on the ranks of the first and the last stage, the head's matrix
-gathered once a step: the plan of `python examples/pretrain.py plan --config dsv3-671b --mesh pp=16,dp=2,ep=64
---chip H800 --microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart --gather-head step
---deferred 1 --schedules dualpipev`, and its likes; H200s have room for all weight gradients that the schedule puts off.
-"bf16" is the precision of the configuration: bfloat16 products, dispatches in 8 bits. "busiest" is the work of the rank
-that has most, over the mean of all. A second table has seconds of single ranks: of overlapped pairs, of forwards and
-backwards alone, of embedding and head, of waiting, and of what is done once.
+stash of as many bytes as fit, layers over stages by planned time, embedding and head on the ranks of the first and the
+last stage, the head's matrix gathered once a step: the plan of `python examples/pretrain.py plan --config dsv3-671b
+--mesh pp=16,dp=2,ep=64 --chip H800 --microbatches 128 --capacity 1.1 --exchange nodes --zero1 --stash auto --ends apart
+--layer-costs auto --gather-head step --deferred 1 --schedules dualpipev`, and its likes; H200s have room for all weight
+gradients that the schedule puts off. "bf16" is the precision of the configuration: bfloat16 products, dispatches in 8
+bits. "busiest" is the work of the rank that has most, over the mean of all. A second table has seconds of single ranks:
+of overlapped pairs, of forwards and backwards alone, of embedding and head, of waiting, and of what is done once.
 
     python examples/benchmarks/v3_plan.py [--gpus "2,048 H800" "1,024 H200"] [--precision bf16 fp8]
         [--ends apart together] [--tiny] [--record-as "plan dsv3"]
@@ -50,7 +50,7 @@ def options(gpus: str, precision: str, ends: str, *, tiny: bool) -> argparse.Nam
     size += ["--precision", "fp8"] if precision == "fp8" else []
     if tiny:
         size = ["--config", "tiny", "--microbatches", "8", "--mesh", "pp=2,ep=2"]
-    rest = "--capacity 1.1 --zero1 --stash auto --schedules dualpipev"
+    rest = "--capacity 1.1 --zero1 --stash auto --layer-costs auto --schedules dualpipev"
     rest += "" if tiny else " --exchange nodes --gather-head step"
     return parser.parse_args([*size, "--chip", gpus.split()[-1], "--ends", ends, *DEFERRED[gpus], *rest.split()])
 
@@ -73,13 +73,14 @@ def row(gpus: str, precision: str, ends: str, *, tiny: bool) -> tuple[dict[str, 
     args = options(gpus, precision, ends, tiny=tiny)
     sizes = mesh_sizes(args.mesh)
     found = planning.plan(
-        flags.sized_config(args, sizes["ep"]),
+        flags.sized_config(args, sizes["ep"], auto_costs=True),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
         deferred=args.deferred,
         chip=chip(args.chip),
         stash=args.stash,
+        by_time=args.layer_costs == flags.AUTO_COSTS,
     )
     (one,) = found.rows
     if one.plan is None or one.memory is None:
@@ -126,9 +127,14 @@ def main() -> None:
     report.table(each(), labels=2, formats=formats)
     report.table(spent, labels=3, title="ranks")
     named = {one["precision"]: one for one in rows if one["GPUs"] == "2,048 H800"}
-    if report.file and not args.tiny and set(named) >= set(PRECISIONS):
-        values = {f"v3_plan_h800_{name}_tokens": (named[name]["tokens/s a GPU"], "tokens/s") for name in PRECISIONS}
-        values["v3_plan_h800_gb"] = max(named[name]["GB"] for name in PRECISIONS), "GB"
+    values = {
+        f"v3_plan_h800_{name}_tokens": (named[name]["tokens/s a GPU"], "tokens/s")
+        for name in PRECISIONS
+        if name in named
+    }
+    if report.file and not args.tiny and values:
+        if len(values) == len(PRECISIONS):
+            values["v3_plan_h800_gb"] = max(named[name]["GB"] for name in PRECISIONS), "GB"
         write_records(report.file, values, command=command_line(), machine=report.machine)
 
 

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from jaxpipe.deepseek import LoRA, ModelConfig
+    from jaxpipe.deepseek import LayerCosts, LoRA, ModelConfig
     from jaxpipe.schedule import Schedule
 
 AXES = ("pp", "ep", "dp")
@@ -26,6 +26,9 @@ AUTO_STASH = "auto"
 
 ALL = "all"
 """Stands for all bytes that there are."""
+
+AUTO_COSTS = "auto"
+"""Stands for what layers take on the chip, as it is planned."""
 
 AUTO_FETCHED = "auto"
 """Stands for as many fetched experts as pay."""
@@ -120,6 +123,22 @@ def parse_bytes(text: str) -> int:
     return found
 
 
+def parse_costs(text: str) -> LayerCosts | str:
+    """Costs by kind of layer, or "auto".
+
+    >>> parse_costs("dense=1.5,moe=2,head=3"), parse_costs("auto")
+    (LayerCosts(dense=1.5, moe=2.0, mtp=None, head=3.0, embedding=0.0), 'auto')
+    """
+    from jaxpipe.deepseek import LayerCosts  # noqa: PLC0415
+
+    if text == AUTO_COSTS:
+        return text
+    try:
+        return LayerCosts.parse(text)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(f"{error}; or {AUTO_COSTS}") from None
+
+
 def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     """Flags of the model's sizes, which a run and its plan share; `sized_config` reads them."""
     parser.add_argument(
@@ -169,6 +188,11 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
         "busiest rank fewer operations"
     )  # fmt: skip
     parser.add_argument(
+        "--layer-costs", type=parse_costs, metavar="COSTS", help="by which stages get their layers, as in "
+        "dense=1.5,moe=2,mtp=2.5,head=3.25,embedding=0.1, in any unit. auto: the milliseconds that each is planned to "
+        "take on the chip, as plan prints them; default: their operations"
+    )  # fmt: skip
+    parser.add_argument(
         "--gather-head", choices=["microbatch", "step"], help="how often an output matrix in parts is gathered, with "
         "--ends apart; once a step it stays whole on all devices; default: the configuration's, microbatch"
     )  # fmt: skip
@@ -184,14 +208,23 @@ def add_sizes(parser: argparse._ActionsContainer, config: str | None) -> None:
     parser.add_argument("--devices-per-node", type=int, default=8, help="devices with fast links to each other")
 
 
-def sized_config(args: argparse.Namespace, devices: int) -> ModelConfig:
+def sized_config(args: argparse.Namespace, devices: int, *, auto_costs: bool = False) -> ModelConfig:
     """The configuration that the flags name, with their sizes, its experts over ``devices``.
 
+    Args:
+      args: what was parsed.
+      devices: of the experts' axis.
+      auto_costs: whether the caller works out ``--layer-costs auto``, which depend on schedule and chip.
+
     Raises:
-      ValueError: no such configuration, or sizes that do not fit each other.
+      ValueError: no such configuration, or sizes that do not fit each other; costs to be worked out where that is not
+        done.
     """
+    if args.layer_costs == AUTO_COSTS and not auto_costs:
+        raise ValueError(f"--layer-costs {AUTO_COSTS} is not known here: give the costs that plan prints")
     given = {name: getattr(args, name) for name in ("layers", "sequence", "remat", "moments", "gather_head")}
     given["zero1"] = args.zero1 or None
+    given["layer_costs"] = None if args.layer_costs == AUTO_COSTS else args.layer_costs
     given["shared_ends"] = None if args.ends is None else ENDS[args.ends]
     if getattr(args, "stash", None) is not None:
         if args.remat not in (None, "none"):

@@ -18,7 +18,7 @@ import numpy as np
 from jax.sharding import AbstractDevice, AbstractMesh, AxisType
 
 import jaxpipe
-from jaxpipe.deepseek import Arrangement, build_model, stand_in
+from jaxpipe.deepseek import Arrangement, LayerCosts, build_model, stand_in
 from jaxpipe.deepseek.config import ModelConfig
 from jaxpipe.planning.chips import CHIPS, Achieved, Chip, chip
 from jaxpipe.planning.mesh import mesh_sizes
@@ -28,6 +28,7 @@ from jaxpipe.schedule.registry import BUILDERS
 from jaxpipe.stage.kernel_flops import FlopsRule, attention_flops
 from pretraining import fitting, flags, plan_search, trainer
 from pretraining.compiled import Compiled, compile_step, table
+from pretraining.layer_costs import PlannedCosts
 from pretraining.tables import markdown_head, markdown_row
 
 COLUMNS = (
@@ -35,6 +36,8 @@ COLUMNS = (
     "seconds", "bubble", "MFU", "tokens/s",
 )  # fmt: skip
 GIGA = 1e9
+EVEN = 1.05
+"""What the busiest rank has at most, over the mean of all, where ranks have about the same."""
 
 
 def _attention(products: int) -> FlopsRule:
@@ -60,6 +63,7 @@ class Row:
       stages: how many have which layers, as text.
       plan: what all this is of.
       stash: bytes that a stage may keep of a microbatch, or None.
+      costs: of layers, by which the stages got them; None: operations.
     """
 
     name: str
@@ -72,6 +76,7 @@ class Row:
     stages: str = ""
     plan: jaxpipe.Plan | None = None
     stash: int | None = None
+    costs: LayerCosts | None = None
 
     @property
     def uncounted(self) -> tuple[tuple[str, float], ...]:
@@ -111,6 +116,13 @@ class PlannedRun:
             return f"what exceeds {_short(max(stashes.values()) / GIGA)} GB of a microbatch and stage"
         return self.config.remat
 
+    def _more_even(self) -> list[str]:
+        """What would leave the busiest rank less to do, where it has much more than others."""
+        worst = max((imbalance(row.plan) for row in self.rows if row.plan and row.costs is None), default=1.0)
+        if worst <= EVEN or len(set(self.config.layer_kinds)) == 1:
+            return []
+        return ["  stages got their layers by operations: --layer-costs auto gives them by planned time"]
+
     def __str__(self) -> str:
         config, sizes = self.config, dict(self.mesh)
         devices = math.prod(sizes.values())
@@ -124,10 +136,11 @@ class PlannedRun:
             f"sequences a device, {config.sequence} tokens each: {tokens:,} tokens a step",
             *([] if not ranked else [f"tokens/s a device: {ranked}"]),
             *([] if not uneven else [f"the rank with most work, over the mean of all: {uneven}"]),
+            *self._more_even(),
             f"parameters, in billions: {config.total / GIGA:.2f} in all, {config.active / GIGA:.2f} active{mtp}; "
             f"{self.device_parameters / GIGA:.2f} on a device",
             f"layers: {_counted(config.layer_kinds)}",
-            *(f"stages of {row.name}: {row.stages}" for row in self.rows if row.memory),
+            *(f"stages of {row.name}: {row.stages}{_by(row.costs)}" for row in self.rows if row.memory),
             f"computed again in the backward pass: {self._again()}; moments in {config.moments}; {_arithmetic(config)}",
             "",
             "Memory of the device that needs most, in GB; time of a step",
@@ -173,6 +186,7 @@ def plan(
     cpu: bool = False,
     stash: int | str | None = None,
     offload: int = 0,
+    by_time: bool = False,
 ) -> PlannedRun:
     """Parameters, memory and time of a training run.
 
@@ -192,6 +206,7 @@ def plan(
       stash: bytes that a stage may keep of a microbatch; "auto": as many as fit the chip, of each schedule; None: as
         ``config.remat`` says.
       offload: bytes of a microbatch and stage that go to the host's memory.
+      by_time: whether stages get layers by what each kind takes, as it is planned, in place of ``config.costs``.
 
     Raises:
       ValueError: a mesh without "pp", axes of other names, sizes that do not divide.
@@ -205,6 +220,7 @@ def plan(
     shards = math.prod(size for name, size in sizes.items() if name != "pp")
     config = config.over_devices(sizes["ep"])
     microbatches = 4 * sizes["pp"] if microbatches is None else microbatches
+    timed = PlannedCosts(config, sizes, microbatch_size, chip, achieved, devices_per_node)
     rows, held = [], 0
     for name in schedules:
         try:
@@ -212,7 +228,8 @@ def plan(
             if len(config.layer_kinds) < schedule.num_stages:
                 layers = len(config.layer_kinds)
                 raise ValueError(f"{layers} layers for {schedule.num_stages} stages: use fewer stages or more layers")
-            model = build_model(config, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
+            divided = timed.applied(schedule) if by_time else config
+            model = build_model(divided, schedule, 0, axis="ep", dtype=dtype, abstract=True, **_core(cpu))
         except ValueError as error:
             rows.append(Row(name, str(error)))
             continue
@@ -243,7 +260,8 @@ def plan(
         held = sum(int(np.prod(leaf.sharding.shard_shape(leaf.shape))) for leaf in jax.tree.leaves(state.params))
         tokens = microbatches * microbatch_size * config.sequence * shards / found.seconds
         measures = found.memory, found.seconds, found.bubble, found.mfu
-        rows.append(Row(name, None, *measures, tokens, _stages(model.arrangement), found, own))
+        stages = _stages(model.arrangement)
+        rows.append(Row(name, None, *measures, tokens, stages, found, own, divided.layer_costs))
     return PlannedRun(config, tuple(sizes.items()), chip, microbatches, microbatch_size, held, tuple(rows))
 
 
@@ -300,7 +318,7 @@ def run(args: argparse.Namespace) -> None:
     except ValueError as error:
         raise ValueError(f"--mesh {error}") from None
     found = plan(
-        flags.sized_config(args, max(sizes.get("ep", 1), 1)),
+        flags.sized_config(args, max(sizes.get("ep", 1), 1), auto_costs=True),
         sizes,
         schedules=args.schedules,
         microbatches=args.microbatches,
@@ -311,6 +329,7 @@ def run(args: argparse.Namespace) -> None:
         devices_per_node=args.devices_per_node,
         stash=args.stash,
         offload=args.offload,
+        by_time=args.layer_costs == flags.AUTO_COSTS,
     )
     print(found)
     if args.details:
@@ -364,8 +383,9 @@ def _compile(
         schedule = flags.built_schedule(row.name, sizes["pp"], found.microbatches, args.deferred)
         sized = sizes, args.microbatch_size, found.chip
         how: dict[str, Any] = dict(grad_dtype=jnp.dtype(args.grad_dtype), devices_per_node=args.devices_per_node)
+        config = dataclasses.replace(found.config, layer_costs=row.costs)
         how["offload"] = args.offload
-        yield row.name, row.memory.total, compile_step(found.config, schedule, *sized, stash=row.stash, **how)
+        yield row.name, row.memory.total, compile_step(config, schedule, *sized, stash=row.stash, **how)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -382,6 +402,11 @@ def _core(cpu: bool) -> dict[str, Any]:
 def _stages(arrangement: Arrangement) -> str:
     """How many stages have which layers."""
     return ", ".join(f"{count} of {_counted(row)}" for row, count in collections.Counter(arrangement.rows).items())
+
+
+def _by(costs: LayerCosts | None) -> str:
+    """What stages got their layers by, as the flag that does the same."""
+    return "" if costs is None else f"; by --layer-costs {costs}"
 
 
 def _arithmetic(config: ModelConfig) -> str:

@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 
 import jaxpipe
-from jaxpipe.deepseek import DeepSeekModel, build_model, stand_in
+from jaxpipe.deepseek import DeepSeekModel, LayerCosts, build_model, stand_in
 from jaxpipe.deepseek.config import DENSE, MOE, MTP, ModelConfig
 from jaxpipe.planning.chips import Achieved, Chip
 from jaxpipe.planning.work import DeviceWork, Kernel, SlotArray
@@ -154,15 +154,13 @@ def probe(
     if len(kinds) < 5:  # at least four stages, as many as the schedule has
         kinds = [*kinds, *[MOE] * (5 - len(kinds))]
     dense = kinds.count(DENSE)
-    small = dataclasses.replace(config, layers=dense + kinds.count(MOE), dense_layers=dense, redundant=0)
-    small = small.over_devices(devices)
-    schedule = jaxpipe.schedule.build("dualpipev", RANKS, MICROBATCHES)
     # Two of the layers with experts in one stage, each of the others alone; a head that cost something would empty one.
-    costs = {DENSE: 1.0, MOE: 0.5, MTP: 1.0, "head": 0.0}
-    costs = {kind: cost for kind, cost in costs.items() if kind in kinds or kind == "head"}
-    model = build_model(
-        small, schedule, 0, axis="ep", dtype=jnp.bfloat16, abstract=True, core=stand_in.attention, costs=costs
-    )
+    costs = {kind: cost for kind, cost in ((DENSE, 1.0), (MOE, 0.5), (MTP, 1.0)) if kind in kinds}
+    small = dataclasses.replace(
+        config, layers=dense + kinds.count(MOE), dense_layers=dense, redundant=0, layer_costs=LayerCosts(**costs)
+    ).over_devices(devices)
+    schedule = jaxpipe.schedule.build("dualpipev", RANKS, MICROBATCHES)
+    model = build_model(small, schedule, 0, axis="ep", dtype=jnp.bfloat16, abstract=True, core=stand_in.attention)
     mesh = abstract_mesh({"pp": RANKS, "ep": devices}, chip)
     params = trainer.abstract_params(model, mesh)
     batch = trainer.abstract_batch(small, MICROBATCHES * devices * microbatch_size)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import functools
 import math
 import pathlib
 import time
@@ -28,6 +27,7 @@ from jaxpipe.planning.chips import chip_of
 from pretraining import auto, data, flags, hosts, loop, progress, trainer
 from pretraining import corpus as corpora
 from pretraining.checkpoint import Checkpoints, Restored
+from pretraining.layer_costs import PlannedCosts
 from pretraining.layout import Layout, describe
 from pretraining.load_report import Evenness
 from pretraining.observe import Observer, Throughput
@@ -81,7 +81,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     Raises:
       ValueError: arguments that do not fit each other, the devices, or the data.
     """
-    config = with_fetched(flags.sized_config(args, args.mesh.get("ep", 1)), args)
+    config = with_fetched(flags.sized_config(args, args.mesh.get("ep", 1), auto_costs=True), args)
     ranks = args.mesh["pp"]
     build = lambda: flags.built_schedule(args.schedule, ranks, args.microbatches or 2 * ranks, args.deferred)  # noqa: E731
     schedule = None if args.schedule == auto.AUTO else build()
@@ -93,14 +93,13 @@ def set_up(args: argparse.Namespace) -> Setup:
             f"--mesh {dict(mesh.shape)} has {mesh.size} devices, the {jax.process_count()} processes have "
             f"{jax.device_count()}: all must be used"
         )
-    make_model = functools.partial(
-        build_model,
-        config,
-        seed=args.seed,
-        axis="ep" if "ep" in mesh.shape else None,
-        dtype=jnp.dtype(args.dtype),
-        abstract=True,
-    )
+    costs = planned_costs(config, args, mesh) if args.layer_costs == flags.AUTO_COSTS else None
+    axis = "ep" if "ep" in mesh.shape else None
+
+    def make_model(schedule: jaxpipe.schedule.Schedule) -> DeepSeekModel:
+        divided = config if costs is None else costs.applied(schedule)
+        return build_model(divided, schedule, args.seed, axis=axis, dtype=jnp.dtype(args.dtype), abstract=True)
+
     reader = corpora.reader_of_training(args, config.vocab)
     corpus = corpora.open_corpus(args, reader, args.weights, config.vocab, config.sequence)
     train_config = trainer.TrainConfig(
@@ -144,7 +143,7 @@ def set_up(args: argparse.Namespace) -> Setup:
     if args.stash == flags.AUTO_STASH:
         pipeline = _fitting(pipeline, model, optimizer, trainer.abstract_batch(config, batch))
     return Setup(
-        config,
+        model.config,
         schedule,
         mesh,
         model,
@@ -168,6 +167,21 @@ def with_fetched(config: ModelConfig, args: argparse.Namespace) -> ModelConfig:
             twice = 2 * most_fetched(start.phy2log, masters, devices)
             fetched = twice if 2 * twice <= masters // devices else None
     return dataclasses.replace(config, moe=dataclasses.replace(config.moe, fetched=fetched))
+
+
+def planned_costs(config: ModelConfig, args: argparse.Namespace, mesh: Mesh) -> PlannedCosts:
+    """What layers cost on the devices at hand, as ``plan`` plans them.
+
+    Raises:
+      ValueError: devices whose rates nobody knows.
+    """
+    kind = mesh.devices.flat[0].device_kind
+    chip = chip_of(kind)
+    if chip is None:
+        raise ValueError(f"--layer-costs auto: what {kind} can do is not known here; give the costs that plan prints")
+    sizes = dict(mesh.shape)
+    size = max(1, args.microbatch_size * sizes["pp"] // mesh.size)
+    return PlannedCosts(config, sizes, size, chip, devices_per_node=args.devices_per_node)
 
 
 def _fitting(pipeline: jaxpipe.Pipeline, model: DeepSeekModel, optimizer: Any, batch: Any) -> jaxpipe.Pipeline:
@@ -364,6 +378,8 @@ def _facts(args: argparse.Namespace, setup: Setup) -> dict[str, Any]:
         "lora": lora_fact(setup.config),
         "dense_layers": setup.config.dense_layers,
         "layers": setup.config.layers,
+        "layer_costs": None if setup.config.layer_costs is None else str(setup.config.layer_costs),
+        "stages": list(setup.model.arrangement.counts),
         "schedule": args.schedule,
         "mesh": dict(setup.mesh.shape),
     }

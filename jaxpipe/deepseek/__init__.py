@@ -9,6 +9,7 @@ functions of arrays, for those who put it together otherwise. `serve` and `Serve
 from jaxpipe.deepseek.arrange import Arrangement
 from jaxpipe.deepseek.block import DenseBlock, MoEBlock, apply_block
 from jaxpipe.deepseek.config import MODELS, LayerConfig, ModelConfig, model_config
+from jaxpipe.deepseek.costs import LayerCosts
 from jaxpipe.deepseek.generate import Generated, Sampling, Scores, Server
 from jaxpipe.deepseek.head import EmbeddingAndHead
 from jaxpipe.deepseek.hf_config import from_hf_config, to_hf_config
@@ -33,6 +34,7 @@ __all__ = [
     "Generated",
     "Latents",
     "LayerConfig",
+    "LayerCosts",
     "LoRA",
     "MLAParams",
     "MTPLayer",

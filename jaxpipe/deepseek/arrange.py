@@ -47,6 +47,7 @@ class Arrangement:
         schedule: jaxpipe.schedule.Schedule,
         costs: Mapping[str, float] | None = None,
         last: float = 0.0,
+        first: float = 0.0,
     ) -> Arrangement:
         """Layers over a schedule's stages so that the costliest stage, and the busiest rank, have as little as can be.
 
@@ -56,7 +57,7 @@ class Arrangement:
           layer_kinds: of each layer, in the order of the forward pass.
           schedule: whose stages get the layers.
           costs: of a layer of each kind, in any unit; None: all cost the same, and longer stages come first.
-          last: what else the last stage costs, in the same unit.
+          last, first: what else the last and the first stage cost, in the same unit.
 
         Raises:
           ValueError: no layers; costs that are not positive, of other kinds than the layers'.
@@ -72,8 +73,9 @@ class Arrangement:
         even = split_layers(len(kinds), stages)
         if costs is None:
             return cls(even, schedule.storage_order, kinds)
-        counts = balanced_counts(kinds, stages, costs, last)
-        return cls(even_out_ranks(counts, kinds, costs, last, schedule.routes), schedule.storage_order, kinds)
+        counts = balanced_counts(kinds, stages, costs, last, first)
+        counts = even_out_ranks(counts, kinds, costs, last, schedule.routes, first)
+        return cls(counts, schedule.storage_order, kinds)
 
     @property
     def stages(self) -> int:

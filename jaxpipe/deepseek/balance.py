@@ -11,7 +11,7 @@ SLACK = 1.01
 
 
 def balanced_counts(
-    kinds: Sequence[str], stages: int, costs: Mapping[str, float], last: float = 0.0
+    kinds: Sequence[str], stages: int, costs: Mapping[str, float], last: float = 0.0, first: float = 0.0
 ) -> tuple[int, ...]:
     """Layers of each stage, in the order of the forward pass.
 
@@ -23,7 +23,7 @@ def balanced_counts(
       kinds: of each layer; layers of a kind follow each other.
       stages: how many, at most the layers.
       costs: of a layer of each kind.
-      last: what else the last stage costs.
+      last, first: what else the last and the first stage cost.
 
     Raises:
       ValueError: costs that are not positive, or not of these kinds.
@@ -33,11 +33,11 @@ def balanced_counts(
     >>> balanced_counts(["dense"] + ["moe"] * 8, 2, {"dense": 1.0, "moe": 1.0}, last=2.0)
     (5, 4)
     """
-    _check(kinds, costs, last)
+    _check(kinds, costs, last, first)
     sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
 
     def cost(stage: int, start: int, end: int) -> float:
-        return sums[end] - sums[start] + (last if stage == stages - 1 else 0.0)
+        return sums[end] - sums[start] + last * (stage == stages - 1) + first * (stage == 0)
 
     limit = SLACK * _least(len(kinds), stages, cost)
     # best[end, start]: of divisions of the first `end` layers whose last stage begins with layer `start`, the one with
@@ -94,6 +94,7 @@ def even_out_ranks(
     costs: Mapping[str, float],
     last: float,
     routes: Sequence[Sequence[int]],
+    first: float = 0.0,
 ) -> tuple[int, ...]:
     """The counts with layers moved between stages, as long as that leaves the busiest rank less to do.
 
@@ -106,6 +107,7 @@ def even_out_ranks(
       counts: layers of each stage.
       kinds, costs, last: as `balanced_counts` takes them.
       routes: the rank of each stage, for each direction of microbatches.
+      first: as of `balanced_counts`.
 
     >>> even_out_ranks((1, 2, 2, 1), ["moe"] * 6, {"moe": 1.0}, 0.0, [(0, 1, 1, 0)])
     (2, 1, 2, 1)
@@ -116,11 +118,13 @@ def even_out_ranks(
     sums = [0.0, *itertools.accumulate(costs[kind] for kind in kinds)]
 
     def key(counts: Sequence[int]) -> tuple[float, float, float]:
-        """(the busiest rank's cost, the costliest stage's, the sum of squares)."""
+        """(the busiest rank's cost as a share of all layers', the costliest stage's, the sum of squares)."""
         ends = [0, *itertools.accumulate(counts)]
         stages = [sums[end] - sums[start] for start, end in itertools.pairwise(ends)]
+        stages[0] += first
         stages[-1] += last
-        return busiest_rank(stages, routes), max(stages), sum(cost**2 for cost in stages)
+        # Ranks of equal layers must not differ by the rounding of their sums.
+        return round(busiest_rank(stages, routes) / sums[-1], 9), max(stages), sum(cost**2 for cost in stages)
 
     may_be_empty = len(counts) - 1 if last and len(costs) > 1 else None
     best, found = tuple(counts), key(counts)
@@ -147,11 +151,12 @@ def _least(layers: int, stages: int, cost: Callable[[int, int, int], float]) -> 
     return least[layers]
 
 
-def _check(kinds: Sequence[str], costs: Mapping[str, float], last: float) -> None:
-    wrong = {kind: value for kind, value in (*costs.items(), ("head", last)) if not 0 <= value < math.inf}
+def _check(kinds: Sequence[str], costs: Mapping[str, float], last: float, first: float) -> None:
+    every = *costs.items(), ("head", last), ("embedding", first)
+    wrong = {kind: value for kind, value in every if not 0 <= value < math.inf}
     wrong |= {kind: value for kind, value in costs.items() if not value}
     if set(costs) != set(kinds) or wrong:
         raise ValueError(
-            f"costs={dict(costs)} and {last} of the head: give a positive number for each of "
+            f"costs={dict(costs)}, {last} of the head, {first} of the embedding: give a positive number for each of "
             f"{list(dict.fromkeys(kinds))} and no other kind of layer"
         )

@@ -10,6 +10,7 @@ from typing import Self
 
 from eplb_jax import MoEConfig, RouterConfig
 from jaxpipe import flops
+from jaxpipe.deepseek.costs import LayerCosts
 from jaxpipe.deepseek.linear import PRECISIONS
 from jaxpipe.deepseek.lora import LoRA
 from jaxpipe.deepseek.rope import PLAIN, Rope
@@ -160,13 +161,15 @@ class ModelConfig(LayerConfig):
       remat: what the backward pass computes again instead of keeping it: "none", "attention", "layer".
       shared_ends: whether all pipeline ranks run embedding and head together, each with a part of the vocabulary, which
         must divide over them; otherwise the ranks with the first and the last stage do. None: together where that
-        leaves the rank with most work less of it, by operations; see `jaxpipe.deepseek.sharing_pays`.
+        leaves the rank with most work less of it, by `costs`; see `jaxpipe.deepseek.sharing_pays`.
       shard_outer: whether embedding and output matrix, where the ranks with the first and the last stage have them, are
         kept in parts over the experts' axis: the output matrix gathered for use, the embedding looked up by all
         devices, each of which has some columns.
       gather_head: how often such an output matrix is gathered: for each "microbatch", or once a "step", which takes the
         network less and keeps the matrix and the sum of its gradient whole on all devices. One that is the embedding
         too is gathered for each microbatch.
+      layer_costs: what layers of each kind and the ends cost, by which stages get their layers; None: `costs` by
+        operations, and layers that are all alike are divided evenly.
       moments: dtype in which the optimizer keeps its moments, "float32" or "bfloat16".
       zero1: whether devices that have the same parameters keep a part of them and of their moments each (ZeRO-1).
 
@@ -188,6 +191,7 @@ class ModelConfig(LayerConfig):
     shared_ends: bool | None = None
     shard_outer: bool = False
     gather_head: str = "microbatch"
+    layer_costs: LayerCosts | None = None
     moments: str = "float32"
     zero1: bool = False
     tied: bool = False
@@ -215,6 +219,8 @@ class ModelConfig(LayerConfig):
                 f"bias_update_speed={self.bias_update_speed} of a model with selection_bias=False: take "
                 "bias_update_speed=0.0, or selection_bias=True"
             )
+        if self.layer_costs is not None:
+            self.layer_costs.check(self.layer_kinds)
 
     def over_devices(self, devices: int, slots: int | None = None) -> ModelConfig:
         """The model with so many slots of experts, copies included, on the devices of the experts' axis.
@@ -286,6 +292,16 @@ class ModelConfig(LayerConfig):
     def head_flops(self) -> float:
         """FLOPs of the output matrix for one token, forward: once, or twice with multi-token prediction."""
         return 2.0 * self.vocab * self.width * (1 + self.mtp)
+
+    @property
+    def costs(self) -> LayerCosts:
+        """What layers and ends cost: ``layer_costs``, or their operations.
+
+        >>> MODELS["tiny"].costs.layers["moe"] == MODELS["tiny"].layer_flops("moe")
+        True
+        """
+        layers = {kind: self.layer_flops(kind) for kind in dict.fromkeys(self.layer_kinds)}
+        return LayerCosts(**layers, head=self.head_flops) if self.layer_costs is None else self.layer_costs
 
     @property
     def dense_layer_parameters(self) -> int:

@@ -173,7 +173,10 @@ def as_held(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> ModelCon
     """
     _check_count(config, entries)
     held = config.mtp and any(tensor.mtp and name in entries for name, tensor in tensors(config).items())
-    return dataclasses.replace(config, mtp=held)
+    costs = config.layer_costs
+    if costs is not None and not held:
+        costs = dataclasses.replace(costs, mtp=None)
+    return dataclasses.replace(config, mtp=held, layer_costs=costs)
 
 
 def _check_count(config: ModelConfig, entries: Mapping[str, TensorEntry]) -> None:

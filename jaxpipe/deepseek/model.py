@@ -390,9 +390,11 @@ def build_model(
     dtype: Any = jnp.float32,
     abstract: bool = False,
     core: Core = causal_attention,
-    costs: Mapping[str, float] | None = None,
 ) -> DeepSeekModel:
     """The model for a schedule.
+
+    Stages get layers so that the costliest, and the rank with most work, have as little to do as can be, by
+    ``config.costs``.
 
     Args:
       config: sizes.
@@ -402,13 +404,9 @@ def build_model(
       dtype: of activations and matrix products.
       abstract: parameters are shapes and dtypes only; `DeepSeekModel.init` makes them later.
       core: attention of queries to keys and values.
-      costs: what a layer of each kind ("dense", "moe", "mtp", as the model has them) costs, measured and in any unit,
-        and optionally what the "head" does, which counts where only the rank with the last stage runs it. Stages get
-        layers so that the costliest costs as little as can be. None: FLOPs, or equal costs where layers are alike.
 
     Raises:
-      ValueError: costs of other layers; a vocabulary that does not divide over ranks that
-        share it.
+      ValueError: a vocabulary that does not divide over ranks that share it.
 
     >>> from jaxpipe.deepseek.config import MODELS
     >>> schedule = jaxpipe.schedule.build("dualpipev", 2, 4)
@@ -419,28 +417,25 @@ def build_model(
     ranks = schedule.num_ranks
     shared = axis is not None and ranks > 1
     if shared:
-        shared = sharing_pays(config, schedule, costs) if config.shared_ends is None else config.shared_ends
+        shared = sharing_pays(config, schedule) if config.shared_ends is None else config.shared_ends
     if shared and config.vocab % ranks:
         raise ValueError(
             f"a vocabulary of {config.vocab} does not divide over {ranks} pipeline ranks: take vocab="
             f"{config.vocab + -config.vocab % ranks} or shared_ends=False"
         )
-    arrangement = _arrange(config, schedule, costs, shared)
+    arrangement = _arrange(config, schedule, shared)
     model = _of_shapes(config, arrangement, schedule.num_microbatches, axis, shared, jnp.dtype(dtype), seed, core)
     return model if abstract else dataclasses.replace(model, params=jax.jit(lambda: model.init(seed))())
 
 
-def sharing_pays(
-    config: ModelConfig, schedule: jaxpipe.schedule.Schedule, costs: Mapping[str, float] | None = None
-) -> bool:
+def sharing_pays(config: ModelConfig, schedule: jaxpipe.schedule.Schedule) -> bool:
     """Whether the rank with most work has less of it where all ranks run embedding and head together.
 
     Ranks that do must also wait for each other several times a microbatch, which is not counted.
 
     Args:
-      config: the sizes.
+      config: the sizes, and what layers and ends cost.
       schedule: whose ranks have the layers.
-      costs: of a layer of each kind and of the "head", in any unit; None: by operations.
 
     >>> from jaxpipe.deepseek import MODELS
     >>> [sharing_pays(MODELS["moe-1b"], jaxpipe.schedule.build("1f1b", ranks, 16)) for ranks in (2, 16)]
@@ -448,15 +443,15 @@ def sharing_pays(
     """
     if config.vocab % schedule.num_ranks:
         return False
-    known = _costs(config) if costs is None else costs
-    head = known.get("head", 0.0)
+    costs = config.costs
 
     def most(shared: bool) -> float:
         """Of a rank, for one microbatch."""
-        stages = [sum(known[kind] for kind in row) for row in _arrange(config, schedule, costs, shared).rows]
+        stages = [sum(costs.layers[kind] for kind in row) for row in _arrange(config, schedule, shared).rows]
         if shared:
-            return busiest_rank(stages, schedule.routes) + head / schedule.num_ranks
-        stages[-1] += head
+            return busiest_rank(stages, schedule.routes) + (costs.head + costs.embedding) / schedule.num_ranks
+        stages[0] += costs.embedding
+        stages[-1] += costs.head
         return busiest_rank(stages, schedule.routes)
 
     return most(True) < most(False)
@@ -487,19 +482,9 @@ def names(path: Any) -> tuple[str, ...]:
     return tuple(str(getattr(entry, "key", getattr(entry, "name", entry))) for entry in path)
 
 
-def _arrange(
-    config: ModelConfig, schedule: jaxpipe.schedule.Schedule, costs: Mapping[str, float] | None, shared: bool
-) -> Arrangement:
+def _arrange(config: ModelConfig, schedule: jaxpipe.schedule.Schedule, shared: bool) -> Arrangement:
     """The model's layers over a schedule's stages."""
-    kinds = config.layer_kinds
-    if costs is None and len(set(kinds)) > 1:
-        costs = _costs(config)
-    if costs is None:
+    kinds, costs = config.layer_kinds, config.costs
+    if config.layer_costs is None and len(set(kinds)) == 1:
         return Arrangement.of(kinds, schedule)
-    of_layers = {kind: cost for kind, cost in costs.items() if kind != "head"}
-    return Arrangement.of(kinds, schedule, of_layers, 0.0 if shared else costs.get("head", 0.0))
-
-
-def _costs(config: ModelConfig) -> dict[str, float]:
-    """Operations of a layer of each kind and of the head."""
-    return {**{kind: config.layer_flops(kind) for kind in config.layer_kinds}, "head": config.head_flops}
+    return Arrangement.of(kinds, schedule, costs.layers, *((0.0, 0.0) if shared else (costs.head, costs.embedding)))

@@ -138,7 +138,7 @@ def serve_random(
     Raises:
       ValueError: see there.
     """
-    one = dataclasses.replace(config, layers=config.dense_layers + 1, mtp=False)
+    one = dataclasses.replace(config, layers=config.dense_layers + 1, mtp=False, layer_costs=None)
     schedule = jaxpipe.schedule.build("1f1b", 1, 1)
     model = build_model(one, schedule, seed, abstract=True)
     placed = _placements(config, placements, mesh)

@@ -44,11 +44,12 @@ def test_deepseek_v3_has_three_kinds_of_stages_on_sixteen():
     assert balanced_counts(kinds, 16, {"dense": 1.33, "moe": 1.34, "mtp": 1.54}) == (3, *[4] * 14, 3)
 
 
-def busiest(kinds, counts, costs, last, routes):
+def busiest(kinds, counts, costs, last, routes, first=0.0):
     """What the rank with most work has of a microbatch, the mean of the directions."""
     ends = np.cumsum((0, *counts))
     stages = [sum(costs[kind] for kind in kinds[start:end]) for start, end in itertools.pairwise(ends)]
     stages[-1] += last
+    stages[0] += first
     ranks = np.zeros(max(map(max, routes)) + 1)
     for route in routes:
         np.add.at(ranks, list(route), np.array(stages) / len(routes))
@@ -62,11 +63,11 @@ def test_the_busiest_rank_has_about_the_least_it_can(name):
     for _ in range(12):
         dense, moe = int(rng.integers(0, 3)), int(rng.integers(5, 9))
         kinds, costs = ["dense"] * dense + ["moe"] * moe, {"dense": float(rng.choice([0.5, 1.2])), "moe": 1.0}
-        last = float(rng.choice([0.0, 1.3]))
-        before = balanced_counts(kinds, schedule.num_stages, {kind: costs[kind] for kind in kinds}, last)
-        after = even_out_ranks(before, kinds, costs, last, schedule.routes)
+        last, first = float(rng.choice([0.0, 1.3])), float(rng.choice([0.0, 0.3]))
+        before = balanced_counts(kinds, schedule.num_stages, {kind: costs[kind] for kind in kinds}, last, first)
+        after = even_out_ranks(before, kinds, costs, last, schedule.routes, first)
         assert sum(after) == len(kinds) and min(after[:-1]) >= 1 and after[-1] >= (not last or not dense)
-        judged = lambda counts: busiest(kinds, counts, costs, last, schedule.routes)  # noqa: B023, E731
+        judged = lambda counts: busiest(kinds, counts, costs, last, schedule.routes, first)  # noqa: B023, E731
         least = min(map(judged, divisions(len(kinds), schedule.num_stages)))
         assert judged(after) <= min(judged(before), least + 0.5) + 1e-9
 
@@ -92,3 +93,18 @@ def test_a_head_on_a_v_leaves_its_rank_less():
     after = even_out_ranks(before, kinds, {"moe": 1.0}, 1.3, routes)
     assert busiest(kinds, before, {"moe": 1.0}, 1.3, routes) == 6
     assert busiest(kinds, after, {"moe": 1.0}, 1.3, routes) == pytest.approx(5.3)
+
+
+def test_ranks_of_the_same_layers_are_equal_whatever_their_sums_round_to():
+    """DeepSeek-V3 by planned milliseconds in FP8: of equals for the busiest rank, no stage has a third layer."""
+    kinds, routes = ["dense"] * 3 + ["moe"] * 58 + ["mtp"], jaxpipe.schedule.build("dualpipev", 16, 32).routes
+    costs = {"dense": 28.4, "moe": 33.6, "mtp": 39.0}
+    after = even_out_ranks(balanced_counts(kinds, 32, costs, 69.5, 6.15), kinds, costs, 69.5, routes, 6.15)
+    assert after == (*[2] * 31, 0)
+
+
+def test_two_ranks_of_deepseek_v2_lite_have_rows_of_one_length():
+    """By operations its head counts 2.24 layers and a stage has eight; by time 1.45, and all fit in seven."""
+    kinds, routes = ["dense"] + ["moe"] * 26, jaxpipe.schedule.build("dualpipev", 2, 4).routes
+    costs = {"dense": 4.6, "moe": 6.65}
+    assert even_out_ranks(balanced_counts(kinds, 4, costs, 9.6), kinds, costs, 9.6, routes) == (7, 7, 7, 6)

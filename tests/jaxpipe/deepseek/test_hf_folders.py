@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import jaxpipe
-from jaxpipe.deepseek import hf_load, hf_write
+from jaxpipe.deepseek import LayerCosts, hf_load, hf_write
 from jaxpipe.deepseek.hf_config import from_hf_config
 from jaxpipe.deepseek.hf_files import INDEX, SINGLE, TensorEntry, encode_header, open_folder, read_json
 from jaxpipe.deepseek.hf_fp8 import dequantise, quantise
@@ -31,6 +31,7 @@ from tests.jaxpipe.deepseek.models import small
 GOLDEN = pathlib.Path(__file__).resolve().parents[2] / "golden"
 NAMES = {"F32": np.float32, "F16": np.float16, "BF16": ml_dtypes.bfloat16, "F8_E4M3": ml_dtypes.float8_e4m3fn}
 V3 = small(mtp=True)
+COSTS = LayerCosts(dense=1.0, moe=2.0, mtp=3.0)
 SOFTMAX = dataclasses.replace(V3.moe.router, scoring="softmax", normalise=False)
 
 if jax.device_count() < 4:
@@ -292,8 +293,8 @@ def test_what_files_lack_or_hold_besides_is_told(tmp_path):
         load_params(tmp_path, model, mesh, strict=False)
     write_file(tmp_path / SINGLE, {name: array for name, array in arrays.items() if not tensors(V3)[name].mtp})
     with pytest.warns(UserWarning, match="nothing of the multi-token prediction"):
-        config, _ = load(tmp_path, mesh, schedule, config=V3)
-    assert config == dataclasses.replace(V3, mtp=False)
+        config, _ = load(tmp_path, mesh, schedule, config=dataclasses.replace(V3, layer_costs=COSTS))
+    assert config == dataclasses.replace(V3, mtp=False, layer_costs=dataclasses.replace(COSTS, mtp=None))
     # Copies may be missing, and frequencies that old files hold are known.
     copies = {name: array for name, array in arrays.items() if tensors(V3)[name].copy_of is None}
     write_file(tmp_path / SINGLE, copies | {"model.layers.1.self_attn.rotary_emb.inv_freq": np.ones(2, np.float32)})

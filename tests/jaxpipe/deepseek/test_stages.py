@@ -1,7 +1,5 @@
 """Models of several kinds of layers: equal to a plain program, whatever the schedule, and no more work than theirs."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,7 +8,16 @@ from flax import nnx
 from jax.sharding import PartitionSpec as P
 
 import jaxpipe
-from jaxpipe.deepseek import Arrangement, DenseBlock, EmbeddingAndHead, MoEBlock, MTPLayer, build_model, feed_forward
+from jaxpipe.deepseek import (
+    Arrangement,
+    DenseBlock,
+    EmbeddingAndHead,
+    LayerCosts,
+    MoEBlock,
+    MTPLayer,
+    build_model,
+    feed_forward,
+)
 from jaxpipe.deepseek.layers import use_whole
 from jaxpipe.flax import nnx_function
 from jaxpipe.stage import split_stage
@@ -171,10 +178,8 @@ def test_initial_parameters_do_not_depend_on_the_schedule():
 
 def test_only_slots_with_such_layers_have_their_parameters():
     """Two dense layers and four with experts on two stages, and one of multi-token prediction."""
-    model = build_model(
-        small(**BOTH, layers=6), jaxpipe.schedule.build("1f1b", 2, 4), 0, axis="ep", abstract=True,
-        costs={"dense": 2.0, "moe": 1.0, "mtp": 2.0},
-    )  # fmt: skip
+    config = small(**BOTH, layers=6, layer_costs=LayerCosts(dense=2.0, moe=1.0, mtp=2.0))
+    model = build_model(config, jaxpipe.schedule.build("1f1b", 2, 4), 0, axis="ep", abstract=True)
     assert model.arrangement.rows == (("dense", "dense", "moe"), ("moe", "moe", "moe", "mtp"))
     parts = {name: sorted(set(part) & {"mlp", "moe"}) for name, part in model.params.stages.items()}
     assert parts == {
@@ -202,27 +207,36 @@ def test_on_one_device_layers_are_where_they_are_in_the_pipeline():
 def test_costs_decide_and_are_checked():
     schedule = jaxpipe.schedule.build("1f1b", 2, 4)
 
-    def counts(config, **options):
-        return build_model(config, schedule, 0, abstract=True, **options).arrangement.counts
+    def counts(axis=None, costs=None, **changes):
+        config = small(**changes, layer_costs=None if costs is None else LayerCosts(**costs))
+        return build_model(config, schedule, 0, axis=axis, abstract=True).arrangement.counts
 
-    alike = small(dense_layers=0, shared_ends=False)
-    assert counts(alike) == (3, 2) and counts(alike, costs={"moe": 1.0, "head": 3.0}) == (4, 1)
-    assert counts(alike, costs={"moe": 1.0, "head": 3.0}, axis="ep") == (4, 1)
-    shared = dataclasses.replace(alike, shared_ends=True)
-    assert counts(shared, costs={"moe": 1.0, "head": 3.0}, axis="ep") in {(3, 2), (2, 3)}
-    assert counts(small(dense_layers=1), costs={"dense": 4.0, "moe": 1.0}) == (1, 4)
-    for costs in ({"moe": 1.0}, {"moe": 1.0, "dense": 0.0}, {"moe": 1.0, "dense": 1.0, "mtp": 1.0}):
-        with pytest.raises(ValueError, match=r"give a positive number for each of \['dense', 'moe'\] and no other"):
-            counts(small(dense_layers=1), costs=costs)
+    alike, head = {"dense_layers": 0, "shared_ends": False}, {"moe": 1.0, "head": 3.0}
+    assert counts(**alike) == (3, 2) and counts(**alike, costs=head) == (4, 1)
+    assert counts(**alike, costs=head, axis="ep") == (4, 1)
+    assert counts(**alike, costs={**head, "embedding": 3.0}) in {(3, 2), (2, 3)}
+    assert counts(**alike, costs={"moe": 1.0, "embedding": 3.0}) == (1, 4)
+    shared = {**alike, "shared_ends": True}
+    assert counts(**shared, costs={**head, "embedding": 9.0}, axis="ep") in {(3, 2), (2, 3)}
+    assert counts(dense_layers=1, costs={"dense": 4.0, "moe": 1.0}) == (1, 4)
+    for costs in ({"moe": 1.0}, {"moe": 1.0, "dense": 1.0, "mtp": 2.5}):
+        with pytest.raises(ValueError, match=rf"{LayerCosts(**costs)} .* for each of \['dense', 'moe'\] and no other"):
+            counts(dense_layers=1, costs=costs)
+    for costs in ({"moe": 1.0, "dense": 0.0}, {"moe": float("inf")}, {"head": 1.0}, {"moe": 1.0, "head": -1.5}):
+        with pytest.raises(ValueError, match=rf"{list(costs.values())[-1]}.*give a positive number for each kind"):
+            LayerCosts(**costs)
+    for text in ("moe", "moe=1,moe=2", "moe=1,expert=2", "moe=1,dense=x", "moe=1;dense=2"):
+        with pytest.raises(ValueError, match=f"{text!r}: .*as in dense=1.5,moe=2"):
+            LayerCosts.parse(text)
 
 
 def test_what_passes_through_a_stage_is_not_kept():
     """The next tokens' embeddings, on their way to the last layer."""
     sizes = []
     for mtp in (False, True):
-        config, costs = small(dense_layers=1, layers=3, mtp=mtp), {"dense": 1.0, "moe": 1.0}
-        costs |= {"mtp": 1.0} if mtp else {"head": 1.0}
-        model = build_model(config, jaxpipe.schedule.build("1f1b", 2, 4), 0, abstract=True, costs=costs)
+        costs = LayerCosts(dense=1.0, moe=1.0, **({"mtp": 1.0} if mtp else {"head": 1.0}))
+        config = small(dense_layers=1, layers=3, mtp=mtp, layer_costs=costs)
+        model = build_model(config, jaxpipe.schedule.build("1f1b", 2, 4), 0, abstract=True)
         row = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype), model.params.stages)
         x = jax.ShapeDtypeStruct((2, 8, 16), jnp.float32)
         ctx = jaxpipe.Context(jnp.int32(0), jnp.int32(0), None, None)
