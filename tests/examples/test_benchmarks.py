@@ -40,6 +40,7 @@ RECORDED = {
     "hf_load": ("--tiny --holes --formats fp8", 7),
     "frozen": ("--tiny --repeats 1 --microbatches 2", 15),
     "offload": ("--tiny --repeats 1 --dispatches loops", 24),
+    "layer_room": ("--tiny --microbatches 20 --tokens 64", 6),
     "llama": ("--tiny --memory --devices 2 --sequences 4 --microbatch-size 1 --programs zb1p,pp=1,FSDP", 2),
 }
 
