@@ -90,7 +90,7 @@ HEAVY = frozenset({
     "accumulable_product", "cholesky", "conv_general_dilated", "cudnn_fusion", "custom_linear_solve", "dot_general",
     "dot_product_attention_bwd_wrapper", "dot_product_attention_fwd_wrapper", "eig", "eigh", "ffi_call", "fft",
     "geqrf", "householder_product", "lu", "mpmd_map", "qr", "ragged_dot", "ragged_dot_general", "scaled_dot",
-    "scaled_matmul_wrapper", "scan", "svd", "triangular_solve", "tridiagonal_solve", *OPAQUE,
+    "scaled_matmul_wrapper", "scan", "svd", "triangular_solve", "tridiagonal_solve", *OPAQUE, TRANSFER,
 })  # fmt: skip
 """Primitives that are never computed a second time."""
 

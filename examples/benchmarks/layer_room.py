@@ -37,7 +37,7 @@ HIDDEN = 2048
 GIGA = 1e9
 
 
-class Layer(NamedTuple):
+class LayerPlan(NamedTuple):
     """What a layer is planned to take.
 
     Attributes:
@@ -50,7 +50,7 @@ class Layer(NamedTuple):
     exchanges: float
 
 
-def planned(slots: int, gpus: int, tokens: int, factor: float | None, width: int, hidden: int) -> Layer:
+def planned(slots: int, gpus: int, tokens: int, factor: float | None, width: int, hidden: int) -> LayerPlan:
     """The plan of a layer with an expert in each slot, and tokens that are even over GPUs."""
     router = RouterConfig(slots, TOP_K, 1, 1)
     config = MoEConfig(router=router, width=width, hidden=hidden, capacity_factor=factor)
@@ -82,7 +82,7 @@ def planned(slots: int, gpus: int, tokens: int, factor: float | None, width: int
             kernels += kernel.times * one_run.seconds(plan.chip, plan.achieved, clock)
         exchanges += work.communicate(plan.network)
     memory = plan.memory.stash + plan.memory.transient
-    return Layer(memory / GIGA, 1e3 * kernels, 1e3 * exchanges)
+    return LayerPlan(memory / GIGA, 1e3 * kernels, 1e3 * exchanges)
 
 
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
