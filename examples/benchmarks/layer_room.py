@@ -12,7 +12,6 @@ kernels look up, everything else is of all rows.
 from __future__ import annotations
 
 import argparse
-import functools
 import pathlib
 import sys
 from collections.abc import Iterator
@@ -22,15 +21,14 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec as P
 from record import Recorder, make_parser
-from split import SIZES, TOP_K, WIDTH, drifting
+from split import SIZES, TOP_K, WIDTH, recent_room
 
 sys.path.insert(0, str(pathlib.Path(__file__).resolve().parents[1]))
 
 from pretraining.plan import KERNELS, abstract_mesh
 
-import eplb_jax
 import jaxpipe
-from eplb_jax import MoEConfig, RouterConfig, balanced, init_moe, make_capacities, moe_layer, param_specs
+from eplb_jax import MoEConfig, RouterConfig, init_moe, make_capacities, moe_layer, param_specs
 from jaxpipe.planning.chips import chip
 
 HIDDEN = 2048
@@ -88,13 +86,10 @@ def planned(slots: int, gpus: int, tokens: int, factor: float | None, width: int
 def rows(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
     """The table's."""
     for sizes in SIZES[:1] if args.tiny else SIZES:
-        replicas, groups, nodes, gpus = sizes
-        plan_of = functools.partial(balanced, num_replicas=replicas, num_groups=groups, num_nodes=nodes, num_gpus=gpus)
-        counts, plan = drifting("drifting", args.microbatches, gpus * args.tokens * TOP_K, plan_of)
-        recent = counts[: max(1, len(counts) // 2), None]
-        factors = {"worst case": None, "from recent loads": eplb_jax.capacity_from(recent, plan, gpus)}
+        replicas, groups, _, gpus = sizes
+        recent, *_ = recent_room(sizes, args.microbatches, args.tokens)
         width, hidden = (256, 128) if args.tiny else (WIDTH, HIDDEN)
-        for room, factor in factors.items():
+        for room, factor in (("worst case", None), ("from recent loads", recent)):
             found = planned(replicas, gpus, args.tokens, factor, width, hidden)
             yield {
                 "replicas @ GPUs, groups": f"{replicas} @ {gpus}, {groups}",

@@ -154,15 +154,22 @@ def heaviest(microbatches: int, tokens: int, costs: list[dict[str, Any]]) -> Ite
             yield row
 
 
+def recent_room(sizes: tuple[int, ...], microbatches: int, tokens: int) -> tuple[float, np.ndarray, Placement]:
+    """(The capacity factor from the first half of drifting loads, the loads behind it, their placement)."""
+    names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
+    gpus = sizes[3]
+    counts, plan = drifting("drifting", microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
+    recent = max(1, len(counts) // 2)
+    factor = eplb_jax.capacity_from(counts[:recent, None], plan, gpus)
+    return factor, counts[recent:] if recent < len(counts) else counts, plan
+
+
 def room(microbatches: int, tokens: int) -> Iterator[dict[str, Any]]:
     """Memory of a layer's rows."""
     for sizes in SIZES:
         replicas, _, _, gpus = sizes
-        names = dict(zip(("num_replicas", "num_groups", "num_nodes", "num_gpus"), sizes, strict=True))
-        counts, plan = drifting("drifting", microbatches, gpus * tokens * TOP_K, functools.partial(balanced, **names))
-        recent = max(1, len(counts) // 2)
-        factor = eplb_jax.capacity_from(counts[:recent, None], plan, gpus)
-        later = heaviest_by_split((counts[recent:] if recent < len(counts) else counts)[:, None], plan, gpus)
+        factor, counts, plan = recent_room(sizes, microbatches, tokens)
+        later = heaviest_by_split(counts[:, None], plan, gpus)
         for name, chosen in (("worst case", None), ("from recent loads", factor)):
             found = make_capacities(tokens, TOP_K, gpus, replicas // gpus, chosen)
             yield {
